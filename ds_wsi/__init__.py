@@ -1,0 +1,1 @@
+"""End-to-end training of whole-slide-image models: tile encoder and slide aggregator together."""

@@ -1,0 +1,1 @@
+"""Process group, seeding, memory counters, atomic files and logging."""
