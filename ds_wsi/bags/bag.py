@@ -1,0 +1,239 @@
+"""Tiles read from slides by worker processes: a stream of chunks, from which bags are assembled.
+
+A request names a few tiles of one slide. Workers answer requests in order, each with its own bounded set of open
+slides, so that several workers share one large slide, evaluation of a slide of any size needs the memory of a few
+chunks, and training has the next bag ready while it computes.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.runtime.log import logger
+from ds_wsi.slides.slide import SlideCache, TileReadError
+from ds_wsi.slides.tiling import TileGrid
+
+MAX_CHUNKS_AHEAD = 64  # per loader: bounds the memory and the file descriptors that waiting chunks hold
+
+
+@dataclass(frozen=True)
+class ReadPolicy:
+    """How tiles are read.
+
+    Args:
+        workers: reading processes; 0 reads in the training process.
+        chunk_tiles: tiles a request.
+        open_slides: slides each worker keeps open.
+        max_failed_fraction: of the cohort's tiles that may fail to read before the run stops.
+    """
+
+    workers: int = 1
+    chunk_tiles: int = 64
+    open_slides: int = 4
+    max_failed_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuse counts that cannot be read with."""
+        for name, least in (("workers", 0), ("chunk_tiles", 1), ("open_slides", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.max_failed_fraction <= 1:
+            raise ValueError(f"max_failed_fraction must be in [0, 1], got {self.max_failed_fraction}")
+
+
+class TileRequest(NamedTuple):
+    """Tiles `start` to `stop` of slide number `slide`; `last` closes the slide's bag."""
+
+    slide: int
+    start: int
+    stop: int
+    last: bool
+
+
+class TileChunk(NamedTuple):
+    """A request's answer.
+
+    Attributes:
+        request: what was asked for.
+        tiles: uint8 [n, 3, S, S] (stored channels last), the tiles that could be read.
+        kept: int64 [n], their rows in the slide's grid.
+        failures: (row, reason) of each tile that could not.
+    """
+
+    request: TileRequest
+    tiles: Tensor
+    kept: Tensor
+    failures: tuple[tuple[int, str], ...]
+
+
+class Bag(NamedTuple):
+    """All tiles of a slide: uint8 [N, 3, S, S], and their rows in its grid, int64 [N]."""
+
+    slide: int
+    tiles: Tensor
+    kept: Tensor
+
+
+class TileDataset(Dataset[TileChunk]):
+    """Answers tile requests; opens slides lazily in the process that reads, and keeps a bounded number open."""
+
+    def __init__(self, slides: Sequence[SlideEntry], grids: Sequence[TileGrid], open_slides: int) -> None:
+        self.slides = slides
+        self.grids = grids
+        self.cache = SlideCache(open_slides)
+
+    def __getitem__(self, request: TileRequest) -> TileChunk:
+        """Read the tiles of one request; a tile that fails is reported, never replaced."""
+        entry, grid = self.slides[request.slide], self.grids[request.slide]
+        size = grid.tile_size_px
+        tiles = np.empty((request.stop - request.start, size, size, 3), dtype=np.uint8)
+        kept, failures = [], []
+        for row in range(request.start, request.stop):
+            x, y = (int(value) for value in grid.coords[row])
+            try:
+                # Fetched for each tile: after an error the slide is reopened.
+                slide = self.cache.get(entry.path, entry.mpp, entry.slide_id)
+                slide.read_tile(x, y, grid.level, grid.read_size_px, size, out=tiles[len(kept)])
+                kept.append(row)
+            except TileReadError as error:
+                failures.append((row, str(error)))
+        # A view with the channels second: encoders that like channels-last memory get it without a copy.
+        read = torch.from_numpy(tiles[: len(kept)]).permute(0, 3, 1, 2)
+        return TileChunk(request, read, torch.tensor(kept, dtype=torch.int64), tuple(failures))
+
+
+def plan_requests(slides: Iterable[int], lengths: Sequence[int], chunk_tiles: int) -> Iterator[TileRequest]:
+    """Cut the slides' grids, in order, into requests of at most `chunk_tiles` tiles."""
+    for slide in slides:
+        for start in range(0, lengths[slide], chunk_tiles):
+            stop = min(start + chunk_tiles, lengths[slide])
+            yield TileRequest(slide, start, stop, stop == lengths[slide])
+
+
+class RequestStream:
+    """The slides to read as a sampler of requests: lazy, since training's stream spans all its epochs."""
+
+    def __init__(self, slides: Iterable[int], lengths: Sequence[int], chunk_tiles: int) -> None:
+        self.slides, self.lengths, self.chunk_tiles = slides, lengths, chunk_tiles
+
+    def __iter__(self) -> Iterator[TileRequest]:
+        """Requests in order."""
+        return plan_requests(self.slides, self.lengths, self.chunk_tiles)
+
+
+def read_chunks(
+    slides: Sequence[SlideEntry], grids: Sequence[TileGrid], order: Iterable[int], policy: ReadPolicy
+) -> Iterator[TileChunk]:
+    """Stream the tiles of `order`'s slides, chunk by chunk, read ahead by `policy.workers` processes.
+
+    Args:
+        slides, grids: of the cohort, row by row.
+        order: rows to read, repeats allowed; consumed as the stream goes.
+        policy: workers, chunk size, bounds.
+    """
+    lengths = [len(grid) for grid in grids]
+    chunks_a_bag = math.ceil(max(lengths) / policy.chunk_tiles)
+    # Far enough ahead for one whole bag, within the bound.
+    ahead = min(max(chunks_a_bag + 1, 2 * policy.workers), MAX_CHUNKS_AHEAD)
+    loader = DataLoader(
+        TileDataset(slides, grids, policy.open_slides),
+        batch_size=None,
+        sampler=RequestStream(order, lengths, policy.chunk_tiles),
+        num_workers=policy.workers,
+        prefetch_factor=max(1, math.ceil(ahead / policy.workers)) if policy.workers else None,
+        # Spares a conversion of what is a tensor already.
+        collate_fn=_unchanged,
+    )
+    yield from loader
+
+
+def _unchanged(chunk: TileChunk) -> TileChunk:
+    return chunk
+
+
+def read_bags(
+    slides: Sequence[SlideEntry],
+    grids: Sequence[TileGrid],
+    order: Iterable[int],
+    policy: ReadPolicy,
+    failures: "FailureLog",
+) -> Iterator[Bag]:
+    """Stream whole bags, in `order`; failed tiles are logged and left out.
+
+    Raises:
+        ReadFailureError: too many tiles failed, or all of a slide's.
+    """
+    parts: list[TileChunk] = []
+    for chunk in read_chunks(slides, grids, order, policy):
+        failures.add(chunk)
+        parts.append(chunk)
+        if chunk.request.last:
+            kept = torch.cat([part.kept for part in parts])
+            failures.require_tiles(chunk.request.slide, len(kept))
+            # Concatenating the channels-last storage keeps its layout.
+            tiles = torch.cat([part.tiles.permute(0, 2, 3, 1) for part in parts]).permute(0, 3, 1, 2)
+            parts = []
+            yield Bag(chunk.request.slide, tiles, kept)
+
+
+class ReadFailureError(RuntimeError):
+    """More tiles failed to read than the policy allows."""
+
+
+@dataclass
+class FailureLog:
+    """The tiles that could not be read, each counted once however often it is tried.
+
+    Args:
+        slides, grids: of the cohort, row by row.
+        max_failed_fraction: of all the cohort's tiles.
+    """
+
+    slides: Sequence[SlideEntry]
+    grids: Sequence[TileGrid]
+    max_failed_fraction: float
+    reasons: dict[tuple[str, int, int], str] = field(default_factory=dict)
+
+    def add(self, chunk: TileChunk) -> None:
+        """Record a chunk's failures, warn of the new ones, and stop the run above the threshold."""
+        slide = chunk.request.slide
+        for row, reason in chunk.failures:
+            x, y = (int(value) for value in self.grids[slide].coords[row])
+            key = (self.slides[slide].slide_id, x, y)
+            if key not in self.reasons:
+                logger.warning("tile left out: %s", reason)
+            self.reasons[key] = reason
+        if chunk.failures:
+            self.check()
+
+    def check(self) -> None:
+        """Raise ReadFailureError where the recorded failures exceed the threshold."""
+        total = sum(len(grid) for grid in self.grids)
+        if len(self.reasons) > self.max_failed_fraction * total:
+            worst = "; ".join(f"{slide} at ({x}, {y})" for slide, x, y in list(self.reasons)[:5])
+            raise ReadFailureError(
+                f"failed tiles must be at most {self.max_failed_fraction:.2%} of the cohort's {total}, got "
+                f"{len(self.reasons)} (first: {worst}). HINT: replace the broken files, or raise --max_failed_fraction."
+            )
+
+    def require_tiles(self, slide: int, n_tiles: int) -> None:
+        """Raise ReadFailureError for a slide of which no tile could be read."""
+        if n_tiles == 0:
+            raise ReadFailureError(
+                f"slide {self.slides[slide].slide_id} must have a readable tile, all {len(self.grids[slide])} failed "
+                f"({self.slides[slide].path}). HINT: replace the file, or take it out of the manifest."
+            )
+
+    def rows(self) -> list[dict[str, str | int]]:
+        """The failures as table rows, sorted: slide_id, x, y (level-0 px), reason."""
+        return [
+            {"slide_id": slide, "x": x, "y": y, "reason": reason}
+            for (slide, x, y), reason in sorted(self.reasons.items())
+        ]

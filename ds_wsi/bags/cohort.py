@@ -1,0 +1,110 @@
+"""A cohort ready to train on: its manifest with splits, and the tile grid of each slide."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry, parse_manifest
+from ds_wsi.bags.splits import assign_splits
+from ds_wsi.runtime.log import logger
+from ds_wsi.slides.coords import read_grid, write_grid
+from ds_wsi.slides.slide import Slide, SlideError
+from ds_wsi.slides.tiling import TileGrid, TilingPolicy, tile_slide
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Slides and their grids, row by row."""
+
+    manifest: Manifest
+    grids: tuple[TileGrid, ...]
+
+    def rows(self, split: str) -> tuple[int, ...]:
+        """The rows of one split."""
+        return tuple(row for row, slide in enumerate(self.manifest.slides) if slide.split == split)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tiles of each slide."""
+        return tuple(len(grid) for grid in self.grids)
+
+
+def load_cohort(
+    manifest_path: str | Path,
+    policy: TilingPolicy,
+    *,
+    tiles_dir: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    slide_mpp: float | None = None,
+    seed: int = 0,
+    workers: int = 1,
+    need_splits: bool = True,
+) -> Cohort:
+    """Read and check a whole cohort before anything is trained on it.
+
+    Args:
+        manifest_path: as `read_manifest` takes it.
+        policy: how slides are tiled.
+        tiles_dir: grids are kept there, one file a slide, and read again where policy and slide still match.
+        classes: class names in the order of the logits.
+        slide_mpp: um/px of the slides for which neither manifest nor file gives a plausible one.
+        seed: of the splits, where the manifest has none.
+        workers: threads that tile.
+        need_splits: whether splits are drawn where the manifest has none.
+
+    Raises:
+        ManifestError: lists every problem of the manifest AND of the slide files at once.
+    """
+    manifest, problems = parse_manifest(manifest_path, classes)
+    readable = [slide for slide in manifest.slides if slide.path.is_file()]
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        results = list(pool.map(lambda slide: _tile(slide, policy, tiles_dir, slide_mpp), readable))
+    problems += [str(result) for result in results if isinstance(result, SlideError)]
+    if problems:
+        raise ManifestError(manifest.source, problems)
+    entries, grids = zip(*(result for result in results if not isinstance(result, SlideError)))
+    manifest = replace(manifest, slides=entries)
+    cohort = Cohort(assign_splits(manifest, seed=seed) if need_splits else manifest, grids)
+    for split in ("train", "validation", "test"):
+        lengths = [cohort.lengths[row] for row in cohort.rows(split)]
+        if lengths:
+            logger.info(
+                "%s: %d slides, %d tiles (%d to %d a slide)",
+                *(split, len(lengths), sum(lengths), min(lengths), max(lengths)),
+            )
+    return cohort
+
+
+def _tile(
+    entry: SlideEntry, policy: TilingPolicy, tiles_dir: str | Path | None, slide_mpp: float | None
+) -> tuple[SlideEntry, TileGrid] | SlideError:
+    """The slide with the mpp to read it at, and its grid; an error is returned, so that all can be listed."""
+    try:
+        with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
+            try:
+                own = slide.mpp
+            except SlideError:
+                if slide_mpp is None:
+                    raise
+                return _tile(replace(entry, mpp=slide_mpp), policy, tiles_dir, None)
+            path = None if tiles_dir is None else Path(tiles_dir) / f"{entry.slide_id}.safetensors"
+            grid = _kept_grid(path, slide, own, policy) if path else None
+            if grid is None:
+                grid = tile_slide(slide, policy)
+                if path:
+                    write_grid(grid, path)
+            return entry, grid
+    except SlideError as error:
+        return error
+
+
+def _kept_grid(path: Path, slide: Slide, mpp: float, policy: TilingPolicy) -> TileGrid | None:
+    if not path.exists():
+        return None
+    grid = read_grid(path)
+    same_slide = (grid.slide_width_px, grid.slide_height_px) == (slide.width_px, slide.height_px)
+    if same_slide and grid.slide_mpp == mpp and grid.policy == policy:
+        return grid
+    logger.warning("%s: tiled with another policy or from another slide file, tiled anew", path)
+    return None

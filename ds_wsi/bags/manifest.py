@@ -1,0 +1,191 @@
+"""The cohort: one row a slide, checked as a whole before anything is trained."""
+
+import csv
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SPLITS = ("train", "validation", "test")
+REQUIRED = ("slide_id", "path", "label")
+SPLIT_ALIASES = {"val": "validation", "valid": "validation"}
+# A slide_id names files: coordinates, heat maps.
+SLIDE_ID_RULE = re.compile(r"[\w.()+=@ -]+")
+
+
+class ManifestError(ValueError):
+    """Everything that is wrong with a cohort, in one message.
+
+    Attributes:
+        problems: one line each.
+    """
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
+        super().__init__(f"{source} has {len(self.problems)} problem(s):\n{lines}")
+
+
+@dataclass(frozen=True)
+class SlideEntry:
+    """One slide of the cohort.
+
+    Attributes:
+        slide_id: unique; names the slide in every output.
+        path: of the slide file.
+        label: index into the manifest's classes.
+        patient_id: the slide's own id where the manifest has no patients.
+        split: train, validation, test, or None where not yet assigned.
+        mpp: overrides the file's own, um/px.
+    """
+
+    slide_id: str
+    path: Path
+    label: int
+    patient_id: str
+    split: str | None = None
+    mpp: float | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The cohort's slides, in the order of the file, and its class names in the order of the logits."""
+
+    slides: tuple[SlideEntry, ...]
+    classes: tuple[str, ...]
+    source: str = "manifest"
+
+    def in_split(self, split: str) -> tuple[SlideEntry, ...]:
+        """The slides of one split, in the manifest's order."""
+        return tuple(slide for slide in self.slides if slide.split == split)
+
+
+def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Manifest:
+    """Read a cohort from CSV or TSV, or from anything that `datasets` loads (JSON, Parquet, a saved dataset).
+
+    Columns: slide_id, path (relative to the manifest's folder, or absolute), label, and optionally patient_id,
+    split (train, validation or val, test), mpp (um/px).
+
+    Args:
+        path: the file, or the folder of a dataset written by `datasets`' save_to_disk.
+        classes: class names in the order of the logits; by default the labels found, numbers by value.
+
+    Raises:
+        ManifestError: lists every problem of every row at once; missing files are among them.
+    """
+    manifest, problems = parse_manifest(path, classes)
+    if problems:
+        raise ManifestError(manifest.source, problems)
+    return manifest
+
+
+def parse_manifest(path: str | Path, classes: Sequence[str] | None = None) -> tuple[Manifest, list[str]]:
+    """As `read_manifest`, but returns the rows' problems beside the manifest, to be listed with those of the slides."""
+    path = Path(path)
+    if not path.exists():
+        raise ManifestError(f"manifest {path}", ["file must exist, got none. HINT: check --manifest."])
+    rows = _read_rows(path)
+    if not rows:
+        raise ManifestError(f"manifest {path}", ["must hold at least one slide, got none"])
+    missing = [name for name in REQUIRED if name not in rows[0]]
+    if missing:
+        raise ManifestError(
+            f"manifest {path}",
+            [f"must have the columns {', '.join(REQUIRED)}; {', '.join(missing)} missing, got {', '.join(rows[0])}"],
+        )
+    names = tuple(classes) if classes else _sorted_labels(row["label"] for row in rows)
+    problems: list[str] = []
+    slides = tuple(_parse_row(row, number, path.parent, names, problems) for number, row in enumerate(rows, 2))
+    problems += _cohort_problems(slides, names)
+    return Manifest(slides, names, f"manifest {path}"), problems
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    if path.suffix.lower() in (".csv", ".tsv"):
+        # Not through `datasets`: its type inference turns the slide_id "007" into the number 7.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+            return [
+                {str(key).strip(): (value or "").strip() for key, value in row.items() if key is not None}
+                for row in csv.DictReader(file, delimiter=delimiter)
+            ]
+    import datasets  # here, for it takes a second that a CSV does not need
+
+    kinds = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+    if path.is_dir():
+        table = datasets.load_from_disk(str(path))
+    elif path.suffix.lower() in kinds:
+        table = datasets.load_dataset(kinds[path.suffix.lower()], data_files=str(path), split="train")
+    else:
+        raise ManifestError(
+            f"manifest {path}", [f"must be .csv, .tsv, {', '.join(kinds)} or a dataset's folder, got {path.suffix!r}"]
+        )
+    return [{key: "" if value is None else str(value).strip() for key, value in row.items()} for row in table]
+
+
+def _sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    found = {label for label in labels if label}
+    numeric = all(re.fullmatch(r"-?\d+", label) for label in found)
+    return tuple(sorted(found, key=int) if numeric else sorted(found))
+
+
+def _parse_row(
+    row: dict[str, str], number: int, folder: Path, classes: tuple[str, ...], problems: list[str]
+) -> SlideEntry:
+    slide_id, where = row["slide_id"], f"row {number}"
+    if not SLIDE_ID_RULE.fullmatch(slide_id):
+        problems.append(f"slide_id must be non-empty and fit for a file name, got {slide_id!r} ({where})")
+    place = f"slide {slide_id}, {where}"
+    if row["label"] not in classes:
+        problems.append(f"label must be one of {', '.join(classes)}, got {row['label']!r} ({place})")
+    path = folder / row["path"]
+    if not row["path"] or not path.is_file():
+        problems.append(f"path must be a file, got {row['path']!r}, which is none under {folder} ({place})")
+    split = row.get("split") or None
+    split = SPLIT_ALIASES.get(split, split) if split else None
+    if split not in (*SPLITS, None):
+        problems.append(f"split must be one of {', '.join(SPLITS)}, got {split!r} ({place})")
+    label = classes.index(row["label"]) if row["label"] in classes else -1
+    mpp = _parse_mpp(row.get("mpp", ""), place, problems)
+    return SlideEntry(slide_id, path, label, row.get("patient_id") or slide_id, split, mpp)
+
+
+def _parse_mpp(text: str, place: str, problems: list[str]) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        problems.append(f"mpp must be a number of um/px, got {text!r} ({place})")
+        return None
+
+
+def _cohort_problems(slides: Sequence[SlideEntry], classes: Sequence[str]) -> list[str]:
+    problems = []
+    if len(classes) < 2:
+        problems.append(f"label must take at least two values, got {', '.join(classes) or 'none'}")
+    seen: dict[str, int] = {}
+    for number, slide in enumerate(slides, 2):
+        if slide.slide_id in seen:
+            problems.append(
+                f"slide_id must be unique, got {slide.slide_id!r} in rows {seen[slide.slide_id]} and {number}"
+            )
+        seen.setdefault(slide.slide_id, number)
+    assigned = [slide for slide in slides if slide.split]
+    if assigned and len(assigned) < len(slides):
+        left = [slide.slide_id for slide in slides if not slide.split]
+        problems.append(
+            f"split must be given for every slide or for none, got {len(left)} without ({', '.join(left[:5])})"
+        )
+    return problems + patient_problems(assigned)
+
+
+def patient_problems(slides: Sequence[SlideEntry]) -> list[str]:
+    """Name each patient whose slides are in more than one split."""
+    places: dict[str, dict[str, list[str]]] = {}
+    for slide in slides:
+        places.setdefault(slide.patient_id, {}).setdefault(str(slide.split), []).append(slide.slide_id)
+    return [
+        f"patient {patient} must be in one split, got "
+        + " and ".join(f"{split} ({', '.join(ids)})" for split, ids in splits.items())
+        for patient, splits in places.items()
+        if len(splits) > 1
+    ]

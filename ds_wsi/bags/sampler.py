@@ -1,0 +1,67 @@
+"""Which rank trains on which slides at which step: a pure plan of (seed, epoch), so that a resumed run repeats it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step.
+
+    Attributes:
+        micro_steps: per micro-step, per rank, the indices of the slides; a rank's tuple can be empty in an epoch's
+            last step, and every rank has the same number of micro-steps.
+    """
+
+    micro_steps: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @property
+    def n_bags(self) -> int:
+        """Bags in the step over all ranks and micro-steps: the loss is the sum of the bags' losses over this."""
+        return sum(len(slides) for ranks in self.micro_steps for slides in ranks)
+
+
+def steps_per_epoch(n_slides: int, *, world_size: int, bags_per_rank: int, accumulation: int) -> int:
+    """Optimizer steps that cover every slide once; the last can be short."""
+    return math.ceil(n_slides / (world_size * bags_per_rank * accumulation))
+
+
+def plan_epoch(
+    n_slides: int, *, seed: int, epoch: int, world_size: int = 1, bags_per_rank: int = 1, accumulation: int = 1
+) -> tuple[StepPlan, ...]:
+    """Shuffle the slides by (seed, epoch) and deal them out: every slide once an epoch, none twice.
+
+    Slides are dealt to the ranks in turn, so that a short last step leaves ranks within one bag of each other. The
+    slides of step k depend on world_size * bags_per_rank * accumulation alone, not on how they are dealt.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(n_slides, generator=generator).tolist()
+    bags_per_step = world_size * bags_per_rank * accumulation
+    return tuple(
+        _deal(order[start : start + bags_per_step], world_size, bags_per_rank, accumulation)
+        for start in range(0, n_slides, bags_per_step)
+    )
+
+
+def _deal(slides: Sequence[int], world_size: int, bags_per_rank: int, accumulation: int) -> StepPlan:
+    per_rank = [tuple(slides[rank::world_size]) for rank in range(world_size)]
+    return StepPlan(
+        tuple(
+            tuple(own[micro * bags_per_rank : (micro + 1) * bags_per_rank] for own in per_rank)
+            for micro in range(accumulation)
+        )
+    )
+
+
+def deal_by_cost(costs: Sequence[int], world_size: int) -> tuple[tuple[int, ...], ...]:
+    """Deal items to ranks, the costliest first and to the least loaded rank: for evaluation, where order is free."""
+    loads = [0] * world_size
+    dealt: list[list[int]] = [[] for _ in range(world_size)]
+    for item in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        rank = loads.index(min(loads))
+        loads[rank] += costs[item]
+        dealt[rank].append(item)
+    return tuple(tuple(sorted(items)) for items in dealt)

@@ -1,0 +1,224 @@
+"""The console command `ds-wsi`: parse, then call.
+
+A user's mistake ends with one message and exit status 2; everything else keeps its traceback.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from ds_wsi.bags.bag import ReadPolicy
+from ds_wsi.config import read_section
+from ds_wsi.runtime.log import logger, setup_logging
+from ds_wsi.slides.demo import DemoPolicy, make_demo
+from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.training.options import add_train_options, settings_from, spellings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    setup_logging()
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except ValueError as error:
+        # ManifestError, SlideError and every refused setting are ValueErrors, written for the user.
+        logger.error("%s", error)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser("ds-wsi", description="End-to-end training of whole-slide-image models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = _command(commands, "demo", run_demo, "make the demo cohort; --compare trains on it with and without encoder")
+    demo.add_argument(*spellings("demo_dir"), default="runs/demo_slides", help="where the slides go")
+    demo.add_argument("--compare", action="store_true", help="train end to end and with a frozen encoder, print both")
+    demo.add_argument(*spellings("output_dir"), default="runs/demo_compare", help="of the two runs of --compare")
+    demo.add_argument("--seed", type=int, default=0, help="of the two runs of --compare")
+    tile = _command(commands, "tile", run_tile, "write each slide's tile coordinates")
+    _cohort_options(tile)
+    _policy_options(tile, TilingPolicy, ("tile_size_px", "mpp", "min_tissue_fraction"))
+    tile.add_argument(*spellings("output_dir"), required=True, help="one file a slide is written there")
+    tile.add_argument("--export", choices=("clam", "trident"), help="write that project's h5 files beside ours")
+    tile.add_argument("--workers", type=int, default=1, help="threads")
+    train = _command(commands, "train", run_train, "train a slide model")
+    add_train_options(train)
+    evaluate = _command(commands, "evaluate", run_evaluate, "evaluate an exported model on a cohort")
+    _model_options(evaluate)
+    evaluate.add_argument("--split", default="test", help="of the manifest, or `all` (default: test)")
+    heatmap = _command(commands, "heatmap", run_heatmap, "draw an exported model's attention over slides")
+    _model_options(heatmap)
+    heatmap.add_argument(*spellings("slide_ids"), help="comma-separated (default: all of the manifest)")
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: object, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _cohort_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--manifest", required=True, help="CSV (or JSON, Parquet, saved dataset) of slides")
+    parser.add_argument("--classes", help="class names in the order of the logits, comma-separated")
+    parser.add_argument(*spellings("slide_mpp"), type=float, help="um/px of slides that do not tell theirs")
+
+
+def _policy_options(parser: argparse.ArgumentParser, policy: type, names: Sequence[str]) -> None:
+    for entry in fields(policy):
+        if entry.name in names:
+            kind = type(entry.default)
+            parser.add_argument(
+                *spellings(entry.name), type=kind, default=entry.default, help=f"(default: {entry.default})"
+            )
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a run's folder, with config.json and model.safetensors")
+    _cohort_options(parser)
+    parser.add_argument(*spellings("output_dir"), required=True, help="where results go")
+    parser.add_argument(*spellings("tiles_dir"), help="where tile grids are kept (default: in output_dir)")
+    parser.add_argument(*spellings("dataloader_num_workers"), type=int, default=1, help="processes that read tiles")
+    parser.add_argument("--device", help="cuda, cpu (default: cuda where there is one)")
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    """`ds-wsi demo`."""
+    print(make_demo(options.demo_dir))
+    if options.compare:
+        compare(Path(options.output_dir), options.demo_dir, options.seed)
+
+
+def compare(output_dir: Path, demo_dir: str, seed: int) -> None:
+    """Train on the demo end to end and with a frozen encoder, each in a process of its own, and print both."""
+    runs = {"end to end": ("end_to_end", []), "frozen encoder": ("frozen", ["--freeze_encoder"])}
+    lines = []
+    for title, (folder, extra) in runs.items():
+        place = output_dir / folder
+        command = [sys.executable, "-m", "ds_wsi.cli", "train", "--demo_dir", demo_dir, "--seed", str(seed)]
+        subprocess.run([*command, "--output_dir", str(place), *extra], check=True)
+        metrics = json.loads((place / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+        shown = [f"{name} {_interval(metrics[name])}" for name in ("auc", "accuracy")]
+        lines.append(f"{title:<15}  {'  '.join(shown)}")
+    print(f"demo cohort, {DemoPolicy().test} test slides, seed {seed}, 95% bootstrap intervals")
+    print("\n".join(lines))
+
+
+def _interval(metric: dict[str, float | None]) -> str:
+    if metric["value"] is None:
+        return "undefined"
+    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """`ds-wsi train`, and launch/train.py under any launcher."""
+    from ds_wsi.training.loop import train  # here, for DeepSpeed and Accelerate take seconds to import
+
+    settings, deepspeed_config = settings_from(options)
+    train(settings, deepspeed_config)
+
+
+def run_tile(options: argparse.Namespace) -> None:
+    """`ds-wsi tile`."""
+    from ds_wsi.bags.cohort import load_cohort
+    from ds_wsi.slides.coords import export_clam, export_trident
+
+    policy = TilingPolicy(
+        tile_size_px=options.tile_size_px, mpp=options.mpp, min_tissue_fraction=options.min_tissue_fraction
+    )
+    cohort = load_cohort(
+        options.manifest,
+        policy,
+        tiles_dir=options.output_dir,
+        classes=_classes(options),
+        slide_mpp=options.slide_mpp,
+        workers=options.workers,
+        need_splits=False,
+    )
+    exporters = {"clam": export_clam, "trident": export_trident}
+    for grid in cohort.grids:
+        print(f"{grid.slide_id}\t{len(grid)} tiles")
+        if options.export:
+            suffix = "_patches.h5" if options.export == "trident" else ".h5"
+            exporters[options.export](
+                grid, Path(options.output_dir) / options.export / "patches" / f"{grid.slide_id}{suffix}"
+            )
+
+
+def _classes(options: argparse.Namespace) -> tuple[str, ...] | None:
+    return tuple(options.classes.split(",")) if options.classes else None
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """`ds-wsi evaluate`, and launch/evaluate.py."""
+    from ds_wsi.evaluation.results import write_results
+
+    cohort, predictions, failures = _predictions(options, options.split)
+    write_results(
+        Path(options.output_dir),
+        cohort,
+        predictions,
+        title=f"{options.model} on {options.manifest}",
+        summary={"model": options.model, "cohort": options.manifest, "split": options.split},
+        failures=failures,
+    )
+
+
+def run_heatmap(options: argparse.Namespace) -> None:
+    """`ds-wsi heatmap`."""
+    from ds_wsi.evaluation.results import draw_heatmaps
+
+    cohort, predictions, _ = _predictions(options, "all")
+    for _, path in draw_heatmaps(Path(options.output_dir), cohort, predictions):
+        print(path)
+
+
+def _predictions(options: argparse.Namespace, split: str) -> tuple:
+    """Predict the slides that the options choose with an exported model, on the tiles it was trained on."""
+    import torch
+
+    from ds_wsi.bags.bag import FailureLog
+    from ds_wsi.bags.cohort import load_cohort
+    from ds_wsi.evaluation.predict import predict_slides
+    from ds_wsi.models import load_model
+
+    model, config = load_model(options.model)
+    cohort = load_cohort(
+        options.manifest,
+        read_section({"tiling": config.tiling}).tiling,
+        tiles_dir=options.tiles_dir or Path(options.output_dir) / "tiles",
+        classes=_classes(options) or config.classes,
+        slide_mpp=options.slide_mpp,
+        need_splits=False,
+    )
+    rows = _chosen_rows(options, cohort, split)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    policy = replace(ReadPolicy(), workers=options.dataloader_num_workers)
+    failures = FailureLog(cohort.manifest.slides, cohort.grids, policy.max_failed_fraction)
+    stream = predict_slides(model.to(device), cohort.manifest.slides, cohort.grids, rows, policy, failures)
+    return cohort, list(stream), failures.rows()
+
+
+def _chosen_rows(options: argparse.Namespace, cohort: object, split: str) -> tuple[int, ...]:
+    slides = cohort.manifest.slides  # type: ignore[attr-defined]
+    wanted = getattr(options, "slide_ids", None)
+    if wanted:
+        ids = wanted.split(",")
+        unknown = set(ids) - {slide.slide_id for slide in slides}
+        if unknown:
+            raise ValueError(f"--slide_ids must be of the manifest, got {', '.join(sorted(unknown))}")
+        return tuple(row for row, slide in enumerate(slides) if slide.slide_id in ids)
+    rows = tuple(row for row, slide in enumerate(slides) if split in ("all", slide.split))
+    if not rows:
+        raise ValueError(f"--split must name slides of the manifest, got {split!r}, which has none. HINT: --split all.")
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

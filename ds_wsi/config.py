@@ -1,0 +1,72 @@
+"""The policies as one tree, read from and written to the "ds_wsi" section of a DeepSpeed JSON."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ds_wsi.bags.augment import AugmentPolicy
+from ds_wsi.bags.bag import ReadPolicy
+from ds_wsi.slides.tiling import TilingPolicy
+
+SECTION = "ds_wsi"
+
+
+@dataclass(frozen=True)
+class DsWsiConfig:
+    """The "ds_wsi" section: one policy a key, each with its defaults.
+
+    Args:
+        tiling: which tiles a slide has.
+        reading: how they are read.
+        augment: what is changed at each reading in training.
+    """
+
+    tiling: TilingPolicy = field(default_factory=TilingPolicy)
+    reading: ReadPolicy = field(default_factory=ReadPolicy)
+    augment: AugmentPolicy = field(default_factory=AugmentPolicy)
+
+
+def read_section(section: Mapping[str, Any]) -> DsWsiConfig:
+    """Build the policies from the section.
+
+    Raises:
+        ValueError: names the full key of what is unknown, of another type, or out of range.
+    """
+    known = {entry.name: entry.default_factory for entry in fields(DsWsiConfig)}
+    _require_known(section, known, SECTION)
+    return DsWsiConfig(**{name: _policy(known[name], values, f"{SECTION}.{name}") for name, values in section.items()})
+
+
+def write_section(config: DsWsiConfig) -> dict[str, Any]:
+    """The section that `read_section` builds `config` from."""
+    return asdict(config)
+
+
+def _policy(kind: Any, values: Any, key: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{key} must be an object, got {values!r}")
+    defaults = kind()
+    known = {entry.name: getattr(defaults, entry.name) for entry in fields(kind)}
+    _require_known(values, known, key)
+    fitted = {name: _fit(value, known[name], f"{key}.{name}") for name, value in values.items()}
+    try:
+        return kind(**fitted)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _fit(value: Any, default: Any, key: str) -> Any:
+    """`value` in the type of the policy's default: JSON writes tuples as lists and whole floats as integers."""
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise ValueError(f"{key} must be of type {type(default).__name__}, got {value!r}")
+    return value
+
+
+def _require_known(given: Mapping[str, Any], known: Mapping[str, Any], key: str) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"{key}.{unknown[0]} must be one of {', '.join(known)}. HINT: check the spelling.")

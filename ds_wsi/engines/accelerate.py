@@ -1,0 +1,160 @@
+"""Accelerate under every launcher: deepspeed, accelerate launch, torchrun, plain python; with and without a GPU."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DummyOptim,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
+from torch import nn
+
+from ds_wsi.engines import cpu
+from ds_wsi.engines.deepspeed import fill_auto
+from ds_wsi.runtime.log import logger
+
+__all__ = [
+    "Accelerator",
+    "EngineSettings",
+    "average_buffers",
+    "broadcast_object_list",
+    "build_accelerator",
+    "gather_object",
+    "prepare",
+]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine has to know of the run.
+
+    Args:
+        learning_rate, weight_decay, max_grad_norm: of the optimizer; max_grad_norm 0 clips nothing.
+        optimizer: "adam" or "adamw"; the DeepSpeed JSON's own section, where it has one, decides.
+        bags_per_rank: slides a rank and micro-step.
+        accumulation: micro-steps an optimizer step.
+        mixed_precision: "no", "bf16" or "fp16".
+    """
+
+    learning_rate: float
+    weight_decay: float
+    max_grad_norm: float
+    optimizer: str
+    bags_per_rank: int
+    accumulation: int
+    mixed_precision: str = "no"
+
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def build_accelerator(
+    settings: EngineSettings, output_dir: Path, deepspeed_config: dict[str, Any] | None
+) -> Accelerator:
+    """Start the process group as the launcher described it and return the Accelerator that drives the run.
+
+    Args:
+        settings: of the engine.
+        output_dir: TensorBoard's logs go below it.
+        deepspeed_config: the JSON, or None for DDP or one process; under `accelerate launch --use_deepspeed` the
+            launcher's own configuration is used where this is None.
+
+    Raises:
+        ValueError: the JSON contradicts the settings.
+    """
+    plugin = _deepspeed_plugin(settings, deepspeed_config)
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]  # see average_buffers
+    if cpu.without_gpu() and "LOCAL_RANK" in os.environ:
+        # Accelerate would look for oneCCL or MPI, and without them believe in one process.
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    return Accelerator(
+        cpu=cpu.without_gpu() and plugin is None,
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.accumulation,
+        deepspeed_plugin=plugin,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
+        kwargs_handlers=handlers,
+    )
+
+
+def _deepspeed_plugin(settings: EngineSettings, config: dict[str, Any] | None) -> DeepSpeedPlugin | None:
+    if config is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        config = dict(DeepSpeedPlugin().deepspeed_config)  # from the launcher's variables
+    if config is None:
+        return None
+    if "scheduler" in config:
+        raise ValueError(
+            "scheduler of the DeepSpeed config must be absent, got one. HINT: --lr_scheduler_type sets the schedule."
+        )
+    cpu.set_single_process_variables()
+    cpu.skip_shm_op()
+    world_size = int(os.environ["WORLD_SIZE"])
+    values = {
+        "train_micro_batch_size_per_gpu": settings.bags_per_rank,
+        "gradient_accumulation_steps": settings.accumulation,
+        "train_batch_size": settings.bags_per_rank * settings.accumulation * world_size,
+        "gradient_clipping": settings.max_grad_norm,
+        "optimizer.params.lr": settings.learning_rate,
+        "optimizer.params.weight_decay": settings.weight_decay,
+        "bf16.enabled": settings.mixed_precision == "bf16",
+        "fp16.enabled": settings.mixed_precision == "fp16",
+    }
+    filled = fill_auto(config, values)
+    cpu.use_torch_adam(filled)
+    return DeepSpeedPlugin(hf_ds_config=filled)
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, settings: EngineSettings) -> tuple[nn.Module, Any]:
+    """Wrap the model for the engine and build its optimizer over the parameters that are trained.
+
+    Returns:
+        (model, optimizer): the DeepSpeed engine, DDP or the module itself, and the optimizer whose `param_groups` hold
+        the learning rate.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and "optimizer" in plugin.deepspeed_config:
+        optimizer: Any = DummyOptim(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    else:
+        optimizer = OPTIMIZERS[settings.optimizer](
+            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    logger.info(
+        "engine: %s, %d process(es) on %s, precision %s",
+        _describe(accelerator),
+        accelerator.num_processes,
+        accelerator.device,
+        accelerator.mixed_precision,
+    )
+    return model, optimizer
+
+
+def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
+    """Set the floating buffers (BatchNorm's running statistics) of every rank to their mean over the ranks, in place.
+
+    Each rank tracks the bags it saw, and only rank 0's would be saved: without this, ranks evaluate different models,
+    and a resumed run differs from an uninterrupted one. One all-reduce a buffer; the identity on one rank.
+    """
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(accelerator.reduce(buffer.detach().clone(), "mean"))
+
+
+def _describe(accelerator: Accelerator) -> str:
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        return accelerator.distributed_type.value.replace("_", " ").lower()
+    zero = plugin.deepspeed_config.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer", {}).get("device", "none")
+    return f"DeepSpeed ZeRO stage {zero.get('stage', 0)}, optimizer offload {offload}"

@@ -1,0 +1,55 @@
+"""What DeepSpeed and Accelerate need on a machine without a GPU, in one place.
+
+Each entry says what happens without it. All are no-ops where there is a GPU.
+"""
+
+import os
+import socket
+from typing import Any
+
+import torch
+
+from ds_wsi.runtime.log import logger
+
+
+def without_gpu() -> bool:
+    """Whether this process has no CUDA device."""
+    return not torch.cuda.is_available()
+
+
+def skip_shm_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives (a minute, and a compiler), which gloo replaces."""
+    if without_gpu():
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def use_torch_adam(config: dict[str, Any]) -> None:
+    """Keep DeepSpeed from compiling CPUAdam or FusedAdam (1.5 minutes each): torch's Adam, in place in `config`."""
+    if not without_gpu():
+        return
+    optimizer = config.get("optimizer", {})
+    if optimizer.get("type", "").lower() in ("adam", "adamw"):
+        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
+        logger.info("no GPU: optimizer.params.torch_adam = true, so that no DeepSpeed op is compiled")
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def set_single_process_variables() -> None:
+    """Name this process the only rank where no launcher did; DeepSpeed otherwise asks for mpi4py."""
+    if "RANK" in os.environ:
+        return
+    # A free port, so that two runs on one machine do not meet.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_SIZE="1",
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )

@@ -1,0 +1,89 @@
+"""The DeepSpeed JSON, its "auto" values filled from the run's settings; whole parameters at any ZeRO stage."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SECTION = "ds_wsi"
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON.
+
+    Raises:
+        ValueError: missing, not JSON (with the place), or not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"the DeepSpeed config must be a file, got {path} (missing). HINT: check --deepspeed.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"the DeepSpeed config must be JSON, got {error.msg} ({path}, line {error.lineno}, column {error.colno})"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"the DeepSpeed config must be a JSON object, got {type(config).__name__} ({path})")
+    return config
+
+
+def fill_auto(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return `config` with the run's settings in place of "auto" and of absent keys.
+
+    Args:
+        config: of DeepSpeed.
+        values: dotted key -> the run's value. Optimizer keys are filled only where the section is there.
+
+    Raises:
+        ValueError: the config fixes a key to another value than the run's; names the key and both.
+    """
+    filled = json.loads(json.dumps(config))
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        if parents and parents[0] not in filled:
+            continue
+        place = filled
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        present = place.get(leaf, "auto")
+        if present not in ("auto", value):
+            raise ValueError(
+                f'{key} of the DeepSpeed config must be "auto" or the run\'s value, {value}, got {present}. '
+                'HINT: write "auto", or give the command-line option the same value.'
+            )
+        place[leaf] = value
+    return filled
+
+
+def is_zero3(model: nn.Module) -> bool:
+    """Whether the parameters of `model` are partitioned over the ranks by ZeRO-3."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Whole parameters and buffers on the CPU, floating ones in float32, at every ZeRO stage and under DDP.
+
+    Every rank gets them. At ZeRO-3 one parameter at a time is gathered (one all-gather each), so that the device
+    never holds the whole model.
+
+    Args:
+        model: the unwrapped module, whose names the keys are.
+    """
+    partitioned = is_zero3(model)
+    own = dict(model.named_parameters())
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        with _gathered(own[name]) if partitioned and name in own else nullcontext():
+            copy = value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+        state[name] = copy
+    return state
+
+
+def _gathered(parameter: nn.Parameter) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])

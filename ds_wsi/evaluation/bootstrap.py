@@ -1,0 +1,220 @@
+"""Percentile bootstrap over slides, all resamples at once.
+
+A resample is a vector of counts: how often each slide was drawn. Every metric is then a function of the counts: a
+matrix product gives the confusion matrices, a sum over the sorted scores gives the AUC.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ds_wsi.evaluation.metrics import (
+    METRIC_NAMES,
+    FloatArray,
+    IntArray,
+    check_predictions,
+    slide_metrics,
+)
+
+CHUNK_ELEMENTS = 2**20  # counts held at once: 8 MiB an array, whatever the number of slides and resamples
+
+
+@dataclass(frozen=True)
+class MetricInterval:
+    """A metric of the test slides and its bootstrap interval.
+
+    Attributes:
+        value: on the slides themselves; NaN where undefined.
+        low, high: the interval's ends; NaN where no resample defines the metric.
+        n_resamples_used: resamples on which the metric is defined.
+        confidence: the interval's level, in (0, 1).
+    """
+
+    value: float
+    low: float
+    high: float
+    n_resamples_used: int
+    confidence: float = 0.95
+
+
+def bootstrap_metrics(
+    labels: npt.ArrayLike,
+    probabilities: npt.ArrayLike,
+    n_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, MetricInterval]:
+    """Compute `slide_metrics` with a percentile bootstrap interval for each.
+
+    Slides are drawn with replacement, as many as there are; a resample on which a metric is undefined (one class
+    drawn only) is left out of that metric's interval. Slides of one patient are not independent: where patients have
+    several, the intervals are too narrow.
+
+    Args:
+        labels: integer [N], indices of the true classes.
+        probabilities: float [N, C], each row a distribution over the classes.
+        n_resamples: how many; the same seed gives the same ones.
+        confidence: the interval's level, in (0, 1).
+        seed: of the resampling.
+
+    Returns:
+        METRIC_NAMES -> interval.
+
+    Raises:
+        ValueError: n_resamples or confidence out of range; see also `slide_metrics`.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    if n_resamples < 1:
+        raise ValueError(f"n_resamples must be at least 1, got {n_resamples}. HINT: 2000 is usual.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}. HINT: 0.95 is usual.")
+    labels, probabilities = check_predictions(labels, probabilities)
+    values = slide_metrics(labels, probabilities)
+    parts = [
+        weighted_metrics(labels, probabilities, counts) for counts in resample_counts(len(labels), n_resamples, seed)
+    ]
+    samples = {name: np.concatenate([part[name] for part in parts]) for name in METRIC_NAMES}
+    return {name: _interval(values[name], samples[name], confidence) for name in METRIC_NAMES}
+
+
+def resample_counts(n_slides: int, n_resamples: int, seed: int) -> Iterator[IntArray]:
+    """Yield the resamples in chunks of bounded size: int64 [r, n_slides], each row summing to n_slides."""
+    generator = np.random.default_rng(seed)
+    rows = max(1, CHUNK_ELEMENTS // n_slides)
+    for start in range(0, n_resamples, rows):
+        shape = (min(rows, n_resamples - start), n_slides)
+        drawn = generator.integers(n_slides, size=shape)
+        drawn += np.arange(shape[0])[:, None] * n_slides  # a resample's own range, to count all at once
+        yield np.bincount(drawn.ravel(), minlength=shape[0] * n_slides).reshape(shape).astype(np.int64, copy=False)
+
+
+def weighted_metrics(labels: IntArray, probabilities: FloatArray, counts: IntArray) -> dict[str, FloatArray]:
+    """Compute `slide_metrics` of each resample.
+
+    Args:
+        labels: int64 [N].
+        probabilities: float64 [N, C].
+        counts: int64 [R, N], how often each resample holds each slide.
+
+    Returns:
+        METRIC_NAMES -> float64 [R], NaN where the resample leaves the metric undefined.
+    """
+    classes = probabilities.shape[1]
+    weights = counts.astype(np.float64)  # whole numbers: sums are exact
+    confusion = _confusion(labels, probabilities.argmax(axis=1), weights, classes)
+    present = confusion.sum(axis=2) > 0  # [R, C]
+    values = (
+        np.trace(confusion, axis1=1, axis2=2) / weights.sum(axis=1),
+        _balanced_accuracy(confusion, present),
+        _auc(labels, probabilities, weights, present),
+        _quadratic_weighted_kappa(confusion),
+        _f1(confusion),
+    )
+    return dict(zip(METRIC_NAMES, values, strict=True))
+
+
+def _confusion(labels: IntArray, predicted: IntArray, weights: FloatArray, classes: int) -> FloatArray:
+    cells = np.zeros((len(labels), classes * classes))  # [N, C * C], one-hot
+    cells[np.arange(len(labels)), labels * classes + predicted] = 1
+    return (weights @ cells).reshape(-1, classes, classes)  # [R, true, predicted]
+
+
+def _balanced_accuracy(confusion: FloatArray, present: npt.NDArray[np.bool_]) -> FloatArray:
+    recall = _divide(np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2))
+    return _mean_where(recall, present & (present.sum(axis=1, keepdims=True) > 1))
+
+
+def _auc(
+    labels: IntArray, probabilities: FloatArray, weights: FloatArray, present: npt.NDArray[np.bool_]
+) -> FloatArray:
+    classes = range(1, 2) if probabilities.shape[1] == 2 else range(probabilities.shape[1])
+    areas = np.stack([_one_vs_rest_auc(labels == index, probabilities[:, index], weights) for index in classes], axis=1)
+    return _mean_where(areas, present[:, classes] & np.isfinite(areas))
+
+
+def _one_vs_rest_auc(positive: npt.NDArray[np.bool_], scores: FloatArray, weights: FloatArray) -> FloatArray:
+    """Fraction of (positive, negative) pairs in the right order, equal scores counting one half: float64 [R]."""
+    order = np.argsort(scores, kind="stable")
+    firsts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # where each group of equal scores begins
+    ordered, is_positive = weights[:, order], positive[order]
+    positives = np.add.reduceat(ordered * is_positive, firsts, axis=1)  # [R, groups]
+    negatives = np.add.reduceat(ordered * ~is_positive, firsts, axis=1)
+    below = np.cumsum(negatives, axis=1) - negatives / 2
+    return _divide((positives * below).sum(axis=1), positives.sum(axis=1) * negatives.sum(axis=1))
+
+
+def _quadratic_weighted_kappa(confusion: FloatArray) -> FloatArray:
+    grades = np.arange(confusion.shape[1])
+    penalty = (grades[:, None] - grades[None, :]) ** 2
+    expected = confusion.sum(axis=2)[:, :, None] * confusion.sum(axis=1)[:, None, :]  # [R, C, C]
+    total = confusion.sum(axis=(1, 2))
+    return 1 - _divide(total * (penalty * confusion).sum(axis=(1, 2)), (penalty * expected).sum(axis=(1, 2)))
+
+
+def _f1(confusion: FloatArray) -> FloatArray:
+    # 2 TP / (2 TP + FP + FN) for each class; 0 / 0 where a class occurs nowhere.
+    scores = _divide(
+        2 * np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=1) + confusion.sum(axis=2)
+    )  # [R, C]
+    return scores[:, 1] if scores.shape[1] == 2 else _mean_where(scores, np.isfinite(scores))
+
+
+def _divide(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
+    """Divide; NaN where the denominator is zero."""
+    return np.divide(numerator, denominator, out=np.full_like(denominator, np.nan), where=denominator != 0)
+
+
+def _mean_where(values: FloatArray, chosen: npt.NDArray[np.bool_]) -> FloatArray:
+    """Mean of the chosen values of each row; NaN where none is."""
+    return _divide(np.where(chosen, values, 0.0).sum(axis=1), chosen.sum(axis=1).astype(np.float64))
+
+
+def _interval(value: float, samples: FloatArray, confidence: float) -> MetricInterval:
+    defined = samples[np.isfinite(samples)]
+    if not defined.size:
+        return MetricInterval(value, math.nan, math.nan, 0, confidence)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(defined, (tail, 1 - tail))
+    return MetricInterval(value, float(low), float(high), int(defined.size), confidence)
+
+
+def metrics_to_json(intervals: Mapping[str, MetricInterval]) -> dict[str, dict[str, float | int | None]]:
+    """Return the intervals as plain values for a JSON file; what is undefined is None, since JSON has no NaN."""
+    return {
+        name: {
+            "value": _none_if_nan(interval.value),
+            "low": _none_if_nan(interval.low),
+            "high": _none_if_nan(interval.high),
+            "confidence": interval.confidence,
+            "n_resamples_used": interval.n_resamples_used,
+        }
+        for name, interval in intervals.items()
+    }
+
+
+def _none_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def format_table(intervals: Mapping[str, MetricInterval]) -> str:
+    """Return the intervals as lines of text for a terminal."""
+    if not intervals:
+        return "no metrics"
+    confidence = next(iter(intervals.values())).confidence
+    width = max(map(len, [*intervals, "metric"]))
+    lines = [f"{'metric':<{width}}   value  {100 * confidence:g}% interval"]
+    for name, interval in intervals.items():
+        lines.append(f"{name:<{width}}  {_number(interval.value):>6}  {_range(interval)}")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _range(interval: MetricInterval) -> str:
+    return "undefined" if interval.n_resamples_used == 0 else f"[{interval.low:.3f}, {interval.high:.3f}]"

@@ -1,0 +1,340 @@
+"""The run as one HTML file that opens anywhere: no script, no font and no image from outside."""
+
+import base64
+import io
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ds_wsi.evaluation.bootstrap import MetricInterval
+from ds_wsi.runtime.files import write_text
+
+MAX_CURVES_PX = 1800  # the longer side
+# The longer side of a heat map: full size up to 40 of them, then smaller, so that the file stays near 10 MB.
+MAX_HEATMAP_PX, MIN_HEATMAP_PX, FULL_SIZE_HEATMAPS = 1400, 480, 40
+JPEG_QUALITY = 85
+
+METRIC_TITLES = {
+    "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "auc": "AUC",
+    "quadratic_weighted_kappa": "Quadratic weighted kappa",
+    "f1": "F1",
+}
+
+# Scripts, fonts and connections are refused by the browser too, should an escape ever be missed.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+STYLE = """
+:root { color-scheme: light dark;
+  --paper: #fdfdfc; --ink: #1d2125; --soft: #626a72; --line: #dcdfe2; --wash: #f3f4f5; --accent: #1f5f99;
+  --wrong: #a3301c; --wrong-wash: #fbeeea; }
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #15181b; --ink: #e4e6e8; --soft: #9aa3ab; --line: #33393f; --wash: #1e2226; --accent: #7db8ec;
+  --wrong: #f29c87; --wrong-wash: #3a211b; } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif; }
+h1, h2 { font-family: Charter, "Bitstream Charter", Georgia, "Noto Serif", "DejaVu Serif", serif; font-weight: 600;
+  line-height: 1.2; text-wrap: balance; overflow-wrap: anywhere; }
+h1 { margin: 0 0 .4rem; font-size: clamp(1.6rem, 5vw, 2.2rem); }
+h2 { margin: 3rem 0 .8rem; font-size: 1.3rem; }
+p { margin: 0 0 .9rem; max-width: 42rem; }
+.note { color: var(--soft); font-size: .9rem; }
+.prose { white-space: pre-line; overflow-wrap: anywhere; }
+a { color: var(--accent); text-underline-offset: .15em; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .42rem .9rem .42rem 0; text-align: left; vertical-align: baseline;
+  border-bottom: 1px solid var(--line); }
+th:last-child, td:last-child { padding-right: 0; }
+thead th { color: var(--soft); font-weight: 500; font-size: .82rem; white-space: nowrap;
+  border-bottom: 1px solid var(--soft); }
+tbody th { font-weight: 500; }
+.number { text-align: right; white-space: nowrap; }
+.headline tbody td.value { font-size: 1.15rem; font-weight: 600; }
+.bar { width: 34%; min-width: 9rem; padding-left: 1rem; }
+thead .bar { text-align: center; }
+.bar svg { display: block; width: 100%; height: .8rem; overflow: visible; }
+.predictions tbody th { white-space: nowrap; }
+.predicted { font-weight: 650; }
+.mark { display: inline-block; padding: 0 .5em; border: 1px solid transparent; border-radius: .25em;
+  color: var(--soft); }
+td .mark { margin-left: -.5em; }
+.wrong .mark { border-color: currentColor; background: var(--wrong-wash); color: var(--wrong); font-weight: 650; }
+dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; margin: 0; font-size: .92rem;
+  border-top: 1px solid var(--line); }
+dt, dd { margin: 0; padding: .36rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+dt { padding-right: 1.5rem; color: var(--soft); }
+figure { margin: 0 0 2rem; scroll-margin-top: 1rem; }
+figure:target figcaption { border-left: .25rem solid var(--accent); padding-left: .6rem; }
+figcaption { margin-bottom: .5rem; font-size: .92rem; overflow-wrap: anywhere; }
+figcaption strong { margin-right: .5em; }
+img { display: block; width: auto; max-width: 100%; height: auto; max-height: 44rem; padding: .5rem; background: #fff;
+  border: 1px solid var(--line); border-radius: .25rem; }
+@media (max-width: 36rem) {
+  body { padding: 1.5rem 1rem 3rem; }
+  dl { grid-template-columns: 1fr; }
+  dt { padding-bottom: 0; border-bottom: 0; font-size: .82rem; }
+  dd { padding-top: 0; }
+  .bar { display: none; }
+  .curves img { max-width: none; width: 40rem; }
+}
+@media print {
+  :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --wash: #fff; --accent: #000;
+    --wrong: #000; --wrong-wash: #fff; }
+  body { max-width: none; padding: 0; font-size: 10.5pt; }
+  .scroll, .curves { overflow: visible; }
+  .curves img { max-width: 100%; }
+  h2 { break-after: avoid; }
+  figure, tr { break-inside: avoid; }
+  img { border: 0; padding: 0; max-height: 17cm; }
+}
+"""
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    summary: Mapping[str, str],
+    intervals: Mapping[str, MetricInterval],
+    predictions: Sequence[Mapping[str, Any]],
+    curves_png: Path | None,
+    heatmaps: Sequence[tuple[str, Path]],
+    failures: Sequence[Mapping[str, Any]],
+    sections: Mapping[str, str] | None = None,
+) -> None:
+    """Write the report: metrics, settings, curves, predictions, heat maps and failed tiles on one offline page.
+
+    All text is escaped; images are embedded, heat maps as JPEG and smaller where there are many.
+
+    Args:
+        path: where to; written atomically.
+        title: of the page.
+        summary: settings and environment, name -> value.
+        intervals: metric name -> value and interval, as `bootstrap_metrics` returns them.
+        predictions: one a slide: slide_id, label and predicted (class names), probabilities {class name: float},
+            n_tiles, correct.
+        curves_png: the training curves, or None.
+        heatmaps: (slide_id, PNG) each.
+        failures: one a tile that could not be read, such as slide_id, x, y, reason; all of one form.
+        sections: heading -> plain text, put after the metrics; blank lines part paragraphs.
+
+    Raises:
+        FileNotFoundError: an image that is not there.
+    """
+    anchors = {slide_id: f"heatmap-{number}" for number, (slide_id, _) in enumerate(heatmaps)}
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        _metrics_section(intervals, len(predictions)),
+        *(_prose_section(heading, text) for heading, text in (sections or {}).items()),
+        _predictions_section(predictions, anchors),
+        _curves_section(curves_png),
+        _failures_section(failures),
+        _heatmaps_section(heatmaps, anchors, predictions),
+        _summary_section(summary),
+    ]
+    write_text(path, _page(title, "\n".join(part for part in body if part)))
+
+
+def _page(title: str, body: str) -> str:
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>"
+
+
+def _table(head: Iterable[str], rows: Iterable[str], kind: str = "") -> str:
+    """Join cells that are HTML already into a table that scrolls by itself on a narrow screen."""
+    lines = "\n".join(rows)
+    return (
+        f'<div class="scroll"><table class="{kind}">\n<thead><tr>{"".join(head)}</tr></thead>\n'
+        f"<tbody>\n{lines}\n</tbody>\n</table></div>"
+    )
+
+
+def _head(text: str, number: bool = False) -> str:
+    return f'<th scope="col"{_NUMBER if number else ""}>{escape(text)}</th>'
+
+
+_NUMBER = ' class="number"'
+
+
+def _metrics_section(intervals: Mapping[str, MetricInterval], slides: int) -> str:
+    if not intervals:
+        return _section("Metrics", "<p>No metric was computed.</p>")
+    confidence = next(iter(intervals.values())).confidence
+    lowest = -1.0 if any(min(interval.low, interval.value) < 0 for interval in intervals.values()) else 0.0
+    axis = f"{lowest:g} to 1"
+    head = [_head("Metric"), _head("Value", True), _head(f"{100 * confidence:g}% interval", True)]
+    head += [f'<th scope="col" class="bar">{axis}</th>', _head("Resamples", True)]
+    rows = [_metric_row(name, interval, lowest) for name, interval in intervals.items()]
+    note = (
+        f'<p class="note">Over {slides} slides. Intervals: percentile bootstrap over slides; resamples on which a '
+        "metric is undefined are left out of its interval.</p>"
+    )
+    return _section("Metrics", note + "\n" + _table(head, rows, "headline"))
+
+
+def _metric_row(name: str, interval: MetricInterval, lowest: float) -> str:
+    value = "undefined" if math.isnan(interval.value) else f"{interval.value:.3f}"
+    ends = "undefined" if math.isnan(interval.low) else f"{interval.low:.3f} to {interval.high:.3f}"
+    return (
+        f'<tr><th scope="row">{escape(METRIC_TITLES.get(name, name))}</th><td class="number value">{value}</td>'
+        f'<td class="number">{ends}</td><td class="bar">{_interval_bar(interval, lowest)}</td>'
+        f'<td class="number">{interval.n_resamples_used:,}</td></tr>'
+    )
+
+
+def _interval_bar(interval: MetricInterval, lowest: float) -> str:
+    """Draw the interval as a line with a dot on the scale from `lowest` to 1."""
+    if math.isnan(interval.value) or math.isnan(interval.low):
+        return ""
+    low, value, high = (100 * (end - lowest) / (1 - lowest) for end in (interval.low, interval.value, interval.high))
+    return (
+        '<svg aria-hidden="true"><line x1="0%" x2="100%" y1="50%" y2="50%" stroke="var(--line)"/>'
+        f'<line x1="{low:.2f}%" x2="{high:.2f}%" y1="50%" y2="50%" stroke="var(--accent)" stroke-width="3"/>'
+        f'<circle cx="{value:.2f}%" cy="50%" r="4.5" fill="var(--accent)"/></svg>'
+    )
+
+
+def _prose_section(heading: str, text: str) -> str:
+    paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
+    return _section(heading, "\n".join(f'<p class="prose">{escape(part)}</p>' for part in paragraphs))
+
+
+def _predictions_section(predictions: Sequence[Mapping[str, Any]], anchors: Mapping[str, str]) -> str:
+    if not predictions:
+        return _section("Predictions", "<p>No slide was predicted.</p>")
+    classes = list(dict.fromkeys(name for row in predictions for name in row["probabilities"]))
+    right = sum(bool(row["correct"]) for row in predictions)
+    head = [_head("Slide"), _head("Label"), _head("Predicted"), _head("Result")]
+    head += [*(_head(f"P({name})", True) for name in classes), _head("Tiles", True)]
+    rows = [_prediction_row(row, classes, anchors) for row in predictions]
+    note = f"<p>{right} of {len(predictions)} slides are predicted correctly.{_link_note(anchors)}</p>"
+    return _section("Predictions", note + "\n" + _table(head, rows, "predictions"))
+
+
+def _link_note(anchors: Mapping[str, str]) -> str:
+    return " A slide's name leads to its heat map." if anchors else ""
+
+
+def _prediction_row(row: Mapping[str, Any], classes: Sequence[str], anchors: Mapping[str, str]) -> str:
+    slide_id = str(row["slide_id"])
+    name = escape(slide_id)
+    if slide_id in anchors:
+        name = f'<a href="#{anchors[slide_id]}">{name}</a>'
+    kind, result = ("right", "correct") if row["correct"] else ("wrong", "wrong")
+    cells = [_probability(row, name) for name in classes]
+    return (
+        f'<tr class="{kind}"><th scope="row">{name}</th><td>{escape(str(row["label"]))}</td>'
+        f'<td>{escape(str(row["predicted"]))}</td><td><span class="mark">{result}</span></td>'
+        f'{"".join(cells)}<td class="number">{int(row["n_tiles"]):,}</td></tr>'
+    )
+
+
+def _probability(row: Mapping[str, Any], name: str) -> str:
+    value = row["probabilities"].get(name, math.nan)
+    kind = "number predicted" if name == row["predicted"] else "number"
+    return f'<td class="{kind}">{"" if math.isnan(value) else f"{value:.3f}"}</td>'
+
+
+def _curves_section(curves_png: Path | None) -> str:
+    if curves_png is None:
+        return ""
+    image = _image(curves_png, "PNG", MAX_CURVES_PX, "Losses and validation metrics over the epochs")
+    return _section("Training", f'<figure class="curves scroll">{image}</figure>')
+
+
+def _failures_section(failures: Sequence[Mapping[str, Any]]) -> str:
+    if not failures:
+        return _section("Failed tiles", "<p>No tile failed to read.</p>")
+    columns = list(dict.fromkeys(key for row in failures for key in row))
+    slides = len({str(row.get("slide_id")) for row in failures})
+    rows = [
+        "<tr>" + "".join(f"<td>{escape(str(row.get(key, '')))}</td>" for key in columns) + "</tr>" for row in failures
+    ]
+    note = (
+        f"<p>{len(failures):,} {_plural(len(failures), 'tile')} of {slides:,} {_plural(slides, 'slide')} could not be "
+        "read and took no part.</p>"
+    )
+    return _section("Failed tiles", note + "\n" + _table([_head(key.replace("_", " ")) for key in columns], rows))
+
+
+def _plural(count: int, noun: str) -> str:
+    return noun if count == 1 else noun + "s"
+
+
+def _heatmaps_section(
+    heatmaps: Sequence[tuple[str, Path]], anchors: Mapping[str, str], predictions: Sequence[Mapping[str, Any]]
+) -> str:
+    if not heatmaps:
+        return ""
+    outcomes = {str(row["slide_id"]): row for row in predictions}
+    longest = heatmap_side_px(len(heatmaps))
+    figures = [
+        f'<figure id="{anchors[slide_id]}"><figcaption><strong>{escape(slide_id)}</strong> '
+        f"{_outcome(outcomes.get(slide_id))}</figcaption>"
+        f"{_image(png, 'JPEG', longest, f'Attention over slide {slide_id}')}</figure>"
+        for slide_id, png in heatmaps
+    ]
+    note = (
+        '<p class="note">Left the slide, right the attention of its tiles. The colours rank the tiles of one slide: '
+        "two slides cannot be compared by them.</p>"
+    )
+    return _section("Heat maps", note + "\n" + "\n".join(figures))
+
+
+def heatmap_side_px(count: int) -> int:
+    """Return the longest side for each of `count` embedded heat maps, so that their total area stays bounded."""
+    side = MAX_HEATMAP_PX * math.sqrt(FULL_SIZE_HEATMAPS / max(count, FULL_SIZE_HEATMAPS))
+    return max(MIN_HEATMAP_PX, int(side))
+
+
+def _outcome(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    kind, result = ("right", "correct") if row["correct"] else ("wrong", "wrong")
+    label, predicted = escape(str(row["label"])), escape(str(row["predicted"]))
+    return f'<span class="{kind}">{label}, predicted {predicted} <span class="mark">{result}</span></span>'
+
+
+def _summary_section(summary: Mapping[str, str]) -> str:
+    pairs = "\n".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in summary.items())
+    return _section("Run", f"<dl>\n{pairs}\n</dl>") if summary else ""
+
+
+def _image(path: Path, kind: str, longest_px: int, description: str) -> str:
+    """Embed an image, reduced to `longest_px` where it is larger."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=JPEG_QUALITY, optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return (
+        f'<img width="{image.width}" height="{image.height}" alt="{escape(description)}" '
+        f'src="data:image/{kind.lower()};base64,{data}">'
+    )

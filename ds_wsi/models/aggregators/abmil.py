@@ -1,0 +1,50 @@
+"""Attention pooling over the instances of a bag.
+
+Source: Ilse, Tomczak, Welling, "Attention-based Deep Multiple Instance Learning", ICML 2018, equations 7 to 9.
+"""
+
+from torch import Tensor, nn
+
+from ds_wsi.models.output import SlideOutput
+from ds_wsi.stacking.segment_ops import segment_softmax, segment_sum
+from ds_wsi.stacking.stacked_bags import StackedBags
+
+
+class ABMIL(nn.Module):
+    """a_k = softmax_k(w^T tanh(V h_k)), z = sum_k a_k h_k, logits = W z (equations 7 and 8).
+
+    Args:
+        in_dim: width D of the features.
+        num_classes: C.
+        hidden_dim: width of the attention's hidden layer.
+        dropout: of the pooled feature z, in training.
+    """
+
+    gated = False
+
+    def __init__(self, in_dim: int, num_classes: int, hidden_dim: int = 128, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention_v = nn.Linear(in_dim, hidden_dim)
+        self.attention_u = nn.Linear(in_dim, hidden_dim) if self.gated else None
+        self.attention_w = nn.Linear(hidden_dim, 1)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(in_dim, num_classes)
+
+    def forward(self, bags: StackedBags) -> SlideOutput:
+        """Pool features [sum N, D] to logits [B, C] and attention [sum N]."""
+        attention = segment_softmax(self.scores(bags.values), bags.cu_seqlens)  # [sum N, 1]
+        pooled = segment_sum(attention * bags.values, bags.cu_seqlens)  # [B, D]
+        return SlideOutput(self.classifier(self.dropout(pooled)), attention.squeeze(-1))
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Attention scores before the softmax: [N, 1]."""
+        hidden = self.attention_v(features).tanh()
+        if self.attention_u is not None:
+            hidden = hidden * self.attention_u(features).sigmoid()  # Eq. 9
+        return self.attention_w(hidden)
+
+
+class GatedABMIL(ABMIL):
+    """a_k = softmax_k(w^T (tanh(V h_k) * sigmoid(U h_k))) (equation 9)."""
+
+    gated = True

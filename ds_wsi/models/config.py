@@ -1,0 +1,89 @@
+"""What is needed to rebuild a model: its sizes and names, read from and written to config.json."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors.torch import load_file
+
+from ds_wsi.models.aggregators import build_aggregator
+from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, build_encoder
+from ds_wsi.models.slide_model import SlideModel
+from ds_wsi.runtime.files import write_json
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A SlideModel's names and sizes.
+
+    Args:
+        encoder: a timm model's name.
+        aggregator: a key of `AGGREGATORS`.
+        classes: the class names, in the order of the logits.
+        tiling: the fields of the TilingPolicy of the tiles it was trained on; evaluation tiles slides the same way.
+        mean, std: of the input's channels.
+        dropout: of the aggregator.
+    """
+
+    encoder: str
+    aggregator: str
+    classes: tuple[str, ...]
+    tiling: dict[str, Any]
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    dropout: float = 0.0
+
+    @property
+    def tile_size_px(self) -> int:
+        """Side of the tiles."""
+        return int(self.tiling["tile_size_px"])
+
+    def write(self, path: str | Path) -> None:
+        """Write config.json atomically."""
+        write_json(path, {"format": "ds_wsi.SlideModel", "version": 1, **asdict(self)})
+
+    @classmethod
+    def read(cls, path: str | Path) -> "ModelConfig":
+        """Read config.json.
+
+        Raises:
+            ValueError: the file is missing, of another format or version, or lacks a key.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"the model's folder must hold config.json, got none at {path}")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("format", None) != "ds_wsi.SlideModel" or values.pop("version", None) != 1:
+            raise ValueError(f"config.json must be of format ds_wsi.SlideModel version 1, got another ({path})")
+        known = {field.name for field in fields(cls)}
+        if set(values) != known:
+            raise ValueError(f"config.json must hold the keys {sorted(known)}, got {sorted(values)} ({path})")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def build_model(config: ModelConfig, encoder_weights: str | Path | None = None) -> SlideModel:
+    """Build the SlideModel that `config` describes, with random weights but for the encoder's where given."""
+    encoder = build_encoder(config.encoder, encoder_weights, **_input_size(config))
+    aggregator = build_aggregator(config.aggregator, encoder.num_features, len(config.classes), dropout=config.dropout)
+    return SlideModel(encoder, aggregator, config.mean, config.std)
+
+
+def load_model(directory: str | Path) -> tuple[SlideModel, ModelConfig]:
+    """Rebuild an exported model from a folder's config.json and model.safetensors, in evaluation mode."""
+    directory = Path(directory)
+    config = ModelConfig.read(directory / "config.json")
+    model = build_model(config)
+    weights = directory / "model.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"the model's folder must hold model.safetensors, got none at {weights}")
+    model.load_state_dict(load_file(weights))
+    return model.eval(), config
+
+
+def _input_size(config: ModelConfig) -> dict[str, object]:
+    # Models with position embeddings are built for one input size; convolutional ones take any and refuse the option.
+    entry = timm.models.model_entrypoint(config.encoder) if timm.is_model(config.encoder) else None
+    fixed = entry is not None and timm.get_pretrained_cfg(config.encoder, allow_unregistered=True)
+    return {"img_size": config.tile_size_px} if fixed and fixed.fixed_input_size else {}

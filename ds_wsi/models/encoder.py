@@ -1,0 +1,80 @@
+"""Tile encoders: any timm model by name, with weights from a local file."""
+
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ds_wsi.runtime.log import logger
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def build_encoder(name: str, weights: str | Path | None = None, **options: object) -> nn.Module:
+    """Build a timm model without its classifier: tiles [N, 3, S, S] -> features [N, num_features].
+
+    Args:
+        name: a timm model's name, such as `resnet18` or `vit_tiny_patch16_224`.
+        weights: a local `.safetensors` file or timm checkpoint; None starts from random weights.
+        options: passed to `timm.create_model`.
+
+    Raises:
+        ValueError: timm has no model of this name, or the weights do not fit it.
+    """
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name[:8]}*")[:5]
+        raise ValueError(f"encoder must be a timm model's name, got {name!r}. HINT: did you mean one of {near}?")
+    encoder = timm.create_model(name, pretrained=False, num_classes=0, **options)
+    if weights is not None:
+        load_encoder_weights(encoder, weights)
+    return encoder
+
+
+def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
+    """Load a local file's tensors into `encoder`, in place; what the file holds beyond the encoder is logged.
+
+    Raises:
+        ValueError: the file is missing, lacks parameters of the encoder, or holds them in other shapes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"encoder weights must be a file, got {path} (missing). HINT: check --encoder_weights.")
+    state = _read_state(path)
+    wanted = encoder.state_dict()
+    missing = [key for key in wanted if key not in state]
+    misfits = [
+        f"{key} {list(state[key].shape)} for {list(value.shape)}"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if missing or misfits:
+        raise ValueError(
+            f"encoder weights must fit the encoder, got {path} with {len(missing)} of {len(wanted)} tensors missing "
+            f"({', '.join(missing[:3])}) and {len(misfits)} of another shape ({', '.join(misfits[:3])}). "
+            "HINT: --encoder must name the architecture that the file was saved from."
+        )
+    unused = [key for key in state if key not in wanted]
+    if unused:
+        logger.info("%s: %d tensors are not the encoder's and were left out (%s)", path, len(unused), unused[:3])
+    encoder.load_state_dict({key: state[key] for key in wanted})
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for wrapper in ("state_dict", "model"):  # the names timm and most training scripts nest weights under
+            state = state.get(wrapper, state)
+    # A SlideModel's own export serves as well.
+    prefix = "encoder."
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return own or state
+
+
+def freeze(module: nn.Module) -> None:
+    """Stop training `module`: no gradients; `SlideModel` then keeps a frozen encoder in evaluation mode."""
+    module.requires_grad_(False)

@@ -1,0 +1,78 @@
+"""Encoder and aggregator as one module."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD
+from ds_wsi.models.output import SlideOutput
+from ds_wsi.stacking.stacked_bags import StackedBags
+
+
+class SlideModel(nn.Module):
+    """Bags of tiles (or of features) to slide predictions, trained end to end.
+
+    The encoder sees one bag at a time, so that train-mode BatchNorm has the bag as its population, as in training
+    with batch size 1: a bag's gradient does not depend on what it was stacked with.
+
+    Args:
+        encoder: tiles [N, 3, S, S] -> features [N, D].
+        aggregator: StackedBags of features -> SlideOutput.
+        mean, std: of the channels in [0, 1], for uint8 tiles; floating tiles are taken as normalised.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        aggregator: nn.Module,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.aggregator = aggregator
+        # Not part of the weights: config.json holds them.
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def encoder_is_frozen(self) -> bool:
+        """Whether no parameter of the encoder is trained."""
+        return not any(parameter.requires_grad for parameter in self.encoder.parameters())
+
+    def train(self, mode: bool = True) -> "SlideModel":
+        """Set the mode; a frozen encoder stays in evaluation mode, its BatchNorm statistics are frozen too."""
+        super().train(mode)
+        if self.encoder_is_frozen:
+            self.encoder.eval()
+        return self
+
+    def forward(self, bags: StackedBags) -> SlideOutput:
+        """Predict from tiles (uint8 or floating [sum N, 3, S, S]) or from features (floating [sum N, D])."""
+        if bags.values.dim() == 2:
+            return self.aggregator(bags)
+        features = [self.encode(tiles) for tiles in bags.split()]
+        return self.aggregator(bags.with_values(torch.cat(features)))
+
+    def encode(self, tiles: Tensor) -> Tensor:
+        """Features [N, D] of tiles [N, 3, S, S], in the dtype of the aggregator's parameters."""
+        with torch.no_grad() if self.encoder_is_frozen else nullcontext():
+            return self.encoder(self.normalise(tiles))
+
+    def normalise(self, tiles: Tensor) -> Tensor:
+        """uint8 tiles to the encoder's normalised input, on the tiles' device; floating tiles pass."""
+        if tiles.dtype != torch.uint8:
+            return tiles
+        # Float32 first: in half precision x / 255 would round before the mean is taken off.
+        scaled = (tiles.float() / 255 - self.mean.float()) / self.std.float()
+        return scaled.to(self.aggregator_dtype)
+
+    @property
+    def aggregator_dtype(self) -> torch.dtype:
+        """The dtype of the aggregator's parameters, which an engine in bf16 or fp16 has changed."""
+        return next(self.aggregator.parameters()).dtype

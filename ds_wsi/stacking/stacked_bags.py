@@ -1,0 +1,69 @@
+"""Bags of different length concatenated along the instances, never padded."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class StackedBags(NamedTuple):
+    """Several bags in one tensor, in the variable-length convention of FlashAttention.
+
+    A named tuple, so that DDP, DeepSpeed and FSDP2 move, cast and hook its tensors as they do a tuple's.
+
+    Attributes:
+        values: [sum N, ...], tiles (uint8 [sum N, 3, S, S]) or features (floating [sum N, D]).
+        cu_seqlens: int64 [B + 1], bag b holds rows cu_seqlens[b] to cu_seqlens[b + 1].
+    """
+
+    values: Tensor
+    cu_seqlens: Tensor
+
+    @property
+    def n_bags(self) -> int:
+        """The number of bags, B (`len` is the tuple's, 2)."""
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Instances in each bag: int64 [B]."""
+        return self.cu_seqlens.diff()
+
+    def split(self) -> tuple[Tensor, ...]:
+        """The bags as views [N_b, ...]; waits for the device once, for the lengths."""
+        return self.values.split(self.lengths.tolist())
+
+    def with_values(self, values: Tensor) -> "StackedBags":
+        """The same bags holding other values [sum N, ...], such as the features of their tiles."""
+        if len(values) != len(self.values):
+            raise ValueError(f"values must have one row an instance, {len(self.values)}, got {len(values)}")
+        return StackedBags(values, self.cu_seqlens)
+
+    def to(self, device: torch.device | str) -> "StackedBags":
+        """Copy both tensors to `device`."""
+        return StackedBags(self.values.to(device, non_blocking=True), self.cu_seqlens.to(device, non_blocking=True))
+
+
+def stack_bags(bags: Sequence[Tensor]) -> StackedBags:
+    """Concatenate bags [N_i, ...] of one dtype, device and trailing shape.
+
+    Returns:
+        StackedBags with values [sum N, ...] and cu_seqlens int64 [B + 1] on the bags' device.
+
+    Raises:
+        ValueError: no bag, a bag without instances, or bags that do not fit together.
+    """
+    if not bags:
+        raise ValueError("bags must hold at least one bag, got none")
+    first = bags[0]
+    for index, bag in enumerate(bags):
+        if bag.dim() < 2 or bag.shape[0] == 0:
+            raise ValueError(f"bag {index} must be [N, ...] with N >= 1, got shape {list(bag.shape)}")
+        if bag.shape[1:] != first.shape[1:] or bag.dtype != first.dtype or bag.device != first.device:
+            raise ValueError(
+                f"bag {index} must match bag 0 ({list(first.shape[1:])}, {first.dtype}, {first.device}), "
+                f"got {list(bag.shape[1:])}, {bag.dtype}, {bag.device}"
+            )
+    ends = torch.tensor([0, *(len(bag) for bag in bags)], dtype=torch.int64).cumsum(0)
+    return StackedBags(torch.cat(list(bags)), ends.to(first.device))

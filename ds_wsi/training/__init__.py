@@ -1,0 +1,1 @@
+"""The loop: settings, steps, checkpoints."""

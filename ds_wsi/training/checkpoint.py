@@ -1,0 +1,131 @@
+"""Checkpoints that are whole or absent, and known to be whole before they are loaded.
+
+A checkpoint is written under a temporary name, listed file by file with size and SHA-256, synced and renamed. One whose
+files do not match the list is named, passed over and kept; the one before it is used.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ds_wsi.engines.accelerate import Accelerator
+from ds_wsi.runtime.files import sync_directory, sync_file, write_json
+from ds_wsi.runtime.log import logger
+
+FILE_LIST = "files.json"
+STATE = "state.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint after `step` optimizer steps, as the HF Trainer names it."""
+    return f"checkpoint-{step}"
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write the engine's state and the run's `state` (JSON), then delete all but the newest `keep` checkpoints.
+
+    Collective: every rank calls it; the ranks write their shards side by side.
+    """
+    final = output_dir / checkpoint_name(step)
+    temporary = output_dir / f".{final.name}.tmp"
+    if accelerator.is_main_process and temporary.exists():
+        shutil.rmtree(temporary)  # of a process that was killed while it wrote
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(temporary / STATE, state)
+        seal(temporary)
+        if final.exists():
+            shutil.rmtree(final)  # a torn one that was passed over, now reached again
+        temporary.rename(final)
+        sync_directory(output_dir)
+        for old in list_checkpoints(output_dir)[keep:]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:
+    """Load the engine's state from a checkpoint that `verify` found whole, and return the run's."""
+    accelerator.load_state(str(checkpoint))
+    return read_state(checkpoint)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The run's state of a checkpoint."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
+    """The checkpoint to resume from: a folder's path, or with "latest" the newest whole one of `output_dir`.
+
+    Raises:
+        ValueError: a named checkpoint is missing or torn, or all of a run's are torn; says which file and why.
+    """
+    if wanted != "latest":
+        checkpoint = Path(wanted)
+        problem = verify(checkpoint)
+        if problem:
+            raise ValueError(
+                f"--resume_from_checkpoint must be a whole checkpoint, got {checkpoint}: {problem}. "
+                "HINT: without a path the newest whole checkpoint of --output_dir is used."
+            )
+        return checkpoint
+    candidates = list_checkpoints(output_dir)
+    for candidate in candidates:
+        problem = verify(candidate)
+        if problem is None:
+            return candidate
+        logger.warning("%s is torn (%s): the checkpoint before it is used", candidate, problem)
+    if candidates:
+        raise ValueError(
+            f"{output_dir} must hold a whole checkpoint, all {len(candidates)} are torn. "
+            "HINT: start again with another --output_dir."
+        )
+    logger.info("no checkpoint in %s yet: starting from the beginning", output_dir)
+    return None
+
+
+def seal(directory: Path) -> None:
+    """List every file below `directory` with its size and SHA-256, and sync them all to the disk."""
+    listed = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        listed[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        sync_file(path)
+    write_json(directory / FILE_LIST, listed)
+
+
+def verify(directory: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    if not (directory / FILE_LIST).is_file():
+        return f"{FILE_LIST} is missing"
+    try:
+        listed = json.loads((directory / FILE_LIST).read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{FILE_LIST} is not JSON"
+    for name, entry in listed.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if _sha256(path) != entry["sha256"]:
+            return f"{name} has another SHA-256 than listed"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,192 @@
+"""The loop: epochs of optimizer steps over bags, each epoch validated, recorded and checkpointed."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ds_wsi.bags.augment import augment_bag
+from ds_wsi.bags.bag import Bag, read_bags
+from ds_wsi.bags.sampler import StepPlan, plan_epoch, steps_per_epoch
+from ds_wsi.engines.accelerate import average_buffers
+from ds_wsi.engines.deepspeed import full_state_dict
+from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.memory import peak_memory_bytes
+from ds_wsi.runtime.seeding import seed_step
+from ds_wsi.stacking.stacked_bags import stack_bags
+from ds_wsi.training.optim import learning_rate_at
+from ds_wsi.training.outcome import best_entry, export, finish, validate
+from ds_wsi.training.run import Run, prepare_run, resume, save
+from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.step import bag_weight, idle_loss, stack_loss
+
+
+def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train, evaluate on the test split and write the run's folder.
+
+    Collective: every process of the launcher calls it with the same settings.
+
+    Args:
+        settings: of the run.
+        deepspeed_config: the DeepSpeed JSON, or None for DDP or one process.
+
+    Returns:
+        On the main process the test metrics with their intervals, and the run's folder; elsewhere an empty dict.
+
+    Raises:
+        ManifestError: lists everything that is wrong with the cohort, before anything is trained.
+        ValueError: settings that contradict each other, or a checkpoint that is torn.
+    """
+    started = time.perf_counter()
+    run = prepare_run(settings, deepspeed_config)
+    try:
+        resume(run)
+        _train_epochs(run)
+        results = finish(run, started)
+    finally:
+        run.accelerator.end_training()
+    return results
+
+
+def _epoch_plan(run: Run, epoch: int) -> tuple[StepPlan, ...]:
+    slides = len(run.cohort.rows("train"))
+    return plan_epoch(slides, seed=run.settings.run.seed, epoch=epoch, **run.epoch_layout)
+
+
+def _slides_to_read(run: Run) -> Iterator[int]:
+    """Every slide this rank trains on from here to the end, in order: what the workers read ahead."""
+    rows, rank = run.cohort.rows("train"), run.accelerator.process_index
+    first, skip = run.progress.epoch, run.progress.step_in_epoch
+    for epoch in range(first, run.settings.optim.num_train_epochs):
+        for step in _epoch_plan(run, epoch)[skip:]:
+            for ranks in step.micro_steps:
+                yield from (rows[slide] for slide in ranks[rank])
+        skip = 0
+
+
+def _train_epochs(run: Run) -> None:
+    epochs = run.settings.optim.num_train_epochs
+    cohort = run.cohort
+    bags = read_bags(
+        cohort.manifest.slides, cohort.grids, _slides_to_read(run), run.settings.policies.reading, run.failures
+    )
+    while run.progress.epoch < epochs:
+        entry = _train_epoch(run, bags)
+        average_buffers(run.accelerator, run.module)
+        entry |= validate(run)
+        _end_epoch(run, entry)
+        save(run)
+
+
+def _train_epoch(run: Run, bags: Iterator[Bag]) -> dict[str, float]:
+    progress, optim = run.progress, run.settings.optim
+    plan = _epoch_plan(run, progress.epoch)
+    total = optim.num_train_epochs * steps_per_epoch(len(run.cohort.rows("train")), **run.epoch_layout)
+    run.model.train()
+    tiles_read, start, rate = 0, time.perf_counter(), 0.0
+    bar = tqdm(
+        total=sum(step.n_bags for step in plan),
+        initial=sum(step.n_bags for step in plan[: progress.step_in_epoch]),
+        desc=f"epoch {progress.epoch + 1}/{optim.num_train_epochs}",
+        unit="slide",
+        mininterval=0.5,
+        disable=not run.accelerator.is_main_process,
+    )
+    with bar:
+        for step in plan[progress.step_in_epoch :]:
+            rate_now = learning_rate_at(
+                progress.global_step,
+                total_steps=total,
+                peak=optim.learning_rate,
+                schedule=optim.lr_scheduler_type,
+                warmup_steps=optim.warmup_steps,
+            )
+            loss, tiles = _train_step(run, step, bags, rate_now)
+            tiles_read += tiles
+            progress.global_step += 1
+            progress.step_in_epoch += 1
+            progress.loss_sum += loss
+            progress.bags_seen += step.n_bags
+            rate = tiles_read / (time.perf_counter() - start)
+            peak = peak_memory_bytes(run.device)
+            bar.update(step.n_bags)
+            bar.set_postfix_str(
+                f"loss {progress.loss_sum / progress.bags_seen:.3f}, {rate:.0f} tiles/s, {peak / 2**30:.2f} GiB"
+            )
+            run.accelerator.log(
+                {
+                    "train/loss": loss / step.n_bags,
+                    "train/learning_rate": rate_now,
+                    "train/tiles_per_second": rate,
+                    "train/peak_memory_bytes": peak,
+                },
+                step=progress.global_step,
+            )
+            save_steps = run.settings.run.save_steps
+            if save_steps and progress.global_step % save_steps == 0 and progress.step_in_epoch < len(plan):
+                save(run)
+    return {
+        "epoch": progress.epoch,
+        "train_loss": progress.loss_sum / progress.bags_seen,
+        "learning_rate": rate_now if plan else 0.0,
+        "tiles_per_second": rate,
+        "peak_memory_bytes": float(peak_memory_bytes(run.device)),
+    }
+
+
+def _train_step(run: Run, step: StepPlan, bags: Iterator[Bag], learning_rate: float) -> tuple[float, int]:
+    """One optimizer step; returns the sum of its bags' losses and its tiles, over all ranks."""
+    accelerator, rank = run.accelerator, run.accelerator.process_index
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    seed_step(run.settings.run.seed, run.progress.global_step, rank)
+    weight = bag_weight(step.n_bags, accelerator.num_processes, len(step.micro_steps))
+    loss_sum, tiles = torch.zeros((), device=run.device), 0
+    for ranks in step.micro_steps:
+        with accelerator.accumulate(run.model):
+            loss, n_tiles = _micro_loss(run, [next(bags) for _ in ranks[rank]])
+            accelerator.backward(loss * weight)
+            loss_sum += loss.detach()
+            tiles += n_tiles
+            if accelerator.sync_gradients and run.settings.optim.max_grad_norm > 0:
+                accelerator.clip_grad_norm_(run.module.parameters(), run.settings.optim.max_grad_norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    totals = accelerator.reduce(torch.stack([loss_sum, torch.tensor(float(tiles), device=run.device)]), "sum")
+    return float(totals[0]), int(totals[1])
+
+
+def _micro_loss(run: Run, bags: list[Bag]) -> tuple[torch.Tensor, int]:
+    """The sum of this rank's bags' losses, and its tiles."""
+    policies, seed = run.settings.policies, run.settings.run.seed
+    if not bags:
+        return idle_loss(run.model, policies.tiling.tile_size_px, run.device), 0
+    tiles = [
+        augment_bag(
+            bag.tiles.to(run.device, non_blocking=True), policies.augment, (seed, run.progress.epoch, bag.slide)
+        )
+        for bag in bags
+    ]
+    labels = torch.tensor([run.cohort.manifest.slides[bag.slide].label for bag in bags], device=run.device)
+    return stack_loss(run.model(stack_bags(tiles)), labels), sum(map(len, tiles))
+
+
+def _end_epoch(run: Run, entry: dict[str, float]) -> None:
+    """Record the epoch, and export the weights where they are the best so far."""
+    progress, metric = run.progress, f"eval_{run.settings.run.metric_for_best_model}"
+    progress.history.append(entry)
+    best = best_entry(progress.history, metric)
+    state = full_state_dict(run.module)  # collective: on every rank
+    if best is entry:
+        progress.best_epoch = progress.epoch
+        if run.accelerator.is_main_process:
+            export(run, state)
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in entry.items() if key not in ("epoch", "peak_memory_bytes"))
+    logger.info("epoch %d: %s%s", progress.epoch + 1, shown, " (best so far)" if best is entry else "")
+    evaluated = {f"eval/{key[5:]}": value for key, value in entry.items() if key.startswith("eval_")}
+    run.accelerator.log({**evaluated, "epoch": progress.epoch + 1}, step=progress.global_step)
+    progress.epoch += 1
+    progress.step_in_epoch = 0
+    progress.loss_sum, progress.bags_seen = 0.0, 0

@@ -1,0 +1,116 @@
+"""The command line's options: each sets one field of the settings, and only those given override the JSON."""
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from ds_wsi.config import SECTION, DsWsiConfig, read_section
+from ds_wsi.engines.deepspeed import read_config
+from ds_wsi.evaluation.metrics import METRIC_NAMES
+from ds_wsi.models import AGGREGATORS
+from ds_wsi.training.optim import SCHEDULES
+from ds_wsi.training.settings import TrainSettings
+
+DEMO_TILE_SIZE_PX = 64  # what the demo cohort's regions were drawn for
+FLAG = "flag"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+# (option, field, type or choices, help); a field is "group.name" of TrainSettings, or "policies.policy.name".
+OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
+    ("manifest", "data.manifest", str, "CSV (or JSON, Parquet, saved dataset) of slides; without it the demo's"),
+    ("demo_dir", "data.demo_dir", str, "where the demo slides are kept"),
+    ("tiles_dir", "data.tiles_dir", str, "where tile grids are kept (default: in the run's folder)"),
+    ("classes", "data.classes", _names, "class names in the order of the logits, comma-separated"),
+    ("slide_mpp", "data.slide_mpp", float, "um/px of slides that do not tell theirs"),
+    ("tile_size_px", "policies.tiling.tile_size_px", int, "side of a tile"),
+    ("mpp", "policies.tiling.mpp", float, "um/px at which tiles are read (0.5 is 20x)"),
+    ("min_tissue_fraction", "policies.tiling.min_tissue_fraction", float, "of a tile's area"),
+    ("dataloader_num_workers", "policies.reading.workers", int, "processes that read tiles"),
+    ("max_failed_fraction", "policies.reading.max_failed_fraction", float, "of tiles that may fail to read"),
+    ("augment_colour", "policies.augment.colour", float, "largest relative change of a channel, one draw a slide"),
+    ("encoder", "model.encoder", str, "a timm model's name"),
+    ("encoder_weights", "model.encoder_weights", str, "local .safetensors file or timm checkpoint"),
+    ("aggregator", "model.aggregator", tuple(AGGREGATORS), "MIL pooling"),
+    ("dropout", "model.dropout", float, "of the aggregator"),
+    ("freeze_encoder", "model.freeze_encoder", FLAG, "train the aggregator only"),
+    ("num_train_epochs", "optim.num_train_epochs", int, "passes over the training slides"),
+    ("per_device_train_batch_size", "optim.per_device_train_batch_size", int, "slides a process and micro-step"),
+    ("gradient_accumulation_steps", "optim.gradient_accumulation_steps", int, "micro-steps an optimizer step"),
+    ("learning_rate", "optim.learning_rate", float, "peak learning rate"),
+    ("weight_decay", "optim.weight_decay", float, "of the optimizer"),
+    ("optim", "optim.optim", ("adamw", "adam"), "optimizer; the DeepSpeed JSON's section decides where it has one"),
+    ("lr_scheduler_type", "optim.lr_scheduler_type", SCHEDULES, "schedule after the warm-up"),
+    ("warmup_steps", "optim.warmup_steps", int, "optimizer steps of linear warm-up"),
+    ("max_grad_norm", "optim.max_grad_norm", float, "0 clips nothing"),
+    ("bf16", "optim.bf16", FLAG, "bfloat16 mixed precision"),
+    ("fp16", "optim.fp16", FLAG, "float16 mixed precision"),
+    ("output_dir", "run.output_dir", str, "the run's folder (default: a new one below runs/)"),
+    ("seed", "run.seed", int, "of everything random"),
+    ("save_steps", "run.save_steps", int, "steps between checkpoints within an epoch; 0: ends of epochs only"),
+    ("save_total_limit", "run.save_total_limit", int, "checkpoints kept"),
+    ("metric_for_best_model", "run.metric_for_best_model", METRIC_NAMES, "validation metric that chooses the epoch"),
+    ("deepspeed", "run.deepspeed", str, 'a DeepSpeed JSON; its "ds_wsi" section sets the policies'),
+)
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    """Add every option, with underscores or dashes; what is not given is absent from the namespace."""
+    defaults = TrainSettings()
+    for name, place, kind, text in OPTIONS:
+        group, *_, leaf = place.split(".")
+        holder = getattr(defaults.policies, place.split(".")[1]) if group == "policies" else getattr(defaults, group)
+        default = getattr(holder, leaf)
+        if default is not None and kind != FLAG:
+            text = f"{text} (default: {default})"
+        how: dict[str, Any] = {"dest": place, "default": argparse.SUPPRESS, "help": text}
+        if kind == FLAG:
+            how["action"] = "store_true"
+        elif isinstance(kind, tuple):
+            how["choices"] = kind
+        else:
+            how |= {"type": kind, "metavar": leaf.upper()}
+        parser.add_argument(*spellings(name), **how)
+    parser.add_argument(
+        *spellings("resume_from_checkpoint"),
+        dest="run.resume_from_checkpoint",
+        nargs="?",
+        const="latest",
+        default=argparse.SUPPRESS,
+        metavar="PATH",
+        help="go on with a run: a checkpoint's folder, or without a path the newest whole one of --output_dir",
+    )
+    # DeepSpeed's launcher adds it; the rank comes from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def spellings(name: str) -> list[str]:
+    """An option with underscores, as the HF Trainer writes it, and with dashes."""
+    return sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
+
+
+def settings_from(options: argparse.Namespace) -> tuple[TrainSettings, dict[str, Any] | None]:
+    """The settings, and the DeepSpeed JSON (or None): options override the section."""
+    given = {name: value for name, value in vars(options).items() if "." in name}
+    config = read_config(given["run.deepspeed"]) if "run.deepspeed" in given else None
+    section = config.get(SECTION, {}) if config else {}
+    policies = read_section(section)
+    if "data.manifest" not in given and "tile_size_px" not in section.get("tiling", {}):
+        policies = replace(policies, tiling=replace(policies.tiling, tile_size_px=DEMO_TILE_SIZE_PX))
+    settings = TrainSettings(policies=_with_policies(policies, given))
+    for group in ("data", "model", "optim", "run"):
+        fields = {name.split(".")[1]: value for name, value in given.items() if name.split(".")[0] == group}
+        settings = replace(settings, **{group: replace(getattr(settings, group), **fields)})
+    return settings, config
+
+
+def _with_policies(policies: DsWsiConfig, given: dict[str, Any]) -> DsWsiConfig:
+    for place, value in given.items():
+        group, *path = place.split(".")
+        if group == "policies":
+            policy, leaf = path
+            policies = replace(policies, **{policy: replace(getattr(policies, policy), **{leaf: value})})
+    return policies

@@ -1,0 +1,143 @@
+"""Validation while training, and what a finished run leaves behind."""
+
+import time
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ds_wsi.bags.sampler import deal_by_cost
+from ds_wsi.engines.accelerate import gather_object
+from ds_wsi.engines.deepspeed import full_state_dict
+from ds_wsi.evaluation.metrics import slide_metrics
+from ds_wsi.evaluation.predict import SlidePrediction, predict_slides
+from ds_wsi.evaluation.results import write_results
+from ds_wsi.models import SlideModel, build_model, load_model
+from ds_wsi.runtime.environment import environment
+from ds_wsi.runtime.files import atomic_path, write_json
+from ds_wsi.runtime.log import logger
+from ds_wsi.training.run import Run
+from ds_wsi.training.settings import TrainSettings
+
+
+def _plain_copy(run: Run) -> SlideModel:
+    """A whole float32 model outside the engine: evaluates the same at any ZeRO stage. Collective at ZeRO-3."""
+    model = build_model(run.config)
+    model.load_state_dict(full_state_dict(run.module))
+    return model.to(run.device).eval()
+
+
+def _predict(run: Run, model: SlideModel, split: str) -> list[SlidePrediction]:
+    """Predictions of a split, in its order, on every rank: each rank predicts a share, balanced by tiles."""
+    rows = run.cohort.rows(split)
+    shares = deal_by_cost([run.cohort.lengths[row] for row in rows], run.accelerator.num_processes)
+    own = [rows[index] for index in shares[run.accelerator.process_index]]
+    cohort = run.cohort
+    stream = predict_slides(
+        model, cohort.manifest.slides, cohort.grids, own, run.settings.policies.reading, run.failures
+    )
+    bar = tqdm(
+        stream,
+        total=len(own),
+        desc=split,
+        unit="slide",
+        mininterval=0.5,
+        leave=False,
+        disable=not run.accelerator.is_main_process,
+    )
+    predictions = list(bar)
+    if run.accelerator.num_processes > 1:
+        predictions = gather_object(predictions)
+        for failure in gather_object(list(run.failures.reasons.items())):
+            run.failures.reasons.setdefault(*failure)
+        run.failures.check()
+    return sorted(predictions, key=lambda prediction: prediction.slide)
+
+
+def validate(run: Run) -> dict[str, float]:
+    """The validation split's loss and metrics, the keys prefixed with `eval_`; empty without the split."""
+    if not run.cohort.rows("validation"):
+        return {}
+    predictions = _predict(run, _plain_copy(run), "validation")
+    labels = torch.tensor([run.cohort.manifest.slides[prediction.slide].label for prediction in predictions])
+    logits = torch.stack([prediction.logits for prediction in predictions]).double()
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    metrics = slide_metrics(labels.numpy(), logits.softmax(-1).numpy())
+    # JSON has no NaN: a metric that is undefined on the split is left out.
+    defined = {name: value for name, value in metrics.items() if value == value}
+    return {"eval_loss": loss, **{f"eval_{name}": value for name, value in defined.items()}}
+
+
+def best_entry(history: list[dict[str, float]], metric: str) -> dict[str, float]:
+    """The first epoch with the highest metric, ties broken by the lower eval_loss; the last where none has it."""
+    scored = [entry for entry in history if metric in entry]
+    if not scored:
+        return history[-1]
+    return max(scored, key=lambda entry: (entry[metric], -entry["eval_loss"]))
+
+
+def export(run: Run, state: dict[str, torch.Tensor]) -> None:
+    """Write config.json and model.safetensors, each atomically."""
+    run.config.write(run.output_dir / "config.json")
+    with atomic_path(run.output_dir / "model.safetensors") as temporary:
+        save_file({name: value.contiguous() for name, value in state.items()}, temporary, {"format": "pt"})
+
+
+def finish(run: Run, started: float) -> dict[str, Any]:
+    """Evaluate the exported weights on the test split and write the results. Collective.
+
+    Args:
+        run: trained.
+        started: `time.perf_counter()` at its start.
+
+    Returns:
+        On the main process the test metrics with their intervals, and the run's folder; elsewhere an empty dict.
+    """
+    run.accelerator.wait_for_everyone()
+    model, _ = load_model(run.output_dir)
+    predictions = _predict(run, model.to(run.device), "test")
+    if not run.accelerator.is_main_process:
+        return {}
+    progress, settings = run.progress, run.settings
+    seconds = time.perf_counter() - started
+    write_json(run.output_dir / "history.json", progress.history)
+    write_json(run.output_dir / "failed_tiles.json", run.failures.rows())
+    intervals = write_results(
+        run.output_dir,
+        run.cohort,
+        predictions,
+        title=f"{settings.model.encoder} + {settings.model.aggregator}, {_training_words(settings)}",
+        summary=_summary(run, seconds),
+        failures=run.failures.rows(),
+        history=progress.history,
+        best_epoch=progress.best_epoch,
+        metric=settings.run.metric_for_best_model,
+        seed=settings.run.seed,
+    )
+    seconds = time.perf_counter() - started
+    logger.info("finished in %.0f s: %s", seconds, run.output_dir / "report.html")
+    return {"output_dir": str(run.output_dir), "metrics": intervals, "seconds": seconds}
+
+
+def _training_words(settings: TrainSettings) -> str:
+    return "encoder frozen" if settings.model.freeze_encoder else "trained end to end"
+
+
+def _summary(run: Run, seconds: float) -> dict[str, str]:
+    cohort, optim = run.cohort, run.settings.optim
+    slides = {split: len(cohort.rows(split)) for split in ("train", "validation", "test")}
+    return {
+        "cohort": f"{cohort.manifest.source}: {slides}",
+        "classes": ", ".join(cohort.manifest.classes),
+        "tiles": f"{run.config.tile_size_px} px at {run.config.tiling['mpp']} um/px, {sum(cohort.lengths)} in all",
+        "model": f"{run.config.encoder} + {run.config.aggregator}, {_training_words(run.settings)}",
+        "optimisation": f"{optim.optim}, learning rate {optim.learning_rate:g} ({optim.lr_scheduler_type}), "
+        f"{optim.num_train_epochs} epochs, "
+        f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} slides a process and step",
+        "processes": str(run.accelerator.num_processes),
+        "best epoch": str((run.progress.best_epoch or 0) + 1),
+        "seed": str(run.settings.run.seed),
+        "time": f"{seconds:.0f} s",
+        **{key: str(value) for key, value in environment().items()},
+    }

@@ -1,0 +1,245 @@
+"""What the parts of a run share, and how it is prepared: folder, cohort, model, engine."""
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_wsi.bags.bag import FailureLog
+from ds_wsi.bags.cohort import Cohort, load_cohort
+from ds_wsi.engines.accelerate import (
+    Accelerator,
+    EngineSettings,
+    average_buffers,
+    broadcast_object_list,
+    build_accelerator,
+    prepare,
+)
+from ds_wsi.evaluation.metrics import METRIC_NAMES
+from ds_wsi.models import ModelConfig, SlideModel, build_model, freeze
+from ds_wsi.runtime.log import logger
+from ds_wsi.slides.demo import make_demo
+from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from ds_wsi.training.settings import TrainSettings
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all of it is in the checkpoint's state.json."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    global_step: int = 0
+    loss_sum: float = 0.0
+    bags_seen: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int | None = None
+
+
+@dataclass
+class Run:
+    """What the parts of a run share."""
+
+    settings: TrainSettings
+    accelerator: Accelerator
+    output_dir: Path
+    cohort: Cohort
+    config: ModelConfig
+    module: SlideModel
+    model: nn.Module
+    optimizer: Any
+    failures: FailureLog
+    progress: Progress
+
+    @property
+    def device(self) -> torch.device:
+        """Where tiles and model are."""
+        return self.accelerator.device
+
+    @property
+    def epoch_layout(self) -> dict[str, int]:
+        """The keywords of `plan_epoch` that describe who trains on how many bags."""
+        optim = self.settings.optim
+        return {
+            "world_size": self.accelerator.num_processes,
+            "bags_per_rank": optim.per_device_train_batch_size,
+            "accumulation": optim.gradient_accumulation_steps,
+        }
+
+
+def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> Run:
+    """Start the engine, check the cohort, build and wrap the model. Collective.
+
+    Raises:
+        ManifestError: lists everything that is wrong with the cohort.
+        ValueError: settings that contradict each other.
+    """
+    if settings.run.metric_for_best_model not in METRIC_NAMES:
+        raise ValueError(
+            f"--metric_for_best_model must be one of {', '.join(METRIC_NAMES)}, "
+            f"got {settings.run.metric_for_best_model!r}"
+        )
+    engine = _engine_settings(settings)
+    accelerator = build_accelerator(engine, Path(settings.run.output_dir or "runs"), deepspeed_config)
+    output_dir = _output_dir(settings, accelerator)
+    accelerator.project_configuration.set_directories(str(output_dir))
+    accelerator.project_configuration.logging_dir = str(output_dir)
+    cohort = _load_cohort(settings, accelerator, output_dir)
+    _require_splits(cohort)
+    config = ModelConfig(
+        encoder=settings.model.encoder,
+        aggregator=settings.model.aggregator,
+        classes=cohort.manifest.classes,
+        tiling=asdict(settings.policies.tiling),
+        dropout=settings.model.dropout,
+    )
+    torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
+    module = build_model(config, settings.model.encoder_weights)
+    if settings.model.freeze_encoder:
+        freeze(module.encoder)
+    model, optimizer = prepare(accelerator, module, engine)
+    failures = FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction)
+    accelerator.init_trackers("tensorboard", config=_flat(settings))
+    return Run(
+        settings,
+        accelerator,
+        output_dir,
+        cohort,
+        config,
+        accelerator.unwrap_model(model),
+        model,
+        optimizer,
+        failures,
+        Progress(),
+    )
+
+
+def _engine_settings(settings: TrainSettings) -> EngineSettings:
+    optim = settings.optim
+    return EngineSettings(
+        learning_rate=optim.learning_rate,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+        optimizer=optim.optim,
+        bags_per_rank=optim.per_device_train_batch_size,
+        accumulation=optim.gradient_accumulation_steps,
+        mixed_precision=optim.mixed_precision,
+    )
+
+
+def _output_dir(settings: TrainSettings, accelerator: Accelerator) -> Path:
+    """The run's folder, the same on every rank: as given, a checkpoint's parent, or a new one named by the time."""
+    run = settings.run
+    if run.output_dir:
+        path = Path(run.output_dir)
+    elif run.resume_from_checkpoint not in (None, "latest"):
+        path = Path(str(run.resume_from_checkpoint)).parent
+    elif run.resume_from_checkpoint:
+        raise ValueError("--resume_from_checkpoint without a path needs --output_dir, the folder of the run, got none")
+    else:
+        name = [f"runs/{time.strftime('%Y%m%d-%H%M%S')}"]
+        path = Path(broadcast_object_list(name)[0])
+    if run.resume_from_checkpoint is None and list_checkpoints(path):
+        raise ValueError(
+            f"--output_dir must be a new folder, got {path}, which holds {list_checkpoints(path)[0].name}. "
+            "HINT: add --resume_from_checkpoint to go on with that run, or give another folder."
+        )
+    # Before any rank writes to it, for the check above must see the same folder on every rank.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        path.mkdir(parents=True, exist_ok=True)
+        for left in path.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(left)
+    return path
+
+
+def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: Path) -> Cohort:
+    data, policies = settings.data, settings.policies
+    # The main process tiles and writes the grids, the others then read them.
+    with accelerator.main_process_first():
+        manifest = data.manifest or make_demo(data.demo_dir)
+        return load_cohort(
+            manifest,
+            policies.tiling,
+            tiles_dir=data.tiles_dir or output_dir / "tiles",
+            classes=data.classes,
+            slide_mpp=data.slide_mpp,
+            seed=settings.run.seed,
+            workers=max(1, policies.reading.workers),
+        )
+
+
+def _require_splits(cohort: Cohort) -> None:
+    for split in ("train", "test"):
+        if not cohort.rows(split):
+            raise ValueError(f"the {split} split must hold at least one slide, got none ({cohort.manifest.source})")
+    if not cohort.rows("validation"):
+        logger.warning("no validation split: the last epoch's weights are exported")
+
+
+def _flat(settings: TrainSettings) -> dict[str, Any]:
+    groups = (settings.data, settings.model, settings.optim, settings.run)
+    return {
+        name: value if isinstance(value, int | float | str | bool) else str(value)
+        for group in groups
+        for name, value in vars(group).items()
+    }
+
+
+def _fingerprint(run: Run) -> dict[str, Any]:
+    """What a resumed run must share with the one it continues, to end with the same weights."""
+    optim = run.settings.optim
+    return {
+        "seed": run.settings.run.seed,
+        **run.epoch_layout,
+        "num_train_epochs": optim.num_train_epochs,
+        "learning_rate": optim.learning_rate,
+        "lr_scheduler_type": optim.lr_scheduler_type,
+        "warmup_steps": optim.warmup_steps,
+        "mixed_precision": optim.mixed_precision,
+        "freeze_encoder": run.settings.model.freeze_encoder,
+        "encoder": run.config.encoder,
+        "aggregator": run.config.aggregator,
+        "tiling": json.loads(json.dumps(run.config.tiling)),  # as the checkpoint's JSON has it: tuples are lists
+        "training_slides": len(run.cohort.rows("train")),
+        "training_tiles": sum(run.cohort.lengths[row] for row in run.cohort.rows("train")),
+    }
+
+
+def resume(run: Run) -> None:
+    """Continue from the checkpoint that the settings ask for, where there is one. Collective.
+
+    Raises:
+        ValueError: the checkpoint is torn, or of a run with other settings; names the key.
+    """
+    wanted = run.settings.run.resume_from_checkpoint
+    if wanted is None:
+        return
+    # Chosen by one process: another could find a checkpoint torn that this one has not finished reading.
+    found = [find_checkpoint(run.output_dir, wanted) if run.accelerator.is_main_process else None]
+    checkpoint = broadcast_object_list(found)[0]
+    if checkpoint is None:
+        return
+    state = load_checkpoint(run.accelerator, checkpoint)
+    ours, theirs = _fingerprint(run), state["fingerprint"]
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            raise ValueError(
+                f"{key} must be the checkpoint's, {theirs.get(key)}, to continue it exactly, got {value} "
+                f"({checkpoint}). HINT: give the options of the first start, or another --output_dir."
+            )
+    run.progress = Progress(**state["progress"])
+    logger.info("resumed from %s (epoch %d, step %d)", checkpoint, run.progress.epoch, run.progress.global_step)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of where the run stands. Collective."""
+    average_buffers(run.accelerator, run.module)
+    state = {"progress": vars(run.progress), "fingerprint": _fingerprint(run)}
+    limit = run.settings.run.save_total_limit
+    save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit)

@@ -1,0 +1,133 @@
+"""A run's settings, grouped by the part of the system that they concern; option names are the HF Trainer's."""
+
+from dataclasses import dataclass, field
+
+from ds_wsi.config import DsWsiConfig
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which slides.
+
+    Args:
+        manifest: the cohort; None trains on the demo cohort.
+        demo_dir: where the demo cohort is kept.
+        tiles_dir: where tile grids are kept; by default in the run's folder.
+        classes: class names in the order of the logits.
+        slide_mpp: um/px of slides that do not tell theirs.
+    """
+
+    manifest: str | None = None
+    demo_dir: str = "runs/demo_slides"
+    tiles_dir: str | None = None
+    classes: tuple[str, ...] | None = None
+    slide_mpp: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model.
+
+    Args:
+        encoder: a timm model's name.
+        encoder_weights: a local file, or None for random weights.
+        aggregator: a key of `AGGREGATORS`.
+        dropout: of the aggregator.
+        freeze_encoder: train the aggregator only.
+    """
+
+    encoder: str = "resnet18"
+    encoder_weights: str | None = None
+    aggregator: str = "gated_abmil"
+    dropout: float = 0.0
+    freeze_encoder: bool = False
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """How it is optimised.
+
+    Args:
+        num_train_epochs: passes over the training slides.
+        per_device_train_batch_size: slides a process and micro-step.
+        gradient_accumulation_steps: micro-steps an optimizer step.
+        learning_rate, weight_decay: of the optimizer.
+        optim: adam or adamw.
+        lr_scheduler_type: cosine, linear or constant, after `warmup_steps` of linear warm-up.
+        max_grad_norm: 0 clips nothing.
+        bf16, fp16: mixed precision.
+    """
+
+    num_train_epochs: int = 8
+    per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 3e-4
+    weight_decay: float = 1e-4
+    optim: str = "adamw"
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = 10
+    max_grad_norm: float = 0.0
+    bf16: bool = False
+    fp16: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained with."""
+        for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}")
+        if self.bf16 and self.fp16:
+            raise ValueError("--bf16 and --fp16 must not be given together. HINT: choose one.")
+
+    @property
+    def mixed_precision(self) -> str:
+        """Accelerate's name of the precision."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where and how it runs.
+
+    Args:
+        output_dir: the run's folder; by default a new one below runs/, named by the time.
+        seed: of everything random.
+        resume_from_checkpoint: a checkpoint's folder, "latest" of output_dir, or None.
+        save_steps: optimizer steps between checkpoints within an epoch; 0 saves at the ends of epochs only.
+        save_total_limit: checkpoints kept, at least 2, for a torn one is passed over for the one before it.
+        metric_for_best_model: validation metric by which the exported epoch is chosen; eval_loss breaks ties.
+        deepspeed: a DeepSpeed JSON.
+    """
+
+    output_dir: str | None = None
+    seed: int = 0
+    resume_from_checkpoint: str | None = None
+    save_steps: int = 0
+    save_total_limit: int = 2
+    metric_for_best_model: str = "auc"
+    deepspeed: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a limit under which a torn checkpoint would lose the run."""
+        if self.save_total_limit < 2:
+            raise ValueError(
+                f"--save_total_limit must be at least 2, got {self.save_total_limit}. "
+                "HINT: a torn checkpoint is passed over for the one before it."
+            )
+        if self.save_steps < 0:
+            raise ValueError(f"--save_steps must be at least 0, got {self.save_steps}")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything a run is given; `policies` is the "ds_wsi" section of the DeepSpeed JSON."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    policies: DsWsiConfig = field(default_factory=DsWsiConfig)

@@ -1,0 +1,34 @@
+"""One micro-step: the stack's loss, weighted so that the engine's mean is the mean over the step's bags."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_wsi.models.output import SlideOutput
+from ds_wsi.stacking.stacked_bags import StackedBags, stack_bags
+
+
+def bag_weight(bags_in_step: int, world_size: int, accumulation: int) -> float:
+    """The factor on a bag's loss: engines take the mean over ranks and micro-steps, the step's is over its bags.
+
+    With it the gradient is (1 / B) sum_b grad l_b over the step's B bags, however unevenly they lie on the ranks.
+    """
+    return world_size * accumulation / bags_in_step
+
+
+def stack_loss(output: SlideOutput, labels: Tensor) -> Tensor:
+    """Sum over the bags of the cross-entropy of logits [B, C] and labels int64 [B], in float32."""
+    return F.cross_entropy(output.logits.float(), labels, reduction="sum")
+
+
+def idle_loss(model: nn.Module, tile_size_px: int, device: torch.device) -> Tensor:
+    """The zero loss of a rank without a bag: it takes part in every collective and changes nothing.
+
+    One blank tile goes through in evaluation mode, so that no running statistic moves.
+    """
+    training = model.training
+    model.eval()
+    blank = torch.full((1, 3, tile_size_px, tile_size_px), 255, dtype=torch.uint8, device=device)
+    output: SlideOutput = model(StackedBags(*stack_bags([blank])))
+    model.train(training)
+    return output.logits.float().sum() * 0.0
