@@ -10,7 +10,7 @@ from ds_wsi.bags.splits import assign_splits
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.coords import read_grid, write_grid
 from ds_wsi.slides.slide import Slide, SlideError
-from ds_wsi.slides.tiling import TileGrid, TilingPolicy, tile_slide
+from ds_wsi.slides.tiling import MPP_TOLERANCE, TileGrid, TilingPolicy, tile_slide
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,21 @@ def _kept_grid(path: Path, slide: Slide, mpp: float, policy: TilingPolicy) -> Ti
     if not path.exists():
         return None
     grid = read_grid(path)
+    if grid.source != "ds_wsi":
+        _require_imported_fits(grid, policy, path)
+        return grid
     same_slide = (grid.slide_width_px, grid.slide_height_px) == (slide.width_px, slide.height_px)
     if same_slide and grid.slide_mpp == mpp and grid.policy == policy:
         return grid
     logger.warning("%s: tiled with another policy or from another slide file, tiled anew", path)
     return None
+
+
+def _require_imported_fits(grid: TileGrid, policy: TilingPolicy, path: Path) -> None:
+    """An imported grid was chosen by its user: it is taken as it is, or refused, never replaced."""
+    if grid.tile_size_px != policy.tile_size_px or abs(grid.mpp / policy.mpp - 1) > MPP_TOLERANCE:
+        raise SlideError(
+            f"the tile grid imported from {grid.source} must have the run's tiles, {policy.tile_size_px} px at "
+            f"{policy.mpp:g} um/px, got {grid.tile_size_px} px at {grid.mpp:.4g} um/px (slide {grid.slide_id}, {path}). "
+            "HINT: give --tile_size_px and --mpp its values."
+        )

@@ -54,19 +54,23 @@ class ModelConfig:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"the model's folder must hold config.json, got none at {path}")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format", None) != "ds_wsi.SlideModel" or values.pop("version", None) != 1:
             raise ValueError(f"config.json must be of format ds_wsi.SlideModel version 1, got another ({path})")
         known = {field.name for field in fields(cls)}
         if set(values) != known:
             raise ValueError(f"config.json must hold the keys {sorted(known)}, got {sorted(values)} ({path})")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        for key in ("classes", "mean", "std"):
+            values[key] = tuple(values[key])
+        return cls(**values)
 
 
 def build_model(config: ModelConfig, encoder_weights: str | Path | None = None) -> SlideModel:
     """Build the SlideModel that `config` describes, with random weights but for the encoder's where given."""
     encoder = build_encoder(config.encoder, encoder_weights, **_input_size(config))
-    aggregator = build_aggregator(config.aggregator, encoder.num_features, len(config.classes), dropout=config.dropout)
+    aggregator = build_aggregator(
+        config.aggregator, int(encoder.num_features), len(config.classes), dropout=config.dropout
+    )
     return SlideModel(encoder, aggregator, config.mean, config.std)
 
 

@@ -1,0 +1,170 @@
+"""Tile coordinates on disk: our format (safetensors), and CLAM's and TRIDENT's h5 files as export and import."""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ds_wsi.runtime.files import atomic_path
+from ds_wsi.slides.slide import Slide, SlideError
+from ds_wsi.slides.tiling import TileGrid, TilingPolicy, plan_level
+
+FORMAT, VERSION = "ds_wsi.TileGrid", "1"
+MAGNIFICATION_MPP = 10.0  # "40x" is 0.25 um/px: magnification times mpp
+CLAM_ATTRIBUTES = ("patch_size", "patch_level")
+TRIDENT_ATTRIBUTES = ("patch_size", "patch_size_level0")
+
+
+def write_grid(grid: TileGrid, path: str | Path) -> None:
+    """Write a grid atomically: `coords` as a tensor, everything else as JSON in the metadata."""
+    values = {field.name: getattr(grid, field.name) for field in fields(grid) if field.name not in ("coords", "policy")}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "grid": json.dumps(values),
+        "policy": json.dumps(asdict(grid.policy)),
+    }
+    with atomic_path(path) as temporary:
+        save_file({"coords": np.ascontiguousarray(grid.coords)}, temporary, metadata)
+
+
+def read_grid(path: str | Path) -> TileGrid:
+    """Read a grid that `write_grid` wrote.
+
+    Raises:
+        SlideError: a torn file, or one of another format or version.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            coords = file.get_tensor("coords") if "coords" in file.keys() else None  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise SlideError(
+            f"tile grid must be a whole safetensors file, got {error} ({path}). HINT: delete it."
+        ) from error
+    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION or coords is None:
+        found = f"{metadata.get('format')} {metadata.get('version')}"
+        raise SlideError(f"tile grid must be of format {FORMAT} {VERSION}, got {found} ({path}). HINT: delete it.")
+    policy = {key: tuple(value) if isinstance(value, list) else value for key, value in _json(metadata["policy"])}
+    return TileGrid(coords=coords, policy=TilingPolicy(**policy), **dict(_json(metadata["grid"])))
+
+
+def _json(text: str) -> Any:
+    return json.loads(text).items()
+
+
+def export_clam(grid: TileGrid, path: str | Path) -> None:
+    """Write CLAM's patches h5: `coords` int64 [N, 2] level-0 px, patch_size in px of patch_level."""
+    downsample = grid.tile_size_level0_px / grid.read_size_px
+    attributes = {
+        "patch_size": grid.read_size_px,
+        "patch_level": grid.level,
+        "downsample": np.array([downsample, downsample]),
+        "downsampled_level_dim": np.array(
+            [round(grid.slide_width_px / downsample), round(grid.slide_height_px / downsample)]
+        ),
+        "level_dim": np.array([grid.slide_width_px, grid.slide_height_px]),
+        "name": grid.slide_id,
+        "save_path": str(Path(path).parent),
+    }
+    _write_h5(grid, path, attributes)
+
+
+def export_trident(grid: TileGrid, path: str | Path) -> None:
+    """Write TRIDENT's patches h5: `coords` int64 [N, 2] level-0 px, patch_size at the target magnification."""
+    attributes = {
+        "patch_size": grid.tile_size_px,
+        "patch_size_level0": round(grid.tile_size_level0_px),
+        "level0_magnification": round(MAGNIFICATION_MPP / grid.slide_mpp),
+        "target_magnification": round(MAGNIFICATION_MPP / grid.mpp),
+        "overlap": 0,
+        "name": grid.slide_id,
+        "level0_width": grid.slide_width_px,
+        "level0_height": grid.slide_height_px,
+    }
+    _write_h5(grid, path, attributes)
+
+
+def _write_h5(grid: TileGrid, path: str | Path, attributes: dict[str, Any]) -> None:
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        coords = file.create_dataset("coords", data=grid.coords.astype(np.int64))
+        coords.attrs.update(attributes)
+
+
+def import_clam(path: str | Path, slide: Slide) -> TileGrid:
+    """Read CLAM's patches h5 for an open slide: tiles of patch_size px, as they are at patch_level.
+
+    Raises:
+        SlideError: no such file, an attribute missing, or coordinates that are not this slide's.
+    """
+    coords, attributes = _read_h5(path, CLAM_ATTRIBUTES)
+    level, size = int(attributes["patch_level"]), int(attributes["patch_size"])
+    if not 0 <= level < len(slide.level_downsamples):
+        raise SlideError(f"patch_level must be a level of slide {slide.slide_id}, got {level} ({path})")
+    return _imported(slide, coords, "clam", path, size, size, level, size * slide.level_downsamples[level])
+
+
+def import_trident(path: str | Path, slide: Slide) -> TileGrid:
+    """Read TRIDENT's patches h5 for an open slide: tiles of patch_size px that cover patch_size_level0 at level 0.
+
+    Raises:
+        SlideError: as `import_clam`.
+    """
+    coords, attributes = _read_h5(path, TRIDENT_ATTRIBUTES)
+    size, size_level0 = int(attributes["patch_size"]), int(attributes["patch_size_level0"])
+    plan = plan_level(slide.mpp, slide.level_downsamples, slide.mpp * size_level0 / size, size)
+    return _imported(slide, coords, "trident", path, size, plan.read_size_px, plan.level, float(size_level0))
+
+
+def _read_h5(path: str | Path, required: tuple[str, ...]) -> tuple[np.ndarray, dict[str, Any]]:
+    try:
+        with h5py.File(path, "r") as file:
+            if "coords" not in file:
+                raise SlideError(f"coordinates must be in a dataset `coords`, got {list(file)} ({path})")
+            coords, attributes = file["coords"][:], {**file.attrs, **file["coords"].attrs}
+    except OSError as error:
+        raise SlideError(f"coordinates must be in an h5 file, got {error} ({path})") from error
+    missing = [name for name in required if name not in attributes]
+    if missing:
+        raise SlideError(f"coordinates must have the attributes {required}, got none of {missing} ({path})")
+    if coords.ndim != 2 or coords.shape[1] != 2 or not np.issubdtype(coords.dtype, np.integer) or not len(coords):
+        raise SlideError(f"coordinates must be integers [N, 2], got {coords.dtype} {list(coords.shape)} ({path})")
+    return coords.astype(np.int64), attributes
+
+
+def _imported(
+    slide: Slide,
+    coords: np.ndarray,
+    source: str,
+    path: str | Path,
+    tile_size_px: int,
+    read_size_px: int,
+    level: int,
+    tile_size_level0_px: float,
+) -> TileGrid:
+    last = coords.max(axis=0)
+    if coords.min() < 0 or last[0] >= slide.width_px or last[1] >= slide.height_px:
+        raise SlideError(
+            f"coordinates must lie on slide {slide.slide_id} ({slide.width_px} x {slide.height_px} px), got up to "
+            f"({last[0]}, {last[1]}) ({path}). HINT: is it the file of another slide?"
+        )
+    mpp = slide.mpp * tile_size_level0_px / tile_size_px
+    return TileGrid(
+        slide_id=slide.slide_id,
+        coords=coords,
+        tile_size_px=tile_size_px,
+        tile_size_level0_px=tile_size_level0_px,
+        level=level,
+        read_size_px=read_size_px,
+        mpp=mpp,
+        slide_mpp=slide.mpp,
+        slide_width_px=slide.width_px,
+        slide_height_px=slide.height_px,
+        policy=TilingPolicy(tile_size_px=tile_size_px, mpp=mpp, min_tissue_fraction=0.0),
+        source=source,
+    )
