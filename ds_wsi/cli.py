@@ -46,6 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
     _policy_options(tile, TilingPolicy, ("tile_size_px", "mpp", "min_tissue_fraction"))
     tile.add_argument(*spellings("output_dir"), required=True, help="one file a slide is written there")
     tile.add_argument("--export", choices=("clam", "trident"), help="write that project's h5 files beside ours")
+    for project in ("clam", "trident"):
+        tile.add_argument(
+            *spellings(f"import_{project}"), metavar="DIR", help=f"take coordinates from {project.upper()}'s h5 files"
+        )
     tile.add_argument("--workers", type=int, default=1, help="threads")
     train = _command(commands, "train", run_train, "train a slide model")
     add_train_options(train)
@@ -132,6 +136,9 @@ def run_tile(options: argparse.Namespace) -> None:
     policy = TilingPolicy(
         tile_size_px=options.tile_size_px, mpp=options.mpp, min_tissue_fraction=options.min_tissue_fraction
     )
+    if options.import_clam or options.import_trident:
+        _import_grids(options)
+        return
     cohort = load_cohort(
         options.manifest,
         policy,
@@ -149,6 +156,32 @@ def run_tile(options: argparse.Namespace) -> None:
             exporters[options.export](
                 grid, Path(options.output_dir) / options.export / "patches" / f"{grid.slide_id}{suffix}"
             )
+
+
+def _import_grids(options: argparse.Namespace) -> None:
+    """Write our grids from another project's: every slide's file must be there, all that is wrong is listed."""
+    from ds_wsi.bags.manifest import ManifestError, read_manifest
+    from ds_wsi.slides.coords import import_clam, import_trident, write_grid
+    from ds_wsi.slides.slide import Slide, SlideError
+
+    importer, folder, suffix = (
+        (import_clam, options.import_clam, ".h5")
+        if options.import_clam
+        else (import_trident, options.import_trident, "_patches.h5")
+    )
+    manifest = read_manifest(options.manifest, _classes(options))
+    grids, problems = [], []
+    for entry in manifest.slides:
+        try:
+            with Slide(entry.path, entry.mpp or options.slide_mpp, entry.slide_id) as slide:
+                grids.append(importer(Path(folder) / f"{entry.slide_id}{suffix}", slide))
+        except SlideError as error:
+            problems.append(str(error))
+    if problems:
+        raise ManifestError(manifest.source, problems)
+    for grid in grids:
+        write_grid(grid, Path(options.output_dir) / f"{grid.slide_id}.safetensors")
+        print(f"{grid.slide_id}\t{len(grid)} tiles from {grid.source}")
 
 
 def _classes(options: argparse.Namespace) -> tuple[str, ...] | None:

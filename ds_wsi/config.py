@@ -32,6 +32,8 @@ def read_section(section: Mapping[str, Any]) -> DsWsiConfig:
     Raises:
         ValueError: names the full key of what is unknown, of another type, or out of range.
     """
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{SECTION} must be an object, got {section!r}")
     known = {entry.name: entry.default_factory for entry in fields(DsWsiConfig)}
     _require_known(section, known, SECTION)
     return DsWsiConfig(**{name: _policy(known[name], values, f"{SECTION}.{name}") for name, values in section.items()})
@@ -58,7 +60,10 @@ def _policy(kind: Any, values: Any, key: str) -> Any:
 def _fit(value: Any, default: Any, key: str) -> Any:
     """`value` in the type of the policy's default: JSON writes tuples as lists and whole floats as integers."""
     if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(value)
+        # One entry too many or too few is the policy's to refuse.
+        return tuple(
+            _fit(item, default[min(index, len(default) - 1)], f"{key}[{index}]") for index, item in enumerate(value)
+        )
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):

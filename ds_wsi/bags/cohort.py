@@ -1,11 +1,12 @@
 """A cohort ready to train on: its manifest with splits, and the tile grid of each slide."""
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry, parse_manifest
+from ds_wsi.bags.manifest import SLIDE_ID_RULE, Manifest, ManifestError, SlideEntry, parse_manifest
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.coords import read_grid, write_grid
@@ -58,8 +59,14 @@ def load_cohort(
     """
     manifest, problems = parse_manifest(manifest_path, classes)
     readable = [slide for slide in manifest.slides if slide.path.is_file()]
+    # Slides of one name would write one file at once; a name that is none for a file could lead out of the folder.
+    names = Counter(slide.slide_id for slide in readable)
+    kept_in = [
+        tiles_dir if names[slide.slide_id] == 1 and SLIDE_ID_RULE.fullmatch(slide.slide_id) else None
+        for slide in readable
+    ]
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = list(pool.map(lambda slide: _tile(slide, policy, tiles_dir, slide_mpp), readable))
+        results = list(pool.map(lambda slide, kept: _tile(slide, policy, kept, slide_mpp), readable, kept_in))
     problems += [str(result) for result in results if isinstance(result, SlideError)]
     if problems:
         raise ManifestError(manifest.source, problems)
@@ -118,6 +125,6 @@ def _require_imported_fits(grid: TileGrid, policy: TilingPolicy, path: Path) -> 
     if grid.tile_size_px != policy.tile_size_px or abs(grid.mpp / policy.mpp - 1) > MPP_TOLERANCE:
         raise SlideError(
             f"the tile grid imported from {grid.source} must have the run's tiles, {policy.tile_size_px} px at "
-            f"{policy.mpp:g} um/px, got {grid.tile_size_px} px at {grid.mpp:.4g} um/px (slide {grid.slide_id}, {path}). "
+            f"{policy.mpp:g} um/px, got {grid.tile_size_px} px at {grid.mpp:.4g} (slide {grid.slide_id}, {path}). "
             "HINT: give --tile_size_px and --mpp its values."
         )

@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DeepSpeedPlugin,
-    DistributedDataParallelKwargs,
     DummyOptim,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -39,7 +38,7 @@ class EngineSettings:
 
     Args:
         learning_rate, weight_decay, max_grad_norm: of the optimizer; max_grad_norm 0 clips nothing.
-        optimizer: "adam" or "adamw"; the DeepSpeed JSON's own section, where it has one, decides.
+        optimizer: a key of `OPTIMIZERS`; the DeepSpeed JSON's own section, where it has one, decides.
         bags_per_rank: slides a rank and micro-step.
         accumulation: micro-steps an optimizer step.
         mixed_precision: "no", "bf16" or "fp16".
@@ -54,7 +53,7 @@ class EngineSettings:
     mixed_precision: str = "no"
 
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 def build_accelerator(
@@ -72,7 +71,7 @@ def build_accelerator(
         ValueError: the JSON contradicts the settings.
     """
     plugin = _deepspeed_plugin(settings, deepspeed_config)
-    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]  # see average_buffers
+    handlers: list[Any] = []
     if cpu.without_gpu() and "LOCAL_RANK" in os.environ:
         # Accelerate would look for oneCCL or MPI, and without them believe in one process.
         handlers.append(InitProcessGroupKwargs(backend="gloo"))

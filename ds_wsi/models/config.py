@@ -68,9 +68,8 @@ class ModelConfig:
 def build_model(config: ModelConfig, encoder_weights: str | Path | None = None) -> SlideModel:
     """Build the SlideModel that `config` describes, with random weights but for the encoder's where given."""
     encoder = build_encoder(config.encoder, encoder_weights, **_input_size(config))
-    aggregator = build_aggregator(
-        config.aggregator, int(encoder.num_features), len(config.classes), dropout=config.dropout
-    )
+    in_dim: Any = encoder.num_features
+    aggregator = build_aggregator(config.aggregator, in_dim, len(config.classes), dropout=config.dropout)
     return SlideModel(encoder, aggregator, config.mean, config.std)
 
 

@@ -15,7 +15,9 @@ from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import TileGrid, TilingPolicy, plan_level
 
 FORMAT, VERSION = "ds_wsi.TileGrid", "1"
-MAGNIFICATION_MPP = 10.0  # "40x" is 0.25 um/px: magnification times mpp
+# (um/px below which a slide has it, magnification), as TRIDENT names them.
+MAGNIFICATIONS = ((0.16, 80), (0.2, 60), (0.3, 40), (0.6, 20), (1.2, 10), (2.4, 5))
+SAME_RATIO = 0.01  # levels of one file differ by a factor of 2 or more, rounding by far less
 CLAM_ATTRIBUTES = ("patch_size", "patch_level")
 TRIDENT_ATTRIBUTES = ("patch_size", "patch_size_level0")
 
@@ -43,32 +45,35 @@ def read_grid(path: str | Path) -> TileGrid:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             coords = file.get_tensor("coords") if "coords" in file.keys() else None  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    # safetensors raises TypeError or ValueError on some heads of foreign files.
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise SlideError(
             f"tile grid must be a whole safetensors file, got {error} ({path}). HINT: delete it."
         ) from error
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION or coords is None:
         found = f"{metadata.get('format')} {metadata.get('version')}"
         raise SlideError(f"tile grid must be of format {FORMAT} {VERSION}, got {found} ({path}). HINT: delete it.")
-    policy = {key: tuple(value) if isinstance(value, list) else value for key, value in _json(metadata["policy"])}
-    return TileGrid(coords=coords, policy=TilingPolicy(**policy), **dict(_json(metadata["grid"])))
-
-
-def _json(text: str) -> Any:
-    return json.loads(text).items()
+    try:
+        policy = json.loads(metadata["policy"])
+        policy["grey_range"] = tuple(policy["grey_range"])
+        return TileGrid(coords=coords, policy=TilingPolicy(**policy), **json.loads(metadata["grid"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SlideError(
+            f"tile grid must have the fields of {FORMAT}, got {error!r} ({path}). HINT: delete it."
+        ) from error
 
 
 def export_clam(grid: TileGrid, path: str | Path) -> None:
     """Write CLAM's patches h5: `coords` int64 [N, 2] level-0 px, patch_size in px of patch_level."""
     downsample = grid.tile_size_level0_px / grid.read_size_px
+    # CLAM writes the level's size under both names.
+    level_dim = np.array([round(grid.slide_width_px / downsample), round(grid.slide_height_px / downsample)])
     attributes = {
         "patch_size": grid.read_size_px,
         "patch_level": grid.level,
         "downsample": np.array([downsample, downsample]),
-        "downsampled_level_dim": np.array(
-            [round(grid.slide_width_px / downsample), round(grid.slide_height_px / downsample)]
-        ),
-        "level_dim": np.array([grid.slide_width_px, grid.slide_height_px]),
+        "downsampled_level_dim": level_dim,
+        "level_dim": level_dim,
         "name": grid.slide_id,
         "save_path": str(Path(path).parent),
     }
@@ -76,18 +81,33 @@ def export_clam(grid: TileGrid, path: str | Path) -> None:
 
 
 def export_trident(grid: TileGrid, path: str | Path) -> None:
-    """Write TRIDENT's patches h5: `coords` int64 [N, 2] level-0 px, patch_size at the target magnification."""
+    """Write TRIDENT's patches h5: `coords` int64 [N, 2] level-0 px, patch_size at the target magnification.
+
+    TRIDENT reads squares of patch_size times level0_magnification / target_magnification: the two are written in that
+    proportion, the first as TRIDENT itself names the slide's.
+    """
+    magnification = _magnification(grid.slide_mpp)
     attributes = {
         "patch_size": grid.tile_size_px,
         "patch_size_level0": round(grid.tile_size_level0_px),
-        "level0_magnification": round(MAGNIFICATION_MPP / grid.slide_mpp),
-        "target_magnification": round(MAGNIFICATION_MPP / grid.mpp),
+        "level0_magnification": magnification,
+        "target_magnification": _whole(magnification * grid.tile_size_px / grid.tile_size_level0_px),
         "overlap": 0,
         "name": grid.slide_id,
         "level0_width": grid.slide_width_px,
         "level0_height": grid.slide_height_px,
     }
     _write_h5(grid, path, attributes)
+
+
+def _magnification(slide_mpp: float) -> float:
+    return next((magnification for below, magnification in MAGNIFICATIONS if slide_mpp < below), _whole(10 / slide_mpp))
+
+
+def _whole(value: float) -> float:
+    """The whole number that is meant (19.995 is 20) as an int, else the value."""
+    nearest = round(value)
+    return nearest if nearest and abs(value / nearest - 1) < SAME_RATIO else value
 
 
 def _write_h5(grid: TileGrid, path: str | Path, attributes: dict[str, Any]) -> None:
@@ -106,6 +126,13 @@ def import_clam(path: str | Path, slide: Slide) -> TileGrid:
     level, size = int(attributes["patch_level"]), int(attributes["patch_size"])
     if not 0 <= level < len(slide.level_downsamples):
         raise SlideError(f"patch_level must be a level of slide {slide.slide_id}, got {level} ({path})")
+    own = slide.level_downsamples[level]
+    written = np.atleast_1d(attributes.get("downsample", own)).astype(np.float64)
+    if (np.abs(written / own - 1) > SAME_RATIO).any():
+        raise SlideError(
+            f"downsample must be {own:g}, as of level {level} of slide {slide.slide_id}, got {written.tolist()} "
+            f"({path}). HINT: is it the file of another slide?"
+        )
     return _imported(slide, coords, "clam", path, size, size, level, size * slide.level_downsamples[level])
 
 
@@ -117,8 +144,14 @@ def import_trident(path: str | Path, slide: Slide) -> TileGrid:
     """
     coords, attributes = _read_h5(path, TRIDENT_ATTRIBUTES)
     size, size_level0 = int(attributes["patch_size"]), int(attributes["patch_size_level0"])
+    for name, own in (("level0_width", slide.width_px), ("level0_height", slide.height_px)):
+        if int(attributes.get(name, own)) != own:
+            raise SlideError(
+                f"{name} must be {own}, as of slide {slide.slide_id}, got {attributes[name]} ({path}). "
+                "HINT: is it the file of another slide?"
+            )
     plan = plan_level(slide.mpp, slide.level_downsamples, slide.mpp * size_level0 / size, size)
-    return _imported(slide, coords, "trident", path, size, plan.read_size_px, plan.level, float(size_level0))
+    return _imported(slide, coords, "trident", path, size, plan.read_size_px, plan.level, plan.tile_size_level0_px)
 
 
 def _read_h5(path: str | Path, required: tuple[str, ...]) -> tuple[np.ndarray, dict[str, Any]]:

@@ -115,6 +115,10 @@ def verify(directory: Path) -> str | None:
         listed = json.loads((directory / FILE_LIST).read_text(encoding="utf-8"))
     except ValueError:
         return f"{FILE_LIST} is not JSON"
+    # A damaged list can still be JSON.
+    entries = listed.values() if isinstance(listed, dict) else ()
+    if not entries or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries):
+        return f"{FILE_LIST} does not list files with bytes and sha256"
     for name, entry in listed.items():
         path = directory / name
         if not path.is_file():

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from ds_wsi.config import SECTION, DsWsiConfig, read_section
+from ds_wsi.engines.accelerate import OPTIMIZERS
 from ds_wsi.engines.deepspeed import read_config
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import AGGREGATORS
@@ -42,7 +43,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("gradient_accumulation_steps", "optim.gradient_accumulation_steps", int, "micro-steps an optimizer step"),
     ("learning_rate", "optim.learning_rate", float, "peak learning rate"),
     ("weight_decay", "optim.weight_decay", float, "of the optimizer"),
-    ("optim", "optim.optim", ("adamw", "adam"), "optimizer; the DeepSpeed JSON's section decides where it has one"),
+    ("optim", "optim.optim", tuple(OPTIMIZERS), "optimizer; the DeepSpeed JSON's section decides where it has one"),
     ("lr_scheduler_type", "optim.lr_scheduler_type", SCHEDULES, "schedule after the warm-up"),
     ("warmup_steps", "optim.warmup_steps", int, "optimizer steps of linear warm-up"),
     ("max_grad_norm", "optim.max_grad_norm", float, "0 clips nothing"),

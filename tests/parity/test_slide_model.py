@@ -37,7 +37,8 @@ def test_stacked_gradient_is_the_mean_of_per_bag_gradients(aggregator):
     for bag, label in zip(bags, labels, strict=True):
         (F.cross_entropy(single(stack_bags([bag])).logits, label[None]) / len(bags)).backward()
     for (name, ours), theirs in zip(model.named_parameters(), single.parameters(), strict=True):
-        scale = theirs.grad.abs().max().clamp_min(1e-8)
+        # The floor is for attention_w.bias, whose gradient is zero: a softmax does not see a constant.
+        scale = theirs.grad.abs().max().clamp_min(1e-6)
         assert ((ours.grad - theirs.grad).abs().max() / scale) < 1e-10, name
     # BatchNorm saw the same bags in the same order.
     for ours, theirs in zip(model.buffers(), single.buffers(), strict=True):

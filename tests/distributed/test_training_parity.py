@@ -1,0 +1,149 @@
+"""Two ranks train on the same step as one process, under DDP and every ZeRO stage: same weights after SGD-like steps.
+
+The oracle is plain PyTorch: the mean over the step's bags of the per-bag gradients. Five bags on two ranks leave the
+last step uneven, so that a mean of per-rank means is wrong; the test checks that it would be noticed.
+"""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from harness import run_ranks
+
+from ds_wsi.bags.sampler import plan_epoch
+from ds_wsi.models import SlideModel, build_aggregator
+from ds_wsi.stacking import stack_bags
+from ds_wsi.training.step import bag_weight, idle_loss, stack_loss
+
+pytestmark = pytest.mark.distributed
+TILE_PX = 32
+LENGTHS = (3, 1, 4, 2, 5)
+LEARNING_RATE = 0.1
+
+
+def make_model() -> SlideModel:
+    torch.manual_seed(0)
+    # GroupNorm: running statistics of BatchNorm are per rank until averaged, and have a test of their own below.
+    encoder = timm.create_model("resnet10t", num_classes=0, norm_layer="groupnorm1")
+    return SlideModel(encoder, build_aggregator("gated_abmil", encoder.num_features, 2)).float()
+
+
+def make_bags() -> list[tuple[torch.Tensor, int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randint(0, 256, (n, 3, TILE_PX, TILE_PX), dtype=torch.uint8, generator=generator), n % 2)
+        for n in LENGTHS
+    ]
+
+
+def oracle(layout: dict[str, int], wrong: bool = False) -> dict[str, torch.Tensor]:
+    """Plain SGD over the same steps in one process; `wrong` takes the mean of the ranks' means."""
+    model, bags = make_model(), make_bags()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    for step in plan_epoch(len(bags), seed=0, epoch=0, **layout):
+        per_rank = [
+            [slide for micro in step.micro_steps for slide in micro[rank]] for rank in range(layout["world_size"])
+        ]
+        for slides in per_rank:
+            for slide in slides:
+                tiles, label = bags[slide]
+                loss = F.cross_entropy(model(stack_bags([tiles])).logits, torch.tensor([label]))
+                (loss / (len(slides) * layout["world_size"] if wrong else step.n_bags)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return copy.deepcopy(model.state_dict())
+
+
+def train_cases(cases: list[tuple[str, dict[str, int]]]) -> list[dict[str, torch.Tensor]]:
+    """On one rank: train each case through the project's engine layer and loss weighting."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    found = []
+    for engine, layout in cases:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        found.append(_train(engine, layout))
+    return found
+
+
+def _train(engine: str, layout: dict[str, int]) -> dict[str, torch.Tensor]:
+    from pathlib import Path
+
+    from ds_wsi.engines.accelerate import EngineSettings, build_accelerator, prepare
+    from ds_wsi.engines.deepspeed import full_state_dict
+
+    config = None
+    if engine != "ddp":
+        config = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "optimizer": {"type": "SGD", "params": {"lr": "auto", "weight_decay": "auto"}},
+            "zero_optimization": {"stage": int(engine[-1])},
+            "zero_allow_untested_optimizer": True,
+        }
+    settings = EngineSettings(LEARNING_RATE, 0.0, 0.0, "sgd", layout["bags_per_rank"], layout["accumulation"])
+    accelerator = build_accelerator(settings, Path("unused"), config)
+    model, optimizer = prepare(accelerator, make_model(), settings)
+    bags, rank = make_bags(), accelerator.process_index
+    model.train()
+    for step in plan_epoch(len(bags), seed=0, epoch=0, **layout):
+        weight = bag_weight(step.n_bags, accelerator.num_processes, len(step.micro_steps))
+        for ranks in step.micro_steps:
+            with accelerator.accumulate(model):
+                if ranks[rank]:
+                    tiles, labels = zip(*(bags[slide] for slide in ranks[rank]), strict=True)
+                    loss = stack_loss(model(stack_bags(tiles)), torch.tensor(labels))
+                else:
+                    loss = idle_loss(model, TILE_PX, torch.device("cpu"))
+                accelerator.backward(loss * weight)
+                optimizer.step()
+                optimizer.zero_grad()
+    return full_state_dict(accelerator.unwrap_model(model))
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
+
+
+ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
+LAYOUTS = (
+    {"world_size": 2, "bags_per_rank": 1, "accumulation": 1},
+    {"world_size": 2, "bags_per_rank": 2, "accumulation": 2},
+)
+
+
+def test_two_ranks_equal_one_process_under_every_engine():
+    cases = [(engine, layout) for engine in ENGINES for layout in LAYOUTS]
+    by_rank = run_ranks(train_cases, 2, cases)
+    expected = {str(layout): oracle(layout) for layout in LAYOUTS}
+    for index, (engine, layout) in enumerate(cases):
+        ours = [found[index] for found in by_rank]
+        # Every rank holds the same whole weights, bit by bit.
+        assert largest_difference(ours[0], ours[1]) == 0, (engine, layout)
+        # Float32: sums in another order, over a few steps of learning rate 0.1.
+        assert largest_difference(ours[0], expected[str(layout)]) < 2e-6, (engine, layout)
+
+
+def test_a_mean_of_rank_means_would_be_noticed():
+    layout = LAYOUTS[1]
+    assert largest_difference(oracle(layout, wrong=True), oracle(layout)) > 1e-4
+
+
+def average_on_rank() -> list[float]:
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from ds_wsi.engines.accelerate import EngineSettings, average_buffers, build_accelerator
+
+    accelerator = build_accelerator(EngineSettings(0.1, 0.0, 0.0, "sgd", 1, 1), Path("unused"), None)
+    norm = torch.nn.BatchNorm1d(2)
+    norm.running_mean.fill_(float(dist.get_rank() + 1))
+    average_buffers(accelerator, norm)
+    return [*norm.running_mean.tolist(), float(norm.num_batches_tracked)]
+
+
+def test_running_statistics_are_averaged_over_the_ranks():
+    assert run_ranks(average_on_rank, 2) == [[1.5, 1.5, 0.0]] * 2
