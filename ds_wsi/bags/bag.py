@@ -149,6 +149,9 @@ def read_chunks(
         sampler=RequestStream(order, lengths, policy.chunk_tiles),
         num_workers=policy.workers,
         prefetch_factor=max(1, math.ceil(ahead / policy.workers)) if policy.workers else None,
+        # Else a new loader draws its workers' seed from the global generator: a resumed run, whose loader is new, would
+        # go on with other random numbers (dropout) than the uninterrupted one.
+        generator=torch.Generator().manual_seed(0),
         # Spares a conversion of what is a tensor already.
         collate_fn=_unchanged,
     )

@@ -23,7 +23,8 @@ def assign_splits(
         return manifest
     strata: dict[int, list[str]] = defaultdict(list)
     for patient, labels in _labels_by_patient(manifest).items():
-        strata[labels.most_common(1)[0][0]].append(patient)
+        # A tie goes to the lower label: the splits do not depend on the order of the rows.
+        strata[min(labels, key=lambda label: (-labels[label], label))].append(patient)
     split_of: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for label in sorted(strata):

@@ -1,9 +1,11 @@
 """Tile encoders: any timm model by name, with weights from a local file."""
 
+import pickle
 from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -63,12 +65,19 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for wrapper in ("state_dict", "model"):  # the names timm and most training scripts nest weights under
-            state = state.get(wrapper, state)
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # Torch's own message advises weights_only=False, which would run code from the file.
+        reason = str(error).splitlines()[0] if isinstance(error, SafetensorError) else type(error).__name__
+        raise ValueError(
+            f"encoder weights must be a whole file of tensors and nothing else, got {reason} ({path}). "
+            "HINT: save them again as .safetensors."
+        ) from error
+    for wrapper in ("state_dict", "model"):  # the names timm and most training scripts nest weights under
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"encoder weights must be a dictionary of tensors, got {type(state).__name__} ({path})")
     # A SlideModel's own export serves as well.
     prefix = "encoder."
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -17,7 +17,7 @@ LAYERS = (
     {"engines"},
     {"evaluation"},
     {"training"},
-    {"cli"},
+    {"cli", "benchmarks"},
 )
 SIBLINGS = {("models", "stacking")}
 FRAMEWORKS = {"deepspeed", "accelerate", "transformers"}

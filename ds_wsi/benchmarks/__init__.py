@@ -1,0 +1,1 @@
+"""What launch/benchmark.py measures: one module a name, each with `measure(quick, ...) -> Result`."""

@@ -1,0 +1,40 @@
+"""Measurements: `launch/benchmark.py NAME [--quick] [--check] [--output_dir DIR]`.
+
+Each benchmark writes NAME.json (with the environment), NAME.md and NAME.png; `--check` exits 1 and names every bound of
+the README's table that does not hold.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# Python puts this folder first on the path, where launch/evaluate.py would hide the library `evaluate`.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+from ds_wsi.benchmarks import tiles  # noqa: E402
+from ds_wsi.benchmarks.table import write_result  # noqa: E402
+from ds_wsi.runtime.log import setup_logging  # noqa: E402
+
+BENCHMARKS = {"tiles": tiles}
+
+
+def main() -> int:
+    """Run one benchmark; 1 where `--check` finds a bound that does not hold."""
+    setup_logging()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=sorted(BENCHMARKS))
+    parser.add_argument("--quick", action="store_true", help="smaller: a few minutes on two cores")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bound does not hold")
+    parser.add_argument("--output_dir", "--output-dir", default="launch/results", help="of the three files")
+    parser.add_argument("--slide", action="append", default=[], help="tiles: a slide of yours to read as well")
+    options = parser.parse_args()
+    result = BENCHMARKS[options.name].measure(quick=options.quick, slides=options.slide)
+    write_result(options.name, result, Path(options.output_dir))
+    broken = [bound for bound in result.bounds if not bound.holds]
+    for bound in result.bounds:
+        print(f"{'holds' if bound.holds else 'BROKEN'}: {bound.words}, measured {bound.measured:.3f}")
+    return 1 if options.check and broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""The same script under each launcher, as a user types it."""
+
+import csv
+import json
+
+import pytest
+import torch
+from runs import ROOT, run, train_arguments
+
+from ds_wsi.models import load_model
+
+pytestmark = pytest.mark.launch
+OFFLOAD = str(ROOT / "ds_configs" / "offload.json")
+SCRIPT = "launch/train.py"
+ACCELERATE = "accelerate launch --use_deepspeed --num_processes 2 --num_machines 1 --mixed_precision no --zero_stage 3"
+LAUNCHERS = {
+    "deepspeed": (["deepspeed", SCRIPT, "--deepspeed", OFFLOAD], "DeepSpeed ZeRO stage 2, optimizer offload cpu, 1 pr"),
+    "deepspeed, two processes": (
+        ["deepspeed", "--num_gpus", "2", SCRIPT, "--deepspeed", OFFLOAD],
+        "DeepSpeed ZeRO stage 2, optimizer offload cpu, 2 pr",
+    ),
+    "accelerate launch": (
+        [*ACCELERATE.split(), SCRIPT],
+        "DeepSpeed ZeRO stage 3, optimizer offload none, 2 pr",
+    ),
+    "torchrun": (["torchrun", "--standalone", "--nproc_per_node", "2", SCRIPT], "multi cpu, 2 process"),
+    "python": (["python", SCRIPT], "engine: no, 1 process"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_main_job_runs_and_leaves_its_results(launcher, demo_manifest, tmp_path):
+    command, engine = LAUNCHERS[launcher]
+    printed = run([*command, *train_arguments(demo_manifest, tmp_path / "run")])
+    assert engine in printed
+    folder = tmp_path / "run"
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    assert set(metrics) == {"accuracy", "balanced_accuracy", "auc", "quadratic_weighted_kappa", "f1"}
+    assert {"value", "low", "high"} <= set(metrics["auc"])
+    with (folder / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["slide_id"] for row in rows] == ["demo_006", "demo_007"]
+    for name in ("curves.png", "heatmaps/demo_006.png", "heatmaps/demo_007.png", "report.html"):
+        assert (folder / name).stat().st_size > 1000, name
+    assert list(folder.glob("tensorboard/**/events*"))
+    model, config = load_model(folder)
+    assert config.classes == ("normal", "tumor")
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_mistakes_are_one_message_without_a_traceback(demo_manifest, tmp_path):
+    text = demo_manifest.read_text().replace("demo_001,", "demo_000,", 1).replace("slides/demo_002.tiff", "gone.tiff")
+    broken = demo_manifest.parent / "broken.csv"
+    broken.write_text(text)
+    with pytest.raises(AssertionError) as caught:
+        run(["python", SCRIPT, *train_arguments(broken, tmp_path / "run")])
+    printed = str(caught.value)
+    assert "exited with 2" in printed
+    assert "2 problem(s)" in printed
+    assert "slide_id must be unique, got 'demo_000' in rows 2 and 3" in printed
+    assert "gone.tiff" in printed
+    assert "Traceback" not in printed
+
+
+def test_evaluate_and_heatmap_read_a_finished_run(demo_manifest, tmp_path):
+    folder = tmp_path / "run"
+    run(["python", SCRIPT, *train_arguments(demo_manifest, folder)])
+    chosen = ["--model", str(folder), "--manifest", str(demo_manifest)]
+    run(["python", "launch/evaluate.py", *chosen, "--output-dir", str(tmp_path / "evaluated")])
+    # The same slides, tiles and weights: the same predictions, to the last digit.
+    assert (tmp_path / "evaluated/predictions.csv").read_text() == (folder / "predictions.csv").read_text()
+    printed = run(["ds-wsi", "heatmap", *chosen, "--output_dir", str(tmp_path / "maps"), "--slide_ids", "demo_001"])
+    assert "demo_001.png" in printed
+    assert (tmp_path / "maps/demo_001.png").stat().st_size > 1000

@@ -1,0 +1,213 @@
+import csv
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import tifffile
+
+from ds_wsi.bags.cohort import load_cohort
+from ds_wsi.bags.manifest import SPLITS, ManifestError
+from ds_wsi.slides.coords import export_trident, import_trident, read_grid, write_grid
+from ds_wsi.slides.demo import write_pyramid
+from ds_wsi.slides.slide import Slide
+from ds_wsi.slides.tiling import TilingPolicy, tile_slide
+
+POLICY = TilingPolicy(tile_size_px=64)
+
+
+def picture(side=256, tissue=True):
+    image = np.full((side, side, 3), 243, dtype=np.uint8)
+    if tissue:
+        noise = np.random.default_rng(side).integers(-8, 8, (side - 32, side - 32, 1))
+        image[32:, 32:] = np.array([200, 110, 160]) + noise
+    return image
+
+
+def write_plain(path, image):
+    """A TIFF that tells no resolution."""
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(image, tile=(64, 64), photometric="rgb", metadata=None, software=False)
+
+
+def write_manifest(folder, rows, columns=("slide_id", "path", "label", "patient_id", "split", "mpp")):
+    path = folder / "manifest.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slides")
+    write_pyramid(folder / "good.tiff", picture(), mpp=0.5)
+    write_pyramid(folder / "other.tiff", picture(320), mpp=0.5)
+    write_pyramid(folder / "dpi72.tiff", picture(), mpp=352.78)
+    write_pyramid(folder / "tiny.tiff", picture(48), mpp=0.5)
+    write_pyramid(folder / "blank.tiff", picture(tissue=False), mpp=0.5)
+    write_plain(folder / "plain.tiff", picture())
+    (folder / "text.svs").write_text("no slide")
+    return folder
+
+
+def row(slides, slide_id, name, label, **more):
+    return {"slide_id": slide_id, "path": str(slides / name), "label": label, **more}
+
+
+def two(slides, name="good.tiff", **more):
+    return [row(slides, "one", name, "a", **more), row(slides, "two", "other.tiff", "b")]
+
+
+def load(folder, rows, policy=POLICY, **options):
+    return load_cohort(write_manifest(folder, rows), policy, need_splits=False, **options)
+
+
+def test_the_demo_cohort(demo_manifest):
+    cohort = load_cohort(demo_manifest, POLICY, workers=2)
+    assert [len(cohort.rows(split)) for split in SPLITS] == [4, 2, 2]
+    assert [slide.slide_id for slide in cohort.manifest.slides] == [grid.slide_id for grid in cohort.grids]
+    assert cohort.lengths == tuple(len(grid.coords) for grid in cohort.grids)
+    assert min(cohort.lengths) >= 1
+
+
+def test_every_problem_of_manifest_and_slides_is_listed_together(slides, tmp_path):
+    rows = [
+        row(slides, "twice", "good.tiff", "a", split="train", patient_id="p"),
+        row(slides, "twice", "good.tiff", "b", split="test", patient_id="p"),
+        row(slides, "lost", "none.tiff", "a", split="train"),
+        row(slides, "label", "good.tiff", "c", split="train"),
+        row(slides, "split", "good.tiff", "a", split="dev"),
+        row(slides, "mpp", "good.tiff", "a", split="train", mpp="x"),
+        row(slides, "text", "text.svs", "a", split="train"),
+        row(slides, "plain", "plain.tiff", "a", split="train"),
+        row(slides, "dpi72", "dpi72.tiff", "a", split="train"),
+        row(slides, "tiny", "tiny.tiff", "a", split="train"),
+        row(slides, "blank", "blank.tiff", "a", split="train"),
+    ]
+    with pytest.raises(ManifestError) as caught:
+        load_cohort(write_manifest(tmp_path, rows), POLICY, classes=("a", "b"), tiles_dir=tmp_path / "t", workers=2)
+    text = str(caught.value)
+    for expected in (
+        "slide_id must be unique, got 'twice' in rows 2 and 3",
+        "patient p must be in one split, got train (twice) and test (twice)",
+        "(slide lost, row 4)",
+        "label must be one of a, b, got 'c' (slide label, row 5)",
+        "got 'dev' (slide split, row 6)",
+        "mpp must be a number of um/px, got 'x' (slide mpp, row 7)",
+        f"format of OpenSlide's, got none of them (slide text, {slides / 'text.svs'})",
+        f"got no mpp (slide plain, {slides / 'plain.tiff'})",
+        "got 352.78 from",
+        "--slide_mpp",
+        f"must hold a tile of 64 px at level 0, got 48 x 48 px (slide tiny, {slides / 'tiny.tiff'})",
+        f"tiles (slide blank, {slides / 'blank.tiff'})",
+    ):
+        assert expected in text, expected
+    # "lost" is listed once: the file is not opened
+    assert len(caught.value.problems) == 11, text
+
+
+def test_one_class_only_is_refused(slides, tmp_path):
+    with pytest.raises(ManifestError, match="label must take at least two values, got a"):
+        load(tmp_path, [row(slides, "one", "good.tiff", "a"), row(slides, "two", "other.tiff", "a")])
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_slides_of_one_name_or_of_no_files_name_write_no_grid(slides, tmp_path, workers):
+    rows = [row(slides, "same", "good.tiff", "ab"[number % 2]) for number in range(8)]
+    rows += [row(slides, "../out", "good.tiff", "a"), row(slides, "own", "other.tiff", "a")]
+    with pytest.raises(ManifestError) as caught:
+        load(tmp_path, rows, tiles_dir=tmp_path / "tiles", workers=workers)
+    assert len(caught.value.problems) == 8  # seven repeats and one name
+    assert [path.name for path in (tmp_path / "tiles").iterdir()] == ["own.safetensors"]
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_slide_mpp_is_for_slides_that_tell_none_and_changes_no_other(slides, tmp_path):
+    rows = [
+        row(slides, "plain", "plain.tiff", "a"),
+        row(slides, "dpi72", "dpi72.tiff", "a"),
+        row(slides, "good", "good.tiff", "b"),
+        row(slides, "given", "plain.tiff", "b", mpp="0.5"),
+    ]
+    cohort = load(tmp_path, rows, slide_mpp=0.25)
+    assert [slide.mpp for slide in cohort.manifest.slides] == [0.25, 0.25, None, 0.5]
+    assert [grid.slide_mpp for grid in cohort.grids] == pytest.approx([0.25, 0.25, 0.5, 0.5], rel=1e-3)
+    assert [grid.tile_size_level0_px for grid in cohort.grids] == pytest.approx([128, 128, 64, 64])
+    with pytest.raises(ManifestError) as caught:
+        load(tmp_path, rows)
+    assert len(caught.value.problems) == 2
+
+
+def test_an_implausible_slide_mpp_is_refused(slides, tmp_path):
+    with pytest.raises(ManifestError, match="got 352 from the override"):
+        load(tmp_path, two(slides, "plain.tiff"), slide_mpp=352.0)
+
+
+def test_the_manifests_mpp_overrides_the_files(slides, tmp_path):
+    cohort = load(tmp_path, two(slides, mpp="0.25"), slide_mpp=1.0)
+    assert [grid.slide_mpp for grid in cohort.grids] == pytest.approx([0.25, 0.5], rel=1e-3)
+
+
+def test_grids_are_kept_and_read_again_until_policy_or_mpp_change(slides, tmp_path):
+    tiles = tmp_path / "tiles"
+    first = load(tmp_path, two(slides), tiles_dir=tiles)
+    files = {path.name: path.stat().st_mtime_ns for path in tiles.iterdir()}
+    assert set(files) == {"one.safetensors", "two.safetensors"}
+    second = load(tmp_path, two(slides), tiles_dir=tiles)
+    assert {path.name: path.stat().st_mtime_ns for path in tiles.iterdir()} == files
+    for before, after in zip(first.grids, second.grids):
+        np.testing.assert_array_equal(before.coords, after.coords)
+        for field in fields(before):
+            if field.name != "coords":
+                assert getattr(before, field.name) == getattr(after, field.name), field.name
+    small = load(tmp_path, two(slides), TilingPolicy(tile_size_px=32), tiles_dir=tiles)
+    assert {path.stat().st_mtime_ns for path in tiles.iterdir()}.isdisjoint(files.values())
+    assert small.lengths[0] > 2 * first.lengths[0]
+    assert read_grid(tiles / "one.safetensors").tile_size_px == 32
+    load(tmp_path, two(slides, mpp="0.25"), TilingPolicy(tile_size_px=32), tiles_dir=tiles)
+    assert read_grid(tiles / "one.safetensors").slide_mpp == 0.25
+
+
+def test_a_grid_of_another_slide_file_is_tiled_anew(slides, tmp_path):
+    load(tmp_path, two(slides), tiles_dir=tmp_path / "tiles")
+    swapped = [row(slides, "one", "other.tiff", "a"), row(slides, "two", "good.tiff", "b")]
+    cohort = load(tmp_path, swapped, tiles_dir=tmp_path / "tiles")
+    assert [grid.slide_width_px for grid in cohort.grids] == [320, 256]
+
+
+def test_a_torn_grid_is_a_problem_that_names_it(slides, tmp_path):
+    load(tmp_path, two(slides), tiles_dir=tmp_path / "tiles")
+    path = tmp_path / "tiles" / "one.safetensors"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ManifestError, match=r"must be a whole safetensors file.*one\.safetensors.*HINT: delete it"):
+        load(tmp_path, two(slides), tiles_dir=tmp_path / "tiles")
+
+
+def test_an_imported_grid_is_taken_as_it_is_or_refused(slides, tmp_path):
+    tiles = tmp_path / "tiles"
+    with Slide(slides / "good.tiff", slide_id="one") as slide:
+        own = tile_slide(slide, POLICY)
+        export_trident(replace(own, coords=own.coords[:2]), tmp_path / "one.h5")
+        write_grid(import_trident(tmp_path / "one.h5", slide), tiles / "one.safetensors")
+    before = (tiles / "one.safetensors").read_bytes()
+    # another tissue threshold is no reason to refuse it
+    cohort = load(tmp_path, two(slides), replace(POLICY, min_tissue_fraction=0.2), tiles_dir=tiles)
+    np.testing.assert_array_equal(cohort.grids[0].coords, own.coords[:2])
+    for policy, ours in ((TilingPolicy(tile_size_px=32), "32 px at 0.5"), (replace(POLICY, mpp=1.0), "64 px at 1 ")):
+        with pytest.raises(ManifestError, match="imported from trident") as caught:
+            load(tmp_path, two(slides), policy, tiles_dir=tiles)
+        assert ours in str(caught.value)
+        assert "got 64 px at 0.5" in str(caught.value)
+    assert (tiles / "one.safetensors").read_bytes() == before
+
+
+def test_splits_are_drawn_where_they_are_needed(slides, tmp_path):
+    rows = [row(slides, f"s{number}", "good.tiff", "ab"[number % 2]) for number in range(10)]
+    path = write_manifest(tmp_path, rows)
+    assert {slide.split for slide in load_cohort(path, POLICY, need_splits=False).manifest.slides} == {None}
+    cohort = load_cohort(path, POLICY, seed=3)
+    assert sorted(cohort.rows("train") + cohort.rows("validation") + cohort.rows("test")) == list(range(10))
+    assert all(cohort.rows(split) for split in SPLITS)
+    again = load_cohort(path, POLICY, seed=3)
+    assert again.manifest == cohort.manifest

@@ -1,0 +1,63 @@
+import json
+import os
+
+import pytest
+
+from ds_wsi.runtime.files import atomic_path, write_json, write_text
+
+
+def fail_half_way(path, error):
+    before = path.read_text() if path.exists() else None
+    with atomic_path(path) as temporary:
+        temporary.write_text("ne")
+        assert (path.read_text() if path.exists() else None) == before
+        raise error
+
+
+def test_text_and_json_round_trip(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.json"
+    write_json(path, {"µm": [1, 2.5, None]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"µm": [1, 2.5, None]}
+    write_text(path, "glass ± 1\n")
+    assert path.read_text(encoding="utf-8") == "glass ± 1\n"
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_failing_block_leaves_the_old_content_and_no_temporary(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way(path, RuntimeError("half way"))
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_failing_block_leaves_nothing_where_there_was_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fail_half_way(tmp_path / "a.txt", KeyboardInterrupt())
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_block_that_writes_nothing_is_an_error_and_keeps_the_old_content(tmp_path):
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a.txt"):
+        pass
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_temporary_is_beside_the_file_hidden_and_keeps_the_suffix(tmp_path):
+    with atomic_path(tmp_path / "curves.v2.png") as temporary:
+        temporary.write_bytes(b"x")
+        assert temporary.parent == tmp_path
+        assert temporary.name.startswith(".")
+        assert temporary.suffix == ".png"
+        assert str(os.getpid()) in temporary.name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), object()])
+def test_what_json_cannot_hold_is_refused_and_the_old_file_kept(tmp_path, value):
+    write_json(tmp_path / "a.json", {"auc": 1})
+    with pytest.raises((ValueError, TypeError)):
+        write_json(tmp_path / "a.json", {"auc": value})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"auc": 1}
+    assert os.listdir(tmp_path) == ["a.json"]

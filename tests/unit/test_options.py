@@ -1,0 +1,212 @@
+import argparse
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_wsi.training.optim import SCHEDULES, learning_rate_at
+from ds_wsi.training.options import OPTIONS, add_train_options, settings_from
+from ds_wsi.training.settings import TrainSettings
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    add_train_options(parser)
+    return settings_from(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def settings_of(*arguments):
+    return parse(*arguments)[0]
+
+
+def write_config(tmp_path, section, **more):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, **more, "ds_wsi": section}))
+    return path
+
+
+def value_at(settings, place):
+    for name in place.split("."):
+        settings = getattr(settings, name)
+    return settings
+
+
+def test_without_options_all_is_default_but_the_demos_tile_size():
+    settings, config = parse()
+    assert config is None
+    assert settings.policies.tiling.tile_size_px == 64
+    default = TrainSettings()
+    assert (settings.data, settings.model, settings.optim, settings.run) == (
+        default.data,
+        default.model,
+        default.optim,
+        default.run,
+    )
+
+
+EXAMPLES = {int: ("3", 3), float: ("0.25", 0.25), str: ("x", "x"), "flag": (None, True)}
+
+
+@pytest.mark.parametrize(("name", "place", "kind", "text"), OPTIONS, ids=[option[0] for option in OPTIONS])
+@pytest.mark.parametrize("dashes", [False, True])
+def test_every_option_sets_its_field_with_underscores_or_dashes(name, place, kind, text, dashes, tmp_path):
+    if name == "classes":
+        given, expected = "b, a,", ("b", "a")
+    elif name == "deepspeed":
+        given = expected = str(write_config(tmp_path, {}))
+    elif isinstance(kind, tuple):
+        given = expected = kind[-1]
+    else:
+        given, expected = EXAMPLES[kind]
+    option = f"--{name.replace('_', '-') if dashes else name}"
+    settings = settings_of(option, *([] if given is None else [given]))
+    assert value_at(settings, place) == expected
+    assert text
+
+
+def test_the_command_line_overrides_the_json_and_the_json_the_defaults(tmp_path):
+    section = {"tiling": {"tile_size_px": 96, "mpp": 1}, "reading": {"workers": 2}, "augment": {"colour": 0.3}}
+    path = write_config(tmp_path, section, optimizer={"type": "AdamW"})
+    settings, config = parse("--deepspeed", path, "--mpp", 0.25, "--dataloader-num-workers", 5)
+    assert config["optimizer"] == {"type": "AdamW"}
+    policies = settings.policies
+    assert (policies.tiling.tile_size_px, policies.tiling.mpp) == (96, 0.25)
+    assert policies.tiling.min_tissue_fraction == 0.6
+    assert policies.reading.workers == 5
+    assert policies.augment.colour == 0.3
+
+
+def test_a_json_without_a_section_changes_nothing(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text("{}")
+    settings, config = parse("--deepspeed", path)
+    assert config == {}
+    assert settings.policies == settings_of().policies
+
+
+@pytest.mark.parametrize(
+    ("section", "arguments", "expected"),
+    [
+        ({}, (), 64),
+        ({}, ("--manifest", "m.csv"), 256),
+        ({}, ("--tile_size_px", 32), 32),
+        ({}, ("--manifest", "m.csv", "--tile_size_px", 32), 32),
+        ({"tiling": {"tile_size_px": 256}}, (), 256),
+        ({"tiling": {"mpp": 1.0}}, (), 64),
+        ({"tiling": {"tile_size_px": 128}}, ("--manifest", "m.csv"), 128),
+    ],
+)
+def test_the_demos_tile_size_is_the_default_without_a_manifest_only(tmp_path, section, arguments, expected):
+    settings = settings_of("--deepspeed", write_config(tmp_path, section), *arguments)
+    assert settings.policies.tiling.tile_size_px == expected
+
+
+@pytest.mark.parametrize("option", ["--resume_from_checkpoint", "--resume-from-checkpoint"])
+def test_resume_with_and_without_a_path(option):
+    assert settings_of().run.resume_from_checkpoint is None
+    assert settings_of(option).run.resume_from_checkpoint == "latest"
+    assert settings_of(option, "--seed", 1).run.resume_from_checkpoint == "latest"
+    assert settings_of(option, "runs/a/checkpoint-3").run.resume_from_checkpoint == "runs/a/checkpoint-3"
+
+
+@pytest.mark.parametrize("option", ["--local_rank=1", "--local-rank=1"])
+def test_deepspeeds_local_rank_is_accepted_and_ignored(option):
+    assert settings_of(option) == settings_of()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tile_size_px", 0), "tile_size_px must be at least 1, got 0"),
+        (("--mpp", 0), "mpp must be positive"),
+        (("--mpp", "nan"), "mpp must be positive"),
+        (("--min_tissue_fraction", 2), "min_tissue_fraction must be in"),
+        (("--max_failed_fraction", -1), "max_failed_fraction must be in"),
+        (("--dataloader_num_workers", -1), "workers must be at least 0"),
+        (("--augment_colour", 1), "colour must be in"),
+        (("--num_train_epochs", 0), "--num_train_epochs must be at least 1, got 0"),
+        (("--per_device_train_batch_size", 0), "--per_device_train_batch_size must be at least 1"),
+        (("--gradient_accumulation_steps", 0), "--gradient_accumulation_steps must be at least 1"),
+        (("--learning_rate", 0), "--learning_rate must be positive"),
+        (("--weight_decay", -1), "--weight_decay must be at least 0"),
+        (("--max_grad_norm", -1), "--max_grad_norm must be at least 0"),
+        (("--warmup_steps", -1), "--warmup_steps must be at least 0"),
+        (("--save_total_limit", 1), "--save_total_limit must be at least 2, got 1.*HINT"),
+        (("--save_steps", -1), "--save_steps must be at least 0"),
+        (("--bf16", "--fp16"), "--bf16 and --fp16"),
+        (("--deepspeed", "none.json"), r"got none\.json \(missing\)"),
+    ],
+)
+def test_values_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        settings_of(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--aggregator", "meen"), "invalid choice: 'meen'"),
+        (("--optim", "lion"), "invalid choice: 'lion'"),
+        (("--lr_scheduler_type", "step"), "invalid choice: 'step'"),
+        (("--metric_for_best_model", "dice"), "invalid choice: 'dice'"),
+        (("--seed", "x"), "invalid int value: 'x'"),
+        (("--learning_rate", "fast"), "invalid float value: 'fast'"),
+        (("--tile_sise", "3"), "unrecognized arguments: --tile_sise"),
+        (("--manifest",), "expected one argument"),
+    ],
+)
+def test_what_is_no_option_or_value_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        settings_of(*arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_section_with_an_error_names_its_key(tmp_path):
+    with pytest.raises(ValueError, match=r"ds_wsi\.tiling\.tile_size must be one of"):
+        settings_of("--deepspeed", write_config(tmp_path, {"tiling": {"tile_size": 3}}))
+    with pytest.raises(ValueError, match="ds_wsi must be an object"):
+        settings_of("--deepspeed", write_config(tmp_path, 3))
+
+
+def test_help_tells_every_option_and_its_default():
+    parser = argparse.ArgumentParser()
+    add_train_options(parser)
+    text = " ".join(parser.format_help().split())
+    assert all(f"--{name}" in text for name, *_ in OPTIONS)
+    assert "(default: 0.0003)" in text
+    assert "local_rank" not in text
+
+
+@given(
+    schedule=st.sampled_from(SCHEDULES),
+    total=st.integers(1, 500),
+    warmup=st.integers(0, 500),
+    peak=st.floats(1e-6, 1.0),
+)
+def test_the_learning_rate_rises_to_its_peak_and_never_after(schedule, total, warmup, peak):
+    rates = [
+        learning_rate_at(step, total_steps=total, peak=peak, schedule=schedule, warmup_steps=warmup)
+        for step in range(total)
+    ]
+    assert all(0 < rate <= peak * (1 + 1e-12) for rate in rates)
+    rising, falling = rates[:warmup], rates[warmup:]
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+    if falling:
+        assert falling[0] == pytest.approx(peak)
+
+
+def test_known_learning_rates():
+    def rate(step, schedule):
+        return learning_rate_at(step, total_steps=12, peak=1.0, schedule=schedule, warmup_steps=4)
+
+    assert [rate(step, "cosine") for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert rate(8, "linear") == rate(8, "cosine") == pytest.approx(0.5)
+    assert rate(6, "linear") == 0.75
+    assert rate(6, "cosine") == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert rate(12, "linear") == rate(12, "cosine") == 0
+    assert rate(11, "constant") == 1.0
+    with pytest.raises(ValueError, match="--lr_scheduler_type must be one of cosine, linear, constant, got 'step'"):
+        rate(0, "step")

@@ -1,0 +1,80 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_wsi.bags.sampler import deal_by_cost, plan_epoch, steps_per_epoch
+
+layouts = st.fixed_dictionaries(
+    {"world_size": st.integers(1, 6), "bags_per_rank": st.integers(1, 4), "accumulation": st.integers(1, 4)}
+)
+
+
+def slides_of(step):
+    return [slide for ranks in step.micro_steps for own in ranks for slide in own]
+
+
+@given(n=st.integers(0, 120), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000), layout=layouts)
+def test_every_slide_exactly_once_an_epoch(n, seed, epoch, layout):
+    plan = plan_epoch(n, seed=seed, epoch=epoch, **layout)
+    assert sorted(slide for step in plan for slide in slides_of(step)) == list(range(n))
+    assert len(plan) == steps_per_epoch(n, **layout)
+    assert sum(step.n_bags for step in plan) == n
+    assert all(step.n_bags == len(slides_of(step)) for step in plan)
+
+
+@given(n=st.integers(1, 120), seed=st.integers(0, 99), layout=layouts)
+def test_ranks_take_the_same_number_of_micro_steps_and_are_within_one_bag(n, seed, layout):
+    for step in plan_epoch(n, seed=seed, epoch=1, **layout):
+        assert len(step.micro_steps) == layout["accumulation"]
+        for ranks in step.micro_steps:
+            assert len(ranks) == layout["world_size"]
+            assert all(len(own) <= layout["bags_per_rank"] for own in ranks)
+        loads = [sum(len(ranks[rank]) for ranks in step.micro_steps) for rank in range(layout["world_size"])]
+        assert max(loads) - min(loads) <= 1
+
+
+@given(n=st.integers(1, 120), layout=layouts)
+def test_only_the_last_step_is_short(n, layout):
+    per_step = math.prod(layout.values())
+    plan = plan_epoch(n, seed=0, epoch=0, **layout)
+    assert [step.n_bags for step in plan[:-1]] == [per_step] * (len(plan) - 1)
+    assert 1 <= plan[-1].n_bags <= per_step
+
+
+@given(n=st.integers(1, 120), seed=st.integers(0, 99), epoch=st.integers(0, 9), layout=layouts)
+def test_a_steps_slides_depend_on_the_product_alone(n, seed, epoch, layout):
+    dealt = plan_epoch(n, seed=seed, epoch=epoch, **layout)
+    alone = plan_epoch(n, seed=seed, epoch=epoch, accumulation=math.prod(layout.values()))
+    assert [set(slides_of(step)) for step in dealt] == [set(slides_of(step)) for step in alone]
+
+
+def test_a_plan_repeats_and_epochs_and_seeds_differ():
+    plans = {(seed, epoch): plan_epoch(32, seed=seed, epoch=epoch) for seed in range(4) for epoch in range(4)}
+    assert plans[2, 3] == plan_epoch(32, seed=2, epoch=3)
+    assert len(set(plans.values())) == len(plans)
+
+
+def test_a_known_deal():
+    (step,) = plan_epoch(5, seed=0, epoch=0, world_size=2, bags_per_rank=1, accumulation=3)
+    order = [slide for step in plan_epoch(5, seed=0, epoch=0) for slide in slides_of(step)]
+    assert step.micro_steps == (
+        ((order[0],), (order[1],)),
+        ((order[2],), (order[3],)),
+        ((order[4],), ()),
+    )
+
+
+@given(costs=st.lists(st.integers(1, 10_000), max_size=60), world_size=st.integers(1, 8))
+def test_deal_by_cost_covers_all_and_is_balanced_within_the_largest(costs, world_size):
+    dealt = deal_by_cost(costs, world_size)
+    assert len(dealt) == world_size
+    assert sorted(item for items in dealt for item in items) == list(range(len(costs)))
+    loads = [sum(costs[item] for item in items) for items in dealt]
+    assert max(loads) - min(loads) <= max(costs, default=0)
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(1, ((0, 1, 2, 3),)), (2, ((0,), (1, 2, 3)))])
+def test_deal_by_cost_gives_the_costliest_a_rank_of_its_own(world_size, expected):
+    assert deal_by_cost([9, 3, 3, 3], world_size) == expected
