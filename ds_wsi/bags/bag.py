@@ -8,6 +8,7 @@ chunks, and training has the next bag ready while it computes.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,8 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.slides.slide import SlideCache, TileReadError
 from ds_wsi.slides.tiling import TileGrid
 
-MAX_CHUNKS_AHEAD = 64  # per loader: bounds the memory and the file descriptors that waiting chunks hold
+CHUNK_BYTES = 24 * 2**20
+MAX_CHUNKS_AHEAD = 32  # per loader: bounds the memory and the file descriptors that waiting chunks hold
 
 
 @dataclass(frozen=True)
@@ -29,23 +31,28 @@ class ReadPolicy:
 
     Args:
         workers: reading processes; 0 reads in the training process.
-        chunk_tiles: tiles a request.
+        chunk_tiles: tiles a request at the most; 0 takes as many as 24 MiB hold, 128 of 256 px (a request of less
+            costs more to hand over, relative to its reading).
         open_slides: slides each worker keeps open.
         max_failed_fraction: of the cohort's tiles that may fail to read before the run stops.
     """
 
     workers: int = 1
-    chunk_tiles: int = 64
+    chunk_tiles: int = 0
     open_slides: int = 4
     max_failed_fraction: float = 0.01
 
     def __post_init__(self) -> None:
         """Refuse counts that cannot be read with."""
-        for name, least in (("workers", 0), ("chunk_tiles", 1), ("open_slides", 1)):
+        for name, least in (("workers", 0), ("chunk_tiles", 0), ("open_slides", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"max_failed_fraction must be in [0, 1], got {self.max_failed_fraction}")
+
+    def tiles_a_chunk(self, tile_size_px: int) -> int:
+        """Tiles of this side a request."""
+        return self.chunk_tiles or max(1, CHUNK_BYTES // (3 * tile_size_px**2))
 
 
 class TileRequest(NamedTuple):
@@ -63,14 +70,21 @@ class TileChunk(NamedTuple):
     Attributes:
         request: what was asked for.
         tiles: uint8 [n, 3, S, S] (stored channels last), the tiles that could be read.
-        kept: int64 [n], their rows in the slide's grid.
-        failures: (row, reason) of each tile that could not.
+        failures: (row in the slide's grid, reason) of each tile that could not.
     """
 
     request: TileRequest
     tiles: Tensor
-    kept: Tensor
     failures: tuple[tuple[int, str], ...]
+
+    @property
+    def kept(self) -> Tensor:
+        """The rows of the tiles in the slide's grid: int64 [n]."""
+        failed = {row for row, _ in self.failures}
+        # Derived here: a second tensor a chunk would double the cost of handing it over.
+        return torch.tensor(
+            [row for row in range(self.request.start, self.request.stop) if row not in failed], dtype=torch.int64
+        )
 
 
 class Bag(NamedTuple):
@@ -94,28 +108,33 @@ class TileDataset(Dataset[TileChunk]):
         entry, grid = self.slides[request.slide], self.grids[request.slide]
         size = grid.tile_size_px
         tiles = np.empty((request.stop - request.start, size, size, 3), dtype=np.uint8)
-        kept: list[int] = []
+        n_read = 0
         failures: list[tuple[int, str]] = []
         for row in range(request.start, request.stop):
             x, y = (int(value) for value in grid.coords[row])
             try:
                 # Fetched for each tile: after an error the slide is reopened.
                 slide = self.cache.get(entry.path, entry.mpp, entry.slide_id)
-                slide.read_tile(x, y, grid.level, grid.read_size_px, size, out=tiles[len(kept)])
-                kept.append(row)
+                slide.read_tile(x, y, grid.level, grid.read_size_px, size, out=tiles[n_read])
+                n_read += 1
             except TileReadError as error:
                 failures.append((row, str(error)))
         # A view with the channels second: encoders that like channels-last memory get it without a copy.
-        read = torch.from_numpy(tiles[: len(kept)]).permute(0, 3, 1, 2)
-        return TileChunk(request, read, torch.tensor(kept, dtype=torch.int64), tuple(failures))
+        read = torch.from_numpy(tiles[:n_read]).permute(0, 3, 1, 2)
+        return TileChunk(request, read, tuple(failures))
 
 
 def plan_requests(slides: Iterable[int], lengths: Sequence[int], chunk_tiles: int) -> Iterator[TileRequest]:
-    """Cut the slides' grids, in order, into requests of at most `chunk_tiles` tiles."""
+    """Cut the slides' grids, in order, into requests of at most `chunk_tiles` tiles, alike in size.
+
+    Workers take requests in turn: were a slide's last request short, every second worker could be idle half the time.
+    """
     for slide in slides:
-        for start in range(0, lengths[slide], chunk_tiles):
-            stop = min(start + chunk_tiles, lengths[slide])
-            yield TileRequest(slide, start, stop, stop == lengths[slide])
+        length = lengths[slide]
+        pieces = math.ceil(length / chunk_tiles)
+        ends = [-(-piece * length // pieces) for piece in range(pieces + 1)]  # rounded up
+        for start, stop in pairwise(ends):
+            yield TileRequest(slide, start, stop, stop == length)
 
 
 class RequestStream:
@@ -140,13 +159,14 @@ def read_chunks(
         policy: workers, chunk size, bounds.
     """
     lengths = [len(grid) for grid in grids]
-    chunks_a_bag = math.ceil(max(lengths) / policy.chunk_tiles)
+    chunk_tiles = policy.tiles_a_chunk(grids[0].tile_size_px)
+    chunks_a_bag = math.ceil(max(lengths) / chunk_tiles)
     # Far enough ahead for one whole bag, within the bound.
     ahead = min(max(chunks_a_bag + 1, 2 * policy.workers), MAX_CHUNKS_AHEAD)
     loader = DataLoader(
         TileDataset(slides, grids, policy.open_slides),
         batch_size=None,
-        sampler=RequestStream(order, lengths, policy.chunk_tiles),
+        sampler=RequestStream(order, lengths, chunk_tiles),
         num_workers=policy.workers,
         prefetch_factor=max(1, math.ceil(ahead / policy.workers)) if policy.workers else None,
         # Else a new loader draws its workers' seed from the global generator: a resumed run, whose loader is new, would

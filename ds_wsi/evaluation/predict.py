@@ -47,7 +47,7 @@ def predict_slides(
         model: on the device to compute on.
         slides, grids: of the cohort, row by row.
         rows: of the slides to predict.
-        policy: how tiles are read; `chunk_tiles` is the encoder's batch.
+        policy: how tiles are read; a chunk is the encoder's batch.
         failures: where unreadable tiles are recorded.
     """
     training = model.training

@@ -185,7 +185,7 @@ def test_open_slides_and_file_descriptors_stay_bounded(cohort):
     ("values", "message"),
     [
         ({"workers": -1}, "workers must be at least 0, got -1"),
-        ({"chunk_tiles": 0}, "chunk_tiles must be at least 1"),
+        ({"chunk_tiles": -1}, "chunk_tiles must be at least 0"),
         ({"open_slides": 0}, "open_slides must be at least 1"),
         ({"max_failed_fraction": 1.1}, r"max_failed_fraction must be in \[0, 1\], got 1.1"),
         ({"max_failed_fraction": float("nan")}, "max_failed_fraction"),

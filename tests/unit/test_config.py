@@ -62,7 +62,7 @@ def test_whole_numbers_serve_as_floats():
         ({"tiling": {"mpp": -1}}, r"^ds_wsi\.tiling: mpp must be positive"),
         ({"tiling": {"min_tissue_fraction": 1.5}}, r"^ds_wsi\.tiling: min_tissue_fraction must be in \[0, 1\]"),
         ({"reading": {"workers": -1}}, r"^ds_wsi\.reading: workers must be at least 0"),
-        ({"reading": {"chunk_tiles": 0}}, r"^ds_wsi\.reading: chunk_tiles must be at least 1"),
+        ({"reading": {"chunk_tiles": -1}}, r"^ds_wsi\.reading: chunk_tiles must be at least 0"),
         ({"reading": {"open_slides": 0}}, r"^ds_wsi\.reading: open_slides must be at least 1"),
         ({"reading": {"max_failed_fraction": 2}}, r"^ds_wsi\.reading: max_failed_fraction must be in \[0, 1\]"),
         ({"augment": {"colour": 1}}, r"^ds_wsi\.augment: colour must be in \[0, 1\)"),
