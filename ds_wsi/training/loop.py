@@ -111,10 +111,11 @@ def _train_epoch(run: Run, bags: Iterator[Bag]) -> dict[str, float]:
             progress.bags_seen += step.n_bags
             rate = tiles_read / (time.perf_counter() - start)
             peak = peak_memory_bytes(run.device)
-            bar.update(step.n_bags)
             bar.set_postfix_str(
-                f"loss {progress.loss_sum / progress.bags_seen:.3f}, {rate:.0f} tiles/s, {peak / 2**30:.2f} GiB"
+                f"loss {progress.loss_sum / progress.bags_seen:.3f}, {rate:.0f} tiles/s, {peak / 2**30:.2f} GiB",
+                refresh=False,  # with the bar's own update, at most twice a second: a log file holds every refresh
             )
+            bar.update(step.n_bags)
             run.accelerator.log(
                 {
                     "train/loss": loss / step.n_bags,
@@ -128,7 +129,7 @@ def _train_epoch(run: Run, bags: Iterator[Bag]) -> dict[str, float]:
             if save_steps and progress.global_step % save_steps == 0 and progress.step_in_epoch < len(plan):
                 save(run)
     return {
-        "epoch": progress.epoch,
+        "epoch": progress.epoch + 1,
         "train_loss": progress.loss_sum / progress.bags_seen,
         "learning_rate": rate_now if plan else 0.0,
         "tiles_per_second": rate,
@@ -180,7 +181,7 @@ def _end_epoch(run: Run, entry: dict[str, float]) -> None:
     best = best_entry(progress.history, metric)
     state = full_state_dict(run.module)  # collective: on every rank
     if best is entry:
-        progress.best_epoch = progress.epoch
+        progress.best_epoch = progress.epoch + 1
         if run.accelerator.is_main_process:
             export(run, state)
     shown = ", ".join(f"{key} {value:.4g}" for key, value in entry.items() if key not in ("epoch", "peak_memory_bytes"))

@@ -136,7 +136,7 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
         f"{optim.num_train_epochs} epochs, "
         f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} slides a process and step",
         "processes": str(run.accelerator.num_processes),
-        "best epoch": str((run.progress.best_epoch or 0) + 1),
+        "best epoch": str(run.progress.best_epoch),
         "seed": str(run.settings.run.seed),
         "time": f"{seconds:.0f} s",
         **{key: str(value) for key, value in environment().items()},

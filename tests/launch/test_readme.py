@@ -1,0 +1,53 @@
+"""The README's Python, run as it is written; its names and its options exist."""
+
+import re
+
+import pytest
+
+import ds_wsi
+from ds_wsi.bags.manifest import read_manifest
+from ds_wsi.cli import build_parser
+from ds_wsi.config import read_section
+from runs import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_runs(demo_manifest, tmp_path, monkeypatch):
+    (code,) = blocks("python")
+    slide = read_manifest(demo_manifest).slides[0].path
+    (tmp_path / "slide.svs").symlink_to(slide)
+    monkeypatch.chdir(tmp_path)
+    # The demo slide is too small for a tile of 256 px and has few of 64.
+    names: dict = {}
+    exec(code.replace("256", "64").replace("bag[:10]", "bag[:2]"), names)
+    assert names["output"].logits.shape == (2, 2)
+    assert names["output"].attention.shape == (len(names["bag"]) + 2,)
+
+
+def test_every_public_name_is_listed():
+    for name in ds_wsi.__all__:
+        assert f"`{name}`" in README, name
+
+
+def test_the_section_is_accepted():
+    import json
+
+    (section,) = [json.loads(block)["ds_wsi"] for block in blocks("json")]
+    assert read_section(section).reading.workers == 4
+
+
+@pytest.mark.parametrize("command", ["tile", "train", "evaluate", "heatmap", "demo"])
+def test_options_in_the_readme_exist(command, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([command, "--help"])
+    known = capsys.readouterr().out
+    script = rf"(?:ds-wsi {command}|launch/{command}\.py)"
+    text = README.replace("\\\n", " ")
+    used = [flag for line in re.findall(rf"{script}([^\n#`]*)", text) for flag in re.findall(r"--[\w-]+", line)]
+    assert used
+    assert [flag for flag in used if flag not in known] == []
