@@ -37,7 +37,7 @@ def _nothing_left_behind():
 
 @pytest.fixture(scope="session")
 def demo_manifest(tmp_path_factory) -> Path:
-    """A small demo cohort: 4 slides to train on, 2 to validate, 2 to test; 5 to 15 tiles of 64 px each."""
+    """A small demo cohort: 4 slides to train on, 2 to validate, 2 to test; a dozen tiles of 64 px each."""
     policy = DemoPolicy(train=4, validation=2, test=2, min_side_px=352, max_side_px=352)
     return make_demo(tmp_path_factory.mktemp("demo"), policy)
 

@@ -77,7 +77,8 @@ def build_accelerator(
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     return Accelerator(
         cpu=cpu.without_gpu() and plugin is None,
-        mixed_precision=settings.mixed_precision,
+        # DeepSpeed's own autocast otherwise: see _use_autocast.
+        mixed_precision=settings.mixed_precision if plugin is None else "no",
         gradient_accumulation_steps=settings.accumulation,
         deepspeed_plugin=plugin,
         log_with="tensorboard",
@@ -105,12 +106,24 @@ def _deepspeed_plugin(settings: EngineSettings, config: dict[str, Any] | None) -
         "gradient_clipping": settings.max_grad_norm,
         "optimizer.params.lr": settings.learning_rate,
         "optimizer.params.weight_decay": settings.weight_decay,
-        "bf16.enabled": settings.mixed_precision == "bf16",
-        "fp16.enabled": settings.mixed_precision == "fp16",
+        # Filled where they are "auto": mixed precision is by autocast.
+        "bf16.enabled": False,
+        "fp16.enabled": False,
     }
     filled = fill_auto(config, values)
+    _use_autocast(filled, settings.mixed_precision)
     cpu.use_torch_adam(filled)
     return DeepSpeedPlugin(hf_ds_config=filled)
+
+
+def _use_autocast(config: dict[str, Any], precision: str) -> None:
+    """Mixed precision by DeepSpeed's torch_autocast, in place.
+
+    Its "bf16" and "fp16" sections halve the parameters and leave the buffers: BatchNorm, with halved weights and
+    float32 running statistics, then fails, and halved statistics would stop following the bags.
+    """
+    if precision != "no" and "torch_autocast" not in config:
+        config["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]}
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, settings: EngineSettings) -> tuple[nn.Module, Any]:
@@ -134,7 +147,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, settings: EngineSettings
         _describe(accelerator),
         accelerator.num_processes,
         accelerator.device,
-        accelerator.mixed_precision,
+        settings.mixed_precision,
     )
     return model, optimizer
 

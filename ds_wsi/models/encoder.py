@@ -1,5 +1,6 @@
 """Tile encoders: any timm model by name, with weights from a local file."""
 
+import difflib
 import pickle
 from pathlib import Path
 
@@ -27,8 +28,8 @@ def build_encoder(name: str, weights: str | Path | None = None, **options: objec
         ValueError: timm has no model of this name, or the weights do not fit it.
     """
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name[:8]}*")[:5]
-        raise ValueError(f"encoder must be a timm model's name, got {name!r}. HINT: did you mean one of {near}?")
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        raise ValueError(f"encoder must be a timm model's name, got {name!r}. HINT: one of {', '.join(near)}?")
     encoder = timm.create_model(name, pretrained=False, num_classes=0, **options)
     if weights is not None:
         load_encoder_weights(encoder, weights)

@@ -153,8 +153,9 @@ def _output_dir(settings: TrainSettings, accelerator: Accelerator) -> Path:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         path.mkdir(parents=True, exist_ok=True)
-        for left in path.glob(".checkpoint-*.tmp"):
-            shutil.rmtree(left)
+        # Half-written under temporary names by a process that was killed; no other process writes here yet.
+        for left in path.rglob(".*.tmp*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     return path
 
 

@@ -1,14 +1,14 @@
 """Evaluation of a slide of any size needs one chunk of tiles, and its features: 40,000 tiles, every aggregator."""
 
+import weakref
 from dataclasses import replace
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from torch import nn
 
-from ds_wsi.bags.bag import FailureLog, ReadPolicy
+from ds_wsi.bags.bag import FailureLog, ReadPolicy, read_chunks
 from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.evaluation.predict import predict_slides
 from ds_wsi.models import AGGREGATORS, SlideModel, build_aggregator
@@ -18,18 +18,21 @@ TILE_PX, WIDTH, CHUNK = 16, 32, 512
 
 
 class Encoder(nn.Module):
-    """A convolution and a mean; notes the largest batch and this process's memory."""
+    """A convolution and a mean; notes the largest batch, and how many earlier batches are still held by anyone."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Conv2d(3, WIDTH, 3, padding=1)
-        self.largest_batch = self.peak_bytes = 0
+        self.largest_batch = self.most_alive = 0
+        self.batches = weakref.WeakSet()
 
     def forward(self, tiles):
         assert not torch.is_grad_enabled()
-        features = self.layer(tiles).mean((2, 3))
+        self.batches.add(tiles)
         self.largest_batch = max(self.largest_batch, len(tiles))
-        self.peak_bytes = max(self.peak_bytes, psutil.Process().memory_info().rss)
+        self.most_alive = max(self.most_alive, len(self.batches))
+        features = self.layer(tiles).mean((2, 3))
+        assert features._base is None, "a feature that is a view would keep its batch alive"
         return features
 
 
@@ -52,15 +55,23 @@ def evaluate(cohort, aggregator: str, n_tiles: int) -> Encoder:
 
 
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
-def test_memory_grows_by_the_features_only(cohort, aggregator):
-    evaluate(cohort, aggregator, 2 * CHUNK)  # buffers of the libraries
-    small, large = evaluate(cohort, aggregator, 4 * CHUNK), evaluate(cohort, aggregator, 40_000)
-    assert large.largest_batch <= CHUNK
-    feature_bytes = 40_000 * WIDTH * 4
-    tile_bytes = 40_000 * 3 * TILE_PX**2
-    allowed = 2 * feature_bytes + 4 * 2**20
-    assert allowed < tile_bytes, "the bound must be tight enough to notice that the tiles are kept"
-    assert large.peak_bytes - small.peak_bytes <= allowed
+@pytest.mark.parametrize("n_tiles", [1_000, 40_000])
+def test_one_chunk_of_tiles_is_held_however_many_there_are(cohort, aggregator, n_tiles, monkeypatch):
+    chunks = weakref.WeakSet()
+    most_chunks = 0
+
+    def counted(*arguments):
+        nonlocal most_chunks
+        for chunk in read_chunks(*arguments):
+            chunks.add(chunk.tiles)
+            most_chunks = max(most_chunks, len(chunks))
+            yield chunk
+
+    monkeypatch.setattr("ds_wsi.evaluation.predict.read_chunks", counted)
+    encoder = evaluate(cohort, aggregator, n_tiles)
+    assert encoder.largest_batch <= CHUNK
+    assert encoder.most_alive == 1
+    assert most_chunks <= 2  # the one that is encoded, and the one that its successor replaces
 
 
 def test_predictions_do_not_depend_on_the_chunks(cohort):

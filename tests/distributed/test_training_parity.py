@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from harness import run_ranks
 
 from ds_wsi.bags.sampler import plan_epoch
 from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.stacking import stack_bags
 from ds_wsi.training.step import bag_weight, idle_loss, stack_loss
+from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
 TILE_PX = 32

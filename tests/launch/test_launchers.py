@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from runs import ROOT, run, train_arguments
 
 from ds_wsi.models import load_model
+from runs import ROOT, run, train_arguments
 
 pytestmark = pytest.mark.launch
 OFFLOAD = str(ROOT / "ds_configs" / "offload.json")
@@ -18,6 +18,11 @@ LAUNCHERS = {
     "deepspeed, two processes": (
         ["deepspeed", "--num_gpus", "2", SCRIPT, "--deepspeed", OFFLOAD],
         "DeepSpeed ZeRO stage 2, optimizer offload cpu, 2 pr",
+    ),
+    # BatchNorm under DeepSpeed's half precision.
+    "deepspeed, bf16": (
+        ["deepspeed", SCRIPT, "--deepspeed", OFFLOAD, "--bf16"],
+        "1 process(es) on cpu, precision bf16",
     ),
     "accelerate launch": (
         [*ACCELERATE.split(), SCRIPT],

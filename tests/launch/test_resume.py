@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from runs import ROOT, environment, run, train_arguments
 
 pytestmark = pytest.mark.launch
