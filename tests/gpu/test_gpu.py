@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from runs import ROOT, run, train_arguments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.launch]
