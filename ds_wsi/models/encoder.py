@@ -29,7 +29,7 @@ def build_encoder(name: str, weights: str | Path | None = None, **options: objec
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
-        raise ValueError(f"encoder must be a timm model's name, got {name!r}. HINT: one of {', '.join(near)}?")
+        raise ValueError(f"encoder must be a timm model's name, got {name!r}. HINT: did you mean {', '.join(near)}?")
     encoder = timm.create_model(name, pretrained=False, num_classes=0, **options)
     if weights is not None:
         load_encoder_weights(encoder, weights)
