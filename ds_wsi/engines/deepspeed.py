@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SECTION = "ds_wsi"
-
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON.

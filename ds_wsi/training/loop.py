@@ -75,8 +75,9 @@ def _train_epochs(run: Run) -> None:
     while run.progress.epoch < epochs:
         entry = _train_epoch(run, bags)
         average_buffers(run.accelerator, run.module)
-        entry |= validate(run)
-        _end_epoch(run, entry)
+        state = full_state_dict(run.module)  # once an epoch, to validate and to export: collective at ZeRO-3
+        entry |= validate(run, state)
+        _end_epoch(run, entry, state)
         save(run)
 
 
@@ -174,12 +175,11 @@ def _micro_loss(run: Run, bags: list[Bag]) -> tuple[torch.Tensor, int]:
     return stack_loss(run.model(stack_bags(tiles)), labels), sum(map(len, tiles))
 
 
-def _end_epoch(run: Run, entry: dict[str, float]) -> None:
+def _end_epoch(run: Run, entry: dict[str, float], state: dict[str, torch.Tensor]) -> None:
     """Record the epoch, and export the weights where they are the best so far."""
     progress, metric = run.progress, f"eval_{run.settings.run.metric_for_best_model}"
     progress.history.append(entry)
     best = best_entry(progress.history, metric)
-    state = full_state_dict(run.module)  # collective: on every rank
     if best is entry:
         progress.best_epoch = progress.epoch + 1
         if run.accelerator.is_main_process:

@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from ds_wsi.bags.sampler import deal_by_cost
 from ds_wsi.engines.accelerate import gather_object
-from ds_wsi.engines.deepspeed import full_state_dict
 from ds_wsi.evaluation.metrics import slide_metrics
 from ds_wsi.evaluation.predict import SlidePrediction, predict_slides
 from ds_wsi.evaluation.results import write_results
@@ -21,10 +20,10 @@ from ds_wsi.training.run import Run
 from ds_wsi.training.settings import TrainSettings
 
 
-def _plain_copy(run: Run) -> SlideModel:
-    """A whole float32 model outside the engine: evaluates the same at any ZeRO stage. Collective at ZeRO-3."""
+def _plain_copy(run: Run, state: dict[str, torch.Tensor]) -> SlideModel:
+    """A whole float32 model of these weights outside the engine: evaluates the same at any ZeRO stage."""
     model = build_model(run.config)
-    model.load_state_dict(full_state_dict(run.module))
+    model.load_state_dict(state)
     return model.to(run.device).eval()
 
 
@@ -55,11 +54,11 @@ def _predict(run: Run, model: SlideModel, split: str) -> list[SlidePrediction]:
     return sorted(predictions, key=lambda prediction: prediction.slide)
 
 
-def validate(run: Run) -> dict[str, float]:
-    """The validation split's loss and metrics, the keys prefixed with `eval_`; empty without the split."""
+def validate(run: Run, state: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The loss and metrics of whole weights on the validation split, keys prefixed with `eval_`; empty without it."""
     if not run.cohort.rows("validation"):
         return {}
-    predictions = _predict(run, _plain_copy(run), "validation")
+    predictions = _predict(run, _plain_copy(run, state), "validation")
     labels = torch.tensor([run.cohort.manifest.slides[prediction.slide].label for prediction in predictions])
     logits = torch.stack([prediction.logits for prediction in predictions]).double()
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
