@@ -1,0 +1,1 @@
+"""Partitioned layers: exact training of activations larger than the device."""

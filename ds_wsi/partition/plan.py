@@ -1,0 +1,79 @@
+"""What is kept, rebuilt or moved in each segment, and what that costs: a pure decision, printed and stored as JSON."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ds_wsi.partition.program import SegmentSpec
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """One segment of a plan.
+
+    Args:
+        last: its last operation; "" for the module's output.
+        mode: one of `MODES`.
+        chunk_size: tiles a chunk, or rows of the segment's output.
+        host_input: whether its input waits in host memory for backward.
+        device_bytes: kept on the device from forward to backward.
+        host_bytes: kept in host memory.
+        peak_bytes: on the device at most while this segment is worked on, all segments' bytes included.
+        seconds: predicted, forward and backward.
+    """
+
+    last: str
+    mode: str
+    chunk_size: int
+    host_input: bool = False
+    device_bytes: int = 0
+    host_bytes: int = 0
+    peak_bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def spec(self) -> SegmentSpec:
+        """What the runner needs to know."""
+        return SegmentSpec(self.last, self.mode, self.chunk_size, self.host_input)
+
+
+@dataclass(frozen=True)
+class PartitionPlan:
+    """A partition of one module.
+
+    Args:
+        segments: in order; none where the module runs as it is ("native"), or layer by layer ("paper").
+        axis, bn_population, compile: as of the policy.
+        input_shape: that it was made for; another number of tiles is fine.
+        mode: "partitioned", "native" or "paper".
+        chunk_size: of mode "paper".
+        peak_bytes, host_bytes, seconds: predicted for `input_shape`.
+        native_peak_bytes, native_seconds: of the module as it is.
+        timeline: (name, bytes on the device at most) of each segment's forward and backward.
+    """
+
+    segments: tuple[SegmentPlan, ...]
+    axis: str
+    bn_population: str
+    input_shape: tuple[int, ...]
+    mode: str = "partitioned"
+    chunk_size: int = 0
+    compile: bool = False
+    peak_bytes: int = 0
+    host_bytes: int = 0
+    seconds: float = 0.0
+    native_peak_bytes: int = 0
+    native_seconds: float = 0.0
+    timeline: tuple[tuple[str, int], ...] = ()
+
+    def to_section(self) -> dict[str, Any]:
+        """The plan as JSON: `"ds_wsi": {"partition": {"plan": ...}}` takes it."""
+        return asdict(self)
+
+    @classmethod
+    def from_section(cls, section: dict[str, Any]) -> "PartitionPlan":
+        """The plan that `to_section` wrote."""
+        values = dict(section)
+        values["segments"] = tuple(SegmentPlan(**segment) for segment in values["segments"])
+        values["input_shape"] = tuple(values["input_shape"])
+        values["timeline"] = tuple((name, size) for name, size in values.get("timeline", ()))
+        return cls(**values)

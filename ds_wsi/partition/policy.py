@@ -1,0 +1,50 @@
+"""What a user asks of the partitioning."""
+
+from dataclasses import dataclass
+
+MODES = ("keep", "lean", "checkpoint", "recompute", "offload", "stream")
+POLICY_MODES = ("auto", *MODES, "paper")
+AXES = ("batch", "spatial")
+BN_POPULATIONS = ("stack", "bag")
+
+
+@dataclass(frozen=True)
+class PartitionPolicy:
+    """How a module's activations are partitioned.
+
+    Args:
+        mode: "auto" plans a mode for each segment within the budgets; the others are for every segment:
+            "keep" keeps what autograd saves; "lean" keeps the inputs of BatchNorm and the outputs of residual blocks,
+            and rebuilds the rest; "checkpoint" keeps each block's input and rebuilds the block's lean values once;
+            "recompute" keeps only the module's input, in memory constant in the number of chunks; "offload" is "keep"
+            with the saved tensors in host memory; "stream" is "lean" with them in host memory; "paper" is Big-Layers'
+            Algorithms 1 and 2, layer by layer, the baseline.
+        axis: "batch": independent tiles [N, ...] in chunks of tiles; "spatial": large images [B, C, H, W] in blocks of
+            rows with exact halos.
+        chunk_size: tiles (or rows of each segment's output) a chunk; None lets the plan choose.
+        gpu_budget_bytes: of activations on the device; None: nine tenths of what is free on a GPU, unlimited on a CPU.
+        host_budget_bytes: of activations in host memory; None: half of what this process may still take.
+        bn_population: what train-mode BatchNorm normalises over: "stack", all tiles of a call; "bag", each bag of it.
+        compile: run the chunk's body under `torch.compile`.
+    """
+
+    mode: str = "auto"
+    axis: str = "batch"
+    chunk_size: int | None = None
+    gpu_budget_bytes: int | None = None
+    host_budget_bytes: int | None = None
+    bn_population: str = "stack"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("mode", self.mode, POLICY_MODES),
+            ("axis", self.axis, AXES),
+            ("bn_population", self.bn_population, BN_POPULATIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        for name in ("chunk_size", "gpu_budget_bytes", "host_budget_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive or null, got {value}")
