@@ -48,6 +48,8 @@ class PartitionPlan:
         chunk_size: of mode "paper".
         peak_bytes, host_bytes, seconds: predicted for `input_shape`.
         native_peak_bytes, native_seconds: of the module as it is.
+        gpu_budget_bytes, host_budget_bytes: that it fits.
+        rates_measured: whether seconds rest on measured rates of the device, or on assumed ones.
         timeline: (name, bytes on the device at most) of each segment's forward and backward.
     """
 
@@ -63,6 +65,9 @@ class PartitionPlan:
     seconds: float = 0.0
     native_peak_bytes: int = 0
     native_seconds: float = 0.0
+    gpu_budget_bytes: int = 0
+    host_budget_bytes: int = 0
+    rates_measured: bool = False
     timeline: tuple[tuple[str, int], ...] = ()
 
     def to_section(self) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class Program:
         device: torch.device,
     ) -> None:
         self.traced = traced
-        fakes = {} if traced.opaque else traced.propagate(shape, dtype, device)
+        fakes = {} if traced.opaque else traced.propagate(shape if axis == "spatial" else (2, *shape[1:]), dtype, device)
         self.tensors = (
             {traced.source, *traced.nodes}
             if traced.opaque

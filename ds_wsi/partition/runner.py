@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ds_wsi.partition.halo import Range
 from ds_wsi.partition.norm import Statistics
@@ -74,6 +75,9 @@ class Call:
         self._grad_needs = _grad_needs(program, input_grad)
         self.saved: list[_Saved | None] = []
         self.gradients: dict[int, Tensor] = {}
+        self._own_sums: set[int] = set()
+        self._offloaded: list[Ticket] = []
+        self.boundary_bytes = 0  # of the tensor between the last segment worked on and the next
         self.phase = phase or (lambda name, index: None)
 
     # ---------------------------------------------------------------------------------------------- forward
@@ -107,6 +111,7 @@ class Call:
                     else:
                         saved.source = extent
                 extent = out
+                self.boundary_bytes = out.device_bytes
                 self.phase("forward", index)
         self.x = None
         output = extent.whole()  # type: ignore[union-attr]
@@ -136,6 +141,7 @@ class Call:
                 for target, result in results.items():
                     self._collect(segment, target, result, saved.statistics[chunk.population])
                     values[target].write(self._own(segment, target, chunk), result.detach())  # type: ignore[union-attr]
+                del results, result
             self._finish_statistics(segment, saved, level=piece)
             held = keep and mode in ("lean", "stream")
             for node, last in segment.readers.items():
@@ -194,7 +200,7 @@ class Call:
             leaves, results = self._with_graph(
                 segment, piece.graph, chunk, values, saved.statistics[chunk.population], None
             )
-        saved.graphs[index, chunk.index] = leaves, results
+        saved.graphs[index, chunk.index] = _edges(leaves), _edges(results)
         return results
 
     def _with_graph(
@@ -211,10 +217,11 @@ class Call:
         with torch.enable_grad():
             needed = self._needed(segment, graph, chunk)
             leaves = {}
+            anchor = torch.empty(0, requires_grad=True)
             for node in graph.sources:
                 value = values[node].read(self._reads(segment, node, chunk, needed)).detach()
                 wanted = value.is_floating_point() and self._needs_grad(node)
-                leaves[node] = value.requires_grad_() if wanted else value
+                leaves[node] = _Source.apply(anchor, value) if wanted else value
             own = None
             if corrected is not None:
                 own = {
@@ -254,6 +261,7 @@ class Call:
                 if saved.source is not None:
                     saved.source.clear()
                 above = below
+                self.boundary_bytes = below.device_bytes
                 self.phase("backward", index)
         self.random.write(ambient)
         return (above.whole() if self.input_grad and isinstance(above, Tiles | Rows) else None), self.gradients
@@ -272,7 +280,8 @@ class Call:
                     gradients[node] = self._new_extent(segment, node, host=host)
             for position in reversed(range(len(chunks))):
                 chunk = chunks[position]
-                self._prefetch(segment, piece.graph, values, chunks, position - 1)
+                if not saved.graphs:
+                    self._prefetch(segment, piece.graph, values, chunks, position - 1)
                 statistics = saved.statistics[chunk.population]
                 grads = self._output_grads(segment, piece, chunk, values, gradients, statistics)
                 if grads:
@@ -336,7 +345,9 @@ class Call:
         kept = saved.graphs.pop((index, chunk.index), None)
         if kept is None:
             # Of a final convolution the graph alone is needed; its result has its gradient's shape and dtype.
-            kept = self._with_graph(segment, piece.graph, chunk, values, statistics, None, known=grads)
+            leaves, results = self._with_graph(segment, piece.graph, chunk, values, statistics, None, known=grads)
+            kept = _edges(leaves), _edges(results)
+            del leaves, results
         leaves, results = kept
         self._differentiate(segment, piece, chunk, leaves, results, grads, statistics, gradients)
         for node in piece.graph.targets:
@@ -349,22 +360,22 @@ class Call:
         segment: Segment,
         piece: Piece,
         chunk: Chunk,
-        leaves: dict[fx.Node, Tensor],
-        results: dict[fx.Node, Tensor],
+        leaves: dict[fx.Node, GradientEdge],
+        results: dict[fx.Node, GradientEdge],
         grads: dict[fx.Node, Tensor],
         statistics: dict[fx.Node, Statistics],
         gradients: dict[fx.Node, Extent],
     ) -> None:
-        wanted = [node for node, leaf in leaves.items() if leaf.requires_grad]
+        wanted = list(leaves)
         affine = [(node, part) for node in piece.barriers for part in segment.sites[node].affine(statistics[node])]
         parameters = [parameter for parameter in piece.graph.parameters if parameter.requires_grad]
-        outputs = [(results[node], grad) for node, grad in grads.items() if results[node].requires_grad]
+        outputs = [(results[node], grad) for node, grad in grads.items() if node in results]
         if not outputs:
             return
         found = torch.autograd.grad(
             [output for output, _ in outputs],
             [*(leaves[node] for node in wanted), *(part for _, part in affine), *parameters],
-            [grad.to(output.dtype) for output, grad in outputs],
+            [grad for _, grad in outputs],
             allow_unused=True,
         )
         needed = self._needed(segment, piece.graph, chunk)
@@ -393,6 +404,7 @@ class Call:
                 for node, dgamma, dbeta in zip(piece.barriers, found[::2], found[1::2], strict=True):
                     if dgamma is not None:
                         segment.sites[node].reduce(statistics[node], dgamma, dbeta)
+                del results, grad
             for node in reversed(piece.barriers):
                 for statistics in saved.statistics:
                     self._conclude(segment, node, statistics[node])
@@ -416,6 +428,7 @@ class Call:
                 needed = self._needed(segment, segment.whole, chunk)
                 below.add(self._reads(segment, segment.source, chunk, needed), found[0])
             self._add_gradients(parameters, found[len(inputs) :])
+            del found, leaves_, results, grad  # or they would live through the next chunk's peak
 
     def _rebuild(
         self, segment: Segment, saved: _Saved, values: dict[fx.Node, Extent], chunks: list[Chunk]
@@ -484,8 +497,15 @@ class Call:
             if gradient is None:
                 continue
             wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            total = self.gradients.get(id(parameter))
-            self.gradients[id(parameter)] = wide if total is None else total + wide
+            key = id(parameter)
+            if key not in self.gradients:
+                self.gradients[key] = wide
+            elif key in self._own_sums:
+                self.gradients[key].add_(wide)
+            else:
+                # Not in place yet: autograd may hand one tensor out as several gradients.
+                self.gradients[key] = self.gradients[key] + wide
+                self._own_sums.add(key)
 
     # -------------------------------------------------------------------------------------------- geometry
 
@@ -566,10 +586,17 @@ class Call:
             # An address is used again once its storage is freed: then the entry is another tensor's.
             if key not in seen or seen[key][1]() is not storage:
                 seen[key] = self.store.put(tensor), weakref.ref(storage)
+                seen[key][0].order = len(self._offloaded)
+                self._offloaded.append(seen[key][0])
             return _OnHost(self.store, seen[key][0])
 
         def unpack(packed: Any) -> Tensor:
-            return packed.get() if isinstance(packed, _OnHost) else packed
+            if not isinstance(packed, _OnHost):
+                return packed
+            tensor = self.store.get(packed.ticket)
+            if packed.ticket.order:  # backward reads in about the reverse order
+                self.store.prefetch(self._offloaded[packed.ticket.order - 1])
+            return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
@@ -586,6 +613,18 @@ class Call:
             saved.values[node] = moved
 
 
+class _Source(torch.autograd.Function):
+    """A value as the beginning of a graph that does not hold it, as a leaf would."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, None
+
+
 class _OnHost:
     """A saved tensor's place; the memory is given back when autograd frees the node that saved it."""
 
@@ -593,13 +632,15 @@ class _OnHost:
         self.store, self.ticket = store, ticket
         ticket.owners += 1
 
-    def get(self) -> Tensor:
-        return self.store.get(self.ticket)
-
     def __del__(self) -> None:
         self.ticket.owners -= 1
         if self.ticket.owners == 0:
             self.store.release(self.ticket)
+
+
+def _edges(values: dict[fx.Node, Tensor]) -> dict[fx.Node, GradientEdge]:
+    """Where gradient enters or leaves a graph, without the tensors, which would stay on the device."""
+    return {node: get_gradient_edge(value) for node, value in values.items() if value.requires_grad}
 
 
 def _parameters(segment: Segment) -> Iterator[nn.Parameter]:

@@ -15,7 +15,7 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import host_allocation
 
 _ALIGN = 256  # bytes; of every tensor in a slab
-_SLAB = 2**28  # bytes; of the slabs beyond the first, whose size is the plan's
+_SLAB = 2**22  # bytes; of the first slab where no plan says; each further one is as large as all before
 
 
 @dataclass(eq=False)
@@ -30,6 +30,7 @@ class Ticket:
     arrived: Any = None
     released: bool = False
     owners: int = 0
+    order: int = 0
 
 
 class HostStore:
@@ -53,6 +54,7 @@ class HostStore:
         self._offset = 0
         self._slab: Tensor | None = None
         cuda = device.type == "cuda" and overlap
+        self._host = device if device.type == "meta" else torch.device("cpu")
         self._out, self._back = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if cuda else (None, None)
         self._pinned = cuda
         if capacity_bytes:
@@ -128,7 +130,7 @@ class HostStore:
             if free.numel() == size:
                 return self._free.pop(index).view(dtype)
         if self._slab is None or self._offset + rounded > self._slab.numel():
-            self._grow(max(rounded, _SLAB if self._slab is not None else 0))
+            self._grow(max(rounded, _SLAB, self.held_bytes))
         assert self._slab is not None
         place = self._slab[self._offset : self._offset + size]
         self._offset += rounded
@@ -138,7 +140,7 @@ class HostStore:
         # What the old slab has left is not lost: it stays referenced by the tickets that lie in it.
         with host_allocation():
             try:
-                self._slab = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+                self._slab = torch.empty(size, dtype=torch.uint8, device=self._host, pin_memory=self._pinned)
             except RuntimeError as error:
                 if not self._pinned:
                     raise

@@ -76,6 +76,11 @@ class Tiles:
             if self.host is not None and isinstance(part, Ticket):
                 self.host.release(part)
 
+    @property
+    def device_bytes(self) -> int:
+        """Held on the device."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values() if isinstance(part, Tensor))
+
     def clear(self) -> None:
         """Forget everything."""
         for key in list(self.parts):
@@ -152,6 +157,11 @@ class Rows:
 
     def drop(self, where: Range) -> None:
         """Keep: neighbours overlap; `clear` frees."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Held on the device."""
+        return 0 if self.buffer is None else self.buffer.numel() * self.buffer.element_size()
 
     def clear(self) -> None:
         """Forget everything."""

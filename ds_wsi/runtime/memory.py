@@ -46,6 +46,7 @@ class ByteMeter(TorchDispatchMode):
         live, peak: bytes on the device, now and at most since `restart_peak`.
         host_live, host_peak: the same of what was made under `host_allocation`.
         copied: bytes copied to or from host memory.
+        operations: how many there were.
         flops: multiply-adds counted twice, of convolutions, matrix products and attention.
         touched: bytes that operations read and wrote.
     """
@@ -53,17 +54,19 @@ class ByteMeter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.host_live = self.host_peak = 0
-        self.copied = self.flops = self.touched = 0
+        self.copied = self.flops = self.touched = self.operations = 0
         self._known: dict[int, tuple[int, bool]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self.operations += 1
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         given = {leaf.untyped_storage()._cdata for leaf in inputs}
         for leaf in outputs:
-            self._book(leaf)
+            if leaf.untyped_storage()._cdata not in given:  # else a view, or in place
+                self._book(leaf)
         packet = func._overloadpacket
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)

@@ -1,0 +1,108 @@
+"""How fast this machine computes and copies: measured once, kept in a file, assumed until then."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.log import logger
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one device.
+
+    Args:
+        flops: floating-point operations a second of convolutions, in the precision of training.
+        memory: bytes a second that elementwise operations read and write.
+        link: bytes a second to or from host memory, in one direction.
+        launch: seconds that one operation costs however small it is.
+        measured: whether they were.
+    """
+
+    flops: float
+    memory: float
+    link: float
+    launch: float
+    measured: bool = False
+
+
+# A card of the RTX 3090's class, and one core: for plans made elsewhere than where they run.
+ASSUMED = {"cuda": Rates(3.5e13, 7e11, 2.4e10, 1e-5), "cpu": Rates(6e10, 8e9, 6e9, 2e-5)}
+
+
+def cache_path() -> Path:
+    """The file of measured rates: below $XDG_CACHE_HOME, or ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "ds_wsi" / "rates.json"
+
+
+def device_key(device: torch.device) -> str:
+    """Whose rates they are."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
+
+
+def find_rates(device: torch.device) -> Rates:
+    """The measured rates of this device, or assumed ones."""
+    try:
+        found = json.loads(cache_path().read_text(encoding="utf-8"))
+        return Rates(**found[device_key(device)])
+    except FileNotFoundError:
+        pass
+    except (KeyError, TypeError, ValueError) as error:
+        if not isinstance(error, KeyError):
+            logger.warning("%s is not a table of rates (%s); assumed ones are used", cache_path(), error)
+    return ASSUMED.get(device.type, ASSUMED["cuda"])
+
+
+def probe(device: torch.device) -> Rates:
+    """Measure this device's rates (a few seconds) and store them.
+
+    Raises:
+        ValueError: the device is not here.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--probe must run where the device is, got cuda without a GPU. HINT: --device cpu.")
+    gpu = device.type == "cuda"
+    dtype, tiles = (torch.float16, 256) if gpu else (torch.float32, 8)
+    image = torch.randn(tiles, 64, 56, 56, device=device, dtype=dtype)
+    weight = torch.randn(64, 64, 3, 3, device=device, dtype=dtype)
+    conv = _seconds(lambda: F.conv2d(image, weight, padding=1), device)
+    add = _seconds(lambda: image + 1, device)
+    host = torch.empty(image.shape, dtype=dtype, pin_memory=gpu)
+    copy = _seconds(lambda: image.copy_(host, non_blocking=True), device)
+    one = torch.zeros(1, device=device)
+    launch = _seconds(lambda: one + 1, device)
+    size = image.numel() * image.element_size()
+    rates = Rates(2 * image.numel() * 64 * 9 / conv, 2 * size / add, size / copy, launch, measured=True)
+    path = cache_path()
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**known, device_key(device): asdict(rates)})
+    return rates
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    work()
+    wait()
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(10):
+            work()
+        wait()
+        found.append((time.perf_counter() - start) / 10)
+    return median(found)

@@ -1,0 +1,171 @@
+"""A plan tried out on fake tensors: the same passes over the same chunks, nothing computed, every byte counted."""
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ds_wsi.partition.program import Program, SegmentSpec
+from ds_wsi.partition.runner import Call, bag_ranges
+from ds_wsi.partition.trace import Traced, needs_batch_statistics
+from ds_wsi.runtime.memory import ByteMeter
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The forward or the backward of a segment.
+
+    Attributes:
+        peak: bytes on the device at most, of what the call allocates.
+        live: bytes on the device at the end.
+        host, host_peak: bytes in host memory at the end, and at most.
+        copied: bytes over the link.
+        flops, touched, operations: floating-point operations, bytes read and written on the device, operations.
+        boundary: of `live`, the output (forward) or the input's gradient (backward), which is the neighbour's.
+    """
+
+    name: str
+    segment: int
+    peak: int
+    live: int
+    host: int
+    host_peak: int
+    copied: int
+    flops: int
+    touched: int
+    operations: int
+    boundary: int = 0
+
+
+class Simulator:
+    """Simulated calls of one module.
+
+    Args:
+        module: on any device; it is not changed.
+        axis: "batch" or "spatial".
+        device: to pretend; kernels that save different tensors on different devices are told apart.
+        dtype: of the input.
+        autocast: the dtype of mixed precision, or None.
+    """
+
+    def __init__(
+        self, module: nn.Module, axis: str, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None
+    ) -> None:
+        self.axis, self.device, self.dtype, self.autocast = axis, device, dtype, autocast
+        self.mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
+        if autocast is None and any(map(needs_batch_statistics, module.modules())):
+            # Meta tensors are several times as fast; they know neither autocast nor the device's attention kernels.
+            self.mode, self.device = nullcontext(), torch.device("meta")
+        self.module = _fake_copy(module, self.mode, self.device)
+        self._traces: dict[bool, Traced] = {}
+        self._programs: dict[Any, Program] = {}
+
+    def traced(self, *, whole: bool) -> Traced:
+        """The module's graph."""
+        if whole not in self._traces:
+            with self.mode:
+                self._traces[whole] = Traced(self.module, self.axis, whole=whole)
+        return self._traces[whole]
+
+    def program(self, specs: tuple[SegmentSpec, ...], shape: tuple[int, ...]) -> Program:
+        """The graph cut into these segments."""
+        place = shape if self.axis == "spatial" else shape[1:]
+        if (specs, place) not in self._programs:
+            traced = self.traced(whole=len(specs) == 1)
+            with self.mode:
+                self._programs[specs, place] = Program(traced, specs, self.axis, shape, self.dtype, self.device)
+        return self._programs[specs, place]
+
+    def run(self, specs: tuple[SegmentSpec, ...], shape: tuple[int, ...]) -> list[Phase]:
+        """The phases of a training step of a partitioned module, in order."""
+        program = self.program(specs, shape)
+        phases: list[Phase] = []
+        with self.mode, torch.enable_grad():
+            x = torch.empty(shape, dtype=self.dtype, device=self.device)
+            # Made before the meter runs, so that the gradient of the output is not counted twice.
+            with ByteMeter() as meter:
+                call = Call(
+                    program,
+                    x,
+                    bag_ranges(None, shape[0]),
+                    prepare=None,
+                    save=True,
+                    input_grad=False,
+                    device=self.device,
+                    autocast=self._autocast,
+                    track=False,
+                    simulated=True,
+                )
+                call.phase = _Recorder(meter, phases, call)
+                with torch.no_grad():
+                    output = call.forward()
+                    call.backward(torch.empty_like(output))
+        return phases
+
+    def native(self, shape: tuple[int, ...]) -> Phase:
+        """The same step of the module as it is."""
+        with self.mode, torch.enable_grad():
+            x = torch.empty(shape, dtype=self.dtype, device=self.device)
+            with ByteMeter() as meter, self._autocast():
+                output: Tensor = self.module(x)
+                live = meter.live
+                parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+                gradients = torch.autograd.grad(
+                    output, parameters, torch.empty_like(output), allow_unused=True
+                )
+                del gradients
+            return Phase("native", 0, meter.peak, live, 0, 0, 0, meter.flops, meter.touched, meter.operations)
+
+    def _autocast(self) -> Any:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False)
+
+
+class _Recorder:
+    def __init__(self, meter: ByteMeter, phases: list[Phase], call: Call) -> None:
+        self.meter, self.phases, self.call = meter, phases, call
+        self.flops = self.touched = self.copied = self.operations = 0
+
+    def __call__(self, name: str, segment: int) -> None:
+        meter, store = self.meter, self.call.store
+        self.phases.append(
+            Phase(
+                name,
+                segment,
+                meter.restart_peak(),
+                meter.live,
+                store.held_bytes,
+                store.peak_bytes,
+                meter.copied - self.copied,
+                meter.flops - self.flops,
+                meter.touched - self.touched,
+                meter.operations - self.operations,
+                self.call.boundary_bytes,
+            )
+        )
+        self.flops, self.touched, self.copied = meter.flops, meter.touched, meter.copied
+        self.operations = meter.operations
+        store.peak_bytes = store.held_bytes
+
+
+def _fake_copy(module: nn.Module, mode: Any, device: torch.device) -> nn.Module:
+    """The module with fake parameters and buffers, whole ones under ZeRO-3."""
+    memo: dict[int, Any] = {}
+    with mode:
+        for parameter in module.parameters():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            fake = torch.empty(shape, dtype=parameter.dtype, device=device)
+            memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for buffer in module.buffers():
+            memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    forward = module.__dict__.pop("forward", None)  # a partition's own is not the module's
+    try:
+        return copy.deepcopy(module, memo)
+    finally:
+        if forward is not None:
+            module.forward = forward  # type: ignore[method-assign]
