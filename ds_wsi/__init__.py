@@ -6,6 +6,7 @@ The public names; each is documented where it is defined.
 from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.bags.manifest import Manifest, ManifestError, read_manifest
 from ds_wsi.models import SlideModel, SlideOutput, build_aggregator, build_encoder, load_model
+from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.slides import Slide, SlideError, TileGrid, TilingPolicy, tile_slide
 from ds_wsi.stacking import StackedBags, stack_bags
 
@@ -13,6 +14,8 @@ __all__ = [
     "Cohort",
     "Manifest",
     "ManifestError",
+    "PartitionPlan",
+    "PartitionPolicy",
     "Slide",
     "SlideError",
     "SlideModel",
@@ -24,6 +27,8 @@ __all__ = [
     "build_encoder",
     "load_cohort",
     "load_model",
+    "partition_layers",
+    "plan_partition",
     "read_manifest",
     "stack_bags",
     "tile_slide",

@@ -6,6 +6,9 @@ from typing import Any
 
 from ds_wsi.bags.augment import AugmentPolicy
 from ds_wsi.bags.bag import ReadPolicy
+from ds_wsi.partition.plan import PartitionPlan
+from ds_wsi.partition.policy import PartitionPolicy
+from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.slides.tiling import TilingPolicy
 
 SECTION = "ds_wsi"
@@ -19,11 +22,16 @@ class DsWsiConfig:
         tiling: which tiles a slide has.
         reading: how they are read.
         augment: what is changed at each reading in training.
+        partition: how the encoder's activations are partitioned: a policy, or under "plan" what `PartitionPlan` wrote.
+            Left out, the encoder runs as it is.
     """
 
     tiling: TilingPolicy = field(default_factory=TilingPolicy)
     reading: ReadPolicy = field(default_factory=ReadPolicy)
     augment: AugmentPolicy = field(default_factory=AugmentPolicy)
+    partition: PartitionPolicy | PartitionPlan = field(
+        default=PartitionPolicy(mode="native"), metadata={"kind": PartitionPolicy}
+    )
 
 
 def read_section(section: Mapping[str, Any]) -> DsWsiConfig:
@@ -34,19 +42,24 @@ def read_section(section: Mapping[str, Any]) -> DsWsiConfig:
     """
     if not isinstance(section, Mapping):
         raise ValueError(f"{SECTION} must be an object, got {section!r}")
-    known = {entry.name: entry.default_factory for entry in fields(DsWsiConfig)}
+    known = {entry.name: entry.metadata.get("kind", entry.default_factory) for entry in fields(DsWsiConfig)}
     _require_known(section, known, SECTION)
     return DsWsiConfig(**{name: _policy(known[name], values, f"{SECTION}.{name}") for name, values in section.items()})
 
 
 def write_section(config: DsWsiConfig) -> dict[str, Any]:
     """The section that `read_section` builds `config` from."""
-    return asdict(config)
+    section = asdict(config)
+    if isinstance(config.partition, PartitionPlan):
+        section["partition"] = {"plan": config.partition.to_section()}
+    return section
 
 
 def _policy(kind: Any, values: Any, key: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{key} must be an object, got {values!r}")
+    if kind is PartitionPolicy and "plan" in values:
+        return _plan(values, key)
     defaults = kind()
     known = {entry.name: getattr(defaults, entry.name) for entry in fields(kind)}
     _require_known(values, known, key)
@@ -57,8 +70,22 @@ def _policy(kind: Any, values: Any, key: str) -> Any:
         raise ValueError(f"{key}: {error}") from error
 
 
+def _plan(values: Mapping[str, Any], key: str) -> PartitionPlan:
+    _require_known(values, {"plan": None}, key)
+    try:
+        return PartitionPlan.from_section(values["plan"])
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"{key}.plan must be what `ds-wsi plan` wrote, got {error}. HINT: write it again.") from error
+
+
 def _fit(value: Any, default: Any, key: str) -> Any:
     """`value` in the type of the policy's default: JSON writes tuples as lists and whole floats as integers."""
+    if default is None:  # a number, or left to us
+        if isinstance(value, str) and key.endswith("_bytes"):
+            return parse_bytes(value, key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{key} must be a whole number or null, got {value!r}")
+        return value
     if isinstance(default, tuple) and isinstance(value, list):
         # One entry too many or too few is the policy's to refuse.
         return tuple(

@@ -15,7 +15,8 @@ class SlideModel(nn.Module):
     """Bags of tiles (or of features) to slide predictions, trained end to end.
 
     The encoder sees one bag at a time, so that train-mode BatchNorm has the bag as its population, as in training
-    with batch size 1: a bag's gradient does not depend on what it was stacked with.
+    with batch size 1: a bag's gradient does not depend on what it was stacked with. An encoder whose forward says
+    `encodes_stacks` (a partitioned one) is given the whole stack with its bounds, and treats bags as its policy says.
 
     Args:
         encoder: tiles [N, 3, S, S] -> features [N, D].
@@ -56,8 +57,13 @@ class SlideModel(nn.Module):
         """Predict from tiles (uint8 or floating [sum N, 3, S, S]) or from features (floating [sum N, D])."""
         if bags.values.dim() == 2:
             return self.aggregator(bags)
-        features = [self.encode(tiles) for tiles in bags.split()]
-        return self.aggregator(bags.with_values(torch.cat(features)))
+        if getattr(self.encoder.forward, "encodes_stacks", False):
+            # It knows the bags' bounds, normalises a chunk at a time, and never holds the stack's activations.
+            with torch.no_grad() if self.encoder_is_frozen else nullcontext():
+                features = self.encoder(bags.values, cu_seqlens=bags.cu_seqlens, prepare=self.normalise)
+        else:
+            features = torch.cat([self.encode(tiles) for tiles in bags.split()])
+        return self.aggregator(bags.with_values(features))
 
     def encode(self, tiles: Tensor) -> Tensor:
         """Features [N, D] of tiles [N, 3, S, S], in the dtype of the aggregator's parameters."""

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ds_wsi.partition.paper import apply_paper
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan
+from ds_wsi.partition.planner import PAPER_CHUNK, plan_partition
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.partition.program import Program
 from ds_wsi.partition.runner import Call, bag_ranges
+from ds_wsi.partition.staging import HostStore
 from ds_wsi.partition.trace import Traced
 from ds_wsi.runtime.log import logger
 
-DEFAULT_CHUNK = {"batch": 32, "spatial": 64}
+DEFAULT_CHUNK = {"batch": 32, "spatial": 64}  # of a mode that is given, where the policy names no chunk
 
 
 class PartitionedForward:
@@ -33,6 +36,16 @@ class PartitionedForward:
         self._traces: dict[Any, Traced] = {}
         self._programs: dict[Any, Program] = {}
         self._plans: dict[Any, PartitionPlan] = {}
+        self._store: HostStore | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of the module trace and plan anew."""
+        return {"module": self.module, "wanted": self.wanted, "original": self.original}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See `__getstate__`."""
+        self.__init__(state["module"], state["wanted"])  # type: ignore[misc]
+        self.original = state["original"]
 
     def __call__(
         self,
@@ -57,51 +70,87 @@ class PartitionedForward:
         extra = [name for name, value in (*enumerate(args), *kwargs.items()) if isinstance(value, Tensor)]
         if extra:
             raise ValueError(
-                f"{type(self.module).__name__} is partitioned, its forward must get one tensor, got one more ({extra[0]!r})"
+                f"{type(self.module).__name__} is partitioned: its forward must get one tensor, got another "
+                f"({extra[0]!r})"
             )
         if x.shape[0] == 0:
             return self.original(x if prepare is None else prepare(x), *args, **kwargs)
         _refuse_checkpoint()
         device = next((parameter.device for parameter in self.module.parameters()), x.device)
-        plan = self.plan(x, device)
-        if plan.mode == "native":
-            x = x.to(device)
-            return self.original(x if prepare is None else prepare(x), *args, **kwargs)
+        probe = x[:1] if prepare is None else prepare(x[:1].to(device))
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         save = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))
-        probe = x[:1] if prepare is None else prepare(x[:1].to(device))
+        plan = self.plan(x, device, probe.dtype) if save else self._inference_plan(tuple(x.shape))
+        bags = bag_ranges(cu_seqlens if plan.bn_population == "bag" else None, x.shape[0])
+        if plan.mode == "native":
+            parts = [x[first:last].to(device) for first, last in bags]
+            outs = [self.original(part if prepare is None else prepare(part), *args, **kwargs) for part in parts]
+            return outs[0] if len(outs) == 1 else torch.cat(outs)
         call = Call(
             self._program(plan, (x.shape[0], *probe.shape[1:]), probe.dtype, device, save),
             x.detach(),
-            bag_ranges(cu_seqlens if plan.bn_population == "bag" else None, x.shape[0]),
+            bags,
             prepare=prepare,
             save=save,
             input_grad=save and x.requires_grad,
             device=device,
             autocast=autocast_now(device),
-            host_bytes=plan.host_bytes,
+            store=self._host_store(plan, x.shape[0], device),
         )
         if not save:
             return call.forward()
         return _Partitioned.apply(call, x, *parameters)
 
-    def plan(self, x: Tensor, device: torch.device) -> PartitionPlan:
-        """The plan for an input: the given one, or the policy's for about as many tiles."""
+    def plan(self, x: Tensor, device: torch.device, dtype: torch.dtype) -> PartitionPlan:
+        """The plan for an input: the given one, or the policy's for as many tiles or a few more."""
         if isinstance(self.wanted, PartitionPlan):
             return self.wanted
         policy = self.wanted
-        if policy.mode == "auto":
-            raise NotImplementedError
-        key = tuple(part.training for part in self.module.modules()), tuple(x.shape[1:])
+        shape = (bucket(x.shape[0]) if policy.mode == "auto" else x.shape[0], *x.shape[1:])
+        if policy.axis == "spatial":
+            shape = tuple(x.shape)
+        kind = autocast_dtype(device)
+        place = shape if policy.mode == "auto" or policy.axis == "spatial" else shape[1:]
+        key = tuple(part.training for part in self.module.modules()), place, dtype, kind
         if key not in self._plans:
-            self._plans[key] = uniform_plan(self.module, tuple(x.shape), policy, device, x.dtype)
+            if policy.mode in ("auto", "native"):
+                plan = plan_partition(self.module, shape, policy, dtype=dtype, autocast=kind, device=device)
+                logger.info("%s", plan)
+            else:
+                plan = uniform_plan(self.module, shape, policy, device, dtype)
+            self._plans[key] = plan
         return self._plans[key]
+
+    def _inference_plan(self, shape: tuple[int, ...]) -> PartitionPlan:
+        """Without a backward nothing is kept: one segment, chunk by chunk."""
+        wanted = self.wanted
+        size = wanted.chunk_size or DEFAULT_CHUNK[wanted.axis]
+        if isinstance(wanted, PartitionPlan) and wanted.segments:
+            size = wanted.segments[0].chunk_size
+        if wanted.mode == "native":
+            return PartitionPlan((), wanted.axis, wanted.bn_population, shape, mode="native")
+        return PartitionPlan((SegmentPlan("", "recompute", size),), wanted.axis, wanted.bn_population, shape)
+
+    def _host_store(self, plan: PartitionPlan, tiles: int, device: torch.device) -> HostStore:
+        """The store, with as much memory as the plan needs for this many tiles."""
+        if self._store is None or self._store.device != device:
+            self._store = HostStore(device)
+        self._store.reserve(plan.host_bytes * tiles // plan.input_shape[0])
+        return self._store
 
     def traced(self, axis: str, *, whole: bool) -> Traced:
         """The module's graph in its present mode."""
         key = tuple(part.training for part in self.module.modules()), axis, whole
         if key not in self._traces:
-            self._traces[key] = Traced(self.module, axis, self.original, whole=whole)
+            traced = Traced(self.module, axis, self.original, whole=whole)
+            if self.wanted.compile and traced.opaque:
+                traced.forward = torch.compile(self.original)
+            elif self.wanted.compile:
+                logger.warning(
+                    "compile: skipped for %s, whose chunks are operations between barriers or halos",
+                    type(self.module).__name__,
+                )
+            self._traces[key] = traced
         return self._traces[key]
 
     def _program(
@@ -143,15 +192,19 @@ class Handle:
     """What `partition_layers` returns.
 
     Attributes:
-        forward: the module's present forward, None once it is removed.
+        forward: the module's present forward, None once it is removed, and in mode "paper".
     """
 
-    def __init__(self, module: nn.Module, forward: PartitionedForward) -> None:
-        self.module = module
-        self.forward: PartitionedForward | None = forward
+    def __init__(
+        self, module: nn.Module, forward: PartitionedForward | None, undo: Callable[[], None] | None = None
+    ) -> None:
+        self.module, self.forward, self._undo = module, forward, undo
 
     def remove(self) -> None:
         """Give the module its own forward back."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
         if self.forward is not None:
             original = self.forward.original
             if getattr(original, "__self__", None) is self.module:
@@ -187,8 +240,22 @@ def partition_layers(module: nn.Module, plan_or_policy: PartitionPlan | Partitio
                 f"{name or type(part).__name__} must not checkpoint itself inside a partition, got "
                 'grad_checkpointing=True. HINT: switch it off; mode "checkpoint" does the same, exactly.'
             )
+    if plan_or_policy.mode == "paper":
+        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        axis = plan_or_policy.axis
+        chunk = plan_or_policy.chunk_size or PAPER_CHUNK[axis]
+        # An eighth of the budget for a map: a layer's input and output, their gradients, and room.
+        stop = (getattr(plan_or_policy, "gpu_budget_bytes", None) or 0) // 8
+        undo = apply_paper(module, device=device, axis=axis, chunk=chunk, stop_bytes=stop)
+        hook = module.register_forward_pre_hook(lambda _, inputs: (inputs[0].cpu(), *inputs[1:]))
+
+        def restore() -> None:
+            hook.remove()
+            undo()
+
+        return Handle(module, None, restore)
     forward = PartitionedForward(module, plan_or_policy)
-    module.forward = forward  # type: ignore[method-assign, assignment]
+    module.forward = forward
     logger.debug("partitioned %s", type(module).__name__)
     return Handle(module, forward)
 
@@ -200,7 +267,7 @@ def uniform_plan(
     size = policy.chunk_size or DEFAULT_CHUNK[policy.axis]
     host = policy.mode == "stream"
     whole = (SegmentPlan("", policy.mode, size, host),)
-    segments = whole
+    segments: tuple[SegmentPlan, ...] = whole
     if policy.mode != "recompute":
         traced = Traced(module, policy.axis)
         specs = tuple(segment.spec for segment in whole)
@@ -209,14 +276,26 @@ def uniform_plan(
     return PartitionPlan(segments, policy.axis, policy.bn_population, shape, compile=policy.compile)
 
 
+def bucket(tiles: int) -> int:
+    """The number of tiles to plan for, at most half more: bags of all lengths share a few plans."""
+    power = 1
+    while power < tiles:
+        power *= 2
+    return power * 3 // 4 if power > 2 and tiles <= power * 3 // 4 else power
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of the autocast in force, or None."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def autocast_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """The autocast settings in force, to be entered again in backward.
 
     Without the cache of cast weights: an entry made in one chunk's graph would be part of the next one's.
     """
-    kind = device.type
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    if not enabled:
+    kind, dtype = device.type, autocast_dtype(device)
+    if dtype is None:
         return lambda: torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
     return lambda: torch.autocast(kind, dtype=dtype, cache_enabled=False)
 

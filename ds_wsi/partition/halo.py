@@ -16,7 +16,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 Range = tuple[int, int]  # of rows: [first, last)
 
-_POINTWISE_FUNCTIONS = {"add", "sub", "mul", "truediv", "iadd", "imul", "isub", "neg", "abs", "exp", "sqrt", "square"} | {
+_POINTWISE_FUNCTIONS = {
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "iadd",
+    "imul",
+    "isub",
+    "neg",
+    "abs",
+    "exp",
+    "sqrt",
+    "square",
+} | {
     *("relu", "relu6", "gelu", "silu", "sigmoid", "tanh", "leaky_relu", "elu", "selu", "mish", "hardswish"),
     *("hardsigmoid", "hardtanh", "softplus", "relu_", "add_", "mul_", "sub_", "clamp", "contiguous", "clone", "cat"),
 }
@@ -46,15 +59,15 @@ class Window(ABC):
         return first, (rows[1] - 1) * self.stride - self.padding + self.dilation * (self.kernel - 1) + 1
 
     def needs(self, rows: Range) -> Range:
-        """The same, of the image; a block wholly inside the padding reads no row, and takes an empty range."""
+        """The same, of the image; a block wholly inside the padding takes the nearest row, and does not read it."""
         first, last = self.window(rows)
-        first = min(max(first, 0), self.height)
-        return first, max(first, min(last, self.height))
+        first = min(max(first, 0), self.height - 1)
+        return first, max(first + 1, min(last, self.height))
 
     def padded(self, image: Tensor, rows: Range, value: float) -> Tensor:
         """The block `image`, which holds rows `needs(rows)`, with `value` in the rows outside of the image."""
         (first, last), (low, high) = self.window(rows), self.needs(rows)
-        if low == high:  # wholly outside: no row to read
+        if last <= 0 or first >= self.height:  # wholly outside
             return image.new_full((*image.shape[:2], last - first, image.shape[3]), value)
         if (first, last) == (low, high):
             return image
@@ -121,7 +134,8 @@ class AvgPool(Window):
 
     def __init__(self, height: int, width: int, out_width: int, options: dict[str, Any]) -> None:
         self.options, self.width, self.out_width = options, width, out_width
-        super().__init__(height, *(options[name][0] for name in ("kernel_size", "stride", "padding")), 1)
+        kernel, stride, padding = (options[name][0] for name in ("kernel_size", "stride", "padding"))
+        super().__init__(height, kernel, stride, padding, 1)
 
     def __call__(self, image: Tensor, rows: Range) -> Tensor:  # noqa: D102
         o = self.options
@@ -174,8 +188,14 @@ class _DeferredConv(torch.autograd.Function):
 
 
 def convolve(image: Tensor, leaf: Any, padding: Sequence[int], known: Tensor | None = None) -> Tensor:
-    """The leaf's convolution with another padding, of zeros; `known`: its result, computed before, of which autograd
-    needs the graph alone."""
+    """The leaf's convolution with another padding, of zeros.
+
+    Args:
+        image: [B, C, ...].
+        leaf: nn.Conv1d, Conv2d or Conv3d.
+        padding: a number for each dimension of space.
+        known: a tensor of the result's shape and dtype; with it nothing is computed, the graph alone is made.
+    """
     if known is None:
         function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(leaf.kernel_size)]
         return function(image, leaf.weight, leaf.bias, leaf.stride, tuple(padding), leaf.dilation, leaf.groups)
@@ -246,8 +266,9 @@ def _conv_padding(leaf: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int]]:
         totals = [d * (k - 1) for d, k in zip(leaf.dilation, leaf.kernel_size, strict=True)]
         (top, bottom), sides = ((total // 2, total - total // 2) for total in totals)
         return (top, bottom), sides
+    assert not isinstance(leaf.padding, str)
     down, across = leaf.padding
-    return (int(down), int(down)), (int(across), int(across))
+    return (down, down), (across, across)
 
 
 def _repeated_row(row: int, height: int, mode: str) -> int:

@@ -57,7 +57,7 @@ class NormSite:
         return group if dist.get_world_size(group) > 1 else None
 
     def fold(self, z: Tensor) -> Tensor:
-        """z [N, C, ...] with the normalised channels second."""
+        """Z [N, C, ...] with the normalised channels second."""
         if self.batch:
             return z
         groups = getattr(self.leaf, "num_groups", None) or z.shape[1]
@@ -100,7 +100,8 @@ class NormSite:
         """
         if self.group is not None:
             self._gather(found, device)
-        assert found.mean is not None and found.m2 is not None
+        assert found.mean is not None
+        assert found.m2 is not None
         if self.batch and found.count == 1:
             raise ValueError(
                 f"train-mode {type(self.leaf).__name__} must see more than one value a channel, got 1. "
@@ -128,12 +129,13 @@ class NormSite:
         if not leaf.training or getattr(leaf, "running_mean", None) is None:
             return
         mean, var = found.mean, found.var
-        assert mean is not None and var is not None
+        assert mean is not None
+        assert var is not None
         var = var * (found.count / max(found.count - 1, 1))
-        if not self.batch:  # InstanceNorm: the mean over the images
-            mean, var = mean.view(images, -1).mean(0), var.view(images, -1).mean(0)
         rate = leaf.momentum
-        if leaf.num_batches_tracked is not None:
+        if not self.batch:  # InstanceNorm: the mean over the images; it counts no batches
+            mean, var, rate = mean.view(images, -1).mean(0), var.view(images, -1).mean(0), rate or 0.0
+        elif leaf.num_batches_tracked is not None:
             leaf.num_batches_tracked.add_(1)
             if rate is None:
                 rate = 1.0 / float(leaf.num_batches_tracked)
@@ -141,7 +143,7 @@ class NormSite:
             running.mul_(1 - rate).add_(new.to(running.dtype), alpha=rate)
 
     def affine(self, found: Statistics) -> tuple[Tensor, Tensor]:
-        """gamma and beta [C] as leaves of the chunk's graph: their gradients are the two reductions."""
+        """Gamma and beta [C] as leaves of the chunk's graph: their gradients are the two reductions."""
         if found.leaves is None:
             assert found.mean is not None
             if self.batch and self.leaf.affine:
@@ -156,8 +158,15 @@ class NormSite:
         gamma, beta = self.affine(found)
         if not torch.is_grad_enabled():
             gamma, beta = gamma.detach(), beta.detach()
-        leaf = self.leaf
-        out = F.batch_norm(self.fold(z), found.mean, found.var, gamma, beta, False, 0.0, leaf.eps)
+        leaf, folded = self.leaf, self.fold(z)
+        layout = _layout(folded)
+        out = F.batch_norm(
+            folded.contiguous(memory_format=layout), found.mean, found.var, gamma, beta, False, 0.0, leaf.eps
+        )
+        if out.requires_grad:
+            # torch 2.15's CPU kernel of the backward returns wrong numbers, silently, where the layouts of gradient and
+            # input differ for one image.
+            out.register_hook(lambda grad: grad.contiguous(memory_format=layout))
         if self.batch:
             for name in ("drop", "act"):  # of timm's BatchNormAct2d
                 if hasattr(leaf, name):
@@ -178,7 +187,8 @@ class NormSite:
         Returns:
             (dgamma, dbeta) of this rank: the gradients of the module's own parameters.
         """
-        assert found.mean is not None and found.var is not None
+        assert found.mean is not None
+        assert found.var is not None
         if found.dgamma is None or found.dbeta is None:
             found.dgamma, found.dbeta = torch.zeros_like(found.mean), torch.zeros_like(found.mean)
         own = found.dgamma, found.dbeta
@@ -194,7 +204,7 @@ class NormSite:
         return own
 
     def correct(self, found: Statistics, z: Tensor, grad: Tensor) -> Tensor:
-        """dz of a chunk, from `grad`, what flows to z with constant statistics."""
+        """Dz of a chunk, from `grad`, what flows to z with constant statistics."""
         assert found.correction is not None
         folded = self.fold(z)
         view = (1, -1) + (1,) * (folded.dim() - 2)
@@ -203,17 +213,25 @@ class NormSite:
         return wide.view_as(grad).to(grad.dtype)
 
 
+def _layout(z: Tensor) -> torch.memory_format:
+    if z.dim() == 4 and not z.is_contiguous() and z.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 class Corrected(torch.autograd.Function):
     """The identity on z, whose backward adds the correction to the rows that this chunk owns."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, site: NormSite, found: Statistics, rows: tuple[int, int] | None) -> Tensor:
+    def forward(  # noqa: D102
+        ctx: Any, z: Tensor, site: NormSite, found: Statistics, rows: tuple[int, int] | None
+    ) -> Tensor:
         ctx.save_for_backward(z)
         ctx.site, ctx.found, ctx.rows = site, found, rows
         return z.view_as(z)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:  # noqa: D102
         (z,), grad = ctx.saved_tensors, grads[0]
         if ctx.rows is None:
             return ctx.site.correct(ctx.found, z, grad), None, None, None

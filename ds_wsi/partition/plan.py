@@ -70,6 +70,31 @@ class PartitionPlan:
     rates_measured: bool = False
     timeline: tuple[tuple[str, int], ...] = ()
 
+    def __str__(self) -> str:
+        """A table, a line a segment, under a line that sums it up."""
+        rates = "measured" if self.rates_measured else "assumed"
+        what = "x".join(map(str, self.input_shape))
+        if self.mode == "paper":
+            return f"partition of {what}: paper, layer by layer in chunks of {self.chunk_size}"
+        native = f"native {gib(self.native_peak_bytes)} and {self.native_seconds:.3g} s"
+        if self.mode == "native":
+            return f"partition of {what}: native, it fits as it is ({native}; rates {rates})"
+        head = (
+            f"partition of {what} ({self.axis} axis): {gib(self.peak_bytes)} on the device at most, "
+            f"{gib(self.host_bytes)} on the host, {self.seconds:.3g} s ({native}; rates {rates})"
+        )
+        rows = [("segment up to", "mode", "input on", "chunk", "device", "host", "peak", "seconds")]
+        for part in self.segments:
+            rows.append(
+                (
+                    *(part.last or "output", part.mode, "host" if part.host_input else "device", str(part.chunk_size)),
+                    *(gib(part.device_bytes), gib(part.host_bytes), gib(part.peak_bytes), f"{part.seconds:.3g}"),
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([head, *lines])
+
     def to_section(self) -> dict[str, Any]:
         """The plan as JSON: `"ds_wsi": {"partition": {"plan": ...}}` takes it."""
         return asdict(self)
@@ -82,3 +107,8 @@ class PartitionPlan:
         values["input_shape"] = tuple(values["input_shape"])
         values["timeline"] = tuple((name, size) for name, size in values.get("timeline", ()))
         return cls(**values)
+
+
+def gib(size: float) -> str:
+    """Bytes for a reader."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

@@ -11,14 +11,16 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import fx, nn
 
-from ds_wsi.partition.plan import PartitionPlan, SegmentPlan
+from ds_wsi.partition.plan import PartitionPlan, SegmentPlan, gib
 from ds_wsi.partition.policy import MODES, PartitionPolicy
 from ds_wsi.partition.program import Program, SegmentSpec
 from ds_wsi.partition.rates import Rates, find_rates
 from ds_wsi.partition.simulate import Phase, Simulator
 
+PAPER_CHUNK = {"batch": 32, "spatial": 256}
 _ROUNDS = 6  # of the search, each within smaller budgets
 _TILES = 4  # a chunk, in the small simulated calls
 
@@ -76,7 +78,7 @@ def plan_partition(
     device: torch.device | None = None,
     rates: Rates | None = None,
 ) -> PartitionPlan:
-    """Decide how to partition `module` for a training step on an input of this shape. Computes nothing, changes nothing.
+    """Decide how to partition `module` for a training step on an input of this shape; nothing is computed or changed.
 
     Args:
         module: the encoder, in the mode (train or eval) that it will run in.
@@ -99,9 +101,9 @@ def plan_partition(
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"input_shape must be [N, ...], all positive, got {list(shape)}")
     device = device or next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    if policy.mode == "paper":
-        size = policy.chunk_size or 32
-        return PartitionPlan((), policy.axis, policy.bn_population, shape, mode="paper", chunk_size=size)
+    if policy.mode in ("paper", "native"):
+        size = policy.chunk_size or (PAPER_CHUNK[policy.axis] if policy.mode == "paper" else 0)
+        return PartitionPlan((), policy.axis, policy.bn_population, shape, mode=policy.mode, chunk_size=size)
     return _Planner(module, shape, policy, dtype, autocast, device, rates or find_rates(device)).plan()
 
 
@@ -117,6 +119,8 @@ class _Planner:
         rates: Rates,
     ) -> None:
         self.shape, self.policy, self.rates = shape, policy, rates
+        # Ranks must not mix native SyncBatchNorm's collectives with ours.
+        self.synchronised = dist.is_initialized() and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
         self.overlaps = device.type == "cuda"
         # Without the card its kernels cannot be pretended; the CPU's save about the same.
         pretended = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
@@ -135,7 +139,7 @@ class _Planner:
         """
         policy = self.policy
         native = self._native()
-        if policy.mode == "auto" and native.peak <= self.gpu_budget and not policy.compile:
+        if policy.mode == "auto" and native.peak <= self.gpu_budget and not policy.compile and not self.synchronised:
             seconds = self._seconds(native)
             return self._finished((), native, mode="native", peak_bytes=native.peak, seconds=seconds)
         tried: list[PartitionPlan] = []
@@ -144,10 +148,12 @@ class _Planner:
             if plan.peak_bytes <= self.gpu_budget and plan.host_bytes <= self.host_budget:
                 return plan
             tried.append(plan)
-        plan = min(tried, key=lambda one: max(0, one.peak_bytes - self.gpu_budget) + max(0, one.host_bytes - self.host_budget))
+        plan = min(
+            tried, key=lambda one: max(0, one.peak_bytes - self.gpu_budget) + max(0, one.host_bytes - self.host_budget)
+        )
         raise ValueError(
-            f"the budgets must hold a training step on {list(self.shape)}, got {gib(self.gpu_budget)} on the device and "
-            f"{gib(self.host_budget)} on the host: the nearest plan lacks "
+            f"the budgets must hold a training step on {list(self.shape)}, got {gib(self.gpu_budget)} on the device "
+            f"and {gib(self.host_budget)} on the host: the nearest plan lacks "
             f"{max(0, plan.peak_bytes - self.gpu_budget):,} bytes on the device and "
             f"{max(0, plan.host_bytes - self.host_budget):,} on the host (mode {policy.mode}, chunks of "
             f"{plan.segments[0].chunk_size}). HINT: raise the budget that lacks them, or give a smaller input."
@@ -278,7 +284,14 @@ class _Planner:
         named = list(specs) if len(specs) == count else [*specs[:-1], *specs[-1:] * (count - len(specs) + 1)]
         segments = tuple(
             SegmentPlan(
-                *(spec.last, spec.mode, spec.chunk_size, spec.host_input, int(max(0, cost.own)), max(0, phases[index].host - (phases[index - 1].host if index else 0))),
+                *(
+                    spec.last,
+                    spec.mode,
+                    spec.chunk_size,
+                    spec.host_input,
+                    int(max(0, cost.own)),
+                    max(0, phases[index].host - (phases[index - 1].host if index else 0)),
+                ),
                 max(phases[index].peak, phases[2 * count - 1 - index].peak),
                 max(one, two) if self.overlaps else one + two,
             )
@@ -356,7 +369,7 @@ def _profile(phases: list[Phase], mode: str) -> list[_Cost]:
 
 
 def _fitted(few: _Cost, many: _Cost, wide: _Cost, size: int, tiles: int) -> _Cost:
-    """alpha + beta chunk + gamma tiles through (t, 3 t), (t, 4 t) and (2 t, 6 t), at (size, tiles)."""
+    """Alpha + beta chunk + gamma tiles through (t, 3 t), (t, 4 t) and (2 t, 6 t), at (size, tiles)."""
     values = {}
     for entry in fields(_Cost):
         if entry.name == "keeps_source":
@@ -375,8 +388,11 @@ def _fitted(few: _Cost, many: _Cost, wide: _Cost, size: int, tiles: int) -> _Cos
 def _extrapolate(low: Phase, high: Phase, scale: float) -> Phase:
     """What a call of another size would show: low + scale (high - low)."""
     names = ("peak", "live", "host", "host_peak", "copied", "flops", "touched", "operations", "boundary")
-    grown = {name: getattr(low, name) + scale * (getattr(high, name) - getattr(low, name)) for name in names}
-    return replace(low, **{name: int(max(0, value)) for name, value in grown.items()})
+    grown: dict[str, Any] = {}
+    for name in names:
+        first, second = getattr(low, name), getattr(high, name)
+        grown[name] = int(max(0, first + scale * (second - first)))
+    return replace(low, **grown)
 
 
 def _pareto(choices: list[_Choice], limit: int = 48) -> list[_Choice]:
@@ -422,8 +438,3 @@ def _free_host_bytes() -> int:
         except (OSError, ValueError):
             continue
     return max(0, free // 2)
-
-
-def gib(size: float) -> str:
-    """Bytes for a reader."""
-    return f"{size / 2**30:.2f} GiB"

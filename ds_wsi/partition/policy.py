@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 MODES = ("keep", "lean", "checkpoint", "recompute", "offload", "stream")
-POLICY_MODES = ("auto", *MODES, "paper")
+POLICY_MODES = ("auto", *MODES, "paper", "native")
 AXES = ("batch", "spatial")
 BN_POPULATIONS = ("stack", "bag")
 
@@ -18,7 +18,7 @@ class PartitionPolicy:
             and rebuilds the rest; "checkpoint" keeps each block's input and rebuilds the block's lean values once;
             "recompute" keeps only the module's input, in memory constant in the number of chunks; "offload" is "keep"
             with the saved tensors in host memory; "stream" is "lean" with them in host memory; "paper" is Big-Layers'
-            Algorithms 1 and 2, layer by layer, the baseline.
+            Algorithms 1 and 2, layer by layer, the baseline; "native" leaves the module as it is.
         axis: "batch": independent tiles [N, ...] in chunks of tiles; "spatial": large images [B, C, H, W] in blocks of
             rows with exact halos.
         chunk_size: tiles (or rows of each segment's output) a chunk; None lets the plan choose.

@@ -66,12 +66,14 @@ class Segment:
         undivided: whether it is computed in one chunk.
     """
 
+    in_rows: bool
+
     def __init__(
         self, program: "Program", spec: SegmentSpec, source: fx.Node, target: fx.Node, nodes: list[fx.Node]
     ) -> None:
         self.spec, self.source, self.target = spec, source, target
         traced, rules = program.traced, program.rules
-        first = source is traced.source or program.segments[-1].in_rows  # after the tail there are no rows
+        first = source is traced.source or bool(program.segments[-1].in_rows)  # after the tail there are no rows
         self.in_rows = first and rules is not None and all(node in rules for node in nodes if node.op != "get_attr")
         self.undivided = rules is not None and not self.in_rows
         if self.undivided and spec.mode == "recompute":
@@ -170,7 +172,9 @@ class Program:
         device: torch.device,
     ) -> None:
         self.traced = traced
-        fakes = {} if traced.opaque else traced.propagate(shape if axis == "spatial" else (2, *shape[1:]), dtype, device)
+        fakes = (
+            {} if traced.opaque else traced.propagate(shape if axis == "spatial" else (2, *shape[1:]), dtype, device)
+        )
         self.tensors = (
             {traced.source, *traced.nodes}
             if traced.opaque
@@ -228,7 +232,7 @@ class Program:
             reasons = "; ".join(list(self.refused.values())[:3])
             raise ValueError(
                 f"{type(self.traced.module).__name__} must begin with operations on rows to be partitioned in space, "
-                f"got {reasons}. HINT: axis=\"batch\", or partition the sub-module that holds the convolutions."
+                f'got {reasons}. HINT: axis="batch", or partition the sub-module that holds the convolutions.'
             )
         return found
 

@@ -45,7 +45,7 @@ class Call:
         device: of the computation.
         autocast: a context of the autocast settings in force at the call.
         track: whether running statistics are updated.
-        host_bytes: of the host slab to allocate in advance.
+        store: of host memory; None makes one.
         phase: called at the end of each segment's forward and backward, with its index.
         simulated: on fake tensors: no random numbers, no streams.
     """
@@ -62,7 +62,7 @@ class Call:
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
         track: bool = True,
-        host_bytes: int = 0,
+        store: HostStore | None = None,
         phase: Callable[[str, int], None] | None = None,
         simulated: bool = False,
     ) -> None:
@@ -71,7 +71,7 @@ class Call:
         self.batch = x.shape[0]
         self.x: Given | None = Given(x, 2 if program.rules is not None else 0, device, prepare)
         self.random = Random(device, replayable=not simulated)
-        self.store = HostStore(device, host_bytes, overlap=not simulated)
+        self.store = store or HostStore(device, overlap=not simulated)
         self._grad_needs = _grad_needs(program, input_grad)
         self.saved: list[_Saved | None] = []
         self.gradients: dict[int, Tensor] = {}
@@ -138,10 +138,8 @@ class Call:
                     if graph_kept
                     else self._run(segment, piece.graph, chunk, values, saved.statistics[chunk.population])
                 )
-                for target, result in results.items():
-                    self._collect(segment, target, result, saved.statistics[chunk.population])
-                    values[target].write(self._own(segment, target, chunk), result.detach())  # type: ignore[union-attr]
-                del results, result
+                self._write(segment, chunk, results, values, saved)
+                del results  # or they would live through the next chunk's peak
             self._finish_statistics(segment, saved, level=piece)
             held = keep and mode in ("lean", "stream")
             for node, last in segment.readers.items():
@@ -154,6 +152,18 @@ class Call:
             saved.values = values
             if mode == "offload":
                 self._norm_inputs_to_host(segment, saved)
+
+    def _write(
+        self,
+        segment: Segment,
+        chunk: Chunk,
+        results: dict[fx.Node, Tensor],
+        values: dict[fx.Node, Extent],
+        saved: _Saved,
+    ) -> None:
+        for target, result in results.items():
+            self._collect(segment, target, result, saved.statistics[chunk.population])
+            values[target].write(self._own(segment, target, chunk), result.detach())  # type: ignore[union-attr]
 
     def _forward_recompute(self, segment: Segment, saved: _Saved, out: Tiles | Rows) -> None:
         """From the segment's input each time: one pass for each level of norms, one for the output."""
@@ -180,7 +190,7 @@ class Call:
         statistics: dict[fx.Node, Statistics],
     ) -> dict[fx.Node, Tensor]:
         """The targets' own tiles or rows of a chunk, without gradient."""
-        with torch.no_grad():
+        with torch.no_grad(), _no_checkpoint():
             needed = self._needed(segment, graph, chunk)
             inputs = {node: values[node].read(self._reads(segment, node, chunk, needed)) for node in graph.sources}
             found = graph.run(inputs, statistics, self.random, (segment.target, chunk.index), needed=needed)
@@ -214,7 +224,8 @@ class Call:
         known: dict[fx.Node, Tensor] | None = None,
     ) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
         """The leaves of a chunk's graph, and the targets' own tiles or rows on top of it."""
-        with torch.enable_grad():
+        offloads = segment.spec.mode == "offload"  # by such hooks
+        with torch.enable_grad(), nullcontext() if offloads else _no_checkpoint():
             needed = self._needed(segment, graph, chunk)
             leaves = {}
             anchor = torch.empty(0, requires_grad=True)
@@ -252,7 +263,8 @@ class Call:
                 if saved is None:
                     break
                 segment = self.program.segments[index]
-                below = self._new_extent(segment, segment.source, host=segment.spec.host_input, source=True)
+                host = segment.spec.host_input and index > 0  # the input's gradient is the caller's
+                below = self._new_extent(segment, segment.source, host=host, source=True)
                 if segment.spec.mode == "recompute":
                     self._backward_recompute(segment, saved, above, below)
                 else:
@@ -372,9 +384,10 @@ class Call:
         outputs = [(results[node], grad) for node, grad in grads.items() if node in results]
         if not outputs:
             return
+        inputs: list[Any] = [*(leaves[node] for node in wanted), *(part for _, part in affine), *parameters]
         found = torch.autograd.grad(
             [output for output, _ in outputs],
-            [*(leaves[node] for node in wanted), *(part for _, part in affine), *parameters],
+            inputs,
             [grad for _, grad in outputs],
             allow_unused=True,
         )
@@ -383,10 +396,12 @@ class Call:
             if grad is not None:
                 gradients[node].add(self._reads(segment, node, chunk, needed), grad)  # type: ignore[union-attr]
         rest = found[len(wanted) :]
+        sums: list[Tensor | None] = list(found[len(wanted) + len(affine) :])
         for (node, _), (dgamma, dbeta) in zip(affine[::2], zip(rest[::2], rest[1::2], strict=False), strict=False):
             if dgamma is not None and dbeta is not None:
                 segment.sites[node].reduce(statistics[node], dgamma, dbeta)
-        self._add_gradients(parameters, found[len(wanted) + len(affine) :])
+        del found, rest
+        self._add_gradients(parameters, sums, [grad for _, grad in outputs])
 
     def _backward_recompute(self, segment: Segment, saved: _Saved, above: Extent, below: Tiles | Rows) -> None:
         values: dict[fx.Node, Extent] = {segment.source: saved.source}
@@ -421,18 +436,20 @@ class Call:
             leaves_, results = self._with_graph(segment, segment.whole, chunk, values, statistics, known)
             inputs = [leaves_[segment.source]] if wants_input else []
             found = torch.autograd.grad(
-                [results[segment.target]], [*inputs, *parameters], [grad.to(results[segment.target].dtype)],
+                [results[segment.target]],
+                [*inputs, *parameters],
+                [grad.to(results[segment.target].dtype)],
                 allow_unused=True,
             )
             if wants_input and found[0] is not None:
                 needed = self._needed(segment, segment.whole, chunk)
                 below.add(self._reads(segment, segment.source, chunk, needed), found[0])
-            self._add_gradients(parameters, found[len(inputs) :])
-            del found, leaves_, results, grad  # or they would live through the next chunk's peak
+            sums: list[Tensor | None] = list(found[len(inputs) :])
+            del found, leaves_, results
+            self._add_gradients(parameters, sums, [grad])
+            del grad  # or they would live through the next chunk's peak
 
-    def _rebuild(
-        self, segment: Segment, saved: _Saved, values: dict[fx.Node, Extent], chunks: list[Chunk]
-    ) -> None:
+    def _rebuild(self, segment: Segment, saved: _Saved, values: dict[fx.Node, Extent], chunks: list[Chunk]) -> None:
         """A checkpointed segment's lean values, but for its output."""
         for piece in segment.pieces:
             targets = [node for node in piece.graph.targets if node is not segment.target]
@@ -447,9 +464,7 @@ class Call:
 
     # ----------------------------------------------------------------------------------------- statistics
 
-    def _collect(
-        self, segment: Segment, value: fx.Node, result: Tensor, statistics: dict[fx.Node, Statistics]
-    ) -> None:
+    def _collect(self, segment: Segment, value: fx.Node, result: Tensor, statistics: dict[fx.Node, Statistics]) -> None:
         for norm in segment.norms_of.get(value, ()):
             with torch.no_grad():
                 segment.sites[norm].collect(statistics[norm], result.detach())
@@ -473,9 +488,7 @@ class Call:
                     if self.track:
                         site.track(statistics[norm], self.batch)
 
-    def _corrections(
-        self, segment: Segment, node: fx.Node, z: Tensor, statistics: dict[fx.Node, Statistics]
-    ) -> Tensor:
+    def _corrections(self, segment: Segment, node: fx.Node, z: Tensor, statistics: dict[fx.Node, Statistics]) -> Tensor:
         total = torch.zeros_like(z)
         for norm in segment.norms_of[node]:
             total = segment.sites[norm].correct(statistics[norm], z, total)
@@ -489,21 +502,32 @@ class Call:
             pairs = zip((site.leaf.weight, site.leaf.bias), own, trained, strict=True)
             for parameter, gradient, wanted in pairs:
                 if wanted:
-                    self._add_gradients([parameter], [gradient])
+                    self._add_gradients([parameter], [gradient], [gradient])
 
-    def _add_gradients(self, parameters: list[nn.Parameter], found: Any) -> None:
-        """Sum in float32 (float64 for float64), in the order of the chunks."""
-        for parameter, gradient in zip(parameters, found, strict=True):
+    def _add_gradients(self, parameters: list[nn.Parameter], found: list[Tensor | None], above: list[Tensor]) -> None:
+        """Sum in float32 (float64 for float64), in the order of the chunks; `found` is emptied as it is summed.
+
+        Args:
+            parameters: whose gradients they are.
+            found: of one chunk, from autograd.
+            above: what flowed into the chunk's graph.
+        """
+        # autograd may hand out one tensor several times, or what flowed in: such a one must not be added to in place.
+        places = [tensor.untyped_storage()._cdata for tensor in (*found, *above) if tensor is not None]
+        for index, parameter in enumerate(parameters):
+            gradient, found[index] = found[index], None
             if gradient is None:
                 continue
             wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             key = id(parameter)
+            owned = wide is not gradient or places.count(gradient.untyped_storage()._cdata) == 1
             if key not in self.gradients:
                 self.gradients[key] = wide
+                if owned:
+                    self._own_sums.add(key)
             elif key in self._own_sums:
                 self.gradients[key].add_(wide)
             else:
-                # Not in place yet: autograd may hand one tensor out as several gradients.
                 self.gradients[key] = self.gradients[key] + wide
                 self._own_sums.add(key)
 
@@ -522,21 +546,25 @@ class Call:
             return 0, self.program.heights[node]
         return chunk.tiles
 
+    def _some_rows(self, segment: Segment, node: fx.Node, chunk: Chunk) -> Range:
+        """The rows that a chunk owns, or one where it owns none: operations need a row to work on."""
+        first, last = self._own(segment, node, chunk)
+        first = min(first, self.program.heights[node] - 1)
+        return first, max(first + 1, last)
+
     def _needed(self, segment: Segment, graph: Subgraph, chunk: Chunk) -> dict[fx.Node, Range] | None:
         if not segment.in_rows:
             return None
-        own = {node: self._own(segment, node, chunk) for node in graph.targets}
+        own = {node: self._some_rows(segment, node, chunk) for node in graph.targets}
         if segment.spec.mode == "recompute":
             # A norm's input is corrected by the chunk that owns it, which must therefore hold it.
             for norm in graph.barriers:
                 (z,) = norm.all_input_nodes
-                part = self._own(segment, z, chunk)
+                part = self._some_rows(segment, z, chunk)
                 own[z] = hull(own[z], part) if z in own else part
         return graph.rows(own)
 
-    def _reads(
-        self, segment: Segment, node: fx.Node, chunk: Chunk, needed: dict[fx.Node, Range] | None
-    ) -> Range:
+    def _reads(self, segment: Segment, node: fx.Node, chunk: Chunk, needed: dict[fx.Node, Range] | None) -> Range:
         return self._own(segment, node, chunk) if needed is None else needed[node]
 
     def _crop_own(
@@ -613,6 +641,14 @@ class Call:
             saved.values[node] = moved
 
 
+def _no_checkpoint() -> AbstractContextManager[Any]:
+    """Refuses checkpoints within the module: what they would recompute is recomputed already."""
+    return torch.autograd.graph.disable_saved_tensors_hooks(
+        "a partitioned module must not checkpoint inside a partition, got hooks on saved tensors while it ran. "
+        'HINT: switch its checkpointing off; mode "checkpoint" does the same, exactly.'
+    )
+
+
 class _Source(torch.autograd.Function):
     """A value as the beginning of a graph that does not hold it, as a leaf would."""
 
@@ -672,4 +708,3 @@ def bag_ranges(cu_seqlens: Tensor | None, batch: int) -> list[Range]:
     if bounds[0] != 0 or bounds[-1] != batch or any(one > two for one, two in pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tiles, {batch}, got {bounds}")
     return [(one, two) for one, two in pairwise(bounds) if two > one]
-

@@ -237,7 +237,8 @@ class Subgraph:
         needed: dict[fx.Node, Range] | None,
         known: dict[fx.Node, Tensor] | None,
     ) -> Tensor:
-        assert needed is not None and self.rules is not None
+        assert needed is not None
+        assert self.rules is not None
         rule: Any = self.rules[node]
         image = self._input(node, node.all_input_nodes[0], values, needed)
         result = known.get(node) if known is not None and node in self._deferrable else None

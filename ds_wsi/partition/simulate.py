@@ -114,9 +114,7 @@ class Simulator:
                 output: Tensor = self.module(x)
                 live = meter.live
                 parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-                gradients = torch.autograd.grad(
-                    output, parameters, torch.empty_like(output), allow_unused=True
-                )
+                gradients = torch.autograd.grad(output, parameters, torch.empty_like(output), allow_unused=True)
                 del gradients
             return Phase("native", 0, meter.peak, live, 0, 0, 0, meter.flops, meter.touched, meter.operations)
 
@@ -168,4 +166,4 @@ def _fake_copy(module: nn.Module, mode: Any, device: torch.device) -> nn.Module:
         return copy.deepcopy(module, memo)
     finally:
         if forward is not None:
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward

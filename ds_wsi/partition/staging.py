@@ -1,8 +1,8 @@
 """Host memory as an extension of the device's: tensors copied out and back on streams of their own.
 
-One slab of pinned memory holds them (the caching pinned allocator rounds each up to a power of two). Copies out wait for
-the computation that made the tensor; copies back are started ahead of their use. Without a GPU the same code runs with
-plain memory and no streams, so that what is copied, and how many bytes, is the same everywhere.
+One slab of pinned memory holds them (the caching pinned allocator rounds each up to a power of two). Copies out wait
+for the computation that made the tensor; copies back are started ahead of their use. Without a GPU the same code runs
+with plain memory and no streams, so that what is copied, and how many bytes, is the same everywhere.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import host_allocation
 
 _ALIGN = 256  # bytes; of every tensor in a slab
-_SLAB = 2**22  # bytes; of the first slab where no plan says; each further one is as large as all before
+_SLAB = 2**22  # bytes; of the first slab where no plan says; each further one holds as much as is held
 
 
 @dataclass(eq=False)
@@ -34,12 +34,10 @@ class Ticket:
 
 
 class HostStore:
-    """Tensors of one call in host memory.
+    """Tensors in host memory; the memory is kept from call to call, for pinning it takes long.
 
     Args:
         device: that the tensors come from and go back to.
-        capacity_bytes: of the first slab; what goes beyond it takes further slabs. 0 for none in advance.
-
         overlap: on streams of their own, from pinned memory.
 
     Attributes:
@@ -47,18 +45,28 @@ class HostStore:
         sent_bytes, fetched_bytes: over the link so far.
     """
 
-    def __init__(self, device: torch.device, capacity_bytes: int = 0, *, overlap: bool = True) -> None:
+    def __init__(self, device: torch.device, *, overlap: bool = True) -> None:
         self.device = device
         self.held_bytes = self.peak_bytes = self.sent_bytes = self.fetched_bytes = 0
-        self._free: list[Tensor] = []
-        self._offset = 0
-        self._slab: Tensor | None = None
+        self._slabs: list[Tensor] = []
+        self._free: list[Tensor] = []  # returned places
+        self._open: Tensor | None = None  # the rest of the newest slab
         cuda = device.type == "cuda" and overlap
         self._host = device if device.type == "meta" else torch.device("cpu")
-        self._out, self._back = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if cuda else (None, None)
+        self._out: Any = torch.cuda.Stream(device) if cuda else None
+        self._back: Any = torch.cuda.Stream(device) if cuda else None
         self._pinned = cuda
-        if capacity_bytes:
-            self._grow(capacity_bytes)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Host memory that the store has taken."""
+        return sum(slab.numel() for slab in self._slabs)
+
+    def reserve(self, size: int) -> None:
+        """Take `size` bytes in one slab, unless they are there or in use."""
+        if self.held_bytes == 0 and self.capacity_bytes < size:
+            self._slabs, self._free, self._open = [], [], None
+            self._grow(size)
 
     def put(self, tensor: Tensor) -> Ticket:
         """Start copying `tensor` out; the caller may drop it at once."""
@@ -123,35 +131,44 @@ class HostStore:
             ticket.arrived.synchronize()
         self.held_bytes -= ticket.place.numel() * ticket.place.element_size()
         self._free.append(ticket.place.view(torch.uint8))
+        if self.held_bytes == 0:  # begin anew: the next call's tensors have other sizes
+            self._free = self._slabs[:-1]
+            self._open = self._slabs[-1] if self._slabs else None
 
     def _place(self, dtype: torch.dtype, size: int) -> Tensor:
-        rounded = -(-max(size, 1) // _ALIGN) * _ALIGN
         for index, free in enumerate(self._free):
             if free.numel() == size:
                 return self._free.pop(index).view(dtype)
-        if self._slab is None or self._offset + rounded > self._slab.numel():
-            self._grow(max(rounded, _SLAB, self.held_bytes))
-        assert self._slab is not None
-        place = self._slab[self._offset : self._offset + size]
-        self._offset += rounded
+        rounded = -(-max(size, 1) // _ALIGN) * _ALIGN
+        if self._open is None or self._open.numel() < rounded:
+            larger = [
+                index for index, free in enumerate(self._free) if free.numel() >= rounded and free.numel() > _SLAB
+            ]
+            if larger:  # a whole slab of an earlier call
+                self._open = self._free.pop(larger[0])
+            else:
+                self._grow(max(rounded, _SLAB, self.held_bytes))
+        assert self._open is not None
+        place, self._open = self._open[:size], self._open[rounded:]
         return place.view(dtype)
 
     def _grow(self, size: int) -> None:
-        # What the old slab has left is not lost: it stays referenced by the tickets that lie in it.
+        rounded = -(-size // _ALIGN) * _ALIGN
         with host_allocation():
             try:
-                self._slab = torch.empty(size, dtype=torch.uint8, device=self._host, pin_memory=self._pinned)
+                slab = torch.empty(rounded, dtype=torch.uint8, device=self._host, pin_memory=self._pinned)
             except RuntimeError as error:
                 if not self._pinned:
                     raise
                 logger.warning(
                     "host memory is pageable from here on, and copies do not overlap: pinning %.1f GiB failed (%s)",
-                    size / 2**30,
+                    rounded / 2**30,
                     str(error).splitlines()[0],
                 )
                 self._pinned = False
-                self._slab = torch.empty(size, dtype=torch.uint8)
-        self._offset = 0
+                slab = torch.empty(rounded, dtype=torch.uint8)
+        self._slabs.append(slab)
+        self._open = slab
 
 
 def _is_dense(tensor: Tensor) -> bool:

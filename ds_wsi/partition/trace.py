@@ -89,11 +89,11 @@ class Traced:
                 kwargs = fx.map_arg(node.kwargs, lambda item: values[item])
                 if node.op == "call_module":
                     leaf = self.leaves[node]
-                    state = {
+                    state: dict[str, Tensor] = {
                         name: mode.from_tensor(tensor.new_empty(_full_shape(tensor)))
                         for name, tensor in (*leaf.named_parameters(), *leaf.named_buffers())
                     }
-                    if isinstance(leaf, nn.SyncBatchNorm):  # refuses what is not on a GPU
+                    if isinstance(leaf, _BatchNorm):  # would count its batches, or refuse what is not on a GPU
                         values[node] = torch.empty_like(args[0])
                     else:
                         forward = copy(leaf)
@@ -133,7 +133,8 @@ def levels(nodes: list[fx.Node], barriers: dict[fx.Node, fx.Node]) -> dict[fx.No
         deepest = max((found.get(parent, 0) for parent in node.all_input_nodes), default=0)
         found[node] = deepest + 1 if node in barriers else deepest
     for node in reversed(nodes):
-        readers = [found[user] for user in node.users if user in inside]
+        # What a norm reads must be complete a level before.
+        readers = [found[user] - (user in barriers) for user in node.users if user in inside]
         light = node in barriers or (node.op == "call_module" and len(node.all_input_nodes) == 1)
         if light and readers and not _is_heavy(node):
             found[node] = max(found[node], min(readers))

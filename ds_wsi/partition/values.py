@@ -139,14 +139,18 @@ class Rows:
         if self.host is None:
             assert self.buffer is not None
             return self.buffer[:, :, first:last]
-        pieces = []
+        pieces: list[Tensor] = []
+        at = first
         for low, high in sorted(self.blocks.parts):
             low_in, high_in = max(low, first), min(high, last)
             if low_in < high_in:
-                pieces.append(self.blocks.read((low, high))[:, :, low_in - low : high_in - low])
-        if not pieces:  # an empty range: wholly inside a padding
-            low, high = min(self.blocks.parts)
-            return self.blocks.read((low, high))[:, :, :0]
+                block = self.blocks.read((low, high))
+                if at < low_in:
+                    pieces.append(_zero_rows(block, low_in - at))
+                pieces.append(block[:, :, low_in - low : high_in - low])
+                at = high_in
+        if at < last or not pieces:  # a gradient's rows that nothing reads
+            pieces.append(_zero_rows(self.blocks.read(min(self.blocks.parts)), last - at))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
     def prefetch(self, wanted: Range) -> None:
@@ -194,3 +198,7 @@ class Rows:
             if at < low:
                 self.blocks.write((at, low), tensor[:, :, at - first : low - first])
             at = max(at, high)
+
+
+def _zero_rows(like: Tensor, count: int) -> Tensor:
+    return like.new_zeros((*like.shape[:2], count, like.shape[3]))

@@ -1,4 +1,4 @@
-"""Memory of this process: its peak, and a meter of the tensor bytes that are alive, on any device and on fake tensors."""
+"""Memory of this process: its peak, and a meter of the tensor bytes that are alive."""
 
 import resource
 import sys
@@ -57,7 +57,7 @@ class ByteMeter(TorchDispatchMode):
         self.copied = self.flops = self.touched = self.operations = 0
         self._known: dict[int, tuple[int, bool]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.operations += 1

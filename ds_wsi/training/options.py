@@ -9,6 +9,9 @@ from ds_wsi.engines.accelerate import OPTIMIZERS
 from ds_wsi.engines.deepspeed import read_config
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import AGGREGATORS
+from ds_wsi.partition.plan import PartitionPlan
+from ds_wsi.partition.policy import POLICY_MODES
+from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.training.optim import SCHEDULES
 from ds_wsi.training.settings import TrainSettings
 
@@ -33,6 +36,10 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("dataloader_num_workers", "policies.reading.workers", int, "processes that read tiles"),
     ("max_failed_fraction", "policies.reading.max_failed_fraction", float, "of tiles that may fail to read"),
     ("augment_colour", "policies.augment.colour", float, "largest relative change of a channel, one draw a slide"),
+    ("partition", "policies.partition.mode", POLICY_MODES, "how the encoder's activations are partitioned"),
+    ("partition_chunk_size", "policies.partition.chunk_size", int, "tiles a chunk"),
+    ("gpu_budget", "policies.partition.gpu_budget_bytes", parse_bytes, "for activations on the device, as 24GiB"),
+    ("host_budget", "policies.partition.host_budget_bytes", parse_bytes, "for activations in host memory"),
     ("encoder", "model.encoder", str, "a timm model's name"),
     ("encoder_weights", "model.encoder_weights", str, "local .safetensors file or timm checkpoint"),
     ("aggregator", "model.aggregator", tuple(AGGREGATORS), "MIL pooling"),
@@ -113,5 +120,7 @@ def _with_policies(policies: DsWsiConfig, given: dict[str, Any]) -> DsWsiConfig:
         group, *path = place.split(".")
         if group == "policies":
             policy, leaf = path
+            if isinstance(getattr(policies, policy), PartitionPlan):
+                raise ValueError(f"{leaf} must not be given with a plan in the JSON. HINT: leave out one of them.")
             policies = replace(policies, **{policy: replace(getattr(policies, policy), **{leaf: value})})
     return policies

@@ -22,6 +22,7 @@ from ds_wsi.engines.accelerate import (
 )
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, build_model, freeze
+from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.demo import make_demo
 from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
@@ -102,6 +103,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     module = build_model(config, settings.model.encoder_weights)
     if settings.model.freeze_encoder:
         freeze(module.encoder)
+    _partition(module, settings, cohort, accelerator.device)
     model, optimizer = prepare(accelerator, module, engine)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction)
     accelerator.init_trackers("tensorboard", config=_flat(settings))
@@ -117,6 +119,26 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         failures,
         Progress(),
     )
+
+
+def _partition(module: SlideModel, settings: TrainSettings, cohort: Cohort, device: torch.device) -> None:
+    """Partition the encoder as the policies say, and print the plan for the largest stack of training bags.
+
+    Raises:
+        ValueError: not even that fits the budgets; names what is missing.
+    """
+    wanted = settings.policies.partition
+    if wanted.mode == "native":
+        return
+    if isinstance(wanted, PartitionPolicy) and not module.encoder_is_frozen:
+        tiles = max(cohort.lengths[row] for row in cohort.rows("train"))
+        size = settings.policies.tiling.tile_size_px
+        precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.optim.mixed_precision]
+        shape = (tiles * settings.optim.per_device_train_batch_size, 3, size, size)
+        logger.info("%s", plan_partition(module.encoder, shape, wanted, autocast=precision, device=device))
+    elif isinstance(wanted, PartitionPlan):
+        logger.info("%s", wanted)
+    partition_layers(module.encoder, wanted)
 
 
 def _engine_settings(settings: TrainSettings) -> EngineSettings:

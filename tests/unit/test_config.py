@@ -39,7 +39,7 @@ def test_whole_numbers_serve_as_floats():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"tilling": {}}, r"^ds_wsi\.tilling must be one of tiling, reading, augment"),
+        ({"tilling": {}}, r"^ds_wsi\.tilling must be one of tiling, reading, augment, partition"),
         (
             {"tiling": {"tile_size": 64}},
             r"^ds_wsi\.tiling\.tile_size must be one of tile_size_px, mpp, min_tissue_fraction",

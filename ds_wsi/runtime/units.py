@@ -1,0 +1,21 @@
+"""Sizes as people write them."""
+
+import re
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(text: str, name: str = "a size") -> int:
+    """Bytes of "24GiB", "1.5 GB" or "800000".
+
+    Raises:
+        ValueError: no number, an unknown unit, or nothing at all.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].lower() not in _UNITS:
+        raise ValueError(f"{name} must be bytes such as 24GiB or 800MB, got {text!r}")
+    size = int(float(found[1]) * _UNITS[found[2].lower()])
+    if size < 1:
+        raise ValueError(f"{name} must be positive, got {text!r}")
+    return size

@@ -1,0 +1,417 @@
+"""A partitioned encoder equals the plain one on a bag of tiles: outputs, gradients, running statistics, in float64."""
+
+import copy
+import gc
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ds_wsi.models import SlideModel, build_aggregator
+from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
+from ds_wsi.partition.norm import NormSite
+from ds_wsi.partition.policy import MODES
+from ds_wsi.stacking import stack_bags
+
+TOLERANCE = 1e-10  # relative, in float64: sums over chunks round differently from sums over bags
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    encoder = timm.create_model(name, num_classes=0, **options).double()
+    for part in encoder.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_()
+            part.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.normal_(part.bias)
+    return encoder
+
+
+def tiles(count, side=32, seed=1):
+    return torch.randn(count, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient_of(out):
+    return torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2))
+
+
+def step(module, x):
+    x = x.clone().requires_grad_()
+    out = module(x)
+    out.backward(gradient_of(out))
+    return out.detach(), x.grad
+
+
+def relative(one, other):
+    return ((one - other).abs().max() / other.abs().max().clamp_min(1e-12)).item()
+
+
+def assert_same(plain, partitioned, expected, found):
+    for name, one, other in zip(("output", "input gradient"), found, expected, strict=True):
+        assert relative(one, other) <= TOLERANCE, name
+    assert_same_state(plain, partitioned)
+
+
+def assert_same_state(plain, partitioned):
+    assert plain.state_dict().keys() == partitioned.state_dict().keys()
+    scale = max(parameter.grad.abs().max() for parameter in plain.parameters() if parameter.grad is not None)
+    for (name, other), one in zip(plain.named_parameters(), partitioned.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            assert (one.grad - other.grad).abs().max() <= TOLERANCE * scale, name
+    for (name, other), one in zip(plain.named_buffers(), partitioned.buffers(), strict=True):
+        assert relative(one.double(), other.double()) <= TOLERANCE, name
+
+
+NETWORKS = {
+    "resnet18": {},
+    "resnet50": {},
+    "convnext_tiny": {},
+    "vit_tiny_patch16_224": {"img_size": 32},
+}
+DEEP = 12  # tiles: with fewer, BatchNorm over the last stage's one pixel a tile is ill-conditioned
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_mode_equals_the_plain_encoder(name, mode, train):
+    plain = build(name, **NETWORKS[name]).train(train)
+    x = tiles(DEEP if name == "resnet18" else 6)
+    # Recomputing ResNet-50's 53 norms, each from the input, takes long: two chunks instead of three.
+    sizes = (4, 5) if name == "resnet18" else (3,) if (name, mode) != ("resnet50", "recompute") else (4,)
+    expected = None
+    for size in sizes:
+        partitioned = copy.deepcopy(plain)
+        reference = copy.deepcopy(plain)
+        expected = step(reference, x)
+        partition_layers(partitioned, PartitionPolicy(mode=mode, chunk_size=size))
+        assert_same(reference, partitioned, expected, step(partitioned, x))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_large_image_in_blocks_equals_the_whole(mode, train):
+    plain = build("resnet18").train(train)
+    x = tiles(2, 75)[:, :, :, :64]
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode=mode, axis="spatial", chunk_size=2))
+    expected = step(plain, x)
+    assert_same(plain, partitioned, expected, step(partitioned, x))
+
+
+def test_the_check_sees_statistics_by_chunk_and_a_missing_correction(monkeypatch):
+    plain, x = build("resnet18"), tiles(DEEP)
+    by_chunk = copy.deepcopy(plain)
+    expected = step(copy.deepcopy(plain), x)[0]
+    assert relative(torch.cat([by_chunk(part) for part in x.split(4)]).detach(), expected) > 1e-3
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode="lean", chunk_size=4))
+    monkeypatch.setattr(NormSite, "correct", lambda self, found, z, grad: grad)
+    reference = copy.deepcopy(plain)
+    wanted, found = step(reference, x), step(partitioned, x)
+    assert relative(found[0], wanted[0]) <= TOLERANCE
+    assert relative(found[1], wanted[1]) > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_forwards_before_a_backward_and_gradients_that_add_up(mode):
+    plain = build("resnet18")
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode=mode, chunk_size=4))
+    for module in (plain, partitioned):
+        first, second = module(tiles(DEEP, seed=3)), module(tiles(DEEP + 3, seed=4))
+        second.backward(gradient_of(second))
+        first.backward(gradient_of(first))
+    assert_same_state(plain, partitioned)
+
+
+class UsedTwice(nn.Module):
+    """A block that runs twice in one forward, and a parameter that is read without a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.scale = nn.Parameter(torch.rand(6, 1, 1))
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.block(x) * self.scale + x
+        return self.block(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_used_twice(mode):
+    torch.manual_seed(0)
+    plain = UsedTwice().double()
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode=mode, chunk_size=4))
+    assert_same(plain, partitioned, step(plain, tiles(10, 8)), step(partitioned, tiles(10, 8)))
+
+
+class Norms(nn.Module):
+    """BatchNorm in its variants, on the input itself too; two norms of one tensor; dropout between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.input_norm = nn.BatchNorm2d(3, momentum=None)
+        self.conv = nn.Conv2d(3, 6, 3, stride=2, bias=False)
+        self.one = nn.BatchNorm2d(6, affine=False)
+        self.two = nn.BatchNorm2d(6, track_running_stats=False)
+        self.last = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        x = self.conv(self.input_norm(x))
+        x = self.one(x) + torch.sigmoid(self.two(x))
+        return self.last(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("mode", MODES)
+def test_norms_without_affine_or_statistics_and_norms_of_the_input(mode, train):
+    torch.manual_seed(0)
+    plain = Norms().double().train(train)
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode=mode, chunk_size=4))
+    assert_same(plain, partitioned, step(plain, tiles(10, 8)), step(partitioned, tiles(10, 8)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_frozen_stem_and_frozen_affine_receive_nothing_and_cost_nothing(mode):
+    plain = build("resnet18")
+    plain.conv1.requires_grad_(False)
+    plain.bn1.requires_grad_(False)
+    plain.layer2[0].bn1.requires_grad_(False)
+    plain.layer3.requires_grad_(False)
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode=mode, chunk_size=4))
+    x = tiles(DEEP)
+    for module in (plain, partitioned):  # an input without gradient, as in training
+        out = module(x)
+        out.backward(gradient_of(out))
+    assert_same_state(plain, partitioned)
+
+
+class ByChunk(nn.Module):
+    """What dropout in chunks means: the plain module, chunk after chunk."""
+
+    def __init__(self, module, size):
+        super().__init__()
+        self.module, self.size = module, size
+
+    def forward(self, x):
+        return torch.cat([self.module(part) for part in x.split(self.size)])
+
+
+@pytest.mark.parametrize("mode", ["keep", "recompute", "offload"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32, "drop_rate": 0.3, "attn_drop_rate": 0.2, "drop_path_rate": 0.3}),
+        ("convnext_tiny", {"drop_rate": 0.3, "drop_path_rate": 0.5}),
+    ],
+)
+def test_dropout_and_stochastic_depth_are_replayed(name, options, mode):
+    plain = build(name, **options)
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode=mode, chunk_size=3))
+    torch.manual_seed(5)
+    expected = step(ByChunk(plain, 3), tiles(8))
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    found = step(partitioned, tiles(8))
+    assert torch.equal(after, torch.rand(3)), "backward must leave the generator as forward left it"
+    assert_same(plain, partitioned, expected, found)
+    torch.manual_seed(6)
+    assert relative(step(copy.deepcopy(partitioned), tiles(8))[0], expected[0]) > 1e-3
+
+
+class Dropped(nn.Module):
+    """Dropout between norms: recomputed several times in one forward, and again in backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Dropout(0.4), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)
+        )
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(self.body(x), 0.3, self.training).mean((2, 3))
+
+
+def test_dropout_between_norms_is_the_same_in_every_pass():
+    torch.manual_seed(0)
+    modules = {mode: Dropped().double() for mode in MODES}
+    steps = {}
+    for module in modules.values():
+        module.load_state_dict(modules["keep"].state_dict())
+    for mode, module in modules.items():
+        partition_layers(module, PartitionPolicy(mode=mode, chunk_size=4))
+        torch.manual_seed(7)
+        steps[mode] = step(module, tiles(10, 8))
+        assert steps[mode][0].eq(0).sum() == 0
+    # "keep" runs each operation once and replays nothing; it draws level by level, as lean and stream do.
+    for mode in ("lean", "stream", "checkpoint", "offload"):
+        assert_same(modules["keep"], modules[mode], steps["keep"], steps[mode])
+    # "recompute" draws in another order; its own gradient is checked by differences.
+    module, x = modules["recompute"], tiles(10, 8)
+    direction = tiles(10, 8, seed=9)
+    values = []
+    for sign in (1, -1):
+        torch.manual_seed(7)
+        out = module(x + sign * 1e-5 * direction)
+        values.append((out * gradient_of(out)).sum().item())
+    slope = (values[0] - values[1]) / 2e-5
+    assert (steps["recompute"][1] * direction).sum().item() == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [*((mode, torch.bfloat16) for mode in MODES if mode != "recompute"), ("lean", torch.float16)]
+)
+def test_mixed_precision_is_applied_again_in_backward(mode, dtype):
+    plain = build("resnet10t").float()  # few layers: 16 bits are slow on a CPU
+    # With 16-bit rounding the order of sums shows; what must hold is that both err by as much from float32.
+    exact, partitioned = copy.deepcopy(plain), copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode=mode, chunk_size=4))
+    x = tiles(8).float()
+    gradients = {}
+    for name, module in (("plain", plain), ("ours", partitioned)):
+        with torch.autocast("cpu", dtype=dtype):
+            out = module(x)
+        out.float().backward(gradient_of(out.float()))
+        assert out.dtype == dtype
+        assert all(parameter.grad.dtype == torch.float32 for parameter in module.parameters())
+        gradients[name] = torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
+    out = exact(x)
+    out.backward(gradient_of(out))
+    true = torch.cat([parameter.grad.flatten() for parameter in exact.parameters()])
+    errors = {name: (found - true).norm() / true.norm() for name, found in gradients.items()}
+    assert errors["ours"] <= 1.5 * errors["plain"] + 1e-3
+
+
+def test_without_gradient_nothing_is_kept_and_statistics_stay(monkeypatch):
+    plain = build("resnet18").eval()
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(chunk_size=4))
+    before = copy.deepcopy(partitioned.state_dict())
+    with torch.no_grad():
+        assert relative(partitioned(tiles(DEEP)), plain(tiles(DEEP))) <= TOLERANCE
+    assert all(torch.equal(before[key], value) for key, value in partitioned.state_dict().items())
+    assert partitioned(tiles(0)).shape == (0, 512)
+
+
+@pytest.mark.parametrize(
+    ("mode", "population"), [("auto", "bag"), ("lean", "bag"), ("lean", "stack"), ("recompute", "stack")]
+)
+def test_a_slide_model_of_stacked_bags_has_the_population_of_the_policy(population, mode):
+    encoder, aggregator = build("resnet10t"), build_aggregator("gated_abmil", 512, 2).double()
+    bags = stack_bags([torch.randint(0, 255, (n, 3, 32, 32), dtype=torch.uint8) for n in (7, 11, 26)])
+    plain = SlideModel(copy.deepcopy(encoder), copy.deepcopy(aggregator))
+    ours = SlideModel(copy.deepcopy(encoder), copy.deepcopy(aggregator))
+    policy = PartitionPolicy(mode=mode, chunk_size=4, bn_population=population, gpu_budget_bytes=66 * 2**20)
+    partition_layers(ours.encoder, policy)
+    if population == "bag":
+        expected = plain(bags)
+    else:
+        expected = plain.aggregator(bags.with_values(plain.encoder(plain.normalise(bags.values))))
+    found = ours(bags)
+    assert relative(found.logits, expected.logits) <= TOLERANCE
+    for output in (expected, found):
+        output.logits.square().sum().backward()
+    assert_same_state(plain, ours)
+
+
+def test_removed_it_is_the_plain_module_again():
+    module = build("resnet18")
+    keys, forward = module.state_dict().keys(), module.forward
+    handle = partition_layers(module, PartitionPolicy(mode="lean"))
+    assert module.state_dict().keys() == keys
+    with pytest.raises(ValueError, match="must not be partitioned twice"):
+        partition_layers(module, PartitionPolicy())
+    handle.remove()
+    handle.remove()
+    assert module.forward == forward
+    assert "forward" not in module.__dict__
+    partition_layers(module, PartitionPolicy(mode="lean")).remove()
+
+
+def test_a_plan_survives_json_and_copies_of_the_module():
+    module = build("resnet18")
+    plan = plan_partition(
+        module, (DEEP, 3, 32, 32), PartitionPolicy(mode="checkpoint", chunk_size=4), dtype=torch.float64
+    )
+    assert PartitionPlan.from_section(plan.to_section()) == plan
+    plain = copy.deepcopy(module)
+    partition_layers(module, plan)
+    partitioned = copy.deepcopy(module)
+    x = tiles(DEEP)
+    assert_same(plain, partitioned, step(plain, x), step(partitioned, x))
+
+
+def test_a_second_backward_and_a_second_tensor_are_refused():
+    module = build("resnet18")
+    partition_layers(module, PartitionPolicy(mode="lean", chunk_size=4))
+    out = module(tiles(DEEP))
+    out.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward must run once"):
+        out.sum().backward()
+    with pytest.raises(ValueError, match="must get one tensor, got another"):
+        module(tiles(2), tiles(2))
+
+
+class CheckpointsItself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+def test_checkpointing_around_and_inside_is_refused():
+    module = build("resnet18")
+    partition_layers(module, PartitionPolicy(mode="lean", chunk_size=4))
+    with pytest.raises(RuntimeError, match=r"must not be called inside torch\.utils\.checkpoint"):
+        checkpoint(module, tiles(DEEP), use_reentrant=False)
+    out = checkpoint(module, tiles(DEEP).requires_grad_(), use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"must not be called inside torch\.utils\.checkpoint"):
+        out.sum().backward()
+    flagged = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    flagged.set_grad_checkpointing(True)
+    with pytest.raises(ValueError, match="must not checkpoint itself inside a partition"):
+        partition_layers(flagged, PartitionPolicy(mode="recompute"))
+    inner = CheckpointsItself()
+    partition_layers(inner, PartitionPolicy(mode="recompute", chunk_size=2))
+    with pytest.raises(RuntimeError, match="must not checkpoint inside a partition"):
+        inner(torch.randn(4, 4)).sum().backward()
+
+
+def test_one_value_a_channel_and_an_untraceable_module_are_refused_by_name():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(x) if x.sum() > 0 else x
+
+    module = Branches()
+    partition_layers(module, PartitionPolicy(mode="lean"))
+    with pytest.raises(ValueError, match=r"Branches must be traceable by torch\.fx"):
+        module(torch.randn(4, 3, 2, 2))
+    norm = nn.Sequential(nn.BatchNorm1d(3))
+    partition_layers(norm, PartitionPolicy(mode="lean"))
+    with pytest.raises(ValueError, match="must see more than one value a channel"):
+        norm(torch.randn(1, 3))
+
+
+def test_nothing_is_left_after_a_step():
+    module = build("resnet18")
+    partition_layers(module, PartitionPolicy(mode="offload", chunk_size=4))
+    step(module, tiles(DEEP))
+    gc.collect()
+    assert module.forward._store.held_bytes == 0

@@ -1,0 +1,179 @@
+"""One large image in blocks of rows equals the image at once: random stacks of layers, partitions and modes."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ds_wsi.partition import PartitionPolicy, partition_layers
+from ds_wsi.partition.policy import MODES
+
+TOLERANCE = 1e-10  # relative, in float64: sums over blocks round differently from sums over images
+
+
+class Residual(nn.Module):
+    def __init__(self, body, shortcut):
+        super().__init__()
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x):
+        out = self.body(x)
+        out += self.shortcut(x)
+        return out
+
+
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x):
+        # Not by permuting: torch 2.15's own batch_norm has wrong gradients on a CPU for one image whose gradient lies
+        # in another layout than the image, and then the plain module is the one that is wrong.
+        var, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+        return (x - mean) / (var + self.eps).sqrt() * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+@st.composite
+def convolutions(draw, channels_in, channels_out, same=False):
+    kernel, dilation = (draw(st.integers(1, 5)) for _ in range(2)) if not same else (draw(st.sampled_from((1, 3))), 1)
+    dilation = min(dilation, 3)
+    groups = draw(st.sampled_from((1, 2)))
+    mode = draw(st.sampled_from(("zeros", "zeros", "reflect", "replicate", "circular")))
+    if same:
+        padding, stride = draw(st.sampled_from(((kernel - 1) // 2, "same"))), 1
+    else:
+        limit = 2 if mode != "zeros" else 4
+        padding, stride = draw(st.integers(0, limit)), draw(st.integers(1, 3))
+    return nn.Conv2d(
+        channels_in,
+        channels_out,
+        kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+        padding_mode=mode,
+    )
+
+
+@st.composite
+def norms(draw, channels):
+    kind = draw(st.sampled_from(("batch", "batch", "batch_plain", "cumulative", "group", "instance", "layer", "none")))
+    return {
+        "batch": lambda: nn.BatchNorm2d(channels),
+        "batch_plain": lambda: nn.BatchNorm2d(channels, affine=False, track_running_stats=False),
+        "cumulative": lambda: nn.BatchNorm2d(channels, momentum=None),
+        "group": lambda: nn.GroupNorm(2, channels),
+        "instance": lambda: nn.InstanceNorm2d(
+            channels, affine=draw(st.booleans()), track_running_stats=draw(st.booleans())
+        ),
+        "layer": lambda: LayerNorm2d(channels),
+        "none": nn.Identity,
+    }[kind]()
+
+
+@st.composite
+def pools(draw):
+    kernel = draw(st.integers(1, 4))
+    options = {
+        "stride": draw(st.integers(1, 3)),
+        "padding": draw(st.integers(0, kernel // 2)),
+        "ceil_mode": draw(st.booleans()),
+    }
+    if draw(st.booleans()):
+        return nn.MaxPool2d(kernel, dilation=draw(st.integers(1, 2)), **options)
+    return nn.AvgPool2d(kernel, count_include_pad=draw(st.booleans()), **options)
+
+
+@st.composite
+def stacks(draw):
+    """A module on images of 4 channels, and whether its head needs the whole image."""
+    layers: list[nn.Module] = []
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(("conv", "conv", "residual", "pool", "point")))
+        if kind == "conv":
+            layers += [draw(convolutions(4, 4)), draw(norms(4)), nn.ReLU(inplace=draw(st.booleans()))]
+        elif kind == "residual":
+            body = nn.Sequential(
+                draw(convolutions(4, 4, same=True)),
+                draw(norms(4)),
+                nn.SiLU(),
+                draw(convolutions(4, 4, same=True)),
+                draw(norms(4)),
+            )
+            shortcut = nn.Identity() if draw(st.booleans()) else nn.Sequential(nn.Conv2d(4, 4, 1), draw(norms(4)))
+            layers += [Residual(body, shortcut), nn.ReLU(inplace=True)]
+        elif kind == "pool":
+            layers.append(draw(pools()))
+        else:
+            layers += [draw(norms(4)), nn.GELU()]
+    if draw(st.booleans()):
+        layers += [nn.AdaptiveAvgPool2d(draw(st.integers(1, 2))), nn.Flatten(), nn.LazyLinear(3)]
+    return nn.Sequential(*layers)
+
+
+def relative(one, other):
+    return ((one - other).abs().max() / other.abs().max().clamp_min(1e-6)).item() if one.numel() else 0.0
+
+
+def step(module, x):
+    x = x.clone().requires_grad_()
+    out = module(x)
+    # Squared with weights: a plain sum after a norm has a gradient of zero.
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    ((out + weights).square() * weights).sum().backward()
+    return out.detach(), x.grad
+
+
+def assert_same_step(plain, partitioned, x):
+    expected, found = step(plain, x), step(partitioned, x)
+    for name, one, other in zip(("output", "input gradient"), found, expected, strict=True):
+        assert relative(one, other) <= TOLERANCE, name
+    scale = max(p.grad.abs().max() for p in plain.parameters()) if list(plain.parameters()) else 1
+    for (name, other), one in zip(plain.named_parameters(), partitioned.parameters(), strict=True):
+        assert (one.grad - other.grad).abs().max() <= TOLERANCE * scale, name
+    for (name, other), one in zip(plain.named_buffers(), partitioned.buffers(), strict=True):
+        assert relative(one.double(), other.double()) <= TOLERANCE, name
+
+
+@settings(
+    max_examples=520,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    phases=(Phase.generate,),
+    report_multiple_bugs=True,
+)
+@given(
+    module=stacks(),
+    mode=st.sampled_from(MODES),
+    train=st.booleans(),
+    batch=st.integers(1, 2),
+    height=st.integers(9, 40),
+    width=st.integers(9, 14),
+    chunk=st.integers(1, 12),
+)
+def test_a_random_stack_in_random_blocks_equals_the_whole(module, mode, train, batch, height, width, chunk):
+    torch.manual_seed(0)
+    x = torch.randn(batch, 4, height, width, dtype=torch.float64)
+    module = module.double().train(train)
+    try:
+        finite = module(x).isfinite().all()
+    except (RuntimeError, ValueError):
+        finite = False
+    assume(finite)  # it shrinks the image to nothing, to one value a channel, or pools padding alone
+    for part in module.modules():
+        if getattr(part, "running_mean", None) is not None:
+            part.reset_running_stats()
+            part.running_mean.normal_()
+    plain = copy.deepcopy(module)
+    partition_layers(module, PartitionPolicy(mode=mode, axis="spatial", chunk_size=chunk))
+    assert_same_step(plain, module, x)
+
+
+def test_what_rows_cannot_be_cut_through_is_refused_by_name():
+    module = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 2))
+    partition_layers(module, PartitionPolicy(mode="lean", axis="spatial"))
+    with pytest.raises(ValueError, match=r"got 0 \(AdaptiveAvgPool2d\): it is not known to work on rows"):
+        module(torch.randn(1, 4, 16, 16))

@@ -1,0 +1,141 @@
+"""The peers of the partitioned layers give native gradients, in the encoder's own parameters."""
+
+import sys
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from ds_wsi.benchmarks import peers
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def _step(encoder: nn.Module, forward: peers.Forward, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    encoder.zero_grad()
+    torch.manual_seed(1)
+    output = forward(images)
+    output.backward(torch.randn(output.shape, dtype=output.dtype))
+    gradients = {name: parameter.grad for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    return output.detach(), {name: gradient.clone() for name, gradient in gradients.items()}
+
+
+def _difference(encoder: nn.Module, forward: peers.Forward, images: Tensor) -> tuple[float, float]:
+    """The largest relative differences of the output and of a parameter's gradient from native."""
+    output, gradients = _step(encoder, forward, images)
+    expected, expected_gradients = _step(encoder, peers.native(encoder), images)
+    return _relative(output, expected), max(_relative(gradients[name], g) for name, g in expected_gradients.items())
+
+
+def _resnet() -> nn.Module:
+    return timm.create_model("resnet10t", num_classes=0)
+
+
+def _vit() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=2)
+
+
+def _plain() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5))
+
+
+@pytest.mark.parametrize("build", [_resnet, _vit, _plain])
+@pytest.mark.parametrize("peer", [peers.native, peers.torch_checkpoint, peers.save_on_cpu])
+def test_peer_has_native_gradients(peer, build):
+    torch.manual_seed(0)
+    encoder = build().double()
+    assert max(_difference(encoder, peer(encoder), torch.randn(2, 3, 32, 32, dtype=torch.float64))) < 1e-12
+
+
+def _saved_bytes(forward: peers.Forward, images: Tensor) -> int:
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.nbytes) or tensor, lambda x: x):
+        forward(images)
+    return sum(saved)
+
+
+@pytest.mark.parametrize("build", [_resnet, _vit, _plain])
+def test_checkpoint_saves_less_and_leaves_the_encoder_as_it_was(build):
+    encoder, images = build(), torch.randn(2, 3, 32, 32)
+    before = _saved_bytes(encoder, images)
+    assert _saved_bytes(peers.torch_checkpoint(encoder), images) < 0.7 * before
+    assert _saved_bytes(encoder, images) == before
+
+
+def test_lightstream_module_has_frozen_norms_and_learning_convolutions():
+    encoder = peers.lightstream_module(2)
+    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 128, 4, 4)
+    assert not any(module.training for module in encoder.modules())
+    learning = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert learning == {f"{name}.weight" for name, module in encoder.named_modules() if isinstance(module, nn.Conv2d)}
+
+
+def test_lightstream_absent_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightstream.core.constructor", None)
+    with pytest.raises(ImportError, match="HINT: pip install lightstream lightning"):
+        peers.lightstream_stream(peers.lightstream_module(1), 256, 128)
+
+
+def test_lightstream_refuses_norms_that_learn():
+    with pytest.raises(ValueError, match="must be frozen"):
+        peers.lightstream_stream(peers.lightstream_module(1).train(), 256, 128)
+    with pytest.raises(ValueError, match="must be frozen"):
+        peers.lightstream_stream(peers.lightstream_module(1).requires_grad_(True), 256, 128)
+
+
+def test_lightstream_refuses_a_tile_larger_than_the_image():
+    with pytest.raises(ValueError, match="tile_px must be in"):
+        peers.lightstream_stream(peers.lightstream_module(1), 128, 256)
+
+
+@pytest.mark.parametrize(
+    ("stages", "image_px", "tile_px", "dtype", "output_bound", "gradient_bound"),
+    [
+        (1, 240, 160, torch.float64, 1e-14, 1e-13),
+        (1, 120, 104, torch.float64, 1e-14, 1e-13),
+        (1, 256, 192, torch.float32, 1e-5, 1e-4),
+        (2, 320, 272, torch.float32, 1e-5, 1e-4),
+    ],
+)
+def test_lightstream_equals_native(stages, image_px, tile_px, dtype, output_bound, gradient_bound):
+    pytest.importorskip("lightstream", reason="pip install lightstream lightning", exc_type=ImportError)
+    torch.manual_seed(0)
+    encoder = peers.lightstream_module(stages).to(dtype)
+    names = [type(module) for module in encoder.modules()]
+    forward = peers.lightstream_stream(encoder, image_px, tile_px)
+    assert [type(module) for module in encoder.modules()] == names
+    image = torch.randn(1, 3, image_px, image_px, dtype=dtype)
+    output, gradient = _difference(encoder, forward, image)
+    assert output < output_bound
+    assert gradient < gradient_bound
+    with torch.no_grad():
+        encoder[0].weight.mul_(2)  # as an optimizer's step does
+    assert max(_difference(encoder, forward, image)) < gradient_bound
+
+
+@pytest.mark.parametrize(
+    ("image_px", "tile_px", "match"),
+    [
+        (256, 130, "multiples of the encoder's stride 4"),
+        (258, 128, "multiples of the encoder's stride 4"),
+        (256, 96, "receptive field"),
+        (256, 100, "receptive field"),
+    ],
+)
+def test_lightstream_refuses_sizes_that_it_gets_wrong(image_px, tile_px, match):
+    pytest.importorskip("lightstream", reason="pip install lightstream lightning", exc_type=ImportError)
+    with pytest.raises(ValueError, match=match):
+        peers.lightstream_stream(peers.lightstream_module(1), image_px, tile_px)
+
+
+def test_lightstream_is_quiet_and_leaves_the_grad_mode(capsys):
+    pytest.importorskip("lightstream", reason="pip install lightstream lightning", exc_type=ImportError)
+    with torch.no_grad():
+        forward = peers.lightstream_stream(peers.lightstream_module(1), 128, 128)
+        assert not torch.is_grad_enabled()
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="HINT: crop it"):
+        forward(torch.zeros(1, 3, 64, 64))
