@@ -68,7 +68,8 @@ class Window(ABC):
         """The block `image`, which holds rows `needs(rows)`, with `value` in the rows outside of the image."""
         (first, last), (low, high) = self.window(rows), self.needs(rows)
         if last <= 0 or first >= self.height:  # wholly outside
-            return image.new_full((*image.shape[:2], last - first, image.shape[3]), value)
+            # Of no row of the image, but on its graph: the correction of a norm's input further back runs all the same.
+            return F.pad(image[:, :, :0], (0, 0, 0, last - first), value=value)
         if (first, last) == (low, high):
             return image
         return F.pad(image, (0, 0, low - first, last - high), value=value)
