@@ -1,6 +1,5 @@
 """Forward and backward of a program, segment by segment, pass by pass, chunk by chunk."""
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -602,21 +601,16 @@ class Call:
         """Autograd's saved tensors in host memory, each once; parameters and small ones stay."""
         held = {id(parameter) for parameter in self.program.traced.module.parameters()}
         storages = {p.untyped_storage()._cdata for p in self.program.traced.module.parameters()}
-        seen: dict[Any, tuple[Ticket, weakref.ref]] = {}
 
         def pack(tensor: Tensor) -> Any:
             size = tensor.numel() * tensor.element_size()
             if size < _MIN_OFFLOAD_BYTES or id(tensor) in held or tensor.untyped_storage()._cdata in storages:
                 return tensor
-            storage = tensor.untyped_storage()
-            place = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
-            key = storage._cdata, place
-            # An address is used again once its storage is freed: then the entry is another tensor's.
-            if key not in seen or seen[key][1]() is not storage:
-                seen[key] = self.store.put(tensor), weakref.ref(storage)
-                seen[key][0].order = len(self._offloaded)
-                self._offloaded.append(seen[key][0])
-            return _OnHost(self.store, seen[key][0])
+            ticket = self.store.put(tensor)
+            if ticket.owners == 1:
+                ticket.order = len(self._offloaded)
+                self._offloaded.append(ticket)
+            return _OnHost(self.store, ticket)
 
         def unpack(packed: Any) -> Tensor:
             if not isinstance(packed, _OnHost):
@@ -666,12 +660,9 @@ class _OnHost:
 
     def __init__(self, store: HostStore, ticket: Ticket) -> None:
         self.store, self.ticket = store, ticket
-        ticket.owners += 1
 
     def __del__(self) -> None:
-        self.ticket.owners -= 1
-        if self.ticket.owners == 0:
-            self.store.release(self.ticket)
+        self.store.release(self.ticket)
 
 
 def _edges(values: dict[fx.Node, Tensor]) -> dict[fx.Node, GradientEdge]:

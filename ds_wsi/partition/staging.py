@@ -5,6 +5,8 @@ for the computation that made the tensor; copies back are started ahead of their
 with plain memory and no streams, so that what is copied, and how many bytes, is the same everywhere.
 """
 
+import weakref
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,10 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import host_allocation
 
 _ALIGN = 256  # bytes; of every tensor in a slab
-_SLAB = 2**22  # bytes; of the first slab where no plan says; each further one holds as much as is held
+_SLAB = 2**22  # bytes; at least, of a slab that no plan reserved
+
+
+_Block = tuple[int, int, int]  # slab, offset and length in bytes
 
 
 @dataclass(eq=False)
@@ -25,11 +30,13 @@ class Ticket:
     place: Tensor
     shape: torch.Size
     stride: tuple[int, ...]
+    block: _Block
     ready: Any = None
     fetched: Tensor | None = None
     arrived: Any = None
     released: bool = False
-    owners: int = 0
+    owners: int = 1
+    key: Any = None
     order: int = 0
 
 
@@ -49,8 +56,8 @@ class HostStore:
         self.device = device
         self.held_bytes = self.peak_bytes = self.sent_bytes = self.fetched_bytes = 0
         self._slabs: list[Tensor] = []
-        self._free: list[Tensor] = []  # returned places
-        self._open: Tensor | None = None  # the rest of the newest slab
+        self._free: list[_Block] = []  # sorted
+        self._known: dict[Any, tuple[Ticket, weakref.ref]] = {}
         cuda = device.type == "cuda" and overlap
         self._host = device if device.type == "meta" else torch.device("cpu")
         self._out: Any = torch.cuda.Stream(device) if cuda else None
@@ -65,17 +72,29 @@ class HostStore:
     def reserve(self, size: int) -> None:
         """Take `size` bytes in one slab, unless they are there or in use."""
         if self.held_bytes == 0 and self.capacity_bytes < size:
-            self._slabs, self._free, self._open = [], [], None
+            self._slabs, self._free = [], []
             self._grow(size)
 
     def put(self, tensor: Tensor) -> Ticket:
-        """Start copying `tensor` out; the caller may drop it at once."""
+        """Start copying `tensor` out; the caller may drop it at once.
+
+        A tensor that lies there already, unchanged since, is not copied again: the ticket has one more owner.
+        """
         tensor = tensor.detach()
+        storage = tensor.untyped_storage()
+        key = storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
+        known = self._known.get(key)
+        # An address is used again once its storage is freed: then the entry is another tensor's.
+        if known is not None and known[1]() is storage and not known[0].released:
+            known[0].owners += 1
+            return known[0]
         if not tensor.is_contiguous() and not _is_dense(tensor):
             tensor = tensor.contiguous()
         size = tensor.numel() * tensor.element_size()
         flat = torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset())
-        ticket = Ticket(self._place(tensor.dtype, size), tensor.shape, tensor.stride())
+        slab, offset, length = self._take(size)
+        place = self._slabs[slab][offset : offset + size].view(tensor.dtype)
+        ticket = Ticket(place, tensor.shape, tensor.stride(), (slab, offset, length))
         if self._out is None:
             with host_allocation():
                 ticket.place.copy_(flat)
@@ -85,6 +104,8 @@ class HostStore:
                 ticket.place.copy_(flat, non_blocking=True)
                 ticket.ready = self._out.record_event()
             flat.record_stream(self._out)
+        self._known[key] = ticket, weakref.ref(storage)
+        ticket.key = key
         self.sent_bytes += size
         self.held_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
@@ -121,36 +142,43 @@ class HostStore:
         return tensor
 
     def release(self, ticket: Ticket) -> None:
-        """Give the ticket's host memory to the next tensor of its size."""
-        if ticket.released:
+        """Give up an owner's claim; with the last one the host memory goes to the next tensors."""
+        ticket.owners -= 1
+        if ticket.owners > 0 or ticket.released:
             return
+        self._known.pop(ticket.key, None)
         ticket.released, ticket.fetched = True, None
         if ticket.ready is not None and not ticket.ready.query():
             ticket.ready.synchronize()
         if ticket.arrived is not None and not ticket.arrived.query():
             ticket.arrived.synchronize()
         self.held_bytes -= ticket.place.numel() * ticket.place.element_size()
-        self._free.append(ticket.place.view(torch.uint8))
-        if self.held_bytes == 0:  # begin anew: the next call's tensors have other sizes
-            self._free = self._slabs[:-1]
-            self._open = self._slabs[-1] if self._slabs else None
+        self._give_back(ticket.block)
 
-    def _place(self, dtype: torch.dtype, size: int) -> Tensor:
-        for index, free in enumerate(self._free):
-            if free.numel() == size:
-                return self._free.pop(index).view(dtype)
+    def _take(self, size: int) -> _Block:
+        """Free memory of at least `size` bytes: the smallest free block, cut to size."""
         rounded = -(-max(size, 1) // _ALIGN) * _ALIGN
-        if self._open is None or self._open.numel() < rounded:
-            larger = [
-                index for index, free in enumerate(self._free) if free.numel() >= rounded and free.numel() > _SLAB
-            ]
-            if larger:  # a whole slab of an earlier call
-                self._open = self._free.pop(larger[0])
-            else:
-                self._grow(max(rounded, _SLAB, self.held_bytes))
-        assert self._open is not None
-        place, self._open = self._open[:size], self._open[rounded:]
-        return place.view(dtype)
+        fitting = [block for block in self._free if block[2] >= rounded]
+        if not fitting:
+            # An eighth more than is held, where a plan was short: pinned memory is dear.
+            self._grow(max(rounded, _SLAB, self.held_bytes // 8))
+            fitting = self._free[-1:]
+        slab, offset, length = min(fitting, key=lambda block: block[2])
+        self._free.remove((slab, offset, length))
+        if length > rounded:
+            insort(self._free, (slab, offset + rounded, length - rounded))
+        return slab, offset, rounded
+
+    def _give_back(self, block: _Block) -> None:
+        """Free a block, joined with the free ones beside it."""
+        slab, offset, length = block
+        index = bisect_left(self._free, block)
+        if index < len(self._free) and self._free[index][:2] == (slab, offset + length):
+            length += self._free.pop(index)[2]
+        if index and self._free[index - 1][0] == slab and sum(self._free[index - 1][1:]) == offset:
+            _, offset, before = self._free.pop(index - 1)
+            length += before
+        insort(self._free, (slab, offset, length))
 
     def _grow(self, size: int) -> None:
         rounded = -(-size // _ALIGN) * _ALIGN
@@ -168,7 +196,7 @@ class HostStore:
                 self._pinned = False
                 slab = torch.empty(rounded, dtype=torch.uint8)
         self._slabs.append(slab)
-        self._open = slab
+        self._free.append((len(self._slabs) - 1, 0, rounded))
 
 
 def _is_dense(tensor: Tensor) -> bool:
