@@ -11,11 +11,11 @@ from pathlib import Path
 # Python puts this folder first on the path, where launch/evaluate.py would hide the library `evaluate`.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
-from ds_wsi.benchmarks import tiles  # noqa: E402
+from ds_wsi.benchmarks import partition, tiles  # noqa: E402
 from ds_wsi.benchmarks.table import write_result  # noqa: E402
 from ds_wsi.runtime.log import setup_logging  # noqa: E402
 
-BENCHMARKS = {"tiles": tiles}
+BENCHMARKS = {"partition": partition, "tiles": tiles}
 
 
 def main() -> int:
@@ -27,8 +27,15 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 where a bound does not hold")
     parser.add_argument("--output_dir", "--output-dir", default="launch/results", help="of the three files")
     parser.add_argument("--slide", action="append", default=[], help="tiles: a slide of yours to read as well")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the benchmark, such as repeats=3"
+    )
     options = parser.parse_args()
-    result = BENCHMARKS[options.name].measure(quick=options.quick, slides=options.slide)
+    unpaired = [text for text in options.option if "=" not in text]
+    if unpaired:
+        parser.error(f"--option must be NAME=VALUE, got {unpaired[0]!r}")
+    given = dict(text.split("=", 1) for text in options.option)
+    result = BENCHMARKS[options.name].measure(quick=options.quick, slides=options.slide, options=given)
     write_result(options.name, result, Path(options.output_dir))
     broken = [bound for bound in result.bounds if not bound.holds]
     for bound in result.bounds:

@@ -7,7 +7,7 @@ is the median of the repeats' ratios. A worker's rate leaves out its start: a tr
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,8 +30,9 @@ RATE_BOUND = 0.9
 MEMORY_BOUND = 1.1  # peak over the second half of the slides, over the peak of the first
 
 
-def measure(*, quick: bool, slides: Sequence[str]) -> Result:
+def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str] | None = None) -> Result:
     """Measure the reading of slides; `slides` names files to read beside the demo's and a synthetic JPEG one."""
+    del options
     torch.set_num_threads(1)
     folder = Path("runs/benchmark_slides")
     demo = make_demo(folder / "demo", DemoPolicy(train=4, validation=2, test=2))

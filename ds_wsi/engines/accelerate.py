@@ -18,7 +18,7 @@ from accelerate.utils import (
 from torch import nn
 
 from ds_wsi.engines import cpu
-from ds_wsi.engines.deepspeed import fill_auto
+from ds_wsi.engines.deepspeed import fill_auto, gather_as_one
 from ds_wsi.runtime.log import logger
 
 __all__ = [
@@ -135,6 +135,8 @@ def prepare(accelerator: Accelerator, model: nn.Module, settings: EngineSettings
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        gather_as_one(model)
     if plugin is not None and "optimizer" in plugin.deepspeed_config:
         optimizer: Any = DummyOptim(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     else:

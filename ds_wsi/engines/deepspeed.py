@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_wsi.partition.apply import PartitionedForward
+
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON.
@@ -55,6 +57,19 @@ def fill_auto(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
             )
         place[leaf] = value
     return filled
+
+
+def gather_as_one(model: nn.Module) -> None:
+    """Make every partitioned module in `model` a leaf module of ZeRO-3; to be called before DeepSpeed wraps it.
+
+    A partition runs the submodules once a chunk and pass: as a leaf the module is gathered once around its forward and
+    once around its backward, however many chunks a rank has, and its gradients are reduced once.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), PartitionedForward):
+            set_z3_leaf_module(module, True)
 
 
 def is_zero3(model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """`partition_layers`: a module that computes in chunks, in place, and back."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class PartitionedForward:
         self.original = module.forward
         self._traces: dict[Any, Traced] = {}
         self._programs: dict[Any, Program] = {}
+        self._programs_of: list[int] = []  # ids of the parameters that the programs name
         self._plans: dict[Any, PartitionPlan] = {}
         self._store: HostStore | None = None
 
@@ -64,9 +65,13 @@ class PartitionedForward:
             prepare: applied to each chunk of `x` once it is on the device (normalising uint8 tiles, say).
 
         Raises:
-            ValueError: other tensors are given; a population of one value.
+            ValueError: other tensors are given; a population of one value; an engine's shards in place of parameters.
             RuntimeError: called inside a checkpoint.
         """
+        _refuse_shards(self.module)
+        anchor = None
+        if args and _is_anchor(args[-1]):
+            args, anchor = args[:-1], args[-1]
         extra = [name for name, value in (*enumerate(args), *kwargs.items()) if isinstance(value, Tensor)]
         if extra:
             raise ValueError(
@@ -74,7 +79,7 @@ class PartitionedForward:
                 f"({extra[0]!r})"
             )
         if x.shape[0] == 0:
-            return self.original(x if prepare is None else prepare(x), *args, **kwargs)
+            return _anchored(self.original(x if prepare is None else prepare(x), *args, **kwargs), anchor)
         _refuse_checkpoint()
         device = next((parameter.device for parameter in self.module.parameters()), x.device)
         probe = x[:1] if prepare is None else prepare(x[:1].to(device))
@@ -85,7 +90,7 @@ class PartitionedForward:
         if plan.mode == "native":
             parts = [x[first:last].to(device) for first, last in bags]
             outs = [self.original(part if prepare is None else prepare(part), *args, **kwargs) for part in parts]
-            return outs[0] if len(outs) == 1 else torch.cat(outs)
+            return _anchored(outs[0] if len(outs) == 1 else torch.cat(outs), anchor)
         call = Call(
             self._program(plan, (x.shape[0], *probe.shape[1:]), probe.dtype, device, save),
             x.detach(),
@@ -99,7 +104,7 @@ class PartitionedForward:
         )
         if not save:
             return call.forward()
-        return _Partitioned.apply(call, x, *parameters)
+        return _Partitioned.apply(call, x, anchor, *parameters)
 
     def plan(self, x: Tensor, device: torch.device, dtype: torch.dtype) -> PartitionPlan:
         """The plan for an input: the given one, or the policy's for as many tiles or a few more."""
@@ -156,6 +161,10 @@ class PartitionedForward:
     def _program(
         self, plan: PartitionPlan, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, save: bool
     ) -> Program:
+        present = [id(parameter) for parameter in self.module.parameters()]
+        if present != self._programs_of:  # an engine, FSDP2 say, has put others in their place
+            self._programs.clear()
+            self._programs_of = present
         specs = tuple(segment.spec for segment in plan.segments)
         traced = self.traced(plan.axis, whole=len(specs) == 1)
         place = shape if plan.axis == "spatial" else shape[1:]
@@ -169,8 +178,9 @@ class _Partitioned(torch.autograd.Function):
     """The whole module as one node of autograd's graph: each parameter receives its gradient once."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x: Tensor, *parameters: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, call: Call, x: Tensor, anchor: Tensor | None, *parameters: nn.Parameter) -> Tensor:
         ctx.call, ctx.parameters = call, parameters
+        ctx.flags = [(part, part.training) for part in call.program.traced.module.modules()]
         return call.forward()
 
     @staticmethod
@@ -182,10 +192,36 @@ class _Partitioned(torch.autograd.Function):
                 "retain_graph does not keep what was freed."
             )
         call, parameters, ctx.call, ctx.parameters = ctx.call, ctx.parameters, None, None
-        x_grad, found = call.backward(grad)
+        with _training_as(ctx.flags):
+            x_grad, found = call.backward(grad)
         gradients = [found.get(id(parameter)) for parameter in parameters]
         pairs = zip(gradients, parameters, strict=True)
-        return None, x_grad, *(None if gradient is None else gradient.to(p.dtype) for gradient, p in pairs)
+        return None, x_grad, None, *(None if gradient is None else gradient.to(p.dtype) for gradient, p in pairs)
+
+
+@contextmanager
+def _training_as(flags: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Backward computes again what forward did, whatever `train` and `eval` were called in between."""
+    present = [(part, part.training) for part, _ in flags]
+    for part, training in flags:
+        part.training = training
+    try:
+        yield
+    finally:
+        for part, training in present:
+            part.training = training
+
+
+class _Anchored(torch.autograd.Function):
+    """The identity on a module's output, as a function of the anchor too."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, anchor: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
 
 
 class Handle:
@@ -256,8 +292,9 @@ def partition_layers(module: nn.Module, plan_or_policy: PartitionPlan | Partitio
         return Handle(module, None, restore)
     forward = PartitionedForward(module, plan_or_policy)
     module.forward = forward
+    hook = module.register_forward_pre_hook(_give_anchor)
     logger.debug("partitioned %s", type(module).__name__)
-    return Handle(module, forward)
+    return Handle(module, forward, hook.remove)
 
 
 def uniform_plan(
@@ -298,6 +335,42 @@ def autocast_now(device: torch.device) -> Callable[[], AbstractContextManager[An
     if dtype is None:
         return lambda: torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
     return lambda: torch.autocast(kind, dtype=dtype, cache_enabled=False)
+
+
+def _give_anchor(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Give a module under ZeRO-3 one more input, an empty tensor that requires gradient.
+
+    DeepSpeed reduces the gradients of a leaf module, and frees its parameters, once those of its inputs are known.
+    Tiles require none: it would do so before the module's backward, with gradients of zero.
+    """
+    trained = next((parameter for parameter in module.parameters() if parameter.requires_grad), None)
+    if trained is None or not hasattr(trained, "ds_id") or not torch.is_grad_enabled():
+        return None
+    # On the parameters' device: its backward runs on their thread, after their gradients are in place.
+    return *args, torch.empty(0, device=trained.device, requires_grad=True)
+
+
+def _is_anchor(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 0 and value.requires_grad
+
+
+def _anchored(out: Tensor, anchor: Tensor | None) -> Tensor:
+    return out if anchor is None else _Anchored.apply(out, anchor)
+
+
+def _refuse_shards(module: nn.Module) -> None:
+    """Chunks run the submodules many times: parameters must be whole for the whole forward, and backward."""
+    for name, parameter in module.named_parameters():
+        if hasattr(parameter, "ds_id") and getattr(parameter, "ds_z3_leaf_module", None) is not module:
+            raise ValueError(
+                f"a partitioned {type(module).__name__} must be gathered as a whole by ZeRO-3, got {name!r} outside "
+                "of a leaf module. HINT: deepspeed.utils.set_z3_leaf_module(encoder, True) before deepspeed.initialize."
+            )
+        if hasattr(parameter, "placements"):
+            raise ValueError(
+                f"a partitioned {type(module).__name__} must be one unit of FSDP2, got {name!r} in shards. "
+                "HINT: fully_shard the encoder, not the layers in it."
+            )
 
 
 def _refuse_checkpoint() -> None:

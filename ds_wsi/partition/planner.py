@@ -7,6 +7,7 @@ segment peak at what the segments before it keep, plus its own. The plan that wi
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any
 
 import psutil
@@ -138,14 +139,14 @@ class _Planner:
             ValueError: none does.
         """
         policy = self.policy
-        native = self._native()
+        native = self.simulator.native(self.shape)
         if policy.mode == "auto" and native.peak <= self.gpu_budget and not policy.compile and not self.synchronised:
             seconds = self._seconds(native)
             return self._finished((), native, mode="native", peak_bytes=native.peak, seconds=seconds)
         tried: list[PartitionPlan] = []
-        for modes, size in self._combinations(tried):
+        for modes, size in chain(self._combinations(tried), self._least(tried)):
             plan = self._simulated(self._specs(modes, size), native)
-            if plan.peak_bytes <= self.gpu_budget and plan.host_bytes <= self.host_budget:
+            if self._holds(plan):
                 return plan
             tried.append(plan)
         plan = min(
@@ -183,7 +184,21 @@ class _Planner:
             yield choice.modes, size
             device *= min(1.0, 0.97 * self.gpu_budget / tried[-1].peak_bytes)
             host *= min(1.0, 0.97 * self.host_budget / max(1, tried[-1].host_bytes))
-        yield from ((("recompute",), size) for size in sizes if count > 1 or not found)
+
+    def _least(self, tried: list[PartitionPlan]) -> Iterator[tuple[tuple[str, ...], int]]:
+        """The least memory of all: the whole module again from its input, in the largest chunks that fit."""
+        if self.policy.mode != "auto":
+            return
+        sizes = self._chunk_sizes()
+        # A call with the smallest chunks first: if that does not fit, no other does, and each takes long to simulate.
+        least = self._simulated(self._specs(("recompute",), sizes[-1]), self.simulator.native(self.shape))
+        if self._holds(least):
+            yield from ((("recompute",), size) for size in sizes)
+        else:
+            tried.append(least)
+
+    def _holds(self, plan: PartitionPlan) -> bool:
+        return plan.peak_bytes <= self.gpu_budget and plan.host_bytes <= self.host_budget
 
     def _chunk_sizes(self) -> list[int]:
         if self.policy.chunk_size:
@@ -276,7 +291,7 @@ class _Planner:
         else:
             low, high = (self.simulator.run(specs, self._sample(tiles)) for tiles in (few, many))
             scale = (self.shape[0] - few) / size
-            phases = [_extrapolate(one, two, scale) for one, two in zip(low, high, strict=True)]
+            phases = _extrapolated(low, high, scale)
         count = len(phases) // 2  # on the spatial axis the native tail may have added a segment
         profile = _profile(phases, "")
         compute = [self._seconds(cost) for cost in profile]
@@ -319,12 +334,6 @@ class _Planner:
             rates_measured=self.rates.measured,
             **values,
         )
-
-    def _native(self) -> Phase:
-        if self.policy.axis == "spatial" or self.shape[0] <= 2 * _TILES:
-            return self.simulator.native(self.shape)
-        low, high = (self.simulator.native(self._sample(tiles)) for tiles in (_TILES, 2 * _TILES))
-        return _extrapolate(low, high, (self.shape[0] - _TILES) / _TILES)
 
     def _seconds(self, cost: _Cost | Phase) -> float:
         rates = self.rates
@@ -385,14 +394,25 @@ def _fitted(few: _Cost, many: _Cost, wide: _Cost, size: int, tiles: int) -> _Cos
     return replace(few, **values)
 
 
-def _extrapolate(low: Phase, high: Phase, scale: float) -> Phase:
-    """What a call of another size would show: low + scale (high - low)."""
+def _extrapolated(low: list[Phase], high: list[Phase], scale: float) -> list[Phase]:
+    """The phases of a larger call, low + scale (high - low).
+
+    A small call may peak where gradients of parameters are summed, a large one where activations are. What is alive
+    when a phase begins grows evenly, so that the peak is at least that and what the phase added to it.
+    """
     names = ("peak", "live", "host", "host_peak", "copied", "flops", "touched", "operations", "boundary")
-    grown: dict[str, Any] = {}
-    for name in names:
-        first, second = getattr(low, name), getattr(high, name)
-        grown[name] = int(max(0, first + scale * (second - first)))
-    return replace(low, **grown)
+    found: list[Phase] = []
+    before = 0
+    for one, two in zip(low, high, strict=True):
+        grown: dict[str, Any] = {}
+        for name in names:
+            first, second = getattr(one, name), getattr(two, name)
+            grown[name] = int(max(0, first + scale * (second - first)))
+        alive = found[-1].live if found else 0
+        grown["peak"] = max(grown["peak"], alive + two.peak - before)
+        before = two.live
+        found.append(replace(two, **grown))
+    return found
 
 
 def _pareto(choices: list[_Choice], limit: int = 48) -> list[_Choice]:

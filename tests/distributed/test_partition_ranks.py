@@ -4,6 +4,8 @@ The reference is the same engine on the unpartitioned model: weights after the s
 for the learning rate) and the running statistics of each rank.
 """
 
+import copy
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,16 +13,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.partition import PartitionPolicy, partition_layers
+from ds_wsi.partition.norm import NormSite
+from ds_wsi.partition.policy import MODES
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.step import stack_loss
+from ds_wsi.training.step import idle_loss, stack_loss
+from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
 TILE_PX = 16
 CHUNK = 3
-LENGTHS = ((7, 4), (5, 8), (3, 10), (9, 2))  # tiles of each micro-step's bag, by rank: 1 to 4 chunks
+BUDGET = 400_000  # bytes, for "auto": bags of other lengths get other plans, and some none
+LENGTHS = ((7, 4), (5, 8), (3, 10), (9, 0))  # tiles of each micro-step's bag, by rank: 1 to 4 chunks; 0: an idle rank
 STEPS = 2
 LEARNING_RATE = 0.1
 
@@ -59,10 +67,13 @@ def make_model(dtype):
     return model.train()
 
 
-def bag(micro, rank):
-    tiles = LENGTHS[micro % len(LENGTHS)][rank]
+def loss_of(model, micro, rank):
+    tiles = LENGTHS[micro][rank]
+    if tiles == 0:
+        return idle_loss(model, TILE_PX, torch.device("cpu"))
     generator = torch.Generator().manual_seed(10 * micro + rank)
-    return torch.randint(0, 256, (tiles, 3, TILE_PX, TILE_PX), dtype=torch.uint8, generator=generator), tiles % 2
+    images = torch.randint(0, 256, (tiles, 3, TILE_PX, TILE_PX), dtype=torch.uint8, generator=generator)
+    return stack_loss(model(stack_bags([images])), torch.tensor([tiles % 2]))
 
 
 def deepspeed_config(case):
@@ -100,10 +111,8 @@ def through_accelerate(case, model):
     wrapped, optimizer = prepare(accelerator, model, settings)
 
     def micro_step(index):
-        tiles, label = bag(index, dist.get_rank())
         with accelerator.accumulate(wrapped):
-            loss = stack_loss(wrapped(stack_bags([tiles])), torch.tensor([label]))
-            accelerator.backward(loss)
+            accelerator.backward(loss_of(wrapped, index, dist.get_rank()))
             optimizer.step()
             optimizer.zero_grad()
 
@@ -121,12 +130,11 @@ def through_fsdp2(case, model):
     optimizer = kind(model.parameters(), lr=LEARNING_RATE)
 
     def micro_step(index):
-        tiles, label = bag(index, dist.get_rank())
         last = (index + 1) % case["accumulation"] == 0
         model.set_requires_gradient_sync(last)
         with torch.autocast("cpu", torch.bfloat16) if case["precision"] == "bf16" else nullcontext():
-            output = model(stack_bags([tiles]))
-        (stack_loss(output, torch.tensor([label])) / case["accumulation"]).backward()
+            loss = loss_of(model, index, dist.get_rank())
+        (loss / case["accumulation"]).backward()
         if last:
             optimizer.step()
             optimizer.zero_grad()
@@ -138,21 +146,24 @@ def whole_state(model):
     """Whole parameters and buffers in their own dtype."""
     import deepspeed
 
-    state = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if hasattr(value, "ds_id"):
-            with deepspeed.zero.GatheredParameters([value]):
-                state[name] = value.detach().clone()
-        else:
-            state[name] = (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
-    return state
+    values = model.state_dict(keep_vars=True)
+    sharded = [value for value in values.values() if hasattr(value, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
+        whole = {name: value.full_tensor() if hasattr(value, "placements") else value for name, value in values.items()}
+        return {name: value.detach().clone() for name, value in whole.items()}
 
 
 def train(case):
-    """The model's state after the first step and after the last."""
-    model = make_model(getattr(torch, case.get("dtype", "float32")))
+    """The model's whole state after each step."""
+    model = make_model(getattr(torch, case["dtype"]))
     if case["mode"] is not None:
-        partition_layers(model.encoder, PartitionPolicy(mode=case["mode"], chunk_size=CHUNK))
+        size, budget = (None, BUDGET) if case["mode"] == "auto" else (CHUNK, None)
+        partition_layers(model.encoder, PartitionPolicy(case["mode"], chunk_size=size, gpu_budget_bytes=budget))
+    if case.get("called_before"):  # the partition has seen the parameters that the engine replaces
+        before = copy.deepcopy(model.state_dict())
+        loss_of(model, 0, 0).backward()
+        model.load_state_dict(before)
+        model.zero_grad()
     micro_step = (through_fsdp2 if case["engine"] == "fsdp2" else through_accelerate)(case, model)
     found = []
     for index in range(STEPS * case["accumulation"]):
@@ -164,3 +175,258 @@ def train(case):
 
 def train_cases(cases):
     return [train(case) for case in cases]
+
+
+PLAIN = {"mode": None, "accumulation": 1, "precision": "no", "dtype": "float64", "optimizer": "sgd", "offload": False}
+ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
+
+
+def settings_of(engine, offload=False):
+    """(settings, modes) to compare with the plain model under an engine: one micro-step, accumulation, bf16."""
+    # DeepSpeed reduces no float64 at stage 0; at 1 to 3 its weights, and the step, are float32.
+    plain = PLAIN | {"engine": engine, "offload": offload, "dtype": "float32" if engine == "zero0" else "float64"}
+    # Adam turns the rounding of gradients that are zero (of a bias before a norm) into steps: not in float32.
+    accumulated = plain | {"accumulation": 2, "optimizer": "sgd" if engine == "zero0" else "adam"}
+    autocast = plain | {"precision": "bf16", "dtype": "float32"}
+    if offload:
+        return [(plain, ("lean",)), (accumulated, ("recompute",))]
+    found = [(plain, (*MODES, "native") if engine in ("ddp", "fsdp2", "zero3") else ("lean", "recompute", "offload"))]
+    found += [(accumulated, ("lean", "recompute")), (autocast, ("lean", "recompute") if engine == "ddp" else ("lean",))]
+    if engine in ("fsdp2", "zero3"):
+        found.append((plain | {"called_before": True}, ("lean",)))
+    return found
+
+
+def distance(ours, theirs):
+    """(parameters, running statistics): the largest difference, relative to the largest update and to the largest."""
+    start = make_model(torch.float64)
+    names = [name for name, _ in start.named_parameters()]
+    start = start.state_dict()
+    update = max((theirs[name].double() - start[name]).abs().max() for name in names)
+    weights = max((ours[name].double() - theirs[name].double()).abs().max() for name in names) / update
+    statistics = max(
+        (ours[name].double() - theirs[name].double()).abs().max() / theirs[name].abs().max()
+        for name in theirs
+        if "running" in name
+    )
+    return weights.item(), statistics.item()
+
+
+# Relative to the largest update, and to the largest running statistic.
+TOLERANCES = {"float64": (1e-10, 1e-10), "float32": (2e-5, 2e-6)}
+ADAM_TOLERANCES = (1e-7, 1e-8)  # it divides gradients of 1e-10 by their own size
+
+
+BF16_TOLERANCES = (2e-2, 1e-3)  # a rounding is 4e-3
+
+
+def cases_of(groups):
+    return [case for plain, modes in groups for case in (plain, *(plain | {"mode": mode} for mode in modes))]
+
+
+def assert_trained_as_plain(groups, results):
+    """Of one rank."""
+    results = iter(results)
+    exact = []
+    for plain, modes in groups:
+        reference = next(results)
+        if (plain["precision"], plain["accumulation"]) == ("no", 1):
+            exact = reference
+        allowed = ADAM_TOLERANCES if plain["optimizer"] == "adam" else TOLERANCES[plain["dtype"]]
+        allowed = BF16_TOLERANCES if plain["precision"] == "bf16" else allowed
+        for mode in modes:
+            for step, (ours, theirs) in enumerate(zip(next(results), reference, strict=True)):
+                case = plain | {"mode": mode, "step": step}
+                counts = {name: ours[name] for name in ours if "num_batches" in name}
+                assert all(torch.equal(count, theirs[name]) for name, count in counts.items()), case
+                weights, statistics = distance(ours, theirs)
+                assert weights <= allowed[0], (weights, case)
+                assert statistics <= allowed[1], (statistics, case)
+                if plain["precision"] == "bf16":  # the same roundings, of other sums: as near to the exact step
+                    pairs = zip(distance(ours, exact[step]), distance(theirs, exact[step]), strict=True)
+                    assert all(one <= 1.2 * other for one, other in pairs), case
+    assert next(results, None) is None
+
+
+GROUPS = [group for engine in ENGINES for group in settings_of(engine)]
+GROUPS += [group for engine in ("zero1", "zero2", "zero3") for group in settings_of(engine, offload=True)]
+
+
+def on_two_ranks():
+    """Everything that needs two ranks, in one launch."""
+    return {
+        "trained": train_cases(cases_of(GROUPS)),
+        "synchronised": [synchronised_step(*case) for case in SYNC_CASES],
+        "counted": [count_in_zero3(*case) for case in COUNTED],
+        "refused": refusals(),
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_ranks(on_two_ranks, 2)
+
+
+def test_two_ranks_train_as_the_plain_encoder_under_every_engine(ranks):
+    for found in ranks:
+        assert_trained_as_plain(GROUPS, found["trained"])
+
+
+def train_alone(cases):
+    """As `train_cases`, and a DDP step with a partition that leaves out the correction of norms."""
+    found = train_cases(cases)
+    NormSite.correct = lambda self, statistics, z, grad: grad
+    return found, train(PLAIN | {"engine": "ddp", "mode": "lean"})
+
+
+def test_one_rank_trains_as_the_plain_encoder_under_every_engine():
+    groups = [(settings_of(engine)[0][0], ("lean",)) for engine in ENGINES]
+    groups += [(settings_of(engine)[1][0], ("recompute",)) for engine in ENGINES]
+    ((found, wrong),) = run_ranks(train_alone, 1, cases_of(groups))
+    assert_trained_as_plain(groups, found)
+    # The check sees a wrong gradient, and through it wrong statistics in the next step.
+    assert distance(wrong[0], found[0][0])[0] > 1e-2
+    assert distance(wrong[1], found[0][1])[1] > 1e-4
+
+
+def refusals():
+    """What is said where an engine takes the parameters apart within the partition."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    import ds_wsi.engines.accelerate as engine
+
+    model = make_model(torch.float32)
+    partition_layers(model.encoder, PartitionPolicy(mode="lean", chunk_size=CHUNK))
+    fully_shard(model.encoder[3], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    with pytest.raises(ValueError) as shards:
+        loss_of(model, 0, 0)
+    engine.gather_as_one = lambda model: None
+    with pytest.raises(ValueError) as zero3:
+        train(PLAIN | {"engine": "zero3", "mode": "lean", "dtype": "float32"})
+    return [str(shards.value), str(zero3.value)]
+
+
+def test_parameters_in_shards_are_refused(ranks):
+    for found in ranks:
+        shards, zero3 = found["refused"]
+        assert "got '3.conv1.weight' in shards. HINT: fully_shard the encoder" in shards
+        assert "HINT: deepspeed.utils.set_z3_leaf_module(encoder, True)" in zero3
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the operations of torch.distributed by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+COUNTED = [("lean", 2), ("lean", 20), ("recompute", 2)]  # mode, tiles a chunk
+
+
+def count_in_zero3(mode, chunk):
+    """Collectives of the third step, and whether the encoder's parameters were freed after its forward."""
+    model = make_model(torch.float32)
+    partition_layers(model.encoder, PartitionPolicy(mode=mode, chunk_size=chunk))
+    micro_step = through_accelerate(PLAIN | {"engine": "zero3"}, model)
+    freed = []
+    parameters = list(model.encoder.parameters())
+    model.aggregator.register_forward_pre_hook(lambda *_: freed.append(sum(p.numel() for p in parameters) == 0))
+    for index in range(3):  # DeepSpeed records the order of the modules in the first two
+        with Collectives() as collectives:
+            micro_step(index)
+    return {**collectives.counts, "freed": sum(freed)}
+
+
+def test_zero3_gathers_once_around_forward_and_backward(ranks):
+    # The aggregator's four layers are gathered twice too, each.
+    expected = {"_allgather_base_": 2 + 2 * 4, "_reduce_scatter_base_": 1, "allreduce_": 1, "freed": 3}
+    for found in ranks:
+        assert found["counted"] == [expected] * len(COUNTED)
+
+
+class GlooDDP(DistributedDataParallel):
+    """DDP without its refusal of SyncBatchNorm on a CPU, where torch's own does not run."""
+
+    def _passing_sync_batchnorm_handle(self, module):
+        pass
+
+
+SYNC_TILES = (7, 4)
+# Modes and chunk sizes by rank; whether the norms are SyncBatchNorm.
+SYNC_CASES = [
+    (modes, sizes, True)
+    for modes in (*((mode, mode) for mode in MODES), ("lean", "recompute"), ("checkpoint", "keep"))
+    for sizes in ((3, 2), (20, 1))
+]
+SYNC_CASES.append((("lean", "lean"), (3, 2), False))
+
+
+def step_on(module, rows):
+    """Output, input gradient, buffers and parameter gradients of a step on the tiles `rows`."""
+    generator = torch.Generator().manual_seed(3)
+    count = sum(SYNC_TILES)
+    images = torch.randn(count, 3, TILE_PX, TILE_PX, dtype=torch.float64, generator=generator)
+    gradient = torch.randn(count, 10, dtype=torch.float64, generator=generator)
+    x = images[rows].clone().requires_grad_()
+    out = module(x)
+    out.backward(gradient[rows])
+    module = getattr(module, "module", module)
+    found = {f"buffer {name}": value.clone() for name, value in module.named_buffers()}
+    found |= {f"gradient {name}": value.grad for name, value in module.named_parameters()}
+    return {"output": out.detach(), "input": x.grad, **found}
+
+
+def synchronised_step(modes, sizes, synchronised):
+    rank = dist.get_rank()
+    encoder = make_model(torch.float64).encoder
+    if synchronised:
+        encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    partition_layers(encoder, PartitionPolicy(mode=modes[rank], chunk_size=sizes[rank]))
+    ddp = GlooDDP(encoder)
+    with Collectives() as collectives:
+        found = step_on(ddp, slice(0, SYNC_TILES[0]) if rank == 0 else slice(SYNC_TILES[0], None))
+    return found | {"collectives": dict(collectives.counts)}
+
+
+def synchronised_error(expected, by_rank):
+    """The largest difference from one process, by kind of tensor, relative to the largest of the kind."""
+    worst = Counter()
+    for name, value in expected.items():
+        kind = name.split()[0]
+        if kind in ("output", "input"):
+            pairs = [(torch.cat([found[name] for found in by_rank]), value)]
+        else:  # DDP takes the mean over the ranks of what is summed over the tiles
+            pairs = [(found[name], value / 2 if kind == "gradient" else value) for found in by_rank]
+        scale = max(other.abs().max() for key, other in expected.items() if key.split()[0] == kind)
+        worst[kind] = max(worst[kind], *((one - other).abs().max().item() / scale.item() for one, other in pairs))
+    return worst
+
+
+def test_sync_batchnorm_is_one_process_on_all_bags(ranks):
+    encoder = make_model(torch.float64).encoder
+    expected = step_on(encoder, slice(None))
+    errors = [
+        synchronised_error(expected, [found["synchronised"][index] for found in ranks])
+        for index in range(len(SYNC_CASES))
+    ]
+    for case, error in zip(SYNC_CASES[:-1], errors, strict=False):
+        assert len(error) == 4
+        assert max(error.values()) <= 1e-10, (case, error)
+    # Norms of their own on each rank would be noticed in all four.
+    assert min(errors[-1].values()) > 1e-3
+
+
+def test_sync_batchnorm_communicates_once_a_norm_and_pass(ranks):
+    norms = sum(isinstance(part, nn.BatchNorm2d) for part in make_model(torch.float64).encoder.modules())
+    for found in ranks:
+        counts = [result["collectives"] for result in found["synchronised"]]
+        own = counts[-1]  # DDP's
+        expected = {**own, "allgather_": norms, "allreduce_": norms + own["allreduce_"]}
+        assert counts[:-1] == [expected] * (len(SYNC_CASES) - 1)

@@ -18,7 +18,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_example_runs(demo_manifest, tmp_path, monkeypatch):
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     slide = read_manifest(demo_manifest).slides[0].path
     (tmp_path / "slide.svs").symlink_to(slide)
     monkeypatch.chdir(tmp_path)
@@ -27,6 +27,17 @@ def test_the_example_runs(demo_manifest, tmp_path, monkeypatch):
     exec(code.replace("256", "64").replace("bag[:10]", "bag[:2]"), names)
     assert names["output"].logits.shape == (2, 2)
     assert names["output"].attention.shape == (len(names["bag"]) + 2,)
+
+
+def test_the_partition_example_runs_within_its_budget(capsys):
+    code = blocks("python")[1]
+    names: dict = {}
+    exec(code, names)
+    assert names["plan"].mode == "partitioned"
+    assert names["plan"].peak_bytes <= 80 * 2**20
+    assert names["features"].shape == (256, 512)
+    assert all(parameter.grad is not None for parameter in names["encoder"].parameters())
+    assert "segment up to" in capsys.readouterr().out
 
 
 def test_every_public_name_is_listed():
@@ -41,7 +52,7 @@ def test_the_section_is_accepted():
     assert read_section(section).reading.workers == 4
 
 
-@pytest.mark.parametrize("command", ["tile", "train", "evaluate", "heatmap", "demo"])
+@pytest.mark.parametrize("command", ["tile", "train", "evaluate", "heatmap", "demo", "plan"])
 def test_options_in_the_readme_exist(command, capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args([command, "--help"])

@@ -415,3 +415,41 @@ def test_nothing_is_left_after_a_step():
     step(module, tiles(DEEP))
     gc.collect()
     assert module.forward._store.held_bytes == 0
+
+
+class Perceptron(nn.Sequential):
+    """Tiles without a norm: one operation to the partition, which may be compiled."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(3 * 64, 32), nn.GELU(), nn.Linear(32, 8))
+
+
+def test_a_compiled_chunk_body_is_the_same_and_runs_compiled(monkeypatch):
+    torch.manual_seed(0)
+    compiled = []
+    original = torch.compile
+
+    def compile_and_count(function):
+        body = original(function)
+
+        def run(*args):
+            compiled.append(len(args[0]))
+            return body(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_and_count)
+    plain = Perceptron().double()
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode="recompute", chunk_size=4, compile=True))
+    x = tiles(8, 8)
+    assert_same(plain, partitioned, step(plain, x), step(partitioned, x))
+    assert compiled == [4, 4, 4, 4]
+
+
+def test_compiling_between_barriers_is_skipped_with_a_warning(caplog):
+    module = build("resnet10t")
+    partition_layers(module, PartitionPolicy(mode="lean", chunk_size=4, compile=True))
+    with caplog.at_level("WARNING", logger="ds_wsi"):
+        module(tiles(8))
+    assert "compile: skipped for ResNet" in caplog.text
