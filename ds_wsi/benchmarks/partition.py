@@ -234,8 +234,10 @@ def _draw(figure: Figure, rows: Sequence[dict[str, Any]]) -> None:
             place = row["time over native"], row["bytes over native"]
             axes.scatter(*place, color=colour, s=25)
             axes.annotate(row["method"], place, xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        if max(row["time over native"] for row in rows if row["case"] == case) > 5:
+            axes.set_xscale("log")
+        axes.margins(x=0.15)
+        axes.set_ylim(bottom=0)
         axes.set_title(case, fontsize=9)
         axes.set_xlabel("time over native")
         axes.set_ylabel("activation bytes over native")

@@ -1,12 +1,12 @@
 """The Big-Layers paper's Figure 2: one ResNet-18 training step on one image of growing side, under a cap of memory.
 
-Each method tries more and more until it fits: the planner with less and less of the cap as its budget, mode "paper" with
-more and more of its maps in host memory. The methods take their steps in turn, repeat by repeat, so that a machine whose
-speed drifts slows all of them; ratios are of medians, against native where native fits.
+Each method tries more and more until it fits: the planner with less and less of the cap as its budget, mode "paper"
+with more and more of its maps in host memory. The methods take their steps in turn, repeat by repeat, so that a machine
+whose speed drifts slows all of them; ratios are of medians, against native where native fits.
 
 On a GPU the allocator is capped, and what runs out of memory does not fit. On a CPU the tensors of forward and backward
-are counted instead (parameters, their optimizer's state and the image are not), and what exceeds the cap does not fit;
-the maps that mode "paper" holds in host memory are there counted as well, so that it is said to fit whenever it runs.
+are counted instead (parameters, their optimizer's state and the image are not), and what exceeds the cap does not fit.
+Mode "paper" is there given all its maps in host memory, which is the CPU's too: they are counted, and it fits.
 """
 
 import gc
@@ -368,7 +368,6 @@ def _side(setting: _Setting, side: int) -> list[dict[str, Any]]:
     machine = setting.machine
     machine.rest(host=True)
     image = torch.rand(1, 3, side, side, device=machine.device)
-    rows = {mode: {"side": side, "mode": mode, "seconds": None, "peak bytes": None, "fits": "no"} for mode in MODES}
     trainings: dict[str, Training] = {}
     seconds: dict[str, list[float]] = {mode: [] for mode in setting.modes}
     reasons: dict[str, str] = {}
@@ -388,20 +387,22 @@ def _side(setting: _Setting, side: int) -> list[dict[str, Any]]:
                 reasons[mode] = str(error)
                 del trainings[mode]
     native = median(seconds["native"]) if "native" in trainings else None
-    for mode, training in trainings.items():
-        took = median(seconds[mode])
-        peak = training.peak_bytes
-        rows[mode] |= {"seconds": took, "peak bytes": peak, "fits": "yes"}
-        rows[mode]["ratio"] = took / native if native else None
-    for mode, reason in reasons.items():
-        logger.info("%d px, %s: does not fit (%s)", side, mode, reason)
     found = []
     for mode in setting.modes:
-        row = {"ratio": None, **rows[mode], "why": reasons.get(mode, "")}
-        row["plan"] = _describe(trainings[mode]) if mode in trainings else ""
-        order = ("side", "mode", "seconds", "peak bytes", "fits", "ratio", "plan", "why")
-        found.append({key: row[key] for key in order})
-    logger.info("%s", "; ".join(f"{row['side']} px {row['mode']}: {row['seconds'] or row['fits']}" for row in found))
+        training = trainings.get(mode)
+        took = median(seconds[mode]) if training else None
+        row = {
+            "side": side,
+            "mode": mode,
+            "seconds": took,
+            "peak bytes": training.peak_bytes if training else None,
+            "fits": "yes" if training else "no",
+            "ratio": took / median(seconds["native"]) if took and "native" in trainings else None,
+            "plan": _describe(training) if training else "",
+            "why": reasons.get(mode, ""),
+        }
+        logger.info("%s", row)
+        found.append(row)
     return found
 
 
@@ -411,29 +412,33 @@ def _fitted(setting: _Setting, mode: str, image: Tensor) -> Training:
     Raises:
         DoesNotFitError: nothing that is tried fits.
     """
-    machine, side = setting.machine, image.shape[2]
+    machine = setting.machine
     shares = {"planner": SHARES, "paper": PAPER_SHARES}.get(mode, (1.0,))
-    if not machine.gpu and mode == "planner":
-        shares = (1.0, *shares)
-    last = DoesNotFitError("nothing was tried")
+    if not machine.gpu:
+        shares = {"planner": (1.0, *SHARES), "paper": PAPER_SHARES[-1:]}.get(mode, (1.0,))
+    reason = "nothing was tried"
     while setting.levels[mode] < len(shares):
-        budget = int(shares[setting.levels[mode]] * setting.cap_bytes)
         try:
-            if mode == "planner":
-                budget -= machine.resident(resnet18(machine))
-                if budget < 1:
-                    raise DoesNotFitError("the image and the parameters alone exceed the cap")
-            training = build(machine, mode, image, budget, chunk=chunk_of(setting.chunk, side))
-            training.count(setting.cap_bytes, refuse=mode != "paper")
-            for _ in range(max(1, setting.warmups) if machine.gpu else setting.warmups):
-                training.step()
-            return training
+            return _attempt(setting, mode, image, int(shares[setting.levels[mode]] * setting.cap_bytes))
         except DoesNotFitError as error:
-            last = DoesNotFitError(str(error))
+            reason = str(error)
         machine.rest(host=True)
         setting.levels[mode] += 1
     setting.levels[mode] = len(shares) - 1  # the next side says so itself
-    raise last
+    raise DoesNotFitError(reason)
+
+
+def _attempt(setting: _Setting, mode: str, image: Tensor, budget: int) -> Training:
+    machine = setting.machine
+    if mode == "planner":
+        budget -= machine.resident(resnet18(machine))
+        if budget < 1:
+            raise DoesNotFitError("the image and the parameters alone exceed the cap")
+    training = build(machine, mode, image, budget, chunk=chunk_of(setting.chunk, image.shape[2]))
+    training.count(setting.cap_bytes, refuse=mode != "paper")
+    for _ in range(max(1, setting.warmups) if machine.gpu else setting.warmups):
+        training.step()
+    return training
 
 
 def chunk_of(option: str, side: int) -> int | None:
