@@ -1,6 +1,7 @@
 """A plan tried out on fake tensors: the same passes over the same chunks, nothing computed, every byte counted."""
 
 import copy
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -161,9 +162,25 @@ def _fake_copy(module: nn.Module, mode: Any, device: torch.device) -> nn.Module:
             memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for buffer in module.buffers():
             memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
-    forward = module.__dict__.pop("forward", None)  # a partition's own is not the module's
-    try:
-        return copy.deepcopy(module, memo)
-    finally:
-        if forward is not None:
-            module.forward = forward
+    # Every part's own class and state, without an engine's: FSDP2 forbids a deepcopy, and DeepSpeed's hooks would
+    # gather the copy's parameters.
+    parts = list(module.modules())
+    for part in parts:
+        memo[id(part)] = object.__new__(_own_class(part))
+    for part in parts:
+        state = {name: value for name, value in part.__dict__.items() if not _OF_ENGINES.search(name)}
+        if part is module:
+            state.pop("forward", None)  # a partition's own is not the module's
+        bare = memo[id(part)]
+        nn.Module.__init__(bare)
+        bare.__dict__.update(copy.deepcopy(state | {"_parameters": dict(part._parameters.items())}, memo))
+    return memo[id(module)]
+
+
+_OF_ENGINES = re.compile("_hooks(_|$)|^ds_inflight|^_(external_params|original_parameters)$|^__composable_api")
+
+
+def _own_class(module: nn.Module) -> Any:
+    """The class that FSDP2 has replaced by one of its own."""
+    kinds = type(module).__mro__
+    return kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_wsi.models import SlideModel, build_aggregator
-from ds_wsi.partition import PartitionPolicy, partition_layers
+from ds_wsi.partition import PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.partition.norm import NormSite
 from ds_wsi.partition.policy import MODES
 from ds_wsi.stacking import stack_bags
@@ -27,7 +27,6 @@ from harness import run_ranks
 pytestmark = pytest.mark.distributed
 TILE_PX = 16
 CHUNK = 3
-BUDGET = 400_000  # bytes, for "auto": bags of other lengths get other plans, and some none
 LENGTHS = ((7, 4), (5, 8), (3, 10), (9, 0))  # tiles of each micro-step's bag, by rank: 1 to 4 chunks; 0: an idle rank
 STEPS = 2
 LEARNING_RATE = 0.1
@@ -153,18 +152,25 @@ def whole_state(model):
         return {name: value.detach().clone() for name, value in whole.items()}
 
 
+def a_plan(encoder):
+    policy = PartitionPolicy(mode="lean", chunk_size=CHUNK, host_budget_bytes=2**30)
+    return plan_partition(encoder, (8, 3, TILE_PX, TILE_PX), policy, dtype=next(encoder.parameters()).dtype)
+
+
 def train(case):
     """The model's whole state after each step."""
     model = make_model(getattr(torch, case["dtype"]))
     if case["mode"] is not None:
-        size, budget = (None, BUDGET) if case["mode"] == "auto" else (CHUNK, None)
-        partition_layers(model.encoder, PartitionPolicy(case["mode"], chunk_size=size, gpu_budget_bytes=budget))
+        partition_layers(model.encoder, PartitionPolicy(case["mode"], chunk_size=CHUNK))
     if case.get("called_before"):  # the partition has seen the parameters that the engine replaces
         before = copy.deepcopy(model.state_dict())
         loss_of(model, 0, 0).backward()
         model.load_state_dict(before)
         model.zero_grad()
+        expected = a_plan(model.encoder)
     micro_step = (through_fsdp2 if case["engine"] == "fsdp2" else through_accelerate)(case, model)
+    if case.get("called_before"):  # an engine's shards and hooks must not show in a plan
+        assert a_plan(model.encoder) == expected
     found = []
     for index in range(STEPS * case["accumulation"]):
         micro_step(index)
