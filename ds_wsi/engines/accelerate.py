@@ -110,7 +110,8 @@ def _deepspeed_plugin(settings: EngineSettings, config: dict[str, Any] | None) -
         "bf16.enabled": False,
         "fp16.enabled": False,
     }
-    filled = fill_auto(config, values)
+    # Accelerate looks for values of its own wherever it reads "auto", and ours has a mode of that name.
+    filled = fill_auto({key: value for key, value in config.items() if key != "ds_wsi"}, values)
     _use_autocast(filled, settings.mixed_precision)
     cpu.use_torch_adam(filled)
     return DeepSpeedPlugin(hf_ds_config=filled)

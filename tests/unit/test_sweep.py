@@ -1,0 +1,173 @@
+"""The benchmarks that are meant for a GPU, at sizes for a CPU; a GPU's caps and failures are pretended."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ds_wsi.benchmarks import partition_gpu, sweep
+from ds_wsi.benchmarks.table import write_result
+
+SMALL = {"sides": "96,160", "cap_gib": "0.047", "repeats": "2", "warmups": "0", "dtype": "float32"}
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+def test_sweep_says_what_fits_and_how_long_it_takes(tmp_path):
+    result = sweep.measure(quick=True, options=SMALL)
+    rows = {(row["side"], row["mode"]): row for row in result.rows}
+    assert list(rows) == [(side, mode) for side in (96, 160) for mode in sweep.MODES]
+    assert rows[96, "native"]["ratio"] == 1
+    assert rows[96, "planner"]["plan"] == "native"
+    native, ours, paper = (rows[160, mode] for mode in sweep.MODES)
+    assert (native["fits"], native["seconds"], native["peak bytes"]) == ("no", None, None)
+    assert "the cap is" in native["why"]
+    assert ours["fits"] == "yes"
+    assert ours["peak bytes"] <= 0.047 * GIB
+    assert len(ours["plan"].split()) > 1
+    assert ours["ratio"] is None  # native does not fit: there is nothing to compare with
+    assert paper["peak bytes"] > ours["peak bytes"]
+    assert result.notes["precision"] == "float32, no autocast"
+    write_result("sweep", result, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.json", "sweep.md", "sweep.png"}
+
+
+def test_sweep_in_mixed_precision_on_a_cpu():
+    result = sweep.measure(quick=True, options={"sides": "64", "modes": "native,paper", "repeats": "1", "warmups": "0"})
+    assert result.notes["precision"] == "autocast to bfloat16"
+    assert [row["fits"] for row in result.rows] == ["yes", "yes"]
+
+
+def test_sweep_follows_the_paper_where_nothing_is_said():
+    setting = sweep._setting(False, None)
+    assert setting.sides[::24] == [7_680, 13_824]
+    assert (len(setting.sides), setting.repeats, setting.warmups) == (25, 10, 5)
+    assert sweep.chunk_of("", 13_824) == 512
+    assert sweep.chunk_of("auto", 13_824) is None
+
+
+@pytest.mark.parametrize("option", [{"side": "96"}, {"modes": "ours"}, {"dtype": "float16"}, {"dtype": "int8"}])
+def test_wrong_options_are_refused(option):
+    with pytest.raises(ValueError, match="must be"):
+        sweep.measure(quick=True, options=option)
+
+
+def test_all_gpu_numbers_at_small_size(tmp_path, monkeypatch):
+    small = replace(partition_gpu.QUICK, image=(64, None), largest=(64, None), bags=(8, 32), exact=40)
+    monkeypatch.setattr(partition_gpu, "QUICK", small)
+    result = partition_gpu.measure(quick=True, options={"rows": str(tmp_path / "rows.json")})
+    assert result.notes["skipped"] == {}
+    assert max(result.notes["exact"].values()) < 1e-10
+    assert [bound.holds for bound in result.bounds] == [True]  # of exactness: small sizes claim no times
+    found = {(row["part"], row["case"], row["mode"]): row for row in result.rows}
+    assert found["image", "64 px", "planner"]["over"] == "native"
+    assert found["image", "64 px", "paper"]["over"] == "planner"
+    assert found["large", "160 px", "planner"]["peak_gib"] <= small.large[1]
+    assert found["largest", "64 px", "planner"]["plan"] == "recompute:4"
+    bag = result.notes["32 tiles"]
+    assert bag["fetched_bytes"] + bag["sent_bytes"] > 0
+    seconds = found["bags", "32 tiles", "planner"]["seconds"]
+    ratio = found["bags", "32 tiles", "planner"]["ratio"]
+    assert ratio == pytest.approx(seconds / max(bag["compute_s"], bag["transfer_s"]))
+    for row in result.rows:  # what was planned is what was counted
+        if row["planned_gib"] is not None:
+            assert row["peak_gib"] == pytest.approx(row["planned_gib"], rel=0.1)
+    saved = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert saved["rows"] == result.rows
+    assert saved["device"].startswith("cpu")
+    write_result("partition_gpu", result, tmp_path)
+    assert (tmp_path / "partition_gpu.png").stat().st_size > 0
+
+
+def test_parts_that_fail_or_come_too_late_are_named(tmp_path, monkeypatch):
+    def exact(run: partition_gpu._Run) -> None:
+        run.row(None, part="exact", ratio=0.0)
+
+    def image(run: partition_gpu._Run) -> None:
+        raise RuntimeError("a kernel failed\nwith details")
+
+    def large(run: partition_gpu._Run) -> None:
+        run.deadline = 0
+
+    parts: dict[str, Callable[[partition_gpu._Run], None]] = {"exact": exact, "image": image, "large": large}
+    monkeypatch.setattr(partition_gpu, "_MEASURES", {**partition_gpu._MEASURES, **parts})
+    result = partition_gpu.measure(quick=True, options={"rows": str(tmp_path / "rows.json")})
+    assert [row["part"] for row in result.rows] == ["exact"]
+    assert list(result.notes["skipped"]) == ["image", "bags", "paper", "largest"]
+    assert result.notes["skipped"]["image"] == "RuntimeError: a kernel failed"
+    assert "0 s are left" in result.notes["skipped"]["largest"]
+    with pytest.raises(ValueError, match="nothing was measured"):
+        partition_gpu.measure(quick=True, options={"minutes": "0", "rows": str(tmp_path / "rows.json")})
+
+
+def test_bounds_are_of_what_was_measured():
+    run = _full_run(
+        {"part": "image", "mode": "planner", "ratio": 1.2, "over": "native"},
+        {"part": "image", "mode": "paper", "ratio": 5.0, "over": "planner"},
+    )
+    assert [bound.holds for bound in partition_gpu._bounds(run)] == [True, False]
+    assert partition_gpu._bounds(_full_run()) == []
+    run.deadline = 0
+    with pytest.raises(partition_gpu._TimeIsUpError, match="a step needs about 5 s"):
+        run.need(5, "a step")
+
+
+def _full_run(*rows: dict) -> partition_gpu._Run:
+    machine = sweep.Machine(torch.device("cpu"), torch.float32)
+    run = partition_gpu._Run(machine, partition_gpu.FULL, None, {}, 0.0)  # type: ignore[arg-type]
+    run.rows += rows
+    return run
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is the CPU, whose allocator is capped: the caps that were set are listed."""
+    caps = []
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 123)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=4 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: caps.append(share))
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(sweep.Machine, "gpu", property(lambda machine: True))
+    return caps
+
+
+def test_out_of_memory_is_tried_again_with_less(gpu, monkeypatch):
+    machine, budgets = sweep.Machine(torch.device("cpu"), torch.float32), []
+    layer = torch.nn.Linear(2, 2)
+
+    def build(machine, mode, image, budget, **options):
+        budgets.append((mode, budget))
+
+        def fails() -> torch.Tensor:
+            if mode == "native" or budget > 0.65 * GIB:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+            return layer(image[:, :2, 0, 0])
+
+        return sweep.Training(machine, layer, fails)
+
+    monkeypatch.setattr(sweep, "build", build)
+    monkeypatch.setattr(sweep, "resnet18", lambda machine: layer)
+    setting = sweep._Setting(machine, [8], list(sweep.MODES), GIB, 1, 1, "8", 1.0, None, dict.fromkeys(sweep.MODES, 0))
+    rows = {row["mode"]: row for row in sweep._side(setting, 8)}
+    assert rows["native"]["why"] == "OutOfMemoryError: CUDA out of memory."
+    assert (rows["planner"]["fits"], rows["planner"]["peak bytes"]) == ("yes", 123)
+    state = 10 + 2 * sum(parameter.nbytes for parameter in layer.parameters())
+    planned = [budget + state for mode, budget in budgets if mode == "planner"]
+    assert planned == [int(share * GIB) for share in (0.9, 0.8, 0.7, 0.6)]
+    assert [budget for mode, budget in budgets if mode == "paper"] == [GIB, GIB // 2]
+    assert setting.levels["planner"] == 3  # where the next side begins
+    machine.cap(GIB)
+    machine.cap(None)
+    assert gpu == [0.25, 1.0]
