@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ds_wsi.benchmarks.table import Result
 from ds_wsi.partition import Handle, PartitionPlan, PartitionPolicy, partition_layers, plan_partition
-from ds_wsi.partition.rates import Rates, device_key
+from ds_wsi.partition.rates import Rates, device_key, probe
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import ByteMeter
 
@@ -194,6 +194,7 @@ class _Setting:
     warmups: int
     chunk: str
     minutes: float
+    rates: Rates | None
     levels: dict[str, int]  # of SHARES and PAPER_SHARES: a larger image fits with no more than a smaller one
 
 
@@ -278,8 +279,9 @@ def _setting(quick: bool, options: Mapping[str, str] | None) -> _Setting:
     modes = [mode.strip() for mode in found["modes"].split(",")]
     if not set(modes) <= set(MODES):
         raise ValueError(f"modes must be of {', '.join(MODES)}, got {found['modes']!r}")
+    machine = find_machine(found["dtype"], cpu="bfloat16")
     return _Setting(
-        machine=find_machine(found["dtype"], cpu="bfloat16"),
+        machine=machine,
         sides=[int(side) for side in found["sides"].split(",")],
         modes=modes,
         cap_bytes=int(float(found["cap_gib"]) * 2**30),
@@ -287,6 +289,7 @@ def _setting(quick: bool, options: Mapping[str, str] | None) -> _Setting:
         warmups=int(found["warmups"]),
         chunk=found["chunk"],
         minutes=float(found["minutes"]),
+        rates=probe(machine.device) if machine.gpu else None,
         levels=dict.fromkeys(MODES, 0),
     )
 
@@ -386,7 +389,6 @@ def _side(setting: _Setting, side: int) -> list[dict[str, Any]]:
             except DoesNotFitError as error:
                 reasons[mode] = str(error)
                 del trainings[mode]
-    native = median(seconds["native"]) if "native" in trainings else None
     found = []
     for mode in setting.modes:
         training = trainings.get(mode)
@@ -434,18 +436,19 @@ def _attempt(setting: _Setting, mode: str, image: Tensor, budget: int) -> Traini
         budget -= machine.resident(resnet18(machine))
         if budget < 1:
             raise DoesNotFitError("the image and the parameters alone exceed the cap")
-    training = build(machine, mode, image, budget, chunk=chunk_of(setting.chunk, image.shape[2]))
+    chunk = chunk_of(setting.chunk, image.shape[2])
+    training = build(machine, mode, image, budget, chunk=chunk, rates=setting.rates)
     training.count(setting.cap_bytes, refuse=mode != "paper")
     for _ in range(max(1, setting.warmups) if machine.gpu else setting.warmups):
         training.step()
     return training
 
 
-def chunk_of(option: str, side: int) -> int | None:
-    """Rows a chunk: as the option says, else about an eighth of the image and at most 512; None for "auto"."""
+def chunk_of(option: str, side: int, most: int = 512) -> int | None:
+    """Rows a chunk: as the option says, else about an eighth of the image and at most `most`; None for "auto"."""
     if option == "auto":
         return None
-    return int(option) if option else max(8, min(512, 2 ** ((side // 8).bit_length() - 1)))
+    return int(option) if option else max(8, min(most, 2 ** ((side // 8).bit_length() - 1)))
 
 
 def _describe(training: Training) -> str:
