@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_wsi.runtime.log import logger
 from ds_wsi.slides.demo import DemoPolicy, make_demo
 
 torch.set_num_threads(1)
@@ -33,6 +34,14 @@ def _nothing_left_behind():
     after = {name: os.environ.get(name) for name in launcher}
     assert after == before, "the test left launcher variables in the environment"
     assert not multiprocessing.active_children(), "the test left processes running"
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """A command called in this process takes over the package's logger: the next test's caplog would miss or double."""
+    handlers, propagate, level = list(logger.handlers), logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate, logger.level = handlers, propagate, level
 
 
 @pytest.fixture(scope="session")
