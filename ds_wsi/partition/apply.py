@@ -10,11 +10,11 @@ from torch.autograd.function import once_differentiable
 
 from ds_wsi.partition.paper import apply_paper
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan
-from ds_wsi.partition.planner import PAPER_CHUNK, plan_partition
+from ds_wsi.partition.planner import PAPER_CHUNK, free_host_bytes, plan_partition
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.partition.program import Program
 from ds_wsi.partition.runner import Call, bag_ranges
-from ds_wsi.partition.staging import HostStore
+from ds_wsi.partition.staging import HostStore, Spill
 from ds_wsi.partition.trace import Traced
 from ds_wsi.runtime.log import logger
 
@@ -30,8 +30,8 @@ class PartitionedForward:
 
     encodes_stacks = True
 
-    def __init__(self, module: nn.Module, wanted: PartitionPlan | PartitionPolicy) -> None:
-        self.module, self.wanted = module, wanted
+    def __init__(self, module: nn.Module, wanted: PartitionPlan | PartitionPolicy, spill: Spill | None = None) -> None:
+        self.module, self.wanted, self.spill = module, wanted, spill
         self.original = module.forward
         self._traces: dict[Any, Traced] = {}
         self._programs: dict[Any, Program] = {}
@@ -41,6 +41,8 @@ class PartitionedForward:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of the module trace and plan anew."""
+        if self.spill is not None:
+            raise TypeError(f"a partitioned {type(self.module).__name__} with a disk must not be copied or pickled")
         return {"module": self.module, "wanted": self.wanted, "original": self.original}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,9 +141,16 @@ class PartitionedForward:
     def _host_store(self, plan: PartitionPlan, tiles: int, device: torch.device) -> HostStore:
         """The store, with as much memory as the plan needs for this many tiles."""
         if self._store is None or self._store.device != device:
-            self._store = HostStore(device)
+            limit = plan.host_budget_bytes or self._memory_limit()
+            self._store = HostStore(device, spill=self.spill, limit_bytes=limit)
         self._store.reserve(plan.host_bytes * tiles // plan.input_shape[0])
         return self._store
+
+    def _memory_limit(self) -> int:
+        """Of host memory, where the plan names none: of a mode that was given, not planned."""
+        if self.spill is None:
+            return 2**62
+        return getattr(self.wanted, "host_budget_bytes", None) or free_host_bytes()
 
     def traced(self, axis: str, *, whole: bool) -> Traced:
         """The module's graph in its present mode."""
@@ -250,7 +259,9 @@ class Handle:
             self.forward = None
 
 
-def partition_layers(module: nn.Module, plan_or_policy: PartitionPlan | PartitionPolicy) -> Handle:
+def partition_layers(
+    module: nn.Module, plan_or_policy: PartitionPlan | PartitionPolicy, *, spill: Spill | None = None
+) -> Handle:
     """Compute `module` in chunks, in place: same state_dict, same outputs and gradients, another memory.
 
     The module's forward takes one tensor and returns one. In training mode BatchNorm normalises over all tiles of the
@@ -260,6 +271,7 @@ def partition_layers(module: nn.Module, plan_or_policy: PartitionPlan | Partitio
     Args:
         module: an encoder of tiles [N, ...] -> [N, ...] (axis "batch"), or of images (axis "spatial").
         plan_or_policy: of `plan_partition`, or what it would be asked: then each call is planned for its size.
+        spill: the disk of a policy with `nvme_path`: `ds_wsi.engines.nvme.NvmeSpill(path)`.
 
     Returns:
         A handle; `handle.remove()` undoes it.
@@ -276,6 +288,11 @@ def partition_layers(module: nn.Module, plan_or_policy: PartitionPlan | Partitio
                 f"{name or type(part).__name__} must not checkpoint itself inside a partition, got "
                 'grad_checkpointing=True. HINT: switch it off; mode "checkpoint" does the same, exactly.'
             )
+    if spill is None and plan_or_policy.nvme_path:
+        raise ValueError(
+            f"{type(module).__name__}: a policy or plan with a disk must come with the disk, got spill=None. "
+            "HINT: partition_layers(module, policy, spill=ds_wsi.engines.nvme.NvmeSpill(path))."
+        )
     if plan_or_policy.mode == "paper":
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
         axis = plan_or_policy.axis
@@ -290,7 +307,7 @@ def partition_layers(module: nn.Module, plan_or_policy: PartitionPlan | Partitio
             undo()
 
         return Handle(module, None, restore)
-    forward = PartitionedForward(module, plan_or_policy)
+    forward = PartitionedForward(module, plan_or_policy, spill)
     module.forward = forward
     hook = module.register_forward_pre_hook(_give_anchor)
     logger.debug("partitioned %s", type(module).__name__)

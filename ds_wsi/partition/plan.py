@@ -16,7 +16,7 @@ class SegmentPlan:
         chunk_size: tiles a chunk, or rows of the segment's output.
         host_input: whether its input waits in host memory for backward.
         device_bytes: kept on the device from forward to backward.
-        host_bytes: kept in host memory.
+        host_bytes: kept in host memory, or on the disk beyond it.
         peak_bytes: on the device at most while this segment is worked on, all segments' bytes included.
         seconds: predicted, forward and backward.
     """
@@ -49,6 +49,7 @@ class PartitionPlan:
         peak_bytes, host_bytes, seconds: predicted for `input_shape`.
         native_peak_bytes, native_seconds: of the module as it is.
         gpu_budget_bytes, host_budget_bytes: that it fits.
+        nvme_path, nvme_budget_bytes: the disk that takes what host memory does not hold.
         rates_measured: whether seconds rest on measured rates of the device, or on assumed ones.
         timeline: (name, bytes on the device at most) of each segment's forward and backward.
     """
@@ -67,8 +68,15 @@ class PartitionPlan:
     native_seconds: float = 0.0
     gpu_budget_bytes: int = 0
     host_budget_bytes: int = 0
+    nvme_path: str = ""
+    nvme_budget_bytes: int = 0
     rates_measured: bool = False
     timeline: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def nvme_bytes(self) -> int:
+        """On the disk at most: of `host_bytes`, what the host budget does not hold."""
+        return max(0, self.host_bytes - self.host_budget_bytes) if self.nvme_budget_bytes else 0
 
     def __str__(self) -> str:
         """A table, a line a segment, under a line that sums it up."""
@@ -79,9 +87,11 @@ class PartitionPlan:
         native = f"native {gib(self.native_peak_bytes)} and {self.native_seconds:.3g} s"
         if self.mode == "native":
             return f"partition of {what}: native, it fits as it is ({native}; rates {rates})"
+        beyond = f"{gib(self.nvme_bytes)} on the disk, " if self.nvme_budget_bytes else ""
+        host = self.host_bytes - self.nvme_bytes
         head = (
             f"partition of {what} ({self.axis} axis): {gib(self.peak_bytes)} on the device at most, "
-            f"{gib(self.host_bytes)} on the host, {self.seconds:.3g} s ({native}; rates {rates})"
+            f"{gib(host)} on the host, {beyond}{self.seconds:.3g} s ({native}; rates {rates})"
         )
         rows = [("segment up to", "mode", "input on", "chunk", "device", "host", "peak", "seconds")]
         for part in self.segments:

@@ -127,7 +127,9 @@ class _Planner:
         pretended = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
         self.simulator = Simulator(module, policy.axis, pretended, dtype, autocast)
         self.gpu_budget = policy.gpu_budget_bytes or _free_device_bytes(device)
-        self.host_budget = policy.host_budget_bytes or _free_host_bytes()
+        self.memory_budget = policy.host_budget_bytes or free_host_bytes()
+        self.nvme_budget = policy.nvme_bytes()
+        self.host_budget = self.memory_budget + self.nvme_budget
         self.program: Program = self.simulator.program((SegmentSpec("", "lean", 1),), self._sample(1))
         self.cuts: list[fx.Node] = self.program.candidates()
         self._fits: dict[str, list[tuple[_Cost, _Cost, _Cost]]] = {}
@@ -313,13 +315,15 @@ class _Planner:
             for index, (spec, cost, one, two) in enumerate(zip(named, profile, compute, link, strict=True))
         )
         names = [spec.last or "output" for spec in named]
+        host = max(phase.host_peak for phase in phases)
+        disk = 2 * max(0, host - self.memory_budget) / self.rates.disk  # written and read beside the computing
         return self._finished(
             segments[: len(specs) - 1] + segments[-1:],
             native,
             mode="partitioned",
             peak_bytes=max(phase.peak for phase in phases),
-            host_bytes=max(phase.host_peak for phase in phases),
-            seconds=max(sum(compute), sum(link)) if self.overlaps else sum(compute) + sum(link),
+            host_bytes=host,
+            seconds=max(disk, max(sum(compute), sum(link)) if self.overlaps else sum(compute) + sum(link)),
             timeline=tuple((f"{phase.name} {names[phase.segment]}", phase.peak) for phase in phases),
         )
 
@@ -330,7 +334,9 @@ class _Planner:
             native_peak_bytes=native.peak,
             native_seconds=self._seconds(native),
             gpu_budget_bytes=self.gpu_budget,
-            host_budget_bytes=self.host_budget,
+            host_budget_bytes=self.memory_budget,
+            nvme_path=self.policy.nvme_path,
+            nvme_budget_bytes=self.nvme_budget,
             rates_measured=self.rates.measured,
             **values,
         )
@@ -443,7 +449,7 @@ def _free_device_bytes(device: torch.device) -> int:
     return int(0.9 * torch.cuda.mem_get_info(device)[0])
 
 
-def _free_host_bytes() -> int:
+def free_host_bytes() -> int:
     """Half of what this process may still take: of the machine's memory and of its control group's."""
     free = psutil.virtual_memory().available
     for limit_name, used_name in (

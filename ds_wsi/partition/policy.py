@@ -1,6 +1,8 @@
 """What a user asks of the partitioning."""
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 MODES = ("keep", "lean", "checkpoint", "recompute", "offload", "stream")
 POLICY_MODES = ("auto", *MODES, "paper", "native")
@@ -24,6 +26,9 @@ class PartitionPolicy:
         chunk_size: tiles (or rows of each segment's output) a chunk; None lets the plan choose.
         gpu_budget_bytes: of activations on the device; None: nine tenths of what is free on a GPU, unlimited on a CPU.
         host_budget_bytes: of activations in host memory; None: half of what this process may still take.
+        nvme_path: a folder on a fast local disk for what the host budget does not hold; "" for none. Reached through
+            DeepSpeed's aio (`ds_wsi.engines.nvme`).
+        nvme_budget_bytes: of activations there; None: half of what is free.
         bn_population: what train-mode BatchNorm normalises over: "stack", all tiles of a call; "bag", each bag of it.
         compile: run the chunk's body under `torch.compile`.
     """
@@ -33,6 +38,8 @@ class PartitionPolicy:
     chunk_size: int | None = None
     gpu_budget_bytes: int | None = None
     host_budget_bytes: int | None = None
+    nvme_path: str = ""
+    nvme_budget_bytes: int | None = None
     bn_population: str = "stack"
     compile: bool = False
 
@@ -44,7 +51,23 @@ class PartitionPolicy:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        for name in ("chunk_size", "gpu_budget_bytes", "host_budget_bytes"):
+        for name in ("chunk_size", "gpu_budget_bytes", "host_budget_bytes", "nvme_budget_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive or null, got {value}")
+        if self.nvme_budget_bytes and not self.nvme_path:
+            raise ValueError(f"nvme_budget_bytes must come with nvme_path, got {self.nvme_budget_bytes} without one")
+        if self.nvme_path and self.mode == "paper":
+            raise ValueError('nvme_path must not be given in mode "paper", which keeps maps in host memory, got one')
+
+    def nvme_bytes(self) -> int:
+        """How many bytes of activations may lie on the disk.
+
+        Raises:
+            ValueError: the folder is not there.
+        """
+        if not self.nvme_path:
+            return 0
+        if not Path(self.nvme_path).is_dir():
+            raise ValueError(f"nvme_path must be a folder, got {self.nvme_path} (missing)")
+        return self.nvme_budget_bytes or shutil.disk_usage(self.nvme_path).free // 2

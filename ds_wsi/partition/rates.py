@@ -25,6 +25,7 @@ class Rates:
         link: bytes a second to or from host memory, in one direction.
         launch: seconds that one operation costs however small it is.
         measured: whether they were.
+        disk: bytes a second that a spill reads or writes; assumed, for it is the folder's, not the device's.
     """
 
     flops: float
@@ -32,6 +33,7 @@ class Rates:
     link: float
     launch: float
     measured: bool = False
+    disk: float = 2e9
 
 
 # A card of the RTX 3090's class, and one core: for plans made elsewhere than where they run.

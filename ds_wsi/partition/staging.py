@@ -3,12 +3,17 @@
 One slab of pinned memory holds them (the caching pinned allocator rounds each up to a power of two). Copies out wait
 for the computation that made the tensor; copies back are started ahead of their use. Without a GPU the same code runs
 with plain memory and no streams, so that what is copied, and how many bytes, is the same everywhere.
+
+Beyond a limit of host memory the tensors that were kept first, which backward needs last, go to a disk.
 """
 
 import weakref
 from bisect import bisect_left, insort
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,20 +22,65 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import host_allocation
 
 _ALIGN = 256  # bytes; of every tensor in a slab
+ALIGN = 4096  # the same where a disk is read and written past the page cache
 _SLAB = 2**22  # bytes; at least, of a slab that no plan reserved
 
 
-_Block = tuple[int, int, int]  # slab, offset and length in bytes
+Block = tuple[int, int, int]  # slab, offset and length in bytes
+
+
+class Spill(Protocol):
+    """A disk for what host memory does not hold. Its methods are called from one thread, the store's own."""
+
+    def write(self, data: Tensor) -> Any:
+        """Write bytes (uint8, a multiple of `ALIGN`) and return their place, once they are there."""
+
+    def read(self, place: Any, data: Tensor) -> None:
+        """Fill `data` with the bytes of a place."""
+
+    def free(self, place: Any) -> None:
+        """Forget a place."""
+
+
+class Extents:
+    """Which blocks of some slabs are free: the smallest that fits is taken, neighbours are joined again."""
+
+    def __init__(self) -> None:
+        self._free: list[Block] = []  # sorted
+
+    def take(self, size: int) -> Block | None:
+        """A block of `size` bytes, or None."""
+        fitting = [block for block in self._free if block[2] >= size]
+        if not fitting:
+            return None
+        slab, offset, length = min(fitting, key=lambda block: block[2])
+        self._free.remove((slab, offset, length))
+        if length > size:
+            insort(self._free, (slab, offset + size, length - size))
+        return slab, offset, size
+
+    def give_back(self, block: Block) -> None:
+        """Free a block, joined with the free ones beside it; a new slab is one too."""
+        slab, offset, length = block
+        index = bisect_left(self._free, block)
+        if index < len(self._free) and self._free[index][:2] == (slab, offset + length):
+            length += self._free.pop(index)[2]
+        if index and self._free[index - 1][0] == slab and sum(self._free[index - 1][1:]) == offset:
+            _, offset, before = self._free.pop(index - 1)
+            length += before
+        insort(self._free, (slab, offset, length))
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A tensor that lies in host memory."""
+    """A tensor that lies in host memory, or (`place` None) on the disk only."""
 
-    place: Tensor
+    place: Tensor | None
+    dtype: torch.dtype
+    size: int
     shape: torch.Size
     stride: tuple[int, ...]
-    block: _Block
+    block: Block | None
     ready: Any = None
     fetched: Tensor | None = None
     arrived: Any = None
@@ -38,6 +88,8 @@ class Ticket:
     owners: int = 1
     key: Any = None
     order: int = 0
+    written: Future | None = None  # of its place on the disk
+    reading: Future | None = None
 
 
 class HostStore:
@@ -46,23 +98,32 @@ class HostStore:
     Args:
         device: that the tensors come from and go back to.
         overlap: on streams of their own, from pinned memory.
+        spill: a disk for what goes beyond `limit_bytes` of host memory.
+        limit_bytes: of host memory, with a spill.
 
     Attributes:
-        held_bytes, peak_bytes: in host memory, now and at most.
+        held_bytes, peak_bytes: kept, in host memory and on the disk, now and at most.
         sent_bytes, fetched_bytes: over the link so far.
+        spilled_bytes: written to the disk so far.
     """
 
-    def __init__(self, device: torch.device, *, overlap: bool = True) -> None:
-        self.device = device
-        self.held_bytes = self.peak_bytes = self.sent_bytes = self.fetched_bytes = 0
+    def __init__(
+        self, device: torch.device, *, overlap: bool = True, spill: Spill | None = None, limit_bytes: int = 2**62
+    ) -> None:
+        self.device, self.limit_bytes = device, limit_bytes
+        self.held_bytes = self.peak_bytes = self.sent_bytes = self.fetched_bytes = self.spilled_bytes = 0
         self._slabs: list[Tensor] = []
-        self._free: list[_Block] = []  # sorted
+        self._extents = Extents()
         self._known: dict[Any, tuple[Ticket, weakref.ref]] = {}
         cuda = device.type == "cuda" and overlap
         self._host = device if device.type == "meta" else torch.device("cpu")
         self._out: Any = torch.cuda.Stream(device) if cuda else None
         self._back: Any = torch.cuda.Stream(device) if cuda else None
         self._pinned = cuda
+        self._spill, self._align = spill, _ALIGN if spill is None else ALIGN
+        self._thread = ThreadPoolExecutor(1, "ds_wsi-spill") if spill is not None else None
+        self._inside: deque[Ticket] = deque()  # in host memory, the oldest first; with a spill only
+        self._ahead_bytes = 0  # to be written to the disk before there is need, for a plan foresees it
 
     @property
     def capacity_bytes(self) -> int:
@@ -70,9 +131,13 @@ class HostStore:
         return sum(slab.numel() for slab in self._slabs)
 
     def reserve(self, size: int) -> None:
-        """Take `size` bytes in one slab, unless they are there or in use."""
-        if self.held_bytes == 0 and self.capacity_bytes < size:
-            self._slabs, self._free = [], []
+        """Take `size` bytes in one slab, unless they are there or in use; beyond the limit the disk serves."""
+        if self.held_bytes:
+            return
+        self._ahead_bytes = max(0, size - self.limit_bytes) if self._spill is not None else 0
+        size = size - self._ahead_bytes
+        if self.capacity_bytes < size:
+            self._slabs, self._extents = [], Extents()
             self._grow(size)
 
     def put(self, tensor: Tensor) -> Ticket:
@@ -92,16 +157,15 @@ class HostStore:
             tensor = tensor.contiguous()
         size = tensor.numel() * tensor.element_size()
         flat = torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset())
-        slab, offset, length = self._take(size)
-        place = self._slabs[slab][offset : offset + size].view(tensor.dtype)
-        ticket = Ticket(place, tensor.shape, tensor.stride(), (slab, offset, length))
+        ticket = Ticket(None, tensor.dtype, size, tensor.shape, tensor.stride(), None)
+        place = self._place(ticket)
         if self._out is None:
             with host_allocation():
-                ticket.place.copy_(flat)
+                place.copy_(flat)
         else:
             self._out.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._out):
-                ticket.place.copy_(flat, non_blocking=True)
+                place.copy_(flat, non_blocking=True)
                 ticket.ready = self._out.record_event()
             flat.record_stream(self._out)
         self._known[key] = ticket, weakref.ref(storage)
@@ -109,11 +173,23 @@ class HostStore:
         self.sent_bytes += size
         self.held_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+        if self._spill is not None:
+            self._inside.append(ticket)
+            if self._ahead_bytes > 0:
+                self._ahead_bytes -= size
+                self._write(ticket)
         return ticket
 
     def prefetch(self, ticket: Ticket) -> None:
-        """Start copying the tensor back."""
-        if ticket.fetched is not None or ticket.released:
+        """Start bringing the tensor back: from the disk to host memory, or from there to the device."""
+        if ticket.fetched is not None or ticket.released or ticket.reading is not None:
+            return
+        if ticket.place is None:
+            self._place(ticket)
+            assert self._thread is not None
+            assert ticket.written is not None
+            ticket.reading = self._thread.submit(self._read, ticket.written, self._block(ticket))
+            self._inside.appendleft(ticket)  # still on the disk too: it costs nothing to drop it again
             return
         place = ticket.place
         if self._back is None:
@@ -124,17 +200,22 @@ class HostStore:
             # Memory of the computing stream's pool: waits until the allocator's earlier users there are done.
             flat = torch.empty(place.shape, dtype=place.dtype, device=self.device)
             self._back.wait_stream(torch.cuda.current_stream(self.device))
-            self._back.wait_event(ticket.ready)
+            if ticket.ready is not None:
+                self._back.wait_event(ticket.ready)
             with torch.cuda.stream(self._back):
                 flat.copy_(place, non_blocking=True)
                 ticket.arrived = self._back.record_event()
             flat.record_stream(self._back)
         ticket.fetched = torch.as_strided(flat, ticket.shape, ticket.stride)
-        self.fetched_bytes += place.numel() * place.element_size()
+        self.fetched_bytes += ticket.size
 
     def get(self, ticket: Ticket) -> Tensor:
         """The tensor on the device; the store keeps its copy until `release`."""
         self.prefetch(ticket)
+        if ticket.reading is not None:
+            ticket.reading.result()
+            ticket.reading = ticket.ready = None
+            self.prefetch(ticket)
         if ticket.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(ticket.arrived)
         tensor, ticket.fetched = ticket.fetched, None
@@ -142,46 +223,91 @@ class HostStore:
         return tensor
 
     def release(self, ticket: Ticket) -> None:
-        """Give up an owner's claim; with the last one the host memory goes to the next tensors."""
+        """Give up an owner's claim; with the last one the memory goes to the next tensors."""
         ticket.owners -= 1
         if ticket.owners > 0 or ticket.released:
             return
         self._known.pop(ticket.key, None)
         ticket.released, ticket.fetched = True, None
-        if ticket.ready is not None and not ticket.ready.query():
-            ticket.ready.synchronize()
-        if ticket.arrived is not None and not ticket.arrived.query():
-            ticket.arrived.synchronize()
-        self.held_bytes -= ticket.place.numel() * ticket.place.element_size()
-        self._give_back(ticket.block)
+        self.held_bytes -= ticket.size
+        if ticket.place is not None:
+            self._vacate(ticket)
+        if ticket.written is not None and self._thread is not None:
+            with suppress(RuntimeError):  # the interpreter is ending, and the file with it
+                self._thread.submit(self._forget, ticket.written)
 
-    def _take(self, size: int) -> _Block:
-        """Free memory of at least `size` bytes: the smallest free block, cut to size."""
-        rounded = -(-max(size, 1) // _ALIGN) * _ALIGN
-        fitting = [block for block in self._free if block[2] >= rounded]
-        if not fitting:
+    # ------------------------------------------------------------------------------------------------ host memory
+
+    def _place(self, ticket: Ticket) -> Tensor:
+        """Memory for a ticket."""
+        rounded = -(-max(ticket.size, 1) // self._align) * self._align
+        block = self._extents.take(rounded)
+        while block is None and self.capacity_bytes + rounded > self.limit_bytes and self._evict():
+            block = self._extents.take(rounded)
+        if block is None:
             # An eighth more than is held, where a plan was short: pinned memory is dear.
-            self._grow(max(rounded, _SLAB, self.held_bytes // 8))
-            fitting = self._free[-1:]
-        slab, offset, length = min(fitting, key=lambda block: block[2])
-        self._free.remove((slab, offset, length))
-        if length > rounded:
-            insort(self._free, (slab, offset + rounded, length - rounded))
-        return slab, offset, rounded
+            wanted = max(_SLAB, self.held_bytes // 8)
+            if self._spill is not None:
+                wanted = min(wanted, self.limit_bytes - self.capacity_bytes)
+            self._grow(max(rounded, wanted))
+            block = self._extents.take(rounded)
+        assert block is not None
+        slab, offset, _ = ticket.block = block
+        ticket.place = self._slabs[slab][offset : offset + ticket.size].view(ticket.dtype)
+        return ticket.place
 
-    def _give_back(self, block: _Block) -> None:
-        """Free a block, joined with the free ones beside it."""
-        slab, offset, length = block
-        index = bisect_left(self._free, block)
-        if index < len(self._free) and self._free[index][:2] == (slab, offset + length):
-            length += self._free.pop(index)[2]
-        if index and self._free[index - 1][0] == slab and sum(self._free[index - 1][1:]) == offset:
-            _, offset, before = self._free.pop(index - 1)
-            length += before
-        insort(self._free, (slab, offset, length))
+    def _block(self, ticket: Ticket) -> Tensor:
+        """All bytes of a ticket's memory."""
+        assert ticket.block is not None
+        slab, offset, length = ticket.block
+        return self._slabs[slab][offset : offset + length]
+
+    def _vacate(self, ticket: Ticket) -> None:
+        """Free a ticket's memory, once nobody reads or writes it."""
+        wait([future for future in (ticket.written, ticket.reading) if future is not None])
+        for event in (ticket.ready, ticket.arrived):
+            if event is not None and not event.query():
+                event.synchronize()
+        assert ticket.block is not None
+        self._extents.give_back(ticket.block)
+        ticket.block = ticket.place = ticket.reading = None
+
+    # ------------------------------------------------------------------------------------------------ disk
+
+    def _evict(self) -> bool:
+        """Move the oldest tensor to the disk; False where there is none."""
+        while self._inside:
+            ticket = self._inside.popleft()
+            if not ticket.released and ticket.place is not None:
+                self._write(ticket)
+                assert ticket.written is not None
+                ticket.written.result()  # raises what the disk had against it
+                self._vacate(ticket)
+                return True
+        return False
+
+    def _write(self, ticket: Ticket) -> None:
+        if ticket.written is None and self._thread is not None:
+            ticket.written = self._thread.submit(self._write_now, ticket.ready, self._block(ticket))
+            self.spilled_bytes += ticket.size
+
+    def _write_now(self, ready: Any, data: Tensor) -> Any:
+        if ready is not None:
+            ready.synchronize()
+        assert self._spill is not None
+        return self._spill.write(data)
+
+    def _read(self, written: Future, data: Tensor) -> None:
+        assert self._spill is not None
+        self._spill.read(written.result(), data)
+
+    def _forget(self, written: Future) -> None:
+        assert self._spill is not None
+        if written.exception() is None:
+            self._spill.free(written.result())
 
     def _grow(self, size: int) -> None:
-        rounded = -(-size // _ALIGN) * _ALIGN
+        rounded = -(-size // self._align) * self._align
         with host_allocation():
             try:
                 slab = torch.empty(rounded, dtype=torch.uint8, device=self._host, pin_memory=self._pinned)
@@ -196,7 +322,7 @@ class HostStore:
                 self._pinned = False
                 slab = torch.empty(rounded, dtype=torch.uint8)
         self._slabs.append(slab)
-        self._free.append((len(self._slabs) - 1, 0, rounded))
+        self._extents.give_back((len(self._slabs) - 1, 0, rounded))
 
 
 def _is_dense(tensor: Tensor) -> bool:

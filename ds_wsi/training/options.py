@@ -40,6 +40,8 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("partition_chunk_size", "policies.partition.chunk_size", int, "tiles a chunk"),
     ("gpu_budget", "policies.partition.gpu_budget_bytes", parse_bytes, "for activations on the device, as 24GiB"),
     ("host_budget", "policies.partition.host_budget_bytes", parse_bytes, "for activations in host memory"),
+    ("nvme_path", "policies.partition.nvme_path", str, "folder on a local disk for what host memory does not hold"),
+    ("nvme_budget", "policies.partition.nvme_budget_bytes", parse_bytes, "for activations on that disk"),
     ("encoder", "model.encoder", str, "a timm model's name"),
     ("encoder_weights", "model.encoder_weights", str, "local .safetensors file or timm checkpoint"),
     ("aggregator", "model.aggregator", tuple(AGGREGATORS), "MIL pooling"),
@@ -116,11 +118,16 @@ def settings_from(options: argparse.Namespace) -> tuple[TrainSettings, dict[str,
 
 
 def _with_policies(policies: DsWsiConfig, given: dict[str, Any]) -> DsWsiConfig:
+    changes: dict[str, dict[str, Any]] = {}
     for place, value in given.items():
         group, *path = place.split(".")
         if group == "policies":
-            policy, leaf = path
-            if isinstance(getattr(policies, policy), PartitionPlan):
-                raise ValueError(f"{leaf} must not be given with a plan in the JSON. HINT: leave out one of them.")
-            policies = replace(policies, **{policy: replace(getattr(policies, policy), **{leaf: value})})
+            changes.setdefault(path[0], {})[path[1]] = value
+    for policy, values in changes.items():
+        if isinstance(getattr(policies, policy), PartitionPlan):
+            raise ValueError(
+                f"{', '.join(values)} must not be given with a plan in the JSON. HINT: leave out one of them."
+            )
+        # Together: one may need another.
+        policies = replace(policies, **{policy: replace(getattr(policies, policy), **values)})
     return policies

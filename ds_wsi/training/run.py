@@ -20,6 +20,7 @@ from ds_wsi.engines.accelerate import (
     build_accelerator,
     prepare,
 )
+from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, build_model, freeze
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
@@ -138,7 +139,8 @@ def _partition(module: SlideModel, settings: TrainSettings, cohort: Cohort, devi
         logger.info("%s", plan_partition(module.encoder, shape, wanted, autocast=precision, device=device))
     elif isinstance(wanted, PartitionPlan):
         logger.info("%s", wanted)
-    partition_layers(module.encoder, wanted)
+    spill = NvmeSpill(wanted.nvme_path, wanted.nvme_budget_bytes) if wanted.nvme_path else None
+    partition_layers(module.encoder, wanted, spill=spill)
 
 
 def _engine_settings(settings: TrainSettings) -> EngineSettings:

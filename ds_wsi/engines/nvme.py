@@ -1,0 +1,117 @@
+"""A disk under the host store, read and written by DeepSpeed's asynchronous I/O, past the page cache."""
+
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ds_wsi.partition.staging import ALIGN, Block, Extents
+
+_BLOCK = 2**20  # bytes of one request
+_QUEUE = 32  # requests in flight
+_THREADS = 2
+_GROWTH = 2**28  # bytes that the file grows by
+
+
+class NvmeSpill:
+    """The `spill` of `partition_layers`: one file without a name, gone with the process however that ends.
+
+    Args:
+        directory: on a local disk; a network file system is slower than computing again.
+        budget_bytes: that the file grows to at most; None: half of what is free.
+
+    Attributes:
+        written_bytes, read_bytes: so far.
+
+    Raises:
+        ValueError: the folder is missing or refuses such a file.
+        RuntimeError: DeepSpeed's aio does not build here; says why.
+    """
+
+    def __init__(self, directory: str | Path, budget_bytes: int | None = None) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise ValueError(f"nvme_path must be a folder, got {self.directory} (missing)")
+        self._handle = _aio_handle()
+        try:
+            descriptor = os.open(self.directory, os.O_RDWR | os.O_TMPFILE | os.O_DIRECT, 0o600)
+        except OSError as error:
+            raise ValueError(
+                f"nvme_path must be on a file system with O_TMPFILE and O_DIRECT (ext4, xfs), got {self.directory} "
+                f"({error.strerror}). HINT: give a folder on a local disk, not on tmpfs, overlayfs or a network."
+            ) from error
+        # DeepSpeed opens its file by name; this is the name of a file that has none.
+        self._file = f"/proc/self/fd/{descriptor}"
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+        free = os.fstatvfs(descriptor)
+        self.budget_bytes = budget_bytes or free.f_bavail * free.f_frsize // 2
+        self._extents, self._size = Extents(), 0
+        self.written_bytes = self.read_bytes = 0
+
+    def write(self, data: Tensor) -> Block:
+        """See `ds_wsi.partition.staging.Spill`.
+
+        Raises:
+            OSError: the budget or the disk is full, or the disk fails.
+        """
+        place = self._extents.take(data.numel())
+        if place is None:
+            self._grow(data.numel())
+            place = self._extents.take(data.numel())
+        assert place is not None
+        self._check(self._handle.sync_pwrite(data, self._file, place[1]), "write", data.numel())
+        self.written_bytes += data.numel()
+        return place
+
+    def read(self, place: Block, data: Tensor) -> None:
+        """See `ds_wsi.partition.staging.Spill`."""
+        self._check(self._handle.sync_pread(data, self._file, place[1]), "read", data.numel())
+        self.read_bytes += data.numel()
+
+    def free(self, place: Block) -> None:
+        """See `ds_wsi.partition.staging.Spill`."""
+        self._extents.give_back(place)
+
+    def _grow(self, size: int) -> None:
+        room = (self.budget_bytes - self._size) // ALIGN * ALIGN
+        if size > room:
+            raise OSError(
+                f"the activations on {self.directory} must fit {self.budget_bytes:,} bytes, got {size:,} more at "
+                f"{self._size:,}. HINT: raise nvme_budget, host_budget, or let the plan recompute more."
+            )
+        grown = min(max(size, _GROWTH), room)
+        try:
+            os.posix_fallocate(self._descriptor, self._size, grown)
+        except OSError as error:
+            raise OSError(
+                f"{self.directory} has no room for {grown:,} bytes of activations more ({error.strerror}). "
+                "HINT: free some, or give a smaller nvme_budget."
+            ) from error
+        # One slab: a file is contiguous however often it grew.
+        self._extents.give_back((0, self._size, grown))
+        self._size += grown
+
+    def _check(self, done: int, verb: str, size: int) -> None:
+        if done != 1:
+            raise OSError(f"the disk of {self.directory} failed to {verb} {size:,} bytes (aio says {done})")
+
+
+def _aio_handle() -> Any:
+    """DeepSpeed's, compiled at first use (a minute or two).
+
+    Raises:
+        RuntimeError: it does not build.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    hint = "HINT: install libaio's headers (libaio-dev), g++ and ninja, or leave nvme_path out."
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise RuntimeError(f"nvme_path needs DeepSpeed's aio, which cannot be built here: libaio is missing. {hint}")
+    try:
+        return builder.load().aio_handle(_BLOCK, _QUEUE, False, True, _THREADS)
+    except Exception as error:
+        raise RuntimeError(f"nvme_path needs DeepSpeed's aio, which did not build: {error}. {hint}") from error
