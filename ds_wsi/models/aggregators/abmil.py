@@ -5,12 +5,10 @@ Source: Ilse, Tomczak, Welling, "Attention-based Deep Multiple Instance Learning
 
 from torch import Tensor, nn
 
-from ds_wsi.models.output import SlideOutput
-from ds_wsi.stacking.segment_ops import segment_softmax, segment_sum
-from ds_wsi.stacking.stacked_bags import StackedBags
+from ds_wsi.models.aggregators.pooled import PooledAggregator
 
 
-class ABMIL(nn.Module):
+class ABMIL(PooledAggregator):
     """a_k = softmax_k(w^T tanh(V h_k)), z = sum_k a_k h_k, logits = W z (equations 7 and 8).
 
     Args:
@@ -30,18 +28,16 @@ class ABMIL(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(in_dim, num_classes)
 
-    def forward(self, bags: StackedBags) -> SlideOutput:
-        """Pool features [sum N, D] to logits [B, C] and attention [sum N]."""
-        attention = segment_softmax(self.scores(bags.values), bags.cu_seqlens)  # [sum N, 1]
-        pooled = segment_sum(attention * bags.values, bags.cu_seqlens)  # [B, D]
-        return SlideOutput(self.classifier(self.dropout(pooled)), attention.squeeze(-1))
-
-    def scores(self, features: Tensor) -> Tensor:
+    def scores(self, embedded: Tensor) -> Tensor:
         """Attention scores before the softmax: [N, 1]."""
-        hidden = self.attention_v(features).tanh()
+        hidden = self.attention_v(embedded).tanh()
         if self.attention_u is not None:
-            hidden = hidden * self.attention_u(features).sigmoid()  # Eq. 9
+            hidden = hidden * self.attention_u(embedded).sigmoid()  # Eq. 9
         return self.attention_w(hidden)
+
+    def head(self, pooled: Tensor) -> Tensor:
+        """Logits [B, C] of pooled bags [B, 1, D]."""
+        return self.classifier(self.dropout(pooled.squeeze(1)))
 
 
 class GatedABMIL(ABMIL):
