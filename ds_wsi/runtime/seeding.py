@@ -1,9 +1,12 @@
 """Random state as a function of (seed, step, rank): nothing to save, a resumed run draws what it would have drawn."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -12,3 +15,32 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
+
+
+def generator_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's generators that an operation on `device` can draw from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def set_generator_states(states: list[Tensor], device: torch.device) -> None:
+    """Set what `generator_states` returned."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+@contextmanager
+def keyed_generators(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draw from generators seeded with `seed` inside, and go on outside as if nothing had been drawn; None: as is."""
+    if seed is None:
+        yield
+        return
+    before = generator_states(device)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_generator_states(before, device)
