@@ -115,7 +115,7 @@ class PartitionedForward:
         if isinstance(self.wanted, PartitionPlan):
             return self.wanted
         policy = self.wanted
-        shape = (bucket(x.shape[0]) if policy.mode == "auto" else x.shape[0], *x.shape[1:])
+        shape = (bucket(x.shape[0]) if policy.mode == "auto" else max(1, x.shape[0]), *x.shape[1:])
         if policy.axis == "spatial":
             shape = tuple(x.shape)
         kind = autocast_dtype(device)
@@ -206,6 +206,8 @@ class _Partitioned(torch.autograd.Function):
         with _training_as(ctx.flags):
             x_grad, found = call.backward(grad)
         gradients = [found.get(id(parameter)) for parameter in parameters]
+        if grad.shape[0] == 0:  # a rank without a tile: engines wait for a gradient of every parameter
+            gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
         pairs = zip(gradients, parameters, strict=True)
         return None, x_grad, None, *(None if gradient is None else gradient.to(p.dtype) for gradient, p in pairs)
 

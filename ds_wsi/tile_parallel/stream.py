@@ -183,7 +183,8 @@ class _Work:
         assert self.largest is not None
         assert self.totals is not None
         assert self.pooled is not None
-        found: list[Tensor | None] = [None] * len(parameters)
+        # A rank without a tile: engines wait for a gradient of every parameter.
+        found: list[Tensor | None] = [None if len(self.chunks) else torch.zeros_like(part) for part in parameters]
         through_z = (grad * self.pooled).sum(1)  # g . z, [M]
         ambient = generator_states(self.device)
         for index in range(len(self.chunks)):
