@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 
+def step_seed(seed: int, step: int, place: int) -> int:
+    """A seed of one step and place in it."""
+    return ((seed * 1_000_003 + step) * 10_007 + place) % 2**63
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed Python's, NumPy's and torch's generators (CPU and current device) for one step of one rank."""
-    value = ((seed * 1_000_003 + step) * 10_007 + rank) % 2**63
+    value = step_seed(seed, step, rank)
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
