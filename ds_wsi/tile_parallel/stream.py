@@ -110,7 +110,7 @@ class _Work:
         self.group, self.traffic = group, traffic
         self.device = device or torch.device("cpu")
         self.autocast = _autocast_now(self.device)
-        self.states: list[list[Tensor]] = []
+        self.states: list[list[Tensor] | None] = []
         self.graphs: dict[int, tuple[Tensor, Tensor]] = {}
         self.scores: list[Tensor] = []
         self.largest: Tensor | None = None
@@ -131,9 +131,12 @@ class _Work:
         """Pooled bag [1, M, D'], merged chunk by chunk, then over the ranks."""
         largest = totals = sums = None
         for index in range(len(self.chunks)):
-            self.states.append(generator_states(self.device))
+            before = generator_states(self.device)
             with torch.set_grad_enabled(keep_graphs and index >= self.kept_from):
                 embedded, scores = self.encode(index)
+            # 5 kB each on a CPU: kept only where something was drawn.
+            quiet = all(map(torch.equal, before, generator_states(self.device)))
+            self.states.append(None if quiet else before)
             if embedded.requires_grad or scores.requires_grad:
                 self.graphs[index] = embedded, scores
             embedded, scores = embedded.detach(), scores.detach()
@@ -190,7 +193,9 @@ class _Work:
         for index in range(len(self.chunks)):
             graph = self.graphs.pop(index, None)
             if graph is None:
-                set_generator_states(self.states[index], self.device)
+                state = self.states[index]
+                if state is not None:
+                    set_generator_states(state, self.device)
                 with torch.enable_grad():
                     graph = self.encode(index)
             embedded, scores = graph
