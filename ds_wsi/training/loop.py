@@ -172,7 +172,7 @@ def _micro_loss(run: Run, bags: list[Bag]) -> tuple[torch.Tensor, int]:
         for bag in bags
     ]
     labels = torch.tensor([run.cohort.manifest.slides[bag.slide].label for bag in bags], device=run.device)
-    return stack_loss(run.model(stack_bags(tiles)), labels), sum(map(len, tiles))
+    return stack_loss(run.model(stack_bags(tiles), labels), labels), sum(map(len, tiles))
 
 
 def _end_epoch(run: Run, entry: dict[str, float], state: dict[str, torch.Tensor]) -> None:
