@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ds_wsi.models.aggregators.gated_attention import xavier_linears
 from ds_wsi.models.aggregators.per_bag import PerBagAggregator
+from ds_wsi.stacking.segment_ops import widened
 
 BLOCK_ELEMENTS = 2**25  # of attention maps that are computed at once
 
@@ -87,8 +88,9 @@ class RRTMIL(PerBagAggregator):
 
     def _cross(self, regions: Tensor) -> Tensor:
         """CR-MSA: the regions' representatives attend to each other, and their results return to the instances."""
-        logits = regions @ self.representing.to(regions.dtype)  # [R, L, K]
-        gathered = logits.softmax(1).mT @ regions  # [R, K, D']
+        # Widened: in half precision the divisor below is 0 where a region is all padding.
+        logits = widened(regions @ self.representing.to(regions.dtype))  # [R, L, K]
+        gathered = logits.softmax(1).mT.to(regions.dtype) @ regions  # [R, K, D']
         mixed = self.across(gathered.transpose(0, 1)).transpose(0, 1)
         lowest, highest = logits.amin(1, keepdim=True), logits.amax(1, keepdim=True)
         shares = (logits - lowest) / (highest - lowest + 1e-8) * logits.softmax(2)
