@@ -254,6 +254,14 @@ def test_nystrom_attention_with_a_landmark_a_token_is_softmax_attention(monkeypa
     torch.testing.assert_close(module(x)[0], linear(module.out, exact), rtol=1e-6, atol=1e-6)
 
 
+def test_the_pseudo_inverse_is_not_rounded_by_autocast():
+    torch.manual_seed(0)
+    module, landmarks = NystromAttention(6, 1, 12, 0.0), torch.randn(2, 1, 12, 6)
+    expected = module._inverse(*landmarks)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module._inverse(*landmarks), expected)
+
+
 def region_attention_reference(module, x):
     """One region [L, D]: per head, EPEG as a sum over offsets along the queries."""
     length, width = x.shape
