@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_wsi.models.aggregators.pooled import PooledAggregator
 from ds_wsi.stacking.segment_ops import segment_ids, segment_max, segment_sum
 from ds_wsi.tile_parallel.collectives import Traffic, max_over, sum_over
 
 
 def pool_shards(
-    aggregator: PooledAggregator, features: Tensor, cu_seqlens: Tensor, group: Any, traffic: Traffic
+    pooling: str, embedded: Tensor, scores: Tensor | None, cu_seqlens: Tensor, group: Any, traffic: Traffic
 ) -> tuple[Tensor, Tensor | None]:
-    """Pool bags of which this rank has the rows `features`, some of them perhaps none.
+    """Pool bags of which this rank has the rows `embedded`, some of them perhaps none.
 
     Args:
-        aggregator: whose `embed`, `scores` and `pooling` are used.
-        features: [n, D].
+        pooling: "attention", "mean" or "max".
+        embedded: [n, D'].
+        scores: [n, M] of "attention", else None.
         cu_seqlens: int64 [B + 1], of this rank's rows.
         group: the ranks that share the bags. One all-reduce of maxima and one of sums (mean: the latter alone), and one
             of gradients in backward.
@@ -30,11 +30,10 @@ def pool_shards(
     Returns:
         (pooled [B, M, D'] float32 or float64, the same on all ranks; attention [n, M] of this rank's rows, or None).
     """
-    embedded = aggregator.embed(features)
-    if aggregator.pooling == "attention":
-        return _attention(aggregator.scores(embedded), embedded, cu_seqlens, group, traffic)
+    if scores is not None:
+        return _attention(scores, embedded, cu_seqlens, group, traffic)
     wide = embedded if embedded.dtype == torch.float64 else embedded.float()
-    if aggregator.pooling == "max":
+    if pooling == "max":
         largest = max_over(segment_max(wide.detach(), cu_seqlens), group, traffic)
         counted = (wide.detach() == largest[segment_ids(cu_seqlens)]).to(wide.dtype)  # equal maxima share evenly
         values = wide * counted

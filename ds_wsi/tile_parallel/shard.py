@@ -11,6 +11,7 @@ from ds_wsi.models.aggregators.pooled import PooledAggregator
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.seeding import keyed_generators
+from ds_wsi.stacking.segment_ops import segment_ids
 from ds_wsi.stacking.stacked_bags import StackedBags
 from ds_wsi.tile_parallel.collectives import Scaled, Traffic, all_rows, rank_in, rows_to_first, share_numbers, size_of
 from ds_wsi.tile_parallel.mesh import TileMesh
@@ -40,22 +41,28 @@ class SharedForward:
         self.seed: int | None = None
         self.traffic = Traffic()
 
-    def __call__(self, bags: StackedBags) -> SlideOutput:
+    def __call__(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:
         """See the class."""
         if self.exchange == "sharded":
-            return self._sharded(bags)
+            return self._sharded(bags, labels)
         numbers = share_numbers(
             [*bags.lengths.tolist(), self._draw()], self.group, bags.values.device, self.traffic
         )  # [T, B + 1]
         lengths, seed = numbers[:, :-1], int(numbers[0, -1])
-        return (self._replicated if self.exchange == "replicated" else self._gathered)(bags, lengths, seed)
+        more = () if labels is None else (labels,)
+        return (self._replicated if self.exchange == "replicated" else self._gathered)(bags, lengths, seed, *more)
 
     def _draw(self) -> int:
         return int(torch.randint(0, 2**31, ()).item()) if self.seed is None else self.seed
 
-    def _sharded(self, bags: StackedBags) -> SlideOutput:
+    def _sharded(self, bags: StackedBags, labels: Tensor | None) -> SlideOutput:
         aggregator: Any = self.aggregator
-        pooled, attention = pool_shards(aggregator, bags.values, bags.cu_seqlens, self.group, self.traffic)
+        embedded = aggregator.embed(bags.values)
+        scores = aggregator.scores(embedded) if aggregator.pooling == "attention" else None
+        pooled, attention = pool_shards(aggregator.pooling, embedded, scores, bags.cu_seqlens, self.group, self.traffic)
+        auxiliary = None
+        if labels is not None and scores is not None and getattr(aggregator, "needs_labels", False):
+            auxiliary = self._instance_loss(embedded, scores, bags.cu_seqlens, labels)
         seed = None
         draws = any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in aggregator.modules())
         if aggregator.training and draws:
@@ -64,13 +71,25 @@ class SharedForward:
                 seed = int(share_numbers([self._draw()], self.group, bags.values.device, self.traffic)[0, 0])
         with keyed_generators(seed, bags.values.device):
             logits = aggregator.head(pooled.to(bags.values.dtype))
-        return SlideOutput(logits, None if attention is None else attention.squeeze(-1))
+        return SlideOutput(logits, None if attention is None else attention.squeeze(-1), auxiliary)
 
-    def _replicated(self, bags: StackedBags, lengths: Tensor, seed: int) -> SlideOutput:
+    def _instance_loss(self, embedded: Tensor, scores: Tensor, cu_seqlens: Tensor, labels: Tensor) -> Tensor:
+        """CLAM's, from the instances that each rank's part could contribute: O(k D) bytes."""
+        aggregator: Any = self.aggregator
+        chosen = aggregator.candidates(scores.detach(), cu_seqlens)
+        counts = torch.bincount(segment_ids(cu_seqlens)[chosen], minlength=len(cu_seqlens) - 1)
+        lengths = share_numbers(counts.tolist(), self.group, scores.device, self.traffic)  # [T, B]
+        own = torch.cat([embedded[chosen], scores[chosen].to(embedded.dtype)], 1)
+        rows = all_rows(own, lengths.sum(1).tolist(), self.group, self.traffic)
+        order, whole = _in_bag_order(lengths, rows.device)
+        instances, their_scores = rows[order].split([embedded.shape[1], scores.shape[1]], 1)
+        return aggregator.instance_loss(instances, their_scores, whole, labels)
+
+    def _replicated(self, bags: StackedBags, lengths: Tensor, seed: int, *labels: Tensor) -> SlideOutput:
         rows = all_rows(bags.values, lengths.sum(1).tolist(), self.group, self.traffic)
         order, whole = _in_bag_order(lengths, rows.device)
         with keyed_generators(seed, rows.device):
-            out = self.original(StackedBags(rows[order], whole))
+            out = self.original(StackedBags(rows[order], whole), *labels)
         if out.attention is None:
             return out
         by_rank = torch.empty_like(out.attention)
@@ -78,25 +97,33 @@ class SharedForward:
         first = int(lengths[: rank_in(self.group)].sum())
         return out._replace(attention=by_rank[first : first + len(bags.values)])
 
-    def _gathered(self, bags: StackedBags, lengths: Tensor, seed: int) -> SlideOutput:
+    def _gathered(self, bags: StackedBags, lengths: Tensor, seed: int, *labels: Tensor) -> SlideOutput:
         rows = rows_to_first(bags.values, lengths.sum(1).tolist(), self.group, self.traffic)
         if rank_in(self.group) == 0:
             order, whole = _in_bag_order(lengths, rows.device)
             with keyed_generators(seed, rows.device):
-                out = self.original(StackedBags(rows[order], whole))
+                out = self.original(StackedBags(rows[order], whole), *labels)
             # The loss is counted once, not by every rank: see [Note: one rule for all exchanges].
-            logits = Scaled.apply(out.logits, float(size_of(self.group)))
-            dist.broadcast(logits.detach().clone(), group_src=0, group=self.group)
-            return out._replace(logits=logits, attention=None)
+            times = float(size_of(self.group))
+            logits = Scaled.apply(out.logits, times)
+            auxiliary = None if out.auxiliary_loss is None else Scaled.apply(out.auxiliary_loss, times)
+            for known in (logits, auxiliary):
+                if known is not None:
+                    dist.broadcast(known.detach().clone(), group_src=0, group=self.group)
+            return SlideOutput(logits, None, auxiliary)
         # A bag of one row of zeros: engines wait for a gradient of every parameter on every rank, and it is zero here.
         n_bags = lengths.shape[1]
         blank = rows.detach().new_zeros(n_bags, *rows.shape[1:])
         with keyed_generators(seed, rows.device):
-            out = self.original(StackedBags(blank, torch.arange(n_bags + 1, device=rows.device)))
-        known = out.logits.detach().clone()
-        dist.broadcast(known, group_src=0, group=self.group)
-        nothing = out.logits.sum() * 0.0 + rows.sum() * 0.0
-        return out._replace(logits=known + nothing, attention=None)
+            out = self.original(StackedBags(blank, torch.arange(n_bags + 1, device=rows.device)), *labels)
+        found = []
+        nothing = rows.sum() * 0.0
+        for value in (out.logits, out.auxiliary_loss):
+            if value is not None:
+                known = value.detach().clone()
+                dist.broadcast(known, group_src=0, group=self.group)
+                found.append(known + value.sum() * 0.0 + nothing)
+        return SlideOutput(found[0], None, found[1] if len(found) > 1 else None)
 
 
 def _in_bag_order(lengths: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,11 @@ def stream_bag(
 def _require_streamable(encoder: nn.Module, aggregator: Any) -> None:
     if getattr(aggregator, "pooling", None) not in ("attention", "mean"):
         raise ValueError(f"a streamed bag must be pooled by attention or mean, got {type(aggregator).__name__}")
+    if getattr(aggregator, "needs_labels", False) and aggregator.training:
+        raise ValueError(
+            f"a streamed bag has no loss of its instances, got {type(aggregator).__name__} in training. "
+            'HINT: partition_layers(encoder, PartitionPolicy("recompute")) keeps the features, and nothing else.'
+        )
     for name, part in encoder.named_modules():
         if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
             raise ValueError(

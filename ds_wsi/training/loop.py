@@ -198,7 +198,7 @@ def _micro_loss(run: Run, bags: list[Bag]) -> tuple[torch.Tensor, int]:
     ]
     labels = torch.tensor([run.cohort.manifest.slides[bag.slide].label for bag in bags], device=run.device)
     stack = stack_bags(tiles, allow_empty=run.mesh.tile_size > 1)
-    return stack_loss(run.model(stack), labels), sum(map(len, tiles))
+    return stack_loss(run.model(stack, labels), labels), sum(map(len, tiles))
 
 
 def _require_tiles(run: Run, bags: list[Bag]) -> None:

@@ -12,6 +12,7 @@ from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.stacking import StackedBags, stack_bags
 from ds_wsi.tile_parallel import TileMesh, TileParallelPolicy, collectives, shard_tiles, stream_bag, tile_mesh
+from ds_wsi.training.step import stack_loss
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -74,7 +75,7 @@ def one_process(case) -> dict[str, Tensor]:
     bags = stack_bags([tiles_of(bag, sum(counts)) for bag, counts in enumerate(SPLITS[case["split"]])])
     if case.get("population") == "stack":
         partition_layers(model.encoder, PartitionPolicy(mode="keep", chunk_size=64))
-    (F.cross_entropy(model(bags).logits, LABELS, reduction="sum") / 2).backward()
+    (stack_loss(model(bags, LABELS), LABELS) / 2).backward()
     return found_by(model)
 
 
@@ -89,8 +90,8 @@ def on_this_rank(case) -> dict[str, Tensor]:
     if "mode" in case:
         policy = PartitionPolicy(mode=case["mode"], chunk_size=2, bn_population=case.get("population", "bag"))
         partition_layers(model.encoder, policy)
-    output = model(shards(SPLITS[case["split"]], mesh.tile_rank))
-    loss = F.cross_entropy(output.logits, LABELS, reduction="sum") / 2 / mesh.tile_size
+    output = model(shards(SPLITS[case["split"]], mesh.tile_rank), LABELS)
+    loss = stack_loss(output, LABELS) / 2 / mesh.tile_size
     (loss * case.get("factor", 1)).backward()
     found = found_by(model)
     for name, value in found.items():
@@ -119,6 +120,12 @@ def difference(ours, theirs) -> float:
 def all_cases():
     plain = [{"exchange": exchange, "split": split} for exchange in EXCHANGES for split in SPLITS]
     pooling = [{"exchange": e, "split": "idle ranks", "aggregator": a} for e in EXCHANGES for a in ("mean", "max")]
+    labelled = [
+        {"exchange": exchange, "split": "lopsided", "aggregator": name}
+        for name in ("clam_sb", "clam_mb", "dsmil", "transmil")
+        for exchange in EXCHANGES
+        if exchange != "sharded" or name.startswith("clam")
+    ]
     modes = ("lean", "recompute", "offload", "checkpoint")
     parts = [
         {"exchange": "sharded", "split": split, "mode": mode, "population": population}
@@ -127,7 +134,7 @@ def all_cases():
             *(("lopsided", mode, "stack") for mode in modes),
         ]
     ]
-    return plain + pooling + parts
+    return plain + pooling + labelled + parts
 
 
 WRONG = {
