@@ -6,6 +6,7 @@ the loss. The reference is plain PyTorch: one process, no engine, no exchange.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -32,9 +33,9 @@ LAYERS = {
 EXCHANGES = ("gather", "replicated", "sharded")
 ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 FLOAT64_ENGINES = ("ddp", "fsdp2")  # DeepSpeed refuses float64 gradients, or keeps float32 master weights
-LEARNING_RATES = {"sgd": 1e-2, "adam": 1e-3}
+LEARNING_RATES = {"small": {"sgd": 1e-2, "adam": 1e-3}, "resnet18": {"sgd": 1e-3, "adam": 1e-4}}
+TILE_PX = {"small": 16, "resnet18": 64}
 LENGTHS = (13, 6, 9, 17, 5, 11, 8, 14)  # tiles of the bags, two a step
-TILE_PX = 16
 LIMITS = {
     "float32": (1e-6, 1e-4),
     "float64": (1e-12, 1e-9),
@@ -92,7 +93,14 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
         for encoder in sorted({case.encoder for case in cases})
     }
     notes = {
-        **{"steps": steps, "layers": LAYERS, "tiles": list(LENGTHS), "tile_px": TILE_PX, "threads_a_rank": 1},
+        **{
+            "steps": steps,
+            "layers": LAYERS,
+            "tiles": list(LENGTHS),
+            "tile_px": TILE_PX,
+            "learning_rates": LEARNING_RATES,
+            "threads_a_rank": 1,
+        },
         "plain float32 from plain float64, first gradients": floors,
     }
     return Result("Gradient equivalence", rows, bounds, lambda figure: _draw(figure, curves), notes)
@@ -103,7 +111,7 @@ def _cases(quick: bool, options: Mapping[str, str]) -> tuple[int, list[Case]]:
         "worlds": ("1", "2", "4"),
         "engines": ENGINES,
         "exchanges": EXCHANGES,
-        "optimizers": tuple(LEARNING_RATES),
+        "optimizers": ("sgd", "adam"),
         "dtypes": tuple(LIMITS),
     }
     unknown = [name for name in options if name not in (*known, "steps")]
@@ -158,7 +166,7 @@ def make_model(encoder: str, dtype: torch.dtype) -> SlideModel:
     return SlideModel(resnet, build_aggregator("gated_abmil", resnet.num_features, 2)).to(dtype).train()
 
 
-def bags_of(step: int, dtype: torch.dtype) -> list[tuple[Tensor, int]]:
+def bags_of(step: int, dtype: torch.dtype, tile_px: int) -> list[tuple[Tensor, int]]:
     """Two bags, (tiles [N, 3, S, S], label), the same in every process."""
     found = []
     for place in (2 * step, 2 * step + 1):
@@ -167,7 +175,7 @@ def bags_of(step: int, dtype: torch.dtype) -> list[tuple[Tensor, int]]:
         label = place % 2
         # Blobs of colour: tiles of noise would all look alike to a network, and divide its rounding by small variances.
         coarse = torch.randn(count, 3, 4, 4, dtype=torch.float64, generator=generator) + 0.3 * label
-        tiles = F.interpolate(coarse, size=(TILE_PX, TILE_PX), mode="bicubic")
+        tiles = F.interpolate(coarse, size=(tile_px, tile_px), mode="bicubic")
         found.append((tiles.to(dtype), label))
     return found
 
@@ -176,10 +184,10 @@ def _reference(encoder: str, optimizer: str, dtype: str, steps: int) -> list[dic
     kind = getattr(torch, dtype)
     model = make_model(encoder, kind)
     steppers = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-    own = steppers[optimizer](model.parameters(), lr=LEARNING_RATES[optimizer])
+    own = steppers[optimizer](model.parameters(), lr=LEARNING_RATES[encoder][optimizer])
     records = []
     for step in range(steps):
-        tiles, labels = zip(*bags_of(step, kind), strict=True)
+        tiles, labels = zip(*bags_of(step, kind, TILE_PX[encoder]), strict=True)
         loss = F.cross_entropy(model(stack_bags(tiles)).logits, torch.tensor(labels))
         loss.backward()
         gradients = {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
@@ -216,10 +224,10 @@ def _train(case: Case, steps: int) -> list[dict[str, Any]]:
     model = make_model(case.encoder, kind)
     mesh = tile_mesh(case.size)
     shard_tiles(model, mesh, TileParallelPolicy(case.size, case.exchange))
-    stepper = Stepper(case.engine, model, case.optimizer, LEARNING_RATES[case.optimizer])
+    stepper = Stepper(case.engine, model, case.optimizer, LEARNING_RATES[case.encoder][case.optimizer])
     records = []
     for step in range(steps):
-        bags = bags_of(step, kind)
+        bags = bags_of(step, kind, TILE_PX[case.encoder])
         if mesh.slide_size == 2:
             bags = bags[mesh.slide_rank :: 2]
         stretches = share_tiles([len(tiles) for tiles, _ in bags], [1.0] * mesh.tile_size)[mesh.tile_rank]
@@ -250,7 +258,7 @@ def _compared(found: list[dict[str, Any]], reference: list[dict[str, Any]]) -> d
     for ours, theirs in zip(found, reference, strict=True):
         curves["loss"].append(abs(ours["loss"] - theirs["loss"]))
         for what in ("gradients", "parameters"):
-            for layer in (name for names in LAYERS.values() for name in names if name in theirs[what]):
+            for layer in dict.fromkeys(name for names in LAYERS.values() for name in names if name in theirs[what]):
                 value = _normalised([(ours[what][layer], theirs[what][layer])])
                 curves.setdefault(f"{what} {layer}", []).append(value)
     for what, record, other in (
@@ -316,8 +324,10 @@ def _draw(figure: Figure, curves: dict[Case, dict[str, list[float]]]) -> None:
             if what != "loss":
                 lines = {f"{what} {layer}": color for layer, color in zip(layers, COLORS, strict=True)}
             for key, color in lines.items():
-                values = [max(value, 1e-18) for value in curve[key]]
-                axis.plot(range(1, len(values) + 1), values, style, color=color, alpha=0.5, linewidth=0.8)
+                values = [value or math.nan for value in curve[key]]  # equal to the last bit: nothing to show
+                axis.plot(
+                    range(1, len(values) + 1), values, style, color=color, marker=".", markersize=2, linewidth=0.6
+                )
         axis.set_yscale("log")
         axis.set_ylim(1e-18, 1e-3)
         axis.set_xlabel("step")
