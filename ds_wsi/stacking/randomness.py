@@ -58,7 +58,9 @@ def stack_bounds(cu_seqlens: Tensor, first_bag: int = 0) -> Iterator[None]:
         return
     lengths = cu_seqlens.diff().tolist()
     keys = bags.keys[first_bag : first_bag + len(lengths)]
-    token = _present.set(replace(bags, keys=keys, lengths=lengths, calls=Counter()))
+    # A stack within the stack (pseudo-bags) goes on counting; a pack starts anew, as if it were alone.
+    calls = Counter() if bags.lengths is None else bags.calls
+    token = _present.set(replace(bags, keys=keys, lengths=lengths, calls=calls))
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ds_wsi.models.aggregators.gated_attention import GatedAttention, xavier_linears
 from ds_wsi.models.output import SlideOutput
-from ds_wsi.stacking.randomness import bag_draws
+from ds_wsi.stacking.randomness import bag_draws, stack_bounds
 from ds_wsi.stacking.segment_ops import (
     segment_ids,
     segment_mean,
@@ -83,7 +83,9 @@ class DTFD(nn.Module):
         within = segment_softmax(self.attention_1(embedded), instance_bounds)  # [sum N, 1]
         pooled = segment_sum(within * embedded, instance_bounds)  # [sum P, D']
         # One call for both, as a layer's weights may be there (ZeRO-3) in its own forward only.
-        judged = self.classifier_1(self.dropout(pooled), None if self.distillation == "afs" else embedded)
+        with stack_bounds(pseudo_bounds):
+            dropped = self.dropout(pooled)
+        judged = self.classifier_1(dropped, None if self.distillation == "afs" else embedded)
         guesses, evidence = judged.split([len(pooled), len(judged) - len(pooled)])
         passed_on, per_pseudo_bag = pooled, 1
         if self.distillation != "afs":
