@@ -70,4 +70,5 @@ def stack_bags(bags: Sequence[Tensor], *, allow_empty: bool = False) -> StackedB
                 f"got {list(bag.shape[1:])}, {bag.dtype}, {bag.device}"
             )
     ends = torch.tensor([0, *(len(bag) for bag in bags)], dtype=torch.int64).cumsum(0)
-    return StackedBags(torch.cat(list(bags)), ends.to(first.device))
+    # One bag is taken as it is, without a copy.
+    return StackedBags(first if len(bags) == 1 else torch.cat(list(bags)), ends.to(first.device))

@@ -1,0 +1,87 @@
+"""Features on disk: every format, every way a file can be wrong, and the loader that stacks them."""
+
+import pickle
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+from ds_wsi import build_aggregator
+from ds_wsi.bags.features import FeatureDataset, FeatureFileError, collate_bags, read_features
+
+FEATURES = torch.arange(12.0).reshape(4, 3)
+COORDS = torch.arange(8).reshape(4, 2)
+
+
+def write(path, features=FEATURES, coords=COORDS, kind=None):
+    if path.suffix == ".h5":
+        with h5py.File(path, "w") as file:
+            file["features"] = np.asarray(features)
+            if coords is not None:
+                file["coords"] = np.asarray(coords)
+    elif path.suffix == ".safetensors":
+        save_file({"features": features} | ({} if coords is None else {"coords": coords}), path)
+    else:
+        torch.save(features if coords is None else {"features": features, "coords": coords}, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".pt", ".safetensors"])
+def test_every_format_is_read_with_and_without_coords(tmp_path, suffix):
+    for coords in (COORDS, None):
+        bag = read_features(write(tmp_path / f"slide{suffix}", coords=coords))
+        assert torch.equal(bag.features, FEATURES)
+        assert bag.coords is None if coords is None else torch.equal(bag.coords, COORDS)
+    half = read_features(write(tmp_path / f"half{suffix}", features=FEATURES.half(), coords=None))
+    assert half.features.dtype == torch.float32
+
+
+def test_tridents_leading_dimension_is_taken_off(tmp_path):
+    assert read_features(write(tmp_path / "a.h5", features=FEATURES[None])).features.shape == (4, 3)
+
+
+def test_what_is_wrong_is_said(tmp_path):
+    (tmp_path / "torn.h5").write_bytes(write(tmp_path / "whole.h5").read_bytes()[:300])
+    (tmp_path / "torn.safetensors").write_bytes(b"\x10" * 20)
+    (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04")
+    (tmp_path / "code.pt").write_bytes(pickle.dumps(pytest.raises))
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["coords"] = np.zeros((2, 2))
+    broken = FEATURES.clone()
+    broken[1, 2] = torch.nan
+    torch.save(["a"], tmp_path / "list.pt")
+    for path, words in (
+        (tmp_path / "gone.h5", "must be a file, got .*gone.h5 .missing."),
+        (tmp_path / "a.npy", "must be a file"),
+        (tmp_path / "torn.h5", r"must be readable.*torn.h5.*HINT: extract"),
+        (tmp_path / "torn.safetensors", r"must be readable.*torn.safetensors"),
+        (tmp_path / "torn.pt", r"must be readable.*torn.pt"),
+        (tmp_path / "code.pt", r"must be tensors alone.*code.pt.*HINT: save them as a tensor"),
+        (tmp_path / "list.pt", "must be a tensor, or a dict with one, got list"),
+        (tmp_path / "other.h5", r"must be a dataset of the file, got \['coords'\]"),
+        (write(tmp_path / "nan.h5", features=broken), "must be finite, got 1 rows that are not, of 4"),
+        (write(tmp_path / "flat.h5", features=FEATURES[0]), r"must be \[N, D\] with N >= 1, got \[3\]"),
+        (write(tmp_path / "short.h5", coords=COORDS[:2]), "coords must have a row a feature, 4, got 2"),
+    ):
+        with pytest.raises(FeatureFileError, match=words):
+            read_features(path)
+    (tmp_path / "a.npy").write_bytes(b"")
+    with pytest.raises(FeatureFileError, match=r"must be one of .h5, .pt, .safetensors, got 'a.npy'"):
+        read_features(tmp_path / "a.npy")
+
+
+def test_a_loader_makes_stacks_that_train(tmp_path):
+    for name, suffix, count in (("a", ".h5", 4), ("b", ".pt", 2), ("c", ".safetensors", 3)):
+        write(tmp_path / f"{name}{suffix}", features=FEATURES[:count], coords=None)
+    dataset = FeatureDataset(tmp_path, [("a", 0), ("b", 1), ("c", 0)])
+    (stack, labels, names), (last, *_) = list(DataLoader(dataset, batch_size=2, collate_fn=collate_bags))
+    assert stack.lengths.tolist() == [4, 2]
+    assert labels.tolist() == [0, 1]
+    assert names == ["a", "b"]
+    assert last.n_bags == 1
+    build_aggregator("abmil", 3, 2)(stack).logits.sum().backward()
+    with pytest.raises(FeatureFileError, match=r"2 of 3 have none: x, y"):
+        FeatureDataset(tmp_path, [("x", 0), ("a", 1), ("y", 0)])
