@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--compare", action="store_true", help="train end to end and with a frozen encoder, print both")
     demo.add_argument(*spellings("output_dir"), default="runs/demo_compare", help="of the two runs of --compare")
     demo.add_argument("--seed", type=int, default=0, help="of the two runs of --compare")
+    _manifest_options(_command(commands, "manifest", run_manifest, "write the manifest of a public dataset"))
     tile = _command(commands, "tile", run_tile, "write each slide's tile coordinates")
     _cohort_options(tile)
     _policy_options(tile, TilingPolicy, ("tile_size_px", "mpp", "min_tissue_fraction"))
@@ -71,6 +72,32 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, text:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
     return parser
+
+
+def _manifest_options(parser: argparse.ArgumentParser) -> None:
+    from ds_wsi.bags.datasets import DATASETS
+    from ds_wsi.bags.splits import LEVELS
+
+    parser.add_argument("dataset", choices=sorted(DATASETS), help="which")
+    parser.add_argument("--root", required=True, help="the folder into which it was unpacked")
+    parser.add_argument("--output", required=True, help="the CSV to write; of several splits one each, numbered")
+    reading = parser.add_argument_group("of the dataset", argument_default=argparse.SUPPRESS)
+    reading.add_argument("--labels", help="its label file (default: where the dataset has it)")
+    reading.add_argument("--drop", help="panda: list of noisy slides to leave out")
+    reading.add_argument(*spellings("missing_ok"), action="store_true", help="panda: leave out rows without an image")
+    reading.add_argument("--target", choices=("stage", "tumor"), help="camelyon: the classes")
+    reading.add_argument("--corrections", help="camelyon: labels that override the official ones")
+    reading.add_argument(*spellings("test_centers"), type=lambda text: text.split(","), help="camelyon17: such as 3,4")
+    reading.add_argument(*spellings("label_column"), help="tcga: heading of the label")
+    reading.add_argument(*spellings("one_per_patient"), action="store_true", help="tcga: each patient's first slide")
+    splits = parser.add_argument_group("splits (default: the official one)")
+    splits.add_argument("--split", help="CLAM's CSV, PANTHER's folder, or a folder of folds of either")
+    splits.add_argument("--folds", type=int, default=0, help="draw folds by patient")
+    splits.add_argument("--runs", type=int, default=0, help="draw so many Monte-Carlo splits by patient")
+    splits.add_argument("--level", choices=LEVELS, default="patient", help="slide: as some papers split, with leakage")
+    splits.add_argument(*spellings("keep_listed"), action="store_true", help="drop slides that --split does not name")
+    splits.add_argument(*spellings("validation_fraction"), type=float, default=0.0, help="of the training patients")
+    splits.add_argument("--seed", type=int, default=0, help="of what is drawn")
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +183,20 @@ def run_plan(options: argparse.Namespace) -> None:
         write_json(folder / "plan.json", {"ds_wsi": {"partition": {"plan": plan.to_section()}}})
         draw_plan(plan, folder / "plan.png")
         print(f"written: {folder / 'plan.json'}, {folder / 'plan.png'}")
+
+
+def run_manifest(options: argparse.Namespace) -> None:
+    """`ds-wsi manifest`."""
+    from ds_wsi.bags.prepare import read_dataset, split_dataset, write_manifests
+
+    splitting = ("split", "folds", "runs", "level", "keep_listed", "validation_fraction", "seed")
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "dataset", "root", "output")}
+    reading = {name: value for name, value in given.items() if name not in splitting}
+    manifest = read_dataset(options.dataset, options.root, reading)
+    manifests = split_dataset(manifest, **{name: given[name] for name in splitting})
+    for path, written in zip(write_manifests(manifests, options.output), manifests, strict=True):
+        counts = {split: len(written.in_split(split)) for split in ("train", "validation", "test")}
+        print(f"{path}\t{len(written.slides)} slides\t{counts}\t--classes {','.join(written.classes)}")
 
 
 def run_demo(options: argparse.Namespace) -> None:

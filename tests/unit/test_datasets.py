@@ -7,6 +7,7 @@ import pytest
 from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.datasets import read_camelyon16, read_camelyon17, read_panda, read_tcga
 from ds_wsi.bags.manifest import ManifestError, read_manifest, write_manifest
+from ds_wsi.cli import main
 from ds_wsi.slides.demo import write_pyramid
 from ds_wsi.slides.tiling import TilingPolicy
 
@@ -374,3 +375,36 @@ def test_the_official_label_files_have_the_known_counts(shared_data, tmp_path, c
     tcga = read_tcga(tmp_path / "lung", lung)
     assert Counter(found(tcga).values()) == {"adenocarcinoma": 467, "squamous": 474}
     assert len({slide.patient_id for slide in tcga.slides}) == 941
+
+
+def command(*arguments):
+    return main(["manifest", *(str(argument) for argument in arguments)])
+
+
+def test_the_command_writes_a_manifest_that_training_reads(tmp_path, capsys):
+    camelyon16(tmp_path)
+    assert command("camelyon16", "--root", tmp_path, "--output", tmp_path / "c.csv", "--validation-fraction", 0.5) == 0
+    counts = {"train": 2, "validation": 2, "test": 2}
+    assert capsys.readouterr().out == f"{tmp_path}/c.csv\t6 slides\t{counts}\t--classes normal,tumor\n"
+    assert Counter(slide.split for slide in read_manifest(tmp_path / "c.csv").slides) == counts
+
+
+def test_the_command_writes_one_manifest_a_split(tmp_path, capsys):
+    options = ("panda", "--root", panda(tmp_path), "--output", tmp_path / "p.csv")
+    assert command(*options, "--folds", 2, "--seed", 5) == 0
+    assert len({(tmp_path / f"p_{run}.csv").read_text() for run in range(2)}) == 2
+    for fold in range(2):
+        ids = [row[0] for row in PANDA]
+        table(tmp_path / f"clam/splits_{fold}.csv", ("", "train", "val", "test"), [(0, ids[fold], "", ids[2])])
+    assert command(*options, "--split", tmp_path / "clam", "--keep_listed") == 0
+    assert [len(read_manifest(tmp_path / f"p_{fold}.csv", list("012345")).slides) for fold in range(2)] == [2, 2]
+    assert "p_1.csv\t2 slides" in capsys.readouterr().out
+
+
+def test_the_command_refuses_what_does_not_fit(tmp_path, capsys):
+    options = ("panda", "--root", panda(tmp_path), "--output", tmp_path / "p.csv")
+    assert command(*options, "--target", "stage") == 2
+    assert "options of panda must be of labels, drop, missing_ok, got target" in capsys.readouterr().err
+    assert command(*options, "--folds", 2, "--runs", 2) == 2
+    assert "at most one of split, folds and runs" in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()
