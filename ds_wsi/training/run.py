@@ -21,6 +21,7 @@ from ds_wsi.engines.accelerate import (
     build_accelerator,
     prepare,
 )
+from ds_wsi.engines.deepspeed import is_zero3
 from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, build_model, freeze
@@ -30,6 +31,7 @@ from ds_wsi.slides.demo import make_demo
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
 from ds_wsi.tile_parallel.shard import Handle
 from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from ds_wsi.training.optim import WeightAverage
 from ds_wsi.training.settings import TrainSettings
 
 
@@ -62,6 +64,7 @@ class Run:
     progress: Progress
     mesh: TileMesh
     sharing: Handle
+    average: WeightAverage | None = None
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +132,22 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         Progress(),
         mesh,
         sharing,
+        _average(accelerator, accelerator.unwrap_model(model), settings.optim.ema_decay),
     )
+
+
+def _average(accelerator: Accelerator, module: SlideModel, decay: float) -> WeightAverage | None:
+    """The moving average of the weights, saved and loaded with the engine's state; None where none is wanted."""
+    if decay == 0:
+        return None
+    if is_zero3(module):
+        raise ValueError(
+            f"--ema_decay must be 0 at ZeRO stage 3, whose ranks hold parts of the weights, got {decay}. "
+            "HINT: take stage 2."
+        )
+    average = WeightAverage(module, decay)
+    accelerator.register_for_checkpointing(average)
+    return average
 
 
 def _partition(
@@ -249,6 +267,8 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "lr_scheduler_type": optim.lr_scheduler_type,
         "warmup_steps": optim.warmup_steps,
         "mixed_precision": optim.mixed_precision,
+        "demon": optim.demon,
+        "ema_decay": optim.ema_decay,
         "freeze_encoder": run.settings.model.freeze_encoder,
         "encoder": run.config.encoder,
         "aggregator": run.config.aggregator,
