@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ds_wsi.bags.bag import ReadPolicy
 from ds_wsi.config import read_section
@@ -20,6 +21,9 @@ from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.slides.demo import DemoPolicy, make_demo
 from ds_wsi.slides.tiling import TilingPolicy
 from ds_wsi.training.options import add_train_options, settings_from, spellings
+
+if TYPE_CHECKING:
+    from ds_wsi.bags.cohort import Cohort
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
         tile.add_argument(
             *spellings(f"import_{project}"), metavar="DIR", help=f"take coordinates from {project.upper()}'s h5 files"
         )
+    tile.add_argument("--store", metavar="DIR", help="also pack the tiles there, for training with --tile_store DIR")
+    tile.add_argument(*spellings("jpeg_quality"), type=int, default=90, help="of packed tiles (default: 90)")
+    tile.add_argument("--verify", action="store_true", help="check the tiles that are packed, pack damaged slides anew")
     tile.add_argument("--workers", type=int, default=1, help="threads")
     plan = _command(commands, "plan", run_plan, "plan the partition of an encoder: modes, memory and time")
     _plan_options(plan)
@@ -137,6 +144,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     _cohort_options(parser)
     parser.add_argument(*spellings("output_dir"), required=True, help="where results go")
     parser.add_argument(*spellings("tiles_dir"), help="where tile grids are kept (default: in output_dir)")
+    parser.add_argument(*spellings("tile_store"), default="", help="folder that `ds-wsi tile --store` wrote")
     parser.add_argument(*spellings("dataloader_num_workers"), type=int, default=1, help="processes that read tiles")
     parser.add_argument("--device", help="cuda, cpu (default: cuda where there is one)")
 
@@ -263,6 +271,22 @@ def run_tile(options: argparse.Namespace) -> None:
             exporters[options.export](
                 grid, Path(options.output_dir) / options.export / "patches" / f"{grid.slide_id}{suffix}"
             )
+    if options.store:
+        _pack(cohort, options)
+
+
+def _pack(cohort: "Cohort", options: argparse.Namespace) -> None:
+    from ds_wsi.bags.packing import pack_cohort
+
+    packed = pack_cohort(
+        cohort, options.store, quality=options.jpeg_quality, workers=options.workers, verify=options.verify
+    )
+    n_bytes = sum(slide.path.stat().st_size for slide in packed)
+    print(
+        f"{options.store}\t{sum(cohort.lengths)} tiles of {len(packed)} slides, {n_bytes / 2**20:.1f} MiB, "
+        f"{sum(slide.written for slide in packed)} slides packed now, "
+        f"{sum(slide.n_failed for slide in packed)} tiles unreadable"
+    )
 
 
 def _import_grids(options: argparse.Namespace) -> None:
@@ -325,6 +349,7 @@ def _predictions(options: argparse.Namespace, split: str) -> tuple:
 
     from ds_wsi.bags.bag import FailureLog
     from ds_wsi.bags.cohort import load_cohort
+    from ds_wsi.bags.packing import require_store
     from ds_wsi.evaluation.predict import predict_slides
     from ds_wsi.models import load_model
 
@@ -339,7 +364,8 @@ def _predictions(options: argparse.Namespace, split: str) -> tuple:
     )
     rows = _chosen_rows(options, cohort, split)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    policy = replace(ReadPolicy(), workers=options.dataloader_num_workers)
+    policy = replace(ReadPolicy(), workers=options.dataloader_num_workers, tile_store=options.tile_store)
+    require_store(policy.tile_store, cohort.manifest.slides, cohort.grids)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, policy.max_failed_fraction)
     stream = predict_slides(model.to(device), cohort.manifest.slides, cohort.grids, rows, policy, failures)
     return cohort, list(stream), failures.rows()

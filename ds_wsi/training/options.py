@@ -42,6 +42,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("min_tissue_fraction", "policies.tiling.min_tissue_fraction", float, "of a tile's area"),
     ("dataloader_num_workers", "policies.reading.workers", int, "processes that read tiles"),
     ("tiles_per_slide", "policies.reading.tiles_per_slide", tiles_or_all, "tiles of each training slide, or all"),
+    ("tile_store", "policies.reading.tile_store", str, "folder that `ds-wsi tile --store` wrote, in place of slides"),
     ("max_failed_fraction", "policies.reading.max_failed_fraction", float, "of tiles that may fail to read"),
     ("augment_colour", "policies.augment.colour", float, "largest relative change of a channel, one draw a slide"),
     ("partition", "policies.partition.mode", POLICY_MODES, "how the encoder's activations are partitioned"),

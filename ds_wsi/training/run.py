@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_wsi.bags.bag import FailureLog
 from ds_wsi.bags.cohort import Cohort, load_cohort
+from ds_wsi.bags.packing import require_store
 from ds_wsi.engines.accelerate import (
     Accelerator,
     EngineSettings,
@@ -101,6 +102,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     accelerator.project_configuration.logging_dir = str(output_dir)
     cohort = _load_cohort(settings, accelerator, output_dir)
     _require_splits(cohort)
+    require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.grids)
     config = ModelConfig(
         encoder=settings.model.encoder,
         aggregator=settings.model.aggregator,
