@@ -83,13 +83,16 @@ def hold_out_validation(manifest: Manifest, fraction: float, seed: int = 0) -> M
     """Move a fraction of the training patients, stratified by label, to validation; 0 returns the manifest.
 
     Raises:
-        ManifestError: too few training patients to give both one.
+        ManifestError: no training split, or too few training patients to give both one.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"validation fraction must be in [0, 1), got {fraction}. HINT: 0.1 holds out a tenth.")
     if fraction == 0:
         return manifest
     training = replace(manifest, slides=manifest.in_split("train"))
+    if not training.slides:
+        problem = f"validation must be held out of a training split, got none among {len(manifest.slides)} slides"
+        raise ManifestError(manifest.source, [f"{problem}. HINT: draw splits, by folds or runs."])
     drawn = _draw(training, {"train": 1 - fraction, "validation": fraction}, f"{seed}-validation")
     slides = [
         replace(slide, split=drawn[slide.patient_id]) if slide.split == "train" else slide for slide in manifest.slides

@@ -263,6 +263,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
     return {
         "seed": run.settings.run.seed,
         **run.epoch_layout,
+        "from_tile_store": bool(run.settings.policies.reading.tile_store),  # its JPEG differs by a grey level
         "tiles_per_slide": run.settings.policies.reading.tiles_per_slide,
         "num_train_epochs": optim.num_train_epochs,
         "learning_rate": optim.learning_rate,

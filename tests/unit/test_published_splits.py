@@ -179,5 +179,7 @@ def test_validation_is_held_out_of_training_alone():
     assert [len(held.in_split(split)) for split in SPLITS] == [16, 4, 20]
     assert held.in_split("test") == drawn.in_split("test")
     assert hold_out_validation(drawn, 0) is drawn
+    with pytest.raises(ManifestError, match="must be held out of a training split, got none among 12 slides"):
+        hold_out_validation(cohort(), 0.2)
     with pytest.raises(ValueError, match=r"validation fraction must be in \[0, 1\), got 1"):
         hold_out_validation(drawn, 1)
