@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ds_wsi.bags.bag import ReadPolicy
 from ds_wsi.config import read_section
@@ -20,6 +21,9 @@ from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.slides.demo import DemoPolicy, make_demo
 from ds_wsi.slides.tiling import TilingPolicy
 from ds_wsi.training.options import add_train_options, settings_from, spellings
+
+if TYPE_CHECKING:
+    from ds_wsi.bags.cohort import Cohort
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--compare", action="store_true", help="train end to end and with a frozen encoder, print both")
     demo.add_argument(*spellings("output_dir"), default="runs/demo_compare", help="of the two runs of --compare")
     demo.add_argument("--seed", type=int, default=0, help="of the two runs of --compare")
+    _manifest_options(_command(commands, "manifest", run_manifest, "write the manifest of a public dataset"))
     tile = _command(commands, "tile", run_tile, "write each slide's tile coordinates")
     _cohort_options(tile)
     _policy_options(tile, TilingPolicy, ("tile_size_px", "mpp", "min_tissue_fraction"))
@@ -53,6 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
         tile.add_argument(
             *spellings(f"import_{project}"), metavar="DIR", help=f"take coordinates from {project.upper()}'s h5 files"
         )
+    tile.add_argument("--store", metavar="DIR", help="also pack the tiles there, for training with --tile_store DIR")
+    tile.add_argument(*spellings("jpeg_quality"), type=int, default=90, help="of packed tiles (default: 90)")
+    tile.add_argument("--verify", action="store_true", help="check the tiles that are packed, pack damaged slides anew")
     tile.add_argument("--workers", type=int, default=1, help="threads")
     plan = _command(commands, "plan", run_plan, "plan the partition of an encoder: modes, memory and time")
     _plan_options(plan)
@@ -71,6 +79,32 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, text:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
     return parser
+
+
+def _manifest_options(parser: argparse.ArgumentParser) -> None:
+    from ds_wsi.bags.datasets import DATASETS
+    from ds_wsi.bags.splits import LEVELS
+
+    parser.add_argument("dataset", choices=sorted(DATASETS), help="which")
+    parser.add_argument("--root", required=True, help="the folder into which it was unpacked")
+    parser.add_argument("--output", required=True, help="the CSV to write; of several splits one each, numbered")
+    reading = parser.add_argument_group("of the dataset", argument_default=argparse.SUPPRESS)
+    reading.add_argument("--labels", help="its label file (default: where the dataset has it)")
+    reading.add_argument("--drop", help="panda: list of noisy slides to leave out")
+    reading.add_argument(*spellings("missing_ok"), action="store_true", help="panda: leave out rows without an image")
+    reading.add_argument("--target", choices=("stage", "tumor"), help="camelyon: the classes")
+    reading.add_argument("--corrections", help="camelyon: labels that override the official ones")
+    reading.add_argument(*spellings("test_centers"), type=lambda text: text.split(","), help="camelyon17: such as 3,4")
+    reading.add_argument(*spellings("label_column"), help="tcga: heading of the label")
+    reading.add_argument(*spellings("one_per_patient"), action="store_true", help="tcga: each patient's first slide")
+    splits = parser.add_argument_group("splits (default: the official one)")
+    splits.add_argument("--split", help="CLAM's CSV, PANTHER's folder, or a folder of folds of either")
+    splits.add_argument("--folds", type=int, default=0, help="draw folds by patient")
+    splits.add_argument("--runs", type=int, default=0, help="draw so many Monte-Carlo splits by patient")
+    splits.add_argument("--level", choices=LEVELS, default="patient", help="slide: as some papers split, with leakage")
+    splits.add_argument(*spellings("keep_listed"), action="store_true", help="drop slides that --split does not name")
+    splits.add_argument(*spellings("validation_fraction"), type=float, default=0.0, help="of the training patients")
+    splits.add_argument("--seed", type=int, default=0, help="of what is drawn")
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +144,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     _cohort_options(parser)
     parser.add_argument(*spellings("output_dir"), required=True, help="where results go")
     parser.add_argument(*spellings("tiles_dir"), help="where tile grids are kept (default: in output_dir)")
+    parser.add_argument(*spellings("tile_store"), default="", help="folder that `ds-wsi tile --store` wrote")
     parser.add_argument(*spellings("dataloader_num_workers"), type=int, default=1, help="processes that read tiles")
     parser.add_argument("--device", help="cuda, cpu (default: cuda where there is one)")
 
@@ -156,6 +191,20 @@ def run_plan(options: argparse.Namespace) -> None:
         write_json(folder / "plan.json", {"ds_wsi": {"partition": {"plan": plan.to_section()}}})
         draw_plan(plan, folder / "plan.png")
         print(f"written: {folder / 'plan.json'}, {folder / 'plan.png'}")
+
+
+def run_manifest(options: argparse.Namespace) -> None:
+    """`ds-wsi manifest`."""
+    from ds_wsi.bags.prepare import read_dataset, split_dataset, write_manifests
+
+    splitting = ("split", "folds", "runs", "level", "keep_listed", "validation_fraction", "seed")
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "dataset", "root", "output")}
+    reading = {name: value for name, value in given.items() if name not in splitting}
+    manifest = read_dataset(options.dataset, options.root, reading)
+    manifests = split_dataset(manifest, **{name: given[name] for name in splitting})
+    for path, written in zip(write_manifests(manifests, options.output), manifests, strict=True):
+        counts = {split: len(written.in_split(split)) for split in ("train", "validation", "test")}
+        print(f"{path}\t{len(written.slides)} slides\t{counts}\t--classes {','.join(written.classes)}")
 
 
 def run_demo(options: argparse.Namespace) -> None:
@@ -222,6 +271,22 @@ def run_tile(options: argparse.Namespace) -> None:
             exporters[options.export](
                 grid, Path(options.output_dir) / options.export / "patches" / f"{grid.slide_id}{suffix}"
             )
+    if options.store:
+        _pack(cohort, options)
+
+
+def _pack(cohort: "Cohort", options: argparse.Namespace) -> None:
+    from ds_wsi.bags.packing import pack_cohort
+
+    packed = pack_cohort(
+        cohort, options.store, quality=options.jpeg_quality, workers=options.workers, verify=options.verify
+    )
+    n_bytes = sum(slide.path.stat().st_size for slide in packed)
+    print(
+        f"{options.store}\t{sum(cohort.lengths)} tiles of {len(packed)} slides, {n_bytes / 2**20:.1f} MiB, "
+        f"{sum(slide.written for slide in packed)} slides packed now, "
+        f"{sum(slide.n_failed for slide in packed)} tiles unreadable"
+    )
 
 
 def _import_grids(options: argparse.Namespace) -> None:
@@ -284,6 +349,7 @@ def _predictions(options: argparse.Namespace, split: str) -> tuple:
 
     from ds_wsi.bags.bag import FailureLog
     from ds_wsi.bags.cohort import load_cohort
+    from ds_wsi.bags.packing import require_store
     from ds_wsi.evaluation.predict import predict_slides
     from ds_wsi.models import load_model
 
@@ -298,7 +364,8 @@ def _predictions(options: argparse.Namespace, split: str) -> tuple:
     )
     rows = _chosen_rows(options, cohort, split)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    policy = replace(ReadPolicy(), workers=options.dataloader_num_workers)
+    policy = replace(ReadPolicy(), workers=options.dataloader_num_workers, tile_store=options.tile_store)
+    require_store(policy.tile_store, cohort.manifest.slides, cohort.grids)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, policy.max_failed_fraction)
     stream = predict_slides(model.to(device), cohort.manifest.slides, cohort.grids, rows, policy, failures)
     return cohort, list(stream), failures.rows()

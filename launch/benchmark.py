@@ -11,7 +11,16 @@ from pathlib import Path
 # Python puts this folder first on the path, where launch/evaluate.py would hide the library `evaluate`.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
-from ds_wsi.benchmarks import equivalence, partition, partition_gpu, scaling, stacking, sweep, tiles  # noqa: E402
+from ds_wsi.benchmarks import (  # noqa: E402
+    equivalence,
+    partition,
+    partition_gpu,
+    scaling,
+    stacking,
+    store,
+    sweep,
+    tiles,
+)
 from ds_wsi.benchmarks.table import write_result  # noqa: E402
 from ds_wsi.runtime.log import setup_logging  # noqa: E402
 
@@ -21,6 +30,7 @@ BENCHMARKS = {
     "partition_gpu": partition_gpu,
     "scaling": scaling,
     "stacking": stacking,
+    "store": store,
     "sweep": sweep,
     "tiles": tiles,
 }

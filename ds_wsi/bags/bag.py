@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.slide import SlideCache, TileReadError
+from ds_wsi.slides.tile_store import TileStore
 from ds_wsi.slides.tiling import TileGrid
 
 CHUNK_BYTES = 24 * 2**20
@@ -36,6 +37,7 @@ class ReadPolicy:
             costs more to hand over, relative to its reading).
         open_slides: slides each worker keeps open.
         max_failed_fraction: of the cohort's tiles that may fail to read before the run stops.
+        tile_store: folder that `ds-wsi tile --store` wrote, read in the slides' place; empty reads the slides.
     """
 
     workers: int = 1
@@ -43,6 +45,7 @@ class ReadPolicy:
     chunk_tiles: int = 0
     open_slides: int = 4
     max_failed_fraction: float = 0.01
+    tile_store: str = ""
 
     def __post_init__(self) -> None:
         """Refuse counts that cannot be read with."""
@@ -113,12 +116,21 @@ class Bag(NamedTuple):
 
 
 class TileDataset(Dataset[TileChunk]):
-    """Answers tile requests; opens slides lazily in the process that reads, and keeps a bounded number open."""
+    """Answers tile requests; opens slides lazily in the process that reads, and keeps a bounded number open.
 
-    def __init__(self, slides: Sequence[SlideEntry], grids: Sequence[TileGrid], open_slides: int) -> None:
+    Args:
+        slides, grids: of the cohort, row by row.
+        open_slides: kept open.
+        tile_store: the store to read from, or empty.
+    """
+
+    def __init__(
+        self, slides: Sequence[SlideEntry], grids: Sequence[TileGrid], open_slides: int, tile_store: str = ""
+    ) -> None:
         self.slides = slides
         self.grids = grids
         self.cache = SlideCache(open_slides)
+        self.store = TileStore(tile_store) if tile_store else None
 
     def __getitem__(self, request: TileRequest) -> TileChunk:
         """Read the tiles of one request; a tile that fails is reported, never replaced."""
@@ -128,17 +140,23 @@ class TileDataset(Dataset[TileChunk]):
         n_read = 0
         failures: list[tuple[int, str]] = []
         for row in request.grid_rows:
-            x, y = (int(value) for value in grid.coords[row])
             try:
-                # Fetched for each tile: after an error the slide is reopened.
-                slide = self.cache.get(entry.path, entry.mpp, entry.slide_id)
-                slide.read_tile(x, y, grid.level, grid.read_size_px, size, out=tiles[n_read])
+                self._read(entry, grid, row, tiles[n_read])
                 n_read += 1
             except TileReadError as error:
                 failures.append((row, str(error)))
         # A view with the channels second: encoders that like channels-last memory get it without a copy.
         read = torch.from_numpy(tiles[:n_read]).permute(0, 3, 1, 2)
         return TileChunk(request, read, tuple(failures))
+
+    def _read(self, entry: SlideEntry, grid: TileGrid, row: int, out: np.ndarray) -> None:
+        if self.store is not None:
+            self.store.get(entry.slide_id).read_tile(row, out)
+            return
+        x, y = (int(value) for value in grid.coords[row])
+        # Fetched for each tile: after an error the slide is reopened.
+        slide = self.cache.get(entry.path, entry.mpp, entry.slide_id)
+        slide.read_tile(x, y, grid.level, grid.read_size_px, grid.tile_size_px, out=out)
 
 
 def plan_requests(order: Iterable[int | BagPart], lengths: Sequence[int], chunk_tiles: int) -> Iterator[TileRequest]:
@@ -183,7 +201,7 @@ def read_chunks(
     # Far enough ahead for one whole bag, within the bound.
     ahead = min(max(chunks_a_bag + 1, 2 * policy.workers), MAX_CHUNKS_AHEAD)
     loader = DataLoader(
-        TileDataset(slides, grids, policy.open_slides),
+        TileDataset(slides, grids, policy.open_slides, policy.tile_store),
         batch_size=None,
         sampler=RequestStream(order, lengths, chunk_tiles),
         num_workers=policy.workers,

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_wsi.runtime.files import atomic_path
+
 SPLITS = ("train", "validation", "test")
 REQUIRED = ("slide_id", "path", "label")
 SPLIT_ALIASES = {"val": "validation", "valid": "validation"}
@@ -37,6 +39,7 @@ class SlideEntry:
         patient_id: the slide's own id where the manifest has no patients.
         split: train, validation, test, or None where not yet assigned.
         mpp: overrides the file's own, um/px.
+        center: where the slide was scanned, if known.
     """
 
     slide_id: str
@@ -45,6 +48,7 @@ class SlideEntry:
     patient_id: str
     split: str | None = None
     mpp: float | None = None
+    center: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Man
     """Read a cohort from CSV or TSV, or from anything that `datasets` loads (JSON, Parquet, a saved dataset).
 
     Columns: slide_id, path (relative to the manifest's folder, or absolute), label, and optionally patient_id,
-    split (train, validation or val, test), mpp (um/px).
+    split (train, validation or val, test), mpp (um/px), center.
 
     Args:
         path: the file, or the folder of a dataset written by `datasets`' save_to_disk.
@@ -98,6 +102,20 @@ def parse_manifest(path: str | Path, classes: Sequence[str] | None = None) -> tu
     slides = tuple(_parse_row(row, number, path.parent, names, problems) for number, row in enumerate(rows, 2))
     problems += _cohort_problems(slides, names)
     return Manifest(slides, names, f"manifest {path}"), problems
+
+
+def write_manifest(manifest: Manifest, path: str | Path) -> None:
+    """Write a CSV that `read_manifest` reads, atomically; paths are absolute, classes are their names.
+
+    The order of the classes is not in the file: give it to `read_manifest` where it is not the sorted one.
+    """
+    names = ("slide_id", "path", "label", "patient_id", "split", "mpp", "center")
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for slide in manifest.slides:
+            values = vars(slide) | {"path": slide.path.absolute(), "label": manifest.classes[slide.label]}
+            writer.writerow(["" if values[name] is None else values[name] for name in names])
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
@@ -147,7 +165,7 @@ def _parse_row(
         problems.append(f"split must be one of {', '.join(SPLITS)}, got {split!r} ({place})")
     label = classes.index(row["label"]) if row["label"] in classes else -1
     mpp = _parse_mpp(row.get("mpp", ""), place, problems)
-    return SlideEntry(slide_id, path, label, row.get("patient_id") or slide_id, split, mpp)
+    return SlideEntry(slide_id, path, label, row.get("patient_id") or slide_id, split, mpp, row.get("center") or None)
 
 
 def _parse_mpp(text: str, place: str, problems: list[str]) -> float | None:

@@ -38,7 +38,7 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str] | 
     demo = make_demo(folder / "demo", DemoPolicy(train=4, validation=2, test=2))
     cases = [
         ("demo, 64 px", demo.parent / "slides" / "demo_002.tiff", 64),
-        ("JPEG 4,096 px, 256 px", _large_slide(folder / "large.tiff"), 256),
+        ("JPEG 4,096 px, 256 px", large_slide(folder / "large.tiff"), 256),
         *((f"{Path(name).name}, 256 px", Path(name), 256) for name in slides),
     ]
     repeats = 5 if quick else 11
@@ -56,7 +56,8 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str] | 
     return Result("Tiles read a second", rows, bounds, lambda figure: _draw(figure, rows, memory), notes)
 
 
-def _large_slide(path: Path) -> Path:
+def large_slide(path: Path) -> Path:
+    """A synthetic JPEG slide of 4,096 px, drawn once."""
     if not path.exists():
         noise = np.random.default_rng(0).integers(90, 220, (1024, 1024, 3), dtype=np.uint8)
         write_pyramid(path, noise.repeat(4, axis=0).repeat(4, axis=1), mpp=0.5)
@@ -64,7 +65,7 @@ def _large_slide(path: Path) -> Path:
 
 
 def _rates(name: str, path: Path, size: int, repeats: int) -> list[dict[str, Any]]:
-    grid = _whole_grid(path, size)
+    grid = whole_grid(path, size)
     # Some seconds a repeat: in a shorter one the last chunks, when a worker has run out of work, would count too much.
     passes = math.ceil((24_000 if size < 256 else 3_000) / len(grid))
     readers = {
@@ -85,7 +86,7 @@ def _rates(name: str, path: Path, size: int, repeats: int) -> list[dict[str, Any
     return rows
 
 
-def _whole_grid(path: Path, size: int) -> TileGrid:
+def whole_grid(path: Path, size: int) -> TileGrid:
     """Every whole tile of level 0, tissue or not: what is timed is reading."""
     with Slide(path, mpp=0.5) as slide:
         plan = plan_level(slide.mpp, slide.level_downsamples, slide.mpp, size)
@@ -135,7 +136,7 @@ def _memory_over_slides(folder: Path, n_slides: int) -> list[int]:
     """Resident bytes of this process and its workers after each of many slides (the demo's, in turn)."""
     paths = sorted((folder / "slides").glob("*.tiff"))
     slides = [SlideEntry(f"slide_{index}", paths[index % len(paths)], 0, "", mpp=0.5) for index in range(n_slides)]
-    grids = [_whole_grid(slide.path, 64) for slide in slides]
+    grids = [whole_grid(slide.path, 64) for slide in slides]
     process, found = psutil.Process(), []
     for chunk in read_chunks(slides, grids, range(n_slides), ReadPolicy(workers=1, open_slides=4)):
         if chunk.request.last:

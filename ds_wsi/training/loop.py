@@ -21,7 +21,7 @@ from ds_wsi.stacking.frameworks import sample_bag
 from ds_wsi.stacking.randomness import bag_randomness
 from ds_wsi.stacking.stacked_bags import stack_bags
 from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
-from ds_wsi.training.optim import learning_rate_at
+from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta
 from ds_wsi.training.outcome import best_entry, export, finish, validate
 from ds_wsi.training.run import Run, prepare_run, resume, save
 from ds_wsi.training.settings import TrainSettings
@@ -113,6 +113,8 @@ def _train_epochs(run: Run) -> None:
         entry = _train_epoch(run, bags)
         average_buffers(run.accelerator, run.module)
         state = full_state_dict(run.module)  # once an epoch, to validate and to export: collective at ZeRO-3
+        if run.average is not None:
+            state |= run.average.weights()
         entry |= validate(run, state)
         _end_epoch(run, entry, state)
         save(run)
@@ -142,7 +144,10 @@ def _train_epoch(run: Run, bags: Iterator[Bag]) -> dict[str, float]:
                 peak=optim.learning_rate,
                 schedule=optim.lr_scheduler_type,
                 warmup_steps=optim.warmup_steps,
+                steps_per_epoch=len(plan),
             )
+            if optim.demon:
+                set_beta(run.optimizer, demon_beta(progress.global_step, total_steps=total, initial=optim.demon))
             loss, tiles = _train_step(run, step, bags, rate_now)
             tiles_read += tiles
             progress.global_step += 1
@@ -199,6 +204,8 @@ def _train_step(run: Run, step: StepPlan, bags: Iterator[Bag], learning_rate: fl
                 accelerator.clip_grad_norm_(run.module.parameters(), run.settings.optim.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
+    if run.average is not None:
+        run.average.update(run.module)
     totals = accelerator.reduce(torch.stack([loss_sum, torch.tensor(float(tiles), device=run.device)]), "sum")
     return float(totals[0]) / mesh.tile_size, int(totals[1])
 

@@ -1,12 +1,26 @@
-"""The learning rate as a function of the step: nothing to save, a resumed run computes what it would have been."""
+"""Learning rate and momentum as functions of the step, and the moving average of the weights.
+
+Of the first two there is nothing to save, a resumed run computes what they would have been; the average is part of the
+checkpoint.
+"""
 
 import math
+from typing import Any
 
-SCHEDULES = ("cosine", "linear", "constant")
+import torch
+from torch import Tensor, nn
+
+SCHEDULES = ("cosine", "linear", "constant", "exponential")
+DECAY_AN_EPOCH = 0.955  # of the exponential schedule, as the end-to-end papers on PANDA have it
 
 
-def learning_rate_at(step: int, *, total_steps: int, peak: float, schedule: str, warmup_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up to `peak`, then the schedule down to 0.
+def learning_rate_at(
+    step: int, *, total_steps: int, peak: float, schedule: str, warmup_steps: int, steps_per_epoch: int = 1
+) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up to `peak`, then the schedule.
+
+    Cosine and linear end at 0 after `total_steps`; exponential falls by 4.5% an epoch of `steps_per_epoch` steps,
+    counted from the end of the warm-up.
 
     Raises:
         ValueError: an unknown schedule.
@@ -17,5 +31,71 @@ def learning_rate_at(step: int, *, total_steps: int, peak: float, schedule: str,
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
+    if schedule == "exponential":
+        return peak * DECAY_AN_EPOCH ** ((step - warmup_steps) // steps_per_epoch)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return peak * (1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def demon_beta(step: int, *, total_steps: int, initial: float) -> float:
+    """Adam's first beta of optimizer step `step` (from 0): `initial` at first, 0 after `total_steps`.
+
+    Source: Chen et al., "Demon: Improved Neural Network Training with Momentum Decay", equation 2.
+    """
+    left = 1 - step / total_steps
+    return initial * left / ((1 - initial) + initial * left)
+
+
+def set_beta(optimizer: Any, beta: float) -> None:
+    """Set the first of every parameter group's betas, in place; Adam reads them anew at each step.
+
+    Raises:
+        ValueError: an optimizer without betas.
+    """
+    for group in optimizer.param_groups:
+        if "betas" not in group:
+            raise ValueError(
+                f"--demon must be given with an optimizer that has betas, got one with {', '.join(sorted(group))}. "
+                "HINT: --optim adam."
+            )
+        group["betas"] = (beta, *group["betas"][1:])
+
+
+class WeightAverage:
+    """The exponential moving average of a model's trained parameters, in float32 on their device.
+
+    Buffers are not averaged: BatchNorm's are moving averages already, and the ranks' differ within an epoch.
+
+    Args:
+        module: unwrapped, with whole parameters on every rank (any engine but ZeRO-3): the ranks' averages agree.
+        decay: of the average; in the first steps 1 - 9 / (10 + steps), where that is less, for else a short run's
+            average would be its initial weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self.averages = {name: p.detach().float().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Take in the weights after an optimizer step."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, parameter in module.named_parameters():
+            if name in self.averages:
+                self.averages[name].lerp_(parameter.float(), 1 - decay)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The averages by parameter name, float32 copies on the CPU."""
+        return {name: average.to("cpu", copy=True) for name, average in self.averages.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"steps": self.steps, "averages": self.weights()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.steps = state["steps"]
+        for name, average in self.averages.items():
+            average.copy_(state["averages"][name])

@@ -19,6 +19,7 @@ from ds_wsi.training.settings import TrainSettings
 
 DEMO_TILE_SIZE_PX = 64  # what the demo cohort's regions were drawn for
 FLAG = "flag"
+ADAM_BETA = 0.9
 
 
 def tiles_or_all(text: str) -> int | None:
@@ -42,6 +43,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("min_tissue_fraction", "policies.tiling.min_tissue_fraction", float, "of a tile's area"),
     ("dataloader_num_workers", "policies.reading.workers", int, "processes that read tiles"),
     ("tiles_per_slide", "policies.reading.tiles_per_slide", tiles_or_all, "tiles of each training slide, or all"),
+    ("tile_store", "policies.reading.tile_store", str, "folder that `ds-wsi tile --store` wrote, in place of slides"),
     ("max_failed_fraction", "policies.reading.max_failed_fraction", float, "of tiles that may fail to read"),
     ("augment_colour", "policies.augment.colour", float, "largest relative change of a channel, one draw a slide"),
     ("partition", "policies.partition.mode", POLICY_MODES, "how the encoder's activations are partitioned"),
@@ -71,6 +73,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("lr_scheduler_type", "optim.lr_scheduler_type", SCHEDULES, "schedule after the warm-up"),
     ("warmup_steps", "optim.warmup_steps", int, "optimizer steps of linear warm-up"),
     ("max_grad_norm", "optim.max_grad_norm", float, "0 clips nothing"),
+    ("ema_decay", "optim.ema_decay", float, "of the moving average of the weights; 0 has none"),
     ("bf16", "optim.bf16", FLAG, "bfloat16 mixed precision"),
     ("fp16", "optim.fp16", FLAG, "float16 mixed precision"),
     ("output_dir", "run.output_dir", str, "the run's folder (default: a new one below runs/)"),
@@ -108,6 +111,16 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="PATH",
         help="go on with a run: a checkpoint's folder, or without a path the newest whole one of --output_dir",
+    )
+    parser.add_argument(
+        *spellings("demon"),
+        dest="optim.demon",
+        nargs="?",
+        type=float,
+        const=ADAM_BETA,
+        default=argparse.SUPPRESS,
+        metavar="BETA",
+        help=f"take Adam's first beta from BETA (without a value {ADAM_BETA}) down to 0 over the run",
     )
     # DeepSpeed's launcher adds it; the rank comes from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)

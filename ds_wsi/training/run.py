@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_wsi.bags.bag import FailureLog
 from ds_wsi.bags.cohort import Cohort, load_cohort
+from ds_wsi.bags.packing import require_store
 from ds_wsi.engines.accelerate import (
     Accelerator,
     EngineSettings,
@@ -21,6 +22,7 @@ from ds_wsi.engines.accelerate import (
     build_accelerator,
     prepare,
 )
+from ds_wsi.engines.deepspeed import is_zero3
 from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, SlideOutput, build_model, freeze
@@ -33,6 +35,7 @@ from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
 from ds_wsi.tile_parallel.shard import Handle
 from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from ds_wsi.training.optim import WeightAverage
 from ds_wsi.training.settings import TrainSettings
 
 
@@ -65,6 +68,7 @@ class Run:
     progress: Progress
     mesh: TileMesh
     sharing: Handle
+    average: WeightAverage | None = None
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +112,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     accelerator.project_configuration.logging_dir = str(output_dir)
     cohort = _load_cohort(settings, accelerator, output_dir)
     _require_splits(cohort)
+    require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.grids)
     config = ModelConfig(
         encoder=settings.model.encoder,
         aggregator=settings.model.aggregator,
@@ -147,7 +152,22 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         Progress(),
         mesh,
         sharing,
+        _average(accelerator, accelerator.unwrap_model(model), settings.optim.ema_decay),
     )
+
+
+def _average(accelerator: Accelerator, module: SlideModel, decay: float) -> WeightAverage | None:
+    """The moving average of the weights, saved and loaded with the engine's state; None where none is wanted."""
+    if decay == 0:
+        return None
+    if is_zero3(module):
+        raise ValueError(
+            f"--ema_decay must be 0 at ZeRO stage 3, whose ranks hold parts of the weights, got {decay}. "
+            "HINT: take stage 2."
+        )
+    average = WeightAverage(module, decay)
+    accelerator.register_for_checkpointing(average)
+    return average
 
 
 def _partition(
@@ -266,12 +286,15 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "seed": run.settings.run.seed,
         **run.epoch_layout,
         "stacking": json.loads(json.dumps(asdict(run.settings.policies.stacking))),
+        "from_tile_store": bool(run.settings.policies.reading.tile_store),  # its JPEG differs by a grey level
         "tiles_per_slide": run.settings.policies.reading.tiles_per_slide,
         "num_train_epochs": optim.num_train_epochs,
         "learning_rate": optim.learning_rate,
         "lr_scheduler_type": optim.lr_scheduler_type,
         "warmup_steps": optim.warmup_steps,
         "mixed_precision": optim.mixed_precision,
+        "demon": optim.demon,
+        "ema_decay": optim.ema_decay,
         "freeze_encoder": run.settings.model.freeze_encoder,
         "encoder": run.config.encoder,
         "aggregator": run.config.aggregator,

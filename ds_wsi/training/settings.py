@@ -53,9 +53,11 @@ class OptimSettings:
         gradient_accumulation_steps: micro-steps an optimizer step.
         learning_rate, weight_decay: of the optimizer.
         optim: adam or adamw.
-        lr_scheduler_type: cosine, linear or constant, after `warmup_steps` of linear warm-up.
+        lr_scheduler_type: cosine, linear, constant or exponential, after `warmup_steps` of linear warm-up.
         max_grad_norm: 0 clips nothing.
         bf16, fp16: mixed precision.
+        demon: Adam's first beta at the start, from which DEMON takes it to 0 at the end; 0 leaves the betas alone.
+        ema_decay: of the moving average of the weights, which is validated and exported in their place; 0 has none.
     """
 
     num_train_epochs: int = 8
@@ -69,6 +71,8 @@ class OptimSettings:
     max_grad_norm: float = 0.0
     bf16: bool = False
     fp16: bool = False
+    demon: float = 0.0
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
@@ -78,6 +82,9 @@ class OptimSettings:
         for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("demon", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}. HINT: 0 turns it off.")
         if not self.learning_rate > 0:
             raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}")
         if self.bf16 and self.fp16:

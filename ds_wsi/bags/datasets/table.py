@@ -1,0 +1,189 @@
+"""What the readers share: label tables whose rows know their place, and cohorts built while problems are collected."""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ds_wsi.bags.manifest import SLIDE_ID_RULE, Manifest, ManifestError, SlideEntry, patient_problems
+
+IMAGE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs")
+# Files in which other projects keep what they computed of a slide, named like it.
+DERIVED_SUFFIXES = (".h5", ".pt")
+
+
+@dataclass(frozen=True)
+class LabelRow:
+    """One row of a label file: its values by column name, and where it is ("train.csv, row 3")."""
+
+    values: Mapping[str, str]
+    place: str
+
+    def __getitem__(self, name: str) -> str:
+        return self.values.get(name, "")
+
+
+def read_table(path: str | Path, columns: Mapping[str, Sequence[str]], required: Sequence[str]) -> list[LabelRow]:
+    """Read a CSV or TSV of labels.
+
+    Args:
+        path: of the file.
+        columns: name of a value -> the headings under which distributors give it, the first that is there is taken.
+        required: names without which the file cannot be used.
+
+    Raises:
+        ManifestError: no such file, no rows, or a required column is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ManifestError(
+            f"labels {path}", [f"labels must be a file, got none ({path}). HINT: give the dataset's own label file."]
+        )
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() in (".tsv", ".txt") else ",")
+        headings = {str(heading).strip(): heading for heading in reader.fieldnames or ()}
+        found = {
+            name: headings[heading] for name, known in columns.items() for heading in known[::-1] if heading in headings
+        }
+        problems = [
+            f"labels must have a column {' or '.join(columns[name])}, got {', '.join(headings) or 'nothing'} "
+            f"({path.name}). HINT: give the dataset's own label file."
+            for name in required
+            if name not in found
+        ]
+        if problems:
+            raise ManifestError(f"labels {path}", problems)
+        rows = [
+            LabelRow(
+                {name: (row[heading] or "").strip() for name, heading in found.items()},
+                f"{path.name}, row {reader.line_num}",
+            )
+            for row in reader
+        ]
+    if not rows:
+        raise ManifestError(
+            f"labels {path}", [f"labels must hold at least one row, got none ({path.name}). HINT: fetch the file anew."]
+        )
+    return rows
+
+
+def slide_name(text: str) -> str:
+    """A slide's id from a file's name or path; barcodes hold dots, so that only known suffixes are cut."""
+    name = text.replace("\\", "/").rsplit("/", 1)[-1]
+    suffix = next((end for end in (*IMAGE_SUFFIXES, *DERIVED_SUFFIXES) if name.lower().endswith(end)), "")
+    return name[: len(name) - len(suffix)] if suffix else name
+
+
+def read_names(path: str | Path, columns: Sequence[str]) -> list[tuple[str, str]]:
+    """(slide name, place) of a list of slides: a CSV with one of the columns, or a text file with one name a line."""
+    path = Path(path)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return [(slide_name(row["name"]), row.place) for row in read_table(path, {"name": columns}, ["name"])]
+    if not path.is_file():
+        raise ManifestError(
+            f"list {path}", [f"list of slides must be a file, got none ({path}). HINT: check its path."]
+        )
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return [(slide_name(line.strip()), f"{path.name}, row {n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def require_folder(root: str | Path, one_of: Sequence[str], dataset: str) -> Path:
+    """`root`, where it holds one of the dataset's folders: else every slide would be listed as missing.
+
+    Raises:
+        ManifestError: it holds none.
+    """
+    root = Path(root)
+    if any((root / name).is_dir() for name in one_of):
+        return root
+    present = sorted(path.name for path in root.iterdir())[:5] if root.is_dir() else []
+    raise ManifestError(
+        f"{dataset} in {root}",
+        [
+            f"{dataset}'s folder must hold {' or '.join(one_of)}, got {', '.join(present) or 'nothing'} ({root}). "
+            "HINT: give the folder into which the dataset was unpacked."
+        ],
+    )
+
+
+@dataclass
+class CohortBuilder:
+    """Slides and problems as a label file is read; `finish` raises them all at once.
+
+    Args:
+        source: names the cohort in errors.
+        classes: class names in the order of the logits.
+    """
+
+    source: str
+    classes: tuple[str, ...]
+    problems: list[str] = field(default_factory=list)
+    slides: list[SlideEntry] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
+
+    def require(self, row: LabelRow, name: str, value: str, allowed: Iterable[str], hint: str) -> bool:
+        """Whether the value is one of those allowed; a problem is noted where it is not."""
+        known = tuple(allowed)
+        if value in known:
+            return True
+        self.problems.append(f"{name} must be one of {', '.join(known)}, got {value!r} ({row.place}). HINT: {hint}.")
+        return False
+
+    def add(
+        self,
+        row: LabelRow,
+        slide_id: str,
+        candidates: Sequence[Path],
+        label: str,
+        *,
+        patient_id: str = "",
+        split: str | None = None,
+        center: str | None = None,
+    ) -> None:
+        """Add a slide, or note what is wrong with it.
+
+        Args:
+            row: of the label file.
+            slide_id: a second one of the name is a problem.
+            candidates: where its image can lie; the first that is there is taken.
+            label: a class, or anything else where `require` has noted it.
+            patient_id: the slide's own id where left out.
+            split, center: as of `SlideEntry`.
+        """
+        if not SLIDE_ID_RULE.fullmatch(slide_id):
+            self.problems.append(
+                f"slide's name must be non-empty and fit for a file name, got {slide_id!r} ({row.place}). "
+                "HINT: correct the row."
+            )
+            return
+        if slide_id in self.places:
+            self.problems.append(
+                f"slide's name must be in one row, got {slide_id!r} in {self.places[slide_id]} and {row.place}. "
+                "HINT: take one of the rows out."
+            )
+            return
+        self.places[slide_id] = row.place
+        path = next((path for path in candidates if path.is_file()), None)
+        if path is None:
+            tried = ", ".join(str(path) for path in candidates) or "the folder"
+            self.problems.append(
+                f"image must be a file, got none at {tried} (slide {slide_id}, {row.place}). "
+                "HINT: fetch it, or take the row out of the label file."
+            )
+            return
+        index = self.classes.index(label) if label in self.classes else -1
+        self.slides.append(SlideEntry(slide_id, path, index, patient_id or slide_id, split, center=center))
+
+    def finish(self) -> Manifest:
+        """The manifest.
+
+        Raises:
+            ManifestError: everything that was noted, and patients in several splits.
+        """
+        problems = self.problems + patient_problems([slide for slide in self.slides if slide.split])
+        if not problems and len({slide.label for slide in self.slides}) < 2:
+            found = ", ".join(sorted({self.classes[slide.label] for slide in self.slides})) or "none"
+            problems.append(f"labels must take at least two values, got {found}. HINT: give the whole label file.")
+        if problems:
+            raise ManifestError(self.source, problems)
+        return Manifest(tuple(self.slides), self.classes, self.source)

@@ -1,0 +1,123 @@
+"""TCGA (Lung: LUAD and LUSC; PRAD; any other): slides by barcode, labels from a table or from the folders' names.
+
+A barcode such as TCGA-83-5908-01Z-00-DX1.381c8f82-... begins with the patient's: its first 12 characters.
+"""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from ds_wsi.bags.datasets.table import IMAGE_SUFFIXES, CohortBuilder, LabelRow, read_table, slide_name
+from ds_wsi.bags.manifest import Manifest, ManifestError
+from ds_wsi.runtime.log import logger
+
+BARCODE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(-.+)?")
+PATIENT_CHARACTERS = 12
+COLUMNS = {
+    "slide": ("slide", "slide_id", "File Name", "filename", "file_name"),
+    "label": ("label", "subtype", "Project ID", "project_id", "OncoTreeCode"),
+    "patient": ("patient", "case_id", "Case ID", "patient_id"),
+    "center": ("site", "center"),
+    "file": ("File ID",),
+    "type": ("Data Type",),
+}
+SLIDE_IMAGE = "Slide Image"  # what a GDC sheet calls them
+
+
+def read_tcga(
+    root: str | Path,
+    labels: str | Path | None = None,
+    *,
+    label_column: str | None = None,
+    one_per_patient: bool = False,
+) -> Manifest:
+    """Read a TCGA cohort; classes are the labels found, sorted.
+
+    Args:
+        root: slides lie anywhere below it, in the GDC client's folders or in others.
+        labels: a CSV or TSV with a slide and a label column, or the GDC's sample sheet, whose Project ID is the label;
+            by default each folder in `root` is a class (LUAD, LUSC).
+        label_column: its heading, where it is none of the usual ones (an ISUP grade, say).
+        one_per_patient: keep each patient's first slide by name; how many are left out is logged.
+
+    Raises:
+        ManifestError: lists every problem of every row at once.
+    """
+    root = Path(root)
+    places = _index(root)
+    rows = _table(labels, label_column) if labels else _folders(root, places)
+    if one_per_patient:
+        kept = {row["slide"][:PATIENT_CHARACTERS]: row for row in sorted(rows, key=lambda row: row["slide"])[::-1]}
+        logger.info("TCGA: %d further slides of a patient left out", len(rows) - len(kept))
+        rows = [row for row in rows if kept[row["slide"][:PATIENT_CHARACTERS]] is row]
+    classes = tuple(sorted({row["label"] for row in rows if row["label"]}))
+    builder = CohortBuilder(f"TCGA in {root}", classes)
+    for row in rows:
+        slide_id = slide_name(row["slide"])
+        _check(builder, row)
+        candidates = places[slide_id.lower()]
+        if row["file"]:  # the GDC client keeps each file in a folder of its id
+            candidates = [path for path in candidates if path.parent.name == row["file"]] or candidates
+        if len(candidates) > 1:
+            builder.problems.append(
+                f"slide must be one file, got {', '.join(map(str, candidates))} (slide {slide_id}, {row.place}). "
+                "HINT: delete the copies."
+            )
+            continue
+        patient = slide_id[:PATIENT_CHARACTERS]
+        builder.add(row, slide_id, candidates, row["label"], patient_id=patient, center=row["center"] or None)
+    return builder.finish()
+
+
+def _index(root: Path) -> dict[str, list[Path]]:
+    """Slide name in lower case (tables differ in the case of the random part) -> its files below `root`."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            found[slide_name(path.name).lower()].append(path)
+    if not found:
+        raise ManifestError(
+            f"TCGA in {root}",
+            [
+                f"folder must hold slides ({', '.join(IMAGE_SUFFIXES)}), got none ({root}). "
+                "HINT: give the folder of the downloads."
+            ],
+        )
+    return found
+
+
+def _table(labels: str | Path, label_column: str | None) -> list[LabelRow]:
+    columns = COLUMNS | ({"label": (label_column,)} if label_column else {})
+    rows = read_table(labels, columns, ("slide", "label"))
+    slides = [row for row in rows if row["type"] in ("", SLIDE_IMAGE)]
+    if len(slides) < len(rows):
+        logger.info("TCGA: %d rows of %s are no slides and are skipped", len(rows) - len(slides), labels)
+    return slides
+
+
+def _folders(root: Path, places: dict[str, list[Path]]) -> list[LabelRow]:
+    files = [path.relative_to(root) for paths in places.values() for path in paths]
+    return [
+        LabelRow({"slide": path.name, "label": path.parts[0] if len(path.parts) > 1 else ""}, f"folder {path.parent}")
+        for path in sorted(files)
+    ]
+
+
+def _check(builder: CohortBuilder, row: LabelRow) -> None:
+    slide_id = slide_name(row["slide"])
+    if not row["label"]:
+        builder.problems.append(
+            f"label must be given, got none (slide {slide_id}, {row.place}). HINT: fill it in, or take the row out."
+        )
+    if not BARCODE.fullmatch(slide_id):
+        builder.problems.append(
+            f"slide must be named by its barcode, TCGA-XX-XXXX-..., got {slide_id!r} ({row.place}). "
+            "HINT: a cohort of other slides takes a manifest of your own."
+        )
+    # A sample sheet repeats the case of each of a file's samples.
+    patient = row["patient"].split(",")[0].strip()
+    if patient and patient != slide_id[:PATIENT_CHARACTERS]:
+        builder.problems.append(
+            f"patient must be the barcode's first {PATIENT_CHARACTERS} characters, {slide_id[:PATIENT_CHARACTERS]}, "
+            f"got {patient!r} ({row.place}). HINT: correct the row."
+        )

@@ -1,0 +1,77 @@
+"""A cohort's tiles packed into a store, and the check that a store holds a cohort."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from ds_wsi.bags.cohort import Cohort
+from ds_wsi.bags.manifest import ManifestError, SlideEntry
+from ds_wsi.runtime.log import logger
+from ds_wsi.slides.slide import Slide, SlideError
+from ds_wsi.slides.tile_store import QUALITY, StoredSlide, pack_slide, store_path, store_problem
+from ds_wsi.slides.tiling import TileGrid
+
+
+class PackedSlide(NamedTuple):
+    """What became of a slide: its file, whether it was written now, and how many of its tiles were not readable."""
+
+    path: Path
+    written: bool
+    n_failed: int
+
+
+def pack_cohort(
+    cohort: Cohort, directory: str | Path, *, quality: int = QUALITY, workers: int = 1, verify: bool = False
+) -> tuple[PackedSlide, ...]:
+    """Pack every slide's tiles; slides that are whole in the store already are kept, so that a killed call goes on.
+
+    One call at a time may write to a folder.
+
+    Args:
+        cohort: slides and grids.
+        directory: of the store.
+        quality: of JPEG, of tiles that cannot be copied from the slide.
+        workers: threads, a slide each.
+        verify: of `pack_slide`.
+
+    Raises:
+        ManifestError: lists every slide that could not be opened, after the others are packed.
+    """
+
+    def pack(entry: SlideEntry, grid: TileGrid) -> PackedSlide | SlideError:
+        try:
+            with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
+                written = pack_slide(slide, grid, directory, quality, verify)
+            path = store_path(directory, entry.slide_id)
+            with StoredSlide(path) as stored:
+                n_failed = stored.n_failed
+        except SlideError as error:
+            return error
+        if n_failed:
+            logger.warning("slide %s: %d of %d tiles could not be read", entry.slide_id, n_failed, len(grid))
+        return PackedSlide(path, written, n_failed)
+
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        results = list(pool.map(pack, cohort.manifest.slides, cohort.grids))
+    problems = [str(result) for result in results if isinstance(result, SlideError)]
+    if problems:
+        raise ManifestError(cohort.manifest.source, problems)
+    return tuple(result for result in results if isinstance(result, PackedSlide))
+
+
+def require_store(directory: str, slides: Sequence[SlideEntry], grids: Sequence[TileGrid]) -> None:
+    """Refuse a store that does not hold these slides' tiles; an empty name (no store) is fine.
+
+    Raises:
+        ManifestError: lists every slide that is missing, torn, or of another grid.
+    """
+    if not directory:
+        return
+    found = [
+        store_problem(store_path(directory, entry.slide_id), grid, entry.path)
+        for entry, grid in zip(slides, grids, strict=True)
+    ]
+    problems = [problem for problem in found if problem]
+    if problems:
+        raise ManifestError(f"tile store {directory}", problems)

@@ -1,0 +1,77 @@
+"""From a public dataset's folder to manifests that training reads: read it, split it, write one CSV a split."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_wsi.bags.datasets import DATASETS
+from ds_wsi.bags.manifest import Manifest, write_manifest
+from ds_wsi.bags.published import apply_split, find_folds
+from ds_wsi.bags.splits import fold_splits, hold_out_validation, monte_carlo_splits
+
+
+def read_dataset(dataset: str, root: str | Path, reading: Mapping[str, Any]) -> Manifest:
+    """Read a dataset with those of the reader's options that are given.
+
+    Raises:
+        ManifestError: lists every problem of the dataset at once.
+        ValueError: an option that this dataset's reader has not.
+    """
+    reader = DATASETS[dataset]
+    known = list(inspect.signature(reader).parameters)[1:]
+    unknown = [name for name in reading if name not in known]
+    if unknown:
+        raise ValueError(f"options of {dataset} must be of {', '.join(known)}, got {unknown[0]}. HINT: leave it out.")
+    return reader(root, **reading)
+
+
+def split_dataset(
+    manifest: Manifest,
+    *,
+    split: str | Path | None = None,
+    folds: int = 0,
+    runs: int = 0,
+    level: str = "patient",
+    keep_listed: bool = False,
+    validation_fraction: float = 0.0,
+    seed: int = 0,
+) -> tuple[Manifest, ...]:
+    """One manifest a split: published (a file, or a folder of folds), drawn in folds or runs, or the dataset's own.
+
+    Args:
+        manifest: of the dataset.
+        split: see `apply_split`; a folder of folds gives one manifest a fold.
+        folds, runs: of `fold_splits` and `monte_carlo_splits`.
+        level: "patient" or "slide".
+        keep_listed: of `apply_split`.
+        validation_fraction: of the training patients, held out for folds and for the dataset's own split.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: more than one of split, folds and runs.
+    """
+    if sum(map(bool, (split, folds, runs))) > 1:
+        raise ValueError("at most one of split, folds and runs must be given, got several. HINT: choose one.")
+    if split:
+        return tuple(apply_split(manifest, path, level=level, keep_listed=keep_listed) for path in _published(split))
+    if folds:
+        return fold_splits(manifest, folds, validation_fraction, seed, level)
+    if runs:
+        return monte_carlo_splits(manifest, runs, seed=seed, level=level)
+    return (hold_out_validation(manifest, validation_fraction, seed),)
+
+
+def _published(split: str | Path) -> Sequence[Path]:
+    path = Path(split)
+    return find_folds(path) if path.is_dir() and not (path / "train.csv").exists() else (path,)
+
+
+def write_manifests(manifests: Sequence[Manifest], path: str | Path) -> tuple[Path, ...]:
+    """Write a single manifest to `path`, several to it with _0, _1, ... before the suffix."""
+    path = Path(path)
+    several = [path.with_name(f"{path.stem}_{number}{path.suffix}") for number in range(len(manifests))]
+    paths = several if len(manifests) > 1 else [path]
+    for manifest, place in zip(manifests, paths, strict=True):
+        write_manifest(manifest, place)
+    return tuple(paths)

@@ -1,0 +1,296 @@
+"""A slide's tiles packed once as JPEG: one Arrow file a slide, read by (slide, row) without opening the slide.
+
+Where the tiles of the grid are the TIFF's own JPEG tiles, their bytes are copied, and the pixels are OpenSlide's. Other
+tiles are encoded anew, at the quality that the file names. The file is an Arrow stream, as `datasets` writes it
+(`datasets.Dataset.from_file` opens it), and appears under its name when it is whole; a tile's CRC-32 is checked at
+each reading.
+"""
+
+import hashlib
+import io
+import json
+import zlib
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from ds_wsi.runtime.files import atomic_path
+from ds_wsi.slides.jpeg_tiles import JpegTiles
+from ds_wsi.slides.slide import Slide, SlideError, TileReadError
+from ds_wsi.slides.tiling import TileGrid
+
+FORMAT, VERSION = "ds_wsi.TileStore", "1"
+QUALITY = 90  # with chroma at full resolution: a mean error of about one grey level on stained tissue
+BATCH_TILES, BATCH_BYTES = 256, 2**25  # whichever is reached first; Arrow's offsets end at 2 GiB
+HINT = "HINT: pack it again with `ds-wsi tile --store DIR --verify`."
+SCHEMA = pa.schema(
+    [
+        ("x", pa.int64()),
+        ("y", pa.int64()),
+        ("jpeg", pa.binary()),
+        ("crc32", pa.uint32()),
+        ("copied", pa.bool_()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+class StoreError(SlideError):
+    """A store that cannot be read from; the message names the file, the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class PackedTile:
+    """One tile of a store: its JPEG, or the reason for which it could not be read from the slide."""
+
+    jpeg: bytes | None
+    copied: bool = False
+    reason: str | None = None
+
+
+def store_path(directory: str | Path, slide_id: str) -> Path:
+    """The file of a slide's tiles."""
+    return Path(directory) / f"{slide_id}.arrow"
+
+
+def pack_slide(
+    slide: Slide, grid: TileGrid, directory: str | Path, quality: int = QUALITY, verify: bool = False
+) -> bool:
+    """Write a slide's tiles, atomically; a whole file of the same grid, slide and quality is kept.
+
+    A process that is killed leaves no file, or a whole one: the next call begins the slide again, or keeps it.
+
+    Args:
+        slide: open.
+        grid: its tiles, the rows of the store.
+        directory: of the store.
+        quality: of JPEG, 1 to 100, of the tiles that cannot be copied.
+        verify: read a file that is there and keep it only where every tile has its checksum.
+
+    Returns:
+        Whether the file was written now.
+    """
+    if not 1 <= quality <= 100:
+        raise ValueError(f"JPEG quality must be in [1, 100], got {quality}. HINT: 90 is the default.")
+    path = store_path(directory, grid.slide_id)
+    whole = path.exists() and store_problem(path, grid, slide.path, quality) is None
+    if whole and not (verify and damaged_rows(path)):
+        return False
+    for left in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
+        left.unlink()  # of a process that was killed
+    header = _header(grid, slide.path, quality)
+    schema = SCHEMA.with_metadata({"ds_wsi": json.dumps(header)})
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as out,
+    ):
+        rows: list[tuple[Any, ...]] = []
+        n_bytes = 0
+        for (x, y), tile in zip(grid.coords.tolist(), _packed(slide, grid, quality), strict=True):
+            crc = None if tile.jpeg is None else zlib.crc32(tile.jpeg)
+            rows.append((x, y, tile.jpeg, crc, tile.copied, tile.reason))
+            n_bytes += len(tile.jpeg or b"")
+            if len(rows) == BATCH_TILES or n_bytes >= BATCH_BYTES:
+                out.write_batch(_batch(rows, schema))
+                rows, n_bytes = [], 0
+        if rows:
+            out.write_batch(_batch(rows, schema))
+    return True
+
+
+def _batch(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordBatch:
+    columns = [pa.array(values, kind.type) for values, kind in zip(zip(*rows, strict=True), schema, strict=True)]
+    return pa.record_batch(columns, schema=schema)
+
+
+def _packed(slide: Slide, grid: TileGrid, quality: int) -> Iterator[PackedTile]:
+    """Tile after tile of the grid: copied where the slide has it as JPEG, else encoded."""
+    own = JpegTiles.of(slide, grid)
+    try:
+        for x, y in grid.coords.tolist():
+            jpeg = own.read(x, y) if own else None
+            if jpeg is not None:
+                yield PackedTile(jpeg, copied=True)
+                continue
+            try:
+                tile = slide.read_tile(x, y, grid.level, grid.read_size_px, grid.tile_size_px)
+            except TileReadError as error:
+                yield PackedTile(None, reason=str(error.cause))
+            else:
+                yield PackedTile(_encode(tile, quality))
+    finally:
+        if own:
+            own.close()
+
+
+def _encode(tile: np.ndarray, quality: int) -> bytes:
+    """uint8 [S, S, 3] to JPEG with chroma at full resolution."""
+    buffer = io.BytesIO()
+    Image.fromarray(tile).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def _header(grid: TileGrid, slide_path: Path, quality: int) -> dict[str, Any]:
+    """What a store is known by: another grid, slide file or quality is another store."""
+    names = [field.name for field in fields(grid) if field.name not in ("coords", "policy", "source")]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "n_tiles": len(grid),
+        "coords_sha256": hashlib.sha256(np.ascontiguousarray(grid.coords, dtype="<i8").tobytes()).hexdigest(),
+        "slide_bytes": slide_path.stat().st_size,
+        "quality": quality,
+        **{name: getattr(grid, name) for name in names},
+    }
+
+
+def store_problem(path: Path, grid: TileGrid, slide_path: Path, quality: int | None = None) -> str | None:
+    """Why a file is not the whole store of this grid and slide, or None; tiles are not read.
+
+    Args:
+        path: of the store's file.
+        grid: whose rows are wanted.
+        slide_path: of the slide.
+        quality: of JPEG, where it matters.
+    """
+    where = f"(slide {grid.slide_id}, {path}). {HINT}"
+    if not path.is_file():
+        return f"tile store must hold every slide, got no file {where}"
+    try:
+        with StoredSlide(path) as stored:
+            header = stored.header
+    except StoreError as error:
+        return str(error)
+    wanted = _header(grid, slide_path, header["quality"] if quality is None else quality)
+    for name, value in wanted.items():
+        if header.get(name) != value:
+            return f"tile store's {name} must be that of the cohort, {value}, got {header.get(name)} {where}"
+    return None
+
+
+class StoredSlide:
+    """The tiles of one slide in a store, memory-mapped.
+
+    Raises:
+        StoreError: a torn file, or one of another format.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        where = f"({self.path}). {HINT}"
+        self._batches: list[tuple[pa.Array, np.ndarray, pa.Array]] = []
+        self._starts: list[int] = []
+        n_tiles = 0
+        try:
+            self._file = pa.memory_map(str(self.path))
+            with pa.ipc.open_stream(self._file) as stream:
+                self.header: dict[str, Any] = json.loads((stream.schema.metadata or {}).get(b"ds_wsi", b"{}"))
+                known = (self.header.get("format"), self.header.get("version")) == (FORMAT, VERSION)
+                for batch in stream if known else ():
+                    crcs = batch.column("crc32").fill_null(0).to_numpy()
+                    self._batches.append((batch.column("jpeg"), crcs, batch.column("reason")))
+                    self._starts.append(n_tiles)
+                    n_tiles += len(batch)
+        except (pa.ArrowInvalid, OSError, ValueError) as error:
+            raise StoreError(f"tile store must be a whole Arrow file, got {error} {where}") from error
+        if not known:
+            raise StoreError(f"tile store must be of format {FORMAT} {VERSION}, got another {where}")
+        if n_tiles != self.header["n_tiles"]:
+            raise StoreError(f"tile store must hold {self.header['n_tiles']} tiles, got {n_tiles} {where}")
+
+    def __enter__(self) -> "StoredSlide":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return int(self.header["n_tiles"])
+
+    @property
+    def n_failed(self) -> int:
+        """Tiles that could not be read from the slide."""
+        return sum(jpegs.null_count for jpegs, *_ in self._batches)
+
+    def close(self) -> None:
+        """Let the file go; tiles can no longer be read."""
+        self._batches.clear()
+        self._file.close()
+
+    def jpeg(self, row: int) -> bytes:
+        """The JPEG of a row of the grid.
+
+        Raises:
+            ValueError: the tile could not be packed, or the file was damaged since.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row must be in [0, {len(self)}), got {row} ({self.path})")
+        number = bisect_right(self._starts, row) - 1
+        jpegs, crcs, reasons = self._batches[number]
+        row -= self._starts[number]
+        value = jpegs[row]
+        if not value.is_valid:
+            raise ValueError(reasons[row].as_py())
+        jpeg = bytes(value.as_buffer())
+        found = zlib.crc32(jpeg)
+        if found != crcs[row]:
+            raise ValueError(f"CRC-32 must be {crcs[row]:08x}, got {found:08x} ({self.path}). {HINT}")
+        return jpeg
+
+    def read_tile(self, row: int, out: np.ndarray) -> None:
+        """Decode a row of the grid to `out`, uint8 [S, S, 3].
+
+        Raises:
+            TileReadError: as from the slide itself.
+        """
+        try:
+            imagecodecs.jpeg8_decode(self.jpeg(row), out=out)
+        except (ValueError, RuntimeError) as error:  # the codec's own errors are RuntimeErrors
+            x, y = self._place(row)
+            raise TileReadError(self.header["slide_id"], x, y, error) from error
+
+    def _place(self, row: int) -> tuple[int, int]:
+        with pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
+            table = stream.read_all().select(["x", "y"]).slice(row, 1)
+        return table["x"][0].as_py(), table["y"][0].as_py()
+
+
+def damaged_rows(path: str | Path) -> list[int]:
+    """The rows of a store's file whose bytes are not those that were written: reads the whole file."""
+    with StoredSlide(path) as stored:
+        jpegs = ((jpeg, crc) for column, crcs, _ in stored._batches for jpeg, crc in zip(column, crcs, strict=True))
+        return [row for row, (jpeg, crc) in enumerate(jpegs) if jpeg.is_valid and zlib.crc32(jpeg.as_buffer()) != crc]
+
+
+class TileStore:
+    """A folder of packed slides, a bounded number of them open; pickles and forks as an empty one.
+
+    Args:
+        directory: of the store.
+        max_open: files mapped at a time, the least recently used closed first.
+    """
+
+    def __init__(self, directory: str | Path, max_open: int = 64) -> None:
+        self.directory, self.max_open = Path(directory), max_open
+        self._open: OrderedDict[str, StoredSlide] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type, tuple[Path, int]]:
+        return type(self), (self.directory, self.max_open)
+
+    def get(self, slide_id: str) -> StoredSlide:
+        """The packed slide, opened where it is not."""
+        if slide_id not in self._open:
+            self._open[slide_id] = StoredSlide(store_path(self.directory, slide_id))
+        self._open.move_to_end(slide_id)
+        while len(self._open) > self.max_open:
+            self._open.popitem(last=False)[1].close()
+        return self._open[slide_id]
