@@ -24,7 +24,7 @@ class ModelConfig:
         classes: the class names, in the order of the logits.
         tiling: the fields of the TilingPolicy of the tiles it was trained on; evaluation tiles slides the same way.
         mean, std: of the input's channels.
-        dropout: of the aggregator.
+        dropout: of the aggregator; None for its original's.
     """
 
     encoder: str
@@ -33,7 +33,7 @@ class ModelConfig:
     tiling: dict[str, Any]
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    dropout: float = 0.0
+    dropout: float | None = None
 
     @property
     def tile_size_px(self) -> int:
@@ -69,7 +69,8 @@ def build_model(config: ModelConfig, encoder_weights: str | Path | None = None) 
     """Build the SlideModel that `config` describes, with random weights but for the encoder's where given."""
     encoder = build_encoder(config.encoder, encoder_weights, **_input_size(config))
     in_dim: Any = encoder.num_features
-    aggregator = build_aggregator(config.aggregator, in_dim, len(config.classes), dropout=config.dropout)
+    options = {} if config.dropout is None else {"dropout": config.dropout}
+    aggregator = build_aggregator(config.aggregator, in_dim, len(config.classes), **options)
     return SlideModel(encoder, aggregator, config.mean, config.std)
 
 

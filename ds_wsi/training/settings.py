@@ -32,14 +32,14 @@ class ModelSettings:
         encoder: a timm model's name.
         encoder_weights: a local file, or None for random weights.
         aggregator: a key of `AGGREGATORS`.
-        dropout: of the aggregator.
+        dropout: of the aggregator; None for its original's.
         freeze_encoder: train the aggregator only.
     """
 
     encoder: str = "resnet18"
     encoder_weights: str | None = None
     aggregator: str = "gated_abmil"
-    dropout: float = 0.0
+    dropout: float | None = None
     freeze_encoder: bool = False
 
 

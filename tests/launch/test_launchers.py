@@ -25,7 +25,8 @@ LAUNCHERS = {
         "1 process(es) on cpu, precision bf16",
     ),
     "accelerate launch": (
-        [*ACCELERATE.split(), SCRIPT],
+        # Stacks of unequal bags, and a loss that needs labels.
+        [*ACCELERATE.split(), SCRIPT, "--bags_per_step", "3", "--aggregator", "clam_sb"],
         "DeepSpeed ZeRO stage 3, optimizer offload none, 2 pr",
     ),
     "torchrun": (["torchrun", "--standalone", "--nproc_per_node", "2", SCRIPT], "multi cpu, 2 process"),

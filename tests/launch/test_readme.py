@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 import ds_wsi
 from ds_wsi.bags.manifest import read_manifest
@@ -27,6 +28,10 @@ def test_the_example_runs(demo_manifest, tmp_path, monkeypatch):
     exec(code.replace("256", "64").replace("bag[:10]", "bag[:2]"), names)
     assert names["output"].logits.shape == (2, 2)
     assert names["output"].attention.shape == (len(names["bag"]) + 2,)
+    for slide_id in ("slide_1", "slide_2"):
+        torch.save(torch.randn(5, 1024), tmp_path / f"{slide_id}.pt")
+    exec(blocks("python")[3].replace("folder", repr(str(tmp_path))), names)
+    assert names["logits"].shape == (2, 2)
     exec(blocks("python")[2], names)  # one bag across ranks: here across one
     assert all(parameter.grad is not None for parameter in names["model"].encoder.parameters())
 
