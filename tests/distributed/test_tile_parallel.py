@@ -1,6 +1,7 @@
 """One bag over several ranks has the gradients of one process: summed over the ranks, in float64, without an engine."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -70,12 +71,20 @@ def found_by(model):
     return gradients | {f"running {name}": b.clone() for name, b in model.named_buffers() if "running" in name}
 
 
+def precision(case):
+    return torch.autocast("cpu", dtype=torch.bfloat16) if case.get("amp") else nullcontext()
+
+
 def one_process(case) -> dict[str, Tensor]:
     model = make_model(case.get("aggregator", "gated_abmil"))
     bags = stack_bags([tiles_of(bag, sum(counts)) for bag, counts in enumerate(SPLITS[case["split"]])])
     if case.get("population") == "stack":
         partition_layers(model.encoder, PartitionPolicy(mode="keep", chunk_size=64))
-    (stack_loss(model(bags, LABELS), LABELS) / 2).backward()
+    if case.get("amp"):
+        model, bags = model.float(), bags.with_values(bags.values.float())
+    with precision(case):
+        output = model(bags, LABELS)
+    (stack_loss(output, LABELS) / 2).backward()
     return found_by(model)
 
 
@@ -90,7 +99,11 @@ def on_this_rank(case) -> dict[str, Tensor]:
     if "mode" in case:
         policy = PartitionPolicy(mode=case["mode"], chunk_size=2, bn_population=case.get("population", "bag"))
         partition_layers(model.encoder, policy)
-    output = model(shards(SPLITS[case["split"]], mesh.tile_rank), LABELS)
+    own = shards(SPLITS[case["split"]], mesh.tile_rank)
+    if case.get("amp"):
+        model, own = model.float(), own.with_values(own.values.float())
+    with precision(case):
+        output = model(own, LABELS)
     loss = stack_loss(output, LABELS) / 2 / mesh.tile_size
     (loss * case.get("factor", 1)).backward()
     found = found_by(model)
@@ -161,7 +174,8 @@ def run_everything(cases, wrong):
 def results():
     cases = all_cases()
     wrong = [{"exchange": "sharded", "split": "even", **change} for change in WRONG.values()]
-    by_rank = run_ranks(run_everything, 4, cases, wrong)
+    half = [{"exchange": exchange, "split": "lopsided", "amp": True} for exchange in EXCHANGES]
+    by_rank = run_ranks(run_everything, 4, cases, [*wrong, *half])
     return cases, by_rank
 
 
@@ -182,6 +196,14 @@ def test_the_obvious_mistakes_are_noticed(results):
     expected = one_process({"split": "even"})
     for index, name in enumerate(WRONG, start=len(cases)):
         assert difference(by_rank[0][index], expected) > 1e-3, name
+
+
+def test_mixed_precision_is_no_further_from_the_exact_gradient_than_one_process_in_it(results):
+    cases, by_rank = results
+    exact = one_process({"split": "lopsided"})
+    alone = difference(one_process({"split": "lopsided", "amp": True}), exact)
+    for place, exchange in enumerate(EXCHANGES, start=len(cases) + len(WRONG)):
+        assert 1e-6 < difference(by_rank[1][place], exact) < 1.5 * alone, exchange
 
 
 def test_attention_is_of_the_ranks_own_tiles(results):

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,14 @@ from ds_wsi.bags.augment import AugmentPolicy
 from ds_wsi.bags.bag import ReadPolicy
 from ds_wsi.config import DsWsiConfig, read_section, write_section
 from ds_wsi.slides.tiling import TilingPolicy
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json")), ids=lambda p: p.stem
+)
+def test_every_config_of_the_project_is_read(path):
+    section = json.loads(path.read_text())["ds_wsi"]
+    assert read_section(section) == read_section(json.loads(json.dumps(write_section(read_section(section)))))
 
 
 def test_an_empty_section_is_the_defaults():
