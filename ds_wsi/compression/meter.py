@@ -78,7 +78,7 @@ class ByteCount:
         return self.push.wire_bytes + self.pull.wire_bytes
 
     def reach_target(self) -> None:
-        """Say that the target fixed before the run is met: the wire bytes so far count for M2. Later calls do nothing."""
+        """Say that the target fixed before the run is met: the wire bytes so far are M2's. Later calls do nothing."""
         if self._at_target is None:
             self._at_target = self.wire_bytes
 

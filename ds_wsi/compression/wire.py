@@ -9,8 +9,8 @@ Little-endian; a header of 40 bytes, a table of 24 bytes an entry, then the payl
     payload the indices, then nnz values
 
 The index encodings are in [Note: index encodings] (indices.py). Sizes follow from (d, nnz) alone, so a decoder knows
-every length before it allocates anything. A decoder that gets hostile bytes raises `WireError`; the memory it takes is at
-most about 64 bytes a byte received.
+every length before it allocates anything. A decoder that gets hostile bytes raises `WireError`; it takes
+at most about 64 bytes of memory a byte received.
 """
 
 import struct
