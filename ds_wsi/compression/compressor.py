@@ -160,7 +160,9 @@ def push(state: Compressor, bucket: Bucket, bounds: Sequence[int] | None = None)
         return None
     own = 0 if to_all else ranks.rank
     _record(state, "push", route, sections, messages, _crossing(messages, ranks, None if to_all else own))
-    state.residuals.commit(pending, sent.indices, sent.values)  # after the last use of `sent`, which it may change
+    # After the last use of `sent`, which it may change.
+    whole = [(span.start, span.stop) for span in route.spans if span.whole]
+    state.residuals.commit(pending, sent.indices, sent.values, whole=whole)
     if to_all:
         received = ranks.all_gather(messages[0], [row[0] for row in announced])
     else:

@@ -6,7 +6,9 @@ the rounding of fp16 values comes back too.
 
 With a momentum, Deep Gradient Compression's correction (arXiv 1712.01887, section 3.1 and Algorithm 4): the velocity
 u <- momentum * u + g is accumulated in place of g, v <- v + u, v is what is compressed, and both are cleared where sent
-(momentum factor masking). The optimizer must then have no momentum of its own.
+(momentum factor masking: else old momentum would carry on what has been late once already). A parameter that is sent
+whole is never late, so its velocity stays: at 100 % this is SGD with momentum. The optimizer must then have no momentum
+of its own.
 """
 
 from collections.abc import Sequence
@@ -103,7 +105,9 @@ class Residuals:
                 torch.add(scaled[start:stop], kept[name], alpha=factor, out=total[start:stop])
         return total
 
-    def commit(self, pending: Pending, indices: Tensor | None, sent: Tensor) -> None:
+    def commit(
+        self, pending: Pending, indices: Tensor | None, sent: Tensor, *, whole: Sequence[tuple[int, int]] = ()
+    ) -> None:
         """Keep what was not sent.
 
         Takes over `pending`'s tensors, changing them in place: they are the residuals from here on.
@@ -111,14 +115,18 @@ class Residuals:
         Args:
             indices: [n] int64 into the flat buffer, each once; None: all of it.
             sent: [n] float32, what a receiver decodes at them.
+            whole: (start, stop) of what is sent whole at every step, within `indices`: its velocity is not masked.
         """
         corrected, velocity = pending.corrected, pending.velocity
         if indices is None:
             corrected -= sent
         else:
             corrected[indices] -= sent
-        if velocity is not None:
-            velocity[slice(None) if indices is None else indices] = 0
+        if velocity is not None and indices is not None:
+            unmasked = [velocity[start:stop].clone() for start, stop in whole]
+            velocity[indices] = 0
+            for (start, stop), part in zip(whole, unmasked, strict=True):
+                velocity[start:stop] = part
         for name, start, stop in zip(pending.names, pending.offsets, pending.offsets[1:]):
             self._residual[name] = corrected[start:stop]
             if velocity is not None:

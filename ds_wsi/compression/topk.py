@@ -95,7 +95,7 @@ def _sampled_threshold(bits: np.ndarray, k: int) -> int:
 def _passing(bits: np.ndarray, threshold: int) -> np.ndarray:
     """Ascending indices of the entries whose magnitude's bits are at least `threshold`."""
     keys, mask = np.empty(_CHUNK, np.int32), np.zeros(_CHUNK, np.bool_)
-    found = []
+    found = [np.zeros(0, np.int64)]
     for start in range(0, len(bits), _CHUNK):
         part = bits[start : start + _CHUNK]
         size = len(part)

@@ -253,8 +253,9 @@ def _payload_bytes(row: np.ndarray) -> int:
 def _read_section(row: np.ndarray, payload: np.ndarray) -> Section:
     encoding, d, nnz = INDEX_ENCODINGS[row["index"]], int(row["d"]), int(row["nnz"])
     split = index_bytes(encoding, d, nnz)
+    raw = torch.empty(nnz, dtype=VALUE_ENCODINGS[_VALUES[row["value"]]])
     # A copy, for the payload may begin anywhere and torch reads aligned.
-    raw = torch.from_numpy(payload[split:].copy()).view(VALUE_ENCODINGS[_VALUES[row["value"]]])
+    raw.view(torch.uint8).copy_(torch.from_numpy(payload[split:]))
     if not torch.isfinite(raw).all():
         raise WireError(f"values must be finite (tensor {int(row['id'])})")
     indices = None if encoding == "dense" else torch.from_numpy(decode_indices(encoding, payload[:split], d, nnz))
