@@ -227,7 +227,7 @@ def _pull(state: Compressor, route: Route, chosen: Selection, into: Tensor, flag
         return False
     messages = ranks.all_gather(message, [row[0] for row in announced])
     shards = [into[first:last] for first, last in route.shards]
-    sections = [route.read(one, number, shard) for number, (one, shard) in enumerate(zip(messages, shards))]
+    sections = [route.read(one, number, shard, flags) for number, (one, shard) in enumerate(zip(messages, shards))]
     crossing = sum(len(one) for one in messages) - len(message) + _ANNOUNCED * (ranks.size - 1)
     _record(state, "pull", route, sections, messages, crossing)
     return True

@@ -14,6 +14,9 @@ TOPOLOGIES = ("all_gather", "sharded", "server")
 class TopK:
     """Each rank sends the largest entries of its gradient to all others, and keeps the rest for later.
 
+    What a rank receives grows with the number of ranks, in a schedule's dense steps to W-1 gradients: for more than a
+    few ranks take `DMGC`.
+
     Attributes:
         keep: share of a bucket's entries that is sent, in (0, 1].
         values: how a value is sent: "fp32", "fp16", "bf16". What rounding takes is kept for later too.

@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_wsi.compression.exchange import Ranks, even_bounds
 from ds_wsi.compression.policy import DMGC, TopK
 from ds_wsi.compression.selection import Selection, Span, apply, bytes_by_tensor, layout_of, pieces_of, sections_of
-from ds_wsi.compression.wire import Section, decode, encode
+from ds_wsi.compression.wire import Section, WireError, decode, encode
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,18 @@ class Route:
         source = self.ranks.rank
         return encode(sections, step=self.step, source=source, shard=number, flags=flags, values=self.values)
 
-    def read(self, message: Tensor, number: int, into: Tensor) -> list[Section]:
-        """Add a message of a shard to `into`, the shard; returns what it held."""
+    def read(self, message: Tensor, number: int, into: Tensor, flags: int = 0) -> list[Section]:
+        """Add a message of a shard to `into`, the shard; returns what it held.
+
+        Raises:
+            WireError: torn, or of another step, shard or kind than this rank is at.
+        """
         pieces = self.pieces(number)
         if not pieces:
             return []
         found = decode(message, layout=layout_of(pieces), step=self.step)
+        if (found.shard, found.flags) != (number, flags):
+            raise WireError(f"a message must be of shard {number}, flags {flags}, got {found.shard}, {found.flags}")
         apply(found, pieces, into)
         return list(found.sections)
 
