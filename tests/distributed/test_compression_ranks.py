@@ -48,10 +48,7 @@ def gradient_of(step, rank):
 
 
 def start():
-    """Half of it near zero: there theta_hat + (theta - theta_hat) is not theta."""
-    values = torch.randn(D, generator=torch.Generator().manual_seed(9))
-    values[::2] *= 1e-3
-    return values
+    return torch.randn(D, generator=torch.Generator().manual_seed(9))
 
 
 # --- what runs on every rank ---
@@ -199,6 +196,14 @@ def odd_buckets(rank):
     return found
 
 
+def jump(rank, world):
+    """Weights far below the replica's: theta_hat + (theta - theta_hat) would not be theta."""
+    replica, bounds = start(), even_bounds(D, world)
+    owned = 1e-4 * gradient_of(0, 0)[bounds[rank] : bounds[rank + 1]]
+    pull_weights(Compressor(DMGC(keep=1.0)), owned, bucket_of(replica))
+    return replica
+
+
 def least_squares(rank, world):
     """Loss, relative to the start's, of SGD on all ranks' rows with 5 % pushed and pulled."""
     generator = torch.Generator().manual_seed(3)
@@ -237,6 +242,7 @@ def on_every_rank():
         "refused": refusals(rank),
         "bounds": own_bounds(rank, world),
         "odd": odd_buckets(rank),
+        "jump": jump(rank, world),
         "loss": least_squares(rank, world),
         "reduced": reduced / world,
     }
@@ -472,6 +478,11 @@ def test_odd_buckets(ranks):
             assert mean.dtype == torch.bfloat16
             assert torch.equal(mean, half.bfloat16())
             assert tiny.tolist() == [sum(range(1, world + 1)) / world, 0]
+
+
+def test_a_dense_pull_sends_the_weights_themselves(ranks):
+    assert all(torch.equal(found["jump"], 1e-4 * gradient_of(0, 0)) for found in ranks)
+    assert not torch.equal(start() + (ranks[0]["jump"] - start()), ranks[0]["jump"])
 
 
 def test_training_converges_with_both_ways_compressed(ranks):

@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from ds_wsi.compression import DMGC, ByteCount, Cast, Compressor, KeepSchedule, TopK, target_ratio
-from ds_wsi.compression.exchange import even_bounds
+from ds_wsi.compression import DMGC, Bucket, ByteCount, Cast, Compressor, KeepSchedule, TopK, WireError, target_ratio
+from ds_wsi.compression.exchange import Ranks, even_bounds
 from ds_wsi.compression.meter import share
-from ds_wsi.compression.selection import Span, kept, pieces_of, select, spans_of
+from ds_wsi.compression.route import Route
+from ds_wsi.compression.selection import Selection, Span, kept, pieces_of, select, spans_of
+from ds_wsi.compression.wire import ABSOLUTE
 
 
 @pytest.mark.parametrize(
@@ -137,3 +139,20 @@ def test_a_selection_is_by_span():
     indices, values = chosen.between(3, 5)
     assert (indices.tolist(), values.tolist()) == ([0, 1], flat[3:5].tolist())
     assert select(flat, spans_of((8,), 9), 0.1).indices is None
+
+
+def test_a_message_of_another_shard_step_or_kind_is_refused():
+    ranks = Ranks(None, 0, 2, torch.device("cpu"))
+    route = Route(Bucket(torch.ones(4), ("a",), (4,)), ranks, spans_of((4,), 0), [(0, 2), (2, 4)], "fp32", 3)
+    sections = route.sections(Selection(None, torch.ones(4)), 1)
+    into = torch.zeros(2)
+    for message, said in (
+        (route.message(sections, 0), r"of shard 1, flags 0, got 0, 0"),
+        (route.message(sections, 1, ABSOLUTE), r"of shard 1, flags 0, got 1, 1"),
+        (dataclasses.replace(route, step=4).message(sections, 1), r"of step 3, got 4"),
+    ):
+        with pytest.raises(WireError, match=said):
+            route.read(message, 1, into)
+    assert not into.any()
+    route.read(route.message(sections, 1), 1, into)
+    assert into.tolist() == [1, 1]
