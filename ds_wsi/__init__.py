@@ -9,6 +9,7 @@ from ds_wsi.models import SlideModel, SlideOutput, build_aggregator, build_encod
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.slides import Slide, SlideError, TileGrid, TilingPolicy, tile_slide
 from ds_wsi.stacking import StackedBags, stack_bags
+from ds_wsi.tile_parallel import TileParallelPolicy, shard_tiles, stream_bag, tile_mesh
 
 __all__ = [
     "Cohort",
@@ -22,6 +23,7 @@ __all__ = [
     "SlideOutput",
     "StackedBags",
     "TileGrid",
+    "TileParallelPolicy",
     "TilingPolicy",
     "build_aggregator",
     "build_encoder",
@@ -30,6 +32,9 @@ __all__ = [
     "partition_layers",
     "plan_partition",
     "read_manifest",
+    "shard_tiles",
     "stack_bags",
+    "stream_bag",
+    "tile_mesh",
     "tile_slide",
 ]

@@ -10,6 +10,7 @@ from ds_wsi.partition.plan import PartitionPlan
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.tile_parallel.policy import TileParallelPolicy
 
 SECTION = "ds_wsi"
 
@@ -24,6 +25,7 @@ class DsWsiConfig:
         augment: what is changed at each reading in training.
         partition: how the encoder's activations are partitioned: a policy, or under "plan" what `PartitionPlan` wrote.
             Left out, the encoder runs as it is.
+        tile_parallel: how many ranks share each bag, and how they exchange features.
     """
 
     tiling: TilingPolicy = field(default_factory=TilingPolicy)
@@ -32,6 +34,7 @@ class DsWsiConfig:
     partition: PartitionPolicy | PartitionPlan = field(
         default=PartitionPolicy(mode="native"), metadata={"kind": PartitionPolicy}
     )
+    tile_parallel: TileParallelPolicy = field(default_factory=TileParallelPolicy)
 
 
 def read_section(section: Mapping[str, Any]) -> DsWsiConfig:

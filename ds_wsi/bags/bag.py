@@ -31,6 +31,7 @@ class ReadPolicy:
 
     Args:
         workers: reading processes; 0 reads in the training process.
+        tiles_per_slide: tiles of each training slide, drawn anew each epoch without repeats; None takes all.
         chunk_tiles: tiles a request at the most; 0 takes as many as 24 MiB hold, 128 of 256 px (a request of less
             costs more to hand over, relative to its reading).
         open_slides: slides each worker keeps open.
@@ -38,6 +39,7 @@ class ReadPolicy:
     """
 
     workers: int = 1
+    tiles_per_slide: int | None = None
     chunk_tiles: int = 0
     open_slides: int = 4
     max_failed_fraction: float = 0.01
@@ -47,6 +49,8 @@ class ReadPolicy:
         for name, least in (("workers", 0), ("chunk_tiles", 0), ("open_slides", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.tiles_per_slide is not None and self.tiles_per_slide < 1:
+            raise ValueError(f"tiles_per_slide must be at least 1, or null for all, got {self.tiles_per_slide}")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"max_failed_fraction must be in [0, 1], got {self.max_failed_fraction}")
 
@@ -55,13 +59,28 @@ class ReadPolicy:
         return self.chunk_tiles or max(1, CHUNK_BYTES // (3 * tile_size_px**2))
 
 
+class BagPart(NamedTuple):
+    """Tiles of slide number `slide` to read as one bag: rows `start` to `stop` of its grid, or `rows` of it."""
+
+    slide: int
+    start: int
+    stop: int
+    rows: tuple[int, ...] | None = None
+
+
 class TileRequest(NamedTuple):
-    """Tiles `start` to `stop` of slide number `slide`; `last` closes the slide's bag."""
+    """Rows `start` to `stop` of the grid of slide number `slide`, or `rows` of it; `last` closes the slide's bag."""
 
     slide: int
     start: int
     stop: int
     last: bool
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def grid_rows(self) -> Sequence[int]:
+        """The rows of the grid."""
+        return range(self.start, self.stop) if self.rows is None else self.rows
 
 
 class TileChunk(NamedTuple):
@@ -82,13 +101,11 @@ class TileChunk(NamedTuple):
         """The rows of the tiles in the slide's grid: int64 [n]."""
         failed = {row for row, _ in self.failures}
         # Derived here: a second tensor a chunk would double the cost of handing it over.
-        return torch.tensor(
-            [row for row in range(self.request.start, self.request.stop) if row not in failed], dtype=torch.int64
-        )
+        return torch.tensor([row for row in self.request.grid_rows if row not in failed], dtype=torch.int64)
 
 
 class Bag(NamedTuple):
-    """All tiles of a slide: uint8 [N, 3, S, S], and their rows in its grid, int64 [N]."""
+    """The tiles of a slide, or this rank's part of them: uint8 [N, 3, S, S], and their rows in its grid, int64 [N]."""
 
     slide: int
     tiles: Tensor
@@ -107,10 +124,10 @@ class TileDataset(Dataset[TileChunk]):
         """Read the tiles of one request; a tile that fails is reported, never replaced."""
         entry, grid = self.slides[request.slide], self.grids[request.slide]
         size = grid.tile_size_px
-        tiles = np.empty((request.stop - request.start, size, size, 3), dtype=np.uint8)
+        tiles = np.empty((len(request.grid_rows), size, size, 3), dtype=np.uint8)
         n_read = 0
         failures: list[tuple[int, str]] = []
-        for row in range(request.start, request.stop):
+        for row in request.grid_rows:
             x, y = (int(value) for value in grid.coords[row])
             try:
                 # Fetched for each tile: after an error the slide is reopened.
@@ -124,38 +141,40 @@ class TileDataset(Dataset[TileChunk]):
         return TileChunk(request, read, tuple(failures))
 
 
-def plan_requests(slides: Iterable[int], lengths: Sequence[int], chunk_tiles: int) -> Iterator[TileRequest]:
-    """Cut the slides' grids, in order, into requests of at most `chunk_tiles` tiles, alike in size.
+def plan_requests(order: Iterable[int | BagPart], lengths: Sequence[int], chunk_tiles: int) -> Iterator[TileRequest]:
+    """Cut bags (an integer is a whole slide), in order, into requests of at most `chunk_tiles` tiles, alike in size.
 
     Workers take requests in turn: were a slide's last request short, every second worker could be idle half the time.
     """
-    for slide in slides:
-        length = lengths[slide]
-        pieces = math.ceil(length / chunk_tiles)
+    for item in order:
+        part = item if isinstance(item, BagPart) else BagPart(item, 0, lengths[item])
+        length = part.stop - part.start if part.rows is None else len(part.rows)
+        pieces = max(1, math.ceil(length / chunk_tiles))  # a part without tiles is asked for too
         ends = [-(-piece * length // pieces) for piece in range(pieces + 1)]  # rounded up
-        for start, stop in pairwise(ends):
-            yield TileRequest(slide, start, stop, stop == length)
+        for piece, (start, stop) in enumerate(pairwise(ends), start=1):
+            rows = None if part.rows is None else part.rows[start:stop]
+            yield TileRequest(part.slide, part.start + start, part.start + stop, piece == pieces, rows)
 
 
 class RequestStream:
-    """The slides to read as a sampler of requests: lazy, since training's stream spans all its epochs."""
+    """The bags to read as a sampler of requests: lazy, since training's stream spans all its epochs."""
 
-    def __init__(self, slides: Iterable[int], lengths: Sequence[int], chunk_tiles: int) -> None:
-        self.slides, self.lengths, self.chunk_tiles = slides, lengths, chunk_tiles
+    def __init__(self, order: Iterable[int | BagPart], lengths: Sequence[int], chunk_tiles: int) -> None:
+        self.order, self.lengths, self.chunk_tiles = order, lengths, chunk_tiles
 
     def __iter__(self) -> Iterator[TileRequest]:
         """Requests in order."""
-        return plan_requests(self.slides, self.lengths, self.chunk_tiles)
+        return plan_requests(self.order, self.lengths, self.chunk_tiles)
 
 
 def read_chunks(
-    slides: Sequence[SlideEntry], grids: Sequence[TileGrid], order: Iterable[int], policy: ReadPolicy
+    slides: Sequence[SlideEntry], grids: Sequence[TileGrid], order: Iterable[int | BagPart], policy: ReadPolicy
 ) -> Iterator[TileChunk]:
     """Stream the tiles of `order`'s slides, chunk by chunk, read ahead by `policy.workers` processes.
 
     Args:
         slides, grids: of the cohort, row by row.
-        order: rows to read, repeats allowed; consumed as the stream goes.
+        order: slides to read, or parts of them, repeats allowed; consumed as the stream goes.
         policy: workers, chunk size, bounds.
     """
     lengths = [len(grid) for grid in grids]
@@ -185,14 +204,21 @@ def _unchanged(chunk: Any) -> Any:
 def read_bags(
     slides: Sequence[SlideEntry],
     grids: Sequence[TileGrid],
-    order: Iterable[int],
+    order: Iterable[int | BagPart],
     policy: ReadPolicy,
     failures: "FailureLog",
+    *,
+    may_be_empty: bool = False,
 ) -> Iterator[Bag]:
-    """Stream whole bags, in `order`; failed tiles are logged and left out.
+    """Stream bags, in `order`; failed tiles are logged and left out.
+
+    Args:
+        slides, grids, order, policy: as of `read_chunks`.
+        failures: where failed tiles are recorded.
+        may_be_empty: a bag without a readable tile is yielded: other ranks hold tiles of it.
 
     Raises:
-        ReadFailureError: too many tiles failed, or all of a slide's.
+        ReadFailureError: too many tiles failed, or all of a bag's.
     """
     parts: list[TileChunk] = []
     for chunk in read_chunks(slides, grids, order, policy):
@@ -200,7 +226,8 @@ def read_bags(
         parts.append(chunk)
         if chunk.request.last:
             kept = torch.cat([part.kept for part in parts])
-            failures.require_tiles(chunk.request.slide, len(kept))
+            if not may_be_empty:
+                failures.require_tiles(chunk.request.slide, len(kept))
             # Concatenating the channels-last storage keeps its layout.
             tiles = torch.cat([part.tiles.permute(0, 2, 3, 1) for part in parts]).permute(0, 3, 1, 2)
             parts = []

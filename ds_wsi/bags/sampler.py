@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -53,6 +54,43 @@ def _deal(slides: Sequence[int], world_size: int, bags_per_rank: int, accumulati
             tuple(own[micro * bags_per_rank : (micro + 1) * bags_per_rank] for own in per_rank)
             for micro in range(accumulation)
         )
+    )
+
+
+def choose_tiles(n_tiles: int, wanted: int | None, key: tuple[int, int, int]) -> tuple[int, ...] | None:
+    """Rows of a slide's grid to train on: `wanted` of them at random, in their order, none twice; None for all.
+
+    Args:
+        n_tiles: of the slide; fewer than wanted are all taken.
+        wanted: tiles a slide, or None.
+        key: (seed, epoch, slide): nothing else decides, so that any number of ranks trains on the same tiles.
+    """
+    if wanted is None or wanted >= n_tiles:
+        return None
+    seed, epoch, slide = key
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + epoch) * 1_000_003 + slide) % 2**63 ^ 0x5EED)
+    return tuple(sorted(torch.randperm(n_tiles, generator=generator)[:wanted].tolist()))
+
+
+def share_tiles(lengths: Sequence[int], shares: Sequence[float]) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Deal the tiles of several bags, one after the other, to ranks: each gets one stretch, in proportion to its share.
+
+    Args:
+        lengths: tiles of each bag.
+        shares: of each rank, relative to each other; equal ones differ by at most one tile over all bags together.
+
+    Returns:
+        Per rank and bag, (start, stop) among the bag's tiles; an empty stretch where the rank has none of it.
+    """
+    total, whole = sum(lengths), sum(shares)
+    cuts = [0, *(round(total * done / whole) for done in accumulate(shares))]
+    bounds = [0, *accumulate(lengths)]
+    return tuple(
+        tuple(
+            (min(max(low, first), last) - first, min(max(high, first), last) - first)
+            for first, last in pairwise(bounds)
+        )
+        for low, high in pairwise(cuts)
     )
 
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class EngineSettings:
         bags_per_rank: slides a rank and micro-step.
         accumulation: micro-steps an optimizer step.
         mixed_precision: "no", "bf16" or "fp16".
+        timeout_s: that a collective waits for the other ranks.
     """
 
     learning_rate: float
@@ -51,6 +53,7 @@ class EngineSettings:
     bags_per_rank: int
     accumulation: int
     mixed_precision: str = "no"
+    timeout_s: int = 1800
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -71,10 +74,11 @@ def build_accelerator(
         ValueError: the JSON contradicts the settings.
     """
     plugin = _deepspeed_plugin(settings, deepspeed_config)
-    handlers: list[Any] = []
+    timeout = timedelta(seconds=settings.timeout_s)
+    handlers: list[Any] = [InitProcessGroupKwargs(timeout=timeout)]
     if cpu.without_gpu() and "LOCAL_RANK" in os.environ:
         # Accelerate would look for oneCCL or MPI, and without them believe in one process.
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        handlers = [InitProcessGroupKwargs(backend="gloo", timeout=timeout)]
     return Accelerator(
         cpu=cpu.without_gpu() and plugin is None,
         # DeepSpeed's own autocast otherwise: see _use_autocast.

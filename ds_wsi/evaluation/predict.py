@@ -72,4 +72,6 @@ def predict_slides(
 def _aggregate(model: SlideModel, slide: int, features: Tensor, kept: Tensor, device: torch.device) -> SlidePrediction:
     output = model(stack_bags([features.to(device)]))
     attention = None if output.attention is None else output.attention.float().cpu()
+    if attention is not None and attention.dim() == 2:
+        attention = attention.mean(1)  # of several branches: a heat map shows one weight a tile
     return SlidePrediction(slide, output.logits[0].float().cpu(), attention, kept)

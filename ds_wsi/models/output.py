@@ -10,8 +10,12 @@ class SlideOutput(NamedTuple):
 
     Attributes:
         logits: [B, C].
-        attention: [sum N], each bag's weights summing to 1, or None where the aggregator has none.
+        attention: [sum N], or [sum N, M] of M branches, each bag's weights summing to 1; None where the aggregator has
+            none.
+        auxiliary_loss: [B], what the aggregator adds to each bag's loss, weighted as in its original; None where it
+            has none, and where it needs labels and got none.
     """
 
     logits: Tensor
     attention: Tensor | None
+    auxiliary_loss: Tensor | None = None

@@ -20,7 +20,7 @@ class SlideModel(nn.Module):
 
     Args:
         encoder: tiles [N, 3, S, S] -> features [N, D].
-        aggregator: StackedBags of features -> SlideOutput.
+        aggregator: StackedBags of features -> SlideOutput; one that says `needs_labels` is given the labels too.
         mean, std: of the channels in [0, 1], for uint8 tiles; floating tiles are taken as normalised.
     """
 
@@ -53,17 +53,26 @@ class SlideModel(nn.Module):
             self.encoder.eval()
         return self
 
-    def forward(self, bags: StackedBags) -> SlideOutput:
-        """Predict from tiles (uint8 or floating [sum N, 3, S, S]) or from features (floating [sum N, D])."""
+    def forward(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:
+        """Predict from tiles (uint8 or floating [sum N, 3, S, S]) or from features (floating [sum N, D]).
+
+        Labels, int64 [B], change no prediction: with them an aggregator that needs them has its auxiliary loss.
+        """
         if bags.values.dim() == 2:
-            return self.aggregator(bags)
+            return self.aggregate(bags, labels)
         if getattr(self.encoder.forward, "encodes_stacks", False):
             # It knows the bags' bounds, normalises a chunk at a time, and never holds the stack's activations.
             with torch.no_grad() if self.encoder_is_frozen else nullcontext():
                 features = self.encoder(bags.values, cu_seqlens=bags.cu_seqlens, prepare=self.normalise)
         else:
             features = torch.cat([self.encode(tiles) for tiles in bags.split()])
-        return self.aggregator(bags.with_values(features))
+        return self.aggregate(bags.with_values(features), labels)
+
+    def aggregate(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:
+        """Predict from features (floating [sum N, D])."""
+        if getattr(self.aggregator, "needs_labels", False):
+            return self.aggregator(bags, labels)
+        return self.aggregator(bags)
 
     def encode(self, tiles: Tensor) -> Tensor:
         """Features [N, D] of tiles [N, 3, S, S], in the dtype of the aggregator's parameters."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ds_wsi.partition.norm import population_group
 from ds_wsi.partition.paper import apply_paper
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan
 from ds_wsi.partition.planner import PAPER_CHUNK, free_host_bytes, plan_partition
@@ -80,7 +81,8 @@ class PartitionedForward:
                 f"{type(self.module).__name__} is partitioned: its forward must get one tensor, got another "
                 f"({extra[0]!r})"
             )
-        if x.shape[0] == 0:
+        shared = any(population_group(part) is not None for part in self.module.modules())
+        if x.shape[0] == 0 and not shared:
             return _anchored(self.original(x if prepare is None else prepare(x), *args, **kwargs), anchor)
         _refuse_checkpoint()
         device = next((parameter.device for parameter in self.module.parameters()), x.device)
@@ -88,7 +90,7 @@ class PartitionedForward:
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         save = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))
         plan = self.plan(x, device, probe.dtype) if save else self._inference_plan(tuple(x.shape))
-        bags = bag_ranges(cu_seqlens if plan.bn_population == "bag" else None, x.shape[0])
+        bags = bag_ranges(cu_seqlens if plan.bn_population == "bag" else None, x.shape[0], shared=shared)
         if plan.mode == "native":
             parts = [x[first:last].to(device) for first, last in bags]
             outs = [self.original(part if prepare is None else prepare(part), *args, **kwargs) for part in parts]
@@ -113,7 +115,7 @@ class PartitionedForward:
         if isinstance(self.wanted, PartitionPlan):
             return self.wanted
         policy = self.wanted
-        shape = (bucket(x.shape[0]) if policy.mode == "auto" else x.shape[0], *x.shape[1:])
+        shape = (bucket(x.shape[0]) if policy.mode == "auto" else max(1, x.shape[0]), *x.shape[1:])
         if policy.axis == "spatial":
             shape = tuple(x.shape)
         kind = autocast_dtype(device)
@@ -204,6 +206,8 @@ class _Partitioned(torch.autograd.Function):
         with _training_as(ctx.flags):
             x_grad, found = call.backward(grad)
         gradients = [found.get(id(parameter)) for parameter in parameters]
+        if grad.shape[0] == 0:  # a rank without a tile: engines wait for a gradient of every parameter
+            gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
         pairs = zip(gradients, parameters, strict=True)
         return None, x_grad, None, *(None if gradient is None else gradient.to(p.dtype) for gradient, p in pairs)
 

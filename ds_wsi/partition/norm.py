@@ -36,6 +36,15 @@ class Statistics:
     leaves: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
 
+def population_group(leaf: nn.Module) -> Any:
+    """The group that a norm normalises over: SyncBatchNorm's own, or the one that tile parallelism gave it; or None."""
+    if not dist.is_initialized():
+        return None
+    if isinstance(leaf, nn.SyncBatchNorm):
+        return leaf.process_group or dist.group.WORLD
+    return leaf.__dict__.get("population_group")
+
+
 class NormSite:
     """One norm of the graph, seen as batch normalisation with gamma and beta over folded channels.
 
@@ -46,15 +55,12 @@ class NormSite:
     def __init__(self, leaf: nn.Module) -> None:
         self.leaf: Any = leaf
         self.batch = isinstance(leaf, _BatchNorm)
-        self.synchronised = isinstance(leaf, nn.SyncBatchNorm)
 
     @property
     def group(self) -> Any:
         """The process group whose ranks share the population, or None."""
-        if not self.synchronised or not dist.is_initialized():
-            return None
-        group = self.leaf.process_group or dist.group.WORLD
-        return group if dist.get_world_size(group) > 1 else None
+        group = population_group(self.leaf)
+        return group if group is not None and dist.get_world_size(group) > 1 else None
 
     def fold(self, z: Tensor) -> Tensor:
         """Z [N, C, ...] with the normalised channels second."""
@@ -112,8 +118,9 @@ class NormSite:
     def _gather(self, found: Statistics, device: torch.device) -> None:
         channels = self.leaf.num_features
         if found.mean is None or found.m2 is None:  # a rank without a tile
-            zeros = torch.zeros(channels, dtype=torch.float32, device=device)
-            found.mean, found.m2 = zeros, zeros
+            like = self.leaf.weight if self.leaf.running_mean is None else self.leaf.running_mean
+            kind = torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32)
+            found.mean = found.m2 = torch.zeros(channels, dtype=kind, device=device)
         own = torch.cat([found.mean, found.m2, found.mean.new_tensor([float(found.count)])])
         everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(everyone, own, group=self.group)

@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from torch import fx, nn
 
+from ds_wsi.partition.norm import population_group
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan, gib
 from ds_wsi.partition.policy import MODES, PartitionPolicy
 from ds_wsi.partition.program import Program, SegmentSpec
@@ -121,7 +121,7 @@ class _Planner:
     ) -> None:
         self.shape, self.policy, self.rates = shape, policy, rates
         # Ranks must not mix native SyncBatchNorm's collectives with ours.
-        self.synchronised = dist.is_initialized() and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
+        self.synchronised = any(population_group(part) is not None for part in module.modules())
         self.overlaps = device.type == "cuda"
         # Without the card its kernels cannot be pretended; the CPU's save about the same.
         pretended = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")

@@ -146,6 +146,7 @@ class Segment:
             for population, (start, last) in enumerate(bags)
             for first in range(start, last, size)
         ]
+        found = found or [(0, 0, 0)]  # a rank without a tile joins the norms' collectives
         return [Chunk(i, len(found), (first, last), population) for i, (first, last, population) in enumerate(found)]
 
 

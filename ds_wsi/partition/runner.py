@@ -691,11 +691,11 @@ def _grad_needs(program: Program, input_grad: bool) -> dict[fx.Node, bool]:
     return needs
 
 
-def bag_ranges(cu_seqlens: Tensor | None, batch: int) -> list[Range]:
-    """The populations of a stack: its bags, or all of it as one."""
+def bag_ranges(cu_seqlens: Tensor | None, batch: int, *, shared: bool = False) -> list[Range]:
+    """The populations of a stack: its bags, or all of it as one; `shared`: empty ones too, other ranks hold tiles."""
     if cu_seqlens is None:
         return [(0, batch)]
     bounds = [int(bound) for bound in cu_seqlens.tolist()]
     if bounds[0] != 0 or bounds[-1] != batch or any(one > two for one, two in pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tiles, {batch}, got {bounds}")
-    return [(one, two) for one, two in pairwise(bounds) if two > one]
+    return [(one, two) for one, two in pairwise(bounds) if two > one or shared]

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from ds_wsi.partition.halo import Conv, Pointwise, Range, Window, convolve, row_rule
 from ds_wsi.partition.norm import Corrected, NormSite, Statistics
 from ds_wsi.partition.trace import Traced, ancestors, evaluate
+from ds_wsi.runtime.seeding import generator_states, set_generator_states
 
 _QUIET = (nn.Conv2d, nn.Linear, nn.ReLU, nn.GELU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.LayerNorm, nn.GroupNorm)
 _QUIET_FUNCTIONS = {"add", "mul", "getattr", "getitem", "cat", "flatten", "relu", "iadd"}
@@ -28,16 +29,11 @@ class Random:
 
     def read(self) -> list[Tensor]:
         """The states of the generators that an operation could draw from."""
-        states = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self.device))
-        return states
+        return generator_states(self.device)
 
     def write(self, states: list[Tensor]) -> None:
         """Set them."""
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.cuda.set_rng_state(states[1], self.device)
+        set_generator_states(states, self.device)
 
     def call(self, key: Any, compute: Callable[[], Any]) -> Any:
         """`compute()` with the random numbers that it drew the first time it was called under `key`."""

@@ -177,7 +177,9 @@ def _fake_copy(module: nn.Module, mode: Any, device: torch.device) -> nn.Module:
     return memo[id(module)]
 
 
-_OF_ENGINES = re.compile("_hooks(_|$)|^ds_inflight|^_(external_params|original_parameters)$|^__composable_api")
+_OF_ENGINES = re.compile(
+    "_hooks(_|$)|^ds_inflight|^_(external_params|original_parameters)$|^__composable_api|^population_group$"
+)
 
 
 def _own_class(module: nn.Module) -> Any:

@@ -1,14 +1,51 @@
 """Random state as a function of (seed, step, rank): nothing to save, a resumed run draws what it would have drawn."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
+
+
+def step_seed(seed: int, step: int, place: int) -> int:
+    """A seed of one step and place in it."""
+    return ((seed * 1_000_003 + step) * 10_007 + place) % 2**63
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed Python's, NumPy's and torch's generators (CPU and current device) for one step of one rank."""
-    value = ((seed * 1_000_003 + step) * 10_007 + rank) % 2**63
+    value = step_seed(seed, step, rank)
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
+
+
+def generator_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's generators that an operation on `device` can draw from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def set_generator_states(states: list[Tensor], device: torch.device) -> None:
+    """Set what `generator_states` returned."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+@contextmanager
+def keyed_generators(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draw from generators seeded with `seed` inside, and go on outside as if nothing had been drawn; None: as is."""
+    if seed is None:
+        yield
+        return
+    before = generator_states(device)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_generator_states(before, device)

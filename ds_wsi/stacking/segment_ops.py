@@ -1,9 +1,11 @@
-"""Sum, mean, max and softmax over each bag of a stack: rows [sum N, ...] and cu_seqlens int64 [B + 1].
+"""Sum, mean, max, softmax and top-k over each bag of a stack: rows [sum N, ...] and cu_seqlens int64 [B + 1].
 
-Half-precision rows are accumulated in float32 and returned in their own dtype.
+Half-precision rows are accumulated in float32 and returned in their own dtype. The order of the sums is fixed on the
+CPU, and on CUDA under `torch.use_deterministic_algorithms`, which `index_add` obeys.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,14 +17,14 @@ def segment_ids(cu_seqlens: Tensor) -> Tensor:
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sum of each bag's rows: [B, ...]."""
-    wide = _widened(values)
+    wide = widened(values)
     sums = wide.new_zeros((cu_seqlens.numel() - 1, *values.shape[1:]))
     return sums.index_add(0, segment_ids(cu_seqlens), wide).to(values.dtype)
 
 
 def segment_mean(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Mean of each bag's rows: [B, ...]."""
-    wide = _widened(values)
+    wide = widened(values)
     lengths = cu_seqlens.diff().to(wide.dtype).reshape(-1, *[1] * (values.dim() - 1))
     return (segment_sum(wide, cu_seqlens) / lengths).to(values.dtype)
 
@@ -36,12 +38,33 @@ def segment_max(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def segment_softmax(scores: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Softmax of scores [sum N, ...] within each bag; stable: each bag's largest score is subtracted first."""
-    wide = _widened(scores)
+    wide = widened(scores)
     ids = segment_ids(cu_seqlens)
     # The shift cancels in the quotient, so no gradient has to pass through the maximum.
     exponentials = (wide - segment_max(wide.detach(), cu_seqlens)[ids]).exp()
     return (exponentials / segment_sum(exponentials, cu_seqlens)[ids]).to(scores.dtype)
 
 
-def _widened(values: Tensor) -> Tensor:
+def segment_topk(values: Tensor, cu_seqlens: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The k largest of each bag's values [sum N]; nothing is computed from them, so half precision loses nothing.
+
+    Args:
+        values: [sum N].
+        cu_seqlens: int64 [B + 1].
+        k: of every bag, or of each, int64 [B]; a bag that is shorter gives all it has.
+
+    Returns:
+        The rows, int64 [K]: bag after bag, the largest value first, equal values by their index; and their
+        cu_seqlens, int64 [B + 1].
+    """
+    ids, lengths = segment_ids(cu_seqlens), cu_seqlens.diff()
+    by_value = values.detach().sort(descending=True, stable=True).indices
+    order = by_value[ids[by_value].sort(stable=True).indices]
+    taken = lengths.clamp(max=k) if isinstance(k, int) else torch.minimum(lengths, k)
+    rank = torch.arange(len(values), device=values.device) - cu_seqlens[ids]
+    return order[rank < taken[ids]], F.pad(taken.cumsum(0), (1, 0))
+
+
+def widened(values: Tensor) -> Tensor:
+    """Half precision as float32, wider types as they are: the type to accumulate in."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -45,8 +45,12 @@ class StackedBags(NamedTuple):
         return StackedBags(self.values.to(device, non_blocking=True), self.cu_seqlens.to(device, non_blocking=True))
 
 
-def stack_bags(bags: Sequence[Tensor]) -> StackedBags:
+def stack_bags(bags: Sequence[Tensor], *, allow_empty: bool = False) -> StackedBags:
     """Concatenate bags [N_i, ...] of one dtype, device and trailing shape.
+
+    Args:
+        bags: in order.
+        allow_empty: N_i may be 0, where other ranks hold the bag's instances.
 
     Returns:
         StackedBags with values [sum N, ...] and cu_seqlens int64 [B + 1] on the bags' device.
@@ -58,7 +62,7 @@ def stack_bags(bags: Sequence[Tensor]) -> StackedBags:
         raise ValueError("bags must hold at least one bag, got none")
     first = bags[0]
     for index, bag in enumerate(bags):
-        if bag.dim() < 2 or bag.shape[0] == 0:
+        if bag.dim() < 2 or (bag.shape[0] == 0 and not allow_empty):
             raise ValueError(f"bag {index} must be [N, ...] with N >= 1, got shape {list(bag.shape)}")
         if bag.shape[1:] != first.shape[1:] or bag.dtype != first.dtype or bag.device != first.device:
             raise ValueError(

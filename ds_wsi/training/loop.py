@@ -8,14 +8,16 @@ import torch
 from tqdm import tqdm
 
 from ds_wsi.bags.augment import augment_bag
-from ds_wsi.bags.bag import Bag, read_bags
-from ds_wsi.bags.sampler import StepPlan, plan_epoch, steps_per_epoch
+from ds_wsi.bags.bag import Bag, BagPart, ReadFailureError, read_bags
+from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles, steps_per_epoch
 from ds_wsi.engines.accelerate import average_buffers
 from ds_wsi.engines.deepspeed import full_state_dict
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import peak_memory_bytes
-from ds_wsi.runtime.seeding import seed_step
+from ds_wsi.runtime.ranks import watch_ranks
+from ds_wsi.runtime.seeding import seed_step, step_seed
 from ds_wsi.stacking.stacked_bags import stack_bags
+from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
 from ds_wsi.training.optim import learning_rate_at
 from ds_wsi.training.outcome import best_entry, export, finish, validate
 from ds_wsi.training.run import Run, prepare_run, resume, save
@@ -37,14 +39,16 @@ def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = Non
 
     Raises:
         ManifestError: lists everything that is wrong with the cohort, before anything is trained.
+        RankFailureError: another process failed or died; names it.
         ValueError: settings that contradict each other, or a checkpoint that is torn.
     """
     started = time.perf_counter()
     run = prepare_run(settings, deepspeed_config)
     try:
-        resume(run)
-        _train_epochs(run)
-        results = finish(run, started)
+        with watch_ranks():
+            resume(run)
+            _train_epochs(run)
+            results = finish(run, started)
     finally:
         run.accelerator.end_training()
     return results
@@ -55,22 +59,38 @@ def _epoch_plan(run: Run, epoch: int) -> tuple[StepPlan, ...]:
     return plan_epoch(slides, seed=run.settings.run.seed, epoch=epoch, **run.epoch_layout)
 
 
-def _slides_to_read(run: Run) -> Iterator[int]:
-    """Every slide this rank trains on from here to the end, in order: what the workers read ahead."""
-    rows, rank = run.cohort.rows("train"), run.accelerator.process_index
+def _parts_to_read(run: Run) -> Iterator[BagPart]:
+    """Everything this rank trains on from here to the end, in order: what the workers read ahead."""
+    rows, mesh = run.cohort.rows("train"), run.mesh
     first, skip = run.progress.epoch, run.progress.step_in_epoch
     for epoch in range(first, run.settings.optim.num_train_epochs):
         for step in _epoch_plan(run, epoch)[skip:]:
-            for ranks in step.micro_steps:
-                yield from (rows[slide] for slide in ranks[rank])
+            for groups in step.micro_steps:
+                yield from _parts(run, epoch, [rows[slide] for slide in groups[mesh.slide_rank]])
         skip = 0
+
+
+def _parts(run: Run, epoch: int, slides: list[int]) -> list[BagPart]:
+    """This rank's tiles of its group's slides of one micro-step: the same set of tiles for any number of ranks."""
+    seed, wanted = run.settings.run.seed, run.settings.policies.reading.tiles_per_slide
+    shares = run.settings.policies.tile_parallel.shares or (1.0,) * run.mesh.tile_size
+    chosen = [choose_tiles(run.cohort.lengths[slide], wanted, (seed, epoch, slide)) for slide in slides]
+    lengths = [
+        run.cohort.lengths[slide] if rows is None else len(rows) for slide, rows in zip(slides, chosen, strict=True)
+    ]
+    stretches = share_tiles(lengths, shares)[run.mesh.tile_rank]
+    return [
+        BagPart(slide, start, stop, None if rows is None else rows[start:stop])
+        for slide, rows, (start, stop) in zip(slides, chosen, stretches, strict=True)
+    ]
 
 
 def _train_epochs(run: Run) -> None:
     epochs = run.settings.optim.num_train_epochs
     cohort = run.cohort
     bags = read_bags(
-        cohort.manifest.slides, cohort.grids, _slides_to_read(run), run.settings.policies.reading, run.failures
+        *(cohort.manifest.slides, cohort.grids, _parts_to_read(run), run.settings.policies.reading, run.failures),
+        may_be_empty=run.mesh.tile_size > 1,
     )
     while run.progress.epoch < epochs:
         entry = _train_epoch(run, bags)
@@ -140,15 +160,19 @@ def _train_epoch(run: Run, bags: Iterator[Bag]) -> dict[str, float]:
 
 def _train_step(run: Run, step: StepPlan, bags: Iterator[Bag], learning_rate: float) -> tuple[float, int]:
     """One optimizer step; returns the sum of its bags' losses and its tiles, over all ranks."""
-    accelerator, rank = run.accelerator, run.accelerator.process_index
+    accelerator, mesh = run.accelerator, run.mesh
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
-    seed_step(run.settings.run.seed, run.progress.global_step, rank)
-    weight = bag_weight(step.n_bags, accelerator.num_processes, len(step.micro_steps))
+    seed_step(run.settings.run.seed, run.progress.global_step, accelerator.process_index)
+    # Ranks that share a bag each compute its loss: there are as many means to take as groups.
+    weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))
     loss_sum, tiles = torch.zeros((), device=run.device), 0
-    for ranks in step.micro_steps:
+    for micro, groups in enumerate(step.micro_steps):
         with accelerator.accumulate(run.model):
-            loss, n_tiles = _micro_loss(run, [next(bags) for _ in ranks[rank]])
+            if run.sharing.forward is not None:
+                place = micro * mesh.slide_size + mesh.slide_rank
+                run.sharing.forward.seed = step_seed(run.settings.run.seed, run.progress.global_step, place)
+            loss, n_tiles = _micro_loss(run, [next(bags) for _ in groups[mesh.slide_rank]])
             accelerator.backward(loss * weight)
             loss_sum += loss.detach()
             tiles += n_tiles
@@ -157,12 +181,13 @@ def _train_step(run: Run, step: StepPlan, bags: Iterator[Bag], learning_rate: fl
             run.optimizer.step()
             run.optimizer.zero_grad()
     totals = accelerator.reduce(torch.stack([loss_sum, torch.tensor(float(tiles), device=run.device)]), "sum")
-    return float(totals[0]), int(totals[1])
+    return float(totals[0]) / mesh.tile_size, int(totals[1])
 
 
 def _micro_loss(run: Run, bags: list[Bag]) -> tuple[torch.Tensor, int]:
     """The sum of this rank's bags' losses, and its tiles."""
     policies, seed = run.settings.policies, run.settings.run.seed
+    _require_tiles(run, bags)
     if not bags:
         return idle_loss(run.model, policies.tiling.tile_size_px, run.device), 0
     tiles = [
@@ -172,7 +197,22 @@ def _micro_loss(run: Run, bags: list[Bag]) -> tuple[torch.Tensor, int]:
         for bag in bags
     ]
     labels = torch.tensor([run.cohort.manifest.slides[bag.slide].label for bag in bags], device=run.device)
-    return stack_loss(run.model(stack_bags(tiles)), labels), sum(map(len, tiles))
+    stack = stack_bags(tiles, allow_empty=run.mesh.tile_size > 1)
+    return stack_loss(run.model(stack, labels), labels), sum(map(len, tiles))
+
+
+def _require_tiles(run: Run, bags: list[Bag]) -> None:
+    """Refuse, on all ranks that share it, a bag of which none could read a tile."""
+    if run.mesh.tile_size == 1 or not bags:
+        return
+    counts = share_numbers([len(bag.tiles) for bag in bags], run.mesh.group, run.device, Traffic()).sum(0)
+    for bag, count in zip(bags, counts.tolist(), strict=True):
+        if count == 0:
+            entry = run.cohort.manifest.slides[bag.slide]
+            raise ReadFailureError(
+                f"slide {entry.slide_id} must have a readable tile, all that were asked for failed ({entry.path}). "
+                "HINT: replace the file, or take it out of the manifest."
+            )
 
 
 def _end_epoch(run: Run, entry: dict[str, float], state: dict[str, torch.Tensor]) -> None:

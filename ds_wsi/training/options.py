@@ -12,11 +12,17 @@ from ds_wsi.models import AGGREGATORS
 from ds_wsi.partition.plan import PartitionPlan
 from ds_wsi.partition.policy import POLICY_MODES
 from ds_wsi.runtime.units import parse_bytes
+from ds_wsi.tile_parallel.policy import EXCHANGES
 from ds_wsi.training.optim import SCHEDULES
 from ds_wsi.training.settings import TrainSettings
 
 DEMO_TILE_SIZE_PX = 64  # what the demo cohort's regions were drawn for
 FLAG = "flag"
+
+
+def tiles_or_all(text: str) -> int | None:
+    """A number of tiles, or None for "all"."""
+    return None if text == "all" else int(text)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -34,6 +40,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("mpp", "policies.tiling.mpp", float, "um/px at which tiles are read (0.5 is 20x)"),
     ("min_tissue_fraction", "policies.tiling.min_tissue_fraction", float, "of a tile's area"),
     ("dataloader_num_workers", "policies.reading.workers", int, "processes that read tiles"),
+    ("tiles_per_slide", "policies.reading.tiles_per_slide", tiles_or_all, "tiles of each training slide, or all"),
     ("max_failed_fraction", "policies.reading.max_failed_fraction", float, "of tiles that may fail to read"),
     ("augment_colour", "policies.augment.colour", float, "largest relative change of a channel, one draw a slide"),
     ("partition", "policies.partition.mode", POLICY_MODES, "how the encoder's activations are partitioned"),
@@ -42,6 +49,8 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("host_budget", "policies.partition.host_budget_bytes", parse_bytes, "for activations in host memory"),
     ("nvme_path", "policies.partition.nvme_path", str, "folder on a local disk for what host memory does not hold"),
     ("nvme_budget", "policies.partition.nvme_budget_bytes", parse_bytes, "for activations on that disk"),
+    ("tile_parallel_size", "policies.tile_parallel.size", int, "processes that share each slide's tiles"),
+    ("tile_parallel_aggregator", "policies.tile_parallel.aggregator", EXCHANGES, "exchange of features between them"),
     ("encoder", "model.encoder", str, "a timm model's name"),
     ("encoder_weights", "model.encoder_weights", str, "local .safetensors file or timm checkpoint"),
     ("aggregator", "model.aggregator", tuple(AGGREGATORS), "MIL pooling"),
@@ -63,6 +72,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("save_steps", "run.save_steps", int, "steps between checkpoints within an epoch; 0: ends of epochs only"),
     ("save_total_limit", "run.save_total_limit", int, "checkpoints kept"),
     ("metric_for_best_model", "run.metric_for_best_model", METRIC_NAMES, "validation metric that chooses the epoch"),
+    ("ddp_timeout", "run.ddp_timeout", int, "seconds that a collective waits for the other processes"),
     ("deepspeed", "run.deepspeed", str, 'a DeepSpeed JSON; its "ds_wsi" section sets the policies'),
 )
 

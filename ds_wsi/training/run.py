@@ -1,6 +1,7 @@
 """What the parts of a run share, and how it is prepared: folder, cohort, model, engine."""
 
 import json
+import math
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,8 @@ from ds_wsi.models import ModelConfig, SlideModel, build_model, freeze
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.demo import make_demo
+from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
+from ds_wsi.tile_parallel.shard import Handle
 from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from ds_wsi.training.settings import TrainSettings
 
@@ -57,6 +60,8 @@ class Run:
     optimizer: Any
     failures: FailureLog
     progress: Progress
+    mesh: TileMesh
+    sharing: Handle
 
     @property
     def device(self) -> torch.device:
@@ -65,10 +70,10 @@ class Run:
 
     @property
     def epoch_layout(self) -> dict[str, int]:
-        """The keywords of `plan_epoch` that describe who trains on how many bags."""
+        """The keywords of `plan_epoch`: how many bags each group of ranks that share them trains on."""
         optim = self.settings.optim
         return {
-            "world_size": self.accelerator.num_processes,
+            "world_size": self.mesh.slide_size,
             "bags_per_rank": optim.per_device_train_batch_size,
             "accumulation": optim.gradient_accumulation_steps,
         }
@@ -104,7 +109,10 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     module = build_model(config, settings.model.encoder_weights)
     if settings.model.freeze_encoder:
         freeze(module.encoder)
-    _partition(module, settings, cohort, accelerator.device)
+    sharing_policy = settings.policies.tile_parallel
+    mesh = tile_mesh(sharing_policy.size, accelerator.device.type)
+    sharing = shard_tiles(module, mesh, sharing_policy)
+    _partition(module, settings, cohort, accelerator.device, mesh)
     model, optimizer = prepare(accelerator, module, engine)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction)
     accelerator.init_trackers("tensorboard", config=_flat(settings))
@@ -119,11 +127,17 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         optimizer,
         failures,
         Progress(),
+        mesh,
+        sharing,
     )
 
 
-def _partition(module: SlideModel, settings: TrainSettings, cohort: Cohort, device: torch.device) -> None:
+def _partition(
+    module: SlideModel, settings: TrainSettings, cohort: Cohort, device: torch.device, mesh: TileMesh
+) -> None:
     """Partition the encoder as the policies say, and print the plan for the largest stack of training bags.
+
+    Ranks that share a bag take one plan, the first rank's: their norms' collectives must come in one order.
 
     Raises:
         ValueError: not even that fits the budgets; names what is missing.
@@ -132,11 +146,17 @@ def _partition(module: SlideModel, settings: TrainSettings, cohort: Cohort, devi
     if wanted.mode == "native":
         return
     if isinstance(wanted, PartitionPolicy) and not module.encoder_is_frozen:
-        tiles = max(cohort.lengths[row] for row in cohort.rows("train"))
+        longest = max(cohort.lengths[row] for row in cohort.rows("train"))
+        longest = min(longest, settings.policies.reading.tiles_per_slide or longest)
+        shares = settings.policies.tile_parallel.shares or (1.0,) * mesh.tile_size
+        tiles = math.ceil(longest * max(shares) / sum(shares))
         size = settings.policies.tiling.tile_size_px
         precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.optim.mixed_precision]
         shape = (tiles * settings.optim.per_device_train_batch_size, 3, size, size)
-        logger.info("%s", plan_partition(module.encoder, shape, wanted, autocast=precision, device=device))
+        plan = plan_partition(module.encoder, shape, wanted, autocast=precision, device=device)
+        logger.info("%s", plan)
+        if mesh.tile_size > 1 and wanted.mode == "auto":
+            wanted = PartitionPlan.from_section(broadcast_object_list([plan.to_section()])[0])
     elif isinstance(wanted, PartitionPlan):
         logger.info("%s", wanted)
     spill = NvmeSpill(wanted.nvme_path, wanted.nvme_budget_bytes) if wanted.nvme_path else None
@@ -153,6 +173,7 @@ def _engine_settings(settings: TrainSettings) -> EngineSettings:
         bags_per_rank=optim.per_device_train_batch_size,
         accumulation=optim.gradient_accumulation_steps,
         mixed_precision=optim.mixed_precision,
+        timeout_s=settings.run.ddp_timeout,
     )
 
 
@@ -222,6 +243,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
     return {
         "seed": run.settings.run.seed,
         **run.epoch_layout,
+        "tiles_per_slide": run.settings.policies.reading.tiles_per_slide,
         "num_train_epochs": optim.num_train_epochs,
         "learning_rate": optim.learning_rate,
         "lr_scheduler_type": optim.lr_scheduler_type,

@@ -49,7 +49,7 @@ class OptimSettings:
 
     Args:
         num_train_epochs: passes over the training slides.
-        per_device_train_batch_size: slides a process and micro-step.
+        per_device_train_batch_size: slides a process (a group of them under tile parallelism) and micro-step.
         gradient_accumulation_steps: micro-steps an optimizer step.
         learning_rate, weight_decay: of the optimizer.
         optim: adam or adamw.
@@ -101,6 +101,7 @@ class RunSettings:
         save_total_limit: checkpoints kept, at least 2, for a torn one is passed over for the one before it.
         metric_for_best_model: validation metric by which the exported epoch is chosen; eval_loss breaks ties.
         deepspeed: a DeepSpeed JSON.
+        ddp_timeout: seconds that a collective waits for the other ranks.
     """
 
     output_dir: str | None = None
@@ -110,6 +111,7 @@ class RunSettings:
     save_total_limit: int = 2
     metric_for_best_model: str = "auc"
     deepspeed: str | None = None
+    ddp_timeout: int = 1800
 
     def __post_init__(self) -> None:
         """Refuse a limit under which a torn checkpoint would lose the run."""
@@ -120,6 +122,8 @@ class RunSettings:
             )
         if self.save_steps < 0:
             raise ValueError(f"--save_steps must be at least 0, got {self.save_steps}")
+        if self.ddp_timeout < 1:
+            raise ValueError(f"--ddp_timeout must be at least 1 second, got {self.ddp_timeout}")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_wsi.models.output import SlideOutput
+from ds_wsi.stacking.segment_ops import widened
 from ds_wsi.stacking.stacked_bags import StackedBags, stack_bags
 
 
@@ -17,8 +18,12 @@ def bag_weight(bags_in_step: int, world_size: int, accumulation: int) -> float:
 
 
 def stack_loss(output: SlideOutput, labels: Tensor) -> Tensor:
-    """Sum over the bags of the cross-entropy of logits [B, C] and labels int64 [B], in float32."""
-    return F.cross_entropy(output.logits.float(), labels, reduction="sum")
+    """Sum over the bags of the cross-entropy of logits [B, C] and labels int64 [B], in float32 or float64.
+
+    The aggregator's auxiliary loss, where it has one, is in the sum.
+    """
+    loss = F.cross_entropy(widened(output.logits), labels, reduction="sum")
+    return loss if output.auxiliary_loss is None else loss + widened(output.auxiliary_loss).sum()
 
 
 def idle_loss(model: nn.Module, tile_size_px: int, device: torch.device) -> Tensor:
@@ -29,6 +34,8 @@ def idle_loss(model: nn.Module, tile_size_px: int, device: torch.device) -> Tens
     training = model.training
     model.eval()
     blank = torch.full((1, 3, tile_size_px, tile_size_px), 255, dtype=torch.uint8, device=device)
-    output: SlideOutput = model(StackedBags(*stack_bags([blank])))
+    # With a label, so that what the auxiliary loss alone trains takes part too.
+    label = torch.zeros(1, dtype=torch.int64, device=device)
+    output: SlideOutput = model(StackedBags(*stack_bags([blank])), label)
     model.train(training)
-    return output.logits.float().sum() * 0.0
+    return stack_loss(output, label) * 0.0

@@ -64,7 +64,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
             if process.is_alive():
                 process.kill()
             process.join()
-        errors = sorted(folder.glob("*.error"))
+        # The earliest is the cause, the others lost their peer.
+        errors = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
         assert not errors, f"rank {errors[0].stem} failed:\n{errors[0].read_text()}"
         missing = [rank for rank in range(world_size) if not (folder / f"{rank}.result").exists()]
         assert not missing, f"ranks {missing} returned nothing within {TIMEOUT_S} s"

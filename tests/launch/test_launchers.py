@@ -53,6 +53,23 @@ def test_the_main_job_runs_and_leaves_its_results(launcher, demo_manifest, tmp_p
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
+def test_two_processes_that_share_each_slide_train_as_one(demo_manifest, tmp_path):
+    """The same tiles, weights and losses; ZeRO-2 with offload, partitioned, train-mode BatchNorm over the whole bag."""
+    sampled = ["--tiles_per_slide", "9", "--augment_colour", "0", "--learning_rate", "1e-4"]
+    run(["python", SCRIPT, *train_arguments(demo_manifest, tmp_path / "one", *sampled)])
+    shared = ["--tile_parallel_size", "2", "--partition", "lean", "--partition_chunk_size", "3"]
+    command = ["deepspeed", "--num_gpus", "2", SCRIPT, "--deepspeed", OFFLOAD]
+    printed = run([*command, *train_arguments(demo_manifest, tmp_path / "two", *sampled, *shared)])
+    assert "2 ranks share each bag, sharded exchange" in printed
+    runs = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two")]
+    for one, two in zip(*runs, strict=True):
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-6)
+        assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
+    weights = [load_model(tmp_path / name)[0].state_dict() for name in ("one", "two")]
+    moved = sum((weights[0][name] - value).abs().float().sum() for name, value in weights[1].items())
+    assert moved < 1e-6 * sum(value.abs().float().sum() for value in weights[0].values())
+
+
 def test_mistakes_are_one_message_without_a_traceback(demo_manifest, tmp_path):
     text = demo_manifest.read_text().replace("demo_001,", "demo_000,", 1).replace("slides/demo_002.tiff", "gone.tiff")
     broken = demo_manifest.parent / "broken.csv"

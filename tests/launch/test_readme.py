@@ -27,6 +27,8 @@ def test_the_example_runs(demo_manifest, tmp_path, monkeypatch):
     exec(code.replace("256", "64").replace("bag[:10]", "bag[:2]"), names)
     assert names["output"].logits.shape == (2, 2)
     assert names["output"].attention.shape == (len(names["bag"]) + 2,)
+    exec(blocks("python")[2], names)  # one bag across ranks: here across one
+    assert all(parameter.grad is not None for parameter in names["model"].encoder.parameters())
 
 
 def test_the_partition_example_runs_within_its_budget(capsys):

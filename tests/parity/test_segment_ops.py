@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_wsi.stacking import StackedBags, stack_bags
-from ds_wsi.stacking.segment_ops import segment_max, segment_mean, segment_softmax, segment_sum
+from ds_wsi.stacking.segment_ops import segment_max, segment_mean, segment_softmax, segment_sum, segment_topk
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 REFERENCE = {
@@ -51,6 +51,23 @@ def test_half_precision_is_accumulated_in_float32():
     assert segment_sum(bags.values, bags.cu_seqlens).flatten().tolist() == [5000.0, 1.0]
     weights = segment_softmax(torch.full((5000, 1), 60000.0, dtype=torch.float16), torch.tensor([0, 5000]))
     assert torch.isfinite(weights).all()
+
+
+@given(lengths=LENGTHS, seed=st.integers(0, 99), k=st.integers(0, 12), each=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_topk_equals_a_loop_over_bags_and_ties_go_by_index(lengths, seed, k, each):
+    torch.manual_seed(seed)
+    values = torch.randint(0, 6, (sum(lengths),)).half()  # few values: many ties
+    bags = stack_bags(values.unsqueeze(1).split(lengths))
+    sizes = torch.randint(0, 12, (len(lengths),)) if each else torch.full((len(lengths),), k)
+    rows, bounds = segment_topk(values, bags.cu_seqlens, sizes if each else k)
+    expected, counts, start = [], [], 0
+    for length, size in zip(lengths, sizes.tolist(), strict=True):
+        expected += sorted(range(start, start + length), key=lambda row: (-values[row].item(), row))[:size]
+        counts.append(min(size, length))
+        start += length
+    assert rows.tolist() == expected
+    assert bounds.diff().tolist() == counts
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ LAYERS = (
     {"training"},
     {"cli", "benchmarks"},
 )
-SIBLINGS = {("models", "stacking")}
+# Aggregators work on stacks; a bag across ranks is pooled by the aggregators' own contract.
+SIBLINGS = {("models", "stacking"), ("tile_parallel", "stacking"), ("tile_parallel", "models")}
 FRAMEWORKS = {"deepspeed", "accelerate", "transformers"}
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.training.optim import SCHEDULES, learning_rate_at
-from ds_wsi.training.options import OPTIONS, add_train_options, settings_from
+from ds_wsi.training.options import OPTIONS, add_train_options, settings_from, tiles_or_all
 from ds_wsi.training.settings import TrainSettings
 
 
@@ -47,7 +47,14 @@ def test_without_options_all_is_default_but_the_demos_tile_size():
     )
 
 
-EXAMPLES = {parse_bytes: ("2GiB", 2**31), int: ("3", 3), float: ("0.25", 0.25), str: ("x", "x"), "flag": (None, True)}
+EXAMPLES = {
+    parse_bytes: ("2GiB", 2**31),
+    tiles_or_all: ("256", 256),
+    int: ("3", 3),
+    float: ("0.25", 0.25),
+    str: ("x", "x"),
+    "flag": (None, True),
+}
 
 
 @pytest.mark.parametrize(("name", "place", "kind", "text"), OPTIONS, ids=[option[0] for option in OPTIONS])

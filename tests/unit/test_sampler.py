@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_wsi.bags.sampler import deal_by_cost, plan_epoch, steps_per_epoch
+from ds_wsi.bags.sampler import choose_tiles, deal_by_cost, plan_epoch, share_tiles, steps_per_epoch
 
 layouts = st.fixed_dictionaries(
     {"world_size": st.integers(1, 6), "bags_per_rank": st.integers(1, 4), "accumulation": st.integers(1, 4)}
@@ -78,3 +78,34 @@ def test_deal_by_cost_covers_all_and_is_balanced_within_the_largest(costs, world
 @pytest.mark.parametrize(("world_size", "expected"), [(1, ((0, 1, 2, 3),)), (2, ((0,), (1, 2, 3)))])
 def test_deal_by_cost_gives_the_costliest_a_rank_of_its_own(world_size, expected):
     assert deal_by_cost([9, 3, 3, 3], world_size) == expected
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    shares=st.lists(st.floats(0, 5), min_size=1, max_size=6).filter(lambda shares: sum(shares) > 0.1),
+)
+def test_every_tile_goes_to_one_rank_in_proportion_to_its_share(lengths, shares):
+    dealt = share_tiles(lengths, shares)
+    assert len(dealt) == len(shares)
+    for bag, length in enumerate(lengths):
+        rows = [row for stretches in dealt for row in range(*stretches[bag])]
+        assert rows == list(range(length))  # each once, in the slide's order over the ranks
+    loads = [sum(stop - start for start, stop in stretches) for stretches in dealt]
+    for load, share in zip(loads, shares, strict=True):
+        assert abs(load - sum(lengths) * share / sum(shares)) <= 1
+
+
+def test_equal_shares_differ_by_one_tile_over_all_bags_of_a_step_together():
+    loads = [sum(stop - start for start, stop in rank) for rank in share_tiles([7, 1, 5], [1.0] * 4)]
+    assert sorted(loads) == [3, 3, 3, 4]
+
+
+def test_the_tiles_of_a_slide_depend_on_seed_epoch_and_slide_alone():
+    assert choose_tiles(10, None, (0, 0, 0)) is None
+    assert choose_tiles(10, 10, (0, 0, 0)) is None
+    rows = choose_tiles(1000, 50, (0, 1, 2))
+    assert rows == choose_tiles(1000, 50, (0, 1, 2))
+    assert len(set(rows)) == 50
+    assert list(rows) == sorted(rows)
+    others = [choose_tiles(1000, 50, key) for key in ((1, 1, 2), (0, 2, 2), (0, 1, 3))]
+    assert all(len(set(rows) & set(other)) < 20 for other in others)

@@ -5,17 +5,32 @@ from collections.abc import Callable
 from torch import nn
 
 from ds_wsi.models.aggregators.abmil import ABMIL, GatedABMIL
+from ds_wsi.models.aggregators.abmilx import ABMILX
+from ds_wsi.models.aggregators.acmil import ACMIL
+from ds_wsi.models.aggregators.clam import CLAMMB, CLAMSB
+from ds_wsi.models.aggregators.dsmil import DSMIL
+from ds_wsi.models.aggregators.dtfd import DTFD
 from ds_wsi.models.aggregators.pooling import MaxMIL, MeanMIL
+from ds_wsi.models.aggregators.rrtmil import RRTMIL
+from ds_wsi.models.aggregators.transmil import TransMIL
 
 AGGREGATORS: dict[str, Callable[..., nn.Module]] = {
     "abmil": ABMIL,
     "gated_abmil": GatedABMIL,
     "mean": MeanMIL,
     "max": MaxMIL,
+    "clam_sb": CLAMSB,
+    "clam_mb": CLAMMB,
+    "dsmil": DSMIL,
+    "dtfd": DTFD,
+    "transmil": TransMIL,
+    "acmil": ACMIL,
+    "rrtmil": RRTMIL,
+    "abmilx": ABMILX,
 }
 
 
-def build_aggregator(name: str, in_dim: int, num_classes: int, **options: float) -> nn.Module:
+def build_aggregator(name: str, in_dim: int, num_classes: int, **options: float | str) -> nn.Module:
     """Build an aggregator by name for features [N, in_dim] and logits [B, num_classes].
 
     Raises:

@@ -42,7 +42,13 @@ class PooledAggregator(nn.Module):
         if self.pooling != "attention":
             pool = segment_mean if self.pooling == "mean" else segment_max
             return SlideOutput(self.head(pool(embedded, bags.cu_seqlens).unsqueeze(1)), None)
-        attention = segment_softmax(self.scores(embedded), bags.cu_seqlens)  # [sum N, M]
-        # A branch at a time: [sum N, M, D'] would be the largest tensor of all.
-        pooled = [segment_sum(weight.unsqueeze(-1) * embedded, bags.cu_seqlens) for weight in attention.unbind(1)]
-        return SlideOutput(self.head(torch.stack(pooled, 1)), attention.squeeze(-1))
+        attention, pooled = attention_pool(embedded, self.scores(embedded), bags.cu_seqlens)
+        return SlideOutput(self.head(pooled), attention.squeeze(-1))
+
+
+def attention_pool(embedded: Tensor, scores: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention [sum N, M], the softmax of scores [sum N, M] within each bag, and the bags [B, M, D'] it pools."""
+    attention = segment_softmax(scores, cu_seqlens)
+    # A branch at a time: [sum N, M, D'] would be the largest tensor of all.
+    pooled = [segment_sum(weight.unsqueeze(-1) * embedded, cu_seqlens) for weight in attention.unbind(1)]
+    return attention, torch.stack(pooled, 1)

@@ -1,0 +1,144 @@
+"""Transformer pooling: two layers of approximate self-attention, and positions from convolutions between them.
+
+Sources: Shao et al., "TransMIL: Transformer based Correlated Multiple Instance Learning for Whole Slide Image
+Classification", NeurIPS 2021, algorithms 2 and 3; Xiong et al., "Nystromformer", AAAI 2021, equations 13 to 15.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_wsi.models.aggregators.per_bag import PerBagAggregator
+from ds_wsi.stacking.segment_ops import widened
+
+PINV_ITERATIONS = 6
+RESIDUAL_KERNEL = 33
+
+
+class TransMIL(PerBagAggregator):
+    """A class token and the instances h_k = ReLU(W x_k), completed to a square, go through the transformer.
+
+    Attention is the class token's in the second layer: mean over the heads, negative weights (an approximation may have
+    them) as zero, those of the instances repeated in the square added up, normalised to sum to 1. No gradient passes
+    through it.
+
+    Args:
+        in_dim: width D of the features.
+        num_classes: C.
+        embed_dim: width D' of h, a multiple of `heads`.
+        heads: of the attention, D' / heads wide each.
+        landmarks: of the attention; the original has D' / 2.
+        dropout: of what each attention adds, in training.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int,
+        embed_dim: int = 512,
+        heads: int = 8,
+        landmarks: int = 256,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if embed_dim % heads:
+            raise ValueError(f"embed_dim must be a multiple of heads, got {embed_dim} and {heads}")
+        self.embedding = nn.Sequential(nn.Linear(in_dim, embed_dim), nn.ReLU())
+        self.class_token = nn.Parameter(torch.randn(1, embed_dim))
+        self.norm_1, self.norm_2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
+        self.attention_1 = NystromAttention(embed_dim, heads, landmarks, dropout)
+        self.attention_2 = NystromAttention(embed_dim, heads, landmarks, dropout)
+        self.positions = PyramidPositions(embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.classifier = nn.Linear(embed_dim, num_classes)
+
+    def forward_bag(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N, D] of one bag to logits [C] and attention [N]."""
+        count, side = len(features), math.isqrt(len(features) - 1) + 1  # the square root, rounded up
+        embedded = self.embedding(features)
+        square = torch.cat([embedded, embedded[: side * side - count]])
+        tokens = torch.cat([self.class_token.to(square.dtype), square])
+        tokens = tokens + self.attention_1(self.norm_1(tokens))[0]
+        tokens = self.positions(tokens, side)
+        added, weights = self.attention_2(self.norm_2(tokens))
+        # All that follows sees one token at a time: the class token's result is all there is to compute.
+        logits = self.classifier(self.norm(tokens[0] + added[0]))
+        attention = weights[1 : count + 1].clone()
+        attention[: side * side - count] += weights[count + 1 :]
+        return logits, attention / attention.sum().clamp_min(torch.finfo(attention.dtype).tiny)
+
+
+class PyramidPositions(nn.Module):
+    """Algorithm 3 (PPEG): depthwise convolutions of 7, 5 and 3 over the square, and the square itself, added up."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim) for k in (7, 5, 3))
+
+    def forward(self, tokens: Tensor, side: int) -> Tensor:
+        """Class token and square [1 + side * side, D'] to the same shape; the class token passes."""
+        square = tokens[1:].T.reshape(1, -1, side, side)
+        placed = square
+        for convolution in self.convolutions:
+            placed = placed + convolution(square)
+        return torch.cat([tokens[:1].to(placed.dtype), placed.flatten(2).squeeze(0).T])
+
+
+class NystromAttention(nn.Module):
+    """Self-attention in time linear in the tokens: softmax(Q K~^T) pinv(softmax(Q~ K~^T)) softmax(Q~ K^T) V.
+
+    Q~ and K~ are landmarks, means of equally many neighbours; zero tokens before the first make the number of tokens a
+    multiple of the landmarks' and, as in the original, take part. A depthwise convolution of V is added.
+
+    Args:
+        dim: width of the tokens.
+        heads: of dim / heads each.
+        landmarks: their number.
+        dropout: of the result, in training.
+    """
+
+    def __init__(self, dim: int, heads: int, landmarks: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.landmarks = heads, landmarks
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.residual = nn.Conv2d(
+            heads, heads, (RESIDUAL_KERNEL, 1), padding=(RESIDUAL_KERNEL // 2, 0), groups=heads, bias=False
+        )
+        self.out = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [n, D] to the attention's result [n, D], and the first token's weights over the tokens, [n]."""
+        count = len(tokens)
+        padding = -count % self.landmarks
+        tokens = F.pad(tokens, (0, 0, padding, 0))
+        query, key, value = self.qkv(tokens).reshape(len(tokens), 3, self.heads, -1).permute(1, 2, 0, 3)  # [h, n, d]
+        query = query * query.shape[-1] ** -0.5
+        query_landmarks, key_landmarks = self._landmarks(query), self._landmarks(key)  # [h, m, d]
+        to_landmarks = (query @ key_landmarks.mT).softmax(-1)  # [h, n, m]
+        from_landmarks = (query_landmarks @ key.mT).softmax(-1)  # [h, m, n]
+        inverse = self._inverse(query_landmarks, key_landmarks).to(to_landmarks.dtype)
+        mixed = (to_landmarks @ inverse) @ (from_landmarks @ value.to(from_landmarks.dtype))
+        mixed = mixed + self.residual(value.unsqueeze(0)).squeeze(0)
+        result = self.out(mixed.transpose(0, 1).flatten(1).to(tokens.dtype))
+        with torch.no_grad():
+            first = widened(to_landmarks[:, padding : padding + 1] @ inverse) @ widened(from_landmarks)
+        return self.dropout(result[padding:]), first.mean(0)[0, padding:].clamp_min(0)
+
+    def _landmarks(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(1, (self.landmarks, -1)).mean(2)
+
+    def _inverse(self, query_landmarks: Tensor, key_landmarks: Tensor) -> Tensor:
+        """Equation 14: the pseudo-inverse by iteration, in float32 at least: its products leave half precision."""
+        with torch.autocast(query_landmarks.device.type, enabled=False):
+            kernel = (widened(query_landmarks) @ widened(key_landmarks).mT).softmax(-1)
+            # Of all heads together, as in the original; in a bag of its own no other bag is among them.
+            scale = kernel.sum(-1).max() * kernel.sum(-2).max()
+            inverse, unit = kernel.mT / scale, torch.eye(self.landmarks, dtype=kernel.dtype, device=kernel.device)
+            for _ in range(PINV_ITERATIONS):
+                product = kernel @ inverse
+                inner = 15 * unit - product @ (7 * unit - product)
+                inverse = 0.25 * inverse @ (13 * unit - product @ inner)
+        return inverse

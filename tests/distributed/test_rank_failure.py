@@ -1,0 +1,61 @@
+"""A rank that dies or fails stops the others, in time and with its number."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ds_wsi.runtime.ranks import RankFailureError, watch_ranks
+from ds_wsi.tile_parallel import tile_mesh
+from harness import _context
+
+pytestmark = pytest.mark.distributed
+
+
+def one_rank(rank, folder, how):
+    """Three ranks share bags; rank 1 goes away after the first exchange."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 3)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
+    mesh = tile_mesh(3)
+    try:
+        with watch_ranks():
+            for step in range(100):
+                dist.all_reduce(torch.ones(3), group=mesh.group)
+                if rank == 1 and step == 3:
+                    time.sleep(2.5)  # computes, while the others wait
+                    if how == "killed":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    raise MemoryError("CUDA out of memory")
+    except RankFailureError as error:
+        (folder / f"{rank}.said").write_text(str(error))
+    except MemoryError:
+        time.sleep(0.1)
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("killed", "rank 1/3 died without a word (killed, or out of memory?)"),
+        ("raises", "rank 1/3 failed (MemoryError: CUDA out of memory)"),
+    ],
+)
+def test_the_others_stop_and_name_it(how, words, tmp_path):
+    ranks = [_context.Process(target=one_rank, args=(rank, tmp_path, how)) for rank in range(3)]
+    started = time.monotonic()
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert time.monotonic() - started < 50
+    assert not any(process.is_alive() for process in ranks)
+    for rank in (0, 2):
+        said = (tmp_path / f"{rank}.said").read_text()
+        assert said.startswith(words), said
+        assert f"seen by rank {rank}/3" in said
