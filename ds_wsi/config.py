@@ -6,6 +6,7 @@ from typing import Any
 
 from ds_wsi.bags.augment import AugmentPolicy
 from ds_wsi.bags.bag import ReadPolicy
+from ds_wsi.compression.comm import CommPolicy
 from ds_wsi.partition.plan import PartitionPlan
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.units import parse_bytes
@@ -26,6 +27,7 @@ class DsWsiConfig:
         partition: how the encoder's activations are partitioned: a policy, or under "plan" what `PartitionPlan` wrote.
             Left out, the encoder runs as it is.
         tile_parallel: how many ranks share each bag, and how they exchange features.
+        compression: how gradients are communicated between ranks.
     """
 
     tiling: TilingPolicy = field(default_factory=TilingPolicy)
@@ -35,6 +37,7 @@ class DsWsiConfig:
         default=PartitionPolicy(mode="native"), metadata={"kind": PartitionPolicy}
     )
     tile_parallel: TileParallelPolicy = field(default_factory=TileParallelPolicy)
+    compression: CommPolicy = field(default_factory=CommPolicy)
 
 
 def read_section(section: Mapping[str, Any]) -> DsWsiConfig:

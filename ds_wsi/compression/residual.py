@@ -132,6 +132,14 @@ class Residuals:
             if velocity is not None:
                 self._velocity[name] = velocity[start:stop]
 
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What `restore` goes back to. No copies: a commit puts other tensors in the place of the old ones."""
+        return dict(self._residual), dict(self._velocity)
+
+    def restore(self, snapshot: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+        """Undo all commits since the snapshot."""
+        self._residual, self._velocity = dict(snapshot[0]), dict(snapshot[1])
+
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all tensors, one storage each (as safetensors asks), under `residual.NAME` and `velocity.NAME`."""
         found = {_RESIDUAL + name: tensor.clone() for name, tensor in self._residual.items()}
