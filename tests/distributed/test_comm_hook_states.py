@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from test_comm_hooks import ENGINES, ZERO, Trainer, register, trained
 
 from harness import run_ranks
-from test_comm_hooks import ENGINES, ZERO, Trainer, register, trained
 
 pytestmark = pytest.mark.distributed
 KEEP = 0.1
@@ -378,10 +378,10 @@ def test_powersgd_is_torchs_under_ddp():
 
 def attached():
     import deepspeed
+    from test_comm_hooks import make_model, zero_config
 
     import ds_wsi
     from ds_wsi.compression.comm import CommPolicy
-    from test_comm_hooks import make_model, zero_config
 
     del deepspeed
     section = {"compression": {"hook": "topk", "keep": 0.2, "dense_below": 10}}
