@@ -11,6 +11,7 @@ from ds_wsi.partition.plan import PartitionPlan
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.tile_parallel.policy import TileParallelPolicy
 
 SECTION = "ds_wsi"
@@ -26,6 +27,7 @@ class DsWsiConfig:
         augment: what is changed at each reading in training.
         partition: how the encoder's activations are partitioned: a policy, or under "plan" what `PartitionPlan` wrote.
             Left out, the encoder runs as it is.
+        stacking: how the bags of a step lie on ranks and in stacks.
         tile_parallel: how many ranks share each bag, and how they exchange features.
         compression: how gradients are communicated between ranks.
     """
@@ -36,6 +38,7 @@ class DsWsiConfig:
     partition: PartitionPolicy | PartitionPlan = field(
         default=PartitionPolicy(mode="native"), metadata={"kind": PartitionPolicy}
     )
+    stacking: StackingPolicy = field(default_factory=StackingPolicy)
     tile_parallel: TileParallelPolicy = field(default_factory=TileParallelPolicy)
     compression: CommPolicy = field(default_factory=CommPolicy)
 

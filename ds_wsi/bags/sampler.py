@@ -7,6 +7,9 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from ds_wsi.stacking.balance import OverCapError, assign_bags
+from ds_wsi.stacking.policy import StackingPolicy
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -25,26 +28,73 @@ class StepPlan:
         return sum(len(slides) for ranks in self.micro_steps for slides in ranks)
 
 
-def steps_per_epoch(n_slides: int, *, world_size: int, bags_per_rank: int, accumulation: int) -> int:
+def steps_per_epoch(
+    n_slides: int, *, world_size: int, bags_per_rank: int, accumulation: int, bags_per_step: int | None = None
+) -> int:
     """Optimizer steps that cover every slide once; the last can be short."""
-    return math.ceil(n_slides / (world_size * bags_per_rank * accumulation))
+    return math.ceil(n_slides / (bags_per_step or world_size * bags_per_rank * accumulation))
 
 
 def plan_epoch(
-    n_slides: int, *, seed: int, epoch: int, world_size: int = 1, bags_per_rank: int = 1, accumulation: int = 1
+    n_slides: int,
+    *,
+    seed: int,
+    epoch: int,
+    world_size: int = 1,
+    bags_per_rank: int = 1,
+    accumulation: int = 1,
+    stacking: StackingPolicy | None = None,
+    lengths: Sequence[int] = (),
 ) -> tuple[StepPlan, ...]:
     """Shuffle the slides by (seed, epoch) and deal them out: every slide once an epoch, none twice.
 
-    Slides are dealt to the ranks in turn, so that a short last step leaves ranks within one bag of each other. The
-    slides of step k depend on world_size * bags_per_rank * accumulation alone, not on how they are dealt.
+    Slides are dealt to the ranks in turn, so that a short last step leaves ranks within one bag of each other; with a
+    policy, by its balance and under its cap. The slides of step k depend on the bags of a step alone, not on how they
+    are dealt.
+
+    Args:
+        n_slides: of the epoch.
+        seed, epoch: of the order.
+        world_size: ranks, or groups of them that share bags.
+        bags_per_rank: of a micro-step, without a policy.
+        accumulation: micro-steps of a step, the policy's virtual workers.
+        stacking: whose `bags_per_step` it is.
+        lengths: tiles of each slide, for a policy.
+
+    Raises:
+        OverCapError: bags exceed the policy's cap; `bag` is the slide, where it is one.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(n_slides, generator=generator).tolist()
-    bags_per_step = world_size * bags_per_rank * accumulation
+    if stacking is None:
+        bags_per_step = world_size * bags_per_rank * accumulation
+        return tuple(
+            _deal(order[start : start + bags_per_step], world_size, bags_per_rank, accumulation)
+            for start in range(0, n_slides, bags_per_step)
+        )
+    bags_per_step = stacking.bags_per_step or world_size * bags_per_rank * accumulation
     return tuple(
-        _deal(order[start : start + bags_per_step], world_size, bags_per_rank, accumulation)
+        _deal_by_policy(order[start : start + bags_per_step], world_size, accumulation, stacking, lengths)
         for start in range(0, n_slides, bags_per_step)
     )
+
+
+def _deal_by_policy(
+    slides: Sequence[int], world_size: int, accumulation: int, stacking: StackingPolicy, lengths: Sequence[int]
+) -> StepPlan:
+    """Workers are (micro-step, rank) pairs, a micro-step's ranks side by side."""
+    try:
+        dealt = assign_bags(
+            [lengths[slide] for slide in slides],
+            world_size * accumulation,
+            cost=stacking.cost,
+            max_tiles=stacking.max_tiles_per_rank,
+            balance=stacking.balance,
+        )
+    except OverCapError as error:
+        raise OverCapError(None if error.bag is None else slides[error.bag], str(error)) from error
+    owned = [tuple(slides[index] for index in own) for own in dealt]
+    return StepPlan(tuple(tuple(owned[micro * world_size : (micro + 1) * world_size]) for micro in range(accumulation)))
 
 
 def _deal(slides: Sequence[int], world_size: int, bags_per_rank: int, accumulation: int) -> StepPlan:

@@ -1,6 +1,7 @@
 """The DeepSpeed JSON, its "auto" values filled from the run's settings; whole parameters at any ZeRO stage."""
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,61 @@ def fill_auto(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def gather_as_one(model: nn.Module) -> None:
-    """Make every partitioned module in `model` a leaf module of ZeRO-3; to be called before DeepSpeed wraps it.
+    """Make partitioned modules, and aggregators of one bag at a time, ZeRO-3's leaf modules; before DeepSpeed wraps it.
 
     A partition runs the submodules once a chunk and pass: as a leaf the module is gathered once around its forward and
-    once around its backward, however many chunks a rank has, and its gradients are reduced once.
+    once around its backward, however many chunks or bags a rank has, and its gradients are reduced once.
     """
     from deepspeed.utils import set_z3_leaf_module
 
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), PartitionedForward):
             set_z3_leaf_module(module, True)
+        elif getattr(module, "packed", True) is False:
+            set_z3_leaf_module(module, True)
+            module.forward = _TiedForward(module.forward)
+            module.register_forward_pre_hook(_give_tie)
+
+
+class _TiedForward:
+    """The forward of a leaf module whose tensors come in a StackedBags.
+
+    DeepSpeed reduces a leaf's gradients once those of its inputs are known, and torch's hook for that sees tensors
+    among the arguments alone, not in tuples: without one it fires at once, with gradients of zero. So there is one, and
+    the bags' values are tied to it.
+    """
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+
+    def __call__(self, bags: Any, *more: Any) -> Any:
+        if more and _is_tie(more[-1]):
+            bags, more = bags._replace(values=_Tied.apply(bags.values, more[-1])), more[:-1]
+        return self.original(bags, *more)
+
+
+class _Tied(torch.autograd.Function):
+    """The identity on values, whose backward is the last of the module's: then the tie's gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, tie: Tensor) -> Tensor:
+        ctx.tie = tie.shape, tie.dtype, tie.device
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        shape, dtype, device = ctx.tie
+        return grads[0], torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _give_tie(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not torch.is_grad_enabled() or not is_zero3(module):
+        return None
+    return *args, torch.empty(0, device=args[0].values.device, requires_grad=True)
+
+
+def _is_tie(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 0 and value.requires_grad
 
 
 def is_zero3(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from ds_wsi.models.output import SlideOutput
+from ds_wsi.stacking.randomness import bag_draws
 from ds_wsi.stacking.stacked_bags import StackedBags
 
 
@@ -65,7 +66,11 @@ class SlideModel(nn.Module):
             with torch.no_grad() if self.encoder_is_frozen else nullcontext():
                 features = self.encoder(bags.values, cu_seqlens=bags.cu_seqlens, prepare=self.normalise)
         else:
-            features = torch.cat([self.encode(tiles) for tiles in bags.split()])
+            parts = []
+            for bag, tiles in enumerate(bags.split()):
+                with bag_draws(bag, tiles.device):
+                    parts.append(self.encode(tiles))
+            features = torch.cat(parts)
         return self.aggregate(bags.with_values(features), labels)
 
     def aggregate(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:

@@ -11,6 +11,7 @@ from ds_wsi.models.aggregators.pooled import PooledAggregator
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.seeding import keyed_generators
+from ds_wsi.stacking.randomness import stack_bounds
 from ds_wsi.stacking.segment_ops import segment_ids
 from ds_wsi.stacking.stacked_bags import StackedBags
 from ds_wsi.tile_parallel.collectives import Scaled, Traffic, all_rows, rank_in, rows_to_first, share_numbers, size_of
@@ -37,6 +38,7 @@ class SharedForward:
     def __init__(self, aggregator: nn.Module, group: Any, exchange: str) -> None:
         self.aggregator, self.group = aggregator, group
         self.exchange = exchange
+        self.before = aggregator.__dict__.get("forward")
         self.original: Callable[..., SlideOutput] = aggregator.forward
         self.seed: int | None = None
         self.traffic = Traffic()
@@ -57,8 +59,9 @@ class SharedForward:
 
     def _sharded(self, bags: StackedBags, labels: Tensor | None) -> SlideOutput:
         aggregator: Any = self.aggregator
-        embedded = aggregator.embed(bags.values)
-        scores = aggregator.scores(embedded) if aggregator.pooling == "attention" else None
+        with stack_bounds(bags.cu_seqlens):
+            embedded = aggregator.embed(bags.values)
+            scores = aggregator.scores(embedded) if aggregator.pooling == "attention" else None
         pooled, attention = pool_shards(aggregator.pooling, embedded, scores, bags.cu_seqlens, self.group, self.traffic)
         auxiliary = None
         if labels is not None and scores is not None and getattr(aggregator, "needs_labels", False):
@@ -157,7 +160,10 @@ class Handle:
     def remove(self) -> None:
         """Give the model its own forwards back."""
         if self.forward is not None:
-            del self.model.aggregator.__dict__["forward"]
+            if self.forward.before is None:
+                del self.model.aggregator.__dict__["forward"]
+            else:  # somebody else's was there before
+                self.model.aggregator.forward = self.forward.before
             self.forward = None
         for norm, kind in self._norms:
             norm.__class__ = kind

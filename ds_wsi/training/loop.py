@@ -16,6 +16,9 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.runtime.ranks import watch_ranks
 from ds_wsi.runtime.seeding import seed_step, step_seed
+from ds_wsi.stacking.balance import OverCapError
+from ds_wsi.stacking.frameworks import sample_bag
+from ds_wsi.stacking.randomness import bag_randomness
 from ds_wsi.stacking.stacked_bags import stack_bags
 from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
 from ds_wsi.training.optim import learning_rate_at
@@ -55,8 +58,20 @@ def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = Non
 
 
 def _epoch_plan(run: Run, epoch: int) -> tuple[StepPlan, ...]:
-    slides = len(run.cohort.rows("train"))
-    return plan_epoch(slides, seed=run.settings.run.seed, epoch=epoch, **run.epoch_layout)
+    rows, stacking = run.cohort.rows("train"), run.settings.policies.stacking
+    seed = run.settings.run.seed
+    if not stacking.deals:
+        return plan_epoch(len(rows), seed=seed, epoch=epoch, **run.epoch_layout)
+    try:
+        return plan_epoch(
+            len(rows), seed=seed, epoch=epoch, stacking=stacking, lengths=run.training_tiles, **run.epoch_layout
+        )
+    except OverCapError as error:
+        slide = "" if error.bag is None else f" (slide {run.cohort.manifest.slides[rows[error.bag]].slide_id})"
+        raise ValueError(
+            f"{error}{slide}. HINT: raise --max_tiles_per_rank or --virtual_workers, share slides among ranks with "
+            "--tile_parallel_size, or take fewer tiles with --tiles_per_slide."
+        ) from error
 
 
 def _parts_to_read(run: Run) -> Iterator[BagPart]:
@@ -88,6 +103,8 @@ def _parts(run: Run, epoch: int, slides: list[int]) -> list[BagPart]:
 def _train_epochs(run: Run) -> None:
     epochs = run.settings.optim.num_train_epochs
     cohort = run.cohort
+    for epoch in range(run.progress.epoch, epochs):
+        _epoch_plan(run, epoch)  # a slide over the cap is refused now, not after hours
     bags = read_bags(
         *(cohort.manifest.slides, cohort.grids, _parts_to_read(run), run.settings.policies.reading, run.failures),
         may_be_empty=run.mesh.tile_size > 1,
@@ -104,7 +121,9 @@ def _train_epochs(run: Run) -> None:
 def _train_epoch(run: Run, bags: Iterator[Bag]) -> dict[str, float]:
     progress, optim = run.progress, run.settings.optim
     plan = _epoch_plan(run, progress.epoch)
-    total = optim.num_train_epochs * steps_per_epoch(len(run.cohort.rows("train")), **run.epoch_layout)
+    total = optim.num_train_epochs * steps_per_epoch(
+        len(run.cohort.rows("train")), bags_per_step=run.settings.policies.stacking.bags_per_step, **run.epoch_layout
+    )
     run.model.train()
     tiles_read, start, rate = 0, time.perf_counter(), 0.0
     bar = tqdm(
@@ -197,8 +216,13 @@ def _micro_loss(run: Run, bags: list[Bag]) -> tuple[torch.Tensor, int]:
         for bag in bags
     ]
     labels = torch.tensor([run.cohort.manifest.slides[bag.slide].label for bag in bags], device=run.device)
+    keys = [step_seed(seed, run.progress.global_step, bag.slide) for bag in bags]
+    if policies.stacking.framework == "sampling":
+        tiles = [sample_bag(bag, policies.stacking.sample_tiles, key) for bag, key in zip(tiles, keys, strict=True)]
     stack = stack_bags(tiles, allow_empty=run.mesh.tile_size > 1)
-    return stack_loss(run.model(stack, labels), labels), sum(map(len, tiles))
+    with bag_randomness(keys, part=run.mesh.tile_rank):
+        output = run.model(stack, labels)
+    return stack_loss(output, labels), sum(map(len, tiles))
 
 
 def _require_tiles(run: Run, bags: list[Bag]) -> None:

@@ -13,6 +13,7 @@ from ds_wsi.models import AGGREGATORS
 from ds_wsi.partition.plan import PartitionPlan
 from ds_wsi.partition.policy import POLICY_MODES
 from ds_wsi.runtime.units import parse_bytes
+from ds_wsi.stacking.policy import FRAMEWORKS
 from ds_wsi.tile_parallel.policy import EXCHANGES
 from ds_wsi.training.optim import SCHEDULES
 from ds_wsi.training.settings import TrainSettings
@@ -50,6 +51,11 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("host_budget", "policies.partition.host_budget_bytes", parse_bytes, "for activations in host memory"),
     ("nvme_path", "policies.partition.nvme_path", str, "folder on a local disk for what host memory does not hold"),
     ("nvme_budget", "policies.partition.nvme_budget_bytes", parse_bytes, "for activations on that disk"),
+    ("bags_per_step", "policies.stacking.bags_per_step", int, "slides of an optimizer step over all processes"),
+    ("virtual_workers", "policies.stacking.virtual_workers", int, "stacks that a process computes in a step"),
+    ("max_tiles_per_rank", "policies.stacking.max_tiles_per_rank", int, "tiles of a stack at most"),
+    ("framework", "policies.stacking.framework", FRAMEWORKS, "how slides of different length share a step"),
+    ("sample_tiles", "policies.stacking.sample_tiles", int, 'tiles of each slide in framework "sampling"'),
     ("tile_parallel_size", "policies.tile_parallel.size", int, "processes that share each slide's tiles"),
     ("tile_parallel_aggregator", "policies.tile_parallel.aggregator", EXCHANGES, "exchange of features between them"),
     ("comm_hook", "policies.compression.hook", HOOK_NAMES, "how gradients go between processes"),

@@ -23,10 +23,13 @@ from ds_wsi.engines.accelerate import (
 )
 from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.evaluation.metrics import METRIC_NAMES
-from ds_wsi.models import ModelConfig, SlideModel, build_model, freeze
+from ds_wsi.models import ModelConfig, SlideModel, SlideOutput, build_model, freeze
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.demo import make_demo
+from ds_wsi.stacking.frameworks import pad_bags
+from ds_wsi.stacking.packs import pack_bags
+from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
 from ds_wsi.tile_parallel.shard import Handle
 from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
@@ -69,14 +72,21 @@ class Run:
         return self.accelerator.device
 
     @property
-    def epoch_layout(self) -> dict[str, int]:
+    def epoch_layout(self) -> dict[str, Any]:
         """The keywords of `plan_epoch`: how many bags each group of ranks that share them trains on."""
-        optim = self.settings.optim
+        optim, stacking = self.settings.optim, self.settings.policies.stacking
         return {
             "world_size": self.mesh.slide_size,
             "bags_per_rank": optim.per_device_train_batch_size,
-            "accumulation": optim.gradient_accumulation_steps,
+            "accumulation": stacking.virtual_workers or optim.gradient_accumulation_steps,
         }
+
+    @property
+    def training_tiles(self) -> list[int]:
+        """Tiles of each training slide that one rank takes at a time."""
+        wanted = self.settings.policies.reading.tiles_per_slide
+        lengths = [self.cohort.lengths[row] for row in self.cohort.rows("train")]
+        return [-(-min(length, wanted or length) // self.mesh.tile_size) for length in lengths]
 
 
 def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> Run:
@@ -109,10 +119,18 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     module = build_model(config, settings.model.encoder_weights)
     if settings.model.freeze_encoder:
         freeze(module.encoder)
+    key_dropouts(module.aggregator)
+    stacking = settings.policies.stacking
+    if stacking.framework == "padding":
+        pad_bags(module.aggregator, SlideOutput)
+    else:
+        pack_bags(module.aggregator, stacking.pack_bytes)
     sharing_policy = settings.policies.tile_parallel
+    if sharing_policy.size > 1 and stacking.framework == "padding":
+        raise ValueError('framework must not be "padding" where ranks share bags, got tile_parallel.size > 1')
     mesh = tile_mesh(sharing_policy.size, accelerator.device.type)
     sharing = shard_tiles(module, mesh, sharing_policy)
-    _partition(module, settings, cohort, accelerator.device, mesh)
+    _partition(module, settings, cohort, accelerator, mesh)
     model, optimizer = prepare(accelerator, module, engine)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction)
     accelerator.init_trackers("tensorboard", config=_flat(settings))
@@ -133,7 +151,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
 
 
 def _partition(
-    module: SlideModel, settings: TrainSettings, cohort: Cohort, device: torch.device, mesh: TileMesh
+    module: SlideModel, settings: TrainSettings, cohort: Cohort, accelerator: Accelerator, mesh: TileMesh
 ) -> None:
     """Partition the encoder as the policies say, and print the plan for the largest stack of training bags.
 
@@ -142,8 +160,12 @@ def _partition(
     Raises:
         ValueError: not even that fits the budgets; names what is missing.
     """
-    wanted = settings.policies.partition
+    wanted, device = settings.policies.partition, accelerator.device
     if wanted.mode == "native":
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3:
+            # ZeRO-3 gathers a module at each call, on all ranks together; ranks have stacks of more and fewer bags.
+            partition_layers(module.encoder, PartitionPolicy(mode="native", bn_population="bag"))
         return
     if isinstance(wanted, PartitionPolicy) and not module.encoder_is_frozen:
         longest = max(cohort.lengths[row] for row in cohort.rows("train"))
@@ -171,7 +193,7 @@ def _engine_settings(settings: TrainSettings) -> EngineSettings:
         max_grad_norm=optim.max_grad_norm,
         optimizer=optim.optim,
         bags_per_rank=optim.per_device_train_batch_size,
-        accumulation=optim.gradient_accumulation_steps,
+        accumulation=settings.policies.stacking.virtual_workers or optim.gradient_accumulation_steps,
         mixed_precision=optim.mixed_precision,
         timeout_s=settings.run.ddp_timeout,
     )
@@ -243,6 +265,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
     return {
         "seed": run.settings.run.seed,
         **run.epoch_layout,
+        "stacking": json.loads(json.dumps(asdict(run.settings.policies.stacking))),
         "tiles_per_slide": run.settings.policies.reading.tiles_per_slide,
         "num_train_epochs": optim.num_train_epochs,
         "learning_rate": optim.learning_rate,

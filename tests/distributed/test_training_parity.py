@@ -13,7 +13,12 @@ import torch.nn.functional as F
 
 from ds_wsi.bags.sampler import plan_epoch
 from ds_wsi.models import SlideModel, build_aggregator
+from ds_wsi.partition import PartitionPolicy, partition_layers
+from ds_wsi.runtime.seeding import step_seed
 from ds_wsi.stacking import stack_bags
+from ds_wsi.stacking.packs import pack_bags
+from ds_wsi.stacking.policy import StackingPolicy
+from ds_wsi.stacking.randomness import bag_randomness, key_dropouts
 from ds_wsi.training.step import bag_weight, idle_loss, stack_loss
 from harness import run_ranks
 
@@ -23,11 +28,23 @@ LENGTHS = (3, 1, 4, 2, 5)
 LEARNING_RATE = 0.1
 
 
-def make_model() -> SlideModel:
+def make_model(aggregator: str = "gated_abmil", dropout: float = 0.0) -> SlideModel:
     torch.manual_seed(0)
     # GroupNorm: running statistics of BatchNorm are per rank until averaged, and have a test of their own below.
     encoder = timm.create_model("resnet10t", num_classes=0, norm_layer="groupnorm1")
-    return SlideModel(encoder, build_aggregator("gated_abmil", encoder.num_features, 2)).float()
+    model = SlideModel(encoder, build_aggregator(aggregator, encoder.num_features, 2, dropout=dropout)).float()
+    key_dropouts(model.aggregator)
+    pack_bags(model.aggregator, 0)
+    return model
+
+
+def plan_of(layout: dict) -> tuple:
+    """The steps of the one epoch, and the model's options."""
+    layout = dict(layout)
+    model = {name: layout.pop(name) for name in ("aggregator", "dropout") if name in layout}
+    if "stacking" in layout:
+        layout |= {"stacking": StackingPolicy(**layout["stacking"]), "lengths": LENGTHS}
+    return plan_epoch(len(LENGTHS), seed=0, epoch=0, **layout), model
 
 
 def make_bags() -> list[tuple[torch.Tensor, int]]:
@@ -40,16 +57,18 @@ def make_bags() -> list[tuple[torch.Tensor, int]]:
 
 def oracle(layout: dict[str, int], wrong: bool = False) -> dict[str, torch.Tensor]:
     """Plain SGD over the same steps in one process; `wrong` takes the mean of the ranks' means."""
-    model, bags = make_model(), make_bags()
+    plan, options = plan_of(layout)
+    model, bags = make_model(**options).train(), make_bags()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    for step in plan_epoch(len(bags), seed=0, epoch=0, **layout):
+    for number, step in enumerate(plan):
         per_rank = [
             [slide for micro in step.micro_steps for slide in micro[rank]] for rank in range(layout["world_size"])
         ]
         for slides in per_rank:
             for slide in slides:
                 tiles, label = bags[slide]
-                loss = F.cross_entropy(model(stack_bags([tiles])).logits, torch.tensor([label]))
+                with bag_randomness([step_seed(0, number, slide)]):
+                    loss = F.cross_entropy(model(stack_bags([tiles])).logits, torch.tensor([label]))
                 (loss / (len(slides) * layout["world_size"] if wrong else step.n_bags)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -85,16 +104,21 @@ def _train(engine: str, layout: dict[str, int]) -> dict[str, torch.Tensor]:
         }
     settings = EngineSettings(LEARNING_RATE, 0.0, 0.0, "sgd", layout["bags_per_rank"], layout["accumulation"])
     accelerator = build_accelerator(settings, Path("unused"), config)
-    model, optimizer = prepare(accelerator, make_model(), settings)
+    plan, options = plan_of(layout)
+    module = make_model(**options)
+    if engine == "zero3":  # as the trainer does: ranks have stacks of more and fewer bags
+        partition_layers(module.encoder, PartitionPolicy(mode="native", bn_population="bag"))
+    model, optimizer = prepare(accelerator, module, settings)
     bags, rank = make_bags(), accelerator.process_index
     model.train()
-    for step in plan_epoch(len(bags), seed=0, epoch=0, **layout):
+    for number, step in enumerate(plan):
         weight = bag_weight(step.n_bags, accelerator.num_processes, len(step.micro_steps))
         for ranks in step.micro_steps:
             with accelerator.accumulate(model):
                 if ranks[rank]:
                     tiles, labels = zip(*(bags[slide] for slide in ranks[rank]), strict=True)
-                    loss = stack_loss(model(stack_bags(tiles)), torch.tensor(labels))
+                    with bag_randomness([step_seed(0, number, slide) for slide in ranks[rank]]):
+                        loss = stack_loss(model(stack_bags(tiles)), torch.tensor(labels))
                 else:
                     loss = idle_loss(model, TILE_PX, torch.device("cpu"))
                 accelerator.backward(loss * weight)
@@ -111,6 +135,23 @@ ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 LAYOUTS = (
     {"world_size": 2, "bags_per_rank": 1, "accumulation": 1},
     {"world_size": 2, "bags_per_rank": 2, "accumulation": 2},
+    # All five bags a step, by cost and under a cap: workers hold one to three; dropout is the bag's wherever it is.
+    {
+        "world_size": 2,
+        "bags_per_rank": 3,
+        "accumulation": 2,
+        "stacking": {"bags_per_step": 5, "max_tiles_per_rank": 6},
+        "dropout": 0.4,
+    },
+    # Three of them a step, and an aggregator that computes one at a time.
+    {
+        "world_size": 2,
+        "bags_per_rank": 3,
+        "accumulation": 1,
+        "stacking": {"bags_per_step": 3},
+        "aggregator": "transmil",
+        "dropout": 0.2,
+    },
 )
 
 
@@ -124,6 +165,14 @@ def test_two_ranks_equal_one_process_under_every_engine():
         assert largest_difference(ours[0], ours[1]) == 0, (engine, layout)
         # Float32: sums in another order, over a few steps of learning rate 0.1.
         assert largest_difference(ours[0], expected[str(layout)]) < 2e-6, (engine, layout)
+
+
+def test_four_ranks_equal_one_process():
+    layout = {**LAYOUTS[2], "world_size": 4, "accumulation": 1}
+    found = run_ranks(train_cases, 4, [("ddp", layout), ("zero3", layout)])
+    expected = oracle(layout)
+    for rank, index in ((0, 0), (3, 0), (0, 1), (3, 1)):
+        assert largest_difference(found[rank][index], expected) < 2e-6, (rank, index)
 
 
 def test_a_mean_of_rank_means_would_be_noticed():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ds_wsi.models.aggregators.gated_attention import GatedAttention
 from ds_wsi.models.aggregators.pooled import PooledAggregator, attention_pool
 from ds_wsi.models.output import SlideOutput
+from ds_wsi.stacking.randomness import bag_draws
 from ds_wsi.stacking.segment_ops import segment_sum, segment_topk, widened
 from ds_wsi.stacking.stacked_bags import StackedBags
 
@@ -87,7 +88,11 @@ class ACMIL(PooledAggregator):
         """Which instances each branch loses in this step: bool [sum N, M]."""
         branches = scores.shape[1]
         sizes = [min(length, self.masked) for length in cu_seqlens.diff().tolist()]
-        draws = torch.cat([torch.rand(size, branches, device=scores.device) for size in sizes])
+        drawn = []
+        for bag, size in enumerate(sizes):
+            with bag_draws(bag, scores.device):
+                drawn.append(torch.rand(size, branches, device=scores.device))
+        draws = torch.cat(drawn)
         dropped = torch.tensor([int(size * self.mask_share) for size in sizes], device=scores.device)
         masks = torch.zeros_like(scores, dtype=torch.bool)
         for branch in range(branches):

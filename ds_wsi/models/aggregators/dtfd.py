@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ds_wsi.models.aggregators.gated_attention import GatedAttention, xavier_linears
 from ds_wsi.models.output import SlideOutput
+from ds_wsi.stacking.randomness import bag_draws
 from ds_wsi.stacking.segment_ops import (
     segment_ids,
     segment_mean,
@@ -108,10 +109,11 @@ class DTFD(nn.Module):
         """
         device = cu_seqlens.device
         rows, sizes, counts, start = [], [0], [0], 0
-        for length in cu_seqlens.diff().tolist():
+        for bag, length in enumerate(cu_seqlens.diff().tolist()):
             count = min(self.pseudo_bags, length)
             if self.training:
-                order = torch.randperm(length, device=device)
+                with bag_draws(bag, device):
+                    order = torch.randperm(length, device=device)
             else:
                 order = torch.cat([torch.arange(first, length, count, device=device) for first in range(count)])
             rows.append(start + order)

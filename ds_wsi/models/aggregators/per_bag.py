@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.models.output import SlideOutput
+from ds_wsi.stacking.randomness import bag_draws
 from ds_wsi.stacking.stacked_bags import StackedBags
 
 
@@ -22,7 +23,10 @@ class PerBagAggregator(nn.Module):
 
     def forward(self, bags: StackedBags) -> SlideOutput:
         """Pool features [sum N, D] to logits [B, C] and attention [sum N]."""
-        outputs = [self.forward_bag(features) for features in bags.split()]
+        outputs = []
+        for bag, features in enumerate(bags.split()):
+            with bag_draws(bag, features.device):
+                outputs.append(self.forward_bag(features))
         return SlideOutput(
             torch.stack([logits for logits, _ in outputs]), torch.cat([attention for _, attention in outputs])
         )

@@ -69,7 +69,8 @@ class RRTMIL(PerBagAggregator):
         embedded = embedded + self._unfold(self._cross(self._fold(self.norm_2(embedded))), len(embedded))
         embedded = self.norm(embedded)
         attention = self.attention(embedded).softmax(0)  # [N, 1]
-        logits = self.classifier((attention * embedded).sum(0))
+        # A row, not a vector: ZeRO-3's linear layers differentiate no vectors.
+        logits = self.classifier((attention * embedded).sum(0, keepdim=True)).squeeze(0)
         return logits, attention.squeeze(1)
 
     def _fold(self, instances: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ class TransMIL(PerBagAggregator):
         tokens = self.positions(tokens, side)
         added, weights = self.attention_2(self.norm_2(tokens))
         # All that follows sees one token at a time: the class token's result is all there is to compute.
-        logits = self.classifier(self.norm(tokens[0] + added[0]))
+        # A row, not a vector: ZeRO-3's linear layers differentiate no vectors.
+        logits = self.classifier(self.norm(tokens[:1] + added[:1])).squeeze(0)
         attention = weights[1 : count + 1].clone()
         attention[: side * side - count] += weights[count + 1 :]
         return logits, attention / attention.sum().clamp_min(torch.finfo(attention.dtype).tiny)
