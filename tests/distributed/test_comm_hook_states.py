@@ -1,7 +1,6 @@
 """What hooks keep between steps, what they count, what they refuse, and what is left when they go."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,25 +95,27 @@ class each:  # noqa: N801  (a function of a function, picklable)
 
 def counted(engine):
     """The wire bytes of one step by the count, and by what torch.distributed was given."""
+    from deepspeed import comm
     from test_compression_ranks import CountedBytes
 
+    engine, _, hook = engine.partition(" ")
     trainer = Trainer(engine)
-    handle = register(trainer, HOOKS[engine], KEEP)
+    handle = register(trainer, hook or HOOKS[engine], KEEP)
     trainer.step()
     before = handle.count.wire_bytes
     gathers = []
-    native = dist.all_gather_into_tensor
+    native = comm.all_gather_into_tensor
 
     def gather(output, given, *rest, **more):
         gathers.append(given.nbytes)
         return native(output, given, *rest, **more)
 
-    dist.all_gather_into_tensor = gather
+    comm.all_gather_into_tensor = gather
     try:
         with CountedBytes() as calls:
             trainer.step()
     finally:
-        dist.all_gather_into_tensor = native
+        comm.all_gather_into_tensor = native
     numel = sum(p.numel() for p in trainer.module.parameters())
     return {
         "count": handle.count.wire_bytes - before,
@@ -145,8 +146,9 @@ def test_bytes_are_those_of_the_calls_and_of_the_formula():
 
 
 def test_the_pull_is_in_the_place_of_the_all_gather():
-    for found in run_ranks(each(counted), 2, ("zero0", "zero1", "zero2")):
+    for found in run_ranks(each(counted), 2, ("zero1", "zero2", "zero1 topk")):
         assert found["zero1"]["gathers"] == found["zero2"]["gathers"] == 0
+        assert found["zero1 topk"]["gathers"] >= 2 * found["zero1"]["numel"], "without a pull weights are gathered"
 
 
 # --- resume ---
@@ -207,7 +209,7 @@ def loaded(folder):
     handle = register(trainer, "topk", KEEP)
     handle.load(folder)
     trainer.step()
-    return handle.state_dict() if False else {"step": handle.state.step, "state": handle.state.state_dict()}
+    return {"step": handle.state.step}
 
 
 def loaded_only(folder):
@@ -320,10 +322,12 @@ def test_what_cannot_be_served_is_refused_with_the_reason():
 
 def overflowed(engine):
     """fp16 with a loss scale: a step that overflows on one rank changes nothing, and residuals are in true units."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # it asks whether that is fast
+    get_accelerator().supported_dtypes = lambda: [torch.float32, torch.float16, torch.bfloat16]
     trainer = Trainer(engine, fp16={"enabled": True, "initial_scale_power": 8, "hysteresis": 1})
     handle = register(trainer, "topk", KEEP)
-    half = [batch for batch in ()]
-    del half
 
     def step(factor=1.0):
         from test_comm_hooks import F, batch_of
@@ -377,13 +381,11 @@ def test_powersgd_is_torchs_under_ddp():
 
 
 def attached():
-    import deepspeed
     from test_comm_hooks import make_model, zero_config
 
     import ds_wsi
     from ds_wsi.compression.comm import CommPolicy
 
-    del deepspeed
     section = {"compression": {"hook": "topk", "keep": 0.2, "dense_below": 10}}
     engine, *_ = ds_wsi.initialize(model=make_model(), config=zero_config(2, ds_wsi=section))
     policy = engine.comm_handle.state.policy
@@ -400,7 +402,3 @@ def test_the_json_section_attaches_a_hook():
     for row in run_ranks(attached, 2):
         assert (row["keep"], row["dense_below"], row["none"]) == (0.2, 10, True)
         assert row["auto"] == "none", "two processes of one machine and 500 parameters: nothing to gain"
-
-
-def test_the_trainers_own_ranks_may_be_mocked():
-    assert SimpleNamespace is not None
