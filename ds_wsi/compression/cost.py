@@ -3,7 +3,7 @@
 [Note: cost] Of d float32 values on W ranks, with bandwidth B bytes a second out of each rank and latency L a message:
 
     none    2 (W-1) L + 2 (W-1)/W 4d / B             a ring's all-reduce
-    bf16    the same of 2d bytes
+    bf16    the same of 2d bytes + c                  c for the casts, to 16 bits and back
     dmgc    3 (W-1) L + 2 (W-1)/W m / B + t          sharded: m bytes to the owners and m back, t for encode and decode
             2 (W-1) L + (W-1) m / B + t              all_gather: every rank sends its m bytes to all others
 
@@ -64,7 +64,9 @@ class Choice:
         )
 
 
-def predict(policy: CommPolicy, numel: int, topology: str, link: Link, encode_s: float) -> dict[str, float]:
+def predict(
+    policy: CommPolicy, numel: int, topology: str, link: Link, encode_s: float, cast_s: float
+) -> dict[str, float]:
     """Seconds of a step's communication by hook ([Note: cost])."""
     others = link.ranks - 1
     ring = 2 * others / max(link.ranks, 1)
@@ -74,7 +76,7 @@ def predict(policy: CommPolicy, numel: int, topology: str, link: Link, encode_s:
     times, sent = (3 * others, ring * message) if topology == "sharded" else (2 * others, others * message)
     return {
         "none": 2 * others * link.latency_s + ring * 4 * numel / link.bytes_per_s,
-        "bf16": 2 * others * link.latency_s + ring * 2 * numel / link.bytes_per_s,
+        "bf16": 2 * others * link.latency_s + ring * 2 * numel / link.bytes_per_s + cast_s,
         "dmgc": times * link.latency_s + sent / link.bytes_per_s + encode_s,
     }
 
@@ -123,12 +125,20 @@ def encode_time(policy: CommPolicy, numel: int, ranks: int, topology: str, devic
     return once * numel / size
 
 
+def cast_time(numel: int, device: torch.device) -> float:
+    """Seconds of a gradient's casts: out, in and summed for this rank's share, out and in for its mean."""
+    values = torch.randn(min(numel, ENCODE_AT_MOST), device=device)
+    start = time.perf_counter()
+    values.to(torch.bfloat16).float().add_(values).to(torch.bfloat16).float()[-1:].cpu()
+    return (time.perf_counter() - start) * numel / len(values)
+
+
 def choose(policy: CommPolicy, numel: int, topology: str, device: torch.device) -> Choice:
     """What "auto" does. Collective, and the same on every rank."""
     link = probe(device)
-    own = encode_time(policy, max(numel, 1), link.ranks, topology, device)
-    slowest = torch.tensor([own], dtype=torch.float64, device=Ranks.of(None, torch.empty(0, device=device)).device)
+    own = encode_time(policy, max(numel, 1), link.ranks, topology, device), cast_time(max(numel, 1), device)
+    slowest = torch.tensor(own, dtype=torch.float64, device=Ranks.of(None, torch.empty(0, device=device)).device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    encode_s = float(slowest)
-    seconds = predict(policy, max(numel, 1), topology, link, encode_s)
+    encode_s, cast_s = slowest.tolist()
+    seconds = predict(policy, max(numel, 1), topology, link, encode_s, cast_s)
     return Choice(fastest(seconds), seconds, link, encode_s)

@@ -37,13 +37,16 @@ class CommHandle:
     """A registered hook.
 
     Attributes:
+        name: of the hook.
         target: what it was registered with.
         where: "ddp", "fsdp2" or "zero0" to "zero3".
         state: of the hook.
     """
 
-    def __init__(self, target: Any, where: str, state: Any, reducer: Reducer | None, undo: Callable[[], None]) -> None:
-        self.target, self.where, self.state = target, where, state
+    def __init__(
+        self, name: str, target: Any, where: str, state: Any, reducer: Reducer | None, undo: Callable[[], None]
+    ) -> None:
+        self.name, self.target, self.where, self.state = name, target, where, state
         self._reducer, self._undo = reducer, undo
         self._removed = False
 
@@ -52,6 +55,16 @@ class CommHandle:
         """Of the bytes, where the hook counts them."""
         count = getattr(self.state, "count", None)
         return count if isinstance(count, ByteCount) else None
+
+    def metrics(self) -> dict[str, float]:
+        """This rank's bytes since the registration, against dense float32; empty where the hook does not count."""
+        count, found = self.count, dict[str, float]()
+        for name in ("push", "pull") if count is not None else ():
+            way = getattr(count, name)
+            if way.messages:
+                found[f"comm/{name}_wire_bytes"] = way.wire_bytes
+                found[f"comm/{name}_message_ratio"] = way.message_bytes / max(sum(d for _, d in way.messages), 1)
+        return found
 
     def remove(self) -> None:
         """Give the reductions back to the engine; what was not sent yet is lost. Later calls do nothing."""
@@ -134,7 +147,7 @@ def _register(
     else:
         reducer = Reducer(body, state, loss_scale=loss_scale)
         undo = hook_ddp(target, DdpBuckets(target, reducer)) if where == "ddp" else hook_fsdp(target, reducer)
-    return CommHandle(target, where, state, reducer, undo)
+    return CommHandle(_name(hook), target, where, state, reducer, undo)
 
 
 def attach(engine: Any, policy: CommPolicy | None = None, **keywords: Any) -> CommHandle | None:
@@ -180,6 +193,10 @@ def initialize(**keywords: Any) -> tuple[Any, Any, Any, Any]:
     engine, *rest = deepspeed.initialize(**keywords)
     engine.comm_handle = attach(engine)
     return (engine, *rest)
+
+
+def _name(hook: str | Hook) -> str:
+    return hook if isinstance(hook, str) else getattr(hook, "__name__", type(hook).__name__)
 
 
 def _where(target: Any) -> str:
@@ -273,4 +290,5 @@ def _powersgd(target: Any, where: str, state: Any) -> CommHandle:
             "HINT: topk or dmgc goes everywhere"
         )
     state = _powersgd_state(target, 4, 10) if state is None else state
-    return CommHandle(target, where, state, None, hook_ddp(target, lambda bucket: powerSGD_hook(state, bucket)))
+    undo = hook_ddp(target, lambda bucket: powerSGD_hook(state, bucket))
+    return CommHandle("powersgd", target, where, state, None, undo)

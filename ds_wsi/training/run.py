@@ -15,7 +15,9 @@ from ds_wsi.bags.bag import FailureLog
 from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.engines.accelerate import (
     Accelerator,
+    CommHandle,
     EngineSettings,
+    attach_hook,
     average_buffers,
     broadcast_object_list,
     build_accelerator,
@@ -65,6 +67,7 @@ class Run:
     progress: Progress
     mesh: TileMesh
     sharing: Handle
+    comm: CommHandle | None
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +135,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     sharing = shard_tiles(module, mesh, sharing_policy)
     _partition(module, settings, cohort, accelerator, mesh)
     model, optimizer = prepare(accelerator, module, engine)
+    comm = attach_hook(accelerator, model, settings.policies.compression)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction)
     accelerator.init_trackers("tensorboard", config=_flat(settings))
     return Run(
@@ -147,6 +151,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         Progress(),
         mesh,
         sharing,
+        comm,
     )
 
 
@@ -272,6 +277,8 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "lr_scheduler_type": optim.lr_scheduler_type,
         "warmup_steps": optim.warmup_steps,
         "mixed_precision": optim.mixed_precision,
+        # The hook that is in use, for "auto" may find another link.
+        "comm_hook": None if run.comm is None else f"{run.comm.name}, keep {run.settings.policies.compression.keep:g}",
         "freeze_encoder": run.settings.model.freeze_encoder,
         "encoder": run.config.encoder,
         "aggregator": run.config.aggregator,
@@ -295,7 +302,7 @@ def resume(run: Run) -> None:
     checkpoint = broadcast_object_list(found)[0]
     if checkpoint is None:
         return
-    state = load_checkpoint(run.accelerator, checkpoint)
+    state = load_checkpoint(run.accelerator, checkpoint, run.comm)
     ours, theirs = _fingerprint(run), state["fingerprint"]
     for key, value in ours.items():
         if theirs.get(key) != value:
@@ -312,4 +319,4 @@ def save(run: Run) -> None:
     average_buffers(run.accelerator, run.module)
     state = {"progress": vars(run.progress), "fingerprint": _fingerprint(run)}
     limit = run.settings.run.save_total_limit
-    save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit)
+    save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit, run.comm)

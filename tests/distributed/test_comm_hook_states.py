@@ -402,3 +402,48 @@ def test_the_json_section_attaches_a_hook():
     for row in run_ranks(attached, 2):
         assert (row["keep"], row["dense_below"], row["none"]) == (0.2, 10, True)
         assert row["auto"] == "none", "two processes of one machine and 500 parameters: nothing to gain"
+
+
+def accelerated(folder):
+    """A hook as the trainer attaches it, under Accelerate's DDP, saved and loaded with its checkpoints."""
+    from pathlib import Path
+
+    from test_comm_hooks import F, batch_of, make_model
+
+    from ds_wsi.compression.comm import CommPolicy
+    from ds_wsi.engines.accelerate import attach_hook
+    from ds_wsi.engines.stepper import Stepper
+    from ds_wsi.training.checkpoint import load_checkpoint, save_checkpoint
+
+    def stepper():
+        made = Stepper("ddp", make_model(), "sgd", 0.1)
+        return made, attach_hook(made._accelerator, made.model, CommPolicy(hook="dmgc", keep=KEEP))
+
+    def steps(made, numbers):
+        for number in numbers:
+            x, y = batch_of(number, dist.get_rank())
+            made.backward(F.cross_entropy(made.model(x), y))
+            made.step()
+
+    first, handle = stepper()
+    steps(first, range(2))
+    checkpoint = save_checkpoint(first._accelerator, Path(folder), 2, {"at": 2}, 2, handle)
+    steps(first, range(2, 4))
+    second, again = stepper()
+    state = load_checkpoint(second._accelerator, checkpoint, again)
+    steps(second, range(2, 4))
+    one, two = first.parameters(), second.parameters()
+    return {
+        "same": all(torch.equal(one[name], two[name]) for name in one),
+        "state": state["at"],
+        "metrics": sorted(handle.metrics()),
+        "listed": "comm_hook-00001-of-00002" in (checkpoint / "files.json").read_text(),
+    }
+
+
+def test_the_trainers_checkpoints_hold_the_hooks_state(tmp_path):
+    for row in run_ranks(accelerated, 2, str(tmp_path)):
+        assert row["same"]
+        assert row["listed"]
+        assert row["state"] == 2
+        assert row["metrics"] == ["comm/push_message_ratio", "comm/push_wire_bytes"]
