@@ -4,7 +4,7 @@ import torch
 import ds_wsi
 from ds_wsi.compression import DMGC, Cast, Compressor, TopK
 from ds_wsi.compression.comm import HOOK_NAMES, CommPolicy
-from ds_wsi.compression.cost import Choice, Link, encode_time, fastest, predict
+from ds_wsi.compression.cost import Choice, Link, cast_time, encode_time, fastest, predict
 from ds_wsi.compression.residual import Residuals
 from ds_wsi.config import read_section
 
@@ -51,20 +51,20 @@ def test_a_wrong_section_is_refused(section, message):
 @pytest.mark.parametrize("topology", ["sharded", "all_gather"])
 def test_compression_pays_on_a_slow_link_and_not_on_a_fast_one(topology):
     policy = CommPolicy(keep=0.01)
-    assert fastest(predict(policy, NUMEL, topology, SLOW, 0.2)) == "dmgc"
-    assert fastest(predict(policy, NUMEL, topology, FAST, 0.2)) == "none"
+    assert fastest(predict(policy, NUMEL, topology, SLOW, 0.2, 0.02)) == "dmgc"
+    assert fastest(predict(policy, NUMEL, topology, FAST, 0.2, 0.02)) == "none"
     # 6/4 of 4 bytes a value at 2.5 MB/s, and six latencies.
-    assert predict(policy, NUMEL, topology, SLOW, 0.2)["none"] == pytest.approx(1.5 * 4 * NUMEL / 2.5e6 + 6e-3)
+    assert predict(policy, NUMEL, topology, SLOW, 0.2, 0.02)["none"] == pytest.approx(1.5 * 4 * NUMEL / 2.5e6 + 6e-3)
 
 
 def test_one_process_has_nothing_to_gain():
-    seconds = predict(CommPolicy(), NUMEL, "all_gather", Link(1, float("inf"), 0.0), 0.2)
+    seconds = predict(CommPolicy(), NUMEL, "all_gather", Link(1, float("inf"), 0.0), 0.2, 0.02)
     assert seconds["none"] == 0.0
     assert fastest(seconds) == "none"
 
 
 def test_a_choice_says_its_numbers():
-    seconds = predict(CommPolicy(), NUMEL, "sharded", SLOW, 0.2)
+    seconds = predict(CommPolicy(), NUMEL, "sharded", SLOW, 0.2, 0.02)
     words = str(Choice(fastest(seconds), seconds, SLOW, 0.2))
     assert "dmgc pays" in words
     assert "20 Mbps" in words
@@ -73,6 +73,7 @@ def test_a_choice_says_its_numbers():
 
 def test_the_encoder_is_measured():
     assert 0 < encode_time(CommPolicy(), 10_000, 2, "sharded", torch.device("cpu")) < 1
+    assert 0 < cast_time(10_000, torch.device("cpu")) < 1
 
 
 def test_a_snapshot_of_residuals_undoes_commits():
