@@ -11,11 +11,12 @@ from pathlib import Path
 # Python puts this folder first on the path, where launch/evaluate.py would hide the library `evaluate`.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
-from ds_wsi.benchmarks import equivalence, partition, partition_gpu, scaling, sweep, tiles  # noqa: E402
+from ds_wsi.benchmarks import compression, equivalence, partition, partition_gpu, scaling, sweep, tiles  # noqa: E402
 from ds_wsi.benchmarks.table import write_result  # noqa: E402
 from ds_wsi.runtime.log import setup_logging  # noqa: E402
 
 BENCHMARKS = {
+    "compression": compression,
     "equivalence": equivalence,
     "partition": partition,
     "partition_gpu": partition_gpu,
