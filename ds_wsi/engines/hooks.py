@@ -92,6 +92,8 @@ class CommHandle:
 
         DeepSpeed's `client_state` is no place for it: of stages 0 to 2 it keeps rank 0's copy only.
         """
+        if self.name == "powersgd":
+            logger.warning("powersgd's errors are not saved, torch keys them by DDP's buckets: a resumed run differs")
         write_state(Path(folder), self.state_dict())
 
     def load(self, folder: str | Path) -> None:
@@ -182,7 +184,7 @@ def attach(engine: Any, policy: CommPolicy | None = None, **keywords: Any) -> Co
     if hook == "powersgd":
         state = _powersgd_state(engine, policy.approx_rank, policy.dense_steps)
     handle = register_comm_hook(engine, hook, state, **keywords)
-    logger.info("communication hook: %s under %s, %s", hook, handle.where, state or "the engine's all-reduce")
+    logger.info("communication hook: %s under %s, %s", hook, handle.where, getattr(state, "policy", None) or "torch's")
     return handle
 
 

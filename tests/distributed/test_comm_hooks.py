@@ -91,7 +91,8 @@ class Trainer:
             last = micro == self.accumulation - 1
             with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast and self.engine not in ZERO):
                 if self.engine in ZERO:
-                    self.model.backward(F.cross_entropy(self.model(x).float(), y))
+                    given = x.to(next(self.module.parameters()).dtype)
+                    self.model.backward(F.cross_entropy(self.model(given).float(), y))
                     self.model.step()
                     continue
                 if self.engine == "fsdp2":
@@ -162,6 +163,8 @@ def parity_cases():
         cases.append((engine, offload))
         cases.append((engine, {"zero": {"overlap_comm": True}}))
         cases.append((engine, {"zero": {"overlap_comm": True}, "accumulation": 3}))
+    for engine in ZERO:
+        cases.append((engine, {"bf16": {"enabled": True}}))
     cases.append(("zero3", {"zero": {"reduce_scatter": False}}))
     cases.append(("zero2", {"zero": {"reduce_bucket_size": 100000}}))
     return cases
