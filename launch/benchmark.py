@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 from ds_wsi.benchmarks import (  # noqa: E402
+    compression,
     equivalence,
     partition,
     partition_gpu,
@@ -25,6 +26,7 @@ from ds_wsi.benchmarks.table import write_result  # noqa: E402
 from ds_wsi.runtime.log import setup_logging  # noqa: E402
 
 BENCHMARKS = {
+    "compression": compression,
     "equivalence": equivalence,
     "partition": partition,
     "partition_gpu": partition_gpu,

@@ -13,8 +13,17 @@ import torch
 import torch.distributed as dist
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 1800) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    timeout_s: float = 1800,
+    enter: Callable[[int], None] | None = None,
+) -> list[Any]:
     """`function(*arguments)` on every rank of a gloo group, one thread each; what each returned, by rank.
+
+    Args:
+        enter: called with the rank before the group is made, such as `LimitedLink.enter`.
 
     Raises:
         RuntimeError: with the traceback of the first rank that failed, or at the time limit; no process outlives this.
@@ -23,7 +32,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, folder, arguments))
+            context.Process(target=_rank_main, args=(function, rank, world_size, folder, arguments, enter))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -47,11 +56,20 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
         return [torch.load(folder / f"{rank}.result", weights_only=True) for rank in range(world_size)]
 
 
-def _rank_main(function: Callable[..., Any], rank: int, world_size: int, folder: Path, arguments: tuple) -> None:
+def _rank_main(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    folder: Path,
+    arguments: tuple,
+    enter: Callable[[int], None] | None,
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     os.environ.update(LOCAL_WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     try:
+        if enter is not None:
+            enter(rank)
         store = dist.FileStore(str(folder / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         torch.save(function(*arguments), folder / f"{rank}.result")

@@ -18,13 +18,17 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from ds_wsi.compression.comm import CommPolicy
 from ds_wsi.engines import cpu
 from ds_wsi.engines.deepspeed import fill_auto, gather_as_one
+from ds_wsi.engines.hooks import CommHandle, attach
 from ds_wsi.runtime.log import logger
 
 __all__ = [
     "Accelerator",
+    "CommHandle",
     "EngineSettings",
+    "attach_hook",
     "average_buffers",
     "broadcast_object_list",
     "build_accelerator",
@@ -157,6 +161,17 @@ def prepare(accelerator: Accelerator, model: nn.Module, settings: EngineSettings
         settings.mixed_precision,
     )
     return model, optimizer
+
+
+def attach_hook(accelerator: Accelerator, model: nn.Module, policy: CommPolicy) -> CommHandle | None:
+    """Register the policy's communication hook with what `prepare` returned; None where there is none, or one rank."""
+    if policy.hook == "none":
+        return None
+    if accelerator.num_processes == 1:
+        logger.info("communication hook %s: left out, one process has nobody to send to", policy.hook)
+        return None
+    scaler = accelerator.scaler
+    return attach(model, policy, loss_scale=None if scaler is None else scaler.get_scale)
 
 
 def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:

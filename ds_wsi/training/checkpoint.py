@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ds_wsi.engines.accelerate import Accelerator
+from ds_wsi.engines.accelerate import Accelerator, CommHandle
 from ds_wsi.runtime.files import sync_directory, sync_file, write_json
 from ds_wsi.runtime.log import logger
 
@@ -31,8 +31,17 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    state: dict[str, Any],
+    keep: int,
+    comm: CommHandle | None = None,
+) -> Path:
     """Write the engine's state and the run's `state` (JSON), then delete all but the newest `keep` checkpoints.
+
+    A communication hook's state lies beside the engine's, a file a rank.
 
     Collective: every rank calls it; the ranks write their shards side by side.
     """
@@ -42,6 +51,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, state
         shutil.rmtree(temporary)  # of a process that was killed while it wrote
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
+    if comm is not None:
+        comm.save(temporary)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(temporary / STATE, state)
@@ -56,9 +67,11 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, state
     return final
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:
-    """Load the engine's state from a checkpoint that `verify` found whole, and return the run's."""
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, comm: CommHandle | None = None) -> dict[str, Any]:
+    """Load the engine's state, and the hook's, from a checkpoint that `verify` found whole, and return the run's."""
     accelerator.load_state(str(checkpoint))
+    if comm is not None:
+        comm.load(checkpoint)
     return read_state(checkpoint)
 
 

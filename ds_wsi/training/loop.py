@@ -167,6 +167,7 @@ def _train_epoch(run: Run, bags: Iterator[Bag]) -> dict[str, float]:
                     "train/learning_rate": rate_now,
                     "train/tiles_per_second": rate,
                     "train/peak_memory_bytes": peak,
+                    **(run.comm.metrics() if run.comm else {}),
                 },
                 step=progress.global_step,
             )
@@ -179,6 +180,7 @@ def _train_epoch(run: Run, bags: Iterator[Bag]) -> dict[str, float]:
         "learning_rate": rate_now if plan else 0.0,
         "tiles_per_second": rate,
         "peak_memory_bytes": float(peak_memory_bytes(run.device)),
+        **(run.comm.metrics() if run.comm else {}),
     }
 
 

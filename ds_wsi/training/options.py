@@ -4,6 +4,7 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
+from ds_wsi.compression.comm import HOOK_NAMES
 from ds_wsi.config import SECTION, DsWsiConfig, read_section
 from ds_wsi.engines.accelerate import OPTIMIZERS
 from ds_wsi.engines.deepspeed import read_config
@@ -59,6 +60,8 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("sample_tiles", "policies.stacking.sample_tiles", int, 'tiles of each slide in framework "sampling"'),
     ("tile_parallel_size", "policies.tile_parallel.size", int, "processes that share each slide's tiles"),
     ("tile_parallel_aggregator", "policies.tile_parallel.aggregator", EXCHANGES, "exchange of features between them"),
+    ("comm_hook", "policies.compression.hook", HOOK_NAMES, "how gradients go between processes"),
+    ("comm_keep", "policies.compression.keep", float, "share of a gradient's entries that topk and dmgc send"),
     ("encoder", "model.encoder", str, "a timm model's name"),
     ("encoder_weights", "model.encoder_weights", str, "local .safetensors file or timm checkpoint"),
     ("aggregator", "model.aggregator", tuple(AGGREGATORS), "MIL pooling"),

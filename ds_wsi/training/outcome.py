@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ds_wsi.bags.sampler import deal_by_cost
-from ds_wsi.engines.accelerate import gather_object
+from ds_wsi.engines.accelerate import CommHandle, gather_object
 from ds_wsi.evaluation.metrics import slide_metrics
 from ds_wsi.evaluation.predict import SlidePrediction, predict_slides
 from ds_wsi.evaluation.results import write_results
@@ -123,6 +123,11 @@ def _training_words(settings: TrainSettings) -> str:
     return "encoder frozen" if settings.model.freeze_encoder else "trained end to end"
 
 
+def _comm_words(comm: CommHandle) -> str:
+    words = [f"{name.partition('/')[2].replace('_', ' ')} {value:.4g}" for name, value in comm.metrics().items()]
+    return ", ".join([f"{comm.name} hook under {comm.where}", *words])
+
+
 def _summary(run: Run, seconds: float) -> dict[str, str]:
     cohort, optim = run.cohort, run.settings.optim
     slides = {split: len(cohort.rows(split)) for split in ("train", "validation", "test")}
@@ -135,6 +140,7 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
         f"{optim.num_train_epochs} epochs, "
         f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} slides a process and step",
         "processes": str(run.accelerator.num_processes),
+        **({"communication": _comm_words(run.comm)} if run.comm else {}),
         "best epoch": str(run.progress.best_epoch),
         "seed": str(run.settings.run.seed),
         "time": f"{seconds:.0f} s",

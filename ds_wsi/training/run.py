@@ -16,7 +16,9 @@ from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.bags.packing import require_store
 from ds_wsi.engines.accelerate import (
     Accelerator,
+    CommHandle,
     EngineSettings,
+    attach_hook,
     average_buffers,
     broadcast_object_list,
     build_accelerator,
@@ -68,6 +70,7 @@ class Run:
     progress: Progress
     mesh: TileMesh
     sharing: Handle
+    comm: CommHandle | None = None
     average: WeightAverage | None = None
 
     @property
@@ -137,6 +140,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     sharing = shard_tiles(module, mesh, sharing_policy)
     _partition(module, settings, cohort, accelerator, mesh)
     model, optimizer = prepare(accelerator, module, engine)
+    comm = attach_hook(accelerator, model, settings.policies.compression)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction)
     accelerator.init_trackers("tensorboard", config=_flat(settings))
     return Run(
@@ -152,6 +156,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         Progress(),
         mesh,
         sharing,
+        comm,
         _average(accelerator, accelerator.unwrap_model(model), settings.optim.ema_decay),
     )
 
@@ -295,6 +300,8 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "mixed_precision": optim.mixed_precision,
         "demon": optim.demon,
         "ema_decay": optim.ema_decay,
+        # The hook that is in use, for "auto" may find another link.
+        "comm_hook": None if run.comm is None else f"{run.comm.name}, keep {run.settings.policies.compression.keep:g}",
         "freeze_encoder": run.settings.model.freeze_encoder,
         "encoder": run.config.encoder,
         "aggregator": run.config.aggregator,
@@ -318,7 +325,7 @@ def resume(run: Run) -> None:
     checkpoint = broadcast_object_list(found)[0]
     if checkpoint is None:
         return
-    state = load_checkpoint(run.accelerator, checkpoint)
+    state = load_checkpoint(run.accelerator, checkpoint, run.comm)
     ours, theirs = _fingerprint(run), state["fingerprint"]
     for key, value in ours.items():
         if theirs.get(key) != value:
@@ -335,4 +342,4 @@ def save(run: Run) -> None:
     average_buffers(run.accelerator, run.module)
     state = {"progress": vars(run.progress), "fingerprint": _fingerprint(run)}
     limit = run.settings.run.save_total_limit
-    save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit)
+    save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit, run.comm)

@@ -1,0 +1,104 @@
+"""Collectives on messages of different lengths, within an explicit group; the same path for one rank and for many."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+OVERFLOW = -1  # announced in place of a length: this rank's gradient is not finite
+
+
+def even_bounds(d: int, parts: int) -> tuple[int, ...]:
+    """Where each of `parts` shards of 0..d begins, and d: sizes differ by 1 at most, the larger ones first."""
+    size, more = divmod(d, parts)
+    return tuple(part * size + min(part, more) for part in range(parts + 1))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A process group as the exchanges see it.
+
+    Attributes:
+        device: where the group's backend takes tensors; messages are there.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None, tensor: Tensor) -> "Ranks":
+        """Of a group (None: the default one), for the exchange of `tensor`."""
+        # gloo takes a CUDA tensor only by way of the host, where the messages are anyway.
+        device = torch.device("cpu") if dist.get_backend(group) == "gloo" else tensor.device
+        return cls(group, dist.get_rank(group), dist.get_world_size(group), device)
+
+    def announce(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Each rank's `numbers`, as many on every rank. One all-gather."""
+        mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(found, mine, group=self.group)
+        return torch.stack(found).tolist()
+
+    def all_to_all(self, messages: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """Send `messages[r]` to rank r; returns what came from each, of the `lengths` announced. One all-to-all."""
+        sent = torch.cat([message.to(self.device) for message in messages])
+        found = torch.empty(sum(lengths), dtype=torch.uint8, device=self.device)
+        sizes = [len(message) for message in messages]
+        dist.all_to_all_single(found, sent, list(lengths), sizes, group=self.group)
+        return list(found.split(list(lengths)))
+
+    def all_gather(self, message: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Every rank's message, of the `lengths` announced. A broadcast from each rank that has one.
+
+        Not one all-gather of padded messages: where one rank owns all (a star) that would send W times the bytes.
+        """
+        found, pending = [], []
+        for source, length in enumerate(lengths):
+            if source == self.rank:
+                found.append(message.to(self.device))
+            else:
+                found.append(torch.empty(length, dtype=torch.uint8, device=self.device))
+            if length:
+                at = source if self.group is None else dist.get_global_rank(self.group, source)
+                pending.append(dist.broadcast(found[-1], at, group=self.group, async_op=True))
+        for work in pending:
+            assert work is not None, "this rank is in the group"
+            work.wait()
+        return found
+
+
+def dense_mean(flat: Tensor, ranks: Ranks, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The mean of a flat tensor over the ranks, sent as `dtype` and summed as float32, in rank order.
+
+    The same bits on every rank. A value too large for `dtype` arrives as infinity, for a loss scaler to find.
+    Shards go to their owners (one all-to-all), their means to everyone: 2 (W-1)/W d values from each rank, as a ring.
+
+    Returns:
+        [d], of `flat`'s dtype and device.
+    """
+    bounds = even_bounds(flat.numel(), ranks.size)
+    sizes = [(stop - start) * dtype.itemsize for start, stop in pairwise(bounds)]
+    parts = [_raw(flat[start:stop], dtype) for start, stop in pairwise(bounds)]
+    received = ranks.all_to_all(parts, [sizes[ranks.rank]] * ranks.size)
+    total = torch.zeros(len(received[0]) // dtype.itemsize, device=ranks.device)
+    for part in received:
+        total += part.clone().view(dtype)  # a copy: a part may begin where its dtype cannot
+    means = ranks.all_gather(_raw(total / ranks.size, dtype), sizes)
+    return torch.cat(means).view(dtype).to(device=flat.device, dtype=flat.dtype)
+
+
+def _raw(part: Tensor, dtype: torch.dtype) -> Tensor:
+    return part.detach().to(dtype).contiguous().view(torch.uint8)
+
+
+def dense_mean_bytes(d: int, ranks: Ranks, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of `dense_mean` that this rank sends to owners, and that it receives from them."""
+    bounds = even_bounds(d, ranks.size)
+    mine = bounds[ranks.rank + 1] - bounds[ranks.rank]
+    others = (d - mine) * dtype.itemsize
+    return others, others

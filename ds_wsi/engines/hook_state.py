@@ -1,0 +1,48 @@
+"""A hook's state in a checkpoint: a file a rank."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ds_wsi.compression import fold_states
+from ds_wsi.runtime.log import logger
+
+
+def _file(folder: Path, rank: int, world: int) -> Path:
+    return folder / f"comm_hook-{rank:05}-of-{world:05}.safetensors"
+
+
+def write_state(folder: Path, state: dict[str, Tensor]) -> None:
+    """Write this rank's state; nothing where it is empty."""
+    if state:
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+        save_file(whole, _file(folder, dist.get_rank(), dist.get_world_size()))
+
+
+def read_states(folder: Path) -> dict[str, Tensor]:
+    """This rank's state, folded from all where the number of ranks has changed.
+
+    Raises:
+        ValueError: no state there, or not that of all ranks.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own = _file(folder, rank, world)
+    if own.is_file():
+        return load_file(own)
+    found = sorted(folder.glob("comm_hook-*-of-*.safetensors"))
+    worlds = {path.stem.split("-")[-1] for path in found}
+    if not found or len(worlds) != 1 or len(found) != int(next(iter(worlds))):
+        raise ValueError(
+            f"a checkpoint must hold the hook's state of every rank, got {len(found)} files ({folder}). "
+            "HINT: resume without a hook, or from a checkpoint of a run that had one"
+        )
+    if rank == 0:
+        logger.warning(
+            "the hook's state of %d ranks goes on with %d: each starts with the mean of their residuals",
+            len(found),
+            world,
+        )
+    return fold_states([load_file(path) for path in found])

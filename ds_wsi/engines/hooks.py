@@ -1,0 +1,296 @@
+"""Communication hooks: one call for DeepSpeed at ZeRO 0 to 3, DDP and FSDP2.
+
+A hook is `hook(state, bucket) -> mean`: it gets a flat buffer of gradients with the names and sizes of their
+parameters and the group to exchange with, and returns the mean over the ranks (`ds_wsi.compression.Bucket`).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from ds_wsi.compression import DMGC, ByteCount, Cast, Compressor, TopK
+from ds_wsi.compression import hook as compressed_mean
+from ds_wsi.compression.comm import CommPolicy
+from ds_wsi.config import read_section
+from ds_wsi.engines.hook_state import read_states, write_state
+from ds_wsi.engines.hook_steps import Dense, Hook, Reducer, allreduce
+from ds_wsi.engines.hook_torch import DdpBuckets, hook_ddp, hook_fsdp
+from ds_wsi.runtime.log import logger
+
+_REGISTERED = "_ds_wsi_comm_hook"
+HOOKS: dict[str, Callable[[], Any]] = {
+    "allreduce": Dense,
+    "fp16": lambda: Compressor(Cast(torch.float16)),
+    "bf16": lambda: Compressor(Cast(torch.bfloat16)),
+    "topk": lambda: Compressor(TopK()),
+    "powersgd": lambda: None,
+    "dmgc": lambda: Compressor(DMGC()),
+}
+
+
+class CommHandle:
+    """A registered hook.
+
+    Attributes:
+        name: of the hook.
+        target: what it was registered with.
+        where: "ddp", "fsdp2" or "zero0" to "zero3".
+        state: of the hook.
+    """
+
+    def __init__(
+        self, name: str, target: Any, where: str, state: Any, reducer: Reducer | None, undo: Callable[[], None]
+    ) -> None:
+        self.name, self.target, self.where, self.state = name, target, where, state
+        self._reducer, self._undo = reducer, undo
+        self._removed = False
+
+    @property
+    def count(self) -> ByteCount | None:
+        """Of the bytes, where the hook counts them."""
+        count = getattr(self.state, "count", None)
+        return count if isinstance(count, ByteCount) else None
+
+    def metrics(self) -> dict[str, float]:
+        """This rank's bytes since the registration, against dense float32; empty where the hook does not count."""
+        count, found = self.count, dict[str, float]()
+        for name in ("push", "pull") if count is not None else ():
+            way = getattr(count, name)
+            if way.messages:
+                found[f"comm/{name}_wire_bytes"] = way.wire_bytes
+                found[f"comm/{name}_message_ratio"] = way.message_bytes / max(sum(d for _, d in way.messages), 1)
+        return found
+
+    def remove(self) -> None:
+        """Give the reductions back to the engine; what was not sent yet is lost. Later calls do nothing."""
+        if not self._removed:
+            self._removed = True
+            self._undo()
+            delattr(self.target, _REGISTERED)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's state, between two steps; empty for a hook without."""
+        if self._reducer is not None:
+            self._reducer.settle()
+        return self.state.state_dict() if isinstance(self.state, Compressor) else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict`."""
+        if isinstance(self.state, Compressor):
+            device = _device(self.target)
+            self.state.load_state_dict({name: tensor.to(device) for name, tensor in state.items()})
+        if self._reducer is not None:
+            self._reducer.forget()
+
+    def save(self, folder: str | Path) -> None:
+        """Write this rank's state into a checkpoint's folder, a file a rank; every rank calls it.
+
+        DeepSpeed's `client_state` is no place for it: of stages 0 to 2 it keeps rank 0's copy only.
+        """
+        if self.name == "powersgd":
+            logger.warning("powersgd's errors are not saved, torch keys them by DDP's buckets: a resumed run differs")
+        write_state(Path(folder), self.state_dict())
+
+    def load(self, folder: str | Path) -> None:
+        """Continue from `save`. Of another number of ranks every rank gets their mean (`fold_states`), and says so.
+
+        Raises:
+            ValueError: a hook with a state, and a folder without it.
+        """
+        if isinstance(self.state, Compressor):
+            self.load_state_dict(read_states(Path(folder)))
+
+
+def register_comm_hook(
+    target: Any, hook: str | Hook, state: Any = None, *, loss_scale: Callable[[], float] | None = None
+) -> CommHandle:
+    """Have a hook reduce the gradients of an engine or a wrapped model, which changes in place.
+
+    Args:
+        target: a DeepSpeedEngine (ZeRO 0 to 3), a DistributedDataParallel, or an FSDP2 root module.
+        hook: "allreduce", "fp16", "bf16", "topk", "powersgd" (DDP), "dmgc", or a callable `hook(state, bucket)` that
+            returns the mean over the ranks in a tensor like the bucket's buffer.
+        state: of a callable, anything. Of a named one: None, its policy (`TopK`, `DMGC`, `Cast`), a `Compressor`; of
+            "powersgd" torch's `PowerSGDState`.
+        loss_scale: what gradients carry under DDP and FSDP2, such as a GradScaler's `get_scale`; DeepSpeed's is known.
+
+    Returns:
+        A handle: `remove()` restores the engine's own reductions.
+
+    Raises:
+        ValueError: what the hook cannot serve, with the reason.
+
+    No collectives; the hook's come with each backward.
+    """
+    where = _where(target)
+    if getattr(target, _REGISTERED, False):
+        raise ValueError(f"a target must have one hook, got a second ({where}). HINT: handle.remove() of the first")
+    handle = _register(target, where, hook, state, loss_scale)
+    setattr(target, _REGISTERED, True)
+    return handle
+
+
+def _register(
+    target: Any, where: str, hook: str | Hook, state: Any, loss_scale: Callable[[], float] | None
+) -> CommHandle:
+    if hook == "powersgd":
+        return _powersgd(target, where, state)
+    body, state = _body(hook, state, where, target)
+    if where.startswith("zero"):
+        from ds_wsi.engines.hook_zero import hook_engine, loss_scale_of
+
+        reducer = Reducer(body, state, step_of=lambda: int(target.global_steps), loss_scale=loss_scale_of(target))
+        undo = hook_engine(target, reducer, pull=_pulls(state))
+    else:
+        reducer = Reducer(body, state, loss_scale=loss_scale)
+        undo = hook_ddp(target, DdpBuckets(target, reducer)) if where == "ddp" else hook_fsdp(target, reducer)
+    return CommHandle(_name(hook), target, where, state, reducer, undo)
+
+
+def attach(engine: Any, policy: CommPolicy | None = None, **keywords: Any) -> CommHandle | None:
+    """Register what the policy says, by default `"ds_wsi": {"compression": {...}}` of the engine's DeepSpeed JSON.
+
+    Args:
+        engine: as `register_comm_hook`'s target.
+        keywords: of `register_comm_hook`.
+
+    Returns:
+        None where the policy's hook is "none", or where "auto" found that compression does not pay.
+    """
+    if policy is None:
+        policy = read_section((getattr(engine, "config", None) or {}).get("ds_wsi", {})).compression
+    if policy.hook == "none":
+        return None
+    where = _where(engine)
+    topology = policy.topology
+    if topology == "auto":
+        topology = _topology(where, engine)
+    hook = policy.hook
+    if hook == "auto":
+        from ds_wsi.compression.cost import choose
+
+        numel = sum(getattr(p, "ds_numel", p.numel()) for p in _module(engine).parameters() if p.requires_grad)
+        choice = choose(policy, numel, topology, _device(engine))
+        logger.info("%s", choice)
+        if choice.hook == "none":
+            return None
+        hook = choice.hook
+    state: Any = policy.build(hook, topology)
+    if hook == "powersgd":
+        state = _powersgd_state(engine, policy.approx_rank, policy.dense_steps)
+    handle = register_comm_hook(engine, hook, state, **keywords)
+    logger.info("communication hook: %s under %s, %s", hook, handle.where, getattr(state, "policy", None) or "torch's")
+    return handle
+
+
+def initialize(**keywords: Any) -> tuple[Any, Any, Any, Any]:
+    """`deepspeed.initialize`, then `attach`; the handle is the engine's `comm_handle`."""
+    import deepspeed
+
+    engine, *rest = deepspeed.initialize(**keywords)
+    engine.comm_handle = attach(engine)
+    return (engine, *rest)
+
+
+def _name(hook: str | Hook) -> str:
+    return hook if isinstance(hook, str) else getattr(hook, "__name__", type(hook).__name__)
+
+
+def _where(target: Any) -> str:
+    if isinstance(target, DistributedDataParallel):
+        return "ddp"
+    if isinstance(target, FSDPModule):
+        return "fsdp2"
+    stage = getattr(target, "zero_optimization_stage", None)
+    if stage is not None:
+        return f"zero{int(stage())}"
+    raise ValueError(
+        f"a hook's target must be a DeepSpeedEngine, DDP or an FSDP2 module, got {type(target).__name__}. "
+        "HINT: give what deepspeed.initialize or accelerator.prepare returned"
+    )
+
+
+def _module(target: Any) -> nn.Module:
+    module: nn.Module = target if _where(target) == "fsdp2" else target.module
+    return module
+
+
+def _device(target: Any) -> torch.device:
+    return next(_module(target).parameters()).device
+
+
+def _body(hook: str | Hook, state: Any, where: str, target: Any) -> tuple[Hook, Any]:
+    """The callable and its state."""
+    if callable(hook):
+        return hook, state
+    if hook not in HOOKS:
+        raise ValueError(f"a hook must be one of {', '.join(HOOKS)}, or a callable, got {hook!r}. HINT: topk")
+    if hook == "allreduce":
+        return allreduce, Dense()
+    if state is None and hook == "dmgc":
+        state = DMGC(topology=_topology(where, target))
+    if isinstance(state, TopK | Cast):
+        state = Compressor(state)
+    state = HOOKS[hook]() if state is None else state
+    if not isinstance(state, Compressor):
+        raise ValueError(f"the state of {hook} must be its policy or a Compressor, got {type(state).__name__}")
+    kinds = {"fp16": Cast, "bf16": Cast, "topk": TopK, "dmgc": DMGC}
+    if not isinstance(state.policy, kinds[hook]):
+        raise ValueError(f"the policy of {hook} must be a {kinds[hook].__name__}, got {state.policy}")
+    _require_topology(state, where)
+    return compressed_mean, state
+
+
+def _topology(where: str, target: Any) -> str:
+    """The topology that an engine can do: `sharded` where weights can be pulled."""
+    if where not in ("zero1", "zero2"):
+        return "all_gather"
+    from ds_wsi.engines.hook_pull import unfit
+
+    return "all_gather" if unfit(target.optimizer) else "sharded"
+
+
+def _pulls(state: Any) -> bool:
+    return isinstance(state, Compressor) and isinstance(state.policy, DMGC) and state.policy.topology == "sharded"
+
+
+def _require_topology(state: Compressor, where: str) -> None:
+    policy = state.policy
+    if not isinstance(policy, DMGC) or policy.topology == "all_gather":
+        return
+    if policy.topology == "server":
+        raise ValueError(
+            f"dmgc's topology must be all_gather or, under ZeRO 1 and 2, sharded, got server ({where}): no engine has "
+            "all weights at one rank. HINT: ds_wsi.compression.push and pull_weights do it in a loop of your own"
+        )
+    if where not in ("zero1", "zero2"):
+        raise ValueError(
+            f"dmgc's topology must be all_gather under {where}, whose weights have no owners to pull them from in one "
+            f"piece, got {policy.topology}. HINT: ZeRO stage 1 or 2 has them; all_gather goes everywhere"
+        )
+
+
+def _powersgd_state(model: Any, approx_rank: int, dense_steps: int) -> Any:
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+
+    group = model.process_group if isinstance(model, DistributedDataParallel) else None
+    # Not from the first step on: DDP then rebuilds its buckets, by which torch keys its errors.
+    return PowerSGDState(group, matrix_approximation_rank=approx_rank, start_powerSGD_iter=max(2, dense_steps))
+
+
+def _powersgd(target: Any, where: str, state: Any) -> CommHandle:
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import powerSGD_hook
+
+    if where != "ddp":
+        raise ValueError(
+            f"powersgd must run under DDP, whose buckets torch's implementation takes, got {where}. "
+            "HINT: topk or dmgc goes everywhere"
+        )
+    state = _powersgd_state(target, 4, 10) if state is None else state
+    undo = hook_ddp(target, lambda bucket: powerSGD_hook(state, bucket))
+    return CommHandle("powersgd", target, where, state, None, undo)

@@ -1,0 +1,262 @@
+"""Communication hooks under every engine: at 100 % the engine's own weights, and steps that keep what they owe.
+
+Two ranks add in one order only and halve exactly, so that dense sums agree bit by bit whoever makes them.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from harness import run_ranks
+
+pytestmark = pytest.mark.distributed
+STEPS = 3
+ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
+ZERO = ("zero0", "zero1", "zero2", "zero3")
+EXACT = ("allreduce", "topk", "dmgc")  # at 100 %
+CASTS = ("fp16", "bf16")
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.LayerNorm(33), nn.Linear(33, 5, bias=False), nn.Linear(5, 3))
+
+
+def batch_of(number, rank):
+    generator = torch.Generator().manual_seed(1000 * rank + number)
+    return torch.randn(4, 7, generator=generator), torch.randint(0, 3, (4,), generator=generator)
+
+
+def zero_config(stage, *, accumulation=1, optimizer="SGD", **more):
+    zero = {"stage": stage, "reduce_bucket_size": 300, **more.pop("zero", {})}  # several buckets a step
+    params = {"lr": 0.1, "weight_decay": 0.0} | ({"torch_adam": True} if optimizer != "SGD" else {})
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": accumulation,
+        "optimizer": {"type": optimizer, "params": params},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **more,
+    }
+
+
+class Trainer:
+    """Plain SGD (or Adam) steps under an engine, `accumulation` micro-steps each."""
+
+    def __init__(self, engine, *, accumulation=1, autocast=False, optimizer="SGD", coalesced=False, **config):
+        self.engine, self.accumulation, self.autocast = engine, accumulation, autocast
+        self.module = make_model()
+        self.number, self.coalesced = 0, coalesced
+        make = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}[optimizer]
+        if engine in ZERO:
+            import deepspeed
+
+            if autocast:
+                config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            settings = zero_config(int(engine[-1]), accumulation=accumulation, optimizer=optimizer, **config)
+            self.model, *_ = deepspeed.initialize(
+                model=self.module, model_parameters=list(self.module.parameters()), config=settings
+            )
+            return
+        if engine == "ddp":
+            self.model = nn.parallel.DistributedDataParallel(self.module)
+        elif engine == "fsdp2":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            for part in self.module.children():
+                if list(part.parameters()):
+                    fully_shard(part, mesh=mesh)
+            self.model = fully_shard(self.module, mesh=mesh)
+        self.optimizer = make(self.model.parameters(), lr=0.1)
+
+    def step(self):
+        """One optimizer step on the next batches."""
+        if self.coalesced:
+            with self.model.coalesce_grad_reduction():
+                for _ in range(self.accumulation):
+                    x, y = batch_of(self.number, dist.get_rank())
+                    self.number += 1
+                    self.model.backward(F.cross_entropy(self.model(x).float(), y))
+            self.model.set_gradient_accumulation_boundary(True)
+            self.model.step()
+            return
+        for micro in range(self.accumulation):
+            x, y = batch_of(self.number, dist.get_rank())
+            self.number += 1
+            last = micro == self.accumulation - 1
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast and self.engine not in ZERO):
+                if self.engine in ZERO:
+                    given = x.to(next(self.module.parameters()).dtype)
+                    self.model.backward(F.cross_entropy(self.model(given).float(), y))
+                    self.model.step()
+                    continue
+                if self.engine == "fsdp2":
+                    self.model.set_requires_gradient_sync(last)
+                else:
+                    self.model.require_backward_grad_sync = last
+                (F.cross_entropy(self.model(x).float(), y) / self.accumulation).backward()
+        if self.engine not in ZERO:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def weights(self):
+        """Whole weights, flat."""
+        from ds_wsi.engines.deepspeed import full_state_dict
+
+        if self.engine == "fsdp2":
+            return torch.cat([p.full_tensor().detach().flatten() for p in self.module.parameters()])
+        state = full_state_dict(self.module)
+        return torch.cat([state[name].flatten() for name, _ in self.module.named_parameters()])
+
+
+def register(trainer, hook, keep=1.0, **more):
+    from ds_wsi.compression.comm import CommPolicy
+    from ds_wsi.engines.hooks import attach
+
+    return attach(trainer.model, CommPolicy(hook=hook, keep=keep, **more))
+
+
+def trained(engine, hook, *, keep=1.0, steps=STEPS, **how):
+    trainer = Trainer(engine, **how)
+    handle = register(trainer, hook, keep) if hook else None
+    for _ in range(steps):
+        trainer.step()
+    if handle:
+        handle.state_dict()
+    return trainer.weights(), handle
+
+
+# --- at 100 % ---
+
+
+def differences(cases):
+    found = []
+    for engine, how in cases:
+        native, _ = trained(engine, None, **how)
+        # One pass a step is another order of the same sum: compared with the engine's own single pass.
+        single = engine in ("zero2", "zero3") and how.get("accumulation", 1) > 1
+        oracle = trained(engine, None, coalesced=True, **how)[0] if single else native
+        start = Trainer(engine, **how).weights()
+        row = {"moved": float((native - start).abs().max()), "order": float((oracle - native).abs().max())}
+        for hook in (*EXACT, *CASTS):
+            weights, handle = trained(engine, hook, **how)
+            row[hook] = float((weights - oracle).abs().max())
+            row[f"{hook} step"] = getattr(handle.state, "step", STEPS)
+        found.append(row)
+    return found
+
+
+def parity_cases():
+    cases = []
+    for engine in ENGINES:
+        for autocast in (False, True):
+            for accumulation in (1, 3):
+                cases.append((engine, {"autocast": autocast, "accumulation": accumulation}))
+    for engine in ("zero1", "zero2", "zero3"):
+        cases.append((engine, {"zero": {"offload_optimizer": {"device": "cpu"}}, "optimizer": "Adam"}))
+        offload = {"zero": {"offload_optimizer": {"device": "cpu"}}, "optimizer": "Adam", "accumulation": 3}
+        cases.append((engine, offload))
+        cases.append((engine, {"zero": {"overlap_comm": True}}))
+        cases.append((engine, {"zero": {"overlap_comm": True}, "accumulation": 3}))
+    for engine in ZERO:
+        cases.append((engine, {"bf16": {"enabled": True}}))
+    cases.append(("zero3", {"zero": {"reduce_scatter": False}}))
+    cases.append(("zero2", {"zero": {"reduce_bucket_size": 100000}}))
+    return cases
+
+
+def test_a_hook_at_one_hundred_percent_trains_the_engines_own_weights():
+    cases = parity_cases()
+    first, second = run_ranks(differences, 2, cases)
+    assert first == second
+    for (engine, how), row in zip(cases, first, strict=True):
+        assert row["moved"] > 0.01, (engine, how)
+        assert row["order"] < 1e-4, (engine, how, row)
+        for hook in EXACT:
+            assert row[hook] == 0.0, (engine, how, row)
+            assert row[f"{hook} step"] == STEPS, (engine, how)
+        if "optimizer" not in how:  # 16 bits: rounded once to the owners and once back; Adam takes it for a sign
+            assert row["fp16"] < 1e-3, (engine, how, row)
+            assert row["bf16"] < 1e-2, (engine, how, row)
+
+
+def test_three_ranks_agree_to_rounding_with_shards_that_are_padded():
+    """Sums of three have an order: DDP's and gloo's is not ours."""
+    cases = [(engine, {}) for engine in ENGINES]
+    ranks = run_ranks(differences, 3, cases)
+    assert ranks[0] == ranks[1] == ranks[2]
+    for (engine, _), row in zip(cases, ranks[0], strict=True):
+        assert row["moved"] > 0.01, engine
+        for hook in EXACT:
+            assert row[hook] < 1e-6, (engine, row)
+
+
+def hugging_face(folder):
+    """The same steps inside the HF Trainer: its engine's own, and a hook's at 100 %."""
+    import os
+
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    from transformers import Trainer as HfTrainer
+    from transformers import TrainerCallback, TrainingArguments
+
+    from ds_wsi.compression import DMGC
+    from ds_wsi.engines.hooks import register_comm_hook
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = make_model()
+
+        def forward(self, x, labels):
+            logits = self.body(x)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    class Register(TrainerCallback):
+        handle = None
+
+        def on_train_begin(self, args, state, control, **_):
+            engine = trainer.accelerator.deepspeed_engine_wrapped.engine
+            Register.handle = register_comm_hook(engine, "dmgc", DMGC(keep=1.0))
+
+    found = []
+    for callbacks in ([], [Register()]):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState(backend="gloo")
+        config = zero_config(2, train_micro_batch_size_per_gpu="auto")
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=3,
+            per_device_train_batch_size=4,
+            deepspeed=config,
+            accelerator_config={"use_configured_state": True},
+            report_to=[],
+            save_strategy="no",
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            disable_tqdm=True,
+        )
+        rows = [dict(zip(("x", "labels"), pair)) for n in range(6) for pair in zip(*batch_of(n, 0))]
+        trainer = HfTrainer(Model(), arguments, train_dataset=rows, callbacks=callbacks)
+        trainer.train()
+        found.append(torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()]))
+    started = torch.cat([p.detach().flatten() for p in make_model().parameters()])
+    return {
+        "same": torch.equal(*found),
+        "moved": not torch.equal(found[0], started),
+        "pulled": Register.handle.count.pull.wire_bytes,
+    }
+
+
+def test_a_hook_works_inside_the_hf_trainer(tmp_path):
+    for row in run_ranks(hugging_face, 2, str(tmp_path)):
+        assert row["same"]
+        assert row["moved"]
+        assert row["pulled"] > 0

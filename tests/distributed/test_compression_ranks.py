@@ -1,0 +1,491 @@
+"""Compressed exchanges between processes against one process that does the same with plain loops, bit by bit."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from ds_wsi.compression import (
+    DMGC,
+    Bucket,
+    Cast,
+    Compressor,
+    KeepSchedule,
+    TopK,
+    fold_states,
+    hook,
+    pull_weights,
+    push,
+    topology_of,
+)
+from ds_wsi.compression.exchange import even_bounds
+from ds_wsi.compression.wire import section_bytes
+from harness import run_ranks
+
+pytestmark = pytest.mark.distributed
+WORLDS = (1, 2, 4)
+NAMES, NUMELS = ("conv", "bias", "head"), (300, 7, 94)
+D, STEPS, RATE = sum(NUMELS), 4, 0.05
+POLICIES = {
+    f"{route} {keep} {values} {below}": DMGC(keep=keep, values=values, dense_below=below, topology=route)
+    for route in ("all_gather", "sharded", "server")
+    for keep, values, below in ((1.0, "fp32", 0), (0.05, "fp32", 0), (0.05, "fp16", 10), (0.05, "bf16", 0))
+}
+POLICIES["top-k"] = TopK(keep=0.05, values="fp16", dense_below=10)
+POLICIES["warm-up"] = DMGC(keep=0.02, schedule=KeepSchedule(dense_steps=1, stage_steps=1, stages=(0.45, 0.1)))
+MOMENTUM = DMGC(keep=0.05, momentum=0.5, clip_norm=5.0, dense_below=10)
+PULLS = {
+    name: policy for name, policy in POLICIES.items() if isinstance(policy, DMGC) and policy.topology != "all_gather"
+}
+PULLS["wider pull"] = DMGC(keep=0.05, pull_keep=0.2)
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def gradient_of(step, rank):
+    return torch.randn(D, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def start():
+    return torch.randn(D, generator=torch.Generator().manual_seed(9))
+
+
+# --- what runs on every rank ---
+
+
+def bucket_of(flat, group=None):
+    return Bucket(flat, NAMES, NUMELS, group)
+
+
+class CountedBytes:
+    """Bytes that leave this rank in torch.distributed's calls, and that arrive, by call; announcements apart."""
+
+    def __enter__(self):
+        self.sent = self.received = self.announced = 0
+        self.kept = dist.all_to_all_single, dist.broadcast, dist.all_gather
+        rank, world = dist.get_rank(), dist.get_world_size()
+
+        def all_to_all(output, given, received, sizes, **kw):
+            self.sent += sum(sizes) - sizes[rank]
+            self.received += sum(received) - received[rank]
+            assert (sum(sizes), sum(received)) == (given.nbytes, output.nbytes)
+            return self.kept[0](output, given, received, sizes, **kw)
+
+        def broadcast(tensor, source, **kw):
+            if source == rank:
+                self.sent += tensor.nbytes * (world - 1)
+            else:
+                self.received += tensor.nbytes
+            return self.kept[1](tensor, source, **kw)
+
+        def all_gather(found, tensor, **kw):
+            self.announced += tensor.nbytes * (world - 1)
+            return self.kept[2](found, tensor, **kw)
+
+        dist.all_to_all_single, dist.broadcast, dist.all_gather = all_to_all, broadcast, all_gather
+        return self
+
+    def __exit__(self, *_):
+        dist.all_to_all_single, dist.broadcast, dist.all_gather = self.kept
+
+
+def count_of(state):
+    count = state.count
+    return {
+        way: {
+            "messages": [size for size, _ in getattr(count, way).messages],
+            "dense": [size for _, size in getattr(count, way).messages],
+            "wire": getattr(count, way).wire_bytes,
+            "by_tensor": dict(getattr(count, way).by_tensor),
+        }
+        for way in ("push", "pull")
+    }
+
+
+def hooked(policy, rank):
+    state, means = Compressor(policy), []
+    with CountedBytes() as counted:
+        for step in range(STEPS):
+            gradient = gradient_of(step, rank)
+            means.append(hook(state, bucket_of(gradient)))
+            assert torch.equal(gradient, gradient_of(step, rank)), "the bucket must not change"
+            state.next_step()
+    calls = {"sent": counted.sent, "received": counted.received, "announced": counted.announced}
+    return {"means": means, "state": state.state_dict(), "count": count_of(state), "calls": calls}
+
+
+def pulled(policy, rank):
+    """SGD at the owners; the replica after each step."""
+    state, replica, world = Compressor(policy), start(), dist.get_world_size()
+    bounds = even_bounds(D, world) if policy.topology == "sharded" else (0, *[D] * world)
+    owned, replicas = replica[bounds[rank] : bounds[rank + 1]].clone(), []
+    with CountedBytes() as counted:
+        for step in range(STEPS):
+            shard = push(state, bucket_of(gradient_of(step, rank)))
+            assert (shard.start, shard.stop) == bounds[rank : rank + 2]
+            owned -= RATE * shard.values
+            pull_weights(state, owned, bucket_of(replica))
+            replicas.append(replica.clone())
+            state.next_step()
+    calls = {"sent": counted.sent, "received": counted.received, "announced": counted.announced}
+    return {"replicas": replicas, "count": count_of(state), "calls": calls}
+
+
+def overflowed(policy, rank):
+    """Steps 0 and 2 of three: at step 1 the last rank's gradient is not finite."""
+    state, found = Compressor(policy), []
+    for step in range(3):
+        gradient = gradient_of(step, rank)
+        if step == 1 and rank == dist.get_world_size() - 1:
+            gradient[D // 2] = float("nan")
+        before = state.state_dict()
+        found.append(hook(state, bucket_of(gradient)))
+        if step == 1:
+            assert all(torch.equal(before[name], tensor) for name, tensor in state.state_dict().items())
+    return found
+
+
+def resumed(policy, rank):
+    state, found = Compressor(policy), []
+    for step in range(STEPS):
+        saved, state = state.state_dict(), Compressor(policy)
+        state.load_state_dict(saved)
+        found.append(hook(state, bucket_of(gradient_of(step, rank))))
+        state.next_step()
+    return found
+
+
+def of_two_groups(rank, world):
+    """Even and odd ranks apart."""
+    groups = [dist.new_group(list(range(parity, world, 2))) for parity in range(min(2, world))]
+    group = groups[rank % 2]
+    found = [
+        hook(Compressor(DMGC(keep=0.05, topology=route)), bucket_of(gradient_of(0, rank), group))
+        for route in ("all_gather", "sharded", "server")
+    ]
+    return [*found, hook(Compressor(Cast(torch.float32)), bucket_of(gradient_of(0, rank), group))]
+
+
+def refusals(rank):
+    state, world = Compressor(DMGC()), dist.get_world_size()
+    owned = torch.zeros(even_bounds(D, world)[rank + 1] - even_bounds(D, world)[rank])
+    replica, said = start(), []
+    for call in (
+        lambda: pull_weights(Compressor(TopK()), owned, bucket_of(replica)),
+        lambda: push(Compressor(Cast()), bucket_of(replica)),
+        lambda: push(state, bucket_of(replica), bounds=(0, *[D + 1] * world)),
+        lambda: pull_weights(state, owned.double(), bucket_of(replica)),
+        lambda: pull_weights(state, torch.full_like(owned, float("inf")), bucket_of(replica)),
+    ):
+        with pytest.raises(ValueError) as error:
+            call()
+        said.append(str(error.value))
+    assert torch.equal(replica, start())
+    return said
+
+
+def odd_buckets(rank):
+    """A bucket without entries, one of bf16, one with more ranks than entries; by topology."""
+    found = []
+    for route in ("all_gather", "sharded", "server"):
+        empty = hook(Compressor(DMGC(topology=route)), Bucket(torch.zeros(0), (), ()))
+        half = hook(Compressor(DMGC(topology=route)), bucket_of(gradient_of(0, rank).bfloat16()))
+        tiny = Bucket(torch.tensor([1.0 + rank, 0.5]), ("empty", "tiny"), (0, 2))
+        found.append([empty, half, hook(Compressor(DMGC(topology=route)), tiny)])
+    return found
+
+
+def jump(rank, world):
+    """Weights far below the replica's: theta_hat + (theta - theta_hat) would not be theta."""
+    replica, bounds = start(), even_bounds(D, world)
+    owned = 1e-4 * gradient_of(0, 0)[bounds[rank] : bounds[rank + 1]]
+    pull_weights(Compressor(DMGC(keep=1.0)), owned, bucket_of(replica))
+    return replica
+
+
+def least_squares(rank, world):
+    """Loss, relative to the start's, of SGD on all ranks' rows with 5 % pushed and pulled."""
+    generator = torch.Generator().manual_seed(3)
+    x, truth = torch.randn(4 * D, D, generator=generator), torch.randn(D, generator=generator)
+    mine, replica = x[rank::world], torch.zeros(D)
+    state, bounds = Compressor(DMGC(keep=0.05, values="fp16")), even_bounds(D, world)
+    owned = replica[bounds[rank] : bounds[rank + 1]].clone()
+    for _ in range(200):
+        gradient = mine.T @ (mine @ (replica - truth)) / len(mine)
+        owned -= 0.03 * push(state, bucket_of(gradient)).values
+        pull_weights(state, owned, bucket_of(replica))
+        state.next_step()
+    return ((x @ (replica - truth)) ** 2).mean().item() / ((x @ truth) ** 2).mean().item()
+
+
+def own_bounds(rank, world):
+    """Shards that an engine has cut: all but the first 10 entries are the last rank's."""
+    bounds = (0, *[10] * (world - 1), D)
+    shard = push(Compressor(DMGC(keep=0.05)), bucket_of(gradient_of(0, rank)), bounds)
+    return {"start": shard.start, "values": shard.values}
+
+
+def on_every_rank():
+    rank, world = dist.get_rank(), dist.get_world_size()
+    reduced = gradient_of(0, rank)
+    dist.all_reduce(reduced)
+    return {
+        "hooked": {name: hooked(policy, rank) for name, policy in POLICIES.items()},
+        "pulled": {name: pulled(policy, rank) for name, policy in PULLS.items()},
+        "cast": {name: hooked(Cast(dtype), rank) for name, dtype in TYPES.items()},
+        "overflowed": {name: overflowed(POLICIES[name], rank) for name in ("top-k", "sharded 0.05 fp16 10")},
+        "resumed": {name: resumed(POLICIES[name], rank) for name in ("top-k", "warm-up", "server 0.05 bf16 0")},
+        "momentum": hooked(MOMENTUM, rank)["means"],
+        "momentum resumed": resumed(MOMENTUM, rank),
+        "groups": of_two_groups(rank, world),
+        "refused": refusals(rank),
+        "bounds": own_bounds(rank, world),
+        "odd": odd_buckets(rank),
+        "jump": jump(rank, world),
+        "loss": least_squares(rank, world),
+        "reduced": reduced / world,
+    }
+
+
+# --- one process, with plain loops ---
+
+
+def largest(values, keep):
+    """Positions, by a stable sort."""
+    k = max(1, round(keep * len(values)))
+    return sorted(np.argsort(-np.abs(values.numpy()), kind="stable")[:k].tolist())
+
+
+def masked(c, policy, keep, parts):
+    """The entries that are sent, as a receiver decodes it; `parts`: (start, stop, sent whole)."""
+    sent = torch.zeros_like(c)
+    for begin, end, whole in parts:
+        chosen = range(end - begin) if whole else largest(c[begin:end], keep)
+        at = torch.tensor([begin + i for i in chosen])
+        sent[at] = c[at].to(TYPES[policy.values]).float()
+    return sent
+
+
+def parts_of(policy, begin=0, end=D):
+    whole = [(0, 300, False), (300, 307, True), (307, D, False)] if policy.dense_below else [(0, D, False)]
+    cut = [(max(b, begin), min(e, end), w) for b, e, w in whole]
+    return [(b, e, w) for b, e, w in cut if b < e]
+
+
+def mean_of(tensors):
+    total = torch.zeros(D)
+    for tensor in tensors:
+        total += tensor
+    return total / len(tensors)
+
+
+def oracle_means(policy, world):
+    residuals, means = [torch.zeros(D)] * world, []
+    for step in range(STEPS):
+        inputs = [gradient_of(step, rank) + residuals[rank] for rank in range(world)]
+        sent = [masked(c, policy, policy.keep_at(step), parts_of(policy)) for c in inputs]
+        residuals = [c - s for c, s in zip(inputs, sent, strict=True)]
+        means.append(mean_of(sent))
+    return means, residuals
+
+
+def oracle_replicas(policy, world):
+    theta, replica, found = start(), start(), []
+    bounds = even_bounds(D, world) if policy.topology == "sharded" else (0, *[D] * world)
+    for step, mean in enumerate(oracle_means(policy, world)[0]):
+        theta -= RATE * mean
+        keep = policy.pull_keep_at(step)
+        for begin, end in pairwise(bounds):
+            if keep == 1 and policy.values == "fp32":
+                replica[begin:end] = theta[begin:end]
+            else:
+                replica += masked(theta - replica, policy, keep, parts_of(policy, begin, end))
+        found.append(replica.clone())
+    return found
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def ranks(request):
+    return run_ranks(on_every_rank, request.param)
+
+
+def test_the_mean_is_one_processs_and_the_same_on_all_ranks(ranks):
+    for name, policy in POLICIES.items():
+        means, residuals = oracle_means(policy, len(ranks))
+        for rank, found in enumerate(ranks):
+            result = found["hooked"][name]
+            assert all(torch.equal(one, two) for one, two in zip(result["means"], means, strict=True)), (name, rank)
+            kept = torch.cat([result["state"]["residual." + part] for part in NAMES])
+            assert torch.equal(kept, residuals[rank]), (name, rank)
+            assert result["state"]["step"].tolist() == [STEPS]
+
+
+def test_clipping_and_momentum_are_one_processs(ranks):
+    """DGC's order: clip by the rank's share, velocity, sum, selection; a parameter sent whole keeps its velocity."""
+    world = len(ranks)
+    u, v = [torch.zeros(D)] * world, [torch.zeros(D)] * world
+    for step in range(STEPS):
+        sent = []
+        for rank in range(world):
+            gradient = gradient_of(step, rank)
+            limit = torch.tensor(MOMENTUM.clip_norm / world**0.5)
+            scaled = gradient * torch.minimum(limit / gradient.norm(), torch.tensor(1.0))
+            u[rank] = 0.5 * u[rank] + scaled
+            v[rank] = v[rank] + u[rank]
+            sent.append(masked(v[rank], MOMENTUM, 0.05, parts_of(MOMENTUM)))
+            v[rank] = v[rank] - sent[rank]
+            whole = torch.arange(D).ge(300) & torch.arange(D).lt(307)
+            u[rank] = u[rank].where((sent[rank] == 0) | whole, 0)
+        for found in ranks:
+            torch.testing.assert_close(found["momentum"][step], mean_of(sent), rtol=1e-6, atol=1e-7)
+
+
+def test_keeping_everything_is_dense(ranks):
+    dense = [mean_of([gradient_of(step, rank) for rank in range(len(ranks))]) for step in range(STEPS)]
+    for found in ranks:
+        for route in ("all_gather", "sharded", "server"):
+            means = found["hooked"][f"{route} 1.0 fp32 0"]["means"]
+            assert all(torch.equal(one, two) for one, two in zip(means, dense, strict=True))
+            if len(ranks) <= 2:  # of more, the engine's all-reduce adds in another order
+                assert torch.equal(means[0], found["reduced"])
+        assert all(torch.equal(one, two) for one, two in zip(found["cast"]["fp32"]["means"], dense, strict=True))
+
+
+def test_replicas_are_one_processs_and_the_same_on_all_ranks(ranks):
+    for name, policy in PULLS.items():
+        expected = oracle_replicas(policy, len(ranks))
+        for rank, found in enumerate(ranks):
+            replicas = found["pulled"][name]["replicas"]
+            assert all(
+                one.numpy().tobytes() == ranks[0]["pulled"][name]["replicas"][i].numpy().tobytes()
+                for i, one in enumerate(replicas)
+            ), name
+            assert all(torch.equal(one, two) for one, two in zip(replicas, expected, strict=True)), (name, rank)
+
+
+def test_a_cast_is_summed_as_float32(ranks):
+    for name, dtype in TYPES.items():
+        for step in range(STEPS):
+            parts = [gradient_of(step, rank).to(dtype).float() for rank in range(len(ranks))]
+            expected = mean_of(parts).to(dtype).float()
+            assert all(torch.equal(found["cast"][name]["means"][step], expected) for found in ranks)
+
+
+def cheapest_bytes(values, d, nnz):
+    return min(section_bytes(encoding, values, d, nnz) for encoding in ("coo", "bitmap", "gap", "dense"))
+
+
+def test_bytes_are_those_of_the_calls_and_of_the_formula(ranks):
+    for kind in ("hooked", "pulled", "cast"):
+        for name in ranks[0][kind]:
+            results = [found[kind][name] for found in ranks]
+            counts, calls = [result["count"] for result in results], [result["calls"] for result in results]
+            # An announcement counts at its sender for the push, at its receivers for the pull: as many bytes.
+            total = sum(count[way]["wire"] for count in counts for way in ("push", "pull"))
+            assert total == sum(call["sent"] + call["announced"] for call in calls), name
+            assert sum(call["sent"] for call in calls) == sum(call["received"] for call in calls)
+    for found in ranks:
+        for name, policy in POLICIES.items():
+            count = found["hooked"][name]["count"]["push"]
+            assert count["dense"] == [4 * D] * STEPS
+            if name in ("all_gather 0.05 fp32 0", "server 0.05 fp32 0"):
+                expected = 40 + 24 + cheapest_bytes("fp32", D, 20)
+                assert count["messages"] == [expected] * STEPS
+                assert sum(count["by_tensor"].values()) == STEPS * (expected - 64)
+            elif policy.dense_below and topology_of(policy) != "sharded":
+                sizes = (cheapest_bytes("fp16", 300, 15), 2 * 7, cheapest_bytes("fp16", 94, 5))
+                assert count["messages"] == [40 + 3 * 24 + sum(sizes)] * STEPS
+                assert count["by_tensor"] == {n: STEPS * s for n, s in zip(NAMES, sizes, strict=True)}
+            elif policy.keep == 1:
+                shards = len(ranks) if policy.topology == "sharded" else 1
+                assert count["messages"] == [shards * 64 + 4 * D] * STEPS
+                assert count["by_tensor"] == {n: STEPS * 4 * d for n, d in zip(NAMES, NUMELS, strict=True)}
+        way = found["hooked"]["all_gather 0.05 fp32 0"]["count"]
+        assert way["push"]["wire"] == (len(ranks) - 1) * (sum(way["push"]["messages"]) + STEPS * 8)
+        assert way["pull"] == {"messages": [], "dense": [], "wire": 0, "by_tensor": {}}
+        pull = found["pulled"]["server 0.05 fp32 0"]["count"]["pull"]
+        assert pull["messages"] == [40 + 24 + cheapest_bytes("fp32", D, 20)] * STEPS
+
+
+def test_an_overflow_anywhere_is_discarded_everywhere(ranks):
+    for name in ranks[0]["overflowed"]:
+        policy = POLICIES[name]
+        for found in ranks:
+            first, second, third = found["overflowed"][name]
+            assert second.isnan().all()
+            assert torch.equal(first, oracle_means(policy, len(ranks))[0][0])
+            assert third.isfinite().all()
+            assert torch.equal(third, ranks[0]["overflowed"][name][2])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(ranks):
+    for found in ranks:
+        for name, means in found["resumed"].items():
+            expected = found["hooked"][name]["means"]
+            assert all(torch.equal(one, two) for one, two in zip(means, expected, strict=True)), name
+        pairs = zip(found["momentum resumed"], found["momentum"], strict=True)
+        assert all(torch.equal(one, two) for one, two in pairs)
+
+
+def test_a_changed_world_size_owes_the_same(ranks):
+    states = [found["hooked"]["sharded 0.05 fp32 0"]["state"] for found in ranks]
+    folded = fold_states(states)
+    state = Compressor(TopK())
+    state.load_state_dict(folded)
+    assert state.step == STEPS
+    owed = mean_of([torch.cat([one["residual." + name] for name in NAMES]) for one in states])
+    assert torch.allclose(torch.cat([folded["residual." + name] for name in NAMES]), owed)
+    if len(states) > 1:
+        with pytest.raises(ValueError, match=r"of one step, got \[4, 5\]"):
+            fold_states([states[0], states[1] | {"step": torch.tensor([5])}])
+
+
+def test_groups_exchange_apart(ranks):
+    policy = DMGC(keep=0.05)
+    for rank, found in enumerate(ranks):
+        members = range(rank % 2, len(ranks), 2)
+        parts = [gradient_of(0, member) for member in members]
+        sparse = mean_of([masked(part, policy, 0.05, parts_of(policy)) for part in parts])
+        assert all(torch.equal(mean, sparse) for mean in found["groups"][:3])
+        assert torch.equal(found["groups"][3], mean_of(parts))
+
+
+def test_an_engines_own_shards(ranks):
+    mean = oracle_means(DMGC(keep=0.05), len(ranks))[0][0]
+    for rank, found in enumerate(ranks):
+        begin, values = found["bounds"]["start"], found["bounds"]["values"]
+        assert begin == (0 if rank == 0 else 10)
+        assert torch.equal(values, mean[begin : begin + len(values)])
+    assert sum(len(found["bounds"]["values"]) for found in ranks) == D
+
+
+def test_wrong_use_is_refused_on_every_rank(ranks):
+    for found in ranks:
+        parts = ("policy with owners, got TopK", "policy that selects", "bounds must rise from 0 to 401")
+        for said, part in zip(found["refused"], (*parts, "must be float32 and of the shard", "finite on every rank")):
+            assert part in said
+
+
+def test_odd_buckets(ranks):
+    world, policy = len(ranks), DMGC()
+    half = mean_of(
+        [masked(gradient_of(0, rank).bfloat16().float(), policy, 0.01, parts_of(policy)) for rank in range(world)]
+    )
+    for found in ranks:
+        for empty, mean, tiny in found["odd"]:
+            assert empty.shape == (0,)
+            assert mean.dtype == torch.bfloat16
+            assert torch.equal(mean, half.bfloat16())
+            assert tiny.tolist() == [sum(range(1, world + 1)) / world, 0]
+
+
+def test_a_dense_pull_sends_the_weights_themselves(ranks):
+    assert all(torch.equal(found["jump"], 1e-4 * gradient_of(0, 0)) for found in ranks)
+    assert not torch.equal(start() + (ranks[0]["jump"] - start()), ranks[0]["jump"])
+
+
+def test_training_converges_with_both_ways_compressed(ranks):
+    for found in ranks:
+        assert found["loss"] < 1e-3
+        assert found["loss"] == ranks[0]["loss"]
