@@ -9,23 +9,31 @@ option.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from ds_wsi.bags.bag import FailureLog, ReadPolicy, read_bags
+from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.benchmarks.table import Bound, Result
-from ds_wsi.models import SlideOutput, build_aggregator
+from ds_wsi.models import SlideModel, SlideOutput, build_aggregator
 from ds_wsi.runtime.log import logger
+from ds_wsi.slides.demo import make_demo
+from ds_wsi.slides.tiling import TilingPolicy
 from ds_wsi.stacking.balance import assign_bags
 from ds_wsi.stacking.frameworks import pad_bags, sample_bag
 from ds_wsi.stacking.packs import plan_packs
 from ds_wsi.stacking.stacked_bags import stack_bags
+from ds_wsi.training.options import DEMO_TILE_SIZE_PX
+from ds_wsi.training.settings import DataSettings
 from ds_wsi.training.step import stack_loss
 
 SIGMA = 0.6  # of the logarithm of CAMELYON16's bag lengths
@@ -35,6 +43,8 @@ BATCHES = (1, 8, 16, 32)
 MODELS = ("abmil", "clam_mb", "transmil")
 TARGET_AUC = 0.9
 PACK_BYTES = 2 * 2**20  # of instances at a time on a CPU, so that they stay in its cache
+DEMO_EPOCHS = 4
+TASKS = ("digits", "digits, heavy-tailed", "demo slides")
 COLORS = {"classic": "#888888", "padding": "#c4713b", "sampling": "#5aa469", "dpgs": "#3b6ea5"}
 
 
@@ -73,12 +83,12 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
     Args:
         quick: shorter bags and fewer repeats.
         slides: not read.
-        options: device, repeats, seeds, mean_tiles and width of the bags of the time to target.
+        options: device, repeats, seeds, demo_dir, mean_tiles and width of the bags of the time to target.
 
     Raises:
         ValueError: an unknown option.
     """
-    known = ("device", "repeats", "seeds", "mean_tiles", "width")
+    known = ("device", "repeats", "seeds", "mean_tiles", "width", "demo_dir")
     unknown = [name for name in options if name not in known]
     if unknown:
         raise ValueError(f"--option must be one of {', '.join(known)}, got {unknown[0]!r}")
@@ -96,7 +106,7 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
         rows.append(
             _row(f"to AUC {TARGET_AUC}, {model}", size, framework, batch, fit.bags_per_s, fit.target_s, fit.auc, None)
         )
-    accuracies = _accuracies(seeds, device)
+    accuracies = _accuracies(seeds, device, options.get("demo_dir", DataSettings().demo_dir))
     for (what, framework), fits in accuracies.items():
         aucs = [fit.auc for fit in fits]
         rows.append(
@@ -180,6 +190,33 @@ def digit_bags(count: int, seed: int, device: torch.device, *, heavy: bool = Fal
         features.append(pixels[rows].to(device))
         labels.append(index % 2)
     return Bags(features, torch.tensor(labels, device=device))
+
+
+def demo_bags(folder: str, device: torch.device) -> tuple[Bags, Bags]:
+    """The demo cohort's features, of a small encoder trained on its training slides: to train on, and to test on."""
+    policy = TilingPolicy(tile_size_px=DEMO_TILE_SIZE_PX)
+    cohort = load_cohort(make_demo(folder), policy, tiles_dir=Path(folder) / "tiles")
+    log = FailureLog(cohort.manifest.slides, cohort.grids, 0.0)
+    tiles, labels = {}, {}
+    for split in ("train", "test"):
+        rows = cohort.rows(split)
+        bags = read_bags(cohort.manifest.slides, cohort.grids, rows, ReadPolicy(workers=0), log)
+        tiles[split] = [bag.tiles.contiguous().to(device) for bag in bags]
+        labels[split] = torch.tensor([int(cohort.manifest.slides[row].label or 0) for row in rows], device=device)
+    torch.manual_seed(0)
+    encoder = timm.create_model("resnet10t", num_classes=0)
+    model = SlideModel(encoder, build_aggregator("gated_abmil", 512, 2)).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    for _ in range(DEMO_EPOCHS):
+        for index in torch.randperm(len(tiles["train"])).tolist():
+            output = model(stack_bags([tiles["train"][index]]))
+            optimizer.zero_grad()
+            stack_loss(output, labels["train"][index : index + 1]).backward()
+            optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        features = {split: [model.encode(bag).float() for bag in bags] for split, bags in tiles.items()}
+    return Bags(features["train"], labels["train"]), Bags(features["test"], labels["test"])
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -332,18 +369,23 @@ def _targets(
     return found
 
 
-def _accuracies(seeds: int, device: torch.device) -> dict[tuple[str, str], list[Fit]]:
-    """ABMIL on bags of digits: classic against dpgs at B = 16, over seeds."""
+def _accuracies(seeds: int, device: torch.device, demo_dir: str) -> dict[tuple[str, str], list[Fit]]:
+    """ABMIL on bags of digits and on the demo's tiles: classic against dpgs at B = 16, over seeds."""
     found: dict[tuple[str, str], list[Fit]] = {}
-    for heavy in (False, True):
-        what = "digits, heavy-tailed" if heavy else "digits"
+    demo = demo_bags(demo_dir, device)
+    for what in TASKS:
         for framework, batch in (("classic", 1), ("dpgs", 16)):
             fits = []
             for seed in range(seeds):
+                if what == "demo slides":
+                    train, test = demo
+                else:
+                    heavy = what == "digits, heavy-tailed"
+                    train = digit_bags(200, seed, device, heavy=heavy)
+                    test = digit_bags(400, 1_000 + seed, device, heavy=heavy, test=True)
                 torch.manual_seed(seed)
-                trainer = Trainer("abmil", 64, framework, batch, 10, 5e-4, device, embed=True, weight_decay=5e-3)
-                train = digit_bags(200, seed, device, heavy=heavy)
-                test = digit_bags(400, 1_000 + seed, device, heavy=heavy, test=True)
+                width = train.features[0].shape[1]
+                trainer = Trainer("abmil", width, framework, batch, 10, 5e-4, device, embed=True, weight_decay=5e-3)
                 fits.append(fit(trainer, train, test, epochs=60, seed=seed))
             found[what, framework] = fits
             aucs = [one.auc for one in fits]
@@ -390,7 +432,7 @@ def _bounds(
     if device.type == "cuda":
         ratio = classic_s / ours_s if classic_s and ours_s else 0.0
         bounds.append(Bound("ABMIL, B = 32: at least 31 x sooner at the target than classic", ratio, 31.0))
-    for what in ("digits", "digits, heavy-tailed"):
+    for what in TASKS:
         gains = [
             one.auc - other.auc
             for one, other in zip(accuracies[what, "dpgs"], accuracies[what, "classic"], strict=True)

@@ -96,6 +96,8 @@ def on_this_rank(case) -> dict[str, Tensor]:
     if case.get("norms") is False:
         for norm, kind in handle._norms:
             norm.__class__ = kind
+    if case.get("alone"):
+        del model.aggregator.__dict__["forward"]
     if "mode" in case:
         policy = PartitionPolicy(mode=case["mode"], chunk_size=2, bn_population=case.get("population", "bag"))
         partition_layers(model.encoder, policy)
@@ -152,6 +154,7 @@ def all_cases():
 
 WRONG = {
     "a missing factor": {"factor": 4},
+    "a mean of the ranks' own losses": {"alone": True},
     "norms of each rank's own tiles": {"norms": False},
     "an all-reduce whose backward is the identity": {"identity": True},
 }

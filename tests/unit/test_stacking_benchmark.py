@@ -3,6 +3,7 @@
 import torch
 
 from ds_wsi.benchmarks.stacking import (
+    TASKS,
     Trainer,
     _bounds,
     _interval,
@@ -59,7 +60,7 @@ def test_bounds_name_what_does_not_hold():
     fits = [
         fit(Trainer("abmil", 8, "classic", 1, 4, 1e-3, CPU), *[witness_bags(4, 4, 8, CPU, 0)] * 2, epochs=1, seed=0)
     ]
-    accuracies = {(what, f): fits for what in ("digits", "digits, heavy-tailed") for f in ("classic", "dpgs")}
+    accuracies = {(what, f): fits for what in TASKS for f in ("classic", "dpgs")}
     targets = {("abmil", "classic", 1): fits[0], ("abmil", "dpgs", 32): fits[0]}
     bounds = _bounds(fast, targets, accuracies, {"lpt": 1.2, "round_robin": 1.5}, CPU)
     broken = [bound.words for bound in bounds if not bound.holds]

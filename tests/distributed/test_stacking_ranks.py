@@ -1,0 +1,104 @@
+"""Every aggregator's step over ranks and virtual workers is the mean of its bags' own gradients, in float64."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from ds_wsi.bags.sampler import plan_epoch
+from ds_wsi.models import build_aggregator
+from ds_wsi.models.aggregators import AGGREGATORS
+from ds_wsi.runtime.seeding import step_seed
+from ds_wsi.stacking import stack_bags
+from ds_wsi.stacking.packs import pack_bags
+from ds_wsi.stacking.policy import StackingPolicy
+from ds_wsi.stacking.randomness import bag_randomness, key_dropouts
+from ds_wsi.training.step import bag_weight, stack_loss
+from harness import run_ranks
+
+pytestmark = pytest.mark.distributed
+WIDTH = 6
+SMALL = {"transmil": {"embed_dim": 16, "heads": 2, "landmarks": 8}, "rrtmil": {"embed_dim": 16, "heads": 2}}
+SMALL |= {name: {"embed_dim": 16} for name in ("clam_sb", "clam_mb", "dtfd", "abmilx")}
+# (virtual workers, seed of the lengths): each of the seeds deals seven bags in another way.
+LAYOUTS = ((1, 0), (2, 1), (3, 2))
+
+
+def lengths_of(seed):
+    """Seven lengths from 1 to 1,000, one of each."""
+    return [1, 1000, *np.random.default_rng(seed).integers(1, 60, 5).tolist()]
+
+
+def make(name, dtype):
+    torch.manual_seed(0)
+    module = build_aggregator(name, WIDTH, 2, dropout=0.3, **SMALL.get(name, {})).to(dtype).train()
+    key_dropouts(module)
+    pack_bags(module, 0)
+    return module
+
+
+def make_bags(seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, WIDTH, dtype=torch.float64, generator=generator).to(dtype) for n in lengths_of(seed)]
+
+
+def loss_of(module, bags, chosen):
+    labels = torch.tensor([bag % 2 for bag in chosen])
+    stack = stack_bags([bags[bag] for bag in chosen])
+    with bag_randomness([step_seed(0, 0, bag) for bag in chosen]):
+        out = module(stack, labels) if getattr(module, "needs_labels", False) else module(stack)
+    return stack_loss(out, labels)
+
+
+def gradient(module):
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in module.parameters()])
+
+
+def on_ranks(names, dtype):
+    """Per aggregator and layout the sum over ranks of the weighted gradients, over W: what an engine's mean is."""
+    rank, world, found = dist.get_rank(), dist.get_world_size(), []
+    policy = StackingPolicy(bags_per_step=7)
+    for name in names:
+        for workers, seed in LAYOUTS:
+            module, bags = make(name, dtype), make_bags(seed, dtype)
+            layout = {"world_size": world, "accumulation": workers, "stacking": policy, "lengths": lengths_of(seed)}
+            (step,) = plan_epoch(7, seed=seed, epoch=0, **layout)
+            weight = bag_weight(step.n_bags, world, workers)
+            for ranks in step.micro_steps:
+                if ranks[rank]:
+                    (loss_of(module, bags, ranks[rank]) * weight / workers).backward()
+            total = gradient(module)
+            dist.all_reduce(total)
+            found.append(total / world)
+    return found
+
+
+def per_bag(name, seed, dtype, *, wrong=False):
+    """The mean of the bags' own gradients; `wrong`: the mean of the means of two halves, of one bag and of six."""
+    module, bags = make(name, dtype), make_bags(seed, dtype)
+    for bag in range(7):
+        loss = loss_of(module, bags, [bag])
+        (loss / (2 if bag == 0 else 12) if wrong else loss / 7).backward()
+    return gradient(module)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["float64", "float32"]
+)
+def test_the_step_is_the_mean_of_the_bags(world, dtype, limit):
+    names = list(AGGREGATORS)
+    found = run_ranks(on_ranks, world, names, dtype)
+    for rank in (0, world - 1):
+        for index, name in enumerate(names):
+            for place, (_, seed) in enumerate(LAYOUTS):
+                # Against float64: float32 against float32 would count its own rounding twice.
+                expected = per_bag(name, seed, torch.float64)
+                ours = found[rank][index * len(LAYOUTS) + place].double()
+                difference = ((ours - expected).norm() / expected.norm()).item()
+                assert difference < limit, (name, seed, difference)
+
+
+def test_a_mean_of_means_would_be_noticed():
+    right, wrong = per_bag("abmil", 0, torch.float64), per_bag("abmil", 0, torch.float64, wrong=True)
+    assert (right - wrong).norm() > 0.05 * right.norm()
