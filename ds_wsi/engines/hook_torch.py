@@ -169,8 +169,8 @@ def hook_fsdp(model: nn.Module, reducer: Reducer) -> Callable[[], None]:
             natives.append((module, group._reduce_scatter_comm))
             ours.append(_ReduceScatter(group._reduce_scatter_comm, own, trained, reducer))
     # Only when all are found fit.
-    for (module, _), comm in zip(natives, ours, strict=True):
-        module.set_custom_reduce_scatter(comm)
+    for (part, _), comm in zip(natives, ours, strict=True):
+        part.set_custom_reduce_scatter(comm)
 
     def undo() -> None:
         for module, native in natives:
