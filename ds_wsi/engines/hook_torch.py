@@ -154,6 +154,7 @@ def hook_fsdp(model: nn.Module, reducer: Reducer) -> Callable[[], None]:
         for leaf in dict(module.named_parameters(recurse=False))
     }
     natives: list[tuple[FSDPModule, Any]] = []
+    ours: list[_ReduceScatter] = []
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
@@ -166,7 +167,10 @@ def hook_fsdp(model: nn.Module, reducer: Reducer) -> Callable[[], None]:
                 )
             own = [names[(id(p._module_info.module), p._module_info.param_name)] for p in trained]
             natives.append((module, group._reduce_scatter_comm))
-            module.set_custom_reduce_scatter(_ReduceScatter(group._reduce_scatter_comm, own, trained, reducer))
+            ours.append(_ReduceScatter(group._reduce_scatter_comm, own, trained, reducer))
+    # Only when all are found fit.
+    for (part, _), comm in zip(natives, ours, strict=True):
+        part.set_custom_reduce_scatter(comm)
 
     def undo() -> None:
         for module, native in natives:

@@ -23,6 +23,7 @@ from ds_wsi.engines.hook_torch import DdpBuckets, hook_ddp, hook_fsdp
 from ds_wsi.runtime.log import logger
 
 _REGISTERED = "_ds_wsi_comm_hook"
+_WINDOW = 100  # messages
 HOOKS: dict[str, Callable[[], Any]] = {
     "allreduce": Dense,
     "fp16": lambda: Compressor(Cast(torch.float16)),
@@ -57,13 +58,17 @@ class CommHandle:
         return count if isinstance(count, ByteCount) else None
 
     def metrics(self) -> dict[str, float]:
-        """This rank's bytes since the registration, against dense float32; empty where the hook does not count."""
+        """This rank's wire bytes since the registration, and its last messages' against dense float32 (M1).
+
+        Empty where the hook does not count.
+        """
         count, found = self.count, dict[str, float]()
-        for name in ("push", "pull") if count is not None else ():
-            way = getattr(count, name)
+        if count is None:
+            return found
+        for name, way in (("push", count.push), ("pull", count.pull)):
             if way.messages:
                 found[f"comm/{name}_wire_bytes"] = way.wire_bytes
-                found[f"comm/{name}_message_ratio"] = way.message_bytes / max(sum(d for _, d in way.messages), 1)
+                found[f"comm/{name}_message_ratio"] = count.message_ratio(name, last=_WINDOW)
         return found
 
     def remove(self) -> None:

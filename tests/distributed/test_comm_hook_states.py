@@ -447,3 +447,37 @@ def test_the_trainers_checkpoints_hold_the_hooks_state(tmp_path):
         assert row["listed"]
         assert row["state"] == 2
         assert row["metrics"] == ["comm/push_message_ratio", "comm/push_wire_bytes"]
+
+
+def accumulated():
+    """Three micro-steps a step through Accelerate's own accumulation under ZeRO 2: messages of three steps."""
+    from pathlib import Path
+
+    from accelerate.state import AcceleratorState, GradientState
+    from test_comm_hooks import F, batch_of, make_model, zero_config
+
+    from ds_wsi.compression.comm import CommPolicy
+    from ds_wsi.engines.accelerate import EngineSettings, attach_hook, build_accelerator, prepare
+
+    found = {}
+    for hook in ("none", "dmgc"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        settings = EngineSettings(0.1, 0.0, 0.0, "sgd", 1, 3)
+        config = zero_config(2, train_micro_batch_size_per_gpu="auto") | {"gradient_accumulation_steps": "auto"}
+        accelerator = build_accelerator(settings, Path("unused"), config)
+        model, _ = prepare(accelerator, make_model(), settings)
+        handle = attach_hook(accelerator, model, CommPolicy(hook=hook, keep=1.0))
+        for number in range(9):
+            with accelerator.accumulate(model):
+                x, y = batch_of(number, dist.get_rank())
+                accelerator.backward(F.cross_entropy(model(x), y))
+        found[hook] = torch.cat([p.detach().flatten().clone() for p in accelerator.unwrap_model(model).parameters()])
+    return {**found, "messages": len(handle.count.push.messages), "step": handle.state_dict()["step"].item()}
+
+
+def test_accelerates_accumulation_sends_once_a_step():
+    for row in run_ranks(accumulated, 2):
+        torch.testing.assert_close(row["dmgc"], row["none"], rtol=0, atol=1e-6)  # another order of the same sum
+        assert row["messages"] == 3 * 2, "two buckets a step"
+        assert row["step"] == 3
