@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_wsi.engines import cpu
+
 
 def run_ranks(
     function: Callable[..., Any],
@@ -19,16 +21,23 @@ def run_ranks(
     *arguments: Any,
     timeout_s: float = 1800,
     enter: Callable[[int], None] | None = None,
+    context: Any = None,
 ) -> list[Any]:
     """`function(*arguments)` on every rank of a gloo group, one thread each; what each returned, by rank.
 
     Args:
+        function: of a module, not of a script; what it returns must load with `weights_only`: tensors, numbers,
+            strings, lists, dicts.
+        world_size: ranks.
+        arguments: of the function.
+        timeout_s: after which all are killed.
+        context: of multiprocessing; None spawns.
         enter: called with the rank before the group is made, such as `LimitedLink.enter`.
 
     Raises:
         RuntimeError: with the traceback of the first rank that failed, or at the time limit; no process outlives this.
     """
-    context = multiprocessing.get_context("spawn")
+    context = context or multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [
@@ -70,6 +79,7 @@ def _rank_main(
     try:
         if enter is not None:
             enter(rank)
+        cpu.skip_shm_op()
         store = dist.FileStore(str(folder / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         torch.save(function(*arguments), folder / f"{rank}.result")
