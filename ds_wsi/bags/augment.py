@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_wsi.runtime.seeding import slide_seed
+
 
 @dataclass(frozen=True)
 class AugmentPolicy:
@@ -29,7 +31,7 @@ def augment_bag(tiles: Tensor, policy: AugmentPolicy, seed: tuple[int, int, int]
 
     The draw does not depend on the rank, the device, or what was drawn before: a resumed run repeats it.
     """
-    generator = torch.Generator().manual_seed(_mix(seed))
+    generator = torch.Generator().manual_seed(slide_seed(*seed))
     if policy.flips:
         turns, flip = torch.randint(0, 4, (1,), generator=generator).item(), torch.rand(1, generator=generator)
         tiles = tiles.rot90(int(turns), dims=(-2, -1))
@@ -40,8 +42,3 @@ def augment_bag(tiles: Tensor, policy: AugmentPolicy, seed: tuple[int, int, int]
         offset = (255 * policy.colour / 2 * draw[1]).view(1, 3, 1, 1).to(tiles.device)
         tiles = (tiles.float() * gain + offset).round_().clamp_(0, 255).to(torch.uint8)
     return tiles
-
-
-def _mix(seed: tuple[int, int, int]) -> int:
-    run, epoch, slide = seed
-    return ((run * 1_000_003 + epoch) * 1_000_003 + slide) % 2**63

@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from ds_wsi.runtime.seeding import slide_seed
 from ds_wsi.stacking.balance import OverCapError, assign_bags
 from ds_wsi.stacking.policy import StackingPolicy
 
@@ -66,17 +67,11 @@ def plan_epoch(
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(n_slides, generator=generator).tolist()
+    bags_per_step = (stacking and stacking.bags_per_step) or world_size * bags_per_rank * accumulation
+    steps = [order[start : start + bags_per_step] for start in range(0, n_slides, bags_per_step)]
     if stacking is None:
-        bags_per_step = world_size * bags_per_rank * accumulation
-        return tuple(
-            _deal(order[start : start + bags_per_step], world_size, bags_per_rank, accumulation)
-            for start in range(0, n_slides, bags_per_step)
-        )
-    bags_per_step = stacking.bags_per_step or world_size * bags_per_rank * accumulation
-    return tuple(
-        _deal_by_policy(order[start : start + bags_per_step], world_size, accumulation, stacking, lengths)
-        for start in range(0, n_slides, bags_per_step)
-    )
+        return tuple(_deal(slides, world_size, bags_per_rank, accumulation) for slides in steps)
+    return tuple(_deal_by_policy(slides, world_size, accumulation, stacking, lengths) for slides in steps)
 
 
 def _deal_by_policy(
@@ -117,8 +112,7 @@ def choose_tiles(n_tiles: int, wanted: int | None, key: tuple[int, int, int]) ->
     """
     if wanted is None or wanted >= n_tiles:
         return None
-    seed, epoch, slide = key
-    generator = torch.Generator().manual_seed(((seed * 1_000_003 + epoch) * 1_000_003 + slide) % 2**63 ^ 0x5EED)
+    generator = torch.Generator().manual_seed(slide_seed(*key) ^ 0x5EED)  # not the draw of the augmentation
     return tuple(sorted(torch.randperm(n_tiles, generator=generator)[:wanted].tolist()))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.partition.apply import PartitionedForward
+from ds_wsi.partition.apply import PartitionedForward, is_anchor
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class _TiedForward:
         self.original = original
 
     def __call__(self, bags: Any, *more: Any) -> Any:
-        if more and _is_tie(more[-1]):
+        if more and is_anchor(more[-1]):
             bags, more = bags._replace(values=_Tied.apply(bags.values, more[-1])), more[:-1]
         return self.original(bags, *more)
 
@@ -112,10 +112,6 @@ def _give_tie(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | Non
     if not torch.is_grad_enabled() or not is_zero3(module):
         return None
     return *args, torch.empty(0, device=args[0].values.device, requires_grad=True)
-
-
-def _is_tie(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 0 and value.requires_grad
 
 
 def is_zero3(model: nn.Module) -> bool:

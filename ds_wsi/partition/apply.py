@@ -1,7 +1,7 @@
 """`partition_layers`: a module that computes in chunks, in place, and back."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ds_wsi.partition.runner import Call, bag_ranges
 from ds_wsi.partition.staging import HostStore, Spill
 from ds_wsi.partition.trace import Traced
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.numerics import autocast_dtype, autocast_now
 
 DEFAULT_CHUNK = {"batch": 32, "spatial": 64}  # of a mode that is given, where the policy names no chunk
 
@@ -73,7 +74,7 @@ class PartitionedForward:
         """
         _refuse_shards(self.module)
         anchor = None
-        if args and _is_anchor(args[-1]):
+        if args and is_anchor(args[-1]):
             args, anchor = args[:-1], args[-1]
         extra = [name for name, value in (*enumerate(args), *kwargs.items()) if isinstance(value, Tensor)]
         if extra:
@@ -342,22 +343,6 @@ def bucket(tiles: int) -> int:
     return power * 3 // 4 if power > 2 and tiles <= power * 3 // 4 else power
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of the autocast in force, or None."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-def autocast_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """The autocast settings in force, to be entered again in backward.
-
-    Without the cache of cast weights: an entry made in one chunk's graph would be part of the next one's.
-    """
-    kind, dtype = device.type, autocast_dtype(device)
-    if dtype is None:
-        return lambda: torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-    return lambda: torch.autocast(kind, dtype=dtype, cache_enabled=False)
-
-
 def _give_anchor(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Give a module under ZeRO-3 one more input, an empty tensor that requires gradient.
 
@@ -371,7 +356,8 @@ def _give_anchor(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | 
     return *args, torch.empty(0, device=trained.device, requires_grad=True)
 
 
-def _is_anchor(value: Any) -> bool:
+def is_anchor(value: Any) -> bool:
+    """Whether an argument is the empty tensor that a leaf module of ZeRO-3 is given: see `_give_anchor`."""
     return isinstance(value, Tensor) and value.numel() == 0 and value.requires_grad
 
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ds_wsi.runtime.numerics import memory_layout
+
 
 @dataclass
 class Statistics:
@@ -166,7 +168,7 @@ class NormSite:
         if not torch.is_grad_enabled():
             gamma, beta = gamma.detach(), beta.detach()
         leaf, folded = self.leaf, self.fold(z)
-        layout = _layout(folded)
+        layout = memory_layout(folded)
         out = F.batch_norm(
             folded.contiguous(memory_format=layout), found.mean, found.var, gamma, beta, False, 0.0, leaf.eps
         )
@@ -218,12 +220,6 @@ class NormSite:
         scale, shift = (part.view(view) for part in found.correction)
         wide = torch.addcmul(self.fold(grad) + shift, scale, folded.to(scale.dtype))
         return wide.view_as(grad).to(grad.dtype)
-
-
-def _layout(z: Tensor) -> torch.memory_format:
-    if z.dim() == 4 and not z.is_contiguous() and z.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 class Corrected(torch.autograd.Function):

@@ -14,6 +14,11 @@ def step_seed(seed: int, step: int, place: int) -> int:
     return ((seed * 1_000_003 + step) * 10_007 + place) % 2**63
 
 
+def slide_seed(seed: int, epoch: int, slide: int) -> int:
+    """A seed of one slide in one epoch."""
+    return ((seed * 1_000_003 + epoch) * 1_000_003 + slide) % 2**63
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed Python's, NumPy's and torch's generators (CPU and current device) for one step of one rank."""
     value = step_seed(seed, step, rank)

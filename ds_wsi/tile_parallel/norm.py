@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ds_wsi.runtime.numerics import memory_layout
+
 
 class _SharedNorm(_BatchNorm):
     """What `share_norms` puts before a norm's own class: in training mode it normalises over all ranks of a group."""
@@ -96,7 +98,7 @@ class _Normalise(torch.autograd.Function):
         gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         if x.numel():
             # In the input's layout: torch 2.15's CPU kernel returns wrong numbers for one image in two layouts.
-            dy = grads[0].contiguous(memory_format=_layout(x))
+            dy = grads[0].contiguous(memory_format=memory_layout(x))
             # The first term and the two sums are the backward with constant statistics.
             dx, own_dgamma, own_dbeta = torch.ops.aten.native_batch_norm_backward(
                 dy, x, gamma, mean, var, None, None, False, ctx.eps, [True, True, True]
@@ -114,12 +116,6 @@ class _Normalise(torch.autograd.Function):
         if weight is None:
             return dx.to(x.dtype), *[None] * 7
         return dx.to(x.dtype), None, None, None, own_dgamma.to(weight.dtype), own_dbeta.to(weight.dtype), None, None
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 @cache

@@ -7,7 +7,6 @@ is kept; among the ranks of a group (m, s, z) and g are exchanged, and nothing e
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.models.aggregators.pooled import PooledAggregator
 from ds_wsi.models.output import SlideOutput
+from ds_wsi.runtime.numerics import autocast_now
 from ds_wsi.runtime.seeding import generator_states, keyed_generators, set_generator_states
+from ds_wsi.stacking.segment_ops import widened
 from ds_wsi.tile_parallel.collectives import Traffic, max_over, sum_over
 
 
@@ -114,7 +115,7 @@ class _Work:
         self.kept_from = len(self.chunks) - keep_chunks
         self.group, self.traffic = group, traffic
         self.device = device or torch.device("cpu")
-        self.autocast = _autocast_now(self.device)
+        self.autocast = autocast_now(self.device)
         self.states: list[list[Tensor] | None] = []
         self.graphs: dict[int, tuple[Tensor, Tensor]] = {}
         self.scores: list[Tensor] = []
@@ -130,7 +131,7 @@ class _Work:
             embedded = self.aggregator.embed(features)
             scored = self.aggregator.pooling == "attention"
             scores = self.aggregator.scores(embedded) if scored else embedded.new_zeros(len(embedded), 1)
-        return _widened(embedded), _widened(scores)
+        return widened(embedded), widened(scores)
 
     def first_pass(self, *, keep_graphs: bool) -> Tensor:
         """Pooled bag [1, M, D'], merged chunk by chunk, then over the ranks."""
@@ -173,7 +174,7 @@ class _Work:
             embedded = self.aggregator.embed(probe)
             scored = self.aggregator.pooling == "attention"
             branches = self.aggregator.scores(embedded).shape[1] if scored else 1
-        wide = _widened(embedded)
+        wide = widened(embedded)
         lowest = wide.new_full((branches,), float("-inf"))
         return lowest, torch.zeros_like(lowest), wide.new_zeros(branches, wide.shape[1])
 
@@ -214,7 +215,7 @@ class _Work:
             outputs, gradients = zip(*pairs, strict=True)
             for place, part in enumerate(torch.autograd.grad(outputs, parameters, gradients, allow_unused=True)):
                 if part is not None:
-                    wide, before = _widened(part), found[place]
+                    wide, before = widened(part), found[place]
                     found[place] = wide if before is None else before.add_(wide)
         set_generator_states(ambient, self.device)
         return [None if part is None else part.to(p.dtype) for part, p in zip(found, parameters, strict=True)]
@@ -243,15 +244,3 @@ class _Streamed(torch.autograd.Function):
         work, parameters = ctx.work, ctx.parameters
         summed = sum_over(grad[0], work.group, work.traffic)  # the adjoint of the merge
         return None, *work.second_pass(summed, parameters)
-
-
-def _autocast_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """The autocast in force, for backward; without its cache of cast weights, which pass 2 must differentiate."""
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext
-    dtype = torch.get_autocast_dtype(device.type)
-    return lambda: torch.autocast(device.type, dtype=dtype, cache_enabled=False)
-
-
-def _widened(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from ds_wsi.bags.augment import augment_bag
-from ds_wsi.bags.bag import Bag, BagPart, ReadFailureError, read_bags
+from ds_wsi.bags.bag import Bag, BagPart, read_bags
 from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles, steps_per_epoch
 from ds_wsi.engines.accelerate import average_buffers
 from ds_wsi.engines.deepspeed import full_state_dict
@@ -103,8 +103,9 @@ def _parts(run: Run, epoch: int, slides: list[int]) -> list[BagPart]:
 def _train_epochs(run: Run) -> None:
     epochs = run.settings.optim.num_train_epochs
     cohort = run.cohort
-    for epoch in range(run.progress.epoch, epochs):
-        _epoch_plan(run, epoch)  # a slide over the cap is refused now, not after hours
+    if run.settings.policies.stacking.max_tiles_per_rank is not None:
+        for epoch in range(run.progress.epoch, epochs):
+            _epoch_plan(run, epoch)  # a slide over the cap is refused now, not after hours
     bags = read_bags(
         *(cohort.manifest.slides, cohort.grids, _parts_to_read(run), run.settings.policies.reading, run.failures),
         may_be_empty=run.mesh.tile_size > 1,
@@ -240,12 +241,7 @@ def _require_tiles(run: Run, bags: list[Bag]) -> None:
         return
     counts = share_numbers([len(bag.tiles) for bag in bags], run.mesh.group, run.device, Traffic()).sum(0)
     for bag, count in zip(bags, counts.tolist(), strict=True):
-        if count == 0:
-            entry = run.cohort.manifest.slides[bag.slide]
-            raise ReadFailureError(
-                f"slide {entry.slide_id} must have a readable tile, all that were asked for failed ({entry.path}). "
-                "HINT: replace the file, or take it out of the manifest."
-            )
+        run.failures.require_tiles(bag.slide, count)
 
 
 def _end_epoch(run: Run, entry: dict[str, float], state: dict[str, torch.Tensor]) -> None:

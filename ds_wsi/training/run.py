@@ -108,6 +108,8 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
             f"--metric_for_best_model must be one of {', '.join(METRIC_NAMES)}, "
             f"got {settings.run.metric_for_best_model!r}"
         )
+    if settings.policies.tile_parallel.size > 1 and settings.policies.stacking.framework == "padding":
+        raise ValueError('framework must not be "padding" where ranks share bags, got tile_parallel.size > 1')
     engine = _engine_settings(settings)
     accelerator = build_accelerator(engine, Path(settings.run.output_dir or "runs"), deepspeed_config)
     output_dir = _output_dir(settings, accelerator)
@@ -134,8 +136,6 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     else:
         pack_bags(module.aggregator, stacking.pack_bytes)
     sharing_policy = settings.policies.tile_parallel
-    if sharing_policy.size > 1 and stacking.framework == "padding":
-        raise ValueError('framework must not be "padding" where ranks share bags, got tile_parallel.size > 1')
     mesh = tile_mesh(sharing_policy.size, accelerator.device.type)
     sharing = shard_tiles(module, mesh, sharing_policy)
     _partition(module, settings, cohort, accelerator, mesh)
