@@ -287,6 +287,12 @@ def refusals():
     zero2.model.is_deepcompile_enabled = lambda: True
     refused("deepcompile", zero2)
     zero2 = Trainer("zero2")
+    zero2.model.module.lookup = torch.nn.Embedding(2, 2, sparse=True)
+    refused("sparse", zero2)
+    zero2 = Trainer("zero2")
+    zero2.model.zenflow = True
+    refused("zenflow", zero2)
+    zero2 = Trainer("zero2")
     zero2.model.optimizer.gradient_reduction_w_predivide = lambda tensor: tensor
     refused("signature", zero2)
     found["module"] = first_error(lambda: register_comm_hook(torch.nn.Linear(1, 1), "topk"))
@@ -311,6 +317,8 @@ def test_what_cannot_be_served_is_refused_with_the_reason():
         "contiguous": "contiguous_gradients must be true",
         "moe": "mixture of experts",
         "deepcompile": "DeepCompile",
+        "sparse": "got an embedding's sparse ones",
+        "zenflow": "got ZenFlow",
         "signature": "must take ('tensor', 'communication_data_type')",
         "module": "must be a DeepSpeedEngine, DDP or an FSDP2 module, got Linear",
     }
@@ -446,7 +454,9 @@ def test_the_trainers_checkpoints_hold_the_hooks_state(tmp_path):
         assert row["same"]
         assert row["listed"]
         assert row["state"] == 2
-        assert row["metrics"] == ["comm/push_message_ratio", "comm/push_wire_bytes"]
+        assert row["metrics"] == [
+            f"comm/{way}_{what}" for way in ("pull", "push") for what in ("message_ratio", "wire_bytes")
+        ]
 
 
 def accumulated():
