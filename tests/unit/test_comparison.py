@@ -110,10 +110,10 @@ def test_the_paired_bootstrap_draws_patients_the_same_for_both(tmp_path, classes
     order = np.random.default_rng(5).permutation(24)  # the other file's rows lie otherwise
     a = read_predictions(write_run(tmp_path / "a", labels, one, patients))
     b = read_predictions(write_run(tmp_path / "b", labels, two, patients, order))
-    found = compare_predictions(a, b, n_resamples=50, seed=3)
+    found = compare_predictions(a, b, n_resamples=20, seed=3)
     assert (found.n_slides, found.n_patients) == (24, 9)
     differences = {name: [] for name in METRIC_NAMES}
-    for counts in np.concatenate(list(resample_counts(9, 50, seed=3))):
+    for counts in np.concatenate(list(resample_counts(9, 20, seed=3))):
         rows = [row for patient, count in enumerate(counts) for _ in range(count) for row in range(patient, 24, 9)]
         each = [slide_metrics(labels[rows], run[rows]) for run in (one, two)]
         for name in METRIC_NAMES:
