@@ -173,4 +173,7 @@ def test_the_command_prints_and_writes_the_comparison(tmp_path, capsys):
     assert written["delong"]["difference"] == pytest.approx(auc["difference"])
     assert f"{auc['a']:.3f}" in printed
     assert "DeLong" in printed
+    assert "A on unknown tiles" in printed
+    (tmp_path / "a" / "metrics.json").write_text('{"evaluation": {"tiles": 256, "runs": 100, "seed": 0}}')
+    assert read_predictions(runs[0]).protocol == "256 random tiles, 100 runs, their mean probabilities"
     assert main(["compare", runs[0], str(tmp_path / "none"), "--output_dir", str(tmp_path)]) == 2
