@@ -12,6 +12,7 @@ from ds_wsi.bags.bag import Bag, BagPart, read_bags
 from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles, steps_per_epoch
 from ds_wsi.engines.accelerate import average_buffers
 from ds_wsi.engines.deepspeed import full_state_dict
+from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.runtime.ranks import watch_ranks
@@ -50,6 +51,9 @@ def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = Non
     try:
         with watch_ranks():
             resume(run)
+            if run.accelerator.is_main_process:
+                # Of an earlier end in this folder: from here until it ends anew, the run is unfinished.
+                (run.output_dir / RECORD_FILE).unlink(missing_ok=True)
             _train_epochs(run)
             results = finish(run, started)
     finally:
