@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ds_wsi.bags.bag import FailureLog, ReadPolicy, read_chunks
+from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.slides.tiling import TileGrid
@@ -29,24 +30,38 @@ class SlidePrediction(NamedTuple):
     kept: Tensor
 
 
+class SlideFeatures(NamedTuple):
+    """One slide's features.
+
+    Attributes:
+        slide: its row in the cohort.
+        features: float32 [N, D], on the host.
+        kept: int64 [N], the rows of the tiles in the slide's grid.
+    """
+
+    slide: int
+    features: Tensor
+    kept: Tensor
+
+
 @torch.no_grad()
-def predict_slides(
+def encode_slides(
     model: SlideModel,
     slides: Sequence[SlideEntry],
-    grids: Sequence[TileGrid],
+    grids: Sequence[TileGrid] | Sequence[FeatureFile],
     rows: Sequence[int],
     policy: ReadPolicy,
     failures: FailureLog,
-) -> Iterator[SlidePrediction]:
-    """Predict the slides of `rows`, each from all its tiles, with any aggregator.
+) -> Iterator[SlideFeatures]:
+    """Encode the slides of `rows`, each with all its tiles; features on disk pass as they are.
 
-    The device holds one chunk of tiles and, when a slide is complete, its features [N, D]; the host holds the chunks
-    that are read ahead and the features of one slide. Runs no collective. The model's mode is restored at the end.
+    The device holds one chunk of tiles; the host holds the chunks that are read ahead and the features of one slide.
+    Runs no collective. The model's mode is restored at the end.
 
     Args:
         model: on the device to compute on.
         slides, grids: of the cohort, row by row.
-        rows: of the slides to predict.
+        rows: of the slides to encode.
         policy: how tiles are read; a chunk is the encoder's batch.
         failures: where unreadable tiles are recorded.
     """
@@ -58,15 +73,38 @@ def predict_slides(
     try:
         for chunk in read_chunks(slides, grids, rows, policy):
             failures.add(chunk)
-            if len(chunk.tiles):
+            if chunk.tiles.dim() == 2:  # features on disk
+                features.append(chunk.tiles)
+            elif len(chunk.tiles):
                 features.append(model.encode(chunk.tiles.to(device, non_blocking=True)).cpu())
-                kept.append(chunk.kept)
+            kept.append(chunk.kept)
             if chunk.request.last:
                 failures.require_tiles(chunk.request.slide, sum(map(len, kept)))
-                yield _aggregate(model, chunk.request.slide, torch.cat(features), torch.cat(kept), device)
+                yield SlideFeatures(chunk.request.slide, torch.cat(features), torch.cat(kept))
                 features, kept = [], []
     finally:
         model.train(training)
+
+
+@torch.no_grad()
+def predict_slides(
+    model: SlideModel,
+    slides: Sequence[SlideEntry],
+    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    rows: Sequence[int],
+    policy: ReadPolicy,
+    failures: FailureLog,
+) -> Iterator[SlidePrediction]:
+    """Predict the slides of `rows`, each from all its tiles, with any aggregator.
+
+    In the memory of `encode_slides`, and on the device the features [N, D] of a slide when it is complete.
+
+    Args:
+        model, slides, grids, rows, policy, failures: as of `encode_slides`.
+    """
+    device = next(model.parameters()).device
+    for slide, features, kept in encode_slides(model, slides, grids, rows, policy, failures):
+        yield _aggregate(model, slide, features, kept, device)
 
 
 def _aggregate(model: SlideModel, slide: int, features: Tensor, kept: Tensor, device: torch.device) -> SlidePrediction:

@@ -12,9 +12,11 @@ class DataSettings:
     Args:
         manifest: the cohort; None trains on the demo cohort.
         demo_dir: where the demo cohort is kept.
-        tiles_dir: where tile grids are kept; by default in the run's folder.
+        tiles_dir: where tile grids, and what was found in files of features, are kept; by default in the run's folder.
         classes: class names in the order of the logits.
         slide_mpp: um/px of slides that do not tell theirs.
+        features_dir: train the aggregator alone, on the files of features there; None trains on slides.
+        check_features: before training, read every file of features ("full") or its head alone ("shapes").
     """
 
     manifest: str | None = None
@@ -22,6 +24,8 @@ class DataSettings:
     tiles_dir: str | None = None
     classes: tuple[str, ...] | None = None
     slide_mpp: float | None = None
+    features_dir: str | None = None
+    check_features: str = "full"
 
 
 @dataclass(frozen=True)
