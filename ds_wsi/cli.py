@@ -375,9 +375,13 @@ def _predictions(options: argparse.Namespace, split: str) -> tuple:
 
     model, config = load_model(options.model)
     classes = _classes(options) or config.classes
-    if (config.encoder is None) != bool(options.features_dir):
-        has, wanted = ("no encoder", "be given") if config.encoder is None else (config.encoder, "not be given")
-        raise ValueError(f"--features_dir must {wanted} for {options.model}, got a model with {has}.")
+    if config.encoder is None and not options.features_dir:
+        raise ValueError(f"--features_dir must be given for a model of features, got none ({options.model})")
+    if config.encoder is not None and options.features_dir:
+        raise ValueError(
+            f"--features_dir must not be given for a model with an encoder, got {options.features_dir} "
+            f"({options.model}, {config.encoder}). HINT: leave it out, the model reads slides."
+        )
     if config.encoder is None:
         cohort = load_feature_cohort(
             options.manifest,
