@@ -181,16 +181,16 @@ def write_features(
 
 
 def read_about(path: str | Path) -> dict[str, str]:
-    """What `write_features` was told of a file.
+    """What `write_features` was told of a `.safetensors` file; empty where another program wrote it.
 
     Raises:
-        FeatureFileError: the file is torn or not ours.
+        FeatureFileError: the file is torn.
     """
     path = _checked(path)
     with _named_errors(path), safe_open(str(path), framework="pt") as file:
         metadata = dict(file.metadata() or {})
     if (metadata.pop("format", None), metadata.pop("version", None)) != (FORMAT, VERSION):
-        raise FeatureFileError(f"features must be of format {FORMAT} {VERSION}, got another ({path})")
+        return {}
     metadata.pop("tile_size_level0_px", None)
     return metadata
 

@@ -14,6 +14,7 @@ from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.features import SUFFIXES, FeatureFileError, read_about, read_shape, write_features
 from ds_wsi.evaluation.predict import encode_slides
 from ds_wsi.models import ModelConfig, SlideModel
+from ds_wsi.runtime.log import logger
 from ds_wsi.slides.tiling import TileGrid
 
 
@@ -48,11 +49,11 @@ def extract_features(
         failures: where unreadable tiles are recorded.
 
     Raises:
-        ValueError: lists every file in the way: torn, or of another encoder, weights, tiles or project.
+        ValueError: lists every file in the way: of another encoder, weights, tiles or program.
     """
     directory = Path(directory)
-    encoder = _encoder_words(model, config)
-    about = [{"encoder": encoder, "slide_id": grid.slide_id, "tiles": _tiles_words(grid)} for grid in cohort.tile_grids]
+    made_with = {"encoder": _encoder_words(model, config), "mean_and_std": f"{config.mean}, {config.std}"}
+    about = [{"slide_id": grid.slide_id, **made_with, "tiles": _tiles_words(grid)} for grid in cohort.tile_grids]
     kept = _kept(directory, about)
     for entry in cohort.manifest.slides:
         if entry.slide_id in kept:
@@ -73,7 +74,7 @@ def _place(directory: Path, slide_id: str) -> Path:
 
 
 def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
-    """The rows of each slide whose file is there and whole; a file that is another's is an error."""
+    """The rows of each slide whose file is there and whole; files of another encoder or program are an error."""
     found, problems = {}, []
     for wanted in about:
         slide_id = wanted["slide_id"]
@@ -81,15 +82,19 @@ def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
             path = directory / f"{slide_id}{suffix}"
             if not path.is_file():
                 continue
-            try:
-                theirs = read_about(path) if path.suffix == ".safetensors" else {}
-                if theirs == wanted:
-                    found[slide_id] = read_shape(path)[0]
+            theirs: dict[str, str] = {}
+            if path == _place(directory, slide_id):
+                try:
+                    theirs, n_rows = read_about(path), read_shape(path)[0]
+                except FeatureFileError as error:
+                    logger.warning("written anew: %s", error)
                     continue
-                other = next(name for name in wanted if theirs.get(name) != wanted[name])
-                problems.append(f"{path} must be of {other} {wanted[other]}, got {theirs.get(other)}")
-            except FeatureFileError as error:
-                problems.append(str(error))
+            if theirs == wanted:
+                found[slide_id] = n_rows
+                continue
+            other = next(name for name in wanted if theirs.get(name) != wanted[name])
+            got = theirs.get(other, "a file that `ds-wsi features` did not write")
+            problems.append(f"{other} must be {wanted[other]}, got {got} ({path})")
     if problems:
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
         raise ValueError(
@@ -106,9 +111,10 @@ def _encoder_words(model: SlideModel, config: ModelConfig) -> str:
         checksum = zlib.crc32(
             memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()), checksum
         )
-    return f"{config.encoder} ({checksum:08x}), mean {config.mean}, std {config.std}"
+    return f"{config.encoder} with weights {checksum:08x}"
 
 
 def _tiles_words(grid: TileGrid) -> str:
+    """How the slide was tiled, and a checksum of its tiles' coordinates."""
     coords = zlib.crc32(grid.coords.tobytes())
-    return f"{len(grid)} ({coords:08x}), {json.dumps(asdict(grid.policy), sort_keys=True)}"
+    return f"{len(grid)} at coords {coords:08x}, {json.dumps(asdict(grid.policy), sort_keys=True)}"
