@@ -184,9 +184,10 @@ class FeatureRows(Dataset[TileChunk]):
                 f"features must be as they were at the start, {[file.n_rows, file.width]}, got "
                 f"{list(features.shape)} ({file.path}). HINT: do not change files under a run."
             )
-        if request.rows is not None:
-            return TileChunk(request, features[list(request.rows)], ())
-        return TileChunk(request, features[request.start : request.stop], ())
+        if len(request.grid_rows) < len(features):
+            # A copy: of a view, the whole file would be handed over to the training process.
+            features = features[list(request.grid_rows)]
+        return TileChunk(request, features, ())
 
 
 def plan_requests(order: Iterable[int | BagPart], lengths: Sequence[int], chunk_tiles: int) -> Iterator[TileRequest]:

@@ -63,7 +63,7 @@ def load_feature_cohort(
     files = tuple(result for result in results if isinstance(result, FeatureFile))
     problems += _width_problems(files, in_dim)
     if record_dir is not None and check == "full":
-        _write_record(record_dir, record, files)
+        _write_record(record_dir, files)
     if problems:
         raise ManifestError(manifest.source, problems)
     cohort = Cohort(assign_splits(manifest, seed=seed) if need_splits else manifest, files)
@@ -129,7 +129,8 @@ def _read_record(record_dir: str | Path | None) -> dict[str, dict[str, Any]]:
     return record
 
 
-def _write_record(record_dir: str | Path, record: dict[str, dict[str, Any]], files: Sequence[FeatureFile]) -> None:
+def _write_record(record_dir: str | Path, files: Sequence[FeatureFile]) -> None:
+    record = _read_record(record_dir)  # again: another run may have written to it meanwhile
     found = {
         str(file.path.absolute()): {
             "state": [file.n_bytes, file.modified_ns],

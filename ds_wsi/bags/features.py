@@ -240,7 +240,7 @@ def _require_features(names: Sequence[str], path: Path) -> None:
 
 
 def _h5_features(file: h5py.File, path: Path) -> Any:
-    _require_features(list(file), path)
+    _require_features([name for name, entry in file.items() if isinstance(entry, h5py.Dataset)], path)
     return file["features"]
 
 

@@ -111,8 +111,10 @@ def _draw_features(entry: SlideEntry, file: FeatureFile, attention: torch.Tensor
         _draw(entry, *places, attention, path, title)
     except SlideError:
         return "the slide cannot be read"
-    except ValueError as error:  # coordinates of another slide file
-        return f"the coordinates do not fit the slide ({error})"
+    except ValueError:
+        if not attention.isfinite().all():
+            raise
+        return "the coordinates do not lie on the slide that the manifest names"
     return None
 
 

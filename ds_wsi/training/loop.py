@@ -221,8 +221,10 @@ def _micro_loss(run: Run, bags: list[Bag]) -> tuple[torch.Tensor, int]:
         return idle_loss(run.model, _blank(run)), 0
     tiles = [bag.tiles.to(run.device, non_blocking=True) for bag in bags]
     if run.cohort.in_dim is None:
-        keys_of = [(seed, run.progress.epoch, bag.slide) for bag in bags]
-        tiles = [augment_bag(own, policies.augment, key) for own, key in zip(tiles, keys_of, strict=True)]
+        epoch = run.progress.epoch
+        tiles = [
+            augment_bag(own, policies.augment, (seed, epoch, bag.slide)) for own, bag in zip(tiles, bags, strict=True)
+        ]
     labels = torch.tensor([run.cohort.manifest.slides[bag.slide].label for bag in bags], device=run.device)
     keys = [step_seed(seed, run.progress.global_step, bag.slide) for bag in bags]
     if policies.stacking.framework == "sampling":

@@ -129,6 +129,7 @@ def test_bags_hold_the_rows_asked_for(tmp_path, workers):
     expected = [features_of(2, 4), first[1:4], first[[1, 5]], torch.empty(0, WIDTH), features_of(1, 2)]
     assert [bag.slide for bag in bags] == [2, 0, 0, 1, 1]
     assert all(torch.equal(bag.tiles, wanted) for bag, wanted in zip(bags, expected, strict=True))
+    assert all(bag.tiles.untyped_storage().nbytes() == 4 * bag.tiles.numel() for bag in bags), "no more is handed over"
     assert [bag.kept.tolist() for bag in bags] == [[0, 1, 2, 3], [1, 2, 3], [1, 5], [], [0, 1]]
 
 
@@ -192,9 +193,12 @@ def test_heat_maps_need_coordinates_and_a_slide_and_say_so_once(demo_manifest, t
     assert drawn == [(first, tmp_path / f"{first}.png")]
     assert len(messages) == 2
     assert "no heat map of 1 slides" in messages[0]
-    assert "the coordinates do not fit the slide (coords must lie on the thumbnail" in messages[0]
+    assert "coordinates do not lie on the slide" in messages[0]
     assert "no heat map of 2 slides" in messages[1]
     assert "no coordinates" in messages[1]
+    broken = predictions[0]._replace(attention=predictions[0].attention * torch.nan)
+    with pytest.raises(ValueError, match=r"attention must be finite"):
+        draw_heatmaps(tmp_path, cohort, [broken])
     gone = [replace(slide, path=tmp_path) for slide in cohort.manifest.slides]
     cohort = replace(cohort, manifest=replace(cohort.manifest, slides=tuple(gone)))
     assert draw_heatmaps(tmp_path, cohort, predictions) == []
