@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,12 @@ from ds_wsi.slides.demo import DemoPolicy, make_demo
 from ds_wsi.slides.tiling import TilingPolicy
 from ds_wsi.training.options import add_train_options, settings_from, spellings, tiles_or_all
 
+TILING_OPTIONS = ("tile_size_px", "mpp", "min_tissue_fraction")
+
 if TYPE_CHECKING:
+    import torch
+
+    from ds_wsi.bags.bag import FailureLog
     from ds_wsi.bags.cohort import Cohort
     from ds_wsi.evaluation.protocol import EvaluationProtocol
 
@@ -52,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     _manifest_options(_command(commands, "manifest", run_manifest, "write the manifest of a public dataset"))
     tile = _command(commands, "tile", run_tile, "write each slide's tile coordinates")
     _cohort_options(tile)
-    _policy_options(tile, TilingPolicy, ("tile_size_px", "mpp", "min_tissue_fraction"))
+    _policy_options(tile, TilingPolicy, TILING_OPTIONS)
     tile.add_argument(*spellings("output_dir"), required=True, help="one file a slide is written there")
     tile.add_argument("--export", choices=("clam", "trident"), help="write that project's h5 files beside ours")
     for project in ("clam", "trident"):
@@ -81,6 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
         _command(commands, "compare", run_compare, "compare two runs' predictions of the same slides"),
         _command(commands, "report", run_report, "tables of many runs, as CSV, Markdown, LaTeX and HTML"),
     )
+    for trained in (evaluate, heatmap):
+        trained.add_argument(*spellings("features_dir"), help="of a model of features: a file a slide")
+    _features_options(_command(commands, "features", run_features, "write each slide's features"))
     return parser
 
 
@@ -150,6 +158,22 @@ def _policy_options(parser: argparse.ArgumentParser, policy: type, names: Sequen
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a run's folder, with config.json and model.safetensors")
+    _prediction_options(parser)
+
+
+def _features_options(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="a run's folder, whose encoder and tiles are taken")
+    source.add_argument("--encoder", help="a timm model's name")
+    parser.add_argument(*spellings("encoder_weights"), help="of --encoder: local .safetensors file or timm checkpoint")
+    for entry in fields(TilingPolicy):
+        if entry.name in TILING_OPTIONS:
+            text = f"with --encoder (default: {entry.default})"
+            parser.add_argument(*spellings(entry.name), type=type(entry.default), default=argparse.SUPPRESS, help=text)
+    _prediction_options(parser)
+
+
+def _prediction_options(parser: argparse.ArgumentParser) -> None:
     _cohort_options(parser)
     parser.add_argument(*spellings("output_dir"), required=True, help="where results go")
     parser.add_argument(*spellings("tiles_dir"), help="where tile grids are kept (default: in output_dir)")
@@ -284,7 +308,7 @@ def run_tile(options: argparse.Namespace) -> None:
         need_splits=False,
     )
     exporters = {"clam": export_clam, "trident": export_trident}
-    for grid in cohort.grids:
+    for grid in cohort.tile_grids:
         print(f"{grid.slide_id}\t{len(grid)} tiles")
         if options.export:
             suffix = "_patches.h5" if options.export == "trident" else ".h5"
@@ -404,30 +428,101 @@ def run_heatmap(options: argparse.Namespace) -> None:
 
 def _predictions(options: argparse.Namespace, split: str, protocol: "EvaluationProtocol") -> tuple:
     """Predict the slides that the options choose with an exported model, on the tiles it was trained on."""
-    import torch
-
-    from ds_wsi.bags.bag import FailureLog
-    from ds_wsi.bags.cohort import load_cohort
-    from ds_wsi.bags.packing import require_store
+    from ds_wsi.bags.feature_cohort import load_feature_cohort
     from ds_wsi.evaluation.predict import predict_slides
     from ds_wsi.models import load_model
 
     model, config = load_model(options.model)
-    cohort = load_cohort(
+    classes = _classes(options) or config.classes
+    if config.encoder is None and not options.features_dir:
+        raise ValueError(f"--features_dir must be given for a model of features, got none ({options.model})")
+    if config.encoder is not None and options.features_dir:
+        raise ValueError(
+            f"--features_dir must not be given for a model with an encoder, got {options.features_dir} "
+            f"({options.model}, {config.encoder}). HINT: leave it out, the model reads slides."
+        )
+    if config.encoder is None:
+        cohort = load_feature_cohort(
+            options.manifest,
+            options.features_dir,
+            in_dim=config.in_dim,
+            check="shapes",
+            classes=classes,
+            workers=max(1, options.dataloader_num_workers),
+            need_splits=False,
+        )
+    else:
+        cohort = _slides(options, read_section({"tiling": config.tiling}).tiling, classes)
+    rows = _chosen_rows(options, cohort, split)
+    policy, failures = _reading(options, cohort)
+    slides = cohort.manifest.slides
+    stream = predict_slides(model.to(_device(options)), slides, cohort.grids, rows, policy, failures, protocol)
+    return cohort, list(stream), failures.rows()
+
+
+def run_features(options: argparse.Namespace) -> None:
+    """`ds-wsi features`."""
+    import torch
+
+    from ds_wsi.evaluation.extract import extract_features
+    from ds_wsi.models import ModelConfig, build_model, load_model
+
+    of_tiles = {name: value for name, value in vars(options).items() if name in TILING_OPTIONS}
+    if options.model:
+        given = [*of_tiles, *(["encoder_weights"] if options.encoder_weights else [])]
+        if given:
+            names = ", ".join(f"--{name}" for name in given)
+            raise ValueError(f"{names} must be given with --encoder alone, got --model, which has its own")
+        model, config = load_model(options.model)
+        if config.encoder is None:
+            raise ValueError(f"--model must have an encoder, got {options.model}, a model of features")
+        tiling = read_section({"tiling": config.tiling}).tiling
+    else:
+        tiling = TilingPolicy(**of_tiles)
+        # Of a SlideModel the encoder alone is used.
+        config = ModelConfig(options.encoder, "mean", ("none", "none"), asdict(tiling))
+        if options.encoder_weights is None:
+            logger.warning("--encoder_weights is not given: %s has random weights (seed 0)", options.encoder)
+        torch.manual_seed(0)  # the same features when the command is given again
+        model = build_model(config, options.encoder_weights)
+    cohort = _slides(options, tiling, _classes(options))
+    policy, failures = _reading(options, cohort)
+    for slide in extract_features(model.to(_device(options)), config, cohort, options.output_dir, policy, failures):
+        print(f"{slide.slide_id}\t{slide.n_rows} rows\t{'written' if slide.written else 'kept'}\t{slide.path}")
+    print(f"{options.output_dir}\twidth {model.encoder.num_features}, {len(failures.reasons)} tiles unreadable")
+
+
+def _slides(options: argparse.Namespace, tiling: TilingPolicy, classes: Sequence[str] | None) -> "Cohort":
+    """The cohort of slides that the options name."""
+    from ds_wsi.bags.cohort import load_cohort
+
+    return load_cohort(
         options.manifest,
-        read_section({"tiling": config.tiling}).tiling,
+        tiling,
         tiles_dir=options.tiles_dir or Path(options.output_dir) / "tiles",
-        classes=_classes(options) or config.classes,
+        classes=classes,
         slide_mpp=options.slide_mpp,
         need_splits=False,
     )
-    rows = _chosen_rows(options, cohort, split)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _reading(options: argparse.Namespace, cohort: "Cohort") -> "tuple[ReadPolicy, FailureLog]":
+    """How the options want the cohort's tiles read, and where failures go; a tile store is checked."""
+    from ds_wsi.bags.bag import FailureLog
+    from ds_wsi.bags.packing import require_store
+
     policy = replace(ReadPolicy(), workers=options.dataloader_num_workers, tile_store=options.tile_store)
-    require_store(policy.tile_store, cohort.manifest.slides, cohort.grids)
-    failures = FailureLog(cohort.manifest.slides, cohort.grids, policy.max_failed_fraction)
-    stream = predict_slides(model.to(device), cohort.manifest.slides, cohort.grids, rows, policy, failures, protocol)
-    return cohort, list(stream), failures.rows()
+    if policy.tile_store and cohort.in_dim is not None:
+        raise ValueError(f"--tile_store must not be given with --features_dir, got {policy.tile_store}")
+    if policy.tile_store:
+        require_store(policy.tile_store, cohort.manifest.slides, cohort.tile_grids)
+    return policy, FailureLog(cohort.manifest.slides, cohort.grids, policy.max_failed_fraction)
+
+
+def _device(options: argparse.Namespace) -> "torch.device":
+    import torch
+
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _chosen_rows(options: argparse.Namespace, cohort: object, split: str) -> tuple[int, ...]:

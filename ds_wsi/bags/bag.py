@@ -1,4 +1,4 @@
-"""Tiles read from slides by worker processes: a stream of chunks, from which bags are assembled.
+"""Tiles read from slides (or rows of features from files) by worker processes: chunks, assembled to bags.
 
 A request names a few tiles of one slide. Workers answer requests in order, each with its own bounded set of open
 slides, so that several workers share one large slide, evaluation of a slide of any size needs the memory of a few
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ds_wsi.bags.features import FeatureFile, FeatureFileError, read_features
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.slide import SlideCache, TileReadError
@@ -91,7 +92,7 @@ class TileChunk(NamedTuple):
 
     Attributes:
         request: what was asked for.
-        tiles: uint8 [n, 3, S, S] (stored channels last), the tiles that could be read.
+        tiles: uint8 [n, 3, S, S] (stored channels last), the tiles that could be read; float32 [n, D] of features.
         failures: (row in the slide's grid, reason) of each tile that could not.
     """
 
@@ -108,7 +109,10 @@ class TileChunk(NamedTuple):
 
 
 class Bag(NamedTuple):
-    """The tiles of a slide, or this rank's part of them: uint8 [N, 3, S, S], and their rows in its grid, int64 [N]."""
+    """The tiles of a slide, or this rank's part of them, and their rows in its grid, int64 [N].
+
+    Tiles are uint8 [N, 3, S, S]; of a cohort of features, float32 [N, D].
+    """
 
     slide: int
     tiles: Tensor
@@ -159,6 +163,33 @@ class TileDataset(Dataset[TileChunk]):
         slide.read_tile(x, y, grid.level, grid.read_size_px, grid.tile_size_px, out=out)
 
 
+class FeatureRows(Dataset[TileChunk]):
+    """Answers requests with rows of features; a file is read whole, and its rows are all there or an error is raised.
+
+    Args:
+        files: of the cohort, row by row.
+    """
+
+    def __init__(self, files: Sequence[FeatureFile]) -> None:
+        self.files = files
+
+    def __getitem__(self, request: TileRequest) -> TileChunk:
+        """Read the rows of one request."""
+        file = self.files[request.slide]
+        if not request.grid_rows:  # other ranks hold the bag
+            return TileChunk(request, torch.empty(0, file.width), ())
+        features = read_features(file.path).features
+        if features.shape != (file.n_rows, file.width):
+            raise FeatureFileError(
+                f"features must be as they were at the start, {[file.n_rows, file.width]}, got "
+                f"{list(features.shape)} ({file.path}). HINT: do not change files under a run."
+            )
+        if len(request.grid_rows) < len(features):
+            # A copy: of a view, the whole file would be handed over to the training process.
+            features = features[list(request.grid_rows)]
+        return TileChunk(request, features, ())
+
+
 def plan_requests(order: Iterable[int | BagPart], lengths: Sequence[int], chunk_tiles: int) -> Iterator[TileRequest]:
     """Cut bags (an integer is a whole slide), in order, into requests of at most `chunk_tiles` tiles, alike in size.
 
@@ -186,22 +217,25 @@ class RequestStream:
 
 
 def read_chunks(
-    slides: Sequence[SlideEntry], grids: Sequence[TileGrid], order: Iterable[int | BagPart], policy: ReadPolicy
+    slides: Sequence[SlideEntry],
+    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    order: Iterable[int | BagPart],
+    policy: ReadPolicy,
 ) -> Iterator[TileChunk]:
     """Stream the tiles of `order`'s slides, chunk by chunk, read ahead by `policy.workers` processes.
 
     Args:
-        slides, grids: of the cohort, row by row.
+        slides, grids: of the cohort, row by row; of a cohort of features, each bag is one chunk.
         order: slides to read, or parts of them, repeats allowed; consumed as the stream goes.
         policy: workers, chunk size, bounds.
     """
     lengths = [len(grid) for grid in grids]
-    chunk_tiles = policy.tiles_a_chunk(grids[0].tile_size_px)
+    dataset, chunk_tiles = _dataset(slides, grids, policy)
     chunks_a_bag = math.ceil(max(lengths) / chunk_tiles)
     # Far enough ahead for one whole bag, within the bound.
     ahead = min(max(chunks_a_bag + 1, 2 * policy.workers), MAX_CHUNKS_AHEAD)
     loader = DataLoader(
-        TileDataset(slides, grids, policy.open_slides, policy.tile_store),
+        dataset,
         batch_size=None,
         sampler=RequestStream(order, lengths, chunk_tiles),
         num_workers=policy.workers,
@@ -215,13 +249,26 @@ def read_chunks(
     yield from loader
 
 
+def _dataset(
+    slides: Sequence[SlideEntry], grids: Sequence[TileGrid] | Sequence[FeatureFile], policy: ReadPolicy
+) -> tuple[Dataset[TileChunk], int]:
+    """What answers the requests, and the most tiles of one."""
+    files = [grid for grid in grids if isinstance(grid, FeatureFile)]
+    if files:
+        return FeatureRows(files), max(map(len, files))  # every request reads its file: one a bag
+    tiles = [grid for grid in grids if isinstance(grid, TileGrid)]
+    return TileDataset(slides, tiles, policy.open_slides, policy.tile_store), policy.tiles_a_chunk(
+        tiles[0].tile_size_px
+    )
+
+
 def _unchanged(chunk: Any) -> Any:
     return chunk
 
 
 def read_bags(
     slides: Sequence[SlideEntry],
-    grids: Sequence[TileGrid],
+    grids: Sequence[TileGrid] | Sequence[FeatureFile],
     order: Iterable[int | BagPart],
     policy: ReadPolicy,
     failures: "FailureLog",
@@ -237,6 +284,7 @@ def read_bags(
 
     Raises:
         ReadFailureError: too many tiles failed, or all of a bag's.
+        FeatureFileError: a file of features has changed or is torn.
     """
     parts: list[TileChunk] = []
     for chunk in read_chunks(slides, grids, order, policy):
@@ -246,10 +294,16 @@ def read_bags(
             kept = torch.cat([part.kept for part in parts])
             if not may_be_empty:
                 failures.require_tiles(chunk.request.slide, len(kept))
-            # Concatenating the channels-last storage keeps its layout.
-            tiles = torch.cat([part.tiles.permute(0, 2, 3, 1) for part in parts]).permute(0, 3, 1, 2)
+            tiles = _joined([part.tiles for part in parts])
             parts = []
             yield Bag(chunk.request.slide, tiles, kept)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    if parts[0].dim() == 2:
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    # Concatenating the channels-last storage keeps its layout.
+    return torch.cat([part.permute(0, 2, 3, 1) for part in parts]).permute(0, 3, 1, 2)
 
 
 class ReadFailureError(RuntimeError):
@@ -266,7 +320,7 @@ class FailureLog:
     """
 
     slides: Sequence[SlideEntry]
-    grids: Sequence[TileGrid]
+    grids: Sequence[TileGrid] | Sequence[FeatureFile]
     max_failed_fraction: float
     reasons: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
@@ -274,7 +328,9 @@ class FailureLog:
         """Record a chunk's failures, warn of the new ones, and stop the run above the threshold."""
         slide = chunk.request.slide
         for row, reason in chunk.failures:
-            x, y = (int(value) for value in self.grids[slide].coords[row])
+            grid = self.grids[slide]
+            assert isinstance(grid, TileGrid)  # a file of features is read whole or not at all
+            x, y = (int(value) for value in grid.coords[row])
             key = (self.slides[slide].slide_id, x, y)
             if key not in self.reasons:
                 logger.warning("tile left out: %s", reason)

@@ -1,4 +1,4 @@
-"""A cohort ready to train on: its manifest with splits, and the tile grid of each slide."""
+"""A cohort ready to train on: its manifest with splits, and the tile grid (or the file of features) of each slide."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ds_wsi.bags.manifest import SLIDE_ID_RULE, Manifest, ManifestError, SlideEntry, parse_manifest
+from ds_wsi.bags.features import FeatureFile
+from ds_wsi.bags.manifest import SLIDE_ID_RULE, SPLITS, Manifest, ManifestError, SlideEntry, parse_manifest
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.coords import read_grid, write_grid
@@ -16,10 +17,10 @@ from ds_wsi.slides.tiling import MPP_TOLERANCE, TileGrid, TilingPolicy, tile_sli
 
 @dataclass(frozen=True)
 class Cohort:
-    """Slides and their grids, row by row."""
+    """Slides and their grids, row by row; in a cohort of features (`load_feature_cohort`) their files."""
 
     manifest: Manifest
-    grids: tuple[TileGrid, ...]
+    grids: tuple[TileGrid, ...] | tuple[FeatureFile, ...]
 
     def rows(self, split: str) -> tuple[int, ...]:
         """The rows of one split."""
@@ -29,6 +30,19 @@ class Cohort:
     def lengths(self) -> tuple[int, ...]:
         """Tiles of each slide."""
         return tuple(len(grid) for grid in self.grids)
+
+    @property
+    def in_dim(self) -> int | None:
+        """The width of the features; None in a cohort of slides."""
+        first = self.grids[0]
+        return first.width if isinstance(first, FeatureFile) else None
+
+    @property
+    def tile_grids(self) -> tuple[TileGrid, ...]:
+        """The grids of a cohort of slides."""
+        grids = tuple(grid for grid in self.grids if isinstance(grid, TileGrid))
+        assert len(grids) == len(self.grids)
+        return grids
 
 
 def load_cohort(
@@ -73,14 +87,19 @@ def load_cohort(
     entries, grids = zip(*(result for result in results if not isinstance(result, SlideError)))
     manifest = replace(manifest, slides=entries)
     cohort = Cohort(assign_splits(manifest, seed=seed) if need_splits else manifest, grids)
-    for split in ("train", "validation", "test"):
+    log_splits(cohort)
+    return cohort
+
+
+def log_splits(cohort: Cohort) -> None:
+    """Log how many slides and tiles each split has."""
+    for split in SPLITS:
         lengths = [cohort.lengths[row] for row in cohort.rows(split)]
         if lengths:
             logger.info(
                 "%s: %d slides, %d tiles (%d to %d a slide)",
                 *(split, len(lengths), sum(lengths), min(lengths), max(lengths)),
             )
-    return cohort
 
 
 def _tile(

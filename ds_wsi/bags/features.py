@@ -1,19 +1,25 @@
 """Features on disk as bags: CLAM's and TRIDENT's h5, CLAM's .pt, our safetensors; and the collator that stacks them."""
 
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ds_wsi.runtime.files import atomic_path
 from ds_wsi.stacking.stacked_bags import StackedBags, stack_bags
 
 SUFFIXES = (".h5", ".pt", ".safetensors")
+FORMAT, VERSION = "ds_wsi.features", "1"
 
 
 class FeatureBag(NamedTuple):
@@ -32,6 +38,45 @@ class FeatureFileError(ValueError):
     """A file that holds no bag of features."""
 
 
+@dataclass(frozen=True)
+class FeatureFile:
+    """One slide's bag on disk: in a cohort of features what a TileGrid is in one of slides.
+
+    Attributes:
+        slide_id: of the slide.
+        path: of the file.
+        n_rows, width: of its features, [N, D].
+        n_bytes, modified_ns: of the file, when it was examined.
+        checksum: CRC-32 of the float32 features; None where they were not read.
+    """
+
+    slide_id: str
+    path: Path
+    n_rows: int
+    width: int
+    n_bytes: int
+    modified_ns: int
+    checksum: int | None = None
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+
+def find_features(directory: str | Path, slide_id: str) -> Path:
+    """The one file `<slide_id>.h5`, `.pt` or `.safetensors` of a folder.
+
+    Raises:
+        FeatureFileError: there is none, or several.
+    """
+    found = [path for path in (Path(directory) / f"{slide_id}{suffix}" for suffix in SUFFIXES) if path.is_file()]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(path.name for path in found) or "none"
+    raise FeatureFileError(
+        f"slide {slide_id} must have one file of features, {', '.join(SUFFIXES)}, got {names} ({directory})"
+    )
+
+
 def read_features(path: str | Path) -> FeatureBag:
     """Read a slide's features, without running anything that a file could hold.
 
@@ -41,14 +86,129 @@ def read_features(path: str | Path) -> FeatureBag:
     Raises:
         FeatureFileError: missing, torn, of another kind, empty, or not finite; names the file and what is wrong.
     """
+    path = _checked(path)
+    readers = {".h5": _read_h5, ".pt": _read_pt, ".safetensors": _read_safetensors}
+    with _named_errors(path):
+        features, coords = readers[path.suffix](path)
+    features = features.reshape(_bag_shape(features.shape, path)).float()
+    broken = int((~features.isfinite().all(1)).sum())
+    if broken:
+        raise FeatureFileError(f"features must be finite, got {broken} rows that are not, of {len(features)} ({path})")
+    if coords is not None:
+        coords = coords.reshape(-1, 2).long()
+        if len(coords) != len(features):
+            raise FeatureFileError(f"coords must have a row a feature, {len(features)}, got {len(coords)} ({path})")
+    return FeatureBag(features, coords)
+
+
+def read_shape(path: str | Path) -> tuple[int, int]:
+    """The shape [N, D] of a slide's features from the file's head; a `.pt` of the old format alone is read whole.
+
+    Raises:
+        FeatureFileError: as `read_features`, but for values that are not finite, which are not looked at.
+    """
+    path = _checked(path)
+    with _named_errors(path):
+        if path.suffix == ".h5":
+            with h5py.File(path, "r") as file:
+                shape = _h5_features(file, path).shape
+        elif path.suffix == ".safetensors":
+            with safe_open(str(path), framework="pt") as file:
+                _require_features(file.keys(), path)
+                shape = file.get_slice("features").get_shape()
+        else:
+            shape = _pt_tensors(path, mmap=zipfile.is_zipfile(path))[0].shape
+    return _bag_shape(shape, path)
+
+
+def read_places(path: str | Path) -> tuple[np.ndarray, float] | None:
+    """Where a file's tiles lie: coords int64 [N, 2] and a tile's side, both level-0 px; None where it does not tell.
+
+    The side is the file's own (ours, TRIDENT's `patch_size_level0`); where it has none, as CLAM's, it is the commonest
+    distance of neighbours along a row or a column, for tiles that do not overlap.
+
+    Raises:
+        FeatureFileError: as `read_features`.
+    """
+    path = _checked(path)
+    side: Any = None
+    with _named_errors(path):
+        if path.suffix == ".h5":
+            with h5py.File(path, "r") as file:
+                coords = np.asarray(file["coords"]) if "coords" in file else None
+                side = None if coords is None else file["coords"].attrs.get("patch_size_level0")
+        elif path.suffix == ".safetensors":
+            with safe_open(str(path), framework="np") as file:
+                coords = file.get_tensor("coords") if "coords" in set(file.keys()) else None
+                side = (file.metadata() or {}).get("tile_size_level0_px")
+        else:
+            found = _pt_tensors(path, mmap=False)[1]
+            coords = None if found is None else found.numpy()
+        side = None if side is None else float(side)
+    if coords is None:
+        return None
+    coords = coords.reshape(-1, 2).astype(np.int64)
+    side = side or _commonest_step(coords)
+    return None if side is None else (coords, side)
+
+
+def _commonest_step(coords: np.ndarray) -> float | None:
+    steps: list[np.ndarray] = []
+    for along, across in ((0, 1), (1, 0)):
+        ordered = coords[np.lexsort((coords[:, along], coords[:, across]))]
+        beside = np.diff(ordered[:, across]) == 0
+        steps.append(np.diff(ordered[:, along])[beside])
+    values, counts = np.unique(np.concatenate(steps), return_counts=True)
+    counts[values <= 0] = 0
+    return float(values[counts.argmax()]) if counts.any() else None
+
+
+def write_features(
+    path: str | Path, features: Tensor, coords: Tensor, tile_size_level0_px: float, about: Mapping[str, str]
+) -> None:
+    """Write a slide's features as safetensors, atomically.
+
+    Args:
+        path: ends in `.safetensors`.
+        features: float32 [N, D].
+        coords: int64 [N, 2], level-0 px.
+        tile_size_level0_px: side of a tile.
+        about: what they were made with, for `read_about`.
+    """
+    metadata = {"format": FORMAT, "version": VERSION, "tile_size_level0_px": repr(float(tile_size_level0_px)), **about}
+    with atomic_path(path) as temporary:
+        save_file({"features": features.contiguous(), "coords": coords.contiguous()}, temporary, metadata)
+
+
+def read_about(path: str | Path) -> dict[str, str]:
+    """What `write_features` was told of a `.safetensors` file; empty where another program wrote it.
+
+    Raises:
+        FeatureFileError: the file is torn.
+    """
+    path = _checked(path)
+    with _named_errors(path), safe_open(str(path), framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+    if (metadata.pop("format", None), metadata.pop("version", None)) != (FORMAT, VERSION):
+        return {}
+    metadata.pop("tile_size_level0_px", None)
+    return metadata
+
+
+def _checked(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
         raise FeatureFileError(f"features must be a file, got {path} (missing)")
-    readers = {".h5": _read_h5, ".pt": _read_pt, ".safetensors": _read_safetensors}
-    if path.suffix not in readers:
+    if path.suffix not in SUFFIXES:
         raise FeatureFileError(f"features must be one of {', '.join(SUFFIXES)}, got {path.name!r} ({path})")
+    return path
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Turn what the formats' readers raise into errors that name the file."""
     try:
-        features, coords = readers[path.suffix](path)
+        yield
     except FeatureFileError:
         raise
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
@@ -63,31 +223,39 @@ def read_features(path: str | Path) -> FeatureBag:
             f"features in .pt must be tensors alone, got {str(error).splitlines()[0]} ({path}). "
             "HINT: save them as a tensor; files that run code when they are read are refused."
         ) from error
-    if features.dim() == 3 and features.shape[0] == 1:
-        features = features[0]
-    if features.dim() != 2 or 0 in features.shape:
-        raise FeatureFileError(f"features must be [N, D] with N >= 1, got {list(features.shape)} ({path})")
-    features = features.float()
-    broken = int((~features.isfinite().all(1)).sum())
-    if broken:
-        raise FeatureFileError(f"features must be finite, got {broken} rows that are not, of {len(features)} ({path})")
-    if coords is not None:
-        coords = coords.reshape(-1, 2).long()
-        if len(coords) != len(features):
-            raise FeatureFileError(f"coords must have a row a feature, {len(features)}, got {len(coords)} ({path})")
-    return FeatureBag(features, coords)
+
+
+def _bag_shape(shape: Sequence[int], path: Path) -> tuple[int, int]:
+    own = tuple(shape)
+    if len(own) == 3 and own[0] == 1:
+        own = own[1:]
+    if len(own) != 2 or 0 in own:
+        raise FeatureFileError(f"features must be [N, D] with N >= 1, got {list(own)} ({path})")
+    return own[0], own[1]
+
+
+def _require_features(names: Sequence[str], path: Path) -> None:
+    if "features" not in names:
+        raise FeatureFileError(f"features must be in the file, got {sorted(names)} ({path})")
+
+
+def _h5_features(file: h5py.File, path: Path) -> Any:
+    _require_features([name for name, entry in file.items() if isinstance(entry, h5py.Dataset)], path)
+    return file["features"]
 
 
 def _read_h5(path: Path) -> tuple[Tensor, Tensor | None]:
     with h5py.File(path, "r") as file:
-        if "features" not in file:
-            raise FeatureFileError(f"features must be a dataset of the file, got {sorted(file)} ({path})")
         coords = torch.from_numpy(np.asarray(file["coords"]).astype(np.int64)) if "coords" in file else None
-        return torch.from_numpy(np.asarray(file["features"]).astype(np.float32)), coords
+        return torch.from_numpy(np.asarray(_h5_features(file, path)).astype(np.float32)), coords
 
 
 def _read_pt(path: Path) -> tuple[Tensor, Tensor | None]:
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    return _pt_tensors(path, mmap=False)
+
+
+def _pt_tensors(path: Path, mmap: bool) -> tuple[Tensor, Tensor | None]:
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if isinstance(found, dict):
         features, coords = found.get("features"), found.get("coords")
     else:
@@ -102,8 +270,7 @@ def _read_pt(path: Path) -> tuple[Tensor, Tensor | None]:
 def _read_safetensors(path: Path) -> tuple[Tensor, Tensor | None]:
     with safe_open(str(path), framework="pt") as file:
         names = set(file.keys())
-        if "features" not in names:
-            raise FeatureFileError(f"features must be a tensor of the file, got {sorted(names)} ({path})")
+        _require_features(sorted(names), path)
         return file.get_tensor("features"), file.get_tensor("coords") if "coords" in names else None
 
 
@@ -115,23 +282,19 @@ class FeatureDataset(Dataset[tuple[Tensor, int, str]]):
         labels: (slide_id, label) in order.
 
     Raises:
-        FeatureFileError: lists every slide without a file, at once.
+        FeatureFileError: lists every slide that has not one file, at once.
     """
 
     def __init__(self, folder: str | Path, labels: Sequence[tuple[str, int]]) -> None:
         self.items: list[tuple[Path, int, str]] = []
-        missing = []
+        problems = []
         for slide_id, label in labels:
-            found = [path for path in (Path(folder) / f"{slide_id}{suffix}" for suffix in SUFFIXES) if path.is_file()]
-            if found:
-                self.items.append((found[0], int(label), slide_id))
-            else:
-                missing.append(slide_id)
-        if missing:
-            shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-            raise FeatureFileError(
-                f"every slide must have features, {len(missing)} of {len(labels)} have none: {shown} ({folder})"
-            )
+            try:
+                self.items.append((find_features(folder, slide_id), int(label), slide_id))
+            except FeatureFileError as error:
+                problems.append(str(error))
+        if problems:
+            raise FeatureFileError("\n".join(problems))
 
     def __len__(self) -> int:
         """Slides."""

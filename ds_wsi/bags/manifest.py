@@ -34,7 +34,7 @@ class SlideEntry:
 
     Attributes:
         slide_id: unique; names the slide in every output.
-        path: of the slide file.
+        path: of the slide file; in a cohort of features it need not be there.
         label: index into the manifest's classes.
         patient_id: the slide's own id where the manifest has no patients.
         split: train, validation, test, or None where not yet assigned.
@@ -83,23 +83,31 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Man
     return manifest
 
 
-def parse_manifest(path: str | Path, classes: Sequence[str] | None = None) -> tuple[Manifest, list[str]]:
-    """As `read_manifest`, but returns the rows' problems beside the manifest, to be listed with those of the slides."""
+def parse_manifest(
+    path: str | Path, classes: Sequence[str] | None = None, *, need_slides: bool = True
+) -> tuple[Manifest, list[str]]:
+    """As `read_manifest`, but returns the rows' problems beside the manifest, to be listed with those of the slides.
+
+    Without `need_slides` neither the column `path` nor the files that it names need be there.
+    """
     path = Path(path)
     if not path.exists():
         raise ManifestError(f"manifest {path}", ["file must exist, got none. HINT: check --manifest."])
     rows = _read_rows(path)
     if not rows:
         raise ManifestError(f"manifest {path}", ["must hold at least one slide, got none"])
-    missing = [name for name in REQUIRED if name not in rows[0]]
+    required = [name for name in REQUIRED if need_slides or name != "path"]
+    missing = [name for name in required if name not in rows[0]]
     if missing:
         raise ManifestError(
             f"manifest {path}",
-            [f"must have the columns {', '.join(REQUIRED)}; {', '.join(missing)} missing, got {', '.join(rows[0])}"],
+            [f"must have the columns {', '.join(required)}; {', '.join(missing)} missing, got {', '.join(rows[0])}"],
         )
     names = tuple(classes) if classes else _sorted_labels(row["label"] for row in rows)
     problems: list[str] = []
-    slides = tuple(_parse_row(row, number, path.parent, names, problems) for number, row in enumerate(rows, 2))
+    slides = tuple(
+        _parse_row(row, number, path.parent, names, problems, need_slides) for number, row in enumerate(rows, 2)
+    )
     problems += _cohort_problems(slides, names)
     return Manifest(slides, names, f"manifest {path}"), problems
 
@@ -148,7 +156,7 @@ def _sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def _parse_row(
-    row: dict[str, str], number: int, folder: Path, classes: tuple[str, ...], problems: list[str]
+    row: dict[str, str], number: int, folder: Path, classes: tuple[str, ...], problems: list[str], need_slides: bool
 ) -> SlideEntry:
     slide_id, where = row["slide_id"], f"row {number}"
     if not SLIDE_ID_RULE.fullmatch(slide_id):
@@ -156,8 +164,8 @@ def _parse_row(
     place = f"slide {slide_id}, {where}"
     if row["label"] not in classes:
         problems.append(f"label must be one of {', '.join(classes)}, got {row['label']!r} ({place})")
-    path = folder / row["path"]
-    if not row["path"] or not path.is_file():
+    path = folder / row.get("path", "")
+    if need_slides and (not row["path"] or not path.is_file()):
         problems.append(f"path must be a file, got {row['path']!r}, which is none under {folder} ({place})")
     split = row.get("split") or None
     split = SPLIT_ALIASES.get(split, split) if split else None

@@ -53,7 +53,7 @@ def pack_cohort(
         return PackedSlide(path, written, n_failed)
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = list(pool.map(pack, cohort.manifest.slides, cohort.grids))
+        results = list(pool.map(pack, cohort.manifest.slides, cohort.tile_grids))
     problems = [str(result) for result in results if isinstance(result, SlideError)]
     if problems:
         raise ManifestError(cohort.manifest.source, problems)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ds_wsi.bags.bag import FailureLog, ReadPolicy, read_chunks
+from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models.slide_model import SlideModel
@@ -37,11 +38,67 @@ class SlidePrediction(NamedTuple):
         return self.run_logits[0]
 
 
+class SlideFeatures(NamedTuple):
+    """One slide's features.
+
+    Attributes:
+        slide: its row in the cohort.
+        features: float32 [N, D], on the host.
+        kept: int64 [N], the rows of the tiles in the slide's grid.
+    """
+
+    slide: int
+    features: Tensor
+    kept: Tensor
+
+
+@torch.no_grad()
+def encode_slides(
+    model: SlideModel,
+    slides: Sequence[SlideEntry],
+    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    rows: Sequence[int],
+    policy: ReadPolicy,
+    failures: FailureLog,
+) -> Iterator[SlideFeatures]:
+    """Encode the slides of `rows`, each with all its tiles; features on disk pass as they are.
+
+    The device holds one chunk of tiles; the host holds the chunks that are read ahead and the features of one slide.
+    Runs no collective. The model's mode is restored at the end.
+
+    Args:
+        model: on the device to compute on.
+        slides, grids: of the cohort, row by row.
+        rows: of the slides to encode.
+        policy: how tiles are read; a chunk is the encoder's batch.
+        failures: where unreadable tiles are recorded.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    features: list[Tensor] = []
+    kept: list[Tensor] = []
+    try:
+        for chunk in read_chunks(slides, grids, rows, policy):
+            failures.add(chunk)
+            if chunk.tiles.dim() == 2:  # features on disk
+                features.append(chunk.tiles)
+            elif len(chunk.tiles):
+                features.append(model.encode(chunk.tiles.to(device, non_blocking=True)).cpu())
+            kept.append(chunk.kept)
+            if chunk.request.last:
+                failures.require_tiles(chunk.request.slide, sum(map(len, kept)))
+                yield SlideFeatures(chunk.request.slide, torch.cat(features), torch.cat(kept))
+                features, kept = [], []
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def predict_slides(
     model: SlideModel,
     slides: Sequence[SlideEntry],
-    grids: Sequence[TileGrid],
+    grids: Sequence[TileGrid] | Sequence[FeatureFile],
     rows: Sequence[int],
     policy: ReadPolicy,
     failures: FailureLog,
@@ -52,40 +109,16 @@ def predict_slides(
     Each slide is encoded once, and the runs draw from the rows of its features: an encoder in evaluation mode treats
     tiles independently, so that this is what encoding each draw would give.
 
-    The device holds one chunk of tiles and, when a slide is complete, its features [N, D]; the host holds the chunks
-    that are read ahead and the features of one slide. Runs no collective. The model's mode is restored at the end.
+    In the memory of `encode_slides`, and on the device the features [N, D] of a slide when it is complete.
 
     Args:
-        model: on the device to compute on.
-        slides, grids: of the cohort, row by row.
-        rows: of the slides to predict.
-        policy: how tiles are read; a chunk is the encoder's batch.
-        failures: where unreadable tiles are recorded.
+        model, slides, grids, rows, policy, failures: as of `encode_slides`.
         protocol: which tiles; draws are from those that could be read.
     """
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    features: list[Tensor] = []
-    kept: list[Tensor] = []
-    try:
-        for chunk in read_chunks(slides, grids, rows, policy):
-            failures.add(chunk)
-            if len(chunk.tiles):
-                features.append(model.encode(chunk.tiles.to(device, non_blocking=True)).cpu())
-                kept.append(chunk.kept)
-            if chunk.request.last:
-                failures.require_tiles(chunk.request.slide, sum(map(len, kept)))
-                slide = chunk.request.slide
-                drawn = _draws(protocol, sum(map(len, kept)), slides[slide].slide_id)
-                yield _aggregate(model, slide, torch.cat(features), torch.cat(kept), device, drawn)
-                features, kept = [], []
-    finally:
-        model.train(training)
-
-
-def _draws(protocol: EvaluationProtocol, n_tiles: int, slide_id: str) -> list[Tensor]:
-    return [protocol.draw(n_tiles, run, slide_id) for run in range(protocol.runs)]
+    for slide, features, kept in encode_slides(model, slides, grids, rows, policy, failures):
+        draws = [protocol.draw(len(kept), run, slides[slide].slide_id) for run in range(protocol.runs)]
+        yield _aggregate(model, slide, features, kept, device, draws)
 
 
 def _aggregate(

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from ds_wsi.bags.cohort import Cohort
+from ds_wsi.bags.features import FeatureFile, read_places
+from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.evaluation.bootstrap import MetricInterval, bootstrap_metrics, format_table, metrics_to_json
 from ds_wsi.evaluation.curves import draw_curves
 from ds_wsi.evaluation.heatmap import draw_attention
@@ -20,7 +22,8 @@ from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.report import write_report
 from ds_wsi.runtime.files import atomic_path, json_number, write_json
 from ds_wsi.runtime.log import logger
-from ds_wsi.slides.slide import Slide
+from ds_wsi.slides.slide import Slide, SlideError
+from ds_wsi.slides.tiling import TileGrid
 
 OVERVIEW_SIDE_PX = 900  # of the thumbnails under the heat maps
 
@@ -110,28 +113,58 @@ def _protocol_words(protocol: EvaluationProtocol, runs: Mapping[str, Mapping[str
 
 
 def draw_heatmaps(directory: Path, cohort: Cohort, predictions: Sequence[SlidePrediction]) -> list[tuple[str, Path]]:
-    """Draw each slide's attention over its thumbnail; an aggregator without attention draws none, which is logged."""
+    """Draw each slide's attention over its thumbnail.
+
+    An aggregator without attention draws none, nor do features without coordinates or without their slide: each reason
+    is logged once.
+    """
     drawn = []
+    left_out: dict[str, list[str]] = {}
     for prediction in predictions:
         if prediction.attention is None:
             logger.info("no heat maps: the aggregator has no attention")
             return []
         entry, grid = cohort.manifest.slides[prediction.slide], cohort.grids[prediction.slide]
-        with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
-            downsample = max(1.0, max(slide.width_px, slide.height_px) / OVERVIEW_SIDE_PX)
-            thumbnail, downsample = slide.read_overview_downsampled(downsample)
         path = directory / f"{entry.slide_id}.png"
-        draw_attention(
-            thumbnail,
-            grid.coords[prediction.kept.numpy()],
-            grid.tile_size_level0_px,
-            prediction.attention.numpy(),
-            downsample,
-            path,
-            f"{entry.slide_id} (label: {cohort.manifest.classes[entry.label]})",
-        )
+        title = f"{entry.slide_id} (label: {cohort.manifest.classes[entry.label]})"
+        if isinstance(grid, TileGrid):
+            coords = grid.coords[prediction.kept.numpy()]
+            _draw(entry, coords, grid.tile_size_level0_px, prediction.attention, path, title)
+        elif (reason := _draw_features(entry, grid, prediction.attention, path, title)) is not None:
+            left_out.setdefault(reason, []).append(entry.slide_id)
+            continue
         drawn.append((entry.slide_id, path))
+    for reason, slide_ids in left_out.items():
+        shown = ", ".join(slide_ids[:3]) + (", ..." if len(slide_ids) > 3 else "")
+        logger.info("no heat map of %d slides (%s): %s", len(slide_ids), shown, reason)
     return drawn
+
+
+def _draw(
+    entry: SlideEntry, coords: np.ndarray, tile_size_level0_px: float, attention: torch.Tensor, path: Path, title: str
+) -> None:
+    with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
+        downsample = max(1.0, max(slide.width_px, slide.height_px) / OVERVIEW_SIDE_PX)
+        thumbnail, downsample = slide.read_overview_downsampled(downsample)
+    draw_attention(thumbnail, coords, tile_size_level0_px, attention.numpy(), downsample, path, title)
+
+
+def _draw_features(entry: SlideEntry, file: FeatureFile, attention: torch.Tensor, path: Path, title: str) -> str | None:
+    """Draw the attention over features on disk, or return why it cannot be drawn."""
+    if not entry.path.is_file():
+        return "the manifest names no slide file that is there"
+    places = read_places(file.path)
+    if places is None:
+        return "the features have no coordinates, or one tile alone"
+    try:
+        _draw(entry, *places, attention, path, title)
+    except SlideError:
+        return "the slide cannot be read"
+    except ValueError:
+        if not attention.isfinite().all():
+            raise
+        return "the coordinates do not lie on the slide that the manifest names"
+    return None
 
 
 def _prediction_rows(

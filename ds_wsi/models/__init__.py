@@ -2,13 +2,14 @@
 
 from ds_wsi.models.aggregators import AGGREGATORS, build_aggregator
 from ds_wsi.models.config import ModelConfig, build_model, load_model
-from ds_wsi.models.encoder import build_encoder, freeze, load_encoder_weights
+from ds_wsi.models.encoder import NoEncoder, build_encoder, freeze, load_encoder_weights
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.models.slide_model import SlideModel
 
 __all__ = [
     "AGGREGATORS",
     "ModelConfig",
+    "NoEncoder",
     "SlideModel",
     "SlideOutput",
     "build_aggregator",

@@ -7,9 +7,10 @@ from typing import Any
 
 import timm
 from safetensors.torch import load_file
+from torch import nn
 
 from ds_wsi.models.aggregators import build_aggregator
-from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, build_encoder
+from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, NoEncoder, build_encoder
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.runtime.files import write_json
 
@@ -19,21 +20,31 @@ class ModelConfig:
     """A SlideModel's names and sizes.
 
     Args:
-        encoder: a timm model's name.
+        encoder: a timm model's name; None for a model of features.
         aggregator: a key of `AGGREGATORS`.
         classes: the class names, in the order of the logits.
         tiling: the fields of the TilingPolicy of the tiles it was trained on; evaluation tiles slides the same way.
+            Empty for a model of features.
         mean, std: of the input's channels.
         dropout: of the aggregator; None for its original's.
+        in_dim: the width of the features of a model of features; None with an encoder, which has its own.
     """
 
-    encoder: str
+    encoder: str | None
     aggregator: str
     classes: tuple[str, ...]
     tiling: dict[str, Any]
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     dropout: float | None = None
+    in_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a model with both an encoder and features of a given width, or with neither."""
+        if (self.encoder is None) == (self.in_dim is None):
+            raise ValueError(
+                f"a model must have either an encoder or in_dim, got encoder {self.encoder!r} and in_dim {self.in_dim}"
+            )
 
     @property
     def tile_size_px(self) -> int:
@@ -67,7 +78,11 @@ class ModelConfig:
 
 def build_model(config: ModelConfig, encoder_weights: str | Path | None = None) -> SlideModel:
     """Build the SlideModel that `config` describes, with random weights but for the encoder's where given."""
-    encoder = build_encoder(config.encoder, encoder_weights, **_input_size(config))
+    if config.encoder is None:
+        assert config.in_dim is not None
+        encoder: nn.Module = NoEncoder(config.in_dim)
+    else:
+        encoder = build_encoder(config.encoder, encoder_weights, **_input_size(config.encoder, config.tile_size_px))
     in_dim: Any = encoder.num_features
     options = {} if config.dropout is None else {"dropout": config.dropout}
     aggregator = build_aggregator(config.aggregator, in_dim, len(config.classes), **options)
@@ -86,8 +101,8 @@ def load_model(directory: str | Path) -> tuple[SlideModel, ModelConfig]:
     return model.eval(), config
 
 
-def _input_size(config: ModelConfig) -> dict[str, object]:
+def _input_size(encoder: str, tile_size_px: int) -> dict[str, object]:
     # Models with position embeddings are built for one input size; convolutional ones take any and refuse the option.
-    entry = timm.models.model_entrypoint(config.encoder) if timm.is_model(config.encoder) else None
-    fixed = entry is not None and timm.get_pretrained_cfg(config.encoder, allow_unregistered=True)
-    return {"img_size": config.tile_size_px} if fixed and fixed.fixed_input_size else {}
+    entry = timm.models.model_entrypoint(encoder) if timm.is_model(encoder) else None
+    fixed = entry is not None and timm.get_pretrained_cfg(encoder, allow_unregistered=True)
+    return {"img_size": tile_size_px} if fixed and fixed.fixed_input_size else {}

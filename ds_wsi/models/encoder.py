@@ -85,6 +85,32 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return own or state
 
 
+class NoEncoder(nn.Module):
+    """In an encoder's place in a model of features: nothing to train, and nothing but features passes.
+
+    Args:
+        in_dim: the width of the features.
+    """
+
+    def __init__(self, in_dim: int) -> None:
+        super().__init__()
+        self.num_features = in_dim
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return features [N, in_dim] as they are.
+
+        Raises:
+            ValueError: tiles, or features of another width.
+        """
+        if features.dim() != 2 or features.shape[1] != self.num_features:
+            kind = "features" if features.dim() == 2 else "tiles"
+            raise ValueError(
+                f"a model of features must be given features [N, {self.num_features}], got {kind} "
+                f"{list(features.shape)}. HINT: `ds-wsi features` extracts them."
+            )
+        return features
+
+
 def freeze(module: nn.Module) -> None:
     """Stop training `module`: no gradients; `SlideModel` then keeps a frozen encoder in evaluation mode."""
     module.requires_grad_(False)

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD
+from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, NoEncoder
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.stacking.randomness import bag_draws
 from ds_wsi.stacking.stacked_bags import StackedBags
@@ -20,7 +20,7 @@ class SlideModel(nn.Module):
     `encodes_stacks` (a partitioned one) is given the whole stack with its bounds, and treats bags as its policy says.
 
     Args:
-        encoder: tiles [N, 3, S, S] -> features [N, D].
+        encoder: tiles [N, 3, S, S] -> features [N, D]; `NoEncoder` in a model of features.
         aggregator: StackedBags of features -> SlideOutput; one that says `needs_labels` is given the labels too.
         mean, std: of the channels in [0, 1], for uint8 tiles; floating tiles are taken as normalised.
     """
@@ -59,6 +59,9 @@ class SlideModel(nn.Module):
 
         Labels, int64 [B], change no prediction: with them an aggregator that needs them has its auxiliary loss.
         """
+        if isinstance(self.encoder, NoEncoder):
+            features = self.encoder(bags.values)
+            return self.aggregate(bags.with_values(features.to(self.aggregator_dtype)), labels)
         if bags.values.dim() == 2:
             return self.aggregate(bags, labels)
         if getattr(self.encoder.forward, "encodes_stacks", False):

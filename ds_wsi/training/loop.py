@@ -26,7 +26,7 @@ from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta
 from ds_wsi.training.outcome import best_entry, export, finish, validate
 from ds_wsi.training.run import Run, prepare_run, resume, save
 from ds_wsi.training.settings import TrainSettings
-from ds_wsi.training.step import bag_weight, idle_loss, stack_loss
+from ds_wsi.training.step import bag_weight, blank_tile, idle_loss, stack_loss
 
 
 def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -222,13 +222,13 @@ def _micro_loss(run: Run, bags: list[Bag]) -> tuple[torch.Tensor, int]:
     policies, seed = run.settings.policies, run.settings.run.seed
     _require_tiles(run, bags)
     if not bags:
-        return idle_loss(run.model, policies.tiling.tile_size_px, run.device), 0
-    tiles = [
-        augment_bag(
-            bag.tiles.to(run.device, non_blocking=True), policies.augment, (seed, run.progress.epoch, bag.slide)
-        )
-        for bag in bags
-    ]
+        return idle_loss(run.model, _blank(run)), 0
+    tiles = [bag.tiles.to(run.device, non_blocking=True) for bag in bags]
+    if run.cohort.in_dim is None:
+        epoch = run.progress.epoch
+        tiles = [
+            augment_bag(own, policies.augment, (seed, epoch, bag.slide)) for own, bag in zip(tiles, bags, strict=True)
+        ]
     labels = torch.tensor([run.cohort.manifest.slides[bag.slide].label for bag in bags], device=run.device)
     keys = [step_seed(seed, run.progress.global_step, bag.slide) for bag in bags]
     if policies.stacking.framework == "sampling":
@@ -237,6 +237,13 @@ def _micro_loss(run: Run, bags: list[Bag]) -> tuple[torch.Tensor, int]:
     with bag_randomness(keys, part=run.mesh.tile_rank):
         output = run.model(stack, labels)
     return stack_loss(output, labels), sum(map(len, tiles))
+
+
+def _blank(run: Run) -> torch.Tensor:
+    """A bag of one blank instance, of what the model takes."""
+    if run.cohort.in_dim is not None:
+        return torch.zeros(1, run.cohort.in_dim, device=run.device)
+    return blank_tile(run.settings.policies.tiling.tile_size_px, run.device)
 
 
 def _require_tiles(run: Run, bags: list[Bag]) -> None:

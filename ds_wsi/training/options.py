@@ -4,6 +4,7 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
+from ds_wsi.bags.feature_cohort import CHECKS
 from ds_wsi.compression.comm import HOOK_NAMES
 from ds_wsi.config import SECTION, DsWsiConfig, read_section
 from ds_wsi.engines.accelerate import OPTIMIZERS
@@ -37,6 +38,8 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("manifest", "data.manifest", str, "CSV (or JSON, Parquet, saved dataset) of slides; without it the demo's"),
     ("demo_dir", "data.demo_dir", str, "where the demo slides are kept"),
     ("tiles_dir", "data.tiles_dir", str, "where tile grids are kept (default: in the run's folder)"),
+    ("features_dir", "data.features_dir", str, "train the aggregator alone, on features there, a file a slide"),
+    ("check_features", "data.check_features", CHECKS, "read files of features whole before training, or their heads"),
     ("classes", "data.classes", _names, "class names in the order of the logits, comma-separated"),
     ("slide_mpp", "data.slide_mpp", float, "um/px of slides that do not tell theirs"),
     ("dataset_name", "data.dataset_name", str, "in tables of runs (default: the manifest's, without its suffix)"),

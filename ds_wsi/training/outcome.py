@@ -111,7 +111,7 @@ def finish(run: Run, started: float) -> dict[str, Any]:
         run.output_dir,
         run.cohort,
         predictions,
-        title=f"{settings.model.encoder} + {settings.model.aggregator}, {_training_words(settings)}",
+        title=_model_words(run),
         summary=_summary(run, seconds),
         failures=run.failures.rows(),
         history=progress.history,
@@ -126,8 +126,21 @@ def finish(run: Run, started: float) -> dict[str, Any]:
     return {"output_dir": str(run.output_dir), "metrics": intervals, "seconds": seconds}
 
 
+def _model_words(run: Run) -> str:
+    if run.config.in_dim is not None:
+        return f"{run.config.aggregator} on features of width {run.config.in_dim}"
+    return f"{run.config.encoder} + {run.config.aggregator}, {_training_words(run.settings)}"
+
+
 def _training_words(settings: TrainSettings) -> str:
     return "encoder frozen" if settings.model.freeze_encoder else "trained end to end"
+
+
+def _tiles_words(run: Run) -> str:
+    total = sum(run.cohort.lengths)
+    if run.config.in_dim is not None:
+        return f"features from {run.settings.data.features_dir}, {total} in all"
+    return f"{run.config.tile_size_px} px at {run.config.tiling['mpp']} um/px, {total} in all"
 
 
 def _comm_words(comm: CommHandle) -> str:
@@ -141,8 +154,8 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
     return {
         "cohort": f"{cohort.manifest.source}: {slides}",
         "classes": ", ".join(cohort.manifest.classes),
-        "tiles": f"{run.config.tile_size_px} px at {run.config.tiling['mpp']} um/px, {sum(cohort.lengths)} in all",
-        "model": f"{run.config.encoder} + {run.config.aggregator}, {_training_words(run.settings)}",
+        "tiles": _tiles_words(run),
+        "model": _model_words(run),
         "optimisation": f"{optim.optim}, learning rate {optim.learning_rate:g} ({optim.lr_scheduler_type}), "
         f"{optim.num_train_epochs} epochs, "
         f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} slides a process and step",

@@ -20,7 +20,7 @@ def run_record(run: Run) -> RunRecord:
     settings = run.settings
     return RunRecord(
         dataset=dataset_name(settings.data),
-        encoder=run.config.encoder,
+        encoder=run.config.encoder or f"features {Path(str(settings.data.features_dir)).name}",
         aggregator=run.config.aggregator,
         training=training_name(run.module),
         seed=settings.run.seed,

@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_wsi.bags.bag import FailureLog
 from ds_wsi.bags.cohort import Cohort, load_cohort
+from ds_wsi.bags.feature_cohort import features_digest, load_feature_cohort
 from ds_wsi.bags.packing import require_store
 from ds_wsi.engines.accelerate import (
     Accelerator,
@@ -37,6 +38,7 @@ from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
 from ds_wsi.tile_parallel.shard import Handle
 from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.optim import WeightAverage
 from ds_wsi.training.settings import TrainSettings
 
@@ -110,6 +112,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         )
     if settings.policies.tile_parallel.size > 1 and settings.policies.stacking.framework == "padding":
         raise ValueError('framework must not be "padding" where ranks share bags, got tile_parallel.size > 1')
+    check_feature_settings(settings)
     engine = _engine_settings(settings)
     accelerator = build_accelerator(engine, Path(settings.run.output_dir or "runs"), deepspeed_config)
     output_dir = _output_dir(settings, accelerator)
@@ -117,13 +120,16 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     accelerator.project_configuration.logging_dir = str(output_dir)
     cohort = _load_cohort(settings, accelerator, output_dir)
     _require_splits(cohort)
-    require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.grids)
+    on_features = cohort.in_dim is not None
+    if not on_features:
+        require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.tile_grids)
     config = ModelConfig(
-        encoder=settings.model.encoder,
+        encoder=None if on_features else settings.model.encoder,
         aggregator=settings.model.aggregator,
         classes=cohort.manifest.classes,
-        tiling=asdict(settings.policies.tiling),
+        tiling={} if on_features else asdict(settings.policies.tiling),
         dropout=settings.model.dropout,
+        in_dim=cohort.in_dim,
     )
     torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
     module = build_model(config, settings.model.encoder_weights)
@@ -185,6 +191,8 @@ def _partition(
     Raises:
         ValueError: not even that fits the budgets; names what is missing.
     """
+    if cohort.in_dim is not None:
+        return  # features: there is no encoder
     wanted, device = settings.policies.partition, accelerator.device
     if wanted.mode == "native":
         plugin = accelerator.state.deepspeed_plugin
@@ -256,6 +264,16 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
     # The main process tiles and writes the grids, the others then read them.
     with accelerator.main_process_first():
         manifest = data.manifest or make_demo(data.demo_dir)
+        if data.features_dir is not None:
+            return load_feature_cohort(
+                manifest,
+                data.features_dir,
+                check=data.check_features,
+                record_dir=data.tiles_dir or output_dir / "tiles",
+                classes=data.classes,
+                seed=settings.run.seed,
+                workers=max(1, policies.reading.workers),
+            )
         return load_cohort(
             manifest,
             policies.tiling,
@@ -305,6 +323,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "freeze_encoder": run.settings.model.freeze_encoder,
         "encoder": run.config.encoder,
         "aggregator": run.config.aggregator,
+        "features": None if run.cohort.in_dim is None else features_digest(run.cohort, run.cohort.rows("train")),
         "tiling": json.loads(json.dumps(run.config.tiling)),  # as the checkpoint's JSON has it: tuples are lists
         "training_slides": len(run.cohort.rows("train")),
         "training_tiles": sum(run.cohort.lengths[row] for row in run.cohort.rows("train")),

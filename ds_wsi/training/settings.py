@@ -13,11 +13,13 @@ class DataSettings:
     Args:
         manifest: the cohort; None trains on the demo cohort.
         demo_dir: where the demo cohort is kept.
-        tiles_dir: where tile grids are kept; by default in the run's folder.
+        tiles_dir: where tile grids, and what was found in files of features, are kept; by default in the run's folder.
         classes: class names in the order of the logits.
         slide_mpp: um/px of slides that do not tell theirs.
         dataset_name: in tables of runs; by default the manifest's name without its suffix.
         split_name: which of the dataset's splits or folds the manifest holds, in tables of runs.
+        features_dir: train the aggregator alone, on the files of features there; None trains on slides.
+        check_features: before training, read every file of features ("full") or its head alone ("shapes").
     """
 
     manifest: str | None = None
@@ -27,6 +29,8 @@ class DataSettings:
     slide_mpp: float | None = None
     dataset_name: str | None = None
     split_name: str = ""
+    features_dir: str | None = None
+    check_features: str = "full"
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,24 @@ def stack_loss(output: SlideOutput, labels: Tensor) -> Tensor:
     return loss if output.auxiliary_loss is None else loss + widened(output.auxiliary_loss).sum()
 
 
-def idle_loss(model: nn.Module, tile_size_px: int, device: torch.device) -> Tensor:
+def blank_tile(tile_size_px: int, device: torch.device) -> Tensor:
+    """A white tile as a bag: uint8 [1, 3, S, S]."""
+    return torch.full((1, 3, tile_size_px, tile_size_px), 255, dtype=torch.uint8, device=device)
+
+
+def idle_loss(model: nn.Module, blank: Tensor) -> Tensor:
     """The zero loss of a rank without a bag: it takes part in every collective and changes nothing.
 
-    One blank tile goes through in evaluation mode, so that no running statistic moves.
+    One blank instance goes through in evaluation mode, so that no running statistic moves.
+
+    Args:
+        model: wrapped by the engine.
+        blank: a bag of one instance, of what the model takes: `blank_tile`, or features [1, D].
     """
     training = model.training
     model.eval()
-    blank = torch.full((1, 3, tile_size_px, tile_size_px), 255, dtype=torch.uint8, device=device)
     # With a label, so that what the auxiliary loss alone trains takes part too.
-    label = torch.zeros(1, dtype=torch.int64, device=device)
+    label = torch.zeros(1, dtype=torch.int64, device=blank.device)
     output: SlideOutput = model(StackedBags(*stack_bags([blank])), label)
     model.train(training)
     return stack_loss(output, label) * 0.0

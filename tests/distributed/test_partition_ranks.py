@@ -21,7 +21,7 @@ from ds_wsi.partition import PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.partition.norm import NormSite
 from ds_wsi.partition.policy import MODES
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.step import idle_loss, stack_loss
+from ds_wsi.training.step import blank_tile, idle_loss, stack_loss
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -69,7 +69,7 @@ def make_model(dtype):
 def loss_of(model, micro, rank):
     tiles = LENGTHS[micro][rank]
     if tiles == 0:
-        return idle_loss(model, TILE_PX, torch.device("cpu"))
+        return idle_loss(model, blank_tile(TILE_PX, torch.device("cpu")))
     generator = torch.Generator().manual_seed(10 * micro + rank)
     images = torch.randint(0, 256, (tiles, 3, TILE_PX, TILE_PX), dtype=torch.uint8, generator=generator)
     return stack_loss(model(stack_bags([images])), torch.tensor([tiles % 2]))

@@ -19,7 +19,7 @@ from ds_wsi.stacking import stack_bags
 from ds_wsi.stacking.packs import pack_bags
 from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.stacking.randomness import bag_randomness, key_dropouts
-from ds_wsi.training.step import bag_weight, idle_loss, stack_loss
+from ds_wsi.training.step import bag_weight, blank_tile, idle_loss, stack_loss
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -120,7 +120,7 @@ def _train(engine: str, layout: dict[str, int]) -> dict[str, torch.Tensor]:
                     with bag_randomness([step_seed(0, number, slide) for slide in ranks[rank]]):
                         loss = stack_loss(model(stack_bags(tiles)), torch.tensor(labels))
                 else:
-                    loss = idle_loss(model, TILE_PX, torch.device("cpu"))
+                    loss = idle_loss(model, blank_tile(TILE_PX, torch.device("cpu")))
                 accelerator.backward(loss * weight)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ds_wsi.models import AGGREGATORS, SlideModel, build_aggregator, build_encoder, freeze
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.step import bag_weight, idle_loss, stack_loss
+from ds_wsi.training.step import bag_weight, blank_tile, idle_loss, stack_loss
 
 SIZES = (3, 1, 6)
 
@@ -102,7 +102,7 @@ def test_a_frozen_encoder_keeps_weights_and_statistics():
 def test_a_rank_without_a_bag_changes_nothing(aggregator):
     model = tiny_model(aggregator).float().train()
     before = copy.deepcopy(model.state_dict())
-    idle_loss(model, 64, torch.device("cpu")).backward()
+    idle_loss(model, blank_tile(64, torch.device("cpu"))).backward()
     # Every parameter takes part in the engine's reduction, with a zero.
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

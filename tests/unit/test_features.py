@@ -10,7 +10,16 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from ds_wsi import build_aggregator
-from ds_wsi.bags.features import FeatureDataset, FeatureFileError, collate_bags, read_features
+from ds_wsi.bags.features import (
+    FeatureDataset,
+    FeatureFileError,
+    collate_bags,
+    read_about,
+    read_features,
+    read_places,
+    read_shape,
+    write_features,
+)
 
 FEATURES = torch.arange(12.0).reshape(4, 3)
 COORDS = torch.arange(8).reshape(4, 2)
@@ -61,7 +70,7 @@ def test_what_is_wrong_is_said(tmp_path):
         (tmp_path / "torn.pt", r"must be readable.*torn.pt"),
         (tmp_path / "code.pt", r"must be tensors alone.*code.pt.*HINT: save them as a tensor"),
         (tmp_path / "list.pt", "must be a tensor, or a dict with one, got list"),
-        (tmp_path / "other.h5", r"must be a dataset of the file, got \['coords'\]"),
+        (tmp_path / "other.h5", r"must be in the file, got \['coords'\]"),
         (write(tmp_path / "nan.h5", features=broken), "must be finite, got 1 rows that are not, of 4"),
         (write(tmp_path / "flat.h5", features=FEATURES[0]), r"must be \[N, D\] with N >= 1, got \[3\]"),
         (write(tmp_path / "short.h5", coords=COORDS[:2]), "coords must have a row a feature, 4, got 2"),
@@ -83,5 +92,38 @@ def test_a_loader_makes_stacks_that_train(tmp_path):
     assert names == ["a", "b"]
     assert last.n_bags == 1
     build_aggregator("abmil", 3, 2)(stack).logits.sum().backward()
-    with pytest.raises(FeatureFileError, match=r"2 of 3 have none: x, y"):
-        FeatureDataset(tmp_path, [("x", 0), ("a", 1), ("y", 0)])
+    write(tmp_path / "a.pt")
+    with pytest.raises(FeatureFileError, match=r"(?s)slide x must have .*got none.*slide a must .*got a.h5, a.pt"):
+        FeatureDataset(tmp_path, [("x", 0), ("b", 1), ("a", 0)])
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".pt", ".safetensors"])
+def test_a_shape_is_read_without_the_values(tmp_path, suffix):
+    for features in (FEATURES, FEATURES[None], FEATURES.half(), FEATURES * torch.nan):
+        assert read_shape(write(tmp_path / f"a{suffix}", features=features)) == (4, 3)
+    with pytest.raises(FeatureFileError, match=r"must be \[N, D\] with N >= 1, got \[0, 3\]"):
+        read_shape(write(tmp_path / f"b{suffix}", features=FEATURES[:0], coords=None))
+
+
+def test_a_pt_of_the_old_format_has_a_shape_too(tmp_path):
+    torch.save(FEATURES, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    assert read_shape(tmp_path / "a.pt") == (4, 3)
+
+
+def test_places_have_the_files_side_or_the_commonest_step(tmp_path):
+    # A row of three, a tile below, and one of another contour, 5 px off the grid.
+    coords = torch.tensor([[0, 0], [256, 0], [512, 0], [256, 256], [517, 256]])
+    features = torch.ones(5, 3)
+    for suffix in (".h5", ".pt", ".safetensors"):
+        found, side = read_places(write(tmp_path / f"a{suffix}", features, coords))
+        assert found.tolist() == coords.tolist()
+        assert side == 256
+        assert read_places(write(tmp_path / f"b{suffix}", features, None)) is None
+        assert read_places(write(tmp_path / f"c{suffix}", features[:1], coords[:1])) is None
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file["coords"].attrs["patch_size_level0"] = 512
+    assert read_places(tmp_path / "a.h5")[1] == 512
+    write_features(tmp_path / "d.safetensors", features, coords, 200.5, {"encoder": "x"})
+    assert read_places(tmp_path / "d.safetensors")[1] == 200.5
+    assert read_about(tmp_path / "d.safetensors") == {"encoder": "x"}
+    assert read_about(tmp_path / "a.safetensors") == {}

@@ -1,0 +1,144 @@
+"""A cohort of features on disk, examined as a whole before anything is trained on it."""
+
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ds_wsi.bags.cohort import Cohort, log_splits
+from ds_wsi.bags.features import FeatureFile, FeatureFileError, find_features, read_features, read_shape
+from ds_wsi.bags.manifest import SLIDE_ID_RULE, ManifestError, SlideEntry, parse_manifest
+from ds_wsi.bags.splits import assign_splits
+from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.log import logger
+
+CHECKS = ("full", "shapes")
+RECORD = "features.json"  # what was found in files that have been read, so that they need not be read again
+
+
+def load_feature_cohort(
+    manifest_path: str | Path,
+    features_dir: str | Path,
+    *,
+    in_dim: int | None = None,
+    check: str = "full",
+    record_dir: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+    workers: int = 1,
+    need_splits: bool = True,
+) -> Cohort:
+    """Read and check a cohort whose bags are files of features; its slides need not be there.
+
+    Args:
+        manifest_path: as `read_manifest` takes it; the column `path` may be empty or absent.
+        features_dir: with one file `<slide_id>.h5`, `.pt` or `.safetensors` a slide.
+        in_dim: the width that the features must have; by default that of most of the files.
+        check: "full" reads every file once, also for values that are not finite; "shapes" reads their heads.
+        record_dir: what was read whole is recorded there, and unchanged files (by size and time) are not read again.
+        classes: class names in the order of the logits.
+        seed: of the splits, where the manifest has none.
+        workers: threads that read.
+        need_splits: whether splits are drawn where the manifest has none.
+
+    Raises:
+        ManifestError: lists every problem of the manifest AND of the files at once.
+    """
+    if check not in CHECKS:
+        raise ValueError(f"--check_features must be one of {', '.join(CHECKS)}, got {check!r}")
+    features_dir = Path(features_dir)
+    manifest, problems = parse_manifest(manifest_path, classes, need_slides=False)
+    if not features_dir.is_dir():
+        raise ManifestError(manifest.source, [*problems, f"--features_dir must be a folder, got {features_dir}"])
+    record = _read_record(record_dir) if check == "full" else {}
+    # A name that is none for a file, listed above, could lead out of the folder.
+    named = [slide for slide in manifest.slides if SLIDE_ID_RULE.fullmatch(slide.slide_id)]
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        results = list(pool.map(lambda slide: _examine(slide, features_dir, check, record), named))
+    problems += [str(result) for result in results if isinstance(result, FeatureFileError)]
+    files = tuple(result for result in results if isinstance(result, FeatureFile))
+    problems += _width_problems(files, in_dim)
+    if record_dir is not None and check == "full":
+        _write_record(record_dir, files)
+    if problems:
+        raise ManifestError(manifest.source, problems)
+    cohort = Cohort(assign_splits(manifest, seed=seed) if need_splits else manifest, files)
+    logger.info("features of width %d from %s", files[0].width, features_dir)
+    log_splits(cohort)
+    return cohort
+
+
+def features_digest(cohort: Cohort, rows: Sequence[int]) -> str:
+    """A name of the features of these rows' slides: by content where it was read, else by size."""
+    digest = hashlib.sha256()
+    for row in rows:
+        file = cohort.grids[row]
+        assert isinstance(file, FeatureFile)
+        content = file.n_bytes if file.checksum is None else f"crc {file.checksum}"
+        digest.update(f"{file.slide_id} {file.n_rows} {file.width} {content}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _examine(
+    slide: SlideEntry, features_dir: Path, check: str, record: dict[str, dict[str, Any]]
+) -> FeatureFile | FeatureFileError:
+    """What is in a slide's file; an error is returned, so that all can be listed."""
+    try:
+        path = find_features(features_dir, slide.slide_id)
+        state = _state(path)
+        known = record.get(str(path.absolute()))
+        if known is not None and tuple(known["state"]) == state:
+            n_rows, width, checksum = (known[name] for name in ("n_rows", "width", "checksum"))
+        elif check == "shapes":
+            (n_rows, width), checksum = read_shape(path), None
+        else:
+            features = read_features(path).features
+            n_rows, width = features.shape
+            checksum = zlib.crc32(features.contiguous().numpy().data)
+        return FeatureFile(slide.slide_id, path, n_rows, width, *state, checksum)
+    except FeatureFileError as error:
+        return error
+
+
+def _width_problems(files: Sequence[FeatureFile], in_dim: int | None) -> list[str]:
+    if not files:
+        return []
+    (commonest, count), *_ = Counter(file.width for file in files).most_common(1)
+    wanted, whose = (in_dim, "the model's") if in_dim else (commonest, f"those of {count} of {len(files)} slides")
+    return [
+        f"features must be of width {wanted}, {whose}, got {file.width} (slide {file.slide_id}, {file.path})"
+        for file in files
+        if file.width != wanted
+    ]
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _read_record(record_dir: str | Path | None) -> dict[str, dict[str, Any]]:
+    path = None if record_dir is None else Path(record_dir) / RECORD
+    if path is None or not path.is_file():
+        return {}
+    record: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def _write_record(record_dir: str | Path, files: Sequence[FeatureFile]) -> None:
+    record = _read_record(record_dir)  # again: another run may have written to it meanwhile
+    found = {
+        str(file.path.absolute()): {
+            "state": [file.n_bytes, file.modified_ns],
+            "n_rows": file.n_rows,
+            "width": file.width,
+            "checksum": file.checksum,
+        }
+        for file in files
+    }
+    if any(record.get(name) != entry for name, entry in found.items()):
+        write_json(Path(record_dir) / RECORD, record | found)

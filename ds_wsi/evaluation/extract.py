@@ -1,0 +1,120 @@
+"""Features of a cohort's slides written to disk, to train aggregators on them alone."""
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ds_wsi.bags.bag import FailureLog, ReadPolicy
+from ds_wsi.bags.cohort import Cohort
+from ds_wsi.bags.features import SUFFIXES, FeatureFileError, read_about, read_shape, write_features
+from ds_wsi.evaluation.predict import encode_slides
+from ds_wsi.models import ModelConfig, SlideModel
+from ds_wsi.runtime.log import logger
+from ds_wsi.slides.tiling import TileGrid
+
+
+class ExtractedSlide(NamedTuple):
+    """What became of a slide: its file, its rows of features, and whether they were computed now or were there."""
+
+    slide_id: str
+    path: Path
+    n_rows: int
+    written: bool
+
+
+def extract_features(
+    model: SlideModel,
+    config: ModelConfig,
+    cohort: Cohort,
+    directory: str | Path,
+    policy: ReadPolicy,
+    failures: FailureLog,
+) -> Iterator[ExtractedSlide]:
+    """Encode every slide and write `<slide_id>.safetensors`; whole files of the same encoder and tiles are kept.
+
+    Each file is written at once, so that a killed call goes on where it was. Memory is that of `encode_slides`. A tile
+    that cannot be read has no row. One call at a time may write to a folder.
+
+    Args:
+        model: whose encoder it is, on the device to compute on.
+        config: of the model.
+        cohort: of slides.
+        directory: where to.
+        policy: how tiles are read.
+        failures: where unreadable tiles are recorded.
+
+    Raises:
+        ValueError: lists every file in the way: of another encoder, weights, tiles or program.
+    """
+    directory = Path(directory)
+    made_with = {"encoder": _encoder_words(model, config), "mean_and_std": f"{config.mean}, {config.std}"}
+    about = [{"slide_id": grid.slide_id, **made_with, "tiles": _tiles_words(grid)} for grid in cohort.tile_grids]
+    kept = _kept(directory, about)
+    for entry in cohort.manifest.slides:
+        if entry.slide_id in kept:
+            yield ExtractedSlide(entry.slide_id, _place(directory, entry.slide_id), kept[entry.slide_id], False)
+    rows = [row for row, entry in enumerate(cohort.manifest.slides) if entry.slide_id not in kept]
+    if not rows:
+        return
+    grids = cohort.tile_grids
+    for row, features, tiles in encode_slides(model, cohort.manifest.slides, grids, rows, policy, failures):
+        path = _place(directory, grids[row].slide_id)
+        coords = torch.from_numpy(grids[row].coords)[tiles]
+        write_features(path, features.float(), coords, grids[row].tile_size_level0_px, about[row])
+        yield ExtractedSlide(grids[row].slide_id, path, len(features), True)
+
+
+def _place(directory: Path, slide_id: str) -> Path:
+    return directory / f"{slide_id}.safetensors"
+
+
+def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
+    """The rows of each slide whose file is there and whole; files of another encoder or program are an error."""
+    found, problems = {}, []
+    for wanted in about:
+        slide_id = wanted["slide_id"]
+        for suffix in SUFFIXES:
+            path = directory / f"{slide_id}{suffix}"
+            if not path.is_file():
+                continue
+            theirs: dict[str, str] = {}
+            if path == _place(directory, slide_id):
+                try:
+                    theirs, n_rows = read_about(path), read_shape(path)[0]
+                except FeatureFileError as error:
+                    logger.warning("written anew: %s", error)
+                    continue
+            if theirs == wanted:
+                found[slide_id] = n_rows
+                continue
+            other = next(name for name in wanted if theirs.get(name) != wanted[name])
+            got = theirs.get(other, "a file that `ds-wsi features` did not write")
+            problems.append(f"{other} must be {wanted[other]}, got {got} ({path})")
+    if problems:
+        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
+        raise ValueError(
+            f"--output_dir must hold features of this encoder and these tiles alone, got {len(problems)} other "
+            f"file(s):\n{lines}\nHINT: give another folder, or delete them."
+        )
+    return found
+
+
+def _encoder_words(model: SlideModel, config: ModelConfig) -> str:
+    """The encoder's name and a checksum of its weights."""
+    checksum = 0
+    for _, value in sorted(model.encoder.state_dict().items()):
+        checksum = zlib.crc32(
+            memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()), checksum
+        )
+    return f"{config.encoder} with weights {checksum:08x}"
+
+
+def _tiles_words(grid: TileGrid) -> str:
+    """How the slide was tiled, and a checksum of its tiles' coordinates."""
+    coords = zlib.crc32(grid.coords.tobytes())
+    return f"{len(grid)} at coords {coords:08x}, {json.dumps(asdict(grid.policy), sort_keys=True)}"

@@ -1,0 +1,42 @@
+"""Settings of a run on features: what must not be given with them, and what has no effect on them."""
+
+from dataclasses import fields
+
+from ds_wsi.runtime.log import logger
+from ds_wsi.training.settings import ModelSettings, TrainSettings
+
+OF_THE_AGGREGATOR = ("aggregator", "dropout")
+OF_TILES = ("tiling", "augment", "partition")  # policies
+
+
+def check_feature_settings(settings: TrainSettings) -> None:
+    """Refuse what contradicts training on features, and log what has no effect on them; nothing without them.
+
+    Raises:
+        ValueError: options of an encoder, or a tile store; names them.
+    """
+    if settings.data.features_dir is None:
+        return
+    refused = [
+        entry.name
+        for entry in fields(ModelSettings)
+        if entry.name not in OF_THE_AGGREGATOR and getattr(settings.model, entry.name) != entry.default
+    ]
+    if settings.policies.reading.tile_store:
+        refused.append("tile_store")
+    if refused:
+        raise ValueError(
+            f"{', '.join(f'--{name}' for name in refused)} must not be given with --features_dir, which trains an "
+            "aggregator without an encoder. HINT: leave them out, or train on slides."
+        )
+    unused = [name for name in OF_TILES if _differs(settings, name)]
+    if settings.data.slide_mpp is not None:
+        unused.append("slide_mpp")
+    if unused:
+        logger.warning("%s: without effect on features", ", ".join(unused))
+
+
+def _differs(settings: TrainSettings, policy: str) -> bool:
+    if policy == "tiling" and settings.data.manifest is None:
+        return False  # the demo's own
+    return getattr(settings.policies, policy) != getattr(TrainSettings().policies, policy)
