@@ -84,6 +84,9 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("save_steps", "run.save_steps", int, "steps between checkpoints within an epoch; 0: ends of epochs only"),
     ("save_total_limit", "run.save_total_limit", int, "checkpoints kept"),
     ("metric_for_best_model", "run.metric_for_best_model", METRIC_NAMES, "validation metric that chooses the epoch"),
+    ("validate_beside", "run.validate_beside", FLAG, "validate each epoch while the next one trains"),
+    ("validation_device", "run.validation_device", str, "of that validation, as cuda:1 (default: the main process's)"),
+    ("early_stopping_patience", "run.early_stopping_patience", int, "epochs without improvement that stop; 0: none"),
     ("ddp_timeout", "run.ddp_timeout", int, "seconds that a collective waits for the other processes"),
     ("deepspeed", "run.deepspeed", str, 'a DeepSpeed JSON; its "ds_wsi" section sets the policies'),
 )

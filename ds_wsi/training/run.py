@@ -29,6 +29,7 @@ from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, SlideOutput, build_model, freeze
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
+from ds_wsi.runtime.files import link_or_copy
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.demo import make_demo
 from ds_wsi.stacking.frameworks import pad_bags
@@ -36,9 +37,16 @@ from ds_wsi.stacking.packs import pack_bags
 from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
 from ds_wsi.tile_parallel.shard import Handle
-from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from ds_wsi.training.checkpoint import (
+    PENDING_WEIGHTS,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from ds_wsi.training.optim import WeightAverage
-from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.settings import RunSettings, TrainSettings
+from ds_wsi.training.stopping import require_metric
 
 
 @dataclass
@@ -52,6 +60,7 @@ class Progress:
     bags_seen: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int | None = None
+    pending: bool = False  # the last finished epoch is not validated yet
 
 
 @dataclass
@@ -117,6 +126,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     accelerator.project_configuration.logging_dir = str(output_dir)
     cohort = _load_cohort(settings, accelerator, output_dir)
     _require_splits(cohort)
+    require_metric(settings.run, cohort)
     require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.grids)
     config = ModelConfig(
         encoder=settings.model.encoder,
@@ -284,6 +294,14 @@ def _flat(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
+def _stopping_words(settings: RunSettings) -> str | None:
+    """What decides when a run stops early; None where nothing does."""
+    if not settings.early_stopping_patience:
+        return None
+    beside = ", validated beside training" if settings.validate_beside else ""
+    return f"patience {settings.early_stopping_patience} on {settings.metric_for_best_model}{beside}"
+
+
 def _fingerprint(run: Run) -> dict[str, Any]:
     """What a resumed run must share with the one it continues, to end with the same weights."""
     optim = run.settings.optim
@@ -306,6 +324,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "encoder": run.config.encoder,
         "aggregator": run.config.aggregator,
         "tiling": json.loads(json.dumps(run.config.tiling)),  # as the checkpoint's JSON has it: tuples are lists
+        "early_stopping": _stopping_words(run.settings.run),
         "training_slides": len(run.cohort.rows("train")),
         "training_tiles": sum(run.cohort.lengths[row] for row in run.cohort.rows("train")),
     }
@@ -334,6 +353,9 @@ def resume(run: Run) -> None:
                 f"({checkpoint}). HINT: give the options of the first start, or another --output_dir."
             )
     run.progress = Progress(**state["progress"])
+    if run.progress.pending and run.accelerator.is_main_process:
+        link_or_copy(checkpoint / PENDING_WEIGHTS, run.output_dir / PENDING_WEIGHTS)
+    run.accelerator.wait_for_everyone()
     logger.info("resumed from %s (epoch %d, step %d)", checkpoint, run.progress.epoch, run.progress.global_step)
 
 
@@ -342,4 +364,5 @@ def save(run: Run) -> None:
     average_buffers(run.accelerator, run.module)
     state = {"progress": vars(run.progress), "fingerprint": _fingerprint(run)}
     limit = run.settings.run.save_total_limit
-    save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit, run.comm)
+    pending = run.output_dir / PENDING_WEIGHTS if run.progress.pending else None
+    save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit, run.comm, pending)
