@@ -66,6 +66,12 @@ class ValidationResult(NamedTuple):
     failures: dict[tuple[str, int, int], str]
 
 
+class _Caller(NamedTuple):
+    pid: int
+    start_method: str
+    threads: int
+
+
 class _Failure(NamedTuple):
     kind: str
     message: str
@@ -88,7 +94,7 @@ class Validator:
         _require_device(work.device)
         self._device = work.device
         self._connection, theirs = CONTEXT.Pipe()
-        arguments = (work, theirs, os.getpid(), multiprocessing.get_start_method())
+        arguments = (work, theirs, _Caller(os.getpid(), multiprocessing.get_start_method(), torch.get_num_threads()))
         # Not a daemon: those may not have readers.
         self._process = CONTEXT.Process(target=_serve, args=arguments, name="ds_wsi-validator", daemon=False)
         self._process.start()
@@ -199,13 +205,14 @@ def _require_device(name: str) -> None:
         )
 
 
-def _serve(work: ValidationWork, requests: Any, trainer: int, start_method: str) -> None:
+def _serve(work: ValidationWork, requests: Any, caller: _Caller) -> None:
     os.setsid()
-    # Of the readers, as in the trainer: a spawned process would spawn its own, for seconds an epoch.
-    multiprocessing.set_start_method(start_method, force=True)
-    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(caller.pid,), daemon=True).start()
     setup_logging()
-    torch.set_num_threads(1)
+    # A spawned process would spawn its readers, for seconds an epoch.
+    multiprocessing.set_start_method(caller.start_method, force=True)
+    # On another number of threads a CPU rounds otherwise, and metrics would not be those of a validation in the caller.
+    torch.set_num_threads(caller.threads)
     failures = FailureLog(work.slides, work.grids, work.policy.max_failed_fraction)
     while True:
         try:
@@ -221,9 +228,9 @@ def _serve(work: ValidationWork, requests: Any, trainer: int, start_method: str)
         requests.send(answer)
 
 
-def _end_with(trainer: int) -> None:
-    """End this process and its readers when the trainer is gone, even where that was killed."""
-    while os.getppid() == trainer:
+def _end_with(caller: int) -> None:
+    """End this process and its readers when the caller is gone, even where that was killed."""
+    while os.getppid() == caller:
         time.sleep(_PARENT_CHECK_S)
     os.killpg(0, signal.SIGKILL)
 
