@@ -45,8 +45,8 @@ from ds_wsi.training.checkpoint import (
     save_checkpoint,
 )
 from ds_wsi.training.optim import WeightAverage
-from ds_wsi.training.settings import RunSettings, TrainSettings
-from ds_wsi.training.stopping import require_metric
+from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.stopping import require_metric, stopping_words
 
 
 @dataclass
@@ -294,14 +294,6 @@ def _flat(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def _stopping_words(settings: RunSettings) -> str | None:
-    """What decides when a run stops early; None where nothing does."""
-    if not settings.early_stopping_patience:
-        return None
-    beside = ", validated beside training" if settings.validate_beside else ""
-    return f"patience {settings.early_stopping_patience} on {settings.metric_for_best_model}{beside}"
-
-
 def _fingerprint(run: Run) -> dict[str, Any]:
     """What a resumed run must share with the one it continues, to end with the same weights."""
     optim = run.settings.optim
@@ -324,7 +316,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "encoder": run.config.encoder,
         "aggregator": run.config.aggregator,
         "tiling": json.loads(json.dumps(run.config.tiling)),  # as the checkpoint's JSON has it: tuples are lists
-        "early_stopping": _stopping_words(run.settings.run),
+        "early_stopping": stopping_words(run.settings.run),
         "training_slides": len(run.cohort.rows("train")),
         "training_tiles": sum(run.cohort.lengths[row] for row in run.cohort.rows("train")),
     }

@@ -30,6 +30,14 @@ def stop_reason(history: list[dict[str, float]], metric: str, patience: int) -> 
     )
 
 
+def stopping_words(settings: RunSettings) -> str | None:
+    """What decides when a run stops early; None where nothing does."""
+    if not settings.early_stopping_patience:
+        return None
+    beside = ", validated beside training" if settings.validate_beside else ""
+    return f"patience {settings.early_stopping_patience} on {settings.metric_for_best_model}{beside}"
+
+
 def require_metric(settings: RunSettings, cohort: Cohort) -> None:
     """Refuse a cohort on whose validation split early stopping could see nothing.
 
