@@ -213,24 +213,23 @@ def test_the_spawned_process_gives_the_callers_numbers_and_its_death_is_named(wo
     assert gone(process.pid)
 
 
-@pytest.mark.parametrize(
-    ("error", "kind", "words"),
-    [
-        (MemoryError("too big"), ValidatorError, r"validation of epoch 3 .*, got MemoryError: too big \(process.*HINT"),
-        (ReadFailureError("slide S-1 must have"), ReadFailureError, r"^slide S-1 must have$"),
-    ],
-)
-def test_a_failure_is_named_and_nothing_stays(error, kind, words, work, forked, monkeypatch, tmp_path):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(validator, "_validate", fail)
+def require_failure(work, weights, kind, words):
     process = Validator(work)
-    process.submit(3, tmp_path / "none")
+    process.submit(3, weights)
     with pytest.raises(kind, match=words):
         process.wait()
     process.close()
     assert gone(process.pid)
+
+
+def test_a_failure_is_named_and_nothing_stays(work, forked, between, tmp_path):
+    words = r"^the validation of epoch 3 beside training must succeed, got FileNotFoundError: .*\(process \d+.*HINT"
+    require_failure(work, tmp_path / "none", ValidatorError, words)
+    last = work.rows[-1]
+    slides = [replace(slide, path=tmp_path / "none") if n == last else slide for n, slide in enumerate(work.slides)]
+    unreadable = replace(work, slides=slides, policy=ReadPolicy(workers=0, max_failed_fraction=1.0))
+    words = rf"^slide {work.slides[last].slide_id} must have a readable tile, all .*HINT"
+    require_failure(unreadable, between / "model.safetensors", ReadFailureError, words)
 
 
 def test_a_process_whose_trainer_is_killed_ends(work, forked, monkeypatch, tmp_path):
