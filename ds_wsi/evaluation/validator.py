@@ -25,9 +25,12 @@ from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.evaluation.predict import predict_slides, prediction_metrics
 from ds_wsi.models import ModelConfig, build_model
 from ds_wsi.runtime.log import setup_logging
+from ds_wsi.slides.slide import SlideError
 from ds_wsi.slides.tiling import TileGrid
 
 CONTEXT: Any = multiprocessing.get_context("spawn")  # a fork would inherit CUDA's and torch's threads, broken
+# Raised as they are: they name the slide and the remedy.
+_OF_SLIDES: dict[str, type[Exception]] = {error.__name__: error for error in (ReadFailureError, SlideError)}
 _PARENT_CHECK_S = 1.0
 _FAREWELL_S = 10.0
 _HINT = (
@@ -130,7 +133,7 @@ class Validator:
         """The result of the weights that were submitted.
 
         Raises:
-            ReadFailureError: as `predict_slides` does.
+            ReadFailureError, SlideError: as `predict_slides` does.
             ValidatorError: another failure of the process, or its death; names it.
         """
         assert self._epoch is not None, "nothing was submitted"
@@ -164,8 +167,8 @@ class Validator:
             self._raise_death()
 
     def _raise_failure(self, failure: _Failure) -> NoReturn:
-        if failure.kind == ReadFailureError.__name__:
-            raise ReadFailureError(failure.message)  # it names the slide and the remedy
+        if failure.kind in _OF_SLIDES:
+            raise _OF_SLIDES[failure.kind](failure.message)
         raise ValidatorError(
             f"the validation of epoch {self._epoch} beside training must succeed, got {failure.kind}: "
             f"{failure.message} (process {self.pid} on {self._device}). {_HINT}\n{failure.where}"
@@ -175,7 +178,7 @@ class Validator:
         self._end_group()
         code = self._process.exitcode
         how = f"exit status {code}" if code >= 0 else f"death by {signal.Signals(-code).name}"
-        doing = "before its first epoch" if self._epoch is None else f"validating epoch {self._epoch}"
+        doing = "idle" if self._epoch is None else f"validating epoch {self._epoch}"
         raise ValidatorError(
             f"the process that validates beside training must live as long as the run, got {how} "
             f"(process {self.pid} on {self._device}, {doing}). {_HINT}"

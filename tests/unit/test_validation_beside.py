@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_wsi.bags.bag import FailureLog, ReadFailureError, ReadPolicy
+from ds_wsi.bags.bag import FailureLog, ReadFailureError, ReadPolicy, TileDataset
 from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.bags.manifest import Manifest
 from ds_wsi.cli import main
@@ -24,6 +24,7 @@ from ds_wsi.models import load_model
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides import TilingPolicy
+from ds_wsi.slides.slide import SlideError, TileReadError
 from ds_wsi.training import loop, validation
 from ds_wsi.training.checkpoint import PENDING_WEIGHTS
 from ds_wsi.training.settings import RunSettings
@@ -206,7 +207,7 @@ def test_the_spawned_process_gives_the_callers_numbers_and_its_death_is_named(wo
         process.check()
         os.kill(process.pid, signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        with pytest.raises(ValidatorError, match=r"got death by SIGKILL \(process \d+ on cpu, before .*HINT: "):
+        with pytest.raises(ValidatorError, match=r"got death by SIGKILL \(process \d+ on cpu, idle\).*HINT: "):
             process.check()
     finally:
         process.close()
@@ -215,21 +216,48 @@ def test_the_spawned_process_gives_the_callers_numbers_and_its_death_is_named(wo
 
 def require_failure(work, weights, kind, words):
     process = Validator(work)
-    process.submit(3, weights)
-    with pytest.raises(kind, match=words):
-        process.wait()
-    process.close()
+    try:
+        process.submit(3, weights)
+        with pytest.raises(kind, match=words):
+            process.wait()
+    finally:
+        process.close()
     assert gone(process.pid)
 
 
-def test_a_failure_is_named_and_nothing_stays(work, forked, between, tmp_path):
+def test_a_failure_is_named_and_nothing_stays(work, forked, between, monkeypatch, tmp_path):
+    weights, last = between / "model.safetensors", work.slides[work.rows[-1]]
     words = r"^the validation of epoch 3 beside training must succeed, got FileNotFoundError: .*\(process \d+.*HINT"
     require_failure(work, tmp_path / "none", ValidatorError, words)
-    last = work.rows[-1]
-    slides = [replace(slide, path=tmp_path / "none") if n == last else slide for n, slide in enumerate(work.slides)]
-    unreadable = replace(work, slides=slides, policy=ReadPolicy(workers=0, max_failed_fraction=1.0))
-    words = rf"^slide {work.slides[last].slide_id} must have a readable tile, all .*HINT"
-    require_failure(unreadable, between / "model.safetensors", ReadFailureError, words)
+    work = replace(work, policy=ReadPolicy(workers=0, max_failed_fraction=1.0))
+    slides = [replace(slide, path=tmp_path / "none") if slide is last else slide for slide in work.slides]
+    words = rf"^slide must be a file, got none \(slide {last.slide_id}, .*HINT"
+    require_failure(replace(work, slides=slides), weights, SlideError, words)
+
+    def fail(self, entry, grid, row, out):
+        raise TileReadError(entry.slide_id, 0, 0, OSError("torn"))
+
+    monkeypatch.setattr(TileDataset, "_read", fail)
+    require_failure(work, weights, ReadFailureError, r"^slide demo_\d+ must have a readable tile, all .*HINT")
+
+
+def test_tiles_that_could_not_be_read_are_told(work, forked, between, monkeypatch):
+    read, row = TileDataset._read, work.rows[-1]
+
+    def fail_first(self, entry, grid, tile, out):
+        if (entry.slide_id, tile) == (work.slides[row].slide_id, 0):
+            raise TileReadError(entry.slide_id, 0, 0, OSError("torn"))
+        read(self, entry, grid, tile, out)
+
+    monkeypatch.setattr(TileDataset, "_read", fail_first)
+    process = Validator(replace(work, policy=ReadPolicy(workers=0, max_failed_fraction=0.5)))
+    try:
+        process.submit(1, between / "model.safetensors")
+        failures = process.wait().failures
+    finally:
+        process.close()
+    assert list(failures) == [(work.slides[row].slide_id, *work.grids[row].coords[0].tolist())]
+    assert "torn" in next(iter(failures.values()))
 
 
 def test_a_process_whose_trainer_is_killed_ends(work, forked, monkeypatch, tmp_path):
