@@ -9,6 +9,7 @@ from torch import Tensor
 from ds_wsi.bags.bag import FailureLog, ReadPolicy, read_chunks
 from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.evaluation.metrics import slide_metrics
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.slides.tiling import TileGrid
@@ -119,6 +120,23 @@ def predict_slides(
     for slide, features, kept in encode_slides(model, slides, grids, rows, policy, failures):
         draws = [protocol.draw(len(kept), run, slides[slide].slide_id) for run in range(protocol.runs)]
         yield _aggregate(model, slide, features, kept, device, draws)
+
+
+def prediction_metrics(predictions: Sequence[SlidePrediction], slides: Sequence[SlideEntry]) -> dict[str, float]:
+    """The cross-entropy and the metrics of a split's predictions, keys prefixed with `eval_`; in any order.
+
+    Args:
+        predictions: of slides with labels.
+        slides: of the cohort, row by row.
+    """
+    predictions = sorted(predictions, key=lambda prediction: prediction.slide)
+    labels = torch.tensor([slides[prediction.slide].label for prediction in predictions])
+    logits = torch.stack([prediction.logits for prediction in predictions]).double()
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    metrics = slide_metrics(labels.numpy(), logits.softmax(-1).numpy())
+    # JSON has no NaN: a metric that is undefined on the split is left out.
+    defined = {name: value for name, value in metrics.items() if value == value}
+    return {"eval_loss": loss, **{f"eval_{name}": value for name, value in defined.items()}}
 
 
 def _aggregate(

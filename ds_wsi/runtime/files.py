@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,18 @@ def sync_file(path: Path) -> None:
 def sync_directory(path: Path) -> None:
     """Flush a directory's entries (the names) to the disk."""
     sync_file(path)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give `source`, a file that is never changed in place, another name, atomically; a copy where it cannot have two.
+
+    Not every file system has hard links.
+    """
+    with atomic_path(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

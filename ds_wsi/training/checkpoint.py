@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ds_wsi.engines.accelerate import Accelerator, CommHandle
-from ds_wsi.runtime.files import sync_directory, sync_file, write_json
+from ds_wsi.runtime.files import link_or_copy, sync_directory, sync_file, write_json
 from ds_wsi.runtime.log import logger
 
 FILE_LIST = "files.json"
 STATE = "state.json"
+PENDING_WEIGHTS = "pending-validation.safetensors"  # of the last finished epoch, where it is not validated yet
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -38,10 +39,11 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
     comm: CommHandle | None = None,
+    pending: Path | None = None,
 ) -> Path:
     """Write the engine's state and the run's `state` (JSON), then delete all but the newest `keep` checkpoints.
 
-    A communication hook's state lies beside the engine's, a file a rank.
+    A communication hook's state lies beside the engine's, a file a rank; so do weights whose validation is `pending`.
 
     Collective: every rank calls it; the ranks write their shards side by side.
     """
@@ -56,6 +58,8 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(temporary / STATE, state)
+        if pending is not None:
+            link_or_copy(pending, temporary / PENDING_WEIGHTS)
         seal(temporary)
         if final.exists():
             shutil.rmtree(final)  # a torn one that was passed over, now reached again

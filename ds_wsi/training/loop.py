@@ -23,10 +23,12 @@ from ds_wsi.stacking.randomness import bag_randomness
 from ds_wsi.stacking.stacked_bags import stack_bags
 from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
 from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta
-from ds_wsi.training.outcome import best_entry, export, finish, validate
+from ds_wsi.training.outcome import finish
 from ds_wsi.training.run import Run, prepare_run, resume, save
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.step import bag_weight, blank_tile, idle_loss, stack_loss
+from ds_wsi.training.stopping import stop_reason
+from ds_wsi.training.validation import AtTheEnd, BesideTraining, validation_of
 
 
 def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -114,18 +116,31 @@ def _train_epochs(run: Run) -> None:
         *(cohort.manifest.slides, cohort.grids, _parts_to_read(run), run.settings.policies.reading, run.failures),
         may_be_empty=run.mesh.tile_size > 1,
     )
-    while run.progress.epoch < epochs:
-        entry = _train_epoch(run, bags)
-        average_buffers(run.accelerator, run.module)
-        state = full_state_dict(run.module)  # once an epoch, to validate and to export: collective at ZeRO-3
-        if run.average is not None:
-            state |= run.average.weights()
-        entry |= validate(run, state)
-        _end_epoch(run, entry, state)
-        save(run)
+    with validation_of(run) as validation:
+        while run.progress.epoch < epochs and not _stops_early(run):
+            entry = _train_epoch(run, bags, validation)
+            validation.collect()
+            average_buffers(run.accelerator, run.module)
+            state = full_state_dict(run.module)  # once an epoch, to validate and to export: collective at ZeRO-3
+            if run.average is not None:
+                state |= run.average.weights()
+            _end_epoch(run, entry)
+            validation.give(state)
+            save(run)
+        validation.collect()
 
 
-def _train_epoch(run: Run, bags: Iterator[Bag]) -> dict[str, float]:
+def _stops_early(run: Run) -> bool:
+    """Whether the history says so: the same on all ranks, and again where a stopped run is resumed."""
+    settings = run.settings.run
+    metric = f"eval_{settings.metric_for_best_model}"
+    reason = stop_reason(run.progress.history, metric, settings.early_stopping_patience)
+    if reason is not None:
+        logger.info("early stopping after epoch %d: %s", run.progress.epoch, reason)
+    return reason is not None
+
+
+def _train_epoch(run: Run, bags: Iterator[Bag], validation: AtTheEnd | BesideTraining) -> dict[str, float]:
     progress, optim = run.progress, run.settings.optim
     plan = _epoch_plan(run, progress.epoch)
     total = optim.num_train_epochs * steps_per_epoch(
@@ -154,6 +169,7 @@ def _train_epoch(run: Run, bags: Iterator[Bag]) -> dict[str, float]:
             if optim.demon:
                 set_beta(run.optimizer, demon_beta(progress.global_step, total_steps=total, initial=optim.demon))
             loss, tiles = _train_step(run, step, bags, rate_now)
+            validation.check()
             tiles_read += tiles
             progress.global_step += 1
             progress.step_in_epoch += 1
@@ -255,19 +271,10 @@ def _require_tiles(run: Run, bags: list[Bag]) -> None:
         run.failures.require_tiles(bag.slide, count)
 
 
-def _end_epoch(run: Run, entry: dict[str, float], state: dict[str, torch.Tensor]) -> None:
-    """Record the epoch, and export the weights where they are the best so far."""
-    progress, metric = run.progress, f"eval_{run.settings.run.metric_for_best_model}"
+def _end_epoch(run: Run, entry: dict[str, float]) -> None:
+    """Record the epoch, which is not validated yet, and go on to the next."""
+    progress = run.progress
     progress.history.append(entry)
-    best = best_entry(progress.history, metric)
-    if best is entry:
-        progress.best_epoch = progress.epoch + 1
-        if run.accelerator.is_main_process:
-            export(run, state)
-    shown = ", ".join(f"{key} {value:.4g}" for key, value in entry.items() if key not in ("epoch", "peak_memory_bytes"))
-    logger.info("epoch %d: %s%s", progress.epoch + 1, shown, " (best so far)" if best is entry else "")
-    evaluated = {f"eval/{key[5:]}": value for key, value in entry.items() if key.startswith("eval_")}
-    run.accelerator.log({**evaluated, "epoch": progress.epoch + 1}, step=progress.global_step)
     progress.epoch += 1
     progress.step_in_epoch = 0
     progress.loss_sum, progress.bags_seen = 0.0, 0

@@ -1,6 +1,8 @@
 """Validation while training, and what a finished run leaves behind."""
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,13 +11,12 @@ from tqdm import tqdm
 
 from ds_wsi.bags.sampler import deal_by_cost
 from ds_wsi.engines.accelerate import CommHandle, gather_object
-from ds_wsi.evaluation.metrics import slide_metrics
-from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction, predict_slides
+from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction, predict_slides, prediction_metrics
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.results import write_results
 from ds_wsi.models import SlideModel, build_model, load_model
 from ds_wsi.runtime.environment import environment
-from ds_wsi.runtime.files import atomic_path, write_json
+from ds_wsi.runtime.files import atomic_path, sync_directory, write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.record import run_record
 from ds_wsi.training.run import Run
@@ -52,24 +53,23 @@ def _predict(
     predictions = list(bar)
     if run.accelerator.num_processes > 1:
         predictions = gather_object(predictions)
+    share_failures(run)
+    return sorted(predictions, key=lambda prediction: prediction.slide)
+
+
+def share_failures(run: Run) -> None:
+    """Take in the tiles that other ranks could not read, and stop above the threshold. Collective."""
+    if run.accelerator.num_processes > 1:
         for failure in gather_object(list(run.failures.reasons.items())):
             run.failures.reasons.setdefault(*failure)
-        run.failures.check()
-    return sorted(predictions, key=lambda prediction: prediction.slide)
+    run.failures.check()
 
 
 def validate(run: Run, state: dict[str, torch.Tensor]) -> dict[str, float]:
     """The loss and metrics of whole weights on the validation split, keys prefixed with `eval_`; empty without it."""
     if not run.cohort.rows("validation"):
         return {}
-    predictions = _predict(run, _plain_copy(run, state), "validation")
-    labels = torch.tensor([run.cohort.manifest.slides[prediction.slide].label for prediction in predictions])
-    logits = torch.stack([prediction.logits for prediction in predictions]).double()
-    loss = torch.nn.functional.cross_entropy(logits, labels).item()
-    metrics = slide_metrics(labels.numpy(), logits.softmax(-1).numpy())
-    # JSON has no NaN: a metric that is undefined on the split is left out.
-    defined = {name: value for name, value in metrics.items() if value == value}
-    return {"eval_loss": loss, **{f"eval_{name}": value for name, value in defined.items()}}
+    return prediction_metrics(_predict(run, _plain_copy(run, state), "validation"), run.cohort.manifest.slides)
 
 
 def best_entry(history: list[dict[str, float]], metric: str) -> dict[str, float]:
@@ -83,7 +83,19 @@ def best_entry(history: list[dict[str, float]], metric: str) -> dict[str, float]
 def export(run: Run, state: dict[str, torch.Tensor]) -> None:
     """Write config.json and model.safetensors, each atomically."""
     run.config.write(run.output_dir / "config.json")
-    with atomic_path(run.output_dir / "model.safetensors") as temporary:
+    write_weights(run.output_dir / "model.safetensors", state)
+
+
+def export_file(run: Run, weights: Path) -> None:
+    """As `export`, of weights that `write_weights` wrote in the run's folder, whose file is moved."""
+    run.config.write(run.output_dir / "config.json")
+    os.replace(weights, run.output_dir / "model.safetensors")
+    sync_directory(run.output_dir)
+
+
+def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write whole weights as safetensors, atomically."""
+    with atomic_path(path) as temporary:
         save_file({name: value.contiguous() for name, value in state.items()}, temporary, {"format": "pt"})
 
 
@@ -163,6 +175,11 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
         "processes": str(run.accelerator.num_processes),
         **({"communication": _comm_words(run.comm)} if run.comm else {}),
         "best epoch": str(run.progress.best_epoch),
+        **(
+            {"stopped early": f"after epoch {stopped}"}
+            if (stopped := run.progress.epoch) < optim.num_train_epochs
+            else {}
+        ),
         "seed": str(run.settings.run.seed),
         "time": f"{seconds:.0f} s",
         **{key: str(value) for key, value in environment().items()},

@@ -30,6 +30,7 @@ from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, SlideOutput, build_model, freeze
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
+from ds_wsi.runtime.files import link_or_copy
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.demo import make_demo
 from ds_wsi.stacking.frameworks import pad_bags
@@ -37,10 +38,17 @@ from ds_wsi.stacking.packs import pack_bags
 from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
 from ds_wsi.tile_parallel.shard import Handle
-from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from ds_wsi.training.checkpoint import (
+    PENDING_WEIGHTS,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.optim import WeightAverage
 from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.stopping import require_metric, stopping_words
 
 
 @dataclass
@@ -54,6 +62,7 @@ class Progress:
     bags_seen: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int | None = None
+    pending: bool = False  # the last finished epoch is not validated yet
 
 
 @dataclass
@@ -120,6 +129,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     accelerator.project_configuration.logging_dir = str(output_dir)
     cohort = _load_cohort(settings, accelerator, output_dir)
     _require_splits(cohort)
+    require_metric(settings.run, cohort)
     on_features = cohort.in_dim is not None
     if not on_features:
         require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.tile_grids)
@@ -325,6 +335,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "aggregator": run.config.aggregator,
         "features": None if run.cohort.in_dim is None else features_digest(run.cohort, run.cohort.rows("train")),
         "tiling": json.loads(json.dumps(run.config.tiling)),  # as the checkpoint's JSON has it: tuples are lists
+        "early_stopping": stopping_words(run.settings.run),
         "training_slides": len(run.cohort.rows("train")),
         "training_tiles": sum(run.cohort.lengths[row] for row in run.cohort.rows("train")),
     }
@@ -353,6 +364,9 @@ def resume(run: Run) -> None:
                 f"({checkpoint}). HINT: give the options of the first start, or another --output_dir."
             )
     run.progress = Progress(**state["progress"])
+    if run.progress.pending and run.accelerator.is_main_process:
+        link_or_copy(checkpoint / PENDING_WEIGHTS, run.output_dir / PENDING_WEIGHTS)
+    run.accelerator.wait_for_everyone()
     logger.info("resumed from %s (epoch %d, step %d)", checkpoint, run.progress.epoch, run.progress.global_step)
 
 
@@ -361,4 +375,5 @@ def save(run: Run) -> None:
     average_buffers(run.accelerator, run.module)
     state = {"progress": vars(run.progress), "fingerprint": _fingerprint(run)}
     limit = run.settings.run.save_total_limit
-    save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit, run.comm)
+    pending = run.output_dir / PENDING_WEIGHTS if run.progress.pending else None
+    save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit, run.comm, pending)

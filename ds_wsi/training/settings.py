@@ -116,6 +116,9 @@ class RunSettings:
         save_steps: optimizer steps between checkpoints within an epoch; 0 saves at the ends of epochs only.
         save_total_limit: checkpoints kept, at least 2, for a torn one is passed over for the one before it.
         metric_for_best_model: validation metric by which the exported epoch is chosen; eval_loss breaks ties.
+        validate_beside: validate each epoch in a process of its own while the next one trains.
+        validation_device: of that process, as torch names it; by default the main process's.
+        early_stopping_patience: epochs without a new highest metric_for_best_model that end the run; 0 goes on.
         deepspeed: a DeepSpeed JSON.
         ddp_timeout: seconds that a collective waits for the other ranks.
         eval_tiles: random tiles of each test slide, drawn in each of `eval_runs` runs; None tests on all, once.
@@ -129,6 +132,9 @@ class RunSettings:
     save_steps: int = 0
     save_total_limit: int = 2
     metric_for_best_model: str = "auc"
+    validate_beside: bool = False
+    validation_device: str | None = None
+    early_stopping_patience: int = 0
     deepspeed: str | None = None
     ddp_timeout: int = 1800
     eval_tiles: int | None = None
@@ -145,6 +151,15 @@ class RunSettings:
             )
         if self.save_steps < 0:
             raise ValueError(f"--save_steps must be at least 0, got {self.save_steps}")
+        if self.early_stopping_patience < 0:
+            raise ValueError(
+                f"--early_stopping_patience must be at least 0, got {self.early_stopping_patience}. "
+                "HINT: 0 turns it off."
+            )
+        if self.validation_device and not self.validate_beside:
+            raise ValueError(
+                f"--validation_device must be given with --validate_beside, got {self.validation_device} alone"
+            )
         if self.ddp_timeout < 1:
             raise ValueError(f"--ddp_timeout must be at least 1 second, got {self.ddp_timeout}")
 

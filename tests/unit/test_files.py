@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from ds_wsi.runtime.files import atomic_path, write_json, write_text
+from ds_wsi.runtime.files import atomic_path, link_or_copy, write_json, write_text
 
 
 def fail_half_way(path, error):
@@ -61,3 +61,20 @@ def test_what_json_cannot_hold_is_refused_and_the_old_file_kept(tmp_path, value)
         write_json(tmp_path / "a.json", {"auc": value})
     assert json.loads((tmp_path / "a.json").read_text()) == {"auc": 1}
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_outlives_the_first_with_links_and_without(links, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "b").write_text("older")
+    write_text(tmp_path / "a", "content")
+    for _ in range(2):  # onto itself, too
+        link_or_copy(tmp_path / "a", tmp_path / "b")
+        assert os.path.samefile(tmp_path / "a", tmp_path / "b") == links
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    write_text(tmp_path / "a", "newer")
+    assert (tmp_path / "b").read_text() == "content"

@@ -69,7 +69,11 @@ def test_every_option_sets_its_field_with_underscores_or_dashes(name, place, kin
     else:
         given, expected = EXAMPLES[kind]
     option = f"--{name.replace('_', '-') if dashes else name}"
-    needed = {"nvme_budget": ["--nvme_path", "/"], "eval_runs": ["--eval_tiles", "9"]}.get(name, [])
+    needed = {
+        "nvme_budget": ["--nvme_path", "/"],
+        "eval_runs": ["--eval_tiles", "9"],
+        "validation_device": ["--validate_beside"],
+    }.get(name, [])
     settings = settings_of(option, *([] if given is None else [given]), *needed)
     assert value_at(settings, place) == expected
     assert text
@@ -152,6 +156,8 @@ def test_deepspeeds_local_rank_is_accepted_and_ignored(option):
         (("--demon", 1), r"--demon must be in \[0, 1\), got 1.0. HINT"),
         (("--ema_decay", -0.1), r"--ema_decay must be in \[0, 1\)"),
         (("--save_steps", -1), "--save_steps must be at least 0"),
+        (("--early_stopping_patience", -1), "--early_stopping_patience must be at least 0, got -1. HINT"),
+        (("--validation_device", "cpu"), "--validation_device must be given with --validate_beside, got cpu alone"),
         (("--bf16", "--fp16"), "--bf16 and --fp16"),
         (("--deepspeed", "none.json"), r"got none\.json \(missing\)"),
     ],

@@ -1,0 +1,247 @@
+"""A process that predicts a split again and again, each time with other weights, while its caller goes on.
+
+A process and not a thread: in a thread each of the many small calls of a forward pass would wait for the interpreter
+that the training step holds, and torch's threads and its global generator are one a process.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from safetensors.torch import load_file
+
+from ds_wsi.bags.bag import FailureLog, ReadFailureError, ReadPolicy
+from ds_wsi.bags.features import FeatureFile
+from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.evaluation.predict import predict_slides, prediction_metrics
+from ds_wsi.models import ModelConfig, build_model
+from ds_wsi.runtime.log import setup_logging
+from ds_wsi.slides.slide import SlideError
+from ds_wsi.slides.tiling import TileGrid
+
+CONTEXT: Any = multiprocessing.get_context("spawn")  # a fork would inherit CUDA's and torch's threads, broken
+# Raised as they are: they name the slide and the remedy.
+_OF_SLIDES: dict[str, type[Exception]] = {error.__name__: error for error in (ReadFailureError, SlideError)}
+_PARENT_CHECK_S = 1.0
+_FAREWELL_S = 10.0
+_HINT = (
+    "HINT: give it another --validation_device or more memory, or validate between epochs: without --validate_beside."
+)
+
+
+class ValidatorError(RuntimeError):
+    """The process that validates failed or died."""
+
+
+@dataclass(frozen=True)
+class ValidationWork:
+    """What is predicted, and where.
+
+    Args:
+        config: of the model whose weights will be given.
+        slides, grids: of the cohort, row by row.
+        rows: of the split.
+        policy: how tiles are read.
+        device: to compute on, as torch names it.
+    """
+
+    config: ModelConfig
+    slides: Sequence[SlideEntry]
+    grids: Sequence[TileGrid] | Sequence[FeatureFile]
+    rows: Sequence[int]
+    policy: ReadPolicy
+    device: str
+
+
+class ValidationResult(NamedTuple):
+    """The metrics of a split, keys as of `prediction_metrics`, and all tiles that could not be read until now."""
+
+    metrics: dict[str, float]
+    failures: dict[tuple[str, int, int], str]
+
+
+class _Caller(NamedTuple):
+    pid: int
+    start_method: str
+    threads: int
+
+
+class _Failure(NamedTuple):
+    kind: str
+    message: str
+    where: str
+
+
+class Validator:
+    """The handle of the process: `submit` weights, go on, `wait` for the result; one at a time.
+
+    The process and its readers form a process group of their own, which ends with `close` or with the caller's death.
+
+    Args:
+        work: what is predicted.
+
+    Raises:
+        ValueError: the device is none of torch's, or is not there.
+    """
+
+    def __init__(self, work: ValidationWork) -> None:
+        _require_device(work.device)
+        self._device = work.device
+        self._connection, theirs = CONTEXT.Pipe()
+        arguments = (work, theirs, _Caller(os.getpid(), multiprocessing.get_start_method(), torch.get_num_threads()))
+        # Not a daemon: those may not have readers.
+        self._process = CONTEXT.Process(target=_serve, args=arguments, name="ds_wsi-validator", daemon=False)
+        self._process.start()
+        theirs.close()  # else its end would not be seen
+        self._epoch: int | None = None
+        self._result: ValidationResult | None = None
+        self._ended = False
+
+    @property
+    def pid(self) -> int:
+        """Of the process, and of its group."""
+        assert self._process.pid is not None
+        return int(self._process.pid)
+
+    def submit(self, epoch: int, weights: Path) -> None:
+        """Start to predict with the weights of this file, which must stay until the result is there.
+
+        Raises:
+            ValidatorError: the process died.
+        """
+        assert self._epoch is None, "one at a time"
+        self._epoch = epoch
+        try:
+            self._connection.send(weights)
+        except OSError:
+            self._raise_death()
+
+    def check(self) -> None:
+        """Raise what `wait` would, where it is known already; never blocks."""
+        self._receive(timeout_s=0)
+
+    def wait(self) -> ValidationResult:
+        """The result of the weights that were submitted.
+
+        Raises:
+            ReadFailureError, SlideError: as `predict_slides` does.
+            ValidatorError: another failure of the process, or its death; names it.
+        """
+        assert self._epoch is not None, "nothing was submitted"
+        while self._result is None:
+            self._receive(timeout_s=None)
+        result, self._result, self._epoch = self._result, None, None
+        return result
+
+    def close(self) -> None:
+        """End the process and its readers; with a result under way, at once."""
+        if self._epoch is None:
+            with suppress(OSError):  # gone already
+                self._connection.send(None)
+                connection.wait([self._process.sentinel], _FAREWELL_S)
+        self._end_group()
+        self._connection.close()
+
+    def _receive(self, timeout_s: float | None) -> None:
+        if self._result is not None:
+            return
+        ready = connection.wait([self._connection, self._process.sentinel], timeout_s)
+        if self._connection in ready:
+            try:
+                answer = self._connection.recv()
+            except (EOFError, OSError):
+                self._raise_death()
+            if isinstance(answer, _Failure):
+                self._raise_failure(answer)
+            self._result = answer
+        elif ready:
+            self._raise_death()
+
+    def _raise_failure(self, failure: _Failure) -> NoReturn:
+        if failure.kind in _OF_SLIDES:
+            raise _OF_SLIDES[failure.kind](failure.message)
+        raise ValidatorError(
+            f"the validation of epoch {self._epoch} beside training must succeed, got {failure.kind}: "
+            f"{failure.message} (process {self.pid} on {self._device}). {_HINT}\n{failure.where}"
+        )
+
+    def _raise_death(self) -> NoReturn:
+        self._end_group()
+        code = self._process.exitcode
+        how = f"exit status {code}" if code >= 0 else f"death by {signal.Signals(-code).name}"
+        doing = "idle" if self._epoch is None else f"validating epoch {self._epoch}"
+        raise ValidatorError(
+            f"the process that validates beside training must live as long as the run, got {how} "
+            f"(process {self.pid} on {self._device}, {doing}). {_HINT}"
+        )
+
+    def _end_group(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        # Before the process is waited for: until then nobody else can have its number.
+        with suppress(ProcessLookupError):  # it has not come to form its group
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.join()
+
+
+def _require_device(name: str) -> None:
+    hint = 'HINT: such as "cpu" or "cuda:1".'
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--validation_device must be a device of torch's, got {name!r}. {hint}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--validation_device must be a device of this machine, got {name!r} of {torch.cuda.device_count()} GPUs. "
+            f"{hint}"
+        )
+
+
+def _serve(work: ValidationWork, requests: Any, caller: _Caller) -> None:
+    os.setsid()
+    threading.Thread(target=_end_with, args=(caller.pid,), daemon=True).start()
+    setup_logging()
+    # A spawned process would spawn its readers, for seconds an epoch.
+    multiprocessing.set_start_method(caller.start_method, force=True)
+    # On another number of threads a CPU rounds otherwise, and metrics would not be those of a validation in the caller.
+    torch.set_num_threads(caller.threads)
+    failures = FailureLog(work.slides, work.grids, work.policy.max_failed_fraction)
+    while True:
+        try:
+            weights = requests.recv()
+        except EOFError:
+            return
+        if weights is None:
+            return
+        try:
+            answer: ValidationResult | _Failure = _validate(work, weights, failures)
+        except Exception as error:
+            answer = _Failure(type(error).__name__, str(error), traceback.format_exc())
+        requests.send(answer)
+
+
+def _end_with(caller: int) -> None:
+    """End this process and its readers when the caller is gone, even where that was killed."""
+    while os.getppid() == caller:
+        time.sleep(_PARENT_CHECK_S)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _validate(work: ValidationWork, weights: Path, failures: FailureLog) -> ValidationResult:
+    model = build_model(work.config)
+    model.load_state_dict(load_file(weights))
+    model.to(work.device)
+    predictions = list(predict_slides(model, work.slides, work.grids, work.rows, work.policy, failures))
+    return ValidationResult(prediction_metrics(predictions, work.slides), dict(failures.reasons))

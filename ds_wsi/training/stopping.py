@@ -1,0 +1,58 @@
+"""Early stopping: a function of the history alone, so that every rank and every resumed run comes to the same."""
+
+import math
+
+import numpy as np
+
+from ds_wsi.bags.cohort import Cohort
+from ds_wsi.evaluation.metrics import slide_metrics
+from ds_wsi.training.settings import RunSettings
+
+
+def stop_reason(history: list[dict[str, float]], metric: str, patience: int) -> str | None:
+    """Why training should stop, or None.
+
+    Args:
+        history: an entry an epoch; those without `eval_loss` are not validated yet, and do not count.
+        metric: key of the entries; an epoch without it has not improved.
+        patience: epochs without a new highest value that stop; 0 never does.
+    """
+    validated = [entry for entry in history if "eval_loss" in entry]
+    if not patience or not validated:
+        return None
+    best = max(validated, key=lambda entry: entry.get(metric, -math.inf))  # the first of equals
+    since = len(validated) - 1 - validated.index(best)
+    if since < patience:
+        return None
+    return (
+        f"{metric} has not risen above {best.get(metric, math.nan):.4g} of epoch {best['epoch']:g} in {since} epochs "
+        f"(--early_stopping_patience {patience})"
+    )
+
+
+def stopping_words(settings: RunSettings) -> str | None:
+    """What decides when a run stops early; None where nothing does."""
+    if not settings.early_stopping_patience:
+        return None
+    beside = ", validated beside training" if settings.validate_beside else ""
+    return f"patience {settings.early_stopping_patience} on {settings.metric_for_best_model}{beside}"
+
+
+def require_metric(settings: RunSettings, cohort: Cohort) -> None:
+    """Refuse a cohort on whose validation split early stopping could see nothing.
+
+    Raises:
+        ValueError: without a validation split, or with one that leaves the metric undefined.
+    """
+    if not settings.early_stopping_patience:
+        return
+    given = f"--early_stopping_patience {settings.early_stopping_patience}"
+    labels = np.array([cohort.manifest.slides[row].label for row in cohort.rows("validation")], dtype=np.int64)
+    if not len(labels):
+        raise ValueError(f"{given} must be given with a validation split, got none ({cohort.manifest.source})")
+    metric = settings.metric_for_best_model
+    if math.isnan(slide_metrics(labels, np.eye(len(cohort.manifest.classes))[labels])[metric]):
+        raise ValueError(
+            f"{given} needs a validation split that defines {metric}, got slides of one class alone "
+            f"({cohort.manifest.source}). HINT: --metric_for_best_model accuracy, or another split."
+        )

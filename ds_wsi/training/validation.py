@@ -1,0 +1,146 @@
+"""When an epoch is validated: at its end, or beside the next one; and what follows from it."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ds_wsi.engines.accelerate import broadcast_object_list
+from ds_wsi.evaluation.validator import ValidationResult, ValidationWork, Validator
+from ds_wsi.runtime.log import logger
+from ds_wsi.training.checkpoint import PENDING_WEIGHTS
+from ds_wsi.training.outcome import best_entry, export, export_file, share_failures, validate, write_weights
+from ds_wsi.training.run import Run
+
+
+class AtTheEnd:
+    """Validates each epoch's weights at its end, all ranks together, before the next begins."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __enter__(self) -> "AtTheEnd":
+        """Make up for a validation that the resumed run, which validated beside training, had not finished."""
+        run = self.run
+        if run.progress.pending:
+            state = load_file(run.output_dir / PENDING_WEIGHTS)
+            self._validate(state)
+            run.progress.pending = False
+            run.accelerator.wait_for_everyone()  # all have read it
+            if run.accelerator.is_main_process:
+                (run.output_dir / PENDING_WEIGHTS).unlink()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing is under way."""
+
+    def check(self) -> None:
+        """Nothing is under way."""
+
+    def collect(self) -> None:
+        """Nothing is under way."""
+
+    def give(self, state: dict[str, torch.Tensor]) -> None:
+        """Validate the whole weights of the epoch that ended. Collective."""
+        self._validate(state)
+
+    def _validate(self, state: dict[str, torch.Tensor]) -> None:
+        record(self.run, validate(self.run, state), lambda: export(self.run, state))
+
+
+class BesideTraining:
+    """Validates each epoch's weights in a process of the main rank's, while all ranks train the next epoch.
+
+    At most one validation is under way. Its result is taken in at the end of the next epoch, or of the run, on all
+    ranks together and never when it happens to arrive: what a run does is no matter of timing. The weights wait in a
+    file, of which each checkpoint in between keeps a link: what is exported is that file, never newer weights.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.validator: Validator | None = None
+
+    def __enter__(self) -> "BesideTraining":
+        """Start the main rank's process, and the validation that a resumed run had not finished."""
+        run, cohort = self.run, self.run.cohort
+        if run.accelerator.is_main_process:
+            device = run.settings.run.validation_device or str(run.device)
+            rows, policy = cohort.rows("validation"), run.settings.policies.reading
+            work = ValidationWork(run.config, cohort.manifest.slides, cohort.grids, rows, policy, device)
+            self.validator = Validator(work)
+            if run.progress.pending:
+                self.validator.submit(run.progress.epoch, run.output_dir / PENDING_WEIGHTS)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the process, finished or not; what is under way is in the checkpoints."""
+        if self.validator is not None:
+            self.validator.close()
+            (self.run.output_dir / PENDING_WEIGHTS).unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raise the failure or death of the process as soon as it is known, on the main rank."""
+        if self.validator is not None:
+            self.validator.check()
+
+    def collect(self) -> None:
+        """Wait for the validation that is under way, if any, and take in its result. Collective."""
+        run = self.run
+        if not run.progress.pending:
+            return
+        answer: list[Any] = [None]
+        if self.validator is not None:
+            started = time.perf_counter()
+            answer = [tuple(self.validator.wait())]
+            waited = time.perf_counter() - started
+            logger.info("waited %.1f s for the validation of epoch %d", waited, run.progress.history[-1]["epoch"])
+            run.accelerator.log({"eval/seconds_waited": waited}, step=run.progress.global_step)
+        result = ValidationResult(*broadcast_object_list(answer)[0])
+        for failure in result.failures.items():
+            run.failures.reasons.setdefault(*failure)
+        share_failures(run)
+        run.progress.pending = False
+        record(run, result.metrics, lambda: export_file(run, run.output_dir / PENDING_WEIGHTS))
+
+    def give(self, state: dict[str, torch.Tensor]) -> None:
+        """Start to validate the whole weights of the epoch that ended."""
+        run = self.run
+        if self.validator is not None:
+            write_weights(run.output_dir / PENDING_WEIGHTS, state)
+            self.validator.submit(run.progress.epoch, run.output_dir / PENDING_WEIGHTS)
+        run.progress.pending = True
+        logger.info(
+            "epoch %d: train_loss %.4g, validated from now on",
+            run.progress.epoch,
+            run.progress.history[-1]["train_loss"],
+        )
+
+
+def validation_of(run: Run) -> AtTheEnd | BesideTraining:
+    """As the settings want it; without a validation split there is nothing to do beside."""
+    beside = run.settings.run.validate_beside and run.cohort.rows("validation")
+    return BesideTraining(run) if beside else AtTheEnd(run)
+
+
+def record(run: Run, metrics: dict[str, float], export_weights: Callable[[], None]) -> None:
+    """Fill the last finished epoch's metrics into its entry, and export its weights where they are the best so far.
+
+    Args:
+        run: of which between no and all steps of the next epoch are done.
+        metrics: of the validation split, keys prefixed with `eval_`; empty without one.
+        export_weights: called on the main rank.
+    """
+    progress = run.progress
+    entry = progress.history[-1]
+    entry.update(metrics)
+    best = best_entry(progress.history, f"eval_{run.settings.run.metric_for_best_model}") is entry
+    if best:
+        progress.best_epoch = int(entry["epoch"])
+        if run.accelerator.is_main_process:
+            export_weights()
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in entry.items() if key not in ("epoch", "peak_memory_bytes"))
+    logger.info("epoch %d: %s%s", entry["epoch"], shown, " (best so far)" if best else "")
+    evaluated = {f"eval/{key[5:]}": value for key, value in entry.items() if key.startswith("eval_")}
+    run.accelerator.log({**evaluated, "epoch": entry["epoch"]}, step=progress.global_step - progress.step_in_epoch)

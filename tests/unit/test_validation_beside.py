@@ -1,0 +1,382 @@
+"""Validation beside training: the run it would be without, and no step of it waits; and early stopping in both ways."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ds_wsi.bags.bag import FailureLog, ReadFailureError, ReadPolicy, TileDataset
+from ds_wsi.bags.cohort import Cohort, load_cohort
+from ds_wsi.bags.manifest import Manifest
+from ds_wsi.cli import main
+from ds_wsi.engines.accelerate import Accelerator
+from ds_wsi.evaluation import validator
+from ds_wsi.evaluation.predict import predict_slides, prediction_metrics
+from ds_wsi.evaluation.validator import ValidationResult, ValidationWork, Validator, ValidatorError
+from ds_wsi.models import load_model
+from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.log import logger
+from ds_wsi.slides import TilingPolicy
+from ds_wsi.slides.slide import SlideError, TileReadError
+from ds_wsi.training import loop, validation
+from ds_wsi.training.checkpoint import PENDING_WEIGHTS
+from ds_wsi.training.settings import RunSettings
+from ds_wsi.training.stopping import require_metric, stop_reason
+
+EPOCHS, STEPS = 3, 4
+TIMED = ("tiles_per_second", "peak_memory_bytes")
+PATIENCE_S = 6  # of a process that waits for an event, before it fails
+
+
+class Stop(Exception):  # noqa: N818
+    """Ends a run where a test wants it."""
+
+
+@pytest.fixture(scope="module")
+def tiles_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tiles")
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """The process is forked: it starts at once, and with what the test has patched."""
+    monkeypatch.setattr(validator, "CONTEXT", multiprocessing.get_context("fork"))
+
+
+def train(manifest, tiles_dir, folder, *more):
+    options = {"manifest": manifest, "tiles_dir": tiles_dir, "output_dir": folder, "tile_size_px": 64}
+    options |= {"encoder": "resnet10t", "num_train_epochs": EPOCHS, "dataloader_num_workers": 0, "learning_rate": 0.01}
+    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    assert main(["train", *given, *more]) == 0
+
+
+def history_of(folder):
+    """Without what is timed, in the order in which it is written."""
+    history = json.loads((Path(folder) / "history.json").read_text())
+    return [[(key, value) for key, value in entry.items() if key not in TIMED] for entry in history]
+
+
+@pytest.fixture(scope="module")
+def between(demo_manifest, tiles_dir, tmp_path_factory):
+    """A run that is validated between its epochs, as all others are compared with; it validates averaged weights."""
+    folder = tmp_path_factory.mktemp("between") / "run"
+    train(demo_manifest, tiles_dir, folder, "--ema_decay", "0.5", "--num_train_epochs", "2")
+    return folder
+
+
+def stop_after(monkeypatch, condition):
+    """Raise Stop after the first checkpoint of which the condition is true."""
+    save = loop.save
+
+    def save_and_stop(run):
+        save(run)
+        if condition(run.progress):
+            raise Stop
+
+    monkeypatch.setattr(loop, "save", save_and_stop)
+
+
+@pytest.mark.parametrize("kind", ["end of an epoch", "within an epoch"])
+def test_a_run_stopped_with_a_validation_pending_goes_on_to_the_same_end(
+    kind, between, demo_manifest, tiles_dir, tmp_path, forked, monkeypatch
+):
+    options = ("--ema_decay", "0.5", "--num_train_epochs", "2", "--save_steps", "3", "--validate_beside")
+    folder, within = tmp_path / "run", kind == "within an epoch"
+    with monkeypatch.context() as patch:
+        stop_after(patch, lambda progress: progress.epoch == 1 and bool(progress.step_in_epoch) == within)
+        with pytest.raises(Stop):
+            train(demo_manifest, tiles_dir, folder, *options)
+    newest = folder / f"checkpoint-{6 if within else 4}"
+    progress = json.loads((newest / "state.json").read_text())["progress"]
+    assert progress["pending"]
+    assert "eval_loss" not in progress["history"][-1]
+    assert (newest / PENDING_WEIGHTS).is_file()
+    assert not (folder / "model.safetensors").exists()
+    if within:
+        train(demo_manifest, tiles_dir, folder, *options, "--resume_from_checkpoint")
+        assert (folder / "predictions.csv").read_bytes() == (between / "predictions.csv").read_bytes()
+    else:  # validated between the epochs from here on
+        monkeypatch.setattr(
+            loop, "finish", lambda run, started: write_json(folder / "history.json", run.progress.history)
+        )
+        train(demo_manifest, tiles_dir, folder, *options[:-1], "--resume_from_checkpoint")
+    assert history_of(folder) == history_of(between)
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / name).read_bytes() == (between / name).read_bytes(), name
+    assert not list(folder.glob("*pending*"))
+
+
+def scripted(aucs, failures=None):
+    """Stands for the validation of weights: the n-th has the n-th AUC."""
+    left = iter(aucs)
+    return lambda *_: ValidationResult({"eval_loss": 0.1, "eval_auc": next(left)}, failures or {})
+
+
+def wait_for(path):
+    deadline = time.monotonic() + PATIENCE_S
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} did not happen"
+        time.sleep(0.01)
+
+
+def test_no_step_waits_and_each_epochs_result_and_weights_are_its_own(
+    demo_manifest, tiles_dir, tmp_path, forked, monkeypatch
+):
+    """Each validation ends only once the whole next epoch is trained: had a step waited, the run would stand still."""
+    answer, calls = scripted([0.5, 0.9, 0.1], {("S-1", 3, 4): "torn"}), iter(range(1, EPOCHS + 1))
+
+    def held_validation(work, weights, failures):
+        wait_for(tmp_path / f"release-{next(calls)}")
+        return answer()
+
+    seen, states, logged, last = [], [], [], {}
+    step, write, log = loop._train_step, validation.write_weights, Accelerator.log
+
+    def train_step(run, *arguments):
+        last["run"] = run
+        if run.progress.epoch:  # the epoch before is still being validated
+            assert run.progress.pending
+            seen.append("eval_loss" in run.progress.history[-1])
+        if run.progress.step_in_epoch == STEPS - 1:
+            (tmp_path / f"release-{run.progress.epoch}").touch()
+        return step(run, *arguments)
+
+    def write_weights(path, state):
+        states.append({name: value.clone() for name, value in state.items()})
+        write(path, state)
+        if len(states) == EPOCHS:
+            (tmp_path / f"release-{EPOCHS}").touch()
+
+    def keep_log(accelerator, values, step=None, **more):
+        logged.extend([(step, values["eval/auc"], values["epoch"])] if "eval/auc" in values else [])
+        log(accelerator, values, step=step, **more)
+
+    monkeypatch.setattr(validator, "_validate", held_validation)
+    monkeypatch.setattr(loop, "_train_step", train_step)
+    monkeypatch.setattr(validation, "write_weights", write_weights)
+    monkeypatch.setattr(Accelerator, "log", keep_log)
+    monkeypatch.setattr(loop, "finish", lambda run, started: {})
+    train(demo_manifest, tiles_dir, tmp_path / "run", "--validate_beside")
+    assert seen == [False] * (EPOCHS - 1) * STEPS
+    progress = last["run"].progress
+    assert [entry["eval_auc"] for entry in progress.history] == [0.5, 0.9, 0.1]
+    assert progress.best_epoch == 2
+    exported = load_file(tmp_path / "run" / "model.safetensors")
+    # The newest weights when its result came were the third epoch's.
+    assert all(torch.equal(exported[name], states[1][name]) for name in states[1])
+    assert not any(torch.equal(states[1][name], states[2][name]) for name in exported if name.endswith("weight"))
+    assert logged == [(STEPS, 0.5, 1), (2 * STEPS, 0.9, 2), (3 * STEPS, 0.1, 3)]
+    assert last["run"].failures.rows() == [{"slide_id": "S-1", "x": 3, "y": 4, "reason": "torn"}]
+
+
+@pytest.fixture(scope="module")
+def work(between, demo_manifest, tiles_dir):
+    cohort = load_cohort(demo_manifest, TilingPolicy(tile_size_px=64), tiles_dir=tiles_dir)
+    _, config = load_model(between)
+    rows = cohort.rows("validation")
+    return ValidationWork(config, cohort.manifest.slides, cohort.grids, rows, ReadPolicy(workers=1), "cpu")
+
+
+def gone(pid):
+    """Whether a process group has ended; it may take its watcher a second to find out."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_the_spawned_process_gives_the_callers_numbers_and_its_death_is_named(work, between):
+    process = Validator(work)
+    try:
+        process.submit(1, between / "model.safetensors")
+        model, _ = load_model(between)
+        failures = FailureLog(work.slides, work.grids, 0.0)
+        arguments = (model, work.slides, work.grids, work.rows, work.policy, failures)
+        assert process.wait() == (prediction_metrics(list(predict_slides(*arguments)), work.slides), {})
+        process.check()
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(ValidatorError, match=r"got death by SIGKILL \(process \d+ on cpu, idle\).*HINT: "):
+            process.check()
+    finally:
+        process.close()
+    assert gone(process.pid)
+
+
+def require_failure(work, weights, kind, words):
+    process = Validator(work)
+    try:
+        process.submit(3, weights)
+        with pytest.raises(kind, match=words):
+            process.wait()
+    finally:
+        process.close()
+    assert gone(process.pid)
+
+
+def test_a_failure_is_named_and_nothing_stays(work, forked, between, monkeypatch, tmp_path):
+    weights, last = between / "model.safetensors", work.slides[work.rows[-1]]
+    words = r"^the validation of epoch 3 beside training must succeed, got FileNotFoundError: .*\(process \d+.*HINT"
+    require_failure(work, tmp_path / "none", ValidatorError, words)
+    work = replace(work, policy=ReadPolicy(workers=0, max_failed_fraction=1.0))
+    slides = [replace(slide, path=tmp_path / "none") if slide is last else slide for slide in work.slides]
+    words = rf"^slide must be a file, got none \(slide {last.slide_id}, .*HINT"
+    require_failure(replace(work, slides=slides), weights, SlideError, words)
+
+    def fail(self, entry, grid, row, out):
+        raise TileReadError(entry.slide_id, 0, 0, OSError("torn"))
+
+    monkeypatch.setattr(TileDataset, "_read", fail)
+    require_failure(work, weights, ReadFailureError, r"^slide demo_\d+ must have a readable tile, all .*HINT")
+
+
+def test_tiles_that_could_not_be_read_are_told(work, forked, between, monkeypatch):
+    read, row = TileDataset._read, work.rows[-1]
+
+    def fail_first(self, entry, grid, tile, out):
+        if (entry.slide_id, tile) == (work.slides[row].slide_id, 0):
+            raise TileReadError(entry.slide_id, 0, 0, OSError("torn"))
+        read(self, entry, grid, tile, out)
+
+    monkeypatch.setattr(TileDataset, "_read", fail_first)
+    process = Validator(replace(work, policy=ReadPolicy(workers=0, max_failed_fraction=0.5)))
+    try:
+        process.submit(1, between / "model.safetensors")
+        failures = process.wait().failures
+    finally:
+        process.close()
+    assert list(failures) == [(work.slides[row].slide_id, *work.grids[row].coords[0].tolist())]
+    assert "torn" in next(iter(failures.values()))
+
+
+def test_a_process_whose_trainer_is_killed_ends(work, forked, monkeypatch, tmp_path):
+    monkeypatch.setattr(validator, "_validate", lambda *_: time.sleep(PATIENCE_S))
+
+    def trainer():
+        process = Validator(work)
+        process.submit(1, tmp_path / "none")
+        (tmp_path / "part").write_text(str(process.pid))
+        (tmp_path / "part").rename(tmp_path / "pid")
+        time.sleep(PATIENCE_S)
+
+    started = multiprocessing.get_context("fork").Process(target=trainer)
+    started.start()
+    wait_for(tmp_path / "pid")
+    started.kill()
+    started.join()
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_death_stops_the_run_within_the_next_epoch(demo_manifest, tiles_dir, tmp_path, forked, monkeypatch):
+    monkeypatch.setattr(validator, "_validate", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    step, started, steps = loop._train_step, [], []
+
+    def start(work):
+        started.append(Validator(work))
+        return started[0]
+
+    def train_step(run, *arguments):
+        if run.progress.epoch:
+            os.waitid(os.P_PID, started[0].pid, os.WEXITED | os.WNOWAIT)
+            steps.append(run.progress.step_in_epoch)
+        return step(run, *arguments)
+
+    monkeypatch.setattr(validation, "Validator", start)
+    monkeypatch.setattr(loop, "_train_step", train_step)
+    with pytest.raises(ValidatorError, match=r"death by SIGKILL .*, validating epoch 1"):
+        train(demo_manifest, tiles_dir, tmp_path / "run", "--validate_beside")
+    assert steps == [0]
+    assert gone(started[0].pid)
+
+
+@pytest.mark.parametrize(
+    ("device", "words"), [("gpu", "device of torch's, got 'gpu'"), ("cuda:99", "device of this machine, got 'cuda:99'")]
+)
+def test_a_device_that_is_not_there_is_refused(device, words, work):
+    with pytest.raises(ValueError, match=rf"--validation_device must be a {words}.*HINT"):
+        Validator(replace(work, device=device))
+
+
+def entries(*aucs):
+    """A history in which the last epochs may not be validated yet: None."""
+    validated = [{"epoch": n, "eval_loss": 1.0, "eval_auc": auc} for n, auc in enumerate(aucs, 1)]
+    return [entry if entry["eval_auc"] is not None else {"epoch": entry["epoch"]} for entry in validated]
+
+
+@pytest.mark.parametrize(
+    ("aucs", "patience", "stops"),
+    [
+        ((), 1, False),
+        ((0.5,), 1, False),
+        ((0.5, 0.6), 1, False),
+        ((0.5, 0.5), 1, True),  # as good is no improvement
+        ((0.5, 0.4), 2, False),
+        ((0.5, 0.4, 0.5), 2, True),
+        ((0.5, 0.4, 0.6), 2, False),
+        ((0.5, 0.4, None), 2, False),  # not validated yet
+        ((0.5, 0.4, 0.3, 0.2), 0, False),
+    ],
+)
+def test_the_history_decides_when_to_stop(aucs, patience, stops):
+    reason = stop_reason(entries(*aucs), "eval_auc", patience)
+    assert (reason is not None) == stops
+    if stops:
+        assert reason.startswith(f"eval_auc has not risen above 0.5 of epoch 1 in {patience} epochs (--early_stopping")
+
+
+@pytest.mark.parametrize(("way", "trained"), [("between", 3), ("beside", 4)])
+def test_early_stopping_ends_the_run_and_a_resumed_one(
+    way, trained, demo_manifest, tiles_dir, tmp_path, forked, monkeypatch, caplog
+):
+    """Beside training the last epoch is trained before the one before it is known to be the last."""
+    aucs, ended = [0.5, 0.9, 0.8, 0.95, 0.2], []
+
+    def train_epoch(run, *_):
+        run.progress.global_step += 1
+        return {"epoch": run.progress.epoch + 1, "train_loss": 1.0}
+
+    monkeypatch.setattr(loop, "_train_epoch", train_epoch)
+    monkeypatch.setattr(validator, "_validate", scripted(aucs))
+    between = scripted(aucs)
+    monkeypatch.setattr(validation, "validate", lambda run, state: between().metrics)
+    monkeypatch.setattr(loop, "finish", lambda run, started: ended.append(run.progress) or {})
+    options = ["--num_train_epochs", "5", "--early_stopping_patience", "1", "--save_total_limit", "9"]
+    options += ["--validate_beside"] * (way == "beside")
+    with caplog.at_level("INFO", logger="ds_wsi"):
+        logger.propagate = True
+        train(demo_manifest, tiles_dir, tmp_path / "run", *options)
+    # What was trained meanwhile counts: it may be the best.
+    assert [entry["eval_auc"] for entry in ended[0].history] == aucs[:trained]
+    assert ended[0].best_epoch == (4 if way == "beside" else 2)
+    assert f"early stopping after epoch {trained}: eval_auc has not risen above 0.9 of epoch 2 in 1 ep" in caplog.text
+    monkeypatch.setattr(validator, "_validate", scripted(aucs[trained - 1 :]))
+    monkeypatch.setattr(loop, "_train_epoch", None)
+    train(demo_manifest, tiles_dir, tmp_path / "run", *options, "--resume_from_checkpoint")
+    assert vars(ended[1]) == vars(ended[0])
+
+
+def test_early_stopping_needs_a_metric_to_watch(work):
+    slides = tuple(replace(slide, label=0) if slide.split == "validation" else slide for slide in work.slides)
+    manifest = Manifest(slides, ("a", "b"))
+    with pytest.raises(ValueError, match=r"needs a validation split that defines auc, got slides of one class.*HINT"):
+        require_metric(RunSettings(early_stopping_patience=2), Cohort(manifest, work.grids))
+    require_metric(
+        RunSettings(early_stopping_patience=2, metric_for_best_model="accuracy"), Cohort(manifest, work.grids)
+    )
+    manifest = replace(manifest, slides=tuple(replace(slide, split="train") for slide in slides))
+    with pytest.raises(
+        ValueError, match=r"--early_stopping_patience 2 must be given with a validation split, got none"
+    ):
+        require_metric(RunSettings(early_stopping_patience=2), Cohort(manifest, work.grids))
+    require_metric(RunSettings(), Cohort(manifest, work.grids))
