@@ -1,7 +1,7 @@
 """Tile encoders, slide aggregators, and the two together: plain modules, features are applied from outside."""
 
 from ds_wsi.models.aggregators import AGGREGATORS, build_aggregator
-from ds_wsi.models.config import ModelConfig, build_model, load_model
+from ds_wsi.models.config import ModelConfig, build_model, load_model, save_model
 from ds_wsi.models.encoder import build_encoder, freeze, load_encoder_weights
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.models.slide_model import SlideModel
@@ -17,4 +17,5 @@ __all__ = [
     "freeze",
     "load_encoder_weights",
     "load_model",
+    "save_model",
 ]

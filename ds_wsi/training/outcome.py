@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ds_wsi.bags.sampler import deal_by_cost
@@ -12,9 +11,9 @@ from ds_wsi.engines.accelerate import CommHandle, gather_object
 from ds_wsi.evaluation.metrics import slide_metrics
 from ds_wsi.evaluation.predict import SlidePrediction, predict_slides
 from ds_wsi.evaluation.results import write_results
-from ds_wsi.models import SlideModel, build_model, load_model
+from ds_wsi.models import SlideModel, build_model, load_model, save_model
 from ds_wsi.runtime.environment import environment
-from ds_wsi.runtime.files import atomic_path, write_json
+from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.run import Run
 from ds_wsi.training.settings import TrainSettings
@@ -78,9 +77,7 @@ def best_entry(history: list[dict[str, float]], metric: str) -> dict[str, float]
 
 def export(run: Run, state: dict[str, torch.Tensor]) -> None:
     """Write config.json and model.safetensors, each atomically."""
-    run.config.write(run.output_dir / "config.json")
-    with atomic_path(run.output_dir / "model.safetensors") as temporary:
-        save_file({name: value.contiguous() for name, value in state.items()}, temporary, {"format": "pt"})
+    save_model(run.output_dir, run.config, state)
 
 
 def finish(run: Run, started: float) -> dict[str, Any]:
