@@ -98,7 +98,7 @@ def make_trainer(engine, bags, kind, accumulation=1, *, plain=False, dropout=0.0
     from transformers import Trainer, TrainingArguments
 
     from ds_wsi.engines import cpu
-    from ds_wsi.engines.trainer import SlideTrainer
+    from ds_wsi.engines.trainer import CommHookCallback, SlideTrainer, apply_policies
     from ds_wsi.engines.transformers import SlideCollator, SlideModelConfig, SlideModelForSlideClassification
 
     forget()
@@ -136,8 +136,14 @@ def make_trainer(engine, bags, kind, accumulation=1, *, plain=False, dropout=0.0
     arguments = TrainingArguments(deepspeed=config, **arguments)
     if model is None:
         model = SlideModelForSlideClassification(SlideModelConfig.of(CONFIG), make_slide_model(kind, dropout))
-    kind = Trainer if plain else SlideTrainer
-    return kind(model, arguments, data_collator=SlideCollator(), train_dataset=bags, eval_dataset=bags)
+    data = {"data_collator": SlideCollator(), "train_dataset": bags, "eval_dataset": bags}
+    if not plain:
+        return SlideTrainer(model, arguments, **data)
+    apply_policies(model, arguments)
+    trainer = Trainer(model, arguments, **data)
+    trainer.comm = CommHookCallback(trainer)
+    trainer.add_callback(trainer.comm)
+    return trainer
 
 
 def weights(trainer):
@@ -160,12 +166,15 @@ def train_cases(cases):
     found = []
     for engine, kind, accumulation, n_bags, plain in cases:
         section = SECTION if (engine, kind) == ("zero2", "tiles") else None
+        if plain and engine == "zero2":
+            section = {"compression": {"hook": "allreduce"}}
         bags = make_bags(kind, n_bags)
         trainer = make_trainer(engine, bags, kind, accumulation, plain=plain, section=section)
         trainer.train()
         assert wrapped_as(trainer) == engine
-        if section is not None:
+        if section is SECTION:
             assert isinstance(trainer.model.slide_model.encoder.forward, PartitionedForward)
+        assert (trainer.comm.handle is not None) == (section is not None and "compression" in section)
         found.append(weights(trainer))
     forget()
     return found

@@ -1,7 +1,7 @@
 """SlideModels as Transformers models: saved, loaded, converted, collated; what cannot be right is refused."""
 
 import gc
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import datasets
 import pytest
@@ -220,3 +220,30 @@ def test_sections_that_the_trainer_cannot_follow_are_refused(section, words):
     given.deepspeed_plugin.deepspeed_config = {"ds_wsi": section}
     with pytest.raises(ValueError, match=words):
         apply_policies(make(), given)
+
+
+def test_a_deepspeed_config_that_would_do_something_else_is_refused(tmp_path):
+    rows = [{"tiles": bag, "labels": 1} for bag in tiles(2, 2)]
+
+    def refused(config, words, **options):
+        given = arguments(tmp_path, **options)
+        given.deepspeed_plugin = type("Plugin", (), {"deepspeed_config": config})
+        with pytest.raises(ValueError, match=words):
+            SlideTrainer(make(), given, train_dataset=rows)
+
+    refused({}, r"average_tokens", average_tokens_across_devices=False)
+    stage = {"zero_optimization": {"stage": 2}}
+    refused(stage, r"gradient_clipping of the DeepSpeed config must be there", max_grad_norm=0)
+    refused(stage | {"bf16": {"enabled": True}}, r"bf16 must be off for BatchNorm under DeepSpeed.*torch_autocast")
+
+
+def test_a_stacking_policy_needs_lengths_and_its_workers(tmp_path):
+    rows = [{"tiles": bag, "labels": 1} for bag in tiles(2, 2)]
+    trainer = SlideTrainer(make(), arguments(tmp_path, gradient_accumulation_steps=2), train_dataset=rows)
+    for stacking, words in (
+        (StackingPolicy(bags_per_step=2), r"train_dataset must have an attribute lengths, or a column 'length'"),
+        (StackingPolicy(virtual_workers=3), r"virtual_workers must be gradient_accumulation_steps, 2, got 3"),
+    ):
+        trainer.policies = replace(trainer.policies, stacking=stacking)
+        with pytest.raises(ValueError, match=words):
+            trainer.get_train_dataloader()
