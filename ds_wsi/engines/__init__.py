@@ -1,1 +1,1 @@
-"""The only importers of DeepSpeed and Accelerate."""
+"""The only importers of DeepSpeed, Accelerate and Transformers."""

@@ -53,3 +53,22 @@ def set_single_process_variables() -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+
+
+def trainer_arguments(*, deepspeed: bool = False) -> dict[str, Any]:
+    """What `TrainingArguments` must be given on a machine without a GPU; call it before they are made.
+
+    Without it Accelerate looks for oneCCL or MPI and believes in one process, and under DeepSpeed does not find that
+    it is there. Empty where there is a GPU.
+    """
+    if not without_gpu():
+        return {}
+    if not deepspeed:
+        return {"use_cpu": True, **({"ddp_backend": "gloo"} if "LOCAL_RANK" in os.environ else {})}
+    from accelerate import PartialState
+
+    set_single_process_variables()
+    skip_shm_op()
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    return {"accelerator_config": {"use_configured_state": True}}

@@ -71,7 +71,7 @@ def gather_as_one(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), PartitionedForward):
             set_z3_leaf_module(module, True)
-        elif getattr(module, "packed", True) is False:
+        elif getattr(module, "packed", True) is False and not isinstance(module.__dict__.get("forward"), _TiedForward):
             set_z3_leaf_module(module, True)
             module.forward = _TiedForward(module.forward)
             module.register_forward_pre_hook(_give_tie)

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from ds_wsi.models.aggregators import build_aggregator
 from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, NoEncoder, build_encoder
 from ds_wsi.models.slide_model import SlideModel
-from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.files import atomic_path, write_json
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,26 @@ class ModelConfig:
             raise ValueError(f"the model's folder must hold config.json, got none at {path}")
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format", None) != "ds_wsi.SlideModel" or values.pop("version", None) != 1:
-            raise ValueError(f"config.json must be of format ds_wsi.SlideModel version 1, got another ({path})")
+            raise ValueError(
+                f"config.json must be of format ds_wsi.SlideModel version 1, got another ({path}). HINT: what "
+                "save_pretrained wrote is read by ds_wsi.engines.transformers.SlideModelForSlideClassification"
+            )
+        return cls.from_values(values, str(path))
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], place: str) -> "ModelConfig":
+        """From `asdict`'s values, with lists where JSON has no tuples; `place` is named in errors.
+
+        Raises:
+            ValueError: a key is missing or unknown.
+        """
         known = {field.name for field in fields(cls)}
         if set(values) != known:
-            raise ValueError(f"config.json must hold the keys {sorted(known)}, got {sorted(values)} ({path})")
-        for key in ("classes", "mean", "std"):
-            values[key] = tuple(values[key])
-        return cls(**values)
+            raise ValueError(f"config.json must hold the keys {sorted(known)}, got {sorted(values)} ({place})")
+        fitted: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fitted)
 
 
 def build_model(config: ModelConfig, encoder_weights: str | Path | None = None) -> SlideModel:
@@ -99,6 +112,19 @@ def load_model(directory: str | Path) -> tuple[SlideModel, ModelConfig]:
         raise ValueError(f"the model's folder must hold model.safetensors, got none at {weights}")
     model.load_state_dict(load_file(weights))
     return model.eval(), config
+
+
+def save_model(directory: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
+    """Write config.json and model.safetensors, each atomically: what `load_model` reads."""
+    directory = Path(directory)
+    config.write(directory / "config.json")
+    save_weights(directory / "model.safetensors", state)
+
+
+def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """Write whole weights as safetensors, atomically."""
+    with atomic_path(path) as temporary:
+        save_file({name: value.contiguous() for name, value in state.items()}, temporary, {"format": "pt"})
 
 
 def _input_size(encoder: str, tile_size_px: int) -> dict[str, object]:

@@ -13,6 +13,7 @@ from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles,
 from ds_wsi.engines.accelerate import average_buffers
 from ds_wsi.engines.deepspeed import full_state_dict
 from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
+from ds_wsi.models.loss import stack_loss
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.runtime.ranks import watch_ranks
@@ -26,7 +27,7 @@ from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta
 from ds_wsi.training.outcome import finish
 from ds_wsi.training.run import Run, prepare_run, resume, save
 from ds_wsi.training.settings import TrainSettings
-from ds_wsi.training.step import bag_weight, blank_tile, idle_loss, stack_loss
+from ds_wsi.training.step import bag_weight, blank_tile, idle_loss
 from ds_wsi.training.stopping import stop_reason
 from ds_wsi.training.validation import AtTheEnd, BesideTraining, validation_of
 

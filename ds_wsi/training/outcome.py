@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ds_wsi.bags.sampler import deal_by_cost
@@ -14,9 +13,9 @@ from ds_wsi.engines.accelerate import CommHandle, gather_object
 from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction, predict_slides, prediction_metrics
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.results import write_results
-from ds_wsi.models import SlideModel, build_model, load_model
+from ds_wsi.models import SlideModel, build_model, load_model, save_model
 from ds_wsi.runtime.environment import environment
-from ds_wsi.runtime.files import atomic_path, sync_directory, write_json
+from ds_wsi.runtime.files import sync_directory, write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.record import run_record
 from ds_wsi.training.run import Run
@@ -82,21 +81,14 @@ def best_entry(history: list[dict[str, float]], metric: str) -> dict[str, float]
 
 def export(run: Run, state: dict[str, torch.Tensor]) -> None:
     """Write config.json and model.safetensors, each atomically."""
-    run.config.write(run.output_dir / "config.json")
-    write_weights(run.output_dir / "model.safetensors", state)
+    save_model(run.output_dir, run.config, state)
 
 
 def export_file(run: Run, weights: Path) -> None:
-    """As `export`, of weights that `write_weights` wrote in the run's folder, whose file is moved."""
+    """As `export`, of a file of weights in the run's folder, which is moved."""
     run.config.write(run.output_dir / "config.json")
     os.replace(weights, run.output_dir / "model.safetensors")
     sync_directory(run.output_dir)
-
-
-def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write whole weights as safetensors, atomically."""
-    with atomic_path(path) as temporary:
-        save_file({name: value.contiguous() for name, value in state.items()}, temporary, {"format": "pt"})
 
 
 def finish(run: Run, started: float) -> dict[str, Any]:

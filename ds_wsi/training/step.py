@@ -1,11 +1,10 @@
 """One micro-step: the stack's loss, weighted so that the engine's mean is the mean over the step's bags."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_wsi.models.loss import stack_loss
 from ds_wsi.models.output import SlideOutput
-from ds_wsi.stacking.segment_ops import widened
 from ds_wsi.stacking.stacked_bags import StackedBags, stack_bags
 
 
@@ -15,15 +14,6 @@ def bag_weight(bags_in_step: int, world_size: int, accumulation: int) -> float:
     With it the gradient is (1 / B) sum_b grad l_b over the step's B bags, however unevenly they lie on the ranks.
     """
     return world_size * accumulation / bags_in_step
-
-
-def stack_loss(output: SlideOutput, labels: Tensor) -> Tensor:
-    """Sum over the bags of the cross-entropy of logits [B, C] and labels int64 [B], in float32 or float64.
-
-    The aggregator's auxiliary loss, where it has one, is in the sum.
-    """
-    loss = F.cross_entropy(widened(output.logits), labels, reduction="sum")
-    return loss if output.auxiliary_loss is None else loss + widened(output.auxiliary_loss).sum()
 
 
 def blank_tile(tile_size_px: int, device: torch.device) -> Tensor:

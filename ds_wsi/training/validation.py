@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from ds_wsi.engines.accelerate import broadcast_object_list
 from ds_wsi.evaluation.validator import ValidationResult, ValidationWork, Validator
+from ds_wsi.models import save_weights
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.checkpoint import PENDING_WEIGHTS
-from ds_wsi.training.outcome import best_entry, export, export_file, share_failures, validate, write_weights
+from ds_wsi.training.outcome import best_entry, export, export_file, share_failures, validate
 from ds_wsi.training.run import Run
 
 
@@ -108,7 +109,7 @@ class BesideTraining:
         """Start to validate the whole weights of the epoch that ended."""
         run = self.run
         if self.validator is not None:
-            write_weights(run.output_dir / PENDING_WEIGHTS, state)
+            save_weights(run.output_dir / PENDING_WEIGHTS, state)
             self.validator.submit(run.progress.epoch, run.output_dir / PENDING_WEIGHTS)
         run.progress.pending = True
         logger.info(

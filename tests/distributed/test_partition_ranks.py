@@ -17,11 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_wsi.models import SlideModel, build_aggregator
+from ds_wsi.models.loss import stack_loss
 from ds_wsi.partition import PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.partition.norm import NormSite
 from ds_wsi.partition.policy import MODES
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.step import blank_tile, idle_loss, stack_loss
+from ds_wsi.training.step import blank_tile, idle_loss
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed

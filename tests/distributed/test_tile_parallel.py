@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_wsi.models import SlideModel, build_aggregator
+from ds_wsi.models.loss import stack_loss
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.stacking import StackedBags, stack_bags
 from ds_wsi.tile_parallel import TileMesh, TileParallelPolicy, collectives, shard_tiles, stream_bag, tile_mesh
-from ds_wsi.training.step import stack_loss
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 
 from ds_wsi.bags.sampler import plan_epoch
 from ds_wsi.models import SlideModel, build_aggregator
+from ds_wsi.models.loss import stack_loss
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.runtime.seeding import step_seed
 from ds_wsi.stacking import stack_bags
 from ds_wsi.stacking.packs import pack_bags
 from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.stacking.randomness import bag_randomness, key_dropouts
-from ds_wsi.training.step import bag_weight, blank_tile, idle_loss, stack_loss
+from ds_wsi.training.step import bag_weight, blank_tile, idle_loss
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed

@@ -47,6 +47,46 @@ def test_the_partition_example_runs_within_its_budget(capsys):
     assert "segment up to" in capsys.readouterr().out
 
 
+@pytest.fixture
+def _no_accelerator_left():
+    yield
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.usefixtures("_no_accelerator_left")
+def test_the_trainer_example_runs(tmp_path, monkeypatch):
+    (code,) = [block for block in blocks("python") if "SlideTrainer" in block]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"bag": torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8)}
+    exec("from ds_wsi import TilingPolicy\n" + code.replace("256", "64").replace("bag[:10]", "bag[:2]"), names)
+    assert names["trainer"].state.global_step == 3
+    found = names["SlideModelForSlideClassification"].from_pretrained(tmp_path / "runs/hf/model")
+    theirs = names["model"].state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in found.state_dict().items())
+
+
+@pytest.mark.usefixtures("_no_accelerator_left")
+def test_both_sides_of_the_diff_train():
+    class ABMIL(torch.nn.Linear):
+        def __init__(self, width, num_classes):
+            super().__init__(width, num_classes)
+
+        def forward(self, features):
+            return super().forward(features.mean(0, keepdim=True))
+
+    (diff,) = blocks("diff")
+    dataset = [(torch.randn(3 + index, 1024), index % 2, f"slide_{index}") for index in range(9)]
+    for sign in "-+":
+        names: dict = {"dataset": dataset, "ABMIL": ABMIL}
+        exec("\n".join(line[1:] for line in diff.splitlines() if line[:1] in ("", " ", sign)), names)
+        assert names["loss"].isfinite()
+        assert len(names["optimizer"].state) > 0
+    assert names["labels"].shape == (1,)  # nine bags are eight and one
+
+
 def test_every_public_name_is_listed():
     for name in ds_wsi.__all__:
         assert f"`{name}`" in README, name

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_wsi.models import AGGREGATORS, SlideModel, build_aggregator
+from ds_wsi.models.loss import stack_loss
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.step import stack_loss
 
 DIM, CLASSES = 6, 3
 LENGTHS = (3, 1, 17, 8)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from ds_wsi.models import AGGREGATORS, SlideModel, build_aggregator, build_encoder, freeze
+from ds_wsi.models.loss import stack_loss
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.step import bag_weight, blank_tile, idle_loss, stack_loss
+from ds_wsi.training.step import bag_weight, blank_tile, idle_loss
 
 SIZES = (3, 1, 6)
 

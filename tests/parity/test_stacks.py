@@ -7,11 +7,11 @@ import torch
 
 from ds_wsi.models import SlideOutput, build_aggregator
 from ds_wsi.models.aggregators import AGGREGATORS
+from ds_wsi.models.loss import stack_loss
 from ds_wsi.stacking import stack_bags
 from ds_wsi.stacking.frameworks import pad_bags, sample_bag
 from ds_wsi.stacking.packs import pack_bags
 from ds_wsi.stacking.randomness import bag_randomness, key_dropouts
-from ds_wsi.training.step import stack_loss
 
 LENGTHS = (3, 17, 1, 8, 30, 2)
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0])

@@ -1,0 +1,22 @@
+"""The loss of a stack of bags."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_wsi.models.output import SlideOutput
+from ds_wsi.stacking.segment_ops import widened
+
+IGNORED_LABEL = -100  # torch's and the HF Trainer's: such a bag is in no sum and in no count
+
+
+def stack_loss(output: SlideOutput, labels: Tensor) -> Tensor:
+    """Sum over the bags of the cross-entropy of logits [B, C] and labels int64 [B], in float32 or float64.
+
+    The aggregator's auxiliary loss, where it has one, is in the sum. A bag labelled `IGNORED_LABEL` is not.
+    """
+    loss = F.cross_entropy(widened(output.logits), labels, reduction="sum", ignore_index=IGNORED_LABEL)
+    if output.auxiliary_loss is None:
+        return loss
+    auxiliary = widened(output.auxiliary_loss)
+    return loss + torch.where(labels == IGNORED_LABEL, torch.zeros_like(auxiliary), auxiliary).sum()
