@@ -27,7 +27,7 @@ from ds_wsi.engines.accelerate import (
 from ds_wsi.engines.deepspeed import is_zero3
 from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.evaluation.metrics import METRIC_NAMES
-from ds_wsi.models import ModelConfig, SlideModel, SlideOutput, build_model, freeze
+from ds_wsi.models import ModelConfig, SlideModel, SlideOutput
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.demo import make_demo
@@ -37,6 +37,7 @@ from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
 from ds_wsi.tile_parallel.shard import Handle
 from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from ds_wsi.training.model import build_slide_model
 from ds_wsi.training.optim import WeightAverage
 from ds_wsi.training.settings import TrainSettings
 
@@ -110,6 +111,11 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         )
     if settings.policies.tile_parallel.size > 1 and settings.policies.stacking.framework == "padding":
         raise ValueError('framework must not be "padding" where ranks share bags, got tile_parallel.size > 1')
+    if settings.model.freeze_encoder_epochs >= settings.optim.num_train_epochs:
+        raise ValueError(
+            f"--freeze_encoder_epochs must be less than --num_train_epochs, {settings.optim.num_train_epochs}, got "
+            f"{settings.model.freeze_encoder_epochs}. HINT: --freeze_encoder never trains the encoder."
+        )
     engine = _engine_settings(settings)
     accelerator = build_accelerator(engine, Path(settings.run.output_dir or "runs"), deepspeed_config)
     output_dir = _output_dir(settings, accelerator)
@@ -118,17 +124,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     cohort = _load_cohort(settings, accelerator, output_dir)
     _require_splits(cohort)
     require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.grids)
-    config = ModelConfig(
-        encoder=settings.model.encoder,
-        aggregator=settings.model.aggregator,
-        classes=cohort.manifest.classes,
-        tiling=asdict(settings.policies.tiling),
-        dropout=settings.model.dropout,
-    )
-    torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
-    module = build_model(config, settings.model.encoder_weights)
-    if settings.model.freeze_encoder:
-        freeze(module.encoder)
+    config, module = build_slide_model(settings, accelerator, cohort.manifest.classes)
     key_dropouts(module.aggregator)
     stacking = settings.policies.stacking
     if stacking.framework == "padding":
@@ -139,7 +135,13 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     mesh = tile_mesh(sharing_policy.size, accelerator.device.type)
     sharing = shard_tiles(module, mesh, sharing_policy)
     _partition(module, settings, cohort, accelerator, mesh)
-    model, optimizer = prepare(accelerator, module, engine)
+    warms_up = settings.model.freeze_encoder_epochs > 0
+    model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if warms_up else None)
+    if warms_up and is_zero3(module):
+        raise ValueError(
+            "--freeze_encoder_epochs must be 0 at ZeRO stage 3, whose parameters cannot be held back, got "
+            f"{settings.model.freeze_encoder_epochs}. HINT: take stage 2."
+        )
     comm = attach_hook(accelerator, model, settings.policies.compression)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction)
     accelerator.init_trackers("tensorboard", config=_flat(settings))
@@ -302,8 +304,14 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "ema_decay": optim.ema_decay,
         # The hook that is in use, for "auto" may find another link.
         "comm_hook": None if run.comm is None else f"{run.comm.name}, keep {run.settings.policies.compression.keep:g}",
-        "freeze_encoder": run.settings.model.freeze_encoder,
+        **{
+            name: getattr(run.settings.model, name)
+            for name in ("freeze_encoder", "freeze_until", "freeze_encoder_epochs", "lora_rank", "lora_alpha")
+        },
+        "lora_targets": list(run.settings.model.lora_targets),
+        "augment": asdict(run.settings.policies.augment),
         "encoder": run.config.encoder,
+        "encoder_features": run.config.encoder_features,
         "aggregator": run.config.aggregator,
         "tiling": json.loads(json.dumps(run.config.tiling)),  # as the checkpoint's JSON has it: tuples are lists
         "training_slides": len(run.cohort.rows("train")),
