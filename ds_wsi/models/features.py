@@ -71,10 +71,11 @@ def features_shape(encoder: nn.Module, tile_size_px: int) -> tuple[int, ...]:
         ValueError: it takes no tiles of this size.
     """
     flags = [(part, part.training) for part in encoder.modules()]
+    like = next(encoder.parameters())
     encoder.eval()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            out = encoder(torch.empty(1, 3, tile_size_px, tile_size_px, device=next(encoder.parameters()).device))
+            out = encoder(torch.empty(1, 3, tile_size_px, tile_size_px, device=like.device, dtype=like.dtype))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(

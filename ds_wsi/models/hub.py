@@ -183,8 +183,8 @@ def resolve_encoder(name: str) -> EncoderSource:
             )
     except (OSError, EntryNotFoundError, KeyError, json.JSONDecodeError) as error:
         raise _not_loaded(name, error) from error
-    # Ours: no classifier, and the pooling that the features ask for.
-    own = {key: value for key, value in (options or {}).items() if key not in ("num_classes", "global_pool")}
+    # No classifier, and the features decide on no pooling.
+    own = {key: value for key, value in (options or {}).items() if key != "num_classes" and value != ""}
     return _source(name, architecture, cfg, own)
 
 

@@ -116,15 +116,16 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         if default is not None and kind != FLAG:
             text = f"{text} (default: {default})"
         how: dict[str, Any] = {"dest": place, "default": argparse.SUPPRESS, "help": text}
-        if kind == FLAG:
+        if kind in (FLAG, SWITCH):
             how["action"] = "store_true"
-        elif kind == SWITCH:
-            how["action"] = argparse.BooleanOptionalAction
         elif isinstance(kind, tuple):
             how["choices"] = kind
         else:
             how |= {"type": kind, "metavar": leaf.upper()}
         parser.add_argument(*spellings(name), **how)
+        if kind == SWITCH:
+            off = {**how, "action": "store_false", "help": f"without: {text}"}
+            parser.add_argument(*spellings(f"no_{name}"), **off)
     parser.add_argument(
         *spellings("resume_from_checkpoint"),
         dest="run.resume_from_checkpoint",
