@@ -3,6 +3,7 @@
 import difflib
 import pickle
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -24,8 +25,8 @@ def build_encoder(
     *,
     source: str | None = None,
     features: str = "pooled",
-    tile_size_px: int = 224,
-    **options: object,
+    tile_size_px: int | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Build a timm model without its classifier: tiles [N, 3, S, S] -> features [N, num_features].
 
@@ -35,7 +36,7 @@ def build_encoder(
         source: what timm downloads pretrained weights by, in place of `weights`: a model's name, `hf-hub:ORG/NAME`,
             `local-dir:PATH`.
         features: what leaves the encoder, one of `FEATURES`.
-        tile_size_px: S, on which the width of flattened features depends.
+        tile_size_px: S, on which the width of flattened features depends; by default the option `img_size`, or 224.
         options: passed to `timm.create_model`.
 
     Raises:
@@ -54,7 +55,7 @@ def build_encoder(
         encoder = build_from_hub(source, **options)
     else:
         encoder = timm.create_model(name, pretrained=False, num_classes=0, **layers_by_name(options))
-    set_features(encoder, features, tile_size_px)
+    set_features(encoder, features, tile_size_px or options.get("img_size") or 224)
     if weights is not None:
         load_encoder_weights(encoder, weights)
     return encoder

@@ -28,6 +28,10 @@ def tiles(count=5, side=32, dtype=torch.float64):
     return torch.randn(count, 3, side, side, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
+def small_resnet(**options):
+    return build_encoder("resnet10t", channels=(8, 16, 16, 32), **options)
+
+
 def lively(encoder):
     """With norms that pass gradients: timm's last one of a block is zero at first."""
     for part in encoder.modules():
@@ -39,14 +43,14 @@ def lively(encoder):
 class TestFeatures:
     def test_flattened_is_the_map_before_the_pooling_and_keeps_the_weights_names(self):
         torch.manual_seed(0)
-        flat = build_encoder("resnet10t", features="flattened", tile_size_px=64).eval()
-        pooled = build_encoder("resnet10t", features="pooled").eval()
-        assert flat.num_features == 512 * 2 * 2
-        assert features_shape(flat, 256) == (1, 32_768)  # the paper's
+        flat = small_resnet(features="flattened", tile_size_px=64).eval()
+        pooled = small_resnet(features="pooled").eval()
+        assert flat.num_features == 32 * 2 * 2
+        assert features_shape(flat, 256) == (1, 32 * 8 * 8)  # the paper's map at 256 px, of 512 channels there
         pooled.load_state_dict(flat.state_dict())
         x = tiles(2, 64, torch.float32)
         torch.testing.assert_close(flat(x), pooled.forward_features(x).flatten(1))
-        torch.testing.assert_close(flat(x).view(2, 512, -1).mean(-1), pooled(x))
+        torch.testing.assert_close(flat(x).view(2, 32, -1).mean(-1), pooled(x))
 
     @pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])
     def test_widths_are_those_of_what_comes_out(self, name):
@@ -80,18 +84,18 @@ class TestFeatures:
 
     def test_nothing_else_changes_while_the_width_is_found(self):
         torch.manual_seed(3)
-        encoder = build_encoder("resnet10t")
+        encoder = small_resnet()
         state = torch.get_rng_state()
         torch.manual_seed(3)
-        plain = timm.create_model("resnet10t", num_classes=0)
+        plain = timm.create_model("resnet10t", num_classes=0, channels=(8, 16, 16, 32))
         assert torch.equal(torch.get_rng_state(), state)
         assert encoder.training
         assert all(torch.equal(one, plain.state_dict()[name]) for name, one in encoder.state_dict().items())
 
     def test_partitioned_it_computes_the_same(self):
         torch.manual_seed(0)
-        plain = lively(build_encoder("resnet10t", features="flattened", tile_size_px=32)).double()
-        assert_partitioned_equals(plain, lambda: build_encoder("resnet10t", features="flattened", tile_size_px=32))
+        plain = lively(small_resnet(features="flattened", tile_size_px=32)).double()
+        assert_partitioned_equals(plain, lambda: small_resnet(features="flattened", tile_size_px=32))
 
     def test_a_model_is_rebuilt_from_its_folder(self, tmp_path):
         config = ModelConfig("resnet10t", **BASE, encoder_features="flattened")
@@ -150,7 +154,7 @@ def assert_partitioned_equals(plain, build, prepare=None):
 
 class TestFreezing:
     def test_what_comes_before_is_frozen_and_stays_in_evaluation_mode(self):
-        encoder = lively(build_encoder("resnet10t"))
+        encoder = lively(small_resnet())
         model = SlideModel(encoder, build_aggregator("mean", encoder.num_features, 2))
         frozen = freeze_until(encoder, "layer3")
         assert {"conv1", "layer1", "layer2"} <= set(frozen)
@@ -167,7 +171,7 @@ class TestFreezing:
             assert same == (name.split(".")[0] in frozen), name
 
     def test_autograd_keeps_nothing_of_what_is_frozen(self):
-        encoder, saved = build_encoder("resnet10t"), []
+        encoder, saved = small_resnet(), []
         freeze_until(encoder, "layer4")
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
             encoder(tiles(2, 64, torch.float32))
@@ -188,17 +192,17 @@ class TestFreezing:
         ],
     )
     def test_other_names_are_refused(self, name, message):
-        encoder = build_encoder("resnet10t")
+        encoder = small_resnet()
         with pytest.raises(ValueError, match=message):
             freeze_until(encoder, name)
 
     def test_partitioned_it_computes_the_same(self):
         torch.manual_seed(0)
-        plain = lively(build_encoder("resnet10t")).double()
-        assert_partitioned_equals(plain, lambda: build_encoder("resnet10t"), lambda e: freeze_until(e, "layer3"))
+        plain = lively(small_resnet()).double()
+        assert_partitioned_equals(plain, lambda: small_resnet(), lambda e: freeze_until(e, "layer3"))
 
     def test_a_warming_encoder_rests_and_engines_get_zeros(self):
-        encoder = build_encoder("resnet10t")
+        encoder = small_resnet()
         model = SlideModel(encoder, build_aggregator("gated_abmil", encoder.num_features, 2, dropout=0.0))
         plain = [p.requires_grad for p in model.parameters()]
         model.warming_up = True
