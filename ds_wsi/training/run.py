@@ -118,6 +118,12 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         )
     engine = _engine_settings(settings)
     accelerator = build_accelerator(engine, Path(settings.run.output_dir or "runs"), deepspeed_config)
+    plugin = accelerator.state.deepspeed_plugin
+    if settings.model.freeze_encoder_epochs and plugin is not None and plugin.zero_stage == 3:
+        raise ValueError(
+            "--freeze_encoder_epochs must be 0 at ZeRO stage 3, where an encoder without a graph has no parameters to "
+            f"hand gradients to, got {settings.model.freeze_encoder_epochs}. HINT: take stage 2."
+        )
     output_dir = _output_dir(settings, accelerator)
     accelerator.project_configuration.set_directories(str(output_dir))
     accelerator.project_configuration.logging_dir = str(output_dir)
@@ -137,11 +143,6 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     _partition(module, settings, cohort, accelerator, mesh)
     warms_up = settings.model.freeze_encoder_epochs > 0
     model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if warms_up else None)
-    if warms_up and is_zero3(module):
-        raise ValueError(
-            "--freeze_encoder_epochs must be 0 at ZeRO stage 3, whose parameters cannot be held back, got "
-            f"{settings.model.freeze_encoder_epochs}. HINT: take stage 2."
-        )
     comm = attach_hook(accelerator, model, settings.policies.compression)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction)
     accelerator.init_trackers("tensorboard", config=_flat(settings))

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -18,7 +19,8 @@ from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.tiling import TilingPolicy
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.settings import ModelSettings
+from ds_wsi.training.run import prepare_run
+from ds_wsi.training.settings import ModelSettings, TrainSettings
 
 SMALL = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 3}
 BASE = {"aggregator": "gated_abmil", "classes": ("a", "b"), "tiling": asdict(TilingPolicy(tile_size_px=32))}
@@ -232,6 +234,18 @@ class TestFreezing:
     def test_settings_that_contradict_each_other_are_refused(self, given, message):
         with pytest.raises(ValueError, match=message):
             ModelSettings(**given)
+
+
+def test_epochs_without_the_encoder_must_leave_some_with_it():
+    settings = TrainSettings(model=ModelSettings(freeze_encoder_epochs=8))
+    with pytest.raises(ValueError, match=r"less than --num_train_epochs, 8, got 8\. HINT: --freeze_encoder"):
+        prepare_run(settings, None)
+    plugin = SimpleNamespace(zero_stage=3)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ds_wsi.training.run.build_accelerator", lambda *_: accelerator)
+        with pytest.raises(ValueError, match=r"must be 0 at ZeRO stage 3.*got 2\. HINT: take stage 2"):
+            prepare_run(replace(settings, model=ModelSettings(freeze_encoder_epochs=2)), None)
 
 
 @pytest.fixture
