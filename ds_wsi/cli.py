@@ -217,7 +217,7 @@ def run_plan(options: argparse.Namespace) -> None:
         raise ValueError("--gpu must be given where there is no GPU to ask. HINT: --gpu 24GiB.")
     # A vision transformer's positions are of one size.
     fixed = {"img_size": options.tile_size_px} if "vit" in options.encoder else {}
-    encoder = build_encoder(options.encoder, **fixed).train(not options.eval)
+    encoder = build_encoder(options.encoder, tile_size_px=options.tile_size_px, **fixed).train(not options.eval)
     spatial = options.image_px is not None
     shape = (1, 3, options.image_px, options.image_px) if spatial else (options.tiles, 3, *[options.tile_size_px] * 2)
     policy = PartitionPolicy(

@@ -135,14 +135,26 @@ def _use_autocast(config: dict[str, Any], precision: str) -> None:
         config["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]}
 
 
-def prepare(accelerator: Accelerator, model: nn.Module, settings: EngineSettings) -> tuple[nn.Module, Any]:
+def prepare(
+    accelerator: Accelerator, model: nn.Module, settings: EngineSettings, apart: nn.Module | None = None
+) -> tuple[nn.Module, Any]:
     """Wrap the model for the engine and build its optimizer over the parameters that are trained.
+
+    Args:
+        accelerator: of `build_accelerator`.
+        model: to wrap.
+        settings: of the engine.
+        apart: a submodule whose parameters are the second of two parameter groups; None has one group.
 
     Returns:
         (model, optimizer): the DeepSpeed engine, DDP or the module itself, and the optimizer whose `param_groups` hold
         the learning rate.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if apart is not None:
+        own = {id(parameter) for parameter in apart.parameters()}
+        groups = [p for p in trained if id(p) not in own], [p for p in trained if id(p) in own]
+        trained = [{"params": group} for group in groups]
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         gather_as_one(model)

@@ -2,22 +2,32 @@
 
 from ds_wsi.models.aggregators import AGGREGATORS, build_aggregator
 from ds_wsi.models.config import ModelConfig, build_model, load_model, save_model, save_weights
-from ds_wsi.models.encoder import NoEncoder, build_encoder, freeze, load_encoder_weights
+from ds_wsi.models.encoder import NoEncoder, build_encoder, load_encoder_weights
+from ds_wsi.models.features import FEATURES
+from ds_wsi.models.freezing import freeze, freeze_until
+from ds_wsi.models.hub import EncoderSource, resolve_encoder
+from ds_wsi.models.lora import add_lora, merge_lora
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.models.slide_model import SlideModel
 
 __all__ = [
     "AGGREGATORS",
+    "FEATURES",
+    "EncoderSource",
     "ModelConfig",
     "NoEncoder",
     "SlideModel",
     "SlideOutput",
+    "add_lora",
     "build_aggregator",
     "build_encoder",
     "build_model",
     "freeze",
+    "freeze_until",
     "load_encoder_weights",
     "load_model",
+    "merge_lora",
+    "resolve_encoder",
     "save_model",
     "save_weights",
 ]

@@ -1,7 +1,7 @@
 """What is needed to rebuild a model: its sizes and names, read from and written to config.json."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, NoEncoder, build_
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.runtime.files import atomic_path, write_json
 
+VERSION = 2
+NEW_IN_2: dict[str, Any] = {"in_dim": None, "encoder_features": "pooled", "encoder_options": {}}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A SlideModel's names and sizes.
 
     Args:
-        encoder: a timm model's name; None for a model of features.
+        encoder: a timm architecture: nothing is downloaded to build it; None for a model of features.
         aggregator: a key of `AGGREGATORS`.
         classes: the class names, in the order of the logits.
         tiling: the fields of the TilingPolicy of the tiles it was trained on; evaluation tiles slides the same way.
@@ -28,6 +31,8 @@ class ModelConfig:
         mean, std: of the input's channels.
         dropout: of the aggregator; None for its original's.
         in_dim: the width of the features of a model of features; None with an encoder, which has its own.
+        encoder_features: what leaves the encoder, one of `FEATURES`.
+        encoder_options: of `timm.create_model`, as JSON has them.
     """
 
     encoder: str | None
@@ -38,6 +43,8 @@ class ModelConfig:
     std: tuple[float, float, float] = IMAGENET_STD
     dropout: float | None = None
     in_dim: int | None = None
+    encoder_features: str = "pooled"
+    encoder_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a model with both an encoder and features of a given width, or with neither."""
@@ -53,11 +60,11 @@ class ModelConfig:
 
     def write(self, path: str | Path) -> None:
         """Write config.json atomically."""
-        write_json(path, {"format": "ds_wsi.SlideModel", "version": 1, **asdict(self)})
+        write_json(path, {"format": "ds_wsi.SlideModel", "version": VERSION, **asdict(self)})
 
     @classmethod
     def read(cls, path: str | Path) -> "ModelConfig":
-        """Read config.json.
+        """Read config.json, of this version or the one before.
 
         Raises:
             ValueError: the file is missing, of another format or version, or lacks a key.
@@ -66,12 +73,13 @@ class ModelConfig:
         if not path.is_file():
             raise ValueError(f"the model's folder must hold config.json, got none at {path}")
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("format", None) != "ds_wsi.SlideModel" or values.pop("version", None) != 1:
+        version = values.pop("version", None)
+        if values.pop("format", None) != "ds_wsi.SlideModel" or version not in (1, VERSION):
             raise ValueError(
-                f"config.json must be of format ds_wsi.SlideModel version 1, got another ({path}). HINT: what "
-                "save_pretrained wrote is read by ds_wsi.engines.transformers.SlideModelForSlideClassification"
+                f"config.json must be of format ds_wsi.SlideModel version 1 or {VERSION}, got another ({path}). HINT: "
+                "what save_pretrained wrote is read by ds_wsi.engines.transformers.SlideModelForSlideClassification"
             )
-        return cls.from_values(values, str(path))
+        return cls.from_values(NEW_IN_2 | values if version == 1 else values, str(path))
 
     @classmethod
     def from_values(cls, values: dict[str, Any], place: str) -> "ModelConfig":
@@ -80,7 +88,7 @@ class ModelConfig:
         Raises:
             ValueError: a key is missing or unknown.
         """
-        known = {field.name for field in fields(cls)}
+        known = {entry.name for entry in fields(cls)}
         if set(values) != known:
             raise ValueError(f"config.json must hold the keys {sorted(known)}, got {sorted(values)} ({place})")
         fitted: dict[str, Any] = {
@@ -89,13 +97,28 @@ class ModelConfig:
         return cls(**fitted)
 
 
-def build_model(config: ModelConfig, encoder_weights: str | Path | None = None) -> SlideModel:
-    """Build the SlideModel that `config` describes, with random weights but for the encoder's where given."""
+def build_model(
+    config: ModelConfig, encoder_weights: str | Path | None = None, encoder_source: str | None = None
+) -> SlideModel:
+    """Build the SlideModel that `config` describes, with random weights but for the encoder's where given.
+
+    Args:
+        config: of the model.
+        encoder_weights: a local file.
+        encoder_source: what timm finds pretrained weights by, see `build_encoder`.
+    """
     if config.encoder is None:
         assert config.in_dim is not None
         encoder: nn.Module = NoEncoder(config.in_dim)
     else:
-        encoder = build_encoder(config.encoder, encoder_weights, **_input_size(config.encoder, config.tile_size_px))
+        encoder = build_encoder(
+            config.encoder,
+            encoder_weights,
+            source=encoder_source,
+            features=config.encoder_features,
+            tile_size_px=config.tile_size_px,
+            **{**config.encoder_options, **_input_size(config.encoder, config)},
+        )
     in_dim: Any = encoder.num_features
     options = {} if config.dropout is None else {"dropout": config.dropout}
     aggregator = build_aggregator(config.aggregator, in_dim, len(config.classes), **options)
@@ -127,8 +150,11 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
         save_file({name: value.contiguous() for name, value in state.items()}, temporary, {"format": "pt"})
 
 
-def _input_size(encoder: str, tile_size_px: int) -> dict[str, object]:
+def _input_size(encoder: str, config: ModelConfig) -> dict[str, object]:
     # Models with position embeddings are built for one input size; convolutional ones take any and refuse the option.
     entry = timm.models.model_entrypoint(encoder) if timm.is_model(encoder) else None
     fixed = entry is not None and timm.get_pretrained_cfg(encoder, allow_unregistered=True)
-    return {"img_size": tile_size_px} if fixed and fixed.fixed_input_size else {}
+    # Positions of one size, which the model itself fits to the tiles it gets.
+    if config.encoder_options.get("dynamic_img_size"):
+        return {}
+    return {"img_size": config.tile_size_px} if fixed and fixed.fixed_input_size else {}

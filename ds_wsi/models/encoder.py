@@ -1,8 +1,9 @@
-"""Tile encoders: any timm model by name, with weights from a local file."""
+"""Tile encoders: any timm model by name, with weights from timm's hub or a local file."""
 
 import difflib
 import pickle
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -10,27 +11,51 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ds_wsi.models.features import set_features
+from ds_wsi.models.hub import build_from_hub, layers_by_name
 from ds_wsi.runtime.log import logger
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def build_encoder(name: str, weights: str | Path | None = None, **options: object) -> nn.Module:
+def build_encoder(
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    source: str | None = None,
+    features: str = "pooled",
+    tile_size_px: int | None = None,
+    **options: Any,
+) -> nn.Module:
     """Build a timm model without its classifier: tiles [N, 3, S, S] -> features [N, num_features].
 
     Args:
         name: a timm model's name, such as `resnet18` or `vit_tiny_patch16_224`.
         weights: a local `.safetensors` file or timm checkpoint; None starts from random weights.
+        source: what timm downloads pretrained weights by, in place of `weights`: a model's name, `hf-hub:ORG/NAME`,
+            `local-dir:PATH`.
+        features: what leaves the encoder, one of `FEATURES`.
+        tile_size_px: S, on which the width of flattened features depends; by default the option `img_size`, or 224.
         options: passed to `timm.create_model`.
 
     Raises:
-        ValueError: timm has no model of this name, or the weights do not fit it.
+        ValueError: timm has no model of this name, the weights do not fit it or cannot be had, or the model has no such
+            features or takes no tiles of this size.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
-        raise ValueError(f"encoder must be a timm model's name, got {name!r}. HINT: did you mean {', '.join(near)}?")
-    encoder = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        raise ValueError(
+            f"encoder must be a timm model's name, or begin with hf-hub: or local-dir:, got {name!r}. "
+            f"HINT: did you mean {', '.join(near)}?"
+        )
+    if features != "pooled":
+        options["global_pool"] = ""
+    if source is not None and weights is None:
+        encoder = build_from_hub(source, **options)
+    else:
+        encoder = timm.create_model(name, pretrained=False, num_classes=0, **layers_by_name(options))
+    set_features(encoder, features, tile_size_px or options.get("img_size") or 224)
     if weights is not None:
         load_encoder_weights(encoder, weights)
     return encoder
@@ -109,8 +134,3 @@ class NoEncoder(nn.Module):
                 f"{list(features.shape)}. HINT: `ds-wsi features` extracts them."
             )
         return features
-
-
-def freeze(module: nn.Module) -> None:
-    """Stop training `module`: no gradients; `SlideModel` then keeps a frozen encoder in evaluation mode."""
-    module.requires_grad_(False)

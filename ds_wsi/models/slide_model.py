@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, NoEncoder
+from ds_wsi.models.freezing import Untrained
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.stacking.randomness import bag_draws
 from ds_wsi.stacking.stacked_bags import StackedBags
@@ -23,6 +24,11 @@ class SlideModel(nn.Module):
         encoder: tiles [N, 3, S, S] -> features [N, D]; `NoEncoder` in a model of features.
         aggregator: StackedBags of features -> SlideOutput; one that says `needs_labels` is given the labels too.
         mean, std: of the channels in [0, 1], for uint8 tiles; floating tiles are taken as normalised.
+
+    Attributes:
+        warming_up: train the aggregator alone for now, the encoder in evaluation mode and without a graph. Its
+            parameters keep `requires_grad`, which engines must not see change, and get gradients of zero. Set it before
+            `train`.
     """
 
     mean: Tensor
@@ -38,20 +44,23 @@ class SlideModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.aggregator = aggregator
+        self.warming_up = False
         # Not part of the weights: config.json holds them.
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     @property
     def encoder_is_frozen(self) -> bool:
-        """Whether no parameter of the encoder is trained."""
-        return not any(parameter.requires_grad for parameter in self.encoder.parameters())
+        """Whether no parameter of the encoder is trained, for now or at all."""
+        return self.warming_up or not any(parameter.requires_grad for parameter in self.encoder.parameters())
 
     def train(self, mode: bool = True) -> "SlideModel":
-        """Set the mode; a frozen encoder stays in evaluation mode, its BatchNorm statistics are frozen too."""
+        """Set the mode; what is frozen of the encoder stays in evaluation mode, BatchNorm statistics included."""
         super().train(mode)
         if self.encoder_is_frozen:
             self.encoder.eval()
+        for name in getattr(self.encoder, "frozen_parts", ()):
+            self.encoder.get_submodule(name).eval()
         return self
 
     def forward(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:
@@ -74,6 +83,8 @@ class SlideModel(nn.Module):
                 with bag_draws(bag, tiles.device):
                     parts.append(self.encode(tiles))
             features = torch.cat(parts)
+        if self.warming_up and torch.is_grad_enabled():
+            features = Untrained.apply(features, *(p for p in self.encoder.parameters() if p.requires_grad))
         return self.aggregate(bags.with_values(features), labels)
 
     def aggregate(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:

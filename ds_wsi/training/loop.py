@@ -13,6 +13,7 @@ from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles,
 from ds_wsi.engines.accelerate import average_buffers
 from ds_wsi.engines.deepspeed import full_state_dict
 from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
+from ds_wsi.models import merge_lora
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import peak_memory_bytes
@@ -30,6 +31,7 @@ from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.step import bag_weight, blank_tile, idle_loss
 from ds_wsi.training.stopping import stop_reason
 from ds_wsi.training.validation import AtTheEnd, BesideTraining, validation_of
+from ds_wsi.training.warmup import encoder_rests, forget_steps, set_rates
 
 
 def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -125,6 +127,8 @@ def _train_epochs(run: Run) -> None:
             state = full_state_dict(run.module)  # once an epoch, to validate and to export: collective at ZeRO-3
             if run.average is not None:
                 state |= run.average.weights()
+            if run.settings.model.lora_rank:
+                state = merge_lora(state, run.settings.model.lora_rank, run.settings.model.lora_alpha)
             _end_epoch(run, entry)
             validation.give(state)
             save(run)
@@ -147,6 +151,9 @@ def _train_epoch(run: Run, bags: Iterator[Bag], validation: AtTheEnd | BesideTra
     total = optim.num_train_epochs * steps_per_epoch(
         len(run.cohort.rows("train")), bags_per_step=run.settings.policies.stacking.bags_per_step, **run.epoch_layout
     )
+    run.module.warming_up = encoder_rests(run.settings.model.freeze_encoder_epochs, progress.epoch)
+    if progress.epoch == run.settings.model.freeze_encoder_epochs > 0 and progress.step_in_epoch == 0:
+        forget_steps(run.optimizer)
     run.model.train()
     tiles_read, start, rate = 0, time.perf_counter(), 0.0
     bar = tqdm(
@@ -209,8 +216,7 @@ def _train_epoch(run: Run, bags: Iterator[Bag], validation: AtTheEnd | BesideTra
 def _train_step(run: Run, step: StepPlan, bags: Iterator[Bag], learning_rate: float) -> tuple[float, int]:
     """One optimizer step; returns the sum of its bags' losses and its tiles, over all ranks."""
     accelerator, mesh = run.accelerator, run.mesh
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_rates(run.optimizer, learning_rate, run.settings.optim.weight_decay, resting=run.module.warming_up)
     seed_step(run.settings.run.seed, run.progress.global_step, accelerator.process_index)
     # Ranks that share a bag each compute its loss: there are as many means to take as groups.
     weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))

@@ -10,7 +10,7 @@ from ds_wsi.config import SECTION, DsWsiConfig, read_section
 from ds_wsi.engines.accelerate import OPTIMIZERS
 from ds_wsi.engines.deepspeed import read_config
 from ds_wsi.evaluation.metrics import METRIC_NAMES
-from ds_wsi.models import AGGREGATORS
+from ds_wsi.models import AGGREGATORS, FEATURES
 from ds_wsi.partition.plan import PartitionPlan
 from ds_wsi.partition.policy import POLICY_MODES
 from ds_wsi.runtime.units import parse_bytes
@@ -21,6 +21,7 @@ from ds_wsi.training.settings import TrainSettings
 
 DEMO_TILE_SIZE_PX = 64  # what the demo cohort's regions were drawn for
 FLAG = "flag"
+SWITCH = "switch"  # a flag that is on, with a --no_ form
 ADAM_BETA = 0.9
 
 
@@ -51,7 +52,16 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("tiles_per_slide", "policies.reading.tiles_per_slide", tiles_or_all, "tiles of each training slide, or all"),
     ("tile_store", "policies.reading.tile_store", str, "folder that `ds-wsi tile --store` wrote, in place of slides"),
     ("max_failed_fraction", "policies.reading.max_failed_fraction", float, "of tiles that may fail to read"),
+    ("augment_flips", "policies.augment.flips", SWITCH, "the eight symmetries of a tile"),
     ("augment_colour", "policies.augment.colour", float, "largest relative change of a channel, one draw a slide"),
+    ("augment_rotation", "policies.augment.rotation", float, "largest angle in degrees"),
+    ("augment_stain", "policies.augment.stain", float, "largest relative change of a stain's amount"),
+    ("augment_brightness", "policies.augment.brightness", float, "largest relative change"),
+    ("augment_contrast", "policies.augment.contrast", float, "largest relative change"),
+    ("augment_saturation", "policies.augment.saturation", float, "largest relative change"),
+    ("augment_hue", "policies.augment.hue", float, "largest change, of the colour circle"),
+    ("augment_blur", "policies.augment.blur", float, "largest standard deviation in px"),
+    ("augment_blur_probability", "policies.augment.blur_probability", float, "of a slide's being blurred"),
     ("partition", "policies.partition.mode", POLICY_MODES, "how the encoder's activations are partitioned"),
     ("partition_chunk_size", "policies.partition.chunk_size", int, "tiles a chunk"),
     ("gpu_budget", "policies.partition.gpu_budget_bytes", parse_bytes, "for activations on the device, as 24GiB"),
@@ -67,11 +77,18 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("tile_parallel_aggregator", "policies.tile_parallel.aggregator", EXCHANGES, "exchange of features between them"),
     ("comm_hook", "policies.compression.hook", HOOK_NAMES, "how gradients go between processes"),
     ("comm_keep", "policies.compression.keep", float, "share of a gradient's entries that topk and dmgc send"),
-    ("encoder", "model.encoder", str, "a timm model's name"),
+    ("encoder", "model.encoder", str, "a timm model's name, hf-hub:ORG/NAME or local-dir:PATH"),
     ("encoder_weights", "model.encoder_weights", str, "local .safetensors file or timm checkpoint"),
+    ("pretrained", "model.pretrained", FLAG, "weights that timm has for the encoder's name"),
+    ("encoder_features", "model.encoder_features", FEATURES, "what leaves the encoder (default: as its authors do)"),
     ("aggregator", "model.aggregator", tuple(AGGREGATORS), "MIL pooling"),
     ("dropout", "model.dropout", float, "of the aggregator"),
     ("freeze_encoder", "model.freeze_encoder", FLAG, "train the aggregator only"),
+    ("freeze_until", "model.freeze_until", str, "first submodule of the encoder that is trained, such as layer3"),
+    ("freeze_encoder_epochs", "model.freeze_encoder_epochs", int, "epochs at first that train the aggregator only"),
+    ("lora_rank", "model.lora_rank", int, "of adapters that are trained in the encoder's place; 0 has none"),
+    ("lora_alpha", "model.lora_alpha", float, "scale of the adapters"),
+    ("lora_targets", "model.lora_targets", _names, "linear layers that have them, comma-separated"),
     ("num_train_epochs", "optim.num_train_epochs", int, "passes over the training slides"),
     ("per_device_train_batch_size", "optim.per_device_train_batch_size", int, "slides a process and micro-step"),
     ("gradient_accumulation_steps", "optim.gradient_accumulation_steps", int, "micro-steps an optimizer step"),
@@ -110,13 +127,16 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         if default is not None and kind != FLAG:
             text = f"{text} (default: {default})"
         how: dict[str, Any] = {"dest": place, "default": argparse.SUPPRESS, "help": text}
-        if kind == FLAG:
+        if kind in (FLAG, SWITCH):
             how["action"] = "store_true"
         elif isinstance(kind, tuple):
             how["choices"] = kind
         else:
             how |= {"type": kind, "metavar": leaf.upper()}
         parser.add_argument(*spellings(name), **how)
+        if kind == SWITCH:
+            off = {**how, "action": "store_false", "help": f"without: {text}"}
+            parser.add_argument(*spellings(f"no_{name}"), **off)
     parser.add_argument(
         *spellings("resume_from_checkpoint"),
         dest="run.resume_from_checkpoint",

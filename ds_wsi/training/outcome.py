@@ -137,7 +137,15 @@ def _model_words(run: Run) -> str:
 
 
 def _training_words(settings: TrainSettings) -> str:
-    return "encoder frozen" if settings.model.freeze_encoder else "trained end to end"
+    model = settings.model
+    if model.freeze_encoder:
+        return "encoder frozen"
+    words = "trained end to end"
+    if model.freeze_until is not None:
+        words = f"trained from {model.freeze_until} on"
+    if model.lora_rank:
+        words = f"trained with LoRA of rank {model.lora_rank} in {', '.join(model.lora_targets)}"
+    return words + (f" after {model.freeze_encoder_epochs} frozen epochs" if model.freeze_encoder_epochs else "")
 
 
 def _tiles_words(run: Run) -> str:

@@ -28,7 +28,7 @@ from ds_wsi.engines.accelerate import (
 from ds_wsi.engines.deepspeed import is_zero3
 from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.evaluation.metrics import METRIC_NAMES
-from ds_wsi.models import ModelConfig, SlideModel, SlideOutput, build_model, freeze
+from ds_wsi.models import ModelConfig, SlideModel, SlideOutput
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.runtime.files import link_or_copy
 from ds_wsi.runtime.log import logger
@@ -46,6 +46,7 @@ from ds_wsi.training.checkpoint import (
     save_checkpoint,
 )
 from ds_wsi.training.features import check_feature_settings
+from ds_wsi.training.model import build_slide_model
 from ds_wsi.training.optim import WeightAverage
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import require_metric, stopping_words
@@ -122,29 +123,28 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     if settings.policies.tile_parallel.size > 1 and settings.policies.stacking.framework == "padding":
         raise ValueError('framework must not be "padding" where ranks share bags, got tile_parallel.size > 1')
     check_feature_settings(settings)
+    if settings.model.freeze_encoder_epochs >= settings.optim.num_train_epochs:
+        raise ValueError(
+            f"--freeze_encoder_epochs must be less than --num_train_epochs, {settings.optim.num_train_epochs}, got "
+            f"{settings.model.freeze_encoder_epochs}. HINT: --freeze_encoder never trains the encoder."
+        )
     engine = _engine_settings(settings)
     accelerator = build_accelerator(engine, Path(settings.run.output_dir or "runs"), deepspeed_config)
+    plugin = accelerator.state.deepspeed_plugin
+    if settings.model.freeze_encoder_epochs and plugin is not None and plugin.zero_stage == 3:
+        raise ValueError(
+            "--freeze_encoder_epochs must be 0 at ZeRO stage 3, where an encoder without a graph has no parameters to "
+            f"hand gradients to, got {settings.model.freeze_encoder_epochs}. HINT: take stage 2."
+        )
     output_dir = _output_dir(settings, accelerator)
     accelerator.project_configuration.set_directories(str(output_dir))
     accelerator.project_configuration.logging_dir = str(output_dir)
     cohort = _load_cohort(settings, accelerator, output_dir)
     _require_splits(cohort)
     require_metric(settings.run, cohort)
-    on_features = cohort.in_dim is not None
-    if not on_features:
+    if cohort.in_dim is None:
         require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.tile_grids)
-    config = ModelConfig(
-        encoder=None if on_features else settings.model.encoder,
-        aggregator=settings.model.aggregator,
-        classes=cohort.manifest.classes,
-        tiling={} if on_features else asdict(settings.policies.tiling),
-        dropout=settings.model.dropout,
-        in_dim=cohort.in_dim,
-    )
-    torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
-    module = build_model(config, settings.model.encoder_weights)
-    if settings.model.freeze_encoder:
-        freeze(module.encoder)
+    config, module = build_slide_model(settings, accelerator, cohort.manifest.classes, cohort.in_dim)
     key_dropouts(module.aggregator)
     stacking = settings.policies.stacking
     if stacking.framework == "padding":
@@ -155,7 +155,8 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     mesh = tile_mesh(sharing_policy.size, accelerator.device.type)
     sharing = shard_tiles(module, mesh, sharing_policy)
     _partition(module, settings, cohort, accelerator, mesh)
-    model, optimizer = prepare(accelerator, module, engine)
+    warms_up = settings.model.freeze_encoder_epochs > 0
+    model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if warms_up else None)
     comm = attach_hook(accelerator, model, settings.policies.compression)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction)
     accelerator.init_trackers("tensorboard", config=_flat(settings))
@@ -330,8 +331,14 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "ema_decay": optim.ema_decay,
         # The hook that is in use, for "auto" may find another link.
         "comm_hook": None if run.comm is None else f"{run.comm.name}, keep {run.settings.policies.compression.keep:g}",
-        "freeze_encoder": run.settings.model.freeze_encoder,
+        **{
+            name: getattr(run.settings.model, name)
+            for name in ("freeze_encoder", "freeze_until", "freeze_encoder_epochs", "lora_rank", "lora_alpha")
+        },
+        "lora_targets": list(run.settings.model.lora_targets),
+        "augment": asdict(run.settings.policies.augment),
         "encoder": run.config.encoder,
+        "encoder_features": run.config.encoder_features,
         "aggregator": run.config.aggregator,
         "features": None if run.cohort.in_dim is None else features_digest(run.cohort, run.cohort.rows("train")),
         "tiling": json.loads(json.dumps(run.config.tiling)),  # as the checkpoint's JSON has it: tuples are lists

@@ -38,18 +38,53 @@ class ModelSettings:
     """Which model.
 
     Args:
-        encoder: a timm model's name.
+        encoder: a timm model's name, `hf-hub:ORG/NAME` or `local-dir:PATH`; the latter two come with weights.
         encoder_weights: a local file, or None for random weights.
+        pretrained: take the weights that timm has for the name.
+        encoder_features: what leaves the encoder, one of `FEATURES`; None for what its authors take, mostly pooled.
         aggregator: a key of `AGGREGATORS`.
         dropout: of the aggregator; None for its original's.
         freeze_encoder: train the aggregator only.
+        freeze_until: the first submodule of the encoder that is trained; None trains all.
+        freeze_encoder_epochs: epochs at the beginning in which only the aggregator is trained.
+        lora_rank: of adapters in the encoder, which are trained in its place; 0 has none.
+        lora_alpha, lora_targets: their scale, and the linear layers that have them.
     """
 
     encoder: str = "resnet18"
     encoder_weights: str | None = None
+    pretrained: bool = False
+    encoder_features: str | None = None
     aggregator: str = "gated_abmil"
     dropout: float | None = None
     freeze_encoder: bool = False
+    freeze_until: str | None = None
+    freeze_encoder_epochs: int = 0
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = ("qkv", "proj")
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        for name in ("freeze_encoder_epochs", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        if not self.lora_alpha > 0:
+            raise ValueError(f"--lora_alpha must be positive, got {self.lora_alpha}")
+        if self.lora_rank and not self.lora_targets:
+            raise ValueError("--lora_targets must name a layer, got none. HINT: --lora_targets qkv,proj.")
+        parts = {
+            "--freeze_encoder": self.freeze_encoder,
+            "--freeze_until": self.freeze_until is not None,
+            "--lora_rank": self.lora_rank > 0,
+        }
+        given = [name for name, is_given in parts.items() if is_given]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} must not be given together. HINT: choose one.")
+        if self.freeze_encoder and self.freeze_encoder_epochs:
+            raise ValueError("--freeze_encoder must not be given with --freeze_encoder_epochs. HINT: choose one.")
+        if self.pretrained and self.encoder_weights is not None:
+            raise ValueError("--pretrained and --encoder_weights must not be given together. HINT: choose one.")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ EXAMPLES = {
     float: ("0.25", 0.25),
     str: ("x", "x"),
     "flag": (None, True),
+    "switch": (None, True),
 }
 
 
@@ -62,6 +63,8 @@ EXAMPLES = {
 def test_every_option_sets_its_field_with_underscores_or_dashes(name, place, kind, text, dashes, tmp_path):
     if name == "classes":
         given, expected = "b, a,", ("b", "a")
+    elif name == "lora_targets":
+        given, expected = "fc1, qkv", ("fc1", "qkv")
     elif name == "deepspeed":
         given = expected = str(write_config(tmp_path, {}))
     elif isinstance(kind, tuple):
@@ -89,6 +92,15 @@ def test_the_command_line_overrides_the_json_and_the_json_the_defaults(tmp_path)
     assert policies.tiling.min_tissue_fraction == 0.6
     assert policies.reading.workers == 5
     assert policies.augment.colour == 0.3
+
+
+@pytest.mark.parametrize("option", ["--no_augment_flips", "--no-augment-flips"])
+def test_what_is_on_is_switched_off(option, tmp_path):
+    assert settings_of().policies.augment.flips
+    assert not settings_of(option).policies.augment.flips
+    path = write_config(tmp_path, {"augment": {"flips": False}})
+    assert not settings_of("--deepspeed", path).policies.augment.flips
+    assert settings_of("--deepspeed", path, "--augment_flips").policies.augment.flips
 
 
 def test_a_json_without_a_section_changes_nothing(tmp_path):

@@ -1,0 +1,237 @@
+"""Encoders with weights from elsewhere: timm's names, `hf-hub:ORG/NAME`, `local-dir:PATH`.
+
+Only timm loads: safetensors where the repository has them, tensors alone otherwise, and no code of the repository.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub.errors import EntryNotFoundError
+from timm.data import resolve_data_config
+from timm.models import load_model_config_from_hf
+from torch import nn
+
+from ds_wsi.runtime.log import logger
+
+HUB, FOLDER = "hf-hub:", "local-dir:"
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """What is known of an encoder before it is built.
+
+    Args:
+        name: as given.
+        architecture: timm's name of it, by which it is built again without a network.
+        options: of `timm.create_model`, as JSON has them.
+        mean, std: of the channels of what it was trained on.
+        features: what its authors take from it.
+        tile_size_px: what it was trained on, None where that is not known.
+        mpp: um/px of what it was trained on, empty where that is not known.
+    """
+
+    name: str
+    architecture: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    options: dict[str, Any] = field(default_factory=dict)
+    features: str = "pooled"
+    tile_size_px: int | None = None
+    mpp: tuple[float, ...] = ()
+
+    @property
+    def comes_with_weights(self) -> bool:
+        """Whether the name says where the weights are."""
+        return self.name.startswith((HUB, FOLDER))
+
+    def warn_of_other_tiles(self, tile_size_px: int, mpp: float) -> None:
+        """Log where tiles are not what the encoder was trained on."""
+        if self.tile_size_px not in (None, tile_size_px):
+            logger.warning(
+                "%s was trained on tiles of %d px, got --tile_size_px %d", self.name, self.tile_size_px, tile_size_px
+            )
+        if self.mpp and not any(abs(mpp - known) <= 0.1 * known for known in self.mpp):
+            known_mpp = " or ".join(f"{known:g}" for known in self.mpp)
+            logger.warning("%s was trained at %s um/px, got --mpp %g", self.name, known_mpp, mpp)
+
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_BIOPTIMUS = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
+_VIRCHOW = {
+    "img_size": 224,
+    "init_values": 1e-5,
+    "mlp_ratio": 5.3375,
+    "mlp_layer": "SwiGLUPacked",
+    "act_layer": "silu",
+    "dynamic_img_size": True,
+}
+_H_OPTIMUS = {"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True}
+
+# Read, not tried with the weights, which are gated. Architectures, options and normalisation are those with which
+# TRIDENT (github.com/mahmoodlab/TRIDENT, patch_encoder_models/load.py) loads the released files strictly; features as
+# in the models' cards. Resolution: UNI (Chen et al. 2024), Virchow (Vorontsov et al. 2024) and Prov-GigaPath (Xu et al.
+# 2024) 20x; Virchow2 (Zimmermann et al. 2024) 5x to 40x; H-optimus: docs.bioptimus.com; UNI2-h: not known for certain,
+# so it has none. Phikon and CONCH are no timm models.
+KNOWN: dict[str, EncoderSource] = {
+    source.name.lower(): source
+    for source in (
+        EncoderSource(
+            HUB + "MahmoodLab/UNI",
+            "vit_large_patch16_224",
+            *_IMAGENET,
+            options={"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True},
+            tile_size_px=224,
+            mpp=(0.5,),
+        ),
+        EncoderSource(
+            HUB + "MahmoodLab/UNI2-h",
+            "vit_giant_patch14_224",
+            *_IMAGENET,
+            options={
+                "img_size": 224,
+                "patch_size": 14,
+                "depth": 24,
+                "num_heads": 24,
+                "init_values": 1e-5,
+                "embed_dim": 1536,
+                "mlp_ratio": 2.66667 * 2,
+                "no_embed_class": True,
+                "mlp_layer": "SwiGLUPacked",
+                "act_layer": "silu",
+                "reg_tokens": 8,
+                "dynamic_img_size": True,
+            },
+            tile_size_px=224,
+        ),
+        EncoderSource(
+            HUB + "prov-gigapath/prov-gigapath",
+            "vit_giant_patch14_dinov2",
+            *_IMAGENET,
+            options={
+                "img_size": 224,
+                "patch_size": 16,
+                "embed_dim": 1536,
+                "depth": 40,
+                "num_heads": 24,
+                "init_values": 1e-5,
+                "mlp_ratio": 5.33334,
+                "dynamic_img_size": True,
+            },
+            tile_size_px=224,
+            mpp=(0.5,),
+        ),
+        EncoderSource(
+            HUB + "paige-ai/Virchow",
+            "vit_huge_patch14_224",
+            *_IMAGENET,
+            options=_VIRCHOW,
+            features="cls_mean",
+            tile_size_px=224,
+            mpp=(0.5,),
+        ),
+        EncoderSource(
+            HUB + "paige-ai/Virchow2",
+            "vit_huge_patch14_224",
+            *_IMAGENET,
+            options={**_VIRCHOW, "reg_tokens": 4},
+            features="cls_mean",
+            tile_size_px=224,
+            mpp=(0.25, 0.5, 1.0, 2.0),
+        ),
+        *(
+            EncoderSource(
+                f"{HUB}bioptimus/H-optimus-{version}",
+                "vit_giant_patch14_reg4_dinov2",
+                *_BIOPTIMUS,
+                options=_H_OPTIMUS,
+                tile_size_px=224,
+                mpp=(0.5,),
+            )
+            for version in (0, 1)
+        ),
+    )
+}
+
+
+def resolve_encoder(name: str) -> EncoderSource:
+    """What `name` stands for: a timm model's name, `hf-hub:ORG/NAME` or `local-dir:PATH`.
+
+    A hub's model that is not in `KNOWN` has its config.json downloaded.
+
+    Raises:
+        ValueError: it cannot be downloaded or read, or names no model of timm's.
+    """
+    known = KNOWN.get(name.lower())
+    if known is not None:
+        return known
+    if not name.startswith((HUB, FOLDER)):
+        found = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
+        return _source(name, name, found.to_dict() if found is not None else {}, {})
+    try:
+        if name.startswith(HUB):
+            cfg, architecture, options = load_model_config_from_hf(name.removeprefix(HUB))
+        else:
+            whole = json.loads((Path(name.removeprefix(FOLDER)) / "config.json").read_text(encoding="utf-8"))
+            architecture, cfg, options = (
+                whole["architecture"],
+                whole.get("pretrained_cfg", whole),
+                whole.get("model_args"),
+            )
+    except (OSError, EntryNotFoundError, KeyError, json.JSONDecodeError) as error:
+        raise _not_loaded(name, error) from error
+    # No classifier, and the features decide on no pooling.
+    own = {key: value for key, value in (options or {}).items() if key != "num_classes" and value != ""}
+    return _source(name, architecture, cfg, own)
+
+
+def _source(name: str, architecture: str, cfg: Mapping[str, Any], options: dict[str, Any]) -> EncoderSource:
+    data = resolve_data_config(pretrained_cfg=dict(cfg))
+    size = cfg.get("input_size") if name.startswith((HUB, FOLDER)) else None
+    return EncoderSource(
+        name,
+        architecture,
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        options=options,
+        tile_size_px=None if size is None else int(size[-1]),
+    )
+
+
+def build_from_hub(source: str, **options: object) -> nn.Module:
+    """Build a timm model with its pretrained weights and without its classifier.
+
+    Raises:
+        ValueError: the weights cannot be downloaded or read, or are not of the model.
+    """
+    try:
+        return timm.create_model(source, pretrained=True, num_classes=0, **layers_by_name(options))
+    except (OSError, EntryNotFoundError, RuntimeError) as error:
+        raise _not_loaded(source, error) from error
+
+
+def layers_by_name(options: Mapping[str, object]) -> dict[str, object]:
+    """Options of `timm.create_model` from JSON's: a layer by its name in `timm.layers`.
+
+    Raises:
+        ValueError: timm has no such layer.
+    """
+    found = dict(options)
+    layer = found.get("mlp_layer")  # of an activation or a norm timm takes names itself
+    if isinstance(layer, str):
+        if not callable(getattr(timm.layers, layer, None)):
+            raise ValueError(f"mlp_layer must be a layer of timm.layers, got {layer!r}")
+        found["mlp_layer"] = getattr(timm.layers, layer)
+    return found
+
+
+def _not_loaded(name: str, error: Exception) -> ValueError:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return ValueError(
+        f"the weights of encoder {name!r} must be downloaded or lie in a folder, got {type(error).__name__}: {reason} "
+        "HINT: --encoder_weights FILE takes them from a local file; a gated model needs `hf auth login` and its "
+        "authors' consent."
+    )

@@ -1,0 +1,92 @@
+"""Low-rank adapters of an encoder's linear layers, by peft: the base weights stay, the adapters are trained.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ds_wsi.models.features import features_shape
+from ds_wsi.models.freezing import keep_in_eval
+
+ADAPTER = "default"  # peft's name of a module's only adapter
+
+
+def add_lora(encoder: nn.Module, rank: int, alpha: float, targets: Sequence[str], tile_size_px: int) -> None:
+    """Give linear layers of `encoder` adapters, in place and before an engine wraps the model; all else is frozen.
+
+    W x becomes W x + alpha / rank B A x, A [rank, in] random, B [out, rank] zero: at first nothing changes. BatchNorm
+    stays in evaluation mode.
+
+    Args:
+        encoder: of which every parameter is trained.
+        rank: of the adapters.
+        alpha: their scale.
+        targets: the last parts of the names of linear layers, such as `qkv`.
+        tile_size_px: side of the tiles.
+
+    Raises:
+        ValueError: peft is not installed, a target names no linear layer, or the encoder reads a layer's weight without
+            calling the layer.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError('--lora_rank needs peft, which is not installed. HINT: pip install "ds_wsi[lora]"') from error
+    linear = [name for name, part in encoder.named_modules() if isinstance(part, nn.Linear)]
+    chosen: list[str] = []
+    for target in targets:
+        found = [name for name in linear if f".{name}".endswith(f".{target}")]
+        if not found:
+            leaves = sorted({name.rpartition(".")[2] for name in linear})
+            shown = difflib.get_close_matches(target, leaves, n=5) or leaves
+            raise ValueError(
+                f"lora_targets must be the names of linear layers of {type(encoder).__name__}, got {target!r}. "
+                f"HINT: {'did you mean ' + ', '.join(shown) + '?' if shown else 'it has none; --freeze_until instead.'}"
+            )
+        chosen += found
+    settings: Any = {"r": rank, "lora_alpha": alpha, "target_modules": chosen}  # declared int, any number does
+    inject_adapter_in_model(LoraConfig(**settings), encoder, ADAPTER)
+    keep_in_eval(encoder, [name for name, part in encoder.named_modules() if isinstance(part, _BatchNorm)])
+    _require_calls(encoder, chosen, tile_size_px)
+
+
+def _require_calls(encoder: nn.Module, names: Sequence[str], tile_size_px: int) -> None:
+    called: set[str] = set()
+    hooks = [
+        encoder.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in names
+    ]
+    try:
+        features_shape(encoder, tile_size_px)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unused = [name for name in names if name not in called]
+    if unused:
+        raise ValueError(
+            f"lora_targets must be layers that {type(encoder).__name__} calls, got {unused[0]}, of which it reads the "
+            "weight alone. HINT: leave it out of --lora_targets."
+        )
+
+
+def merge_lora(state: dict[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
+    """The state_dict of the plain module that computes the same: W + alpha / rank B A in each adapter's place.
+
+    Args:
+        state: of a module with adapters of `add_lora`, under any prefix; its tensors are not written.
+        rank, alpha: of the adapters.
+    """
+    merged = {}
+    for name, value in state.items():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        layer, base, leaf = name.rpartition(".base_layer.")
+        down, up = (state.get(f"{layer}.lora_{part}.{ADAPTER}.weight") for part in "AB")
+        if base and leaf == "weight" and down is not None and up is not None:
+            value = value + (alpha / rank) * (up @ down)
+        merged[f"{layer}.{leaf}" if base else name] = value
+    return merged

@@ -1,0 +1,77 @@
+"""The run's model: built, with its weights, and what is not trained of it frozen."""
+
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import torch
+
+from ds_wsi.engines.accelerate import Accelerator
+from ds_wsi.models import (
+    EncoderSource,
+    ModelConfig,
+    SlideModel,
+    add_lora,
+    build_model,
+    freeze,
+    freeze_until,
+    resolve_encoder,
+)
+from ds_wsi.runtime.log import logger
+from ds_wsi.training.settings import TrainSettings
+
+
+def build_slide_model(
+    settings: TrainSettings, accelerator: Accelerator, classes: tuple[str, ...], in_dim: int | None
+) -> tuple[ModelConfig, SlideModel]:
+    """The model, what is not trained of it frozen, and its description: of the plain one where it has adapters.
+
+    Args:
+        settings: of the run.
+        accelerator: of the run.
+        classes: names, in the order of the logits.
+        in_dim: width of the features that it is trained on; None builds the encoder too.
+
+    Raises:
+        ValueError: weights that cannot be had or do not fit, or a part of the encoder that it does not have.
+    """
+    wanted, tiling = settings.model, settings.policies.tiling
+    if in_dim is not None:
+        config = ModelConfig(None, wanted.aggregator, classes, {}, dropout=wanted.dropout, in_dim=in_dim)
+        torch.manual_seed(settings.run.seed)
+        return config, build_model(config)
+    elsewhere = wanted.pretrained or ":" in wanted.encoder
+    # The main process downloads, the others then find the files.
+    with accelerator.main_process_first() if elsewhere else nullcontext():
+        source = resolve_encoder(wanted.encoder)
+        config = ModelConfig(
+            encoder=source.architecture,
+            aggregator=wanted.aggregator,
+            classes=classes,
+            tiling=asdict(tiling),
+            mean=source.mean,
+            std=source.std,
+            dropout=wanted.dropout,
+            encoder_features=wanted.encoder_features or source.features,
+            encoder_options=dict(source.options),
+        )
+        torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
+        module = build_model(config, wanted.encoder_weights, _weights_from(source, settings))
+    source.warn_of_other_tiles(tiling.tile_size_px, tiling.mpp)
+    logger.info(
+        "encoder: %s, %d features a tile (%s), normalised with mean %s, std %s",
+        *(source.name, module.encoder.num_features, config.encoder_features, source.mean, source.std),
+    )
+    if wanted.freeze_encoder:
+        freeze(module.encoder)
+    if wanted.freeze_until is not None:
+        freeze_until(module.encoder, wanted.freeze_until)
+    if wanted.lora_rank:
+        add_lora(module.encoder, wanted.lora_rank, wanted.lora_alpha, wanted.lora_targets, tiling.tile_size_px)
+    return config, module.train()
+
+
+def _weights_from(source: EncoderSource, settings: TrainSettings) -> str | None:
+    """What timm finds the encoder's weights by; None where they are random, or from a file."""
+    wanted = settings.model
+    named = wanted.pretrained or source.comes_with_weights
+    return source.name if named and wanted.encoder_weights is None else None
