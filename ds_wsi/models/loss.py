@@ -10,13 +10,18 @@ from ds_wsi.stacking.segment_ops import widened
 IGNORED_LABEL = -100  # torch's and the HF Trainer's: such a bag is in no sum and in no count
 
 
-def stack_loss(output: SlideOutput, labels: Tensor) -> Tensor:
+def stack_loss(output: SlideOutput, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum over the bags of the cross-entropy of logits [B, C] and labels int64 [B], in float32 or float64.
 
     The aggregator's auxiliary loss, where it has one, is in the sum. A bag labelled `IGNORED_LABEL` is not.
+
+    Args:
+        output: of the stack.
+        labels: of its bags.
+        weights: [B], the factor w_b of each bag's loss; None: 1. They do not change what the sum is divided by.
     """
-    loss = F.cross_entropy(widened(output.logits), labels, reduction="sum", ignore_index=IGNORED_LABEL)
-    if output.auxiliary_loss is None:
-        return loss
-    auxiliary = widened(output.auxiliary_loss)
-    return loss + torch.where(labels == IGNORED_LABEL, torch.zeros_like(auxiliary), auxiliary).sum()
+    losses = F.cross_entropy(widened(output.logits), labels, reduction="none", ignore_index=IGNORED_LABEL)
+    if output.auxiliary_loss is not None:
+        auxiliary = widened(output.auxiliary_loss)
+        losses = losses + torch.where(labels == IGNORED_LABEL, torch.zeros_like(auxiliary), auxiliary)
+    return losses.sum() if weights is None else losses @ weights.to(losses)

@@ -259,7 +259,9 @@ def _micro_loss(run: Run, bags: list[Bag]) -> tuple[torch.Tensor, int]:
     stack = stack_bags(tiles, allow_empty=run.mesh.tile_size > 1)
     with bag_randomness(keys, part=run.mesh.tile_rank):
         output = run.model(stack, labels)
-    return stack_loss(output, labels), sum(map(len, tiles))
+    chosen = run.settings.optim.class_weights
+    weights = None if chosen is None else torch.tensor(chosen, device=run.device)[labels]
+    return stack_loss(output, labels, weights), sum(map(len, tiles))
 
 
 def _blank(run: Run) -> torch.Tensor:

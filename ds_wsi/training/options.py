@@ -30,6 +30,10 @@ def tiles_or_all(text: str) -> int | None:
     return None if text == "all" else int(text)
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(name) for name in _names(text))
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -98,6 +102,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("lr_scheduler_type", "optim.lr_scheduler_type", SCHEDULES, "schedule after the warm-up"),
     ("warmup_steps", "optim.warmup_steps", int, "optimizer steps of linear warm-up"),
     ("max_grad_norm", "optim.max_grad_norm", float, "0 clips nothing"),
+    ("class_weights", "optim.class_weights", _numbers, "factor of a slide's loss by class, comma-separated"),
     ("ema_decay", "optim.ema_decay", float, "of the moving average of the weights; 0 has none"),
     ("bf16", "optim.bf16", FLAG, "bfloat16 mixed precision"),
     ("fp16", "optim.fp16", FLAG, "float16 mixed precision"),

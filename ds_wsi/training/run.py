@@ -142,6 +142,11 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     cohort = _load_cohort(settings, accelerator, output_dir)
     _require_splits(cohort)
     require_metric(settings.run, cohort)
+    weights = settings.optim.class_weights
+    if weights is not None and len(weights) != len(cohort.manifest.classes):
+        raise ValueError(
+            f"--class_weights must be one for each of {', '.join(cohort.manifest.classes)}, got {len(weights)}"
+        )
     if cohort.in_dim is None:
         require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.tile_grids)
     config, module = build_slide_model(settings, accelerator, cohort.manifest.classes, cohort.in_dim)
@@ -328,6 +333,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "warmup_steps": optim.warmup_steps,
         "mixed_precision": optim.mixed_precision,
         "demon": optim.demon,
+        "class_weights": None if optim.class_weights is None else list(optim.class_weights),
         "ema_decay": optim.ema_decay,
         # The hook that is in use, for "auto" may find another link.
         "comm_hook": None if run.comm is None else f"{run.comm.name}, keep {run.settings.policies.compression.keep:g}",

@@ -99,6 +99,8 @@ class OptimSettings:
         optim: adam or adamw.
         lr_scheduler_type: cosine, linear, constant or exponential, after `warmup_steps` of linear warm-up.
         max_grad_norm: 0 clips nothing.
+        class_weights: factor of a slide's training loss by class, in the order of the classes; the step's mean is still
+            over its slides. Validation losses are plain. None: 1 each.
         bf16, fp16: mixed precision.
         demon: Adam's first beta at the start, from which DEMON takes it to 0 at the end; 0 leaves the betas alone.
         ema_decay: of the moving average of the weights, which is validated and exported in their place; 0 has none.
@@ -113,6 +115,7 @@ class OptimSettings:
     lr_scheduler_type: str = "cosine"
     warmup_steps: int = 10
     max_grad_norm: float = 0.0
+    class_weights: tuple[float, ...] | None = None
     bf16: bool = False
     fp16: bool = False
     demon: float = 0.0
@@ -131,6 +134,8 @@ class OptimSettings:
                 raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}. HINT: 0 turns it off.")
         if not self.learning_rate > 0:
             raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}")
+        if self.class_weights is not None and not all(0 < weight < float("inf") for weight in self.class_weights):
+            raise ValueError(f"--class_weights must be positive, got {self.class_weights}")
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 must not be given together. HINT: choose one.")
 

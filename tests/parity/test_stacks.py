@@ -43,6 +43,21 @@ def gradients(module):
     return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
+@pytest.mark.parametrize("name", ["gated_abmil", "clam_sb", "transmil"])
+def test_a_bags_weight_is_the_factor_of_its_gradient(name):
+    module, weights = make(name), torch.tensor([0.5, 3.0, 1.0, 0.0, 2.0, 1.5], dtype=torch.float64)
+    expected = 0
+    for bag, label, weight in zip(make_bags(), LABELS, weights, strict=True):
+        module.zero_grad()
+        step(module, [bag], label[None])
+        expected = expected + weight * gradients(module)
+    module.zero_grad()
+    stack = stack_bags(make_bags())
+    output = module(stack, LABELS) if getattr(module, "needs_labels", False) else module(stack)
+    stack_loss(output, LABELS, weights).backward()
+    torch.testing.assert_close(gradients(module), expected, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_packs_are_the_stack(name):
     whole, packed = make(name), make(name)

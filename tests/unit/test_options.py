@@ -63,6 +63,8 @@ EXAMPLES = {
 def test_every_option_sets_its_field_with_underscores_or_dashes(name, place, kind, text, dashes, tmp_path):
     if name == "classes":
         given, expected = "b, a,", ("b", "a")
+    elif name == "class_weights":
+        given, expected = "1, 2.5", (1.0, 2.5)
     elif name == "lora_targets":
         given, expected = "fc1, qkv", ("fc1", "qkv")
     elif name == "deepspeed":
