@@ -102,7 +102,7 @@ def hook(state: Compressor, bucket: Bucket) -> Tensor:
 
     With owners (`sharded`, `server`) their means come back compressed too ([Note: push and pull]).
 
-    Collectives: an announcement (all-gather), the messages, and with owners another announcement and their messages.
+    Collectives: an announcement, the messages, and with owners another announcement and their messages.
     """
     buffer, policy = bucket.buffer, state.policy
     if isinstance(policy, Cast):
@@ -154,7 +154,7 @@ def push(state: Compressor, bucket: Bucket, bounds: Sequence[int] | None = None)
         The mean over the ranks of this rank's shard, float32 on the buffer's device (with `all_gather`: of the whole
         bucket); None on overflow, on every rank alike ([Note: overflow]).
 
-    Mutates the state's residuals. Collectives: one all-gather of lengths, one exchange of messages.
+    Mutates the state's residuals. Collectives: one all-to-all of lengths, one exchange of messages.
     """
     policy = _top_k_policy(state)
     to_all = topology_of(policy) == "all_gather"
@@ -205,7 +205,7 @@ def pull_weights(state: Compressor, weights: Tensor, replica: Bucket, bounds: Se
         ValueError: a policy without owners, other dtypes or sizes, or weights that are not finite on any rank (the
             replicas are then as they were).
 
-    Collectives: one all-gather of lengths, a broadcast from each owner.
+    Collectives: one all-to-all of lengths, another of the messages (of a single owner a broadcast).
     """
     policy = state.policy
     if not isinstance(policy, DMGC) or policy.topology == "all_gather":

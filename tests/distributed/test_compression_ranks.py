@@ -64,10 +64,13 @@ class CountedBytes:
 
     def __enter__(self):
         self.sent = self.received = self.announced = 0
-        self.kept = dist.all_to_all_single, dist.broadcast, dist.all_gather
+        self.kept = dist.all_to_all_single, dist.broadcast
         rank, world = dist.get_rank(), dist.get_world_size()
 
-        def all_to_all(output, given, received, sizes, **kw):
+        def all_to_all(output, given, received=None, sizes=None, **kw):
+            if sizes is None:
+                self.announced += given.nbytes // world * (world - 1)
+                return self.kept[0](output, given, **kw)
             self.sent += sum(sizes) - sizes[rank]
             self.received += sum(received) - received[rank]
             assert (sum(sizes), sum(received)) == (given.nbytes, output.nbytes)
@@ -80,15 +83,11 @@ class CountedBytes:
                 self.received += tensor.nbytes
             return self.kept[1](tensor, source, **kw)
 
-        def all_gather(found, tensor, **kw):
-            self.announced += tensor.nbytes * (world - 1)
-            return self.kept[2](found, tensor, **kw)
-
-        dist.all_to_all_single, dist.broadcast, dist.all_gather = all_to_all, broadcast, all_gather
+        dist.all_to_all_single, dist.broadcast = all_to_all, broadcast
         return self
 
     def __exit__(self, *_):
-        dist.all_to_all_single, dist.broadcast, dist.all_gather = self.kept
+        dist.all_to_all_single, dist.broadcast = self.kept
 
 
 def count_of(state):
