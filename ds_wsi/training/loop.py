@@ -12,6 +12,7 @@ from ds_wsi.bags.bag import Bag, BagPart, read_bags
 from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles, steps_per_epoch
 from ds_wsi.engines.accelerate import average_buffers
 from ds_wsi.engines.deepspeed import full_state_dict
+from ds_wsi.engines.scope import closing_trackers, engine_scope
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.runtime.ranks import watch_ranks
@@ -31,7 +32,8 @@ from ds_wsi.training.step import bag_weight, idle_loss, stack_loss
 def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train, evaluate on the test split and write the run's folder.
 
-    Collective: every process of the launcher calls it with the same settings.
+    Collective: every process of the launcher calls it with the same settings. A process can train several times, one
+    after the other; within `launched` the processes stay connected in between.
 
     Args:
         settings: of the run.
@@ -45,15 +47,19 @@ def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = Non
         RankFailureError: another process failed or died; names it.
         ValueError: settings that contradict each other, or a checkpoint that is torn.
     """
+    with engine_scope():
+        return _train(settings, deepspeed_config)
+
+
+def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> dict[str, Any]:
+    """In a frame of its own: when it is left nothing holds the run, and the scope can free its memory."""
     started = time.perf_counter()
     run = prepare_run(settings, deepspeed_config)
-    try:
-        with watch_ranks():
-            resume(run)
-            _train_epochs(run)
-            results = finish(run, started)
-    finally:
-        run.accelerator.end_training()
+    with closing_trackers(run.accelerator), watch_ranks():
+        resume(run)
+        _train_epochs(run)
+        results = finish(run, started)
+    run.accelerator.free_memory()
     return results
 
 
