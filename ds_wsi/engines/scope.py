@@ -5,11 +5,11 @@ not form again: their launcher's store still holds the first group's addresses.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -70,8 +70,27 @@ class Processes:
             return value
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0)
-        shared: T = box[0]
-        return shared
+        return cast(T, box[0])
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What the function returns on the main process, which alone calls it, on every process. Collective.
+
+        Raises:
+            Exception: the main process's.
+            SystemExit: on the others, where it failed: they would wait for its answer.
+        """
+        if not self.is_main:
+            failed, answer = self.share((False, None))
+            if failed:
+                raise SystemExit(2)
+            return cast(T, answer)
+        try:
+            value = function()
+        except BaseException:
+            self.share((True, None))
+            raise
+        self.share((False, value))
+        return value
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         )
     if settings.policies.tile_parallel.size > 1 and settings.policies.stacking.framework == "padding":
         raise ValueError('framework must not be "padding" where ranks share bags, got tile_parallel.size > 1')
-    engine = _engine_settings(settings)
+    engine = engine_settings(settings)
     accelerator = build_accelerator(engine, Path(settings.run.output_dir or "runs"), deepspeed_config)
     output_dir = _output_dir(settings, accelerator)
     accelerator.project_configuration.set_directories(str(output_dir))
@@ -210,7 +210,8 @@ def _partition(
     partition_layers(module.encoder, wanted, spill=spill)
 
 
-def _engine_settings(settings: TrainSettings) -> EngineSettings:
+def engine_settings(settings: TrainSettings) -> EngineSettings:
+    """What an engine has to know of the settings."""
     optim = settings.optim
     return EngineSettings(
         learning_rate=optim.learning_rate,
