@@ -4,7 +4,7 @@ import base64
 import io
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ds_wsi.evaluation.bootstrap import MetricInterval
+from ds_wsi.evaluation.page import head_cell, page, section, table
 from ds_wsi.runtime.files import write_text
 
 MAX_CURVES_PX = 1800  # the longer side
@@ -26,77 +27,6 @@ METRIC_TITLES = {
     "quadratic_weighted_kappa": "Quadratic weighted kappa",
     "f1": "F1",
 }
-
-# Scripts, fonts and connections are refused by the browser too, should an escape ever be missed.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-
-STYLE = """
-:root { color-scheme: light dark;
-  --paper: #fdfdfc; --ink: #1d2125; --soft: #626a72; --line: #dcdfe2; --wash: #f3f4f5; --accent: #1f5f99;
-  --wrong: #a3301c; --wrong-wash: #fbeeea; }
-@media (prefers-color-scheme: dark) { :root {
-  --paper: #15181b; --ink: #e4e6e8; --soft: #9aa3ab; --line: #33393f; --wash: #1e2226; --accent: #7db8ec;
-  --wrong: #f29c87; --wrong-wash: #3a211b; } }
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif; }
-h1, h2 { font-family: Charter, "Bitstream Charter", Georgia, "Noto Serif", "DejaVu Serif", serif; font-weight: 600;
-  line-height: 1.2; text-wrap: balance; overflow-wrap: anywhere; }
-h1 { margin: 0 0 .4rem; font-size: clamp(1.6rem, 5vw, 2.2rem); }
-h2 { margin: 3rem 0 .8rem; font-size: 1.3rem; }
-p { margin: 0 0 .9rem; max-width: 42rem; }
-.note { color: var(--soft); font-size: .9rem; }
-.prose { white-space: pre-line; overflow-wrap: anywhere; }
-a { color: var(--accent); text-underline-offset: .15em; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .42rem .9rem .42rem 0; text-align: left; vertical-align: baseline;
-  border-bottom: 1px solid var(--line); }
-th:last-child, td:last-child { padding-right: 0; }
-thead th { color: var(--soft); font-weight: 500; font-size: .82rem; white-space: nowrap;
-  border-bottom: 1px solid var(--soft); }
-tbody th { font-weight: 500; }
-.number { text-align: right; white-space: nowrap; }
-.headline tbody td.value { font-size: 1.15rem; font-weight: 600; }
-.bar { width: 34%; min-width: 9rem; padding-left: 1rem; }
-thead .bar { text-align: center; }
-.bar svg { display: block; width: 100%; height: .8rem; overflow: visible; }
-.predictions tbody th { white-space: nowrap; }
-.predicted { font-weight: 650; }
-.mark { display: inline-block; padding: 0 .5em; border: 1px solid transparent; border-radius: .25em;
-  color: var(--soft); }
-td .mark { margin-left: -.5em; }
-.wrong .mark { border-color: currentColor; background: var(--wrong-wash); color: var(--wrong); font-weight: 650; }
-dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; margin: 0; font-size: .92rem;
-  border-top: 1px solid var(--line); }
-dt, dd { margin: 0; padding: .36rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-dt { padding-right: 1.5rem; color: var(--soft); }
-figure { margin: 0 0 2rem; scroll-margin-top: 1rem; }
-figure:target figcaption { border-left: .25rem solid var(--accent); padding-left: .6rem; }
-figcaption { margin-bottom: .5rem; font-size: .92rem; overflow-wrap: anywhere; }
-figcaption strong { margin-right: .5em; }
-img { display: block; width: auto; max-width: 100%; height: auto; max-height: 44rem; padding: .5rem; background: #fff;
-  border: 1px solid var(--line); border-radius: .25rem; }
-@media (max-width: 36rem) {
-  body { padding: 1.5rem 1rem 3rem; }
-  dl { grid-template-columns: 1fr; }
-  dt { padding-bottom: 0; border-bottom: 0; font-size: .82rem; }
-  dd { padding-top: 0; }
-  .bar { display: none; }
-  .curves img { max-width: none; width: 40rem; }
-}
-@media print {
-  :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --wash: #fff; --accent: #000;
-    --wrong: #000; --wrong-wash: #fff; }
-  body { max-width: none; padding: 0; font-size: 10.5pt; }
-  .scroll, .curves { overflow: visible; }
-  .curves img { max-width: 100%; }
-  h2 { break-after: avoid; }
-  figure, tr { break-inside: avoid; }
-  img { border: 0; padding: 0; max-height: 17cm; }
-}
-"""
 
 
 def write_report(
@@ -141,61 +71,23 @@ def write_report(
         _heatmaps_section(heatmaps, anchors, predictions),
         _summary_section(summary),
     ]
-    write_text(path, _page(title, "\n".join(part for part in body if part)))
-
-
-def _page(title: str, body: str) -> str:
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
-def _section(heading: str, content: str) -> str:
-    return f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>"
-
-
-def _table(head: Iterable[str], rows: Iterable[str], kind: str = "") -> str:
-    """Join cells that are HTML already into a table that scrolls by itself on a narrow screen."""
-    lines = "\n".join(rows)
-    return (
-        f'<div class="scroll"><table class="{kind}">\n<thead><tr>{"".join(head)}</tr></thead>\n'
-        f"<tbody>\n{lines}\n</tbody>\n</table></div>"
-    )
-
-
-def _head(text: str, number: bool = False) -> str:
-    return f'<th scope="col"{_NUMBER if number else ""}>{escape(text)}</th>'
-
-
-_NUMBER = ' class="number"'
+    write_text(path, page(title, "\n".join(part for part in body if part)))
 
 
 def _metrics_section(intervals: Mapping[str, MetricInterval], slides: int) -> str:
     if not intervals:
-        return _section("Metrics", "<p>No metric was computed.</p>")
+        return section("Metrics", "<p>No metric was computed.</p>")
     confidence = next(iter(intervals.values())).confidence
     lowest = -1.0 if any(min(interval.low, interval.value) < 0 for interval in intervals.values()) else 0.0
     axis = f"{lowest:g} to 1"
-    head = [_head("Metric"), _head("Value", True), _head(f"{100 * confidence:g}% interval", True)]
-    head += [f'<th scope="col" class="bar">{axis}</th>', _head("Resamples", True)]
+    head = [head_cell("Metric"), head_cell("Value", True), head_cell(f"{100 * confidence:g}% interval", True)]
+    head += [f'<th scope="col" class="bar">{axis}</th>', head_cell("Resamples", True)]
     rows = [_metric_row(name, interval, lowest) for name, interval in intervals.items()]
     note = (
         f'<p class="note">Over {slides} slides. Intervals: percentile bootstrap over slides; resamples on which a '
         "metric is undefined are left out of its interval.</p>"
     )
-    return _section("Metrics", note + "\n" + _table(head, rows, "headline"))
+    return section("Metrics", note + "\n" + table(head, rows, "headline"))
 
 
 def _metric_row(name: str, interval: MetricInterval, lowest: float) -> str:
@@ -222,19 +114,19 @@ def _interval_bar(interval: MetricInterval, lowest: float) -> str:
 
 def _prose_section(heading: str, text: str) -> str:
     paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
-    return _section(heading, "\n".join(f'<p class="prose">{escape(part)}</p>' for part in paragraphs))
+    return section(heading, "\n".join(f'<p class="prose">{escape(part)}</p>' for part in paragraphs))
 
 
 def _predictions_section(predictions: Sequence[Mapping[str, Any]], anchors: Mapping[str, str]) -> str:
     if not predictions:
-        return _section("Predictions", "<p>No slide was predicted.</p>")
+        return section("Predictions", "<p>No slide was predicted.</p>")
     classes = list(dict.fromkeys(name for row in predictions for name in row["probabilities"]))
     right = sum(bool(row["correct"]) for row in predictions)
-    head = [_head("Slide"), _head("Label"), _head("Predicted"), _head("Result")]
-    head += [*(_head(f"P({name})", True) for name in classes), _head("Tiles", True)]
+    head = [head_cell("Slide"), head_cell("Label"), head_cell("Predicted"), head_cell("Result")]
+    head += [*(head_cell(f"P({name})", True) for name in classes), head_cell("Tiles", True)]
     rows = [_prediction_row(row, classes, anchors) for row in predictions]
     note = f"<p>{right} of {len(predictions)} slides are predicted correctly.{_link_note(anchors)}</p>"
-    return _section("Predictions", note + "\n" + _table(head, rows, "predictions"))
+    return section("Predictions", note + "\n" + table(head, rows, "predictions"))
 
 
 def _link_note(anchors: Mapping[str, str]) -> str:
@@ -265,12 +157,12 @@ def _curves_section(curves_png: Path | None) -> str:
     if curves_png is None:
         return ""
     image = _image(curves_png, "PNG", MAX_CURVES_PX, "Losses and validation metrics over the epochs")
-    return _section("Training", f'<figure class="curves scroll">{image}</figure>')
+    return section("Training", f'<figure class="curves scroll">{image}</figure>')
 
 
 def _failures_section(failures: Sequence[Mapping[str, Any]]) -> str:
     if not failures:
-        return _section("Failed tiles", "<p>No tile failed to read.</p>")
+        return section("Failed tiles", "<p>No tile failed to read.</p>")
     columns = list(dict.fromkeys(key for row in failures for key in row))
     slides = len({str(row.get("slide_id")) for row in failures})
     rows = [
@@ -280,7 +172,7 @@ def _failures_section(failures: Sequence[Mapping[str, Any]]) -> str:
         f"<p>{len(failures):,} {_plural(len(failures), 'tile')} of {slides:,} {_plural(slides, 'slide')} could not be "
         "read and took no part.</p>"
     )
-    return _section("Failed tiles", note + "\n" + _table([_head(key.replace("_", " ")) for key in columns], rows))
+    return section("Failed tiles", note + "\n" + table([head_cell(key.replace("_", " ")) for key in columns], rows))
 
 
 def _plural(count: int, noun: str) -> str:
@@ -304,7 +196,7 @@ def _heatmaps_section(
         '<p class="note">Left the slide, right the attention of its tiles. The colours rank the tiles of one slide: '
         "two slides cannot be compared by them.</p>"
     )
-    return _section("Heat maps", note + "\n" + "\n".join(figures))
+    return section("Heat maps", note + "\n" + "\n".join(figures))
 
 
 def heatmap_side_px(count: int) -> int:
@@ -323,7 +215,7 @@ def _outcome(row: Mapping[str, Any] | None) -> str:
 
 def _summary_section(summary: Mapping[str, str]) -> str:
     pairs = "\n".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in summary.items())
-    return _section("Run", f"<dl>\n{pairs}\n</dl>") if summary else ""
+    return section("Run", f"<dl>\n{pairs}\n</dl>") if summary else ""
 
 
 def _image(path: Path, kind: str, longest_px: int, description: str) -> str:

@@ -1,0 +1,153 @@
+"""Runs grouped for a table: dataset by method by training, with mean and standard deviation over seeds and folds."""
+
+import json
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TypeVar
+
+from ds_wsi.evaluation.record import RunRecord
+
+BASELINE, END_TO_END = "frozen", "end to end"
+TRAININGS = (BASELINE, "partly frozen", END_TO_END)  # the order of the columns
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's folder, what it was, and its test metrics (name -> value, NaN where undefined)."""
+
+    path: Path
+    record: RunRecord
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A metric over the runs of a cell.
+
+    Attributes:
+        mean: over the runs that define the metric; NaN where none does.
+        std: sample standard deviation (n - 1); NaN of fewer than two runs.
+        n: runs that define the metric.
+    """
+
+    mean: float
+    std: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs of one dataset, method, training, evaluation and settings, and their statistics by metric."""
+
+    runs: tuple[FinishedRun, ...]
+    statistics: Mapping[str, Statistic]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: a method under one evaluation and one variant of the settings; training -> cell."""
+
+    method: str
+    protocol: str
+    variant: str
+    cells: Mapping[str, Cell]
+
+    def difference(self, metric: str) -> float:
+        """Mean end to end minus mean frozen; NaN where either is missing."""
+        if BASELINE not in self.cells or END_TO_END not in self.cells:
+            return math.nan
+        return self.cells[END_TO_END].statistics[metric].mean - self.cells[BASELINE].statistics[metric].mean
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one dataset."""
+
+    dataset: str
+    metrics: tuple[str, ...]
+    trainings: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def has_difference(self) -> bool:
+        """Whether any row has a baseline to be compared with."""
+        return any(BASELINE in row.cells and END_TO_END in row.cells for row in self.rows)
+
+    def is_best(self, row: Row, training: str, metric: str) -> bool:
+        """Whether the cell's mean is the highest of the dataset under the row's evaluation."""
+        means = [
+            cell.statistics[metric].mean
+            for other in self.rows
+            if other.protocol == row.protocol
+            for cell in other.cells.values()
+        ]
+        defined = [mean for mean in means if not math.isnan(mean)]
+        own = row.cells[training].statistics[metric].mean
+        return len(defined) > 1 and own >= max(defined) - 1e-12  # the same mean, summed in another order
+
+
+def build_tables(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> tuple[Table, ...]:
+    """One table a dataset, in the order of their names; rows by method, evaluation and variant.
+
+    Raises:
+        ValueError: two runs with the same seed and split in one cell.
+    """
+    by_dataset = _grouped(runs, lambda run: run.record.dataset)
+    tables = []
+    for dataset in sorted(by_dataset):
+        by_row = _grouped(by_dataset[dataset], lambda run: (run.record.method, run.record.protocol))
+        rows = [row for key in sorted(by_row) for row in _rows(*key, by_row[key], metrics)]
+        found = {training for row in rows for training in row.cells}
+        trainings = [name for name in TRAININGS if name in found] + sorted(found - set(TRAININGS))
+        tables.append(Table(dataset, tuple(metrics), tuple(trainings), tuple(rows)))
+    return tuple(tables)
+
+
+def _grouped(runs: Iterable[FinishedRun], key: Callable[[FinishedRun], Key]) -> dict[Key, list[FinishedRun]]:
+    groups: dict[Key, list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+def _rows(method: str, protocol: str, runs: list[FinishedRun], metrics: Sequence[str]) -> list[Row]:
+    """A row a variant; a training without variants, such as the one frozen baseline, stands in each."""
+    by_training = {
+        training: _variants(group) for training, group in _grouped(runs, lambda run: run.record.training).items()
+    }
+    names = sorted({name for variants in by_training.values() for name in variants if name})
+    rows = []
+    for name in names or [""]:
+        chosen = {training: variants.get(name, variants.get("")) for training, variants in by_training.items()}
+        cells = {training: _cell(group, metrics) for training, group in chosen.items() if group}
+        rows.append(Row(method, protocol, name, cells))
+    return rows
+
+
+def _variants(runs: list[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """Runs by the settings in which they differ, in words; all under "" where they differ in none."""
+    names = sorted({name for run in runs for name in run.record.settings})
+    differing = [name for name in names if len({json.dumps(run.record.settings.get(name)) for run in runs}) > 1]
+    return _grouped(runs, lambda run: ", ".join(f"{name} {run.record.settings.get(name)}" for name in differing))
+
+
+def _cell(runs: list[FinishedRun], metrics: Sequence[str]) -> Cell:
+    for (seed, split), same in _grouped(runs, lambda run: (run.record.seed, run.record.split)).items():
+        if len(same) > 1:
+            raise ValueError(
+                f"runs of one cell must differ in seed or split, got seed {seed}, split {split!r} in "
+                f"{same[0].path} and {same[1].path}. HINT: leave one out, or tell the splits apart with --split_name."
+            )
+    return Cell(tuple(runs), {metric: _statistic([run.metrics[metric] for run in runs]) for metric in metrics})
+
+
+def _statistic(values: Sequence[float]) -> Statistic:
+    defined = [value for value in values if not math.isnan(value)]
+    return Statistic(
+        fmean(defined) if defined else math.nan, stdev(defined) if len(defined) > 1 else math.nan, len(defined)
+    )

@@ -1,0 +1,98 @@
+"""run.json: what a finished run was, so that a table can place it. Written last; a folder without it is unfinished."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ds_wsi.evaluation.protocol import EvaluationProtocol
+from ds_wsi.runtime.files import write_json
+
+FILE_NAME = "run.json"
+RESULTS = ("metrics.json", "predictions.csv")
+FORMAT, VERSION = "ds_wsi.run", 1
+
+
+class RunFolderError(ValueError):
+    """A folder that is no finished run; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run was.
+
+    Args:
+        dataset: the name of the test slides' dataset.
+        encoder, aggregator: their names; together the method.
+        training: "frozen", "partly frozen" or "end to end": what was trained of the encoder.
+        seed: of the training.
+        split: which split or fold of the dataset; empty where there is but one.
+        test_split: which of the manifest's slides were tested: "test", or "all" of an external cohort.
+        evaluation: on which of their tiles.
+        settings: name -> value of everything else that runs of one group share.
+    """
+
+    dataset: str
+    encoder: str
+    aggregator: str
+    training: str
+    seed: int
+    split: str
+    test_split: str
+    evaluation: EvaluationProtocol
+    settings: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        """Encoder and aggregator."""
+        return f"{self.encoder} + {self.aggregator}"
+
+    @property
+    def protocol(self) -> str:
+        """The evaluation, in words."""
+        slides = "" if self.test_split == "test" else f", {self.test_split} slides"
+        return f"{self.evaluation}{slides}"
+
+    def write(self, directory: Path) -> None:
+        """Write run.json beside the results, whose digests it holds. Atomic."""
+        digests = {name: _digest(directory / name) for name in RESULTS}
+        write_json(
+            directory / FILE_NAME, {"format": FORMAT, "version": VERSION, **asdict(self), "results_sha256": digests}
+        )
+
+    @classmethod
+    def read(cls, directory: Path) -> "RunRecord":
+        """Read run.json, and check that the results beside it are the ones it was written for.
+
+        Raises:
+            RunFolderError: the folder is missing, unfinished, torn, or of another version.
+        """
+        path = directory / FILE_NAME
+        if not path.is_file():
+            raise RunFolderError(
+                f"unfinished: no {FILE_NAME}, which is written last" if directory.is_dir() else "no such folder"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunFolderError(f"torn: {FILE_NAME} is no JSON ({error})") from error
+        if not isinstance(values, dict) or (values.pop("format", None), values.pop("version", None)) != (
+            FORMAT,
+            VERSION,
+        ):
+            raise RunFolderError(f"{FILE_NAME} is not of format {FORMAT} version {VERSION}")
+        digests = values.pop("results_sha256", None)
+        known = {entry.name for entry in fields(cls)}
+        if set(values) != known or not isinstance(digests, dict):
+            raise RunFolderError(f"torn: {FILE_NAME} must hold {sorted(known | {'results_sha256'})}")
+        for name in RESULTS:
+            if not (directory / name).is_file():
+                raise RunFolderError(f"torn: no {name}")
+            if _digest(directory / name) != digests.get(name):
+                raise RunFolderError(f"torn: {name} is not the one that {FILE_NAME} was written for")
+        return cls(**values | {"evaluation": EvaluationProtocol(**values["evaluation"])})
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,78 @@
+"""Tables of many runs, as CSV, Markdown, LaTeX and HTML."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_wsi.evaluation.grouping import FinishedRun, build_tables
+from ds_wsi.evaluation.metrics import METRIC_NAMES
+from ds_wsi.evaluation.record import RunFolderError, RunRecord
+from ds_wsi.evaluation.table_formats import to_csv, to_html, to_latex, to_markdown
+from ds_wsi.runtime.files import write_text
+from ds_wsi.runtime.log import logger
+
+DEFAULT_METRICS = ("quadratic_weighted_kappa", "auc", "accuracy")
+
+
+@dataclass(frozen=True)
+class CollectedRuns:
+    """The finished runs, and (folder, reason) of each folder that is not one."""
+
+    runs: tuple[FinishedRun, ...]
+    skipped: tuple[tuple[Path, str], ...]
+
+
+def collect_runs(run_dirs: Iterable[str | Path]) -> CollectedRuns:
+    """Read the folders of runs; one that is unfinished or torn is set aside with the reason, and logged.
+
+    Args:
+        run_dirs: folders that training or `ds-wsi evaluate` wrote; a folder named twice is read once.
+    """
+    runs: list[FinishedRun] = []
+    skipped: list[tuple[Path, str]] = []
+    for path in dict.fromkeys(Path(path).resolve() for path in run_dirs):
+        try:
+            runs.append(FinishedRun(path, RunRecord.read(path), _metrics(path)))
+        except RunFolderError as error:
+            logger.warning("run left out: %s: %s", path, error)
+            skipped.append((path, str(error)))
+    return CollectedRuns(tuple(runs), tuple(skipped))
+
+
+def _metrics(path: Path) -> dict[str, float]:
+    metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+    return {name: math.nan if entry["value"] is None else float(entry["value"]) for name, entry in metrics.items()}
+
+
+def write_tables(run_dirs: Sequence[Path], output_dir: Path, metrics: Sequence[str] | None = None) -> str:
+    """Write results.csv, results.md, results.tex and results.html over the runs, and return the Markdown.
+
+    Runs are grouped by dataset, method, training and evaluation; where runs of a group differ in other settings, each
+    variant is a row of its own. Runs no collective: one process calls it.
+
+    Args:
+        run_dirs: folders of runs; unfinished and torn ones are listed with the reason, and take no part.
+        output_dir: where the files go.
+        metrics: of METRIC_NAMES, in the order of the columns; by default QWK, AUC and accuracy.
+
+    Raises:
+        ValueError: an unknown metric, no finished run at all, or two runs with the same seed and split in one cell.
+    """
+    chosen = tuple(metrics or DEFAULT_METRICS)
+    unknown = [name for name in chosen if name not in METRIC_NAMES]
+    if unknown:
+        raise ValueError(f"metric must be one of {', '.join(METRIC_NAMES)}, got {unknown[0]!r}")
+    collected = collect_runs(run_dirs)
+    if not collected.runs:
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in collected.skipped) or "no folder was given"
+        raise ValueError(f"at least one run must be finished, got none ({reasons})")
+    tables = build_tables(collected.runs, chosen)
+    output_dir = Path(output_dir)
+    markdown = to_markdown(tables, collected.skipped)
+    write_text(output_dir / "results.csv", to_csv(tables))
+    write_text(output_dir / "results.md", markdown)
+    write_text(output_dir / "results.tex", to_latex(tables, collected.skipped))
+    write_text(output_dir / "results.html", to_html(tables, collected.skipped))
+    return markdown
