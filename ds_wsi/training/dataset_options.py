@@ -9,6 +9,7 @@ from ds_wsi.bags.datasets import DATASETS
 from ds_wsi.bags.datasets.corrections import TARGETS
 from ds_wsi.bags.splits import LEVELS
 from ds_wsi.training.options import spellings
+from ds_wsi.training.presets import presets_of
 
 # Option of a reader -> its help; `True` where it is a switch, choices where it has some.
 READING: Mapping[str, tuple[str, Any]] = {
@@ -80,3 +81,15 @@ def splitting_of(options: Mapping[str, Any]) -> dict[str, Any]:
         "split_seed": "seed",
     }
     return {argument: options[name] for name, argument in names.items() if name in options}
+
+
+def add_protocol_options(parser: argparse.ArgumentParser, dataset: str) -> None:
+    """Add what a dataset's launcher takes beside the train options; what is not given is absent."""
+    group = parser.add_argument_group("protocol", argument_default=argparse.SUPPRESS)
+    group.add_argument(*spellings("data_dir"), help="the folder into which the dataset was unpacked")
+    names = list(presets_of(dataset))
+    group.add_argument("--preset", choices=names, help=f"the values to start from (default: {names[0]})")
+    group.add_argument(*spellings("list_presets"), action="store_true", help="print the presets and exit")
+    group.add_argument("--seeds", type=int, help="trainings of each split, from --seed on (default: the preset's)")
+    add_reading_options(parser, dataset)
+    add_split_options(parser)

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -130,9 +131,7 @@ def _train_epochs(run: Run) -> None:
 def _train_epoch(run: Run, bags: Iterator[Bag]) -> dict[str, float]:
     progress, optim = run.progress, run.settings.optim
     plan = _epoch_plan(run, progress.epoch)
-    total = optim.num_train_epochs * steps_per_epoch(
-        len(run.cohort.rows("train")), bags_per_step=run.settings.policies.stacking.bags_per_step, **run.epoch_layout
-    )
+    _, total = count_steps(run)
     run.model.train()
     tiles_read, start, rate = 0, time.perf_counter(), 0.0
     bar = tqdm(
@@ -266,3 +265,56 @@ def _end_epoch(run: Run, entry: dict[str, float], state: dict[str, torch.Tensor]
     progress.epoch += 1
     progress.step_in_epoch = 0
     progress.loss_sum, progress.bags_seen = 0.0, 0
+
+
+class MicroSteps(NamedTuple):
+    """Two micro-steps that were timed on this process.
+
+    Attributes:
+        read_s, compute_s: of each, seconds.
+        tiles: of each; 0 where the process had no bag.
+    """
+
+    read_s: tuple[float, ...]
+    compute_s: tuple[float, ...]
+    tiles: tuple[int, ...]
+
+
+def time_micro_steps(run: Run) -> MicroSteps:
+    """Take the first epoch's first two micro-steps and time them, reading (in this process) apart from computing.
+
+    For a dry run: the weights, and the engine's count of micro-steps, are changed. Collective.
+    """
+    cohort, mesh = run.cohort, run.mesh
+    steps = [(step, groups) for step in _epoch_plan(run, 0) for groups in step.micro_steps]
+    steps = (steps * 2)[:2]
+    rows = cohort.rows("train")
+    parts = [part for _, groups in steps for part in _parts(run, 0, [rows[slide] for slide in groups[mesh.slide_rank]])]
+    policy = replace(run.settings.policies.reading, workers=0)
+    bags = read_bags(
+        *(cohort.manifest.slides, cohort.grids, parts, policy, run.failures), may_be_empty=mesh.tile_size > 1
+    )
+    run.model.train()
+    read_s, compute_s, tiles = [], [], []
+    for step, groups in steps:
+        started = time.perf_counter()
+        own = [next(bags) for _ in groups[mesh.slide_rank]]
+        read = time.perf_counter()
+        weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))
+        with run.accelerator.accumulate(run.model):
+            loss, n_tiles = _micro_loss(run, own)
+            run.accelerator.backward(loss * weight)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        loss.item()  # waits for the device
+        read_s.append(read - started)
+        compute_s.append(time.perf_counter() - read)
+        tiles.append(n_tiles)
+    return MicroSteps(tuple(read_s), tuple(compute_s), tuple(tiles))
+
+
+def count_steps(run: Run) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of the run."""
+    layout, stacking = run.epoch_layout, run.settings.policies.stacking
+    an_epoch = steps_per_epoch(len(run.cohort.rows("train")), bags_per_step=stacking.bags_per_step, **layout)
+    return an_epoch, an_epoch * run.settings.optim.num_train_epochs

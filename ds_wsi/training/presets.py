@@ -47,7 +47,8 @@ TILES = {  # 4.2: non-overlapping, 256 px; 20x
 RESNET18 = {
     "model.encoder": "resnet18",
     "model.aggregator": "abmil",  # the papers' first; --aggregator dtfd and transmil are their others
-    "policies.partition.bn_population": "bag",  # (ours) the paper's code normalises over what one call is given
+    "policies.partition.mode": "auto",
+    "policies.partition.bn_population": "bag",  # (ours)
 }
 ADAM = {
     "optim.optim": "adam",

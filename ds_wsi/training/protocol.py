@@ -7,6 +7,7 @@ goes on with what is not.
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def run_protocol(
         runs = plan_runs(protocol, tuple(classes))
         for number, run in enumerate(runs, 1):
             own = _settings_of(run, protocol, settings, output_dir, tiles_dir, classes[run.split])
-            if processes.on_main(lambda own=own: _open(own, deepspeed_config)):
+            if processes.on_main(partial(_open, own, deepspeed_config)):
                 logger.info("run %d of %d, %s, is finished: skipped", number, len(runs), run.name)
                 continue
             logger.info("run %d of %d: %s", number, len(runs), run.name)
@@ -234,9 +235,7 @@ def _settings_of(
         dataset_name=settings.data.dataset_name or protocol.dataset,
         split_name=run.split,
     )
-    own = replace(
-        settings.run, output_dir=str(output_dir / run.name), seed=run.seed, resume_from_checkpoint="latest"
-    )
+    own = replace(settings.run, output_dir=str(output_dir / run.name), seed=run.seed, resume_from_checkpoint="latest")
     return replace(settings, data=data, run=own)
 
 

@@ -55,7 +55,10 @@ def read_custom(
     if absent:
         raise ManifestError(
             f"labels {table}",
-            [f"labels must have a column {heading!r}, got none ({table.name}). HINT: name yours." for heading in absent],
+            [
+                f"labels must have a column {heading!r}, got none ({table.name}). HINT: name yours."
+                for heading in absent
+            ],
         )
     rows = read_table(table, columns, tuple(columns))
     builder = CohortBuilder(f"{table.name} with slides in {root}", sorted_labels(row["label"] for row in rows))

@@ -35,8 +35,8 @@ def read_tcga(
 
     Args:
         root: slides lie anywhere below it, in the GDC client's folders or in others.
-        labels: a CSV or TSV with a slide and a label column, or the GDC's sample sheet, whose Project ID is the label; or
-            with a patient and a label column, which is then that of all the patient's slides (PRAD's ISUP grades);
+        labels: a CSV or TSV with a slide and a label column, or the GDC's sample sheet, whose Project ID is the label;
+            or with a patient and a label column, which is then that of all the patient's slides (PRAD's ISUP grades);
             by default each folder in `root` is a class (LUAD, LUSC).
         label_column: its heading, where it is none of the usual ones (an ISUP grade, say).
         one_per_patient: keep each patient's first slide by name; how many are left out is logged.
