@@ -27,10 +27,11 @@ from ds_wsi.training.dataset_options import (
     reading_of,
     splitting_of,
 )
-from ds_wsi.training.options import add_train_options, settings_from, spellings
+from ds_wsi.training.options import add_train_options, settings_from, spellings, tiles_or_all
 
 if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort
+    from ds_wsi.evaluation.protocol import EvaluationProtocol
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,9 +94,17 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "evaluate", run_evaluate, "evaluate an exported model on a cohort")
     _model_options(evaluate)
     evaluate.add_argument("--split", default="test", help="of the manifest, or `all` (default: test)")
+    evaluate.add_argument(*spellings("eval_tiles"), type=tiles_or_all, help="random tiles of each slide (default: all)")
+    evaluate.add_argument(*spellings("eval_runs"), type=int, default=1, help="draws of them (default: 1)")
+    evaluate.add_argument(*spellings("eval_seed"), type=int, default=0, help="of the draws (default: 0)")
+    evaluate.add_argument(*spellings("dataset_name"), help="in tables of runs (default: the manifest's name)")
     heatmap = _command(commands, "heatmap", run_heatmap, "draw an exported model's attention over slides")
     _model_options(heatmap)
     heatmap.add_argument(*spellings("slide_ids"), help="comma-separated (default: all of the manifest)")
+    _comparison_options(
+        _command(commands, "compare", run_compare, "compare two runs' predictions of the same slides"),
+        _command(commands, "report", run_report, "tables of many runs, as CSV, Markdown, LaTeX and HTML"),
+    )
     return parser
 
 
@@ -165,6 +174,17 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(*spellings("tile_store"), default="", help="folder that `ds-wsi tile --store` wrote")
     parser.add_argument(*spellings("dataloader_num_workers"), type=int, default=1, help="processes that read tiles")
     parser.add_argument("--device", help="cuda, cpu (default: cuda where there is one)")
+
+
+def _comparison_options(compare: argparse.ArgumentParser, report: argparse.ArgumentParser) -> None:
+    compare.add_argument("run_a", metavar="RUN_A", help="a run's folder, the baseline")
+    compare.add_argument("run_b", metavar="RUN_B", help="the other's")
+    compare.add_argument(*spellings("output_dir"), required=True, help="comparison.json is written there")
+    compare.add_argument(*spellings("n_resamples"), type=int, default=2000, help="of the bootstrap (default: 2000)")
+    compare.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs; unfinished ones are listed")
+    report.add_argument(*spellings("output_dir"), required=True, help="results.csv, .md, .tex and .html go there")
+    report.add_argument("--metric", help="comma-separated (default: quadratic_weighted_kappa,auc,accuracy)")
 
 
 def run_plan(options: argparse.Namespace) -> None:
@@ -358,9 +378,7 @@ def _pairs(text: str) -> dict[str, str]:
 
 def _require_cohort(options: argparse.Namespace) -> None:
     """See that the options name a manifest: given, or written from a dataset in the model's classes."""
-    from ds_wsi.bags.manifest import write_manifest
-    from ds_wsi.bags.prepare import read_dataset
-    from ds_wsi.bags.relabel import map_labels
+    from ds_wsi.bags.prepare import write_external
     from ds_wsi.models import ModelConfig
 
     if (options.manifest is None) == (options.dataset is None):
@@ -374,39 +392,78 @@ def _require_cohort(options: argparse.Namespace) -> None:
         raise ValueError("--data_dir must be given with --dataset, got none. HINT: the dataset's folder.")
     if options.classes:
         raise ValueError("--classes must not be given with --dataset. HINT: --map_labels says which class is which.")
-    manifest = read_dataset(options.dataset, options.data_dir, reading_of(vars(options)))
-    classes = ModelConfig.read(Path(options.model) / "config.json").classes
     options.manifest = str(Path(options.output_dir) / f"{options.dataset}.csv")
-    write_manifest(map_labels(manifest, classes, options.map_labels), options.manifest)
+    classes = ModelConfig.read(Path(options.model) / "config.json").classes
+    reading = reading_of(vars(options))
+    write_external(options.manifest, options.dataset, options.data_dir, reading, classes, options.map_labels)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
     """`ds-wsi evaluate`, and launch/evaluate.py."""
-    _require_cohort(options)
+    from ds_wsi.evaluation.protocol import EvaluationProtocol
+    from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
+    from ds_wsi.evaluation.record import RunFolderError, RunRecord
     from ds_wsi.evaluation.results import write_results
 
-    cohort, predictions, failures = _predictions(options, options.split)
+    _require_cohort(options)
+    protocol = EvaluationProtocol(options.eval_tiles, options.eval_runs, options.eval_seed)
+    directory = Path(options.output_dir)
+    record = None
+    try:
+        record = RunRecord.read(Path(options.model))
+    except RunFolderError as error:
+        logger.warning("%s: %s. `ds-wsi report` will have no place for this evaluation.", options.model, error)
+    (directory / RECORD_FILE).unlink(missing_ok=True)  # of an earlier evaluation: until this one ends, it has none
+    cohort, predictions, failures = _predictions(options, options.split, protocol)
     write_results(
-        Path(options.output_dir),
+        directory,
         cohort,
         predictions,
         title=f"{options.model} on {options.manifest}",
-        summary={"model": options.model, "cohort": options.manifest, "split": options.split},
+        summary={
+            "model": options.model,
+            "cohort": options.manifest,
+            "split": options.split,
+            "evaluation": str(protocol),
+        },
         failures=failures,
+        protocol=protocol,
     )
+    if record is not None:
+        dataset = options.dataset_name or Path(options.manifest).stem
+        record.evaluated_on(dataset, options.split, protocol).write(directory)
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """`ds-wsi compare`."""
+    from ds_wsi.evaluation.comparison import compare_runs, comparison_to_json, format_comparison
+
+    comparison = compare_runs(options.run_a, options.run_b, options.n_resamples, options.seed)
+    print(f"A: {options.run_a}\nB: {options.run_b}\n{format_comparison(comparison)}")
+    found = {"a": options.run_a, "b": options.run_b, **comparison_to_json(comparison)}
+    write_json(Path(options.output_dir) / "comparison.json", found)
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """`ds-wsi report`."""
+    from ds_wsi.evaluation.tables import write_tables
+
+    metrics = [name.strip() for name in options.metric.split(",")] if options.metric else None
+    print(write_tables([Path(run) for run in options.runs], Path(options.output_dir), metrics))
 
 
 def run_heatmap(options: argparse.Namespace) -> None:
     """`ds-wsi heatmap`."""
-    _require_cohort(options)
+    from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.results import draw_heatmaps
 
-    cohort, predictions, _ = _predictions(options, "all")
+    _require_cohort(options)
+    cohort, predictions, _ = _predictions(options, "all", EvaluationProtocol())
     for _, path in draw_heatmaps(Path(options.output_dir), cohort, predictions):
         print(path)
 
 
-def _predictions(options: argparse.Namespace, split: str) -> tuple:
+def _predictions(options: argparse.Namespace, split: str, protocol: "EvaluationProtocol") -> tuple:
     """Predict the slides that the options choose with an exported model, on the tiles it was trained on."""
     import torch
 
@@ -430,7 +487,7 @@ def _predictions(options: argparse.Namespace, split: str) -> tuple:
     policy = replace(ReadPolicy(), workers=options.dataloader_num_workers, tile_store=options.tile_store)
     require_store(policy.tile_store, cohort.manifest.slides, cohort.grids)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, policy.max_failed_fraction)
-    stream = predict_slides(model.to(device), cohort.manifest.slides, cohort.grids, rows, policy, failures)
+    stream = predict_slides(model.to(device), cohort.manifest.slides, cohort.grids, rows, policy, failures, protocol)
     return cohort, list(stream), failures.rows()
 
 

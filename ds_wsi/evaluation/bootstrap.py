@@ -1,12 +1,13 @@
-"""Percentile bootstrap over slides, all resamples at once.
+"""Percentile bootstrap over slides or patients, all resamples at once.
 
 A resample is a vector of counts: how often each slide was drawn. Every metric is then a function of the counts: a
 matrix product gives the confusion matrices, a sum over the sorted scores gives the AUC.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from ds_wsi.evaluation.metrics import (
     check_predictions,
     slide_metrics,
 )
+from ds_wsi.runtime.files import json_number
 
 CHUNK_ELEMENTS = 2**20  # counts held at once: 8 MiB an array, whatever the number of slides and resamples
 
@@ -46,19 +48,22 @@ def bootstrap_metrics(
     n_resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
+    patients: Sequence[str] | None = None,
 ) -> dict[str, MetricInterval]:
     """Compute `slide_metrics` with a percentile bootstrap interval for each.
 
-    Slides are drawn with replacement, as many as there are; a resample on which a metric is undefined (one class
-    drawn only) is left out of that metric's interval. Slides of one patient are not independent: where patients have
-    several, the intervals are too narrow.
+    Patients, each with all its slides, are drawn with replacement, as many as there are: slides of one patient are
+    not independent. A resample on which a metric is undefined (one class drawn only) is left out of its interval.
+    Of several runs over the slides, on other tiles of each, value and interval are of the metric's mean over the
+    runs; all runs share the resamples, and the runs' tiles stay as they are. It is defined where each run's is.
 
     Args:
         labels: integer [N], indices of the true classes.
-        probabilities: float [N, C], each row a distribution over the classes.
+        probabilities: float [N, C], each row a distribution over the classes, or [R, N, C] of R runs.
         n_resamples: how many; the same seed gives the same ones.
         confidence: the interval's level, in (0, 1).
         seed: of the resampling.
+        patients: of each slide, N names; None takes each slide for a patient.
 
     Returns:
         METRIC_NAMES -> interval.
@@ -72,24 +77,49 @@ def bootstrap_metrics(
         raise ValueError(f"n_resamples must be at least 1, got {n_resamples}. HINT: 2000 is usual.")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}. HINT: 0.95 is usual.")
-    labels, probabilities = check_predictions(labels, probabilities)
-    values = slide_metrics(labels, probabilities)
-    parts = [
-        weighted_metrics(labels, probabilities, counts) for counts in resample_counts(len(labels), n_resamples, seed)
-    ]
-    samples = {name: np.concatenate([part[name] for part in parts]) for name in METRIC_NAMES}
-    return {name: _interval(values[name], samples[name], confidence) for name in METRIC_NAMES}
+    probabilities = np.asarray(probabilities, dtype=np.float64)
+    runs = list(probabilities) if probabilities.ndim == 3 else [probabilities]
+    label_array, _ = check_predictions(labels, runs[0])
+    each = [slide_metrics(label_array, run) for run in runs]
+    values = {name: fmean(metrics[name] for metrics in each) for name in METRIC_NAMES}
+    samples = resample_metrics(label_array, runs, patients, n_resamples, seed)
+    return {name: percentile_interval(values[name], samples[name], confidence) for name in METRIC_NAMES}
 
 
-def resample_counts(n_slides: int, n_resamples: int, seed: int) -> Iterator[IntArray]:
-    """Yield the resamples in chunks of bounded size: int64 [r, n_slides], each row summing to n_slides."""
+def resample_metrics(
+    labels: IntArray, runs: Sequence[FloatArray], patients: Sequence[str] | None, n_resamples: int, seed: int
+) -> dict[str, FloatArray]:
+    """Compute the mean over the runs of `slide_metrics` of each resample.
+
+    Args:
+        labels: int64 [N].
+        runs: float64 [N, C] each.
+        patients: of each slide, or None.
+        n_resamples, seed: the same ones give the same resamples for the same patients.
+
+    Returns:
+        METRIC_NAMES -> float64 [n_resamples], NaN where any run's metric is undefined.
+    """
+    names = range(len(labels)) if patients is None else patients
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}  # in the slides' order
+    groups = np.array([numbers[name] for name in names])
+    parts: dict[str, list[FloatArray]] = {name: [] for name in METRIC_NAMES}
+    for counts in resample_counts(len(numbers), n_resamples, seed):
+        each = [weighted_metrics(labels, run, counts[:, groups]) for run in runs]
+        for name in METRIC_NAMES:
+            parts[name].append(np.mean([metrics[name] for metrics in each], axis=0))
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def resample_counts(n_drawn: int, n_resamples: int, seed: int) -> Iterator[IntArray]:
+    """Yield the resamples in chunks of bounded size: int64 [r, n_drawn], each row summing to n_drawn."""
     generator = np.random.default_rng(seed)
-    rows = max(1, CHUNK_ELEMENTS // n_slides)
+    rows = max(1, CHUNK_ELEMENTS // n_drawn)
     for start in range(0, n_resamples, rows):
-        shape = (min(rows, n_resamples - start), n_slides)
-        drawn = generator.integers(n_slides, size=shape)
-        drawn += np.arange(shape[0])[:, None] * n_slides  # a resample's own range, to count all at once
-        yield np.bincount(drawn.ravel(), minlength=shape[0] * n_slides).reshape(shape).astype(np.int64, copy=False)
+        shape = (min(rows, n_resamples - start), n_drawn)
+        drawn = generator.integers(n_drawn, size=shape)
+        drawn += np.arange(shape[0])[:, None] * n_drawn  # a resample's own range, to count all at once
+        yield np.bincount(drawn.ravel(), minlength=shape[0] * n_drawn).reshape(shape).astype(np.int64, copy=False)
 
 
 def weighted_metrics(labels: IntArray, probabilities: FloatArray, counts: IntArray) -> dict[str, FloatArray]:
@@ -173,7 +203,8 @@ def _mean_where(values: FloatArray, chosen: npt.NDArray[np.bool_]) -> FloatArray
     return _divide(np.where(chosen, values, 0.0).sum(axis=1), chosen.sum(axis=1).astype(np.float64))
 
 
-def _interval(value: float, samples: FloatArray, confidence: float) -> MetricInterval:
+def percentile_interval(value: float, samples: FloatArray, confidence: float) -> MetricInterval:
+    """The interval between the samples' quantiles; what is not finite is left out."""
     defined = samples[np.isfinite(samples)]
     if not defined.size:
         return MetricInterval(value, math.nan, math.nan, 0, confidence)
@@ -186,18 +217,14 @@ def metrics_to_json(intervals: Mapping[str, MetricInterval]) -> dict[str, dict[s
     """Return the intervals as plain values for a JSON file; what is undefined is None, since JSON has no NaN."""
     return {
         name: {
-            "value": _none_if_nan(interval.value),
-            "low": _none_if_nan(interval.low),
-            "high": _none_if_nan(interval.high),
+            "value": json_number(interval.value),
+            "low": json_number(interval.low),
+            "high": json_number(interval.high),
             "confidence": interval.confidence,
             "n_resamples_used": interval.n_resamples_used,
         }
         for name, interval in intervals.items()
     }
-
-
-def _none_if_nan(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def format_table(intervals: Mapping[str, MetricInterval]) -> str:

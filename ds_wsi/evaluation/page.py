@@ -39,6 +39,10 @@ tbody th { font-weight: 500; }
 thead .bar { text-align: center; }
 .bar svg { display: block; width: 100%; height: .8rem; overflow: visible; }
 .predictions tbody th { white-space: nowrap; }
+body:has(.results) { max-width: 84rem; }
+.results .group { padding-right: 0; border-bottom-color: var(--line); text-align: center; }
+.results td:first-child { white-space: nowrap; }
+.results thead tr + tr th:last-child { padding-right: .9rem; }
 .predicted { font-weight: 650; }
 .mark { display: inline-block; padding: 0 .5em; border: 1px solid transparent; border-radius: .25em;
   color: var(--soft); }

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ class RunRecord:
         """The evaluation, in words."""
         slides = "" if self.test_split == "test" else f", {self.test_split} slides"
         return f"{self.evaluation}{slides}"
+
+    def evaluated_on(self, dataset: str, test_split: str, evaluation: EvaluationProtocol) -> "RunRecord":
+        """The record of the same model on other slides, or other tiles of them."""
+        settings = self.settings | ({"trained_on": self.dataset} if dataset != self.dataset else {})
+        return replace(self, dataset=dataset, test_split=test_split, evaluation=evaluation, settings=settings)
 
     def write(self, directory: Path) -> None:
         """Write run.json beside the results, whose digests it holds. Atomic."""

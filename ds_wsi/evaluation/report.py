@@ -40,6 +40,7 @@ def write_report(
     heatmaps: Sequence[tuple[str, Path]],
     failures: Sequence[Mapping[str, Any]],
     sections: Mapping[str, str] | None = None,
+    resampled: str = "slides",
 ) -> None:
     """Write the report: metrics, settings, curves, predictions, heat maps and failed tiles on one offline page.
 
@@ -56,6 +57,7 @@ def write_report(
         heatmaps: (slide_id, PNG) each.
         failures: one a tile that could not be read, such as slide_id, x, y, reason; all of one form.
         sections: heading -> plain text, put after the metrics; blank lines part paragraphs.
+        resampled: what the intervals' bootstrap drew.
 
     Raises:
         FileNotFoundError: an image that is not there.
@@ -63,7 +65,7 @@ def write_report(
     anchors = {slide_id: f"heatmap-{number}" for number, (slide_id, _) in enumerate(heatmaps)}
     body = [
         f"<h1>{escape(title)}</h1>",
-        _metrics_section(intervals, len(predictions)),
+        _metrics_section(intervals, len(predictions), resampled),
         *(_prose_section(heading, text) for heading, text in (sections or {}).items()),
         _predictions_section(predictions, anchors),
         _curves_section(curves_png),
@@ -74,7 +76,7 @@ def write_report(
     write_text(path, page(title, "\n".join(part for part in body if part)))
 
 
-def _metrics_section(intervals: Mapping[str, MetricInterval], slides: int) -> str:
+def _metrics_section(intervals: Mapping[str, MetricInterval], slides: int, resampled: str) -> str:
     if not intervals:
         return section("Metrics", "<p>No metric was computed.</p>")
     confidence = next(iter(intervals.values())).confidence
@@ -84,8 +86,8 @@ def _metrics_section(intervals: Mapping[str, MetricInterval], slides: int) -> st
     head += [f'<th scope="col" class="bar">{axis}</th>', head_cell("Resamples", True)]
     rows = [_metric_row(name, interval, lowest) for name, interval in intervals.items()]
     note = (
-        f'<p class="note">Over {slides} slides. Intervals: percentile bootstrap over slides; resamples on which a '
-        "metric is undefined are left out of its interval.</p>"
+        f'<p class="note">Over {slides} slides. Intervals: percentile bootstrap over {escape(resampled)}; '
+        "resamples on which a metric is undefined are left out of its interval.</p>"
     )
     return section("Metrics", note + "\n" + table(head, rows, "headline"))
 

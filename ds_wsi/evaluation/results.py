@@ -1,8 +1,11 @@
 """What a run leaves behind: metrics.json, predictions.csv, heat maps, curves and the report."""
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -12,9 +15,11 @@ from ds_wsi.bags.cohort import Cohort
 from ds_wsi.evaluation.bootstrap import MetricInterval, bootstrap_metrics, format_table, metrics_to_json
 from ds_wsi.evaluation.curves import draw_curves
 from ds_wsi.evaluation.heatmap import draw_attention
-from ds_wsi.evaluation.predict import SlidePrediction
+from ds_wsi.evaluation.metrics import METRIC_NAMES, slide_metrics
+from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction
+from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.report import write_report
-from ds_wsi.runtime.files import atomic_path, write_json
+from ds_wsi.runtime.files import atomic_path, json_number, write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.slide import Slide
 
@@ -33,13 +38,30 @@ def write_results(
     best_epoch: int | None = None,
     metric: str = "auc",
     seed: int = 0,
+    protocol: EvaluationProtocol = ALL_TILES,
 ) -> dict[str, MetricInterval]:
-    """Write everything about a set of predictions below `directory`, and return the metrics with their intervals."""
-    labels = np.array([cohort.manifest.slides[prediction.slide].label for prediction in predictions])
-    probabilities = torch.stack([prediction.logits for prediction in predictions]).double().softmax(-1).numpy()
-    intervals = bootstrap_metrics(labels, probabilities, seed=seed)
-    rows = _prediction_rows(cohort, predictions, probabilities)
-    write_json(directory / "metrics.json", {"n_slides": len(rows), "metrics": metrics_to_json(intervals)})
+    """Write everything about a set of predictions below `directory`, and return the metrics with their intervals.
+
+    Of several runs of the protocol, metrics are the mean of the runs', and predictions hold the mean probabilities.
+    """
+    slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
+    labels, patients = np.array([slide.label for slide in slides]), [slide.patient_id for slide in slides]
+    logits = torch.stack([prediction.run_logits for prediction in predictions], dim=1).double()  # [R, N, C]
+    probabilities = logits.softmax(-1).numpy()
+    intervals = bootstrap_metrics(labels, probabilities, seed=seed, patients=patients)
+    rows = _prediction_rows(cohort, predictions, probabilities.mean(axis=0))
+    n_patients = len(set(patients))
+    runs = _metrics_of_runs(labels, probabilities)
+    write_json(
+        directory / "metrics.json",
+        {
+            "n_slides": len(rows),
+            "n_patients": n_patients,
+            "evaluation": asdict(protocol),
+            "metrics": metrics_to_json(intervals),
+            "runs": runs,
+        },
+    )
     _write_predictions(directory / "predictions.csv", rows)
     curves = None
     if history:
@@ -55,9 +77,37 @@ def write_results(
         curves_png=curves,
         heatmaps=heatmaps,
         failures=[dict(failure) for failure in failures],
+        resampled="slides" if n_patients == len(rows) else f"the {n_patients} patients",
+        sections={"Evaluation": _protocol_words(protocol, runs)} if protocol.tiles else None,
     )
     logger.info("test metrics of %d slides:\n%s", len(rows), format_table(intervals))
     return intervals
+
+
+def _metrics_of_runs(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Metric -> its value in each run, their mean and sample standard deviation; None where undefined."""
+    each = [slide_metrics(labels, run) for run in probabilities]
+    found = {}
+    for name in METRIC_NAMES:
+        values = [metrics[name] for metrics in each]
+        spread = stdev(values) if len(values) > 1 else math.nan
+        numbers = [json_number(value) for value in (fmean(values), spread, *values)]
+        found[name] = {"mean": numbers[0], "std": numbers[1], "values": numbers[2:]}
+    return found
+
+
+def _protocol_words(protocol: EvaluationProtocol, runs: Mapping[str, Mapping[str, Any]]) -> str:
+    words = (
+        f"Each slide is tested on {protocol}, drawn without replacement; a slide with fewer tiles is taken whole. "
+        "Metrics are the mean of the runs'; their intervals resample slides, not tiles. Predictions show the mean "
+        "probability over the runs; heat maps show the first run's tiles."
+    )
+    spread = [
+        f"{name.replace('_', ' ')} {found['mean']:.3f} ± {found['std']:.3f}"
+        for name, found in runs.items()
+        if found["std"] is not None
+    ]
+    return f"{words}\n\nMean ± sample standard deviation over the runs: {', '.join(spread)}." if spread else words
 
 
 def draw_heatmaps(directory: Path, cohort: Cohort, predictions: Sequence[SlidePrediction]) -> list[tuple[str, Path]]:
@@ -96,6 +146,7 @@ def _prediction_rows(
         rows.append(
             {
                 "slide_id": entry.slide_id,
+                "patient_id": entry.patient_id,
                 "label": classes[entry.label],
                 "predicted": classes[predicted],
                 "probabilities": dict(zip(classes, (float(chance) for chance in chances), strict=True)),
@@ -110,7 +161,8 @@ def _write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     classes = list(rows[0]["probabilities"])
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["slide_id", "label", "predicted", "n_tiles", *(f"probability_{name}" for name in classes)])
+        names = ("slide_id", "patient_id", "label", "predicted", "n_tiles")
+        writer.writerow([*names, *(f"probability_{name}" for name in classes)])
         for row in rows:
-            chances = [f"{row['probabilities'][name]:.8f}" for name in classes]
-            writer.writerow([row["slide_id"], row["label"], row["predicted"], row["n_tiles"], *chances])
+            # Every digit: rounded, confident slides would tie, and a comparison find another AUC than metrics.json.
+            writer.writerow([*(row[name] for name in names), *(repr(row["probabilities"][name]) for name in classes)])

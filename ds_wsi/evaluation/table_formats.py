@@ -11,14 +11,9 @@ from pathlib import Path
 
 from ds_wsi.evaluation.grouping import BASELINE, END_TO_END, Row, Statistic, Table
 from ds_wsi.evaluation.page import page, section
+from ds_wsi.evaluation.report import METRIC_TITLES
 
-METRIC_TITLES = {
-    "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "auc": "AUC",
-    "quadratic_weighted_kappa": "QWK",
-    "f1": "F1",
-}
+TITLES = METRIC_TITLES | {"quadratic_weighted_kappa": "QWK"}  # short, for a column
 DIFFERENCE, NOTHING = "difference", "-"
 Skipped = Sequence[tuple[Path, str]]
 
@@ -178,7 +173,7 @@ def _html_entry(entry: Entry) -> str:
 
 
 def _title(metric: str) -> str:
-    return METRIC_TITLES.get(metric, metric)
+    return TITLES[metric]
 
 
 def _lead_names(table: Table) -> list[str]:

@@ -37,7 +37,7 @@ def dry_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = N
         ValueError: settings that contradict each other.
     """
     with launched(engine_settings(settings), deepspeed_config) as processes, _scratch(processes) as folder:
-        return _dry_run(settings, deepspeed_config, folder)
+        return _dry_run(settings, settings, deepspeed_config, folder)
 
 
 def dry_protocol(protocol: Protocol, settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None) -> str:
@@ -55,7 +55,7 @@ def dry_protocol(protocol: Protocol, settings: TrainSettings, deepspeed_config: 
         runs = plan_runs(protocol, tuple(counts))
         data = replace(settings.data, manifest=str(folder / "cohort.csv"), classes=classes, tiles_dir=str(tiles_dir))
         own = replace(settings, data=data, run=replace(settings.run, seed=runs[0].seed))
-        text = _dry_run(own, deepspeed_config, folder)
+        text = _dry_run(own, settings, deepspeed_config, folder)
         if not processes.is_main:
             return ""
         lines = [f"protocol: preset {protocol.preset}, {len(runs)} runs, one after the other:"]
@@ -75,14 +75,17 @@ def _scratch(processes: Processes) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
-def _dry_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None, folder: Path) -> str:
+def _dry_run(
+    settings: TrainSettings, shown: TrainSettings, deepspeed_config: dict[str, Any] | None, folder: Path
+) -> str:
+    """Of `settings`, whose paths can be the scratch folder's; `shown` are the user's."""
     own = replace(settings.run, output_dir=str(folder / "run"), resume_from_checkpoint=None)
     run = prepare_run(replace(settings, run=own), deepspeed_config)
     with closing_trackers(run.accelerator):
         measured = [time_micro_steps(run)]
         if run.accelerator.num_processes > 1:
             measured = gather_object(measured)
-        text = _describe(run, settings, measured) if run.accelerator.is_main_process else ""
+        text = _describe(run, shown, measured) if run.accelerator.is_main_process else ""
     run.accelerator.free_memory()
     return text
 

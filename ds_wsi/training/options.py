@@ -41,6 +41,8 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("tiles_dir", "data.tiles_dir", str, "where tile grids are kept (default: in the run's folder)"),
     ("classes", "data.classes", _names, "class names in the order of the logits, comma-separated"),
     ("slide_mpp", "data.slide_mpp", float, "um/px of slides that do not tell theirs"),
+    ("dataset_name", "data.dataset_name", str, "in tables of runs (default: the manifest's, without its suffix)"),
+    ("split_name", "data.split_name", str, "which split or fold of the dataset the manifest holds, in tables of runs"),
     ("tile_size_px", "policies.tiling.tile_size_px", int, "side of a tile"),
     ("mpp", "policies.tiling.mpp", float, "um/px at which tiles are read (0.5 is 20x)"),
     ("min_tissue_fraction", "policies.tiling.min_tissue_fraction", float, "of a tile's area"),
@@ -87,6 +89,9 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("save_total_limit", "run.save_total_limit", int, "checkpoints kept"),
     ("metric_for_best_model", "run.metric_for_best_model", METRIC_NAMES, "validation metric that chooses the epoch"),
     ("ddp_timeout", "run.ddp_timeout", int, "seconds that a collective waits for the other processes"),
+    ("eval_tiles", "run.eval_tiles", tiles_or_all, "random tiles of each test slide, or all (the default)"),
+    ("eval_runs", "run.eval_runs", int, "draws of --eval_tiles, over which the test metrics are averaged"),
+    ("eval_seed", "run.eval_seed", int, "of those draws"),
     ("deepspeed", "run.deepspeed", str, 'a DeepSpeed JSON; its "ds_wsi" section sets the policies'),
 )
 

@@ -10,12 +10,14 @@ from tqdm import tqdm
 from ds_wsi.bags.sampler import deal_by_cost
 from ds_wsi.engines.accelerate import CommHandle, gather_object
 from ds_wsi.evaluation.metrics import slide_metrics
-from ds_wsi.evaluation.predict import SlidePrediction, predict_slides
+from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction, predict_slides
+from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.results import write_results
 from ds_wsi.models import SlideModel, build_model, load_model
 from ds_wsi.runtime.environment import environment
 from ds_wsi.runtime.files import atomic_path, write_json
 from ds_wsi.runtime.log import logger
+from ds_wsi.training.record import run_record
 from ds_wsi.training.run import Run
 from ds_wsi.training.settings import TrainSettings
 
@@ -27,14 +29,16 @@ def _plain_copy(run: Run, state: dict[str, torch.Tensor]) -> SlideModel:
     return model.to(run.device).eval()
 
 
-def _predict(run: Run, model: SlideModel, split: str) -> list[SlidePrediction]:
+def _predict(
+    run: Run, model: SlideModel, split: str, protocol: EvaluationProtocol = ALL_TILES
+) -> list[SlidePrediction]:
     """Predictions of a split, in its order, on every rank: each rank predicts a share, balanced by tiles."""
     rows = run.cohort.rows(split)
     shares = deal_by_cost([run.cohort.lengths[row] for row in rows], run.accelerator.num_processes)
     own = [rows[index] for index in shares[run.accelerator.process_index]]
     cohort = run.cohort
     stream = predict_slides(
-        model, cohort.manifest.slides, cohort.grids, own, run.settings.policies.reading, run.failures
+        model, cohort.manifest.slides, cohort.grids, own, run.settings.policies.reading, run.failures, protocol
     )
     bar = tqdm(
         stream,
@@ -95,7 +99,8 @@ def finish(run: Run, started: float) -> dict[str, Any]:
     """
     run.accelerator.wait_for_everyone()
     model, _ = load_model(run.output_dir)
-    predictions = _predict(run, model.to(run.device), "test")
+    protocol = run.settings.run.evaluation
+    predictions = _predict(run, model.to(run.device), "test", protocol)
     if not run.accelerator.is_main_process:
         return {}
     progress, settings = run.progress, run.settings
@@ -113,7 +118,9 @@ def finish(run: Run, started: float) -> dict[str, Any]:
         best_epoch=progress.best_epoch,
         metric=settings.run.metric_for_best_model,
         seed=settings.run.seed,
+        protocol=protocol,
     )
+    run_record(run).write(run.output_dir)  # last: a folder without it is unfinished
     seconds = time.perf_counter() - started
     logger.info("finished in %.0f s: %s", seconds, run.output_dir / "report.html")
     return {"output_dir": str(run.output_dir), "metrics": intervals, "seconds": seconds}
@@ -139,6 +146,7 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
         "optimisation": f"{optim.optim}, learning rate {optim.learning_rate:g} ({optim.lr_scheduler_type}), "
         f"{optim.num_train_epochs} epochs, "
         f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} slides a process and step",
+        "evaluation": str(run.settings.run.evaluation),
         "processes": str(run.accelerator.num_processes),
         **({"communication": _comm_words(run.comm)} if run.comm else {}),
         "best epoch": str(run.progress.best_epoch),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from ds_wsi.config import DsWsiConfig
+from ds_wsi.evaluation.protocol import EvaluationProtocol
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,8 @@ class DataSettings:
         tiles_dir: where tile grids are kept; by default in the run's folder.
         classes: class names in the order of the logits.
         slide_mpp: um/px of slides that do not tell theirs.
+        dataset_name: in tables of runs; by default the manifest's name without its suffix.
+        split_name: which of the dataset's splits or folds the manifest holds, in tables of runs.
     """
 
     manifest: str | None = None
@@ -22,6 +25,8 @@ class DataSettings:
     tiles_dir: str | None = None
     classes: tuple[str, ...] | None = None
     slide_mpp: float | None = None
+    dataset_name: str | None = None
+    split_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,9 @@ class RunSettings:
         metric_for_best_model: validation metric by which the exported epoch is chosen; eval_loss breaks ties.
         deepspeed: a DeepSpeed JSON.
         ddp_timeout: seconds that a collective waits for the other ranks.
+        eval_tiles: random tiles of each test slide, drawn in each of `eval_runs` runs; None tests on all, once.
+        eval_runs: draws, over which the metrics are averaged.
+        eval_seed: of the draws; not `seed`, for models that are compared are to be tested on the same tiles.
     """
 
     output_dir: str | None = None
@@ -119,9 +127,13 @@ class RunSettings:
     metric_for_best_model: str = "auc"
     deepspeed: str | None = None
     ddp_timeout: int = 1800
+    eval_tiles: int | None = None
+    eval_runs: int = 1
+    eval_seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a limit under which a torn checkpoint would lose the run."""
+        """Refuse a limit under which a torn checkpoint would lose the run, and a protocol that tests nothing."""
+        _ = self.evaluation
         if self.save_total_limit < 2:
             raise ValueError(
                 f"--save_total_limit must be at least 2, got {self.save_total_limit}. "
@@ -131,6 +143,11 @@ class RunSettings:
             raise ValueError(f"--save_steps must be at least 0, got {self.save_steps}")
         if self.ddp_timeout < 1:
             raise ValueError(f"--ddp_timeout must be at least 1 second, got {self.ddp_timeout}")
+
+    @property
+    def evaluation(self) -> EvaluationProtocol:
+        """On which tiles of the test slides the model is tested."""
+        return EvaluationProtocol(self.eval_tiles, self.eval_runs, self.eval_seed)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,10 @@ import json
 import pytest
 import torch
 
+from ds_wsi.cli import main
+from ds_wsi.evaluation.protocol import EvaluationProtocol
+from ds_wsi.evaluation.record import RunRecord
+from ds_wsi.evaluation.tables import write_tables
 from ds_wsi.models import load_model
 from runs import ROOT, run, train_arguments
 
@@ -29,7 +33,10 @@ LAUNCHERS = {
         [*ACCELERATE.split(), SCRIPT, "--bags_per_step", "3", "--aggregator", "clam_sb"],
         "DeepSpeed ZeRO stage 3, optimizer offload none, 2 pr",
     ),
-    "torchrun": (["torchrun", "--standalone", "--nproc_per_node", "2", SCRIPT], "multi cpu, 2 process"),
+    "torchrun": (
+        ["torchrun", "--standalone", "--nproc_per_node", "2", SCRIPT, "--eval_tiles", "5", "--eval_runs", "3"],
+        "multi cpu, 2 process",
+    ),
     "python": (["python", SCRIPT], "engine: no, 1 process"),
 }
 
@@ -46,6 +53,10 @@ def test_the_main_job_runs_and_leaves_its_results(launcher, demo_manifest, tmp_p
     with (folder / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["slide_id"] for row in rows] == ["demo_006", "demo_007"]
+    record = RunRecord.read(folder)
+    assert (record.dataset, record.training, record.seed) == (demo_manifest.stem, "end to end", 0)
+    assert record.evaluation == EvaluationProtocol(*((5, 3) if launcher == "torchrun" else ()))
+    assert ({row["n_tiles"] for row in rows} == {"5"}) == (launcher == "torchrun")
     for name in ("curves.png", "heatmaps/demo_006.png", "heatmaps/demo_007.png", "report.html"):
         assert (folder / name).stat().st_size > 1000, name
     assert list(folder.glob("tensorboard/**/events*"))
@@ -92,6 +103,12 @@ def test_evaluate_and_heatmap_read_a_finished_run(demo_manifest, tmp_path):
     run(["python", "launch/evaluate.py", *chosen, "--output-dir", str(tmp_path / "evaluated")])
     # The same slides, tiles and weights: the same predictions, to the last digit.
     assert (tmp_path / "evaluated/predictions.csv").read_text() == (folder / "predictions.csv").read_text()
+    sampled = ["--eval_tiles", "5", "--eval_runs", "3", "--device", "cpu"]
+    assert main(["evaluate", *chosen, "--output_dir", str(tmp_path / "sampled"), *sampled]) == 0
+    table = write_tables([folder, tmp_path / "sampled", tmp_path / "nothing"], tmp_path / "tables")
+    assert "| 5 random tiles, 3 runs |" in table
+    assert "| all tiles |" in table
+    assert "nothing: no such folder" in table
     printed = run(["ds-wsi", "heatmap", *chosen, "--output_dir", str(tmp_path / "maps"), "--slide_ids", "demo_001"])
     assert "demo_001.png" in printed
     assert (tmp_path / "maps/demo_001.png").stat().st_size > 1000

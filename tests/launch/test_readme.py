@@ -59,7 +59,7 @@ def test_the_section_is_accepted():
     assert read_section(section).reading.workers == 4
 
 
-@pytest.mark.parametrize("command", ["tile", "train", "evaluate", "heatmap", "demo", "plan"])
+@pytest.mark.parametrize("command", ["tile", "train", "evaluate", "heatmap", "demo", "plan", "compare", "report"])
 def test_options_in_the_readme_exist(command, capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args([command, "--help"])

@@ -69,7 +69,7 @@ def test_every_option_sets_its_field_with_underscores_or_dashes(name, place, kin
     else:
         given, expected = EXAMPLES[kind]
     option = f"--{name.replace('_', '-') if dashes else name}"
-    needed = ["--nvme_path", "/"] if name == "nvme_budget" else []
+    needed = {"nvme_budget": ["--nvme_path", "/"], "eval_runs": ["--eval_tiles", "9"]}.get(name, [])
     settings = settings_of(option, *([] if given is None else [given]), *needed)
     assert value_at(settings, place) == expected
     assert text

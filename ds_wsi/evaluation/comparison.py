@@ -1,0 +1,318 @@
+"""Two models on the same slides: DeLong's test of their AUCs, and a paired bootstrap of every metric."""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from ds_wsi.evaluation.bootstrap import percentile_interval, resample_metrics
+from ds_wsi.evaluation.metrics import METRIC_NAMES, FloatArray, IntArray, check_predictions, slide_metrics
+from ds_wsi.runtime.files import json_number
+
+SHOWN_SLIDES = 5  # in messages
+COLUMNS = ("slide_id", "patient_id", "label")
+PREFIX = "probability_"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A run's predictions, as its predictions.csv holds them.
+
+    Attributes:
+        source: the file.
+        classes: their names, in the order of the probabilities.
+        slide_ids, patient_ids: N each.
+        labels: int64 [N].
+        probabilities: float64 [N, C].
+    """
+
+    source: Path
+    classes: tuple[str, ...]
+    slide_ids: tuple[str, ...]
+    patient_ids: tuple[str, ...]
+    labels: IntArray
+    probabilities: FloatArray
+
+
+@dataclass(frozen=True)
+class DeLong:
+    """DeLong's comparison of two AUCs; NaN where fewer than two slides of a class, or no variance, leave it undefined.
+
+    Attributes:
+        auc_a, auc_b: areas under the ROC curves.
+        difference: B minus A.
+        covariance: float64 [2, 2] of the areas.
+        standard_error: of the difference.
+        z, p_value: two-sided, normal.
+        low, high: the difference's interval.
+    """
+
+    auc_a: float
+    auc_b: float
+    difference: float
+    covariance: FloatArray
+    standard_error: float
+    z: float
+    p_value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric of two models on the same slides, and the paired bootstrap of B minus A.
+
+    Attributes:
+        a, b, difference: on the slides themselves; NaN where undefined.
+        low, high: the difference's percentile interval.
+        p_value: two-sided: twice the smaller share of resamples on either side of zero, each count with one added.
+        n_resamples_used: resamples on which both are defined.
+    """
+
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    n_resamples_used: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare_runs` found; `delong` is None for more than two classes."""
+
+    n_slides: int
+    n_patients: int
+    confidence: float
+    metrics: Mapping[str, Difference]
+    delong: DeLong | None
+
+
+def read_predictions(directory: str | Path) -> Predictions:
+    """Read the predictions.csv of a run's folder.
+
+    Raises:
+        ValueError: the file is missing, lacks columns, or holds what no prediction can be; names the slide.
+    """
+    path = Path(directory) / "predictions.csv"
+    if not path.is_file():
+        raise ValueError(f"a run's folder must hold predictions.csv, got none at {path}. HINT: is the run finished?")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        header = list(reader.fieldnames or ())
+        rows = list(reader)
+    classes = tuple(name.removeprefix(PREFIX) for name in header if name.startswith(PREFIX))
+    missing = [name for name in COLUMNS if name not in header]
+    if missing or len(classes) < 2:
+        raise ValueError(
+            f"predictions.csv must have the columns {', '.join(COLUMNS)} and {PREFIX}<class> of each class, "
+            f"got {', '.join(header)} ({path}). HINT: write it again with `ds-wsi evaluate`."
+        )
+    slide_ids = tuple(row["slide_id"] for row in rows)
+    try:
+        labels = [classes.index(row["label"]) for row in rows]
+        probabilities = [[float(row[PREFIX + name]) for name in classes] for row in rows]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"predictions.csv must hold class names and numbers, got {error} ({path})") from error
+    if len(set(slide_ids)) < len(slide_ids):
+        twice = next(name for name in slide_ids if slide_ids.count(name) > 1)
+        raise ValueError(f"predictions.csv must hold each slide once, got {twice} more than once ({path})")
+    checked = check_predictions(np.array(labels, dtype=np.int64), np.array(probabilities), slide_ids)
+    return Predictions(path, classes, slide_ids, tuple(row["patient_id"] for row in rows), *checked)
+
+
+def compare_predictions(
+    a: Predictions, b: Predictions, n_resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> Comparison:
+    """Compare two models' predictions of the same slides, which may come in another order.
+
+    The bootstrap draws patients with all their slides, with replacement, the same ones for both models. DeLong's test
+    takes slides as independent: where patients have several, its p-value is too small.
+
+    Args:
+        a, b: the predictions.
+        n_resamples, seed: of the bootstrap.
+        confidence: of the intervals, in (0, 1).
+
+    Raises:
+        ValueError: other classes, slides, labels or patients; names them.
+    """
+    if n_resamples < 1:
+        raise ValueError(f"n_resamples must be at least 1, got {n_resamples}. HINT: 2000 is usual.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}. HINT: 0.95 is usual.")
+    order = _matching_rows(a, b)
+    scores = (a.probabilities, b.probabilities[order])
+    values = [slide_metrics(a.labels, each) for each in scores]
+    samples = [resample_metrics(a.labels, [each], a.patient_ids, n_resamples, seed) for each in scores]
+    metrics = {
+        name: _difference(values[0][name], values[1][name], samples[1][name] - samples[0][name], confidence)
+        for name in METRIC_NAMES
+    }
+    test = delong(a.labels == 1, scores[0][:, 1], scores[1][:, 1], confidence) if len(a.classes) == 2 else None
+    return Comparison(len(a.labels), len(set(a.patient_ids)), confidence, metrics, test)
+
+
+def _matching_rows(a: Predictions, b: Predictions) -> IntArray:
+    """The rows of `b` in the order of `a`."""
+    where = f"({a.source} and {b.source})"
+    if a.classes != b.classes:
+        raise ValueError(f"both runs must have the same classes, got {a.classes} and {b.classes} {where}")
+    rows = {slide: row for row, slide in enumerate(b.slide_ids)}
+    only_a, only_b = [name for name in a.slide_ids if name not in rows], sorted(set(b.slide_ids) - set(a.slide_ids))
+    if only_a or only_b:
+        parts = [f"{_some(names)} only in {each.source}" for names, each in ((only_a, a), (only_b, b)) if names]
+        raise ValueError(
+            f"both runs must have predicted the same slides, got {' and '.join(parts)}. "
+            "HINT: evaluate both on one manifest with `ds-wsi evaluate`."
+        )
+    order = np.array([rows[slide] for slide in a.slide_ids])
+    for what, ours, theirs in (
+        ("label", [a.classes[label] for label in a.labels], [b.classes[label] for label in b.labels[order]]),
+        ("patient", list(a.patient_ids), [b.patient_ids[row] for row in order]),
+    ):
+        differing = [
+            f"{slide} ({one!r} and {two!r})"
+            for slide, one, two in zip(a.slide_ids, ours, theirs, strict=True)
+            if one != two
+        ]
+        if differing:
+            raise ValueError(f"both runs must have the same {what} for each slide, got {_some(differing)} {where}")
+    return order
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_SLIDES} more" if len(names) > SHOWN_SLIDES else ""
+    return ", ".join(names[:SHOWN_SLIDES]) + more
+
+
+def _difference(a: float, b: float, samples: FloatArray, confidence: float) -> Difference:
+    interval = percentile_interval(b - a, samples, confidence)
+    defined = samples[np.isfinite(samples)]
+    p_value = math.nan
+    if defined.size:
+        smaller = min(np.count_nonzero(defined <= 0), np.count_nonzero(defined >= 0))
+        p_value = min(1.0, 2 * (smaller + 1) / (defined.size + 1))
+    return Difference(a, b, b - a, interval.low, interval.high, p_value, interval.n_resamples_used)
+
+
+def delong(positive: np.ndarray, scores_a: FloatArray, scores_b: FloatArray, confidence: float = 0.95) -> DeLong:
+    """Test whether two scores of the same independent slides have the same AUC.
+
+    Args:
+        positive: bool [N].
+        scores_a, scores_b: float64 [N], higher for the positive class; ties count one half.
+        confidence: of the interval, in (0, 1).
+
+    Source: DeLong, DeLong and Clarke-Pearson (1988), equations 3 to 6; the components from midranks, in O(N log N):
+    Sun and Xu (2014), equations 5 and 6.
+    """
+    components = [_components(positive, scores) for scores in (scores_a, scores_b)]
+    auc_a, auc_b = (float(np.mean(ours)) if len(ours) and len(others) else math.nan for ours, others in components)
+    counts = (int(positive.sum()), int((~positive).sum()))
+    covariance = np.full((2, 2), math.nan)
+    if min(counts) > 1:
+        of_positives, of_negatives = (np.cov([each[side] for each in components]) / counts[side] for side in (0, 1))
+        covariance = of_positives + of_negatives
+    variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    difference = auc_b - auc_a
+    # What is left of a variance of zero by rounding would make a z of nothing.
+    if not variance > 1e-15:
+        return DeLong(auc_a, auc_b, difference, covariance, *([math.nan] * 5))
+    error = math.sqrt(variance)
+    z = difference / error
+    width = NormalDist().inv_cdf((1 + confidence) / 2) * error
+    p_value = math.erfc(abs(z) / math.sqrt(2))
+    return DeLong(auc_a, auc_b, difference, covariance, error, z, p_value, difference - width, difference + width)
+
+
+def _components(positive: np.ndarray, scores: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """For each positive the share of negatives below it, for each negative the share of positives above it."""
+    ours, others = scores[positive], scores[~positive]
+    ranks = _midranks(scores)
+    below = (ranks[positive] - _midranks(ours)) / max(1, len(others))
+    above = 1 - (ranks[~positive] - _midranks(others)) / max(1, len(ours))
+    return below, above
+
+
+def _midranks(values: FloatArray) -> FloatArray:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
+
+
+def compare_runs(run_a: str | Path, run_b: str | Path, n_resamples: int = 2000, seed: int = 0) -> Comparison:
+    """`compare_predictions` of two runs' folders."""
+    return compare_predictions(read_predictions(run_a), read_predictions(run_b), n_resamples, seed=seed)
+
+
+def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
+    """Plain values for a JSON file; what is undefined is None."""
+    test = comparison.delong
+    return {
+        "n_slides": comparison.n_slides,
+        "n_patients": comparison.n_patients,
+        "confidence": comparison.confidence,
+        "difference": "b - a",
+        "paired_bootstrap": {
+            name: {key: json_number(value) for key, value in vars(found).items()}
+            for name, found in comparison.metrics.items()
+        },
+        "delong": None
+        if test is None
+        else {
+            key: [[json_number(value) for value in row] for row in found.tolist()]
+            if key == "covariance"
+            else json_number(found)
+            for key, found in vars(test).items()
+        },
+    }
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """Lines of text for a terminal."""
+    percent = f"{100 * comparison.confidence:g}%"
+    width = max(map(len, METRIC_NAMES))
+    lines = [
+        f"{comparison.n_slides} slides of {comparison.n_patients} patients; paired bootstrap over patients, B - A",
+        f"{'metric':<{width}}       A       B    B - A  {percent} interval      p",
+    ]
+    for name, found in comparison.metrics.items():
+        lines.append(
+            f"{name:<{width}}  {_number(found.a):>6}  {_number(found.b):>6}  {_signed(found.difference):>7}  "
+            f"[{_signed(found.low)}, {_signed(found.high)}]  {_p(found.p_value)}"
+        )
+    return "\n".join([*lines, *_delong_lines(comparison, percent)])
+
+
+def _delong_lines(comparison: Comparison, percent: str) -> list[str]:
+    found = comparison.delong
+    if found is None:
+        return ["DeLong: of two classes only"]
+    if math.isnan(found.p_value):
+        return ["DeLong: undefined, the difference has no variance or a class fewer than two slides"]
+    line = (
+        f"DeLong: AUC {_number(found.auc_a)} and {_number(found.auc_b)}, difference {_signed(found.difference)} "
+        f"({percent} [{_signed(found.low)}, {_signed(found.high)}]), z {found.z:.3f}, p {_p(found.p_value)}"
+    )
+    if comparison.n_patients == comparison.n_slides:
+        return [line]
+    return [line, "patients have several slides, which DeLong takes as independent: its p is too small, read the above"]
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:+.3f}"
+
+
+def _p(value: float) -> str:
+    return "-" if math.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,63 @@
+"""What a run's settings say of it in a table of runs."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ds_wsi.evaluation.record import RunRecord
+from ds_wsi.models import SlideModel
+from ds_wsi.training.run import Run
+from ds_wsi.training.settings import DataSettings
+
+# Not settings of a group of runs: what names method and training, and what is summed up in slides_per_step.
+_MODEL_NAMES = ("encoder", "aggregator", "freeze_encoder")
+_STEP_NAMES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def run_record(run: Run) -> RunRecord:
+    """The record that is written beside the run's results."""
+    settings = run.settings
+    return RunRecord(
+        dataset=dataset_name(settings.data),
+        encoder=run.config.encoder,
+        aggregator=run.config.aggregator,
+        training=training_name(run.module),
+        seed=settings.run.seed,
+        split=settings.data.split_name,
+        test_split="test",
+        evaluation=settings.run.evaluation,
+        settings=json.loads(json.dumps(_group_settings(run))),  # as the file has it: tuples are lists
+    )
+
+
+def dataset_name(data: DataSettings) -> str:
+    """The name given, or the manifest's without its suffix; the demo cohort's is demo."""
+    return data.dataset_name or (Path(data.manifest).stem if data.manifest else "demo")
+
+
+def training_name(module: SlideModel) -> str:
+    """What was trained of the encoder: "frozen" (nothing), "partly frozen" or "end to end" (all parameters)."""
+    trained = [parameter.requires_grad for parameter in module.encoder.parameters()]
+    if not any(trained):
+        return "frozen"
+    return "end to end" if all(trained) else "partly frozen"
+
+
+def _group_settings(run: Run) -> dict[str, Any]:
+    """Everything that changes a result but seed and split; not what only changes how it is computed."""
+    settings, policies = run.settings, run.settings.policies
+    layout, stacking = run.epoch_layout, policies.stacking
+    step = stacking.bags_per_step or layout["world_size"] * layout["bags_per_rank"] * layout["accumulation"]
+    groups = {
+        "model": {name: value for name, value in asdict(settings.model).items() if name not in _MODEL_NAMES},
+        "optim": {name: value for name, value in asdict(settings.optim).items() if name not in _STEP_NAMES},
+        "tiling": asdict(policies.tiling),
+        "augment": asdict(policies.augment),
+        "compression": {"hook": run.comm.name, "keep": policies.compression.keep} if run.comm else {},
+    }
+    found = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    found |= {"slides_per_step": step, "tiles_per_slide": policies.reading.tiles_per_slide}
+    found |= {"from_tile_store": bool(policies.reading.tile_store), "framework": stacking.framework}
+    found |= {"sample_tiles": stacking.sample_tiles} if stacking.framework == "sampling" else {}
+    return found | {"metric_for_best_model": settings.run.metric_for_best_model}
