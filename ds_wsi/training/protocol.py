@@ -81,7 +81,7 @@ def protocol_from(
     if name not in presets:
         raise ValueError(f"--preset must be one of {', '.join(presets)}, got {name!r}. HINT: --list_presets.")
     preset, given = presets[name], vars(options)
-    ways = [way for way in WAYS if given.get(way)]
+    ways = [way for way in (*WAYS, "split_column") if given.get(way)]
     below = {option: value for option, value in preset.protocol.items() if not (ways and option in WAYS)}
     chosen = {**below, **given}
     for option in ("data.manifest", "data.demo_dir"):

@@ -130,6 +130,7 @@ def test_a_way_of_splitting_that_is_given_replaces_the_presets():
     both = parse("custom", "--preset", "egfr", "--folds", 5, "--split_level", "slide", "--split_seed", 3)[0]
     assert both.splitting == {"folds": 5, "level": "slide", "seed": 3}
     assert parse("custom", "--preset", "egfr")[0].splitting == {"runs": 20}
+    assert parse("custom", "--preset", "egfr", "--split_column", "part")[0].splitting == {}
     assert parse("camelyon17", "--target", "stage")[0].reading == {"target": "stage"}
 
 
