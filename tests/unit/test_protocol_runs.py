@@ -1,5 +1,6 @@
 """Protocols in this process, through launch/train_custom.py: what is skipped, resumed, repeated, refused."""
 
+import csv
 import gc
 import json
 import runpy
@@ -30,8 +31,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _fresh_handler():
-    """The command's handler writes to the standard error of the test that made it."""
+    """As before `finished`: the command's handler writes to the standard error of the test that made it."""
     logger.handlers.clear()
+    logger.propagate = True
 
 
 def arguments(data, output_dir, *more):
@@ -181,10 +183,13 @@ def test_a_trained_model_is_tested_on_an_external_set(finished, data, tmp_path, 
     assert main(given) == 2
     assert "got 0, 1: the cohort's are 0, 1 (labels.csv" in capsys.readouterr().err
     assert main([*given, "--map_labels", "0=wt,1=mutant"]) == 0
-    rows = (tmp_path / "out" / "predictions.csv").read_text().splitlines()[1:]
-    assert [row.split(",")[1] for row in rows] == ["wt", "mutant"] * 4
-    ours = (finished / SEED_0 / "predictions.csv").read_text().splitlines()[1:]
-    assert rows[6:] == ours, "the same slides, whatever their labels are called there"
+    with (
+        (tmp_path / "out" / "predictions.csv").open() as theirs,
+        (finished / SEED_0 / "predictions.csv").open() as ours,
+    ):
+        rows, own = list(csv.DictReader(theirs)), list(csv.DictReader(ours))
+    assert [row["label"] for row in rows] == ["wt", "mutant"] * 4
+    assert rows[6:] == own, "the same slides, whatever their labels are called there"
 
 
 @pytest.mark.parametrize(
