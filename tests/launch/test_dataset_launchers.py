@@ -16,9 +16,7 @@ from runs import ROOT, run
 pytestmark = pytest.mark.launch
 SMALL = "--tile_size_px 32 --encoder resnet10t --num_train_epochs 1 --tiles_per_slide 4 --dataloader_num_workers 0"
 TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node", "2"]
-MORE_PANDA = [
-    (f"{number:032x}", "radboud", str(number % 3), "3+3" if number % 3 else "negative") for number in range(4)
-]
+MORE_PANDA = [(f"{n:032x}", "radboud", str(n % 3), "3+3" if n % 3 else "negative") for n in range(4)]
 
 
 def make_panda(root):
