@@ -98,6 +98,8 @@ def build_accelerator(
 def _deepspeed_plugin(settings: EngineSettings, config: dict[str, Any] | None) -> DeepSpeedPlugin | None:
     if config is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         config = dict(DeepSpeedPlugin().deepspeed_config)  # from the launcher's variables
+        # All of them are in it now; Accelerate refuses those of a --config_file beside a whole configuration.
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     if config is None:
         return None
     if "scheduler" in config:
