@@ -7,15 +7,20 @@ instances shifted along one direction. The target is fixed before the run. Three
     a step's time                   on each link (namespaces and `tbf`, or a model of the link where they cannot be)
     time to the target              their product; validation is not in it
 
-Hooks run under DDP, dmgc under DeepSpeed's ZeRO 1, where its pull takes the place of the all-gather of the weights.
-Bytes are the kernel's count of what left the ranks' interfaces: headers and acknowledgements are in them.
+Hooks run under DeepSpeed's ZeRO 1, where dmgc's pull takes the place of the all-gather of the weights, which other
+hooks leave dense. Torch's powersgd and three more rows run under DDP, whose ranks each have the whole optimizer: there
+topk's messages go to everyone, and dmgc pulls means of gradients. topk and dmgc send values as float16, and dmgc pulls
+twice the share that it pushes; neither has a warm-up. Bytes are the kernel's count of what left the ranks' interfaces:
+headers and acknowledgements are in them.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from statistics import fmean
+from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -32,6 +37,7 @@ from ds_wsi.engines.hooks import attach
 from ds_wsi.engines.stepper import Stepper
 from ds_wsi.models.aggregators.abmil import ABMIL
 from ds_wsi.models.aggregators.transmil import TransMIL
+from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.stacking import stack_bags
 
@@ -42,16 +48,26 @@ POWERSGD_DENSE = 10
 RATE = 1e-3
 MODELS = {
     "ABMIL": lambda: ABMIL(DIM, 2, hidden_dim=512),  # 264,195 values: about the 979.7 kB of the paper's message
-    "TransMIL": lambda: TransMIL(DIM, 2),
+    "TransMIL": lambda: TransMIL(DIM, 2, landmarks=16),  # fewer than a bag has tokens; as many weights as the original
 }
 KEEPS = (0.001, 0.01, 0.1)
+
+
+def _dmgc(keep: float) -> CommPolicy:
+    return CommPolicy(hook="dmgc", keep=keep, pull_keep=2 * keep, values="fp16")
+
+
 HOOKS: dict[str, CommPolicy] = {
     "none": CommPolicy(),
     "fp16": CommPolicy(hook="fp16"),
-    **{f"topk {keep:.1%}": CommPolicy(hook="topk", keep=keep) for keep in KEEPS},
-    "powersgd": CommPolicy(hook="powersgd", dense_steps=POWERSGD_DENSE),
-    **{f"dmgc {keep:.1%}": CommPolicy(hook="dmgc", keep=keep) for keep in KEEPS},
+    **{f"topk {keep:.1%}": CommPolicy(hook="topk", keep=keep, values="fp16") for keep in KEEPS},
+    **{f"dmgc {keep:.1%}": _dmgc(keep) for keep in KEEPS},
+    "none ddp": CommPolicy(),
+    "powersgd ddp": CommPolicy(hook="powersgd", dense_steps=POWERSGD_DENSE),
+    "topk 1.0% ddp": CommPolicy(hook="topk", keep=0.01, values="fp16"),
+    "dmgc 1.0% ddp": _dmgc(0.01),
 }
+TOPK = tuple(name for name in HOOKS if name.startswith("topk") and not name.endswith("ddp"))
 COLORS = {"none": "#666666", "fp16": "#c4713b", "topk": "#5aa469", "powersgd": "#8a5aa5", "dmgc": "#3b6ea5"}
 
 
@@ -62,7 +78,8 @@ class Plan:
     Attributes:
         mbps: links.
         steps: of training at most.
-        timed: dense steps that are timed on a link; six times as many of compressed ones.
+        timed_s: seconds that a hook's steps are timed for on a link, about; 2 steps at least, 60 at most.
+        trained: file of steps and bytes, read where it exists, else written: they do not depend on the link.
     """
 
     models: tuple[str, ...]
@@ -70,7 +87,8 @@ class Plan:
     mbps: tuple[float, ...]
     seeds: int
     steps: int
-    timed: int
+    timed_s: float
+    trained: Path | None
 
 
 def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -> Result:
@@ -79,23 +97,24 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
     Args:
         quick: ABMIL, one link of 20 Mbps, two seeds.
         slides: not read.
-        options: seeds, steps, timed, mbps (comma-separated), models, hooks (comma-separated, by prefix).
+        options: seeds, steps, timed_s, trained, mbps (comma-separated), models, hooks (comma-separated, by prefix).
 
     Raises:
         ValueError: an unknown option.
     """
-    known = ("seeds", "steps", "timed", "mbps", "models", "hooks")
+    known = ("seeds", "steps", "timed_s", "trained", "mbps", "models", "hooks")
     unknown = [name for name in options if name not in known]
     if unknown:
         raise ValueError(f"--option must be one of {', '.join(known)}, got {unknown[0]!r}")
     wanted = tuple(options.get("hooks", ",".join(HOOKS)).split(","))
     plan = Plan(
         models=tuple(options.get("models", "ABMIL" if quick else "ABMIL,TransMIL").split(",")),
-        hooks=tuple(name for name in HOOKS if name == "none" or name.startswith(wanted)),
+        hooks=tuple(name for name in HOOKS if name.startswith(("none", *wanted))),
         mbps=tuple(float(part) for part in options.get("mbps", "20" if quick else "5,10,20,50,1000").split(",")),
         seeds=int(options.get("seeds", 2 if quick else 5)),
         steps=int(options.get("steps", 400)),
-        timed=int(options.get("timed", 5)),
+        timed_s=float(options.get("timed_s", 6)),
+        trained=Path(options["trained"]) if "trained" in options else None,
     )
     limited = LimitedLink.available()
     logger.info("link: %s", "namespaces and tbf" if limited else "a model, for namespaces cannot be made here")
@@ -104,13 +123,18 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
         trained = _train_all(plan, enter)
         step_s = {mbps: _time_all(plan, link, mbps, trained) for mbps in plan.mbps}
     rows = [_row(plan, trained, step_s, model, hook) for model in plan.models for hook in plan.hooks]
-    notes = {
+    notes: dict[str, Any] = {
         "link": "network namespaces and tbf" if limited else "modelled: bytes / bandwidth added to the step",
         "target": f"validation accuracy {TARGET}",
         "seeds": plan.seeds,
         "at most steps": plan.steps,
         "M1": "bytes of a step against none's; M2: bytes to the target against none's",
     }
+    for model in plan.models:
+        at = {row["hook"]: row.get("s at 20 Mbps", float("nan")) for row in rows if row["model"] == model}
+        if {"topk 1.0% ddp", "dmgc 1.0% ddp"} <= set(at):
+            # No bound: of four ranks a message to everyone is no more than one to owners and one back.
+            notes[f"{model} under DDP, 20 Mbps, topk 1.0% over dmgc 1.0%"] = at["topk 1.0% ddp"] / at["dmgc 1.0% ddp"]
     return Result(
         f"Communication hooks over a slow link: {RANKS} processes, {plan.seeds} seed(s), {notes['link']}",
         rows,
@@ -122,14 +146,21 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
 
 def _train_all(plan: Plan, enter: Any) -> dict[tuple[str, str], list[dict[str, float]]]:
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    kept = json.loads(plan.trained.read_text()) if plan.trained and plan.trained.exists() else {}
     for model in plan.models:
         for hook in plan.hooks:
+            key = f"{model}, {hook}, {plan.seeds} seeds, {plan.steps} steps"
+            if key in kept:
+                found[model, hook] = kept[key]
+                continue
             by_rank = run_ranks(_train, RANKS, model, hook, plan.seeds, plan.steps, enter=enter)
             seeds = by_rank[0]
             for number, row in enumerate(seeds):
                 row["bytes"] = sum(rank[number]["bytes"] for rank in by_rank) / (1 if enter else RANKS)
-            found[model, hook] = seeds
+            found[model, hook] = kept[key] = seeds
             logger.info("%s, %s: %s", model, hook, [(row["steps"], round(row["accuracy"], 3)) for row in seeds])
+            if plan.trained:
+                write_json(plan.trained, kept)
     return found
 
 
@@ -138,7 +169,7 @@ def _time_all(plan: Plan, link: LimitedLink | None, mbps: float, trained: Any) -
     if link is not None:
         link.limit(mbps)
     cases = [(model, hook) for model in plan.models for hook in plan.hooks]
-    seconds = run_ranks(_time, RANKS, cases, plan.timed, enter=None if link is None else link.enter)
+    seconds = run_ranks(_time, RANKS, cases, plan.timed_s, enter=None if link is None else link.enter)
     found = {case: max(rank[number] for rank in seconds) for number, case in enumerate(cases)}
     if link is None:
         for case in cases:
@@ -167,7 +198,7 @@ class _Learner:
         torch.manual_seed(seed)
         policy = HOOKS[hook]
         self.seed, self.number = seed, 0
-        self.stepper = Stepper("zero1" if policy.hook == "dmgc" else "ddp", MODELS[model](), "adam", RATE)
+        self.stepper = Stepper("ddp" if hook.endswith("ddp") else "zero1", MODELS[model](), "adam", RATE)
         attach(self.stepper.model, policy)
 
     def step(self) -> None:
@@ -210,29 +241,35 @@ def _train(model: str, hook: str, seeds: int, steps: int) -> list[dict[str, floa
     return found
 
 
-def _time(cases: Sequence[tuple[str, str]], timed: int) -> list[float]:
+def _time(cases: Sequence[tuple[str, str]], timed_s: float) -> list[float]:
     """Mean seconds of a step of each case, after those in which buckets are rebuilt and connections opened."""
     found = []
     for model, hook in cases:
         learner = _Learner(model, hook, 0)
-        for _ in range(POWERSGD_DENSE + 2 if hook == "powersgd" else 2):
+        for _ in range(POWERSGD_DENSE + 1 if hook.startswith("powersgd") else 1):
             learner.step()
-        dist.barrier()
-        start = time.perf_counter()
+        first = torch.tensor(_seconds(learner, 1))
+        dist.all_reduce(first)
         # Small messages fit the token bucket for a few steps, which would then look faster than the link.
-        steps = timed if hook in ("none", "fp16") else 6 * timed
-        for _ in range(steps):
-            learner.step()
-        dist.barrier()
-        found.append((time.perf_counter() - start) / steps)
+        found.append(_seconds(learner, min(60, max(2, round(timed_s * RANKS / float(first))))))
     return found
+
+
+def _seconds(learner: _Learner, steps: int) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(steps):
+        learner.step()
+    dist.barrier()
+    return (time.perf_counter() - start) / steps
 
 
 # --- the table ---
 
 
 def _row(plan: Plan, trained: Any, step_s: Any, model: str, hook: str) -> dict[str, Any]:
-    seeds, dense = trained[model, hook], trained[model, "none"]
+    none = "none ddp" if hook.endswith("ddp") else "none"
+    seeds, dense = trained[model, hook], trained[model, none]
     met = [row for row in seeds if row["steps"] == row["steps"]]
     steps = fmean(row["steps"] for row in met) if met else float("nan")
     sent = fmean(row["bytes"] for row in met) if met else float("nan")
@@ -241,6 +278,7 @@ def _row(plan: Plan, trained: Any, step_s: Any, model: str, hook: str) -> dict[s
         "hook": hook,
         "seeds at target": f"{len(met)}/{len(seeds)}",
         "steps": steps,
+        "sd": stdev(row["steps"] for row in met) if len(met) > 1 else float("nan"),
         "accuracy": fmean(row["accuracy"] for row in seeds),
         "kB a step": sum(row["bytes"] for row in seeds) / sum(row["taken"] for row in seeds) / 1e3,
         "MB to target": sent / 1e6,
@@ -248,8 +286,8 @@ def _row(plan: Plan, trained: Any, step_s: Any, model: str, hook: str) -> dict[s
         "M2": sent / fmean(row["bytes"] for row in dense),
     }
     for mbps in plan.mbps:
-        slow = min(steps, POWERSGD_DENSE) if hook == "powersgd" else 0
-        total = (steps - slow) * step_s[mbps][model, hook] + slow * step_s[mbps][model, "none"]
+        slow = min(steps, POWERSGD_DENSE) if hook.startswith("powersgd") else 0
+        total = (steps - slow) * step_s[mbps][model, hook] + slow * step_s[mbps][model, none]
         row[f"s at {mbps:g} Mbps"] = total
     return row
 
@@ -263,8 +301,8 @@ def _bounds(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[Bound]:
     column = "s at 20 Mbps"
     for model in plan.models if 20.0 in plan.mbps else ():
         own = {row["hook"]: row for row in rows if row["model"] == model and row[column] == row[column]}
-        dmgc = [row for name, row in own.items() if name.startswith("dmgc")]
-        others = [row for name, row in own.items() if not name.startswith("dmgc") and name != "none"]
+        dmgc = [row for name, row in own.items() if name.startswith("dmgc") and not name.endswith("ddp")]
+        others = [row for name, row in own.items() if name in ("fp16", "powersgd ddp") or name in TOPK]
         if not dmgc or "none" not in own:
             continue
         best = min(dmgc, key=lambda row: row[column])
@@ -285,8 +323,8 @@ def _draw(figure: Figure, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None
         for row in rows:
             if row["model"] != model:
                 continue
-            kind, _, keep = row["hook"].partition(" ")
-            style = {"": "-", "0.1%": ":", "1.0%": "-", "10.0%": "--"}[keep]
+            kind, *more = row["hook"].split()
+            style = {"0.1%": ":", "1.0%": "-", "10.0%": "--", "ddp": "-."}[more[-1]] if more else "-"
             times = [row[f"s at {mbps:g} Mbps"] for mbps in plan.mbps]
             axes.plot(plan.mbps, times, style, marker="o", color=COLORS[kind], label=row["hook"])
         axes.set(title=model, xlabel="link, Mbps", ylabel="seconds to the target", xscale="log", yscale="log")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ds_wsi.compression.compressor import Compressor
-from ds_wsi.compression.policy import DMGC, TOPOLOGIES, Cast, TopK
+from ds_wsi.compression.policy import DMGC, Cast, TopK
 from ds_wsi.compression.schedule import KeepSchedule
 
 HOOK_NAMES = ("none", "auto", "allreduce", "fp16", "bf16", "topk", "powersgd", "dmgc")
@@ -22,8 +22,8 @@ class CommPolicy:
         keep, values, momentum, dense_below: of `TopK` and `DMGC`.
         clip_norm: of a rank's gradient before the residual is added; 0 clips nothing.
         dense_steps, stage_steps: of the warm-up (`KeepSchedule`); powersgd starts after `dense_steps` too.
-        topology: "auto" is what the engine can do: sharded under ZeRO 1 and 2, else all_gather.
-        pull_keep: share of the weights' changes that owners send back; 0: as `keep`.
+        topology, pull: of `DMGC`.
+        pull_keep: of `DMGC`; 0: as `keep`.
         approx_rank: of powersgd's matrices.
     """
 
@@ -35,7 +35,8 @@ class CommPolicy:
     dense_below: int = 0
     dense_steps: int = 0
     stage_steps: int = 0
-    topology: str = "auto"
+    topology: str = "sharded"
+    pull: str = "auto"
     pull_keep: float = 0.0
     approx_rank: int = 4
 
@@ -43,13 +44,11 @@ class CommPolicy:
         """Refuse what no hook takes."""
         if self.hook not in HOOK_NAMES:
             raise ValueError(f"hook must be one of {', '.join(HOOK_NAMES)}, got {self.hook!r}. HINT: auto")
-        if self.topology not in ("auto", *TOPOLOGIES):
-            raise ValueError(f"topology must be auto or one of {', '.join(TOPOLOGIES)}, got {self.topology!r}")
         if self.approx_rank < 1:
             raise ValueError(f"approx_rank must be at least 1, got {self.approx_rank}. HINT: 1 to 4")
-        self.build("dmgc", "sharded")
+        self.build("dmgc")
 
-    def build(self, hook: str, topology: str) -> Compressor | None:
+    def build(self, hook: str) -> Compressor | None:
         """The state of a named hook; None for those that need none of ours."""
         if hook in CASTS:
             return Compressor(Cast(CASTS[hook]))
@@ -65,4 +64,4 @@ class CommPolicy:
         }
         if hook == "topk":
             return Compressor(TopK(**common))
-        return Compressor(DMGC(**common, topology=topology, pull_keep=self.pull_keep or None))
+        return Compressor(DMGC(**common, topology=self.topology, pull=self.pull, pull_keep=self.pull_keep or None))

@@ -6,7 +6,16 @@
           owner of the shard:  g = (1/W) sum_w D(m_w), in rank order;  theta <- Opt(theta, g)
     pull  q = C(theta - theta_hat);  everyone, the owner too:  theta_hat <- theta_hat + D(q)
 
-Gradients are computed at theta_hat; theta - theta_hat is the owner's residual, and needs no tensor of its own. The mean
+Gradients are computed at theta_hat; theta - theta_hat is the owner's residual, and needs no tensor of its own.
+
+Where every rank has the whole optimizer (DDP, ZeRO 0, 3, FSDP2), owners send their means back in place of weights:
+
+    pull  q = C(g);  everyone: theta <- Opt(theta, D(q));  the owner: r <- r + W (g - D(q))
+
+Adam changes all weights at each step, so that few of them are a poor picture of the change; a mean of sparse messages
+is sparse. What an owner could not send goes into its own residual, W times, for its residual enters the mean as 1/W: it
+needs no state of its own, and is found by name when shards move. (Both ways with error feedback: Tang et al.,
+DoubleSqueeze, ICML 2019.) The mean
 weighs ranks alike: with B_w of B bags on rank w, scale its loss by W B_w / B.
 (Wu et al., ICML 2025, Algorithm 1, without the printed second use of the learning rate; clipping is before the mask.)
 
@@ -91,8 +100,7 @@ def fold_states(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def hook(state: Compressor, bucket: Bucket) -> Tensor:
     """The mean of a bucket over the ranks, in a new tensor like its buffer: the same bits on every rank.
 
-    With owners (`sharded`, `server`) their means come back whole but for zeros: nothing is lost on the way. It is
-    `pull_weights` that compresses the way back.
+    With owners (`sharded`, `server`) their means come back compressed too ([Note: push and pull]).
 
     Collectives: an announcement (all-gather), the messages, and with owners another announcement and their messages.
     """
@@ -105,11 +113,18 @@ def hook(state: Compressor, bucket: Bucket) -> Tensor:
     if topology_of(policy) == "all_gather":
         return shard.values.to(buffer.dtype)
     ranks = Ranks.of(bucket.group, buffer)
-    # As float32: owners' sums have more digits than what was sent.
-    route = Route(bucket, ranks, spans_of(bucket.numels, 0), shards_of(policy, bucket, ranks, None), "fp32", state.step)
+    assert isinstance(policy, DMGC), "only its topologies have owners"
+    keep = policy.pull_keep_at(state.step)
+    # All of it as float32: owners' sums have more digits than what was sent, and nothing is to be lost.
+    spans, values = spans_of(bucket.numels, policy.dense_below), "fp32" if keep == 1 else policy.values
+    route = Route(bucket, ranks, spans, shards_of(policy, bucket, ranks, None), values, state.step)
+    chosen = select_nonzero(shard.values) if keep == 1 else select(shard.values, route.pieces(ranks.rank), keep)
     mean = torch.zeros(buffer.numel(), device=buffer.device)
-    if not _pull(state, route, select_nonzero(shard.values), mean, flags=0):
+    if not _pull(state, route, chosen, mean, flags=0):
         return torch.full_like(buffer, float("nan"))
+    if keep < 1:
+        unsent = shard.values - mean[shard.start : shard.stop]
+        state.residuals.owe(bucket.names, bucket.numels, shard.start, ranks.size * unsent)
     return mean.to(buffer.dtype)
 
 

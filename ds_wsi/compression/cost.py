@@ -4,11 +4,13 @@
 
     none    2 (W-1) L + 2 (W-1)/W 4d / B             a ring's all-reduce
     bf16    the same of 2d bytes + c                  c for the casts, to 16 bits and back
-    dmgc    3 (W-1) L + 2 (W-1)/W m / B + t          sharded: m bytes to the owners and m back, t for encode and decode
-            2 (W-1) L + (W-1) m / B + t              all_gather: every rank sends its m bytes to all others
+    dmgc    2 W L + (W-1)/W (m + m') / B + t          sharded: m bytes to the owners, m' back, t for encode and decode
+            2 W L + (W-1) (m + m') / B + t           server: the one owner's link carries all of it
+            W L + (W-1) m / B + t                    all_gather: every rank sends its m bytes to all others
 
-m is what the cheapest encoding takes. Communication hidden behind backward is not known and counts as if it were not
-hidden, for all alike. A hook must win a tenth: it changes what is computed.
+m and m' are what the cheapest encoding takes, of what is kept; a message's length is announced before it. Communication
+hidden behind backward is not known and counts as if it were not hidden, for all alike. A hook must win a tenth: it
+changes what is computed.
 """
 
 import time
@@ -64,16 +66,19 @@ class Choice:
         )
 
 
-def predict(
-    policy: CommPolicy, numel: int, topology: str, link: Link, encode_s: float, cast_s: float
-) -> dict[str, float]:
+def predict(policy: CommPolicy, numel: int, link: Link, encode_s: float, cast_s: float) -> dict[str, float]:
     """Seconds of a step's communication by hook ([Note: cost])."""
     others = link.ranks - 1
     ring = 2 * others / max(link.ranks, 1)
-    message = section_bytes(
-        cheapest(policy.values, numel, kept(numel, policy.keep)), policy.values, numel, kept(numel, policy.keep)
+    push, pull = (
+        section_bytes(cheapest(policy.values, numel, count), policy.values, numel, count)
+        for count in (kept(numel, policy.keep), kept(numel, policy.pull_keep or policy.keep))
     )
-    times, sent = (3 * others, ring * message) if topology == "sharded" else (2 * others, others * message)
+    times, sent = {
+        "sharded": (2 * link.ranks, ring * (push + pull) / 2),
+        "server": (2 * link.ranks, others * (push + pull)),
+        "all_gather": (link.ranks, others * push),
+    }[policy.topology]
     return {
         "none": 2 * others * link.latency_s + ring * 4 * numel / link.bytes_per_s,
         "bf16": 2 * others * link.latency_s + ring * 2 * numel / link.bytes_per_s + cast_s,
@@ -109,7 +114,7 @@ def probe(device: torch.device, group: dist.ProcessGroup | None = None) -> Link:
     return Link(ranks.size, PROBE_BYTES * (ranks.size - 1) / max(large - small, 1e-9), small)
 
 
-def encode_time(policy: CommPolicy, numel: int, ranks: int, topology: str, device: torch.device) -> float:
+def encode_time(policy: CommPolicy, numel: int, ranks: int, device: torch.device) -> float:
     """Seconds that a rank takes to select, encode and decode a step's messages, from one try of a random gradient."""
     size = min(numel, ENCODE_AT_MOST)
     values = torch.randn(size, device=device)
@@ -120,8 +125,12 @@ def encode_time(policy: CommPolicy, numel: int, ranks: int, topology: str, devic
     start = time.perf_counter()
     decode(message)
     decoded = time.perf_counter() - start
-    # sharded: a message out, a share of W in, and the same for the weights. all_gather: one out, W in.
-    once = 2 * (encoded + decoded) if topology == "sharded" else encoded + ranks * decoded
+    # sharded: a message out, a share of W in, and the same back. all_gather: one out, W in. server: the owner's.
+    once = {
+        "sharded": 2 * (encoded + decoded),
+        "server": 2 * encoded + (ranks + 1) * decoded,
+        "all_gather": encoded + ranks * decoded,
+    }[policy.topology]
     return once * numel / size
 
 
@@ -133,12 +142,12 @@ def cast_time(numel: int, device: torch.device) -> float:
     return (time.perf_counter() - start) * numel / len(values)
 
 
-def choose(policy: CommPolicy, numel: int, topology: str, device: torch.device) -> Choice:
+def choose(policy: CommPolicy, numel: int, device: torch.device) -> Choice:
     """What "auto" does. Collective, and the same on every rank."""
     link = probe(device)
-    own = encode_time(policy, max(numel, 1), link.ranks, topology, device), cast_time(max(numel, 1), device)
+    own = encode_time(policy, max(numel, 1), link.ranks, device), cast_time(max(numel, 1), device)
     slowest = torch.tensor(own, dtype=torch.float64, device=Ranks.of(None, torch.empty(0, device=device)).device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     encode_s, cast_s = slowest.tolist()
-    seconds = predict(policy, max(numel, 1), topology, link, encode_s, cast_s)
+    seconds = predict(policy, max(numel, 1), link, encode_s, cast_s)
     return Choice(fastest(seconds), seconds, link, encode_s)

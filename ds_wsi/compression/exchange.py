@@ -53,22 +53,22 @@ class Ranks:
         return list(found.split(list(lengths)))
 
     def all_gather(self, message: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """Every rank's message, of the `lengths` announced. A broadcast from each rank that has one.
+        """Every rank's message, of the `lengths` announced. One all-to-all; of a single message (a star) one broadcast.
 
-        Not one all-gather of padded messages: where one rank owns all (a star) that would send W times the bytes.
+        Not one all-gather of padded messages, which would send more, nor a broadcast from each rank, which costs W
+        round trips.
         """
-        found, pending = [], []
-        for source, length in enumerate(lengths):
-            if source == self.rank:
-                found.append(message.to(self.device))
-            else:
-                found.append(torch.empty(length, dtype=torch.uint8, device=self.device))
-            if length:
-                at = source if self.group is None else dist.get_global_rank(self.group, source)
-                pending.append(dist.broadcast(found[-1], at, group=self.group, async_op=True))
-        for work in pending:
-            assert work is not None, "this rank is in the group"
-            work.wait()
+        sources = [source for source, length in enumerate(lengths) if length]
+        found = [torch.empty(length, dtype=torch.uint8, device=self.device) for length in lengths]
+        found[self.rank] = message.to(self.device)
+        if len(sources) == 1:
+            at = sources[0] if self.group is None else dist.get_global_rank(self.group, sources[0])
+            dist.broadcast(found[sources[0]], at, group=self.group)
+        elif sources:
+            copies = [message if rank != self.rank else message[:0] for rank in range(self.size)]
+            others = [length if rank != self.rank else 0 for rank, length in enumerate(lengths)]
+            received = self.all_to_all(copies, others)
+            found = [found[rank] if rank == self.rank else part for rank, part in enumerate(received)]
         return found
 
 

@@ -8,6 +8,7 @@ from ds_wsi.compression.schedule import KeepSchedule
 from ds_wsi.compression.wire import VALUE_ENCODINGS
 
 TOPOLOGIES = ("all_gather", "sharded", "server")
+PULLS = ("auto", "weights", "means")
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,16 @@ class DMGC(TopK):
     Attributes:
         topology: "sharded": each rank owns an equal part (the one to recommend); "server": rank 0 owns all, the paper's
             star; "all_gather": as `TopK`, without a way back.
-        pull_keep: share of the weights' changes that owners send back; None: as `keep`.
+        pull_keep: share of its entries that an owner sends back; None: as `keep`. The mean of W selections has more
+            entries than one of them: twice `keep` takes fewer steps.
+        pull: what owners send back. "weights": the changes of their weights, where the engine's optimizer is sharded
+            (ZeRO 1 and 2). "means": their means, for optimizers that every rank has whole. "auto": weights where they
+            can be.
     """
 
     topology: str = "sharded"
     pull_keep: float | None = None
+    pull: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,9 +74,11 @@ class DMGC(TopK):
             raise ValueError(f"topology must be one of {', '.join(TOPOLOGIES)}, got {self.topology!r}. HINT: sharded")
         if self.pull_keep is not None:
             _check_keep("pull_keep", self.pull_keep)
+        if self.pull not in PULLS:
+            raise ValueError(f"pull must be one of {', '.join(PULLS)}, got {self.pull!r}. HINT: auto")
 
     def pull_keep_at(self, step: int) -> float:
-        """Share of the weights' changes that is pulled at a step."""
+        """Share that is pulled at a step."""
         return self.schedule.keep_at(step, self.keep if self.pull_keep is None else self.pull_keep)
 
 

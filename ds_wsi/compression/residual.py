@@ -132,6 +132,15 @@ class Residuals:
             if velocity is not None:
                 self._velocity[name] = velocity[start:stop]
 
+    def owe(self, names: Sequence[str], numels: Sequence[int], start: int, values: Tensor) -> None:
+        """Add flat float32 `values` to the residuals from entry `start` of a committed bucket on, in place."""
+        stop = start + values.numel()
+        ends = list(running_sum(numels, initial=0))
+        for name, begin, end in zip(names, ends, ends[1:]):
+            first, last = max(begin, start), min(end, stop)
+            if first < last:
+                self._residual[name][first - begin : last - begin] += values[first - start : last - start]
+
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What `restore` goes back to. No copies: a commit puts other tensors in the place of the old ones."""
         return dict(self._residual), dict(self._velocity)

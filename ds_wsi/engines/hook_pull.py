@@ -60,7 +60,7 @@ class Replicas:
         self._optimizer, self._names, self._reducer = optimizer, names, reducer
         reason = unfit(optimizer)
         if reason:
-            raise ValueError(f"DMGC's pull must have {reason}. HINT: topology all_gather, or ZeRO 1 or 2 with autocast")
+            raise ValueError(f"DMGC's pull must have {reason}. HINT: pull means, or ZeRO 1 or 2 with autocast")
         self._layouts = [_Layout(optimizer, number, names) for number in range(len(optimizer.bit16_groups_flat))]
         self._flats: list[Tensor] | None = None
         self._kept: list[Tensor] = []

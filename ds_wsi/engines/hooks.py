@@ -150,7 +150,7 @@ def _register(
         from ds_wsi.engines.hook_zero import hook_engine, loss_scale_of
 
         reducer = Reducer(body, state, step_of=lambda: int(target.global_steps), loss_scale=loss_scale_of(target))
-        undo = hook_engine(target, reducer, pull=_pulls(state))
+        undo = hook_engine(target, reducer, pull=_pulls_weights(state, where, target))
     else:
         reducer = Reducer(body, state, loss_scale=loss_scale)
         undo = hook_ddp(target, DdpBuckets(target, reducer)) if where == "ddp" else hook_fsdp(target, reducer)
@@ -171,21 +171,17 @@ def attach(engine: Any, policy: CommPolicy | None = None, **keywords: Any) -> Co
         policy = read_section((getattr(engine, "config", None) or {}).get("ds_wsi", {})).compression
     if policy.hook == "none":
         return None
-    where = _where(engine)
-    topology = policy.topology
-    if topology == "auto":
-        topology = _topology(where, engine)
     hook = policy.hook
     if hook == "auto":
         from ds_wsi.compression.cost import choose
 
         numel = sum(getattr(p, "ds_numel", p.numel()) for p in _module(engine).parameters() if p.requires_grad)
-        choice = choose(policy, numel, topology, _device(engine))
+        choice = choose(policy, numel, _device(engine))
         logger.info("%s", choice)
         if choice.hook == "none":
             return None
         hook = choice.hook
-    state: Any = policy.build(hook, topology)
+    state: Any = policy.build(hook)
     if hook == "powersgd":
         state = _powersgd_state(engine, policy.approx_rank, policy.dense_steps)
     handle = register_comm_hook(engine, hook, state, **keywords)
@@ -237,8 +233,6 @@ def _body(hook: str | Hook, state: Any, where: str, target: Any) -> tuple[Hook, 
         raise ValueError(f"a hook must be one of {', '.join(HOOKS)}, or a callable, got {hook!r}. HINT: topk")
     if hook == "allreduce":
         return allreduce, Dense()
-    if state is None and hook == "dmgc":
-        state = DMGC(topology=_topology(where, target))
     if isinstance(state, TopK | Cast):
         state = Compressor(state)
     state = HOOKS[hook]() if state is None else state
@@ -247,37 +241,36 @@ def _body(hook: str | Hook, state: Any, where: str, target: Any) -> tuple[Hook, 
     kinds = {"fp16": Cast, "bf16": Cast, "topk": TopK, "dmgc": DMGC}
     if not isinstance(state.policy, kinds[hook]):
         raise ValueError(f"the policy of {hook} must be a {kinds[hook].__name__}, got {state.policy}")
-    _require_topology(state, where)
+    _require_pull(state, where)
     return compressed_mean, state
 
 
-def _topology(where: str, target: Any) -> str:
-    """The topology that an engine can do: `sharded` where weights can be pulled."""
-    if where not in ("zero1", "zero2"):
-        return "all_gather"
-    from ds_wsi.engines.hook_pull import unfit
+def _pulls_weights(state: Any, where: str, target: Any) -> bool:
+    """Whether weights come back from their owners, not means of gradients."""
+    policy = state.policy if isinstance(state, Compressor) else None
+    if not isinstance(policy, DMGC) or policy.topology != "sharded" or where not in ("zero1", "zero2"):
+        return False
+    if policy.pull == "auto":
+        from ds_wsi.engines.hook_pull import unfit
 
-    return "all_gather" if unfit(target.optimizer) else "sharded"
+        reason = unfit(target.optimizer)
+        if reason:
+            logger.info("dmgc pulls means of gradients: a pull of weights must have %s", reason)
+        return not reason
+    return policy.pull == "weights"
 
 
-def _pulls(state: Any) -> bool:
-    return isinstance(state, Compressor) and isinstance(state.policy, DMGC) and state.policy.topology == "sharded"
-
-
-def _require_topology(state: Compressor, where: str) -> None:
+def _require_pull(state: Compressor, where: str) -> None:
     policy = state.policy
-    if not isinstance(policy, DMGC) or policy.topology == "all_gather":
+    if not isinstance(policy, DMGC) or policy.pull != "weights":
         return
-    if policy.topology == "server":
-        raise ValueError(
-            f"dmgc's topology must be all_gather or, under ZeRO 1 and 2, sharded, got server ({where}): no engine has "
-            "all weights at one rank. HINT: ds_wsi.compression.push and pull_weights do it in a loop of your own"
-        )
-    if where not in ("zero1", "zero2"):
-        raise ValueError(
-            f"dmgc's topology must be all_gather under {where}, whose weights have no owners to pull them from in one "
-            f"piece, got {policy.topology}. HINT: ZeRO stage 1 or 2 has them; all_gather goes everywhere"
-        )
+    if policy.topology == "sharded" and where in ("zero1", "zero2"):
+        return
+    raise ValueError(
+        f"a pull of weights must be under ZeRO 1 or 2 with topology sharded, whose ranks own parts of the optimizer, "
+        f"got {policy.topology} under {where}. HINT: pull means or auto; or push and pull_weights of "
+        "ds_wsi.compression in a loop of your own"
+    )
 
 
 def _powersgd_state(model: Any, approx_rank: int, dense_steps: int) -> Any:

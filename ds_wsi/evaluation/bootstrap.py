@@ -7,7 +7,6 @@ matrix product gives the confusion matrices, a sum over the sorted scores gives 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
@@ -81,7 +80,7 @@ def bootstrap_metrics(
     runs = list(probabilities) if probabilities.ndim == 3 else [probabilities]
     label_array, _ = check_predictions(labels, runs[0])
     each = [slide_metrics(label_array, run) for run in runs]
-    values = {name: fmean(metrics[name] for metrics in each) for name in METRIC_NAMES}
+    values = {name: float(np.mean([metrics[name] for metrics in each])) for name in METRIC_NAMES}
     samples = resample_metrics(label_array, runs, patients, n_resamples, seed)
     return {name: percentile_interval(values[name], samples[name], confidence) for name in METRIC_NAMES}
 

@@ -1,6 +1,7 @@
 """Two models on the same slides: DeLong's test of their AUCs, and a paired bootstrap of every metric."""
 
 import csv
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 
 from ds_wsi.evaluation.bootstrap import percentile_interval, resample_metrics
 from ds_wsi.evaluation.metrics import METRIC_NAMES, FloatArray, IntArray, check_predictions, slide_metrics
+from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.runtime.files import json_number
 
 SHOWN_SLIDES = 5  # in messages
@@ -28,7 +30,8 @@ class Predictions:
         classes: their names, in the order of the probabilities.
         slide_ids, patient_ids: N each.
         labels: int64 [N].
-        probabilities: float64 [N, C].
+        probabilities: float64 [N, C]; of several draws of tiles the mean.
+        protocol: on which tiles, in words.
     """
 
     source: Path
@@ -37,6 +40,7 @@ class Predictions:
     patient_ids: tuple[str, ...]
     labels: IntArray
     probabilities: FloatArray
+    protocol: str
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_runs` found; `delong` is None for more than two classes."""
+    """What `compare_runs` found; `protocols` are A's and B's, `delong` is None for more than two classes."""
 
+    protocols: tuple[str, str]
     n_slides: int
     n_patients: int
     confidence: float
@@ -124,7 +129,15 @@ def read_predictions(directory: str | Path) -> Predictions:
         twice = next(name for name in slide_ids if slide_ids.count(name) > 1)
         raise ValueError(f"predictions.csv must hold each slide once, got {twice} more than once ({path})")
     checked = check_predictions(np.array(labels, dtype=np.int64), np.array(probabilities), slide_ids)
-    return Predictions(path, classes, slide_ids, tuple(row["patient_id"] for row in rows), *checked)
+    patient_ids = tuple(row["patient_id"] for row in rows)
+    return Predictions(path, classes, slide_ids, patient_ids, *checked, _protocol(path.with_name("metrics.json")))
+
+
+def _protocol(path: Path) -> str:
+    if not path.is_file():
+        return f"unknown tiles (no {path.name})"
+    protocol = EvaluationProtocol(**json.loads(path.read_text(encoding="utf-8"))["evaluation"])
+    return str(protocol) if protocol.runs == 1 else f"{protocol}, their mean probabilities"
 
 
 def compare_predictions(
@@ -156,7 +169,7 @@ def compare_predictions(
         for name in METRIC_NAMES
     }
     test = delong(a.labels == 1, scores[0][:, 1], scores[1][:, 1], confidence) if len(a.classes) == 2 else None
-    return Comparison(len(a.labels), len(set(a.patient_ids)), confidence, metrics, test)
+    return Comparison((a.protocol, b.protocol), len(a.labels), len(set(a.patient_ids)), confidence, metrics, test)
 
 
 def _matching_rows(a: Predictions, b: Predictions) -> IntArray:
@@ -256,6 +269,8 @@ def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
     """Plain values for a JSON file; what is undefined is None."""
     test = comparison.delong
     return {
+        "tiles_a": comparison.protocols[0],
+        "tiles_b": comparison.protocols[1],
         "n_slides": comparison.n_slides,
         "n_patients": comparison.n_patients,
         "confidence": comparison.confidence,
@@ -280,6 +295,7 @@ def format_comparison(comparison: Comparison) -> str:
     percent = f"{100 * comparison.confidence:g}%"
     width = max(map(len, METRIC_NAMES))
     lines = [
+        f"A on {comparison.protocols[0]}; B on {comparison.protocols[1]}",
         f"{comparison.n_slides} slides of {comparison.n_patients} patients; paired bootstrap over patients, B - A",
         f"{'metric':<{width}}       A       B    B - A  {percent} interval      p",
     ]

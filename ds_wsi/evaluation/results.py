@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -90,8 +89,8 @@ def _metrics_of_runs(labels: np.ndarray, probabilities: np.ndarray) -> dict[str,
     found = {}
     for name in METRIC_NAMES:
         values = [metrics[name] for metrics in each]
-        spread = stdev(values) if len(values) > 1 else math.nan
-        numbers = [json_number(value) for value in (fmean(values), spread, *values)]
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        numbers = [json_number(value) for value in (float(np.mean(values)), spread, *values)]
         found[name] = {"mean": numbers[0], "std": numbers[1], "values": numbers[2:]}
     return found
 

@@ -14,6 +14,7 @@ from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles,
 from ds_wsi.engines.accelerate import average_buffers
 from ds_wsi.engines.deepspeed import full_state_dict
 from ds_wsi.engines.scope import closing_trackers, engine_scope
+from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.runtime.ranks import watch_ranks
@@ -58,6 +59,9 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
     run = prepare_run(settings, deepspeed_config)
     with closing_trackers(run.accelerator), watch_ranks():
         resume(run)
+        if run.accelerator.is_main_process:
+            # Of an earlier end in this folder: from here until it ends anew, the run is unfinished.
+            (run.output_dir / RECORD_FILE).unlink(missing_ok=True)
         _train_epochs(run)
         results = finish(run, started)
     run.accelerator.free_memory()

@@ -59,5 +59,8 @@ def _group_settings(run: Run) -> dict[str, Any]:
     found = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
     found |= {"slides_per_step": step, "tiles_per_slide": policies.reading.tiles_per_slide}
     found |= {"from_tile_store": bool(policies.reading.tile_store), "framework": stacking.framework}
+    partition = policies.partition
+    one_bag_a_call = partition.mode == "native" or (layout["bags_per_rank"] == 1 and not stacking.deals)
+    found |= {"bn_population": "bag" if one_bag_a_call else partition.bn_population}
     found |= {"sample_tiles": stacking.sample_tiles} if stacking.framework == "sampling" else {}
     return found | {"metric_for_best_model": settings.run.metric_for_best_model}

@@ -27,7 +27,6 @@ from ds_wsi.engines.accelerate import (
 from ds_wsi.engines.deepspeed import is_zero3
 from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.evaluation.metrics import METRIC_NAMES
-from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
 from ds_wsi.models import ModelConfig, SlideModel, SlideOutput, build_model, freeze
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.runtime.log import logger
@@ -250,7 +249,6 @@ def _output_dir(settings: TrainSettings, accelerator: Accelerator) -> Path:
         # Half-written under temporary names by a process that was killed; no other process writes here yet.
         for left in path.rglob(".*.tmp*"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        (path / RECORD_FILE).unlink(missing_ok=True)  # until it ends anew, the run is unfinished
     return path
 
 

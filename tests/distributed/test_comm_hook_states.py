@@ -11,7 +11,7 @@ from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
 KEEP = 0.1
-HOOKS = {engine: "dmgc" if engine in ("zero1", "zero2") else "topk" for engine in ENGINES}
+HOOKS = {engine: "topk" if engine == "zero0" else "dmgc" for engine in ENGINES}
 
 
 def first_error(action):
@@ -48,13 +48,13 @@ class Recorded:
 
 def owed(engine):
     """Largest difference of what came out + the mean of what is kept from what went in, and the buckets by step."""
-    from ds_wsi.compression import TopK
+    from ds_wsi.compression import DMGC, TopK
     from ds_wsi.engines.hooks import register_comm_hook
 
     trainer = Trainer(engine)
     if engine == "ddp":
         trainer.model = torch.nn.parallel.DistributedDataParallel(trainer.module, bucket_cap_mb=0.0005)
-    recorded = Recorded(TopK(keep=KEEP))
+    recorded = Recorded(TopK(keep=KEEP) if HOOKS[engine] == "topk" else DMGC(keep=KEEP, values="fp16"))
     register_comm_hook(trainer.model, recorded)
     by_step = []
     for _ in range(4):
@@ -132,14 +132,14 @@ def test_bytes_are_those_of_the_calls_and_of_the_formula():
     from ds_wsi.compression.selection import kept
     from ds_wsi.compression.wire import cheapest, message_bytes, section_bytes
 
-    ranks = run_ranks(each(counted), 2, ("ddp", "zero1", "zero2"))
+    ranks = run_ranks(each(counted), 2, ("ddp", "ddp topk", "zero1", "zero2"))
     for found in ranks:
-        row = found["ddp"]
+        row = found["ddp topk"]
         d, nnz = row["numel"], kept(row["numel"], KEEP)
         assert row["push"] == message_bytes([section_bytes(cheapest("fp32", d, nnz), "fp32", d, nnz)])
         assert row["messages"] == 2
         assert row["count"] == row["push"] + 8
-    for engine in ("zero1", "zero2"):
+    for engine in ("ddp", "zero1", "zero2"):
         rows = [found[engine] for found in ranks]
         assert sum(row["count"] for row in rows) == sum(row["sent"] for row in rows), engine
         assert sum(row["sent"] for row in rows) < 2 * 4 * rows[0]["numel"], "fewer than a dense step's"
@@ -275,11 +275,11 @@ def refusals():
 
     zero2 = Trainer("zero2")
     refused("powersgd", zero2, "powersgd")
-    refused("server", zero2, "dmgc", DMGC(topology="server"))
+    refused("server", zero2, "dmgc", DMGC(topology="server", pull="weights"))
     refused("policy", zero2, "dmgc", TopK())
     refused("name", zero2, "top-k")
-    refused("sharded", Trainer("zero3"), "dmgc", DMGC())
-    refused("sharded ddp", Trainer("ddp"), "dmgc", DMGC())
+    refused("sharded", Trainer("zero3"), "dmgc", DMGC(pull="weights"))
+    refused("sharded ddp", Trainer("ddp"), "dmgc", DMGC(pull="weights"))
     refused("contiguous", Trainer("zero2", zero={"contiguous_gradients": False}))
     zero2.model.has_moe_layers = True
     refused("moe", zero2)
@@ -287,12 +287,18 @@ def refusals():
     zero2.model.is_deepcompile_enabled = lambda: True
     refused("deepcompile", zero2)
     zero2 = Trainer("zero2")
+    zero2.model.module.lookup = torch.nn.Embedding(2, 2, sparse=True)
+    refused("sparse", zero2)
+    zero2 = Trainer("zero2")
+    zero2.model.zenflow = True
+    refused("zenflow", zero2)
+    zero2 = Trainer("zero2")
     zero2.model.optimizer.gradient_reduction_w_predivide = lambda tensor: tensor
     refused("signature", zero2)
     found["module"] = first_error(lambda: register_comm_hook(torch.nn.Linear(1, 1), "topk"))
     native = trained("zero2", None, steps=2)[0]
     zero2 = Trainer("zero2")
-    refused("after", zero2, "dmgc", DMGC(topology="server"))
+    refused("after", zero2, "dmgc", DMGC(topology="server", pull="weights"))
     for _ in range(2):
         zero2.step()
     found["untouched"] = torch.equal(zero2.weights(), native)
@@ -303,14 +309,16 @@ def test_what_cannot_be_served_is_refused_with_the_reason():
     found = run_ranks(refusals, 2)[0]
     words = {
         "powersgd": "must run under DDP",
-        "server": "must be all_gather or, under ZeRO 1 and 2, sharded, got server",
+        "server": "whose ranks own parts of the optimizer, got server under zero2",
         "policy": "must be a DMGC",
         "name": "must be one of allreduce",
-        "sharded": "ZeRO stage 1 or 2 has them",
-        "sharded ddp": "ZeRO stage 1 or 2 has them",
+        "sharded": "must be under ZeRO 1 or 2 with topology sharded",
+        "sharded ddp": "got sharded under ddp",
         "contiguous": "contiguous_gradients must be true",
         "moe": "mixture of experts",
         "deepcompile": "DeepCompile",
+        "sparse": "got an embedding's sparse ones",
+        "zenflow": "got ZenFlow",
         "signature": "must take ('tensor', 'communication_data_type')",
         "module": "must be a DeepSpeedEngine, DDP or an FSDP2 module, got Linear",
     }
@@ -446,7 +454,9 @@ def test_the_trainers_checkpoints_hold_the_hooks_state(tmp_path):
         assert row["same"]
         assert row["listed"]
         assert row["state"] == 2
-        assert row["metrics"] == ["comm/push_message_ratio", "comm/push_wire_bytes"]
+        assert row["metrics"] == [
+            f"comm/{way}_{what}" for way in ("pull", "push") for what in ("message_ratio", "wire_bytes")
+        ]
 
 
 def accumulated():

@@ -33,13 +33,14 @@ POLICIES = {
     for route in ("all_gather", "sharded", "server")
     for keep, values, below in ((1.0, "fp32", 0), (0.05, "fp32", 0), (0.05, "fp16", 10), (0.05, "bf16", 0))
 }
+POLICIES["wider pull"] = DMGC(keep=0.05, pull_keep=0.2)
+POLICIES["whole pull"] = DMGC(keep=0.05, values="bf16", pull_keep=1.0)
 POLICIES["top-k"] = TopK(keep=0.05, values="fp16", dense_below=10)
 POLICIES["warm-up"] = DMGC(keep=0.02, schedule=KeepSchedule(dense_steps=1, stage_steps=1, stages=(0.45, 0.1)))
 MOMENTUM = DMGC(keep=0.05, momentum=0.5, clip_norm=5.0, dense_below=10)
 PULLS = {
     name: policy for name, policy in POLICIES.items() if isinstance(policy, DMGC) and policy.topology != "all_gather"
 }
-PULLS["wider pull"] = DMGC(keep=0.05, pull_keep=0.2)
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -280,20 +281,39 @@ def mean_of(tensors):
     return total / len(tensors)
 
 
-def oracle_means(policy, world):
+def bounds_of(policy, world):
+    return even_bounds(D, world) if policy.topology == "sharded" else (0, *[D] * world)
+
+
+def sent_back(mean, policy, world, step):
+    """What owners send of their means, together."""
+    if topology_of(policy) == "all_gather" or policy.pull_keep_at(step) == 1:
+        return mean
+    shards = pairwise(bounds_of(policy, world))
+    keep = policy.pull_keep_at(step)
+    return sum(masked(mean, policy, keep, parts_of(policy, begin, end)) for begin, end in shards)
+
+
+def oracle_means(policy, world, owners=False):
+    """The means by step, and the residuals; `owners`: as they have them, weights are what goes back."""
     residuals, means = [torch.zeros(D)] * world, []
     for step in range(STEPS):
         inputs = [gradient_of(step, rank) + residuals[rank] for rank in range(world)]
         sent = [masked(c, policy, policy.keep_at(step), parts_of(policy)) for c in inputs]
         residuals = [c - s for c, s in zip(inputs, sent, strict=True)]
-        means.append(mean_of(sent))
+        mean = mean_of(sent)
+        back = mean if owners else sent_back(mean, policy, world, step)
+        if back is not mean:
+            for rank, (begin, end) in enumerate(pairwise(bounds_of(policy, world))):
+                residuals[rank][begin:end] += world * (mean - back)[begin:end]
+        means.append(back)
     return means, residuals
 
 
 def oracle_replicas(policy, world):
     theta, replica, found = start(), start(), []
-    bounds = even_bounds(D, world) if policy.topology == "sharded" else (0, *[D] * world)
-    for step, mean in enumerate(oracle_means(policy, world)[0]):
+    bounds = bounds_of(policy, world)
+    for step, mean in enumerate(oracle_means(policy, world, owners=True)[0]):
         theta -= RATE * mean
         keep = policy.pull_keep_at(step)
         for begin, end in pairwise(bounds):
@@ -337,8 +357,11 @@ def test_clipping_and_momentum_are_one_processs(ranks):
             v[rank] = v[rank] - sent[rank]
             whole = torch.arange(D).ge(300) & torch.arange(D).lt(307)
             u[rank] = u[rank].where((sent[rank] == 0) | whole, 0)
+        back = sent_back(mean_of(sent), MOMENTUM, world, step)
+        for rank, (begin, end) in enumerate(pairwise(bounds_of(MOMENTUM, world))):
+            v[rank][begin:end] += world * (mean_of(sent) - back)[begin:end]
         for found in ranks:
-            torch.testing.assert_close(found["momentum"][step], mean_of(sent), rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(found["momentum"][step], back, rtol=1e-6, atol=1e-7)
 
 
 def test_keeping_everything_is_dense(ranks):
@@ -447,12 +470,13 @@ def test_groups_exchange_apart(ranks):
         members = range(rank % 2, len(ranks), 2)
         parts = [gradient_of(0, member) for member in members]
         sparse = mean_of([masked(part, policy, 0.05, parts_of(policy)) for part in parts])
-        assert all(torch.equal(mean, sparse) for mean in found["groups"][:3])
+        for route, mean in zip(("all_gather", "sharded", "server"), found["groups"]):
+            assert torch.equal(mean, sent_back(sparse, DMGC(keep=0.05, topology=route), len(members), 0))
         assert torch.equal(found["groups"][3], mean_of(parts))
 
 
 def test_an_engines_own_shards(ranks):
-    mean = oracle_means(DMGC(keep=0.05), len(ranks))[0][0]
+    mean = oracle_means(DMGC(keep=0.05), len(ranks), owners=True)[0][0]
     for rank, found in enumerate(ranks):
         begin, values = found["bounds"]["start"], found["bounds"]["values"]
         assert begin == (0 if rank == 0 else 10)
@@ -473,10 +497,10 @@ def test_odd_buckets(ranks):
         [masked(gradient_of(0, rank).bfloat16().float(), policy, 0.01, parts_of(policy)) for rank in range(world)]
     )
     for found in ranks:
-        for empty, mean, tiny in found["odd"]:
+        for route, (empty, mean, tiny) in zip(("all_gather", "sharded", "server"), found["odd"], strict=True):
             assert empty.shape == (0,)
             assert mean.dtype == torch.bfloat16
-            assert torch.equal(mean, half.bfloat16())
+            assert torch.equal(mean, sent_back(half, DMGC(topology=route), world, 0).bfloat16())
             assert tiny.tolist() == [sum(range(1, world + 1)) / world, 0]
 
 

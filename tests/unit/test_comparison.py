@@ -106,15 +106,16 @@ def random_runs(n, classes, seed=0):
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_paired_bootstrap_draws_patients_the_same_for_both(tmp_path, classes):
     labels, (one, two) = random_runs(24, classes)
-    patients = [f"p{row % 9}" for row in range(24)]  # two or three slides each
+    patients = [f"p{row * row % 17}" for row in range(24)]  # one to four slides each
+    names = list(dict.fromkeys(patients))
     order = np.random.default_rng(5).permutation(24)  # the other file's rows lie otherwise
     a = read_predictions(write_run(tmp_path / "a", labels, one, patients))
     b = read_predictions(write_run(tmp_path / "b", labels, two, patients, order))
-    found = compare_predictions(a, b, n_resamples=50, seed=3)
-    assert (found.n_slides, found.n_patients) == (24, 9)
+    found = compare_predictions(a, b, n_resamples=20, seed=3)
+    assert (found.n_slides, found.n_patients) == (24, len(names))
     differences = {name: [] for name in METRIC_NAMES}
-    for counts in np.concatenate(list(resample_counts(9, 50, seed=3))):
-        rows = [row for patient, count in enumerate(counts) for _ in range(count) for row in range(patient, 24, 9)]
+    for counts in np.concatenate(list(resample_counts(len(names), 20, seed=3))):
+        rows = np.repeat(np.arange(24), [counts[names.index(patient)] for patient in patients])
         each = [slide_metrics(labels[rows], run[rows]) for run in (one, two)]
         for name in METRIC_NAMES:
             differences[name].append(each[1][name] - each[0][name])
@@ -173,4 +174,7 @@ def test_the_command_prints_and_writes_the_comparison(tmp_path, capsys):
     assert written["delong"]["difference"] == pytest.approx(auc["difference"])
     assert f"{auc['a']:.3f}" in printed
     assert "DeLong" in printed
+    assert "A on unknown tiles" in printed
+    (tmp_path / "a" / "metrics.json").write_text('{"evaluation": {"tiles": 256, "runs": 100, "seed": 0}}')
+    assert read_predictions(runs[0]).protocol == "256 random tiles, 100 runs, their mean probabilities"
     assert main(["compare", runs[0], str(tmp_path / "none"), "--output_dir", str(tmp_path)]) == 2

@@ -1,0 +1,62 @@
+"""What a run's settings say of it: the name of the training from what is trained, and the settings of a group."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from ds_wsi.evaluation.protocol import EvaluationProtocol
+from ds_wsi.models import ModelConfig, build_model, freeze
+from ds_wsi.stacking.policy import StackingPolicy
+from ds_wsi.training.record import dataset_name, run_record, training_name
+from ds_wsi.training.settings import DataSettings, TrainSettings
+
+CONFIG = ModelConfig("resnet10t", "abmil", ("a", "b"), {"tile_size_px": 64})
+
+
+def record_of(settings, world_size=1):
+    """Of a run that is not started: only what the record reads."""
+    optim = settings.optim
+    layout = {"world_size": world_size, "bags_per_rank": optim.per_device_train_batch_size}
+    layout |= {"accumulation": optim.gradient_accumulation_steps}
+    run = SimpleNamespace(settings=settings, config=CONFIG, module=build_model(CONFIG), epoch_layout=layout, comm=None)
+    return run_record(run)
+
+
+def test_the_training_is_named_by_what_is_trained():
+    model = build_model(CONFIG)
+    assert training_name(model) == "end to end"
+    freeze(model.encoder.conv1)
+    assert training_name(model) == "partly frozen"
+    freeze(model.encoder)
+    assert training_name(model) == "frozen"
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({}, "demo"),
+        ({"manifest": "x/panda_0.csv"}, "panda_0"),
+        ({"manifest": "p.csv", "dataset_name": "P"}, "P"),
+    ],
+)
+def test_the_dataset_is_named_by_its_manifest_unless_it_is_given_a_name(data, name):
+    assert dataset_name(DataSettings(**data)) == name
+
+
+def test_seed_split_and_how_it_is_computed_are_no_settings_of_the_group():
+    settings = TrainSettings(data=DataSettings(split_name="3"))
+    settings = replace(settings, run=replace(settings.run, seed=5, eval_tiles=256, eval_runs=100))
+    record = record_of(settings)
+    assert (record.seed, record.split, record.evaluation) == (5, "3", EvaluationProtocol(256, 100))
+    assert (record.dataset, record.method, record.training) == ("demo", "resnet10t + abmil", "end to end")
+    plain = record_of(TrainSettings())
+    assert record.settings == plain.settings
+    # Four slides a step, on one process or two, stacked or accumulated.
+    four = replace(settings.optim, gradient_accumulation_steps=4)
+    two = replace(settings.optim, per_device_train_batch_size=2)
+    assert record_of(replace(settings, optim=four)).settings == record_of(replace(settings, optim=two), 2).settings
+    dealt = replace(settings.policies, stacking=StackingPolicy(bags_per_step=4))
+    assert record_of(replace(settings, policies=dealt)).settings["slides_per_step"] == 4
+    slower = replace(settings, optim=replace(settings.optim, learning_rate=1e-5))
+    assert record_of(slower).settings == plain.settings | {"optim.learning_rate": 1e-5}
