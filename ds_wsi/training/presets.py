@@ -83,7 +83,10 @@ PANDA_PROTOCOL = {
     "monte_carlo_runs": 1,  # 80:10:10 by label, as Song et al.'s; theirs itself with --split_file
     "seeds": 3,
 }
-PANDA_EVALUATION = "all tiles of the test split; TCGA-PRAD on all tiles, and the mean of 100 runs on 256 random ones"
+PANDA_EVALUATION = (
+    "all tiles of the test split; TCGA-PRAD on all tiles, and the mean of 100 runs on 256 random ones "
+    "(launch/evaluate.py --dataset tcga --eval_tiles 256 --eval_runs 100)"
+)
 
 CAMELYON = {**TILES, **OTSU, **RESNET18, **ADAM, **AUGMENTED} | {"run.metric_for_best_model": "accuracy"}
 CAMELYON_FROZEN = {
@@ -110,7 +113,8 @@ CAMELYON_PROTOCOL = {
     "seeds": 3,
 }
 CAMELYON_EVALUATION = (
-    "ABMIL and frozen encoders: all tiles; DTFD and TransMIL end to end: the mean of 3 runs on 2,048 random tiles"
+    "ABMIL and frozen encoders: all tiles; DTFD and TransMIL end to end: the mean of 3 runs on 2,048 random tiles "
+    "(--eval_tiles 2048 --eval_runs 3)"
 )
 LUNG = {**TILES, **GREY, **RESNET18, **ADAM, **AUGMENTED} | {  # (ours) throughout: DPGS trains on stored features
     "optim.num_train_epochs": 30,

@@ -159,6 +159,19 @@ def test_a_dry_run_tells_all_and_writes_nothing(data, tmp_path, monkeypatch, cap
     assert len(list((tmp_path / "tiles").iterdir())) == 8
 
 
+def test_a_dry_run_of_one_training(demo_manifest, tmp_path, capsys):
+    given = ["--manifest", str(demo_manifest), "--output_dir", str(tmp_path / "out"), "--tile_size_px", "64"]
+    given += ["--encoder", "resnet10t", "--tiles_per_slide", "3", "--dataloader_num_workers", "0", "--freeze_encoder"]
+    assert main(["train", *given, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert f"  run.output_dir = {tmp_path / 'out'}\n" in printed
+    assert "train: 4 slides of 2 patients (normal 2, tumor 2)" in printed
+    assert "steps: 4 an epoch, 32 in 8 epochs" in printed
+    assert "partition: none is needed" in printed
+    assert "two micro-steps: 3 tiles read in" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_problems_of_rows_and_of_slides_are_listed_together(data, tmp_path, capsys):
     bad = draw(custom(tmp_path / "bad"))
     (bad / "scans" / "case_3.svs").write_text("no slide")
