@@ -29,13 +29,6 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.fixture(autouse=True)
-def _fresh_handler():
-    """As before `finished`: the command's handler writes to the standard error of the test that made it."""
-    logger.handlers.clear()
-    logger.propagate = True
-
-
 def arguments(data, output_dir, *more):
     options = ["--data_dir", data, "--split_column", "part", "--output_dir", output_dir, "--tile_size_px", "32"]
     options += ["--encoder", "resnet10t", "--num_train_epochs", "2", "--tiles_per_slide", "4", "--bags_per_step", "2"]
@@ -55,8 +48,11 @@ def launch(monkeypatch, *given):
 def finished(data, tmp_path_factory):
     """Two seeds, one after the other in one process; what was printed."""
     output = tmp_path_factory.mktemp("protocol") / "out"
+    before = list(logger.handlers), logger.propagate, logger.level
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert launch(monkeypatch, *arguments(data, output, "--seeds", "2")) == 0
+    # Else the tests' own commands would write to this fixture's standard error.
+    logger.handlers[:], logger.propagate, logger.level = before
     return output
 
 
