@@ -285,13 +285,15 @@ class MicroSteps(NamedTuple):
 
 
 def time_micro_steps(run: Run) -> MicroSteps:
-    """Take the first epoch's first two micro-steps and time them, reading (in this process) apart from computing.
+    """Take two micro-steps of the first epoch and time them, reading (in this process) apart from computing.
 
     For a dry run: the weights, and the engine's count of micro-steps, are changed. Collective.
     """
     cohort, mesh = run.cohort, run.mesh
     steps = [(step, groups) for step in _epoch_plan(run, 0) for groups in step.micro_steps]
-    steps = (steps * 2)[:2]
+    # Of a small cohort some micro-steps leave a process without a bag; one alone is taken twice.
+    steps = ([pair for pair in steps if all(pair[1])] or steps) * 2
+    steps = steps[:2]
     rows = cohort.rows("train")
     parts = [part for _, groups in steps for part in _parts(run, 0, [rows[slide] for slide in groups[mesh.slide_rank]])]
     policy = replace(run.settings.policies.reading, workers=0)

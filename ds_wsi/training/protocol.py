@@ -27,8 +27,6 @@ from ds_wsi.training.run import engine_settings
 from ds_wsi.training.run_mark import identity, mark_started, require_same, was_finished
 from ds_wsi.training.settings import TrainSettings
 
-SHARED_DEFAULTS = {"seeds": 1, "output_dir": "runs"}
-
 
 @dataclass(frozen=True)
 class Protocol:
@@ -183,10 +181,12 @@ def run_protocol(
     """
     output_dir = Path(settings.run.output_dir or f"runs/{protocol.preset}")
     tiles_dir = Path(settings.data.tiles_dir or output_dir / "tiles")
-    if pretrained and settings.model.encoder_weights is None:
-        logger.warning("the encoder starts from random weights, in the paper from %s: --encoder_weights", pretrained)
 
     def prepare() -> dict[str, tuple[str, ...]]:
+        if pretrained and settings.model.encoder_weights is None:
+            logger.warning(
+                "the encoder starts from random weights, in the paper from %s: --encoder_weights", pretrained
+            )
         splits = split_cohort(protocol, read_cohort(protocol, settings, tiles_dir))
         for name, cohort in splits.items():
             write_manifest(cohort.manifest, _manifest_path(output_dir, name))
