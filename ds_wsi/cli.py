@@ -4,8 +4,6 @@ A user's mistake ends with one message and exit status 2; everything else keeps 
 """
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -13,13 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_wsi.bags.bag import ReadPolicy
+from ds_wsi.bags.datasets import DATASETS
 from ds_wsi.config import read_section
 from ds_wsi.partition.policy import POLICY_MODES, PartitionPolicy
 from ds_wsi.runtime.files import write_json
-from ds_wsi.runtime.log import logger, setup_logging
+from ds_wsi.runtime.log import logger, rank, setup_logging
 from ds_wsi.runtime.units import parse_bytes
-from ds_wsi.slides.demo import DemoPolicy, make_demo
+from ds_wsi.slides.demo import make_demo
 from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.training.compare import COMPARED
+from ds_wsi.training.dataset_options import (
+    add_protocol_options,
+    add_reading_options,
+    add_split_options,
+    reading_of,
+    splitting_of,
+)
 from ds_wsi.training.options import add_train_options, settings_from, spellings, tiles_or_all
 
 TILING_OPTIONS = ("tile_size_px", "mpp", "min_tissue_fraction")
@@ -51,9 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = _command(commands, "demo", run_demo, "make the demo cohort; --compare trains on it with and without encoder")
     demo.add_argument(*spellings("demo_dir"), default="runs/demo_slides", help="where the slides go")
-    demo.add_argument("--compare", action="store_true", help="train end to end and with a frozen encoder, print both")
-    demo.add_argument(*spellings("output_dir"), default="runs/demo_compare", help="of the two runs of --compare")
-    demo.add_argument("--seed", type=int, default=0, help="of the two runs of --compare")
+    demo.add_argument(
+        "--compare",
+        nargs="?",
+        const=COMPARED,
+        metavar="AGGREGATORS",
+        help=f"train end to end and with a frozen encoder, print both; comma-separated (without a value {COMPARED})",
+    )
+    demo.add_argument(*spellings("output_dir"), default="runs/demo_compare", help="of the runs of --compare")
+    demo.add_argument("--seed", type=int, default=0, help="of the first run of --compare (default: 0)")
+    demo.add_argument("--seeds", type=int, default=1, help="runs of each aggregator and kind (default: 1)")
     _manifest_options(_command(commands, "manifest", run_manifest, "write the manifest of a public dataset"))
     tile = _command(commands, "tile", run_tile, "write each slide's tile coordinates")
     _cohort_options(tile)
@@ -72,6 +86,16 @@ def build_parser() -> argparse.ArgumentParser:
     _plan_options(plan)
     train = _command(commands, "train", run_train, "train a slide model")
     add_train_options(train)
+    _dry_run_option(train)
+    protocol = commands.add_parser("protocol", help="train a dataset's splits and seeds, and print their table")
+    datasets = protocol.add_subparsers(required=True, metavar="DATASET", dest="dataset")
+    for dataset in DATASETS:
+        launcher = _command(
+            datasets, dataset, run_protocol, f"the papers' experiments on {dataset}: see --list_presets"
+        )
+        add_protocol_options(launcher, dataset)
+        add_train_options(launcher)
+        _dry_run_option(launcher)
     evaluate = _command(commands, "evaluate", run_evaluate, "evaluate an exported model on a cohort")
     _model_options(evaluate)
     evaluate.add_argument("--split", default="test", help="of the manifest, or `all` (default: test)")
@@ -99,29 +123,17 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, text:
 
 
 def _manifest_options(parser: argparse.ArgumentParser) -> None:
-    from ds_wsi.bags.datasets import DATASETS
-    from ds_wsi.bags.splits import LEVELS
-
     parser.add_argument("dataset", choices=sorted(DATASETS), help="which")
-    parser.add_argument("--root", required=True, help="the folder into which it was unpacked")
+    parser.add_argument(*spellings("data_dir"), required=True, help="the folder into which it was unpacked")
     parser.add_argument("--output", required=True, help="the CSV to write; of several splits one each, numbered")
-    reading = parser.add_argument_group("of the dataset", argument_default=argparse.SUPPRESS)
-    reading.add_argument("--labels", help="its label file (default: where the dataset has it)")
-    reading.add_argument("--drop", help="panda: list of noisy slides to leave out")
-    reading.add_argument(*spellings("missing_ok"), action="store_true", help="panda: leave out rows without an image")
-    reading.add_argument("--target", choices=("stage", "tumor"), help="camelyon: the classes")
-    reading.add_argument("--corrections", help="camelyon: labels that override the official ones")
-    reading.add_argument(*spellings("test_centers"), type=lambda text: text.split(","), help="camelyon17: such as 3,4")
-    reading.add_argument(*spellings("label_column"), help="tcga: heading of the label")
-    reading.add_argument(*spellings("one_per_patient"), action="store_true", help="tcga: each patient's first slide")
-    splits = parser.add_argument_group("splits (default: the official one)")
-    splits.add_argument("--split", help="CLAM's CSV, PANTHER's folder, or a folder of folds of either")
-    splits.add_argument("--folds", type=int, default=0, help="draw folds by patient")
-    splits.add_argument("--runs", type=int, default=0, help="draw so many Monte-Carlo splits by patient")
-    splits.add_argument("--level", choices=LEVELS, default="patient", help="slide: as some papers split, with leakage")
-    splits.add_argument(*spellings("keep_listed"), action="store_true", help="drop slides that --split does not name")
-    splits.add_argument(*spellings("validation_fraction"), type=float, default=0.0, help="of the training patients")
-    splits.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    add_reading_options(parser)
+    add_split_options(parser)
+
+
+def _dry_run_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        *spellings("dry_run"), action="store_true", help="check everything, tell slides, steps and time, train nothing"
+    )
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
@@ -141,8 +153,8 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(*spellings("output_dir"), help="write plan.json and plan.png there")
 
 
-def _cohort_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--manifest", required=True, help="CSV (or JSON, Parquet, saved dataset) of slides")
+def _cohort_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument("--manifest", required=required, help="CSV (or JSON, Parquet, saved dataset) of slides")
     parser.add_argument("--classes", help="class names in the order of the logits, comma-separated")
     parser.add_argument(*spellings("slide_mpp"), type=float, help="um/px of slides that do not tell theirs")
 
@@ -158,7 +170,13 @@ def _policy_options(parser: argparse.ArgumentParser, policy: type, names: Sequen
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a run's folder, with config.json and model.safetensors")
-    _prediction_options(parser)
+    parser.add_argument("--dataset", choices=sorted(DATASETS), help="an external set as distributed, for --manifest")
+    parser.add_argument(*spellings("data_dir"), help="the folder into which it was unpacked")
+    parser.add_argument(
+        *spellings("map_labels"), type=_pairs, help="its classes in the model's words: tumor=1,normal=0"
+    )
+    add_reading_options(parser)
+    _prediction_options(parser, need_manifest=False)
 
 
 def _features_options(parser: argparse.ArgumentParser) -> None:
@@ -170,11 +188,11 @@ def _features_options(parser: argparse.ArgumentParser) -> None:
         if entry.name in TILING_OPTIONS:
             text = f"with --encoder (default: {entry.default})"
             parser.add_argument(*spellings(entry.name), type=type(entry.default), default=argparse.SUPPRESS, help=text)
-    _prediction_options(parser)
+    _prediction_options(parser, need_manifest=True)
 
 
-def _prediction_options(parser: argparse.ArgumentParser) -> None:
-    _cohort_options(parser)
+def _prediction_options(parser: argparse.ArgumentParser, *, need_manifest: bool) -> None:
+    _cohort_options(parser, required=need_manifest)
     parser.add_argument(*spellings("output_dir"), required=True, help="where results go")
     parser.add_argument(*spellings("tiles_dir"), help="where tile grids are kept (default: in output_dir)")
     parser.add_argument(*spellings("tile_store"), default="", help="folder that `ds-wsi tile --store` wrote")
@@ -241,11 +259,9 @@ def run_manifest(options: argparse.Namespace) -> None:
     """`ds-wsi manifest`."""
     from ds_wsi.bags.prepare import read_dataset, split_dataset, write_manifests
 
-    splitting = ("split", "folds", "runs", "level", "keep_listed", "validation_fraction", "seed")
-    given = {name: value for name, value in vars(options).items() if name not in ("run", "dataset", "root", "output")}
-    reading = {name: value for name, value in given.items() if name not in splitting}
-    manifest = read_dataset(options.dataset, options.root, reading)
-    manifests = split_dataset(manifest, **{name: given[name] for name in splitting})
+    given = vars(options)
+    manifest = read_dataset(options.dataset, options.data_dir, reading_of(given))
+    manifests = split_dataset(manifest, **splitting_of(given))
     for path, written in zip(write_manifests(manifests, options.output), manifests, strict=True):
         counts = {split: len(written.in_split(split)) for split in ("train", "validation", "test")}
         print(f"{path}\t{len(written.slides)} slides\t{counts}\t--classes {','.join(written.classes)}")
@@ -255,28 +271,10 @@ def run_demo(options: argparse.Namespace) -> None:
     """`ds-wsi demo`."""
     print(make_demo(options.demo_dir))
     if options.compare:
-        compare(Path(options.output_dir), options.demo_dir, options.seed)
+        from ds_wsi.training.compare import compare, compared_runs
 
-
-def compare(output_dir: Path, demo_dir: str, seed: int) -> None:
-    """Train on the demo end to end and with a frozen encoder, each in a process of its own, and print both."""
-    runs = {"end to end": ("end_to_end", []), "frozen encoder": ("frozen", ["--freeze_encoder"])}
-    lines = []
-    for title, (folder, extra) in runs.items():
-        place = output_dir / folder
-        command = [sys.executable, "-m", "ds_wsi.cli", "train", "--demo_dir", demo_dir, "--seed", str(seed)]
-        subprocess.run([*command, "--output_dir", str(place), *extra], check=True)
-        metrics = json.loads((place / "metrics.json").read_text(encoding="utf-8"))["metrics"]
-        shown = [f"{name} {_interval(metrics[name])}" for name in ("auc", "accuracy")]
-        lines.append(f"{title:<15}  {'  '.join(shown)}")
-    print(f"demo cohort, {DemoPolicy().test} test slides, seed {seed}, 95% bootstrap intervals")
-    print("\n".join(lines))
-
-
-def _interval(metric: dict[str, float | None]) -> str:
-    if metric["value"] is None:
-        return "undefined"
-    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
+        runs = compared_runs(options.compare.split(","), range(options.seed, options.seed + options.seeds))
+        print(compare(runs, Path(options.output_dir), options.demo_dir))
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -284,7 +282,39 @@ def run_train(options: argparse.Namespace) -> None:
     from ds_wsi.training.loop import train  # here, for DeepSpeed and Accelerate take seconds to import
 
     settings, deepspeed_config = settings_from(options)
+    if options.dry_run:
+        from ds_wsi.training.dry_run import dry_run
+
+        _print_some(dry_run(settings, deepspeed_config))
+        return
     train(settings, deepspeed_config)
+
+
+def run_protocol(options: argparse.Namespace) -> None:
+    """`ds-wsi protocol`, and launch/train_<dataset>.py under any launcher."""
+    from ds_wsi.training.presets import describe, presets_of
+
+    if "list_presets" in options:
+        if rank() == 0:
+            print(describe(presets_of(options.dataset)))
+        return
+    if "data_dir" not in options:
+        raise ValueError("--data_dir must be given, got none. HINT: the folder into which the dataset was unpacked.")
+    from ds_wsi.training.protocol import protocol_from, run_protocol
+
+    protocol, settings, deepspeed_config, preset = protocol_from(options, options.dataset)
+    if options.dry_run:
+        from ds_wsi.training.dry_run import dry_protocol
+
+        _print_some(dry_protocol(protocol, settings, deepspeed_config))
+        return
+    _print_some(run_protocol(protocol, settings, deepspeed_config, preset.pretrained))
+
+
+def _print_some(text: str) -> None:
+    """Nothing on the processes that have nothing to say."""
+    if text:
+        print(text)
 
 
 def run_tile(options: argparse.Namespace) -> None:
@@ -363,6 +393,35 @@ def _classes(options: argparse.Namespace) -> tuple[str, ...] | None:
     return tuple(options.classes.split(",")) if options.classes else None
 
 
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [entry.split("=") for entry in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"must be pairs such as tumor=1,normal=0, got {text!r}")
+    return {theirs.strip(): ours.strip() for theirs, ours in pairs}
+
+
+def _require_cohort(options: argparse.Namespace) -> None:
+    """See that the options name a manifest: given, or written from a dataset in the model's classes."""
+    from ds_wsi.bags.prepare import write_external
+    from ds_wsi.models import ModelConfig
+
+    if (options.manifest is None) == (options.dataset is None):
+        raise ValueError("one of --manifest and --dataset must be given. HINT: --dataset NAME --data_dir FOLDER.")
+    if options.dataset is None:
+        extra = [name for name in (*reading_of(vars(options)), "data_dir", "map_labels") if vars(options).get(name)]
+        if extra:
+            raise ValueError(f"--{extra[0]} must come with --dataset, got a manifest. HINT: leave it out.")
+        return
+    if not options.data_dir:
+        raise ValueError("--data_dir must be given with --dataset, got none. HINT: the dataset's folder.")
+    if options.classes:
+        raise ValueError("--classes must not be given with --dataset. HINT: --map_labels says which class is which.")
+    options.manifest = str(Path(options.output_dir) / f"{options.dataset}.csv")
+    classes = ModelConfig.read(Path(options.model) / "config.json").classes
+    reading = reading_of(vars(options))
+    write_external(options.manifest, options.dataset, options.data_dir, reading, classes, options.map_labels)
+
+
 def run_evaluate(options: argparse.Namespace) -> None:
     """`ds-wsi evaluate`, and launch/evaluate.py."""
     from ds_wsi.evaluation.protocol import EvaluationProtocol
@@ -370,6 +429,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from ds_wsi.evaluation.record import RunFolderError, RunRecord
     from ds_wsi.evaluation.results import write_results
 
+    _require_cohort(options)
     protocol = EvaluationProtocol(options.eval_tiles, options.eval_runs, options.eval_seed)
     directory = Path(options.output_dir)
     record = None
@@ -421,6 +481,7 @@ def run_heatmap(options: argparse.Namespace) -> None:
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.results import draw_heatmaps
 
+    _require_cohort(options)
     cohort, predictions, _ = _predictions(options, "all", EvaluationProtocol())
     for _, path in draw_heatmaps(Path(options.output_dir), cohort, predictions):
         print(path)

@@ -72,6 +72,34 @@ def load_cohort(
         ManifestError: lists every problem of the manifest AND of the slide files at once.
     """
     manifest, problems = parse_manifest(manifest_path, classes)
+    cohort = tile_manifest(
+        manifest, policy, tiles_dir=tiles_dir, slide_mpp=slide_mpp, workers=workers, problems=problems
+    )
+    if need_splits:
+        cohort = replace(cohort, manifest=assign_splits(cohort.manifest, seed=seed))
+    log_splits(cohort)
+    return cohort
+
+
+def tile_manifest(
+    manifest: Manifest,
+    policy: TilingPolicy,
+    *,
+    tiles_dir: str | Path | None = None,
+    slide_mpp: float | None = None,
+    workers: int = 1,
+    problems: Sequence[str] = (),
+) -> Cohort:
+    """Open and tile every slide of a manifest; its splits stay as they are.
+
+    Args:
+        manifest: of the slides; files that are missing must be among `problems`.
+        policy, tiles_dir, slide_mpp, workers: as of `load_cohort`.
+        problems: found so far, listed before the slides'.
+
+    Raises:
+        ManifestError: lists those problems and every slide's.
+    """
     readable = [slide for slide in manifest.slides if slide.path.is_file()]
     # Slides of one name would write one file at once; a name that is none for a file could lead out of the folder.
     names = Counter(slide.slide_id for slide in readable)
@@ -81,14 +109,11 @@ def load_cohort(
     ]
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         results = list(pool.map(lambda slide, kept: _tile(slide, policy, kept, slide_mpp), readable, kept_in))
-    problems += [str(result) for result in results if isinstance(result, SlideError)]
+    problems = [*problems, *(str(result) for result in results if isinstance(result, SlideError))]
     if problems:
         raise ManifestError(manifest.source, problems)
     entries, grids = zip(*(result for result in results if not isinstance(result, SlideError)))
-    manifest = replace(manifest, slides=entries)
-    cohort = Cohort(assign_splits(manifest, seed=seed) if need_splits else manifest, grids)
-    log_splits(cohort)
-    return cohort
+    return Cohort(replace(manifest, slides=entries), grids)
 
 
 def log_splits(cohort: Cohort) -> None:

@@ -20,10 +20,11 @@ class ManifestError(ValueError):
 
     Attributes:
         problems: one line each.
+        slides: those that could be read from a label file all the same, whose files can be checked too.
     """
 
-    def __init__(self, source: str, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
+    def __init__(self, source: str, problems: Sequence[str], slides: "Sequence[SlideEntry]" = ()) -> None:
+        self.source, self.problems, self.slides = source, tuple(problems), tuple(slides)
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
         super().__init__(f"{source} has {len(self.problems)} problem(s):\n{lines}")
 
@@ -103,7 +104,7 @@ def parse_manifest(
             f"manifest {path}",
             [f"must have the columns {', '.join(required)}; {', '.join(missing)} missing, got {', '.join(rows[0])}"],
         )
-    names = tuple(classes) if classes else _sorted_labels(row["label"] for row in rows)
+    names = tuple(classes) if classes else sorted_labels(row["label"] for row in rows)
     problems: list[str] = []
     slides = tuple(
         _parse_row(row, number, path.parent, names, problems, need_slides) for number, row in enumerate(rows, 2)
@@ -149,7 +150,8 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     return [{key: "" if value is None else str(value).strip() for key, value in row.items()} for row in table]
 
 
-def _sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
+def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """The labels that occur, each once, empty ones left out: sorted, by value where all are whole numbers."""
     found = {label for label in labels if label}
     numeric = all(re.fullmatch(r"-?\d+", label) for label in found)
     return tuple(sorted(found, key=int) if numeric else sorted(found))

@@ -8,6 +8,7 @@ from typing import Any
 from ds_wsi.bags.datasets import DATASETS
 from ds_wsi.bags.manifest import Manifest, write_manifest
 from ds_wsi.bags.published import apply_split, find_folds
+from ds_wsi.bags.relabel import map_labels
 from ds_wsi.bags.splits import fold_splits, hold_out_validation, monte_carlo_splits
 
 
@@ -75,3 +76,25 @@ def write_manifests(manifests: Sequence[Manifest], path: str | Path) -> tuple[Pa
     for manifest, place in zip(manifests, paths, strict=True):
         write_manifest(manifest, place)
     return tuple(paths)
+
+
+def write_external(
+    path: str | Path,
+    dataset: str,
+    root: str | Path,
+    reading: Mapping[str, Any],
+    classes: Sequence[str],
+    mapping: Mapping[str, str] | None = None,
+) -> None:
+    """Write the manifest of an external set in a model's classes, to test the model on it.
+
+    Args:
+        path: of the CSV.
+        dataset, root, reading: of `read_dataset`.
+        classes, mapping: of `map_labels`.
+
+    Raises:
+        ManifestError: lists every problem of the dataset at once.
+        ValueError: the classes disagree; names both.
+    """
+    write_manifest(map_labels(read_dataset(dataset, root, reading), classes, mapping), path)

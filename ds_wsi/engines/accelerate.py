@@ -60,6 +60,7 @@ class EngineSettings:
     timeout_s: int = 1800
 
 
+_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
@@ -97,7 +98,12 @@ def build_accelerator(
 
 def _deepspeed_plugin(settings: EngineSettings, config: dict[str, Any] | None) -> DeepSpeedPlugin | None:
     if config is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        if os.environ.get(_ACCUMULATION) in ("1", "auto"):
+            # The launcher's default, which would take the place of the script's own option.
+            del os.environ[_ACCUMULATION]
         config = dict(DeepSpeedPlugin().deepspeed_config)  # from the launcher's variables
+        # All of them are in it now; Accelerate refuses those of a --config_file beside a whole configuration.
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     if config is None:
         return None
     if "scheduler" in config:

@@ -111,6 +111,11 @@ class PartitionedForward:
             return call.forward()
         return _Partitioned.apply(call, x, anchor, *parameters)
 
+    @property
+    def plans(self) -> tuple[PartitionPlan, ...]:
+        """Those made so far, one for each size of input that was seen."""
+        return tuple(self._plans.values())
+
     def plan(self, x: Tensor, device: torch.device, dtype: torch.dtype) -> PartitionPlan:
         """The plan for an input: the given one, or the policy's for as many tiles or a few more."""
         if isinstance(self.wanted, PartitionPlan):

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -12,6 +13,7 @@ from ds_wsi.bags.bag import Bag, BagPart, read_bags
 from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles, steps_per_epoch
 from ds_wsi.engines.accelerate import average_buffers
 from ds_wsi.engines.deepspeed import full_state_dict
+from ds_wsi.engines.scope import closing_trackers, engine_scope
 from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
 from ds_wsi.models import merge_lora
 from ds_wsi.models.loss import stack_loss
@@ -37,7 +39,8 @@ from ds_wsi.training.warmup import encoder_rests, forget_steps, set_rates
 def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train, evaluate on the test split and write the run's folder.
 
-    Collective: every process of the launcher calls it with the same settings.
+    Collective: every process of the launcher calls it with the same settings. A process can train several times, one
+    after the other; within `launched` the processes stay connected in between.
 
     Args:
         settings: of the run.
@@ -51,18 +54,22 @@ def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = Non
         RankFailureError: another process failed or died; names it.
         ValueError: settings that contradict each other, or a checkpoint that is torn.
     """
+    with engine_scope():
+        return _train(settings, deepspeed_config)
+
+
+def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> dict[str, Any]:
+    """In a frame of its own: when it is left nothing holds the run, and the scope can free its memory."""
     started = time.perf_counter()
     run = prepare_run(settings, deepspeed_config)
-    try:
-        with watch_ranks():
-            resume(run)
-            if run.accelerator.is_main_process:
-                # Of an earlier end in this folder: from here until it ends anew, the run is unfinished.
-                (run.output_dir / RECORD_FILE).unlink(missing_ok=True)
-            _train_epochs(run)
-            results = finish(run, started)
-    finally:
-        run.accelerator.end_training()
+    with closing_trackers(run.accelerator), watch_ranks():
+        resume(run)
+        if run.accelerator.is_main_process:
+            # Of an earlier end in this folder: from here until it ends anew, the run is unfinished.
+            (run.output_dir / RECORD_FILE).unlink(missing_ok=True)
+        _train_epochs(run)
+        results = finish(run, started)
+    run.accelerator.free_memory()
     return results
 
 
@@ -148,9 +155,7 @@ def _stops_early(run: Run) -> bool:
 def _train_epoch(run: Run, bags: Iterator[Bag], validation: AtTheEnd | BesideTraining) -> dict[str, float]:
     progress, optim = run.progress, run.settings.optim
     plan = _epoch_plan(run, progress.epoch)
-    total = optim.num_train_epochs * steps_per_epoch(
-        len(run.cohort.rows("train")), bags_per_step=run.settings.policies.stacking.bags_per_step, **run.epoch_layout
-    )
+    _, total = count_steps(run)
     run.module.warming_up = encoder_rests(run.settings.model.freeze_encoder_epochs, progress.epoch)
     if progress.epoch == run.settings.model.freeze_encoder_epochs > 0 and progress.step_in_epoch == 0:
         forget_steps(run.optimizer)
@@ -287,3 +292,58 @@ def _end_epoch(run: Run, entry: dict[str, float]) -> None:
     progress.epoch += 1
     progress.step_in_epoch = 0
     progress.loss_sum, progress.bags_seen = 0.0, 0
+
+
+class MicroSteps(NamedTuple):
+    """Two micro-steps that were timed on this process.
+
+    Attributes:
+        read_s, compute_s: of each, seconds.
+        tiles: of each; 0 where the process had no bag.
+    """
+
+    read_s: tuple[float, ...]
+    compute_s: tuple[float, ...]
+    tiles: tuple[int, ...]
+
+
+def time_micro_steps(run: Run) -> MicroSteps:
+    """Take two micro-steps of the first epoch and time them, reading (in this process) apart from computing.
+
+    For a dry run: the weights, and the engine's count of micro-steps, are changed. Collective.
+    """
+    cohort, mesh = run.cohort, run.mesh
+    steps = [(step, groups) for step in _epoch_plan(run, 0) for groups in step.micro_steps]
+    # Of a small cohort some micro-steps leave a process without a bag; one alone is taken twice.
+    steps = ([pair for pair in steps if all(pair[1])] or steps) * 2
+    steps = steps[:2]
+    rows = cohort.rows("train")
+    parts = [part for _, groups in steps for part in _parts(run, 0, [rows[slide] for slide in groups[mesh.slide_rank]])]
+    policy = replace(run.settings.policies.reading, workers=0)
+    bags = read_bags(
+        *(cohort.manifest.slides, cohort.grids, parts, policy, run.failures), may_be_empty=mesh.tile_size > 1
+    )
+    run.model.train()
+    read_s, compute_s, tiles = [], [], []
+    for step, groups in steps:
+        started = time.perf_counter()
+        own = [next(bags) for _ in groups[mesh.slide_rank]]
+        read = time.perf_counter()
+        weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))
+        with run.accelerator.accumulate(run.model):
+            loss, n_tiles = _micro_loss(run, own)
+            run.accelerator.backward(loss * weight)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        loss.item()  # waits for the device
+        read_s.append(read - started)
+        compute_s.append(time.perf_counter() - read)
+        tiles.append(n_tiles)
+    return MicroSteps(tuple(read_s), tuple(compute_s), tuple(tiles))
+
+
+def count_steps(run: Run) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of the run."""
+    layout, stacking = run.epoch_layout, run.settings.policies.stacking
+    an_epoch = steps_per_epoch(len(run.cohort.rows("train")), bags_per_step=stacking.bags_per_step, **layout)
+    return an_epoch, an_epoch * run.settings.optim.num_train_epochs

@@ -1,6 +1,7 @@
 """The command line's options: each sets one field of the settings, and only those given override the JSON."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import AGGREGATORS, FEATURES
 from ds_wsi.partition.plan import PartitionPlan
 from ds_wsi.partition.policy import POLICY_MODES
+from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.stacking.policy import FRAMEWORKS
 from ds_wsi.tile_parallel.policy import EXCHANGES
@@ -170,12 +172,22 @@ def spellings(name: str) -> list[str]:
     return sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
 
 
-def settings_from(options: argparse.Namespace) -> tuple[TrainSettings, dict[str, Any] | None]:
-    """The settings, and the DeepSpeed JSON (or None): options override the section."""
+def settings_from(
+    options: argparse.Namespace, preset: Mapping[str, Any] | None = None
+) -> tuple[TrainSettings, dict[str, Any] | None]:
+    """The settings, and the DeepSpeed JSON (or None): options override the JSON, and the JSON a preset.
+
+    Args:
+        options: of `add_train_options`.
+        preset: field ("optim.learning_rate") -> value, in place of the default.
+    """
     given = {name: value for name, value in vars(options).items() if "." in name}
     config = read_config(given["run.deepspeed"]) if "run.deepspeed" in given else None
     section = config.get(SECTION, {}) if config else {}
     policies = read_section(section)
+    if preset is not None:
+        section, given = over_preset(preset, config or {}, given)
+        policies = read_section(section)
     if "data.manifest" not in given and "tile_size_px" not in section.get("tiling", {}):
         policies = replace(policies, tiling=replace(policies.tiling, tile_size_px=DEMO_TILE_SIZE_PX))
     settings = TrainSettings(policies=_with_policies(policies, given))
@@ -183,6 +195,62 @@ def settings_from(options: argparse.Namespace) -> tuple[TrainSettings, dict[str,
         fields = {name.split(".")[1]: value for name, value in given.items() if name.split(".")[0] == group}
         settings = replace(settings, **{group: replace(getattr(settings, group), **fields)})
     return settings, config
+
+
+# Keys of the DeepSpeed JSON -> the fields that they fix where they are not "auto".
+DEEPSPEED_KEYS = {
+    "train_micro_batch_size_per_gpu": "optim.per_device_train_batch_size",
+    "gradient_accumulation_steps": "optim.gradient_accumulation_steps",
+    "gradient_clipping": "optim.max_grad_norm",
+    "optimizer.type": "optim.optim",
+    "optimizer.params.lr": "optim.learning_rate",
+    "optimizer.params.weight_decay": "optim.weight_decay",
+}
+SLIDES_A_STEP = "policies.stacking.bags_per_step"
+SLIDES_A_MICRO_STEP = ("optim.per_device_train_batch_size", "optim.gradient_accumulation_steps")
+
+
+def over_preset(
+    preset: Mapping[str, Any], config: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the JSON and the command line leave of a preset.
+
+    A preset's slides a step give way to a batch size or an accumulation that is given: else these would do nothing.
+
+    Args:
+        preset: field -> value.
+        config: the DeepSpeed JSON.
+        given: field -> value, of the command line.
+
+    Returns:
+        The "ds_wsi" section with the preset's policies below the JSON's, and the fields of the command line above
+        those that the JSON fixes, above the preset's others.
+    """
+    fixed = {}
+    for key, place in DEEPSPEED_KEYS.items():
+        value: Any = config
+        for name in key.split("."):
+            value = value.get(name, "auto") if isinstance(value, Mapping) else "auto"
+        if value != "auto":
+            fixed[place] = value.lower() if key == "optimizer.type" else value
+    for place, value in fixed.items():
+        if preset.get(place, value) != value and place not in given:
+            logger.warning("%s is %s as the DeepSpeed JSON has it, the preset has %s", place, value, preset[place])
+    kept = dict(preset)
+    if any(place in given or place in fixed for place in SLIDES_A_MICRO_STEP):
+        kept.pop(SLIDES_A_STEP, None)
+    policies: dict[str, dict[str, Any]] = {}
+    for place, value in kept.items():
+        group, *path = place.split(".")
+        if group == "policies":
+            policies.setdefault(path[0], {})[path[1]] = value
+    own = config.get(SECTION, {})
+    section = dict(own)
+    for name, values in policies.items():
+        if "plan" not in own.get(name, {}):  # a plan is whole
+            section[name] = {**values, **own.get(name, {})}
+    fields = {place: value for place, value in kept.items() if not place.startswith("policies.")}
+    return section, {**fields, **fixed, **given}
 
 
 def _with_policies(policies: DsWsiConfig, given: dict[str, Any]) -> DsWsiConfig:

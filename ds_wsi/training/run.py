@@ -128,7 +128,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
             f"--freeze_encoder_epochs must be less than --num_train_epochs, {settings.optim.num_train_epochs}, got "
             f"{settings.model.freeze_encoder_epochs}. HINT: --freeze_encoder never trains the encoder."
         )
-    engine = _engine_settings(settings)
+    engine = engine_settings(settings)
     accelerator = build_accelerator(engine, Path(settings.run.output_dir or "runs"), deepspeed_config)
     plugin = accelerator.state.deepspeed_plugin
     if settings.model.freeze_encoder_epochs and plugin is not None and plugin.zero_stage == 3:
@@ -234,7 +234,8 @@ def _partition(
     partition_layers(module.encoder, wanted, spill=spill)
 
 
-def _engine_settings(settings: TrainSettings) -> EngineSettings:
+def engine_settings(settings: TrainSettings) -> EngineSettings:
+    """What an engine has to know of the settings."""
     optim = settings.optim
     return EngineSettings(
         learning_rate=optim.learning_rate,

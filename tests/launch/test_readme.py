@@ -111,3 +111,16 @@ def test_options_in_the_readme_exist(command, capsys):
     used = [flag for line in re.findall(rf"{script}([^\n#`]*)", text) for flag in re.findall(r"--[\w-]+", line)]
     assert used
     assert [flag for flag in used if flag not in known] == []
+
+
+@pytest.mark.parametrize("script", ["panda", "camelyon16", "camelyon17", "tcga_lung", "custom"])
+def test_the_launchers_commands_parse(script):
+    text = README.replace("\\\n", " ")
+    used = re.findall(rf"launch/train_{script}\.py([^\n#`]*)", text)
+    assert used
+    dataset = {"tcga_lung": "tcga"}.get(script, script)
+    source = (ROOT / "launch" / f"train_{script}.py").read_text()
+    assert f'main(["protocol", "{dataset}", *sys.argv[1:]])' in source
+    for line in used:
+        options = build_parser().parse_args(["protocol", dataset, *line.split()])
+        assert "data_dir" in options

@@ -10,50 +10,7 @@ from ds_wsi.bags.manifest import ManifestError, read_manifest, write_manifest
 from ds_wsi.cli import main
 from ds_wsi.slides.demo import write_pyramid
 from ds_wsi.slides.tiling import TilingPolicy
-
-CAMELYON16 = [
-    ("normal_001.tif", "normal", "negative", "0"),
-    ("normal_034.tif", "normal", "negative", "0"),
-    ("tumor_012.tif", "tumor", "micro", "1"),
-    ("tumor_024.tif", "tumor", "macro", "0"),
-    ("test_001.tif", "tumor", "macro", "1"),
-    ("test_003.tif", "normal", "negative", "0"),
-]
-CAMELYON17 = [
-    ("patient_004.zip", "pN1"),
-    ("patient_004_node_0.tif", "negative"),
-    ("patient_004_node_4.tif", "macro"),
-    ("patient_020.zip", "pN0(i+)"),
-    ("patient_020_node_1.tif", "itc"),
-    ("patient_099.zip", "pN1mi"),
-    ("patient_099_node_2.tif", "micro"),
-]
-PANDA = [
-    ("0005f7aaab2800f6170c399693a96917", "karolinska", "0", "0+0"),
-    ("000920ad0b612851f8e01bcc880d9b3d", "karolinska", "0", "0+0"),
-    ("0018ae58b01bdadc8e347995b69f99aa", "radboud", "4", "4+4"),
-    ("001c62abd11fa4b57bf7a6c603a11bb9", "radboud", "0", "negative"),
-    ("003a91841da04a5a31f808fb5c21538a", "karolinska", "1", "3+3"),
-]
-TCGA = [
-    ("TCGA-83-5908", "adenocarcinoma", "Site-28", "TCGA-83-5908-01Z-00-DX1.381c8f82-61a0-4e9d-982d-1ad0af7bead9"),
-    ("TCGA-83-5908", "adenocarcinoma", "Site-28", "TCGA-83-5908-01Z-00-DX2.00000000-61a0-4e9d-982d-1ad0af7bead9"),
-    ("TCGA-21-1082", "squamous", "Site-3", "TCGA-21-1082-01Z-00-DX1.cae5bbaa-76f5-416d-b532-16cf773e017e"),
-]
-
-
-def table(path, heading, rows, delimiter=","):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        csv.writer(file, delimiter=delimiter).writerows([heading, *rows])
-    return path
-
-
-def touch(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return root
+from miniatures import CAMELYON16, CAMELYON17, PANDA, TCGA, camelyon16, camelyon17, panda, table, tcga, touch
 
 
 def found(manifest):
@@ -65,30 +22,6 @@ def problems_of(read, *arguments, **options):
         read(*arguments, **options)
     assert all(". HINT: " in problem for problem in caught.value.problems if "must be in one split" not in problem)
     return [problem.split(". HINT")[0] for problem in caught.value.problems]
-
-
-def panda(root, rows=PANDA):
-    table(root / "train.csv", ("image_id", "data_provider", "isup_grade", "gleason_score"), rows)
-    return touch(root, *(f"train_images/{row[0]}.tiff" for row in PANDA))
-
-
-def camelyon16(root, rows=CAMELYON16):
-    table(root / "reference.csv", ("image", "type", "class", "center"), rows)
-    for row in CAMELYON16:
-        kind = row[0].split("_")[0]
-        touch(root / ("testing/images" if kind == "test" else f"training/{kind}"), row[0])
-    return root
-
-
-def camelyon17(root, rows=CAMELYON17):
-    table(root / "stage_labels.csv", ("patient", "stage"), rows)
-    slides = [name for name, _ in CAMELYON17 if name.endswith(".tif")]
-    return touch(root, *(f"training/center_{int(name[8:11]) // 20}/{name}" for name in slides))
-
-
-def tcga(root, rows=TCGA):
-    table(root / "labels.csv", ("patient", "subtype", "site", "slide"), rows)
-    return touch(root, *(f"downloads/{index}/{row[3]}.svs" for index, row in enumerate(TCGA)))
 
 
 def test_panda_as_kaggle_distributes_it(tmp_path):
@@ -383,28 +316,29 @@ def command(*arguments):
 
 def test_the_command_writes_a_manifest_that_training_reads(tmp_path, capsys):
     camelyon16(tmp_path)
-    assert command("camelyon16", "--root", tmp_path, "--output", tmp_path / "c.csv", "--validation-fraction", 0.5) == 0
+    options = ("camelyon16", "--data_dir", tmp_path, "--output", tmp_path / "c.csv")
+    assert command(*options, "--validation-fraction", 0.5) == 0
     counts = {"train": 2, "validation": 2, "test": 2}
     assert capsys.readouterr().out == f"{tmp_path}/c.csv\t6 slides\t{counts}\t--classes normal,tumor\n"
     assert Counter(slide.split for slide in read_manifest(tmp_path / "c.csv").slides) == counts
 
 
 def test_the_command_writes_one_manifest_a_split(tmp_path, capsys):
-    options = ("panda", "--root", panda(tmp_path), "--output", tmp_path / "p.csv")
-    assert command(*options, "--folds", 2, "--seed", 5) == 0
+    options = ("panda", "--data_dir", panda(tmp_path), "--output", tmp_path / "p.csv")
+    assert command(*options, "--folds", 2, "--split_seed", 5) == 0
     assert len({(tmp_path / f"p_{run}.csv").read_text() for run in range(2)}) == 2
     for fold in range(2):
         ids = [row[0] for row in PANDA]
         table(tmp_path / f"clam/splits_{fold}.csv", ("", "train", "val", "test"), [(0, ids[fold], "", ids[2])])
-    assert command(*options, "--split", tmp_path / "clam", "--keep_listed") == 0
+    assert command(*options, "--split_file", tmp_path / "clam", "--keep_listed") == 0
     assert [len(read_manifest(tmp_path / f"p_{fold}.csv", list("012345")).slides) for fold in range(2)] == [2, 2]
     assert "p_1.csv\t2 slides" in capsys.readouterr().out
 
 
 def test_the_command_refuses_what_does_not_fit(tmp_path, capsys):
-    options = ("panda", "--root", panda(tmp_path), "--output", tmp_path / "p.csv")
+    options = ("panda", "--data_dir", panda(tmp_path), "--output", tmp_path / "p.csv")
     assert command(*options, "--target", "stage") == 2
     assert "options of panda must be of labels, drop, missing_ok, got target" in capsys.readouterr().err
-    assert command(*options, "--folds", 2, "--runs", 2) == 2
+    assert command(*options, "--folds", 2, "--monte_carlo_runs", 2) == 2
     assert "at most one of split, folds and runs" in capsys.readouterr().err
     assert not (tmp_path / "p.csv").exists()

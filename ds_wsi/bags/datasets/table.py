@@ -23,6 +23,20 @@ class LabelRow:
         return self.values.get(name, "")
 
 
+def has_column(path: str | Path, headings: Sequence[str]) -> bool:
+    """Whether a label file has a column of one of these headings; False where there is no file."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        found = next(csv.reader(file, delimiter=_delimiter(path)), [])
+    return any(heading.strip() in headings for heading in found)
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix.lower() in (".tsv", ".txt") else ","
+
+
 def read_table(path: str | Path, columns: Mapping[str, Sequence[str]], required: Sequence[str]) -> list[LabelRow]:
     """Read a CSV or TSV of labels.
 
@@ -40,7 +54,7 @@ def read_table(path: str | Path, columns: Mapping[str, Sequence[str]], required:
             f"labels {path}", [f"labels must be a file, got none ({path}). HINT: give the dataset's own label file."]
         )
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() in (".tsv", ".txt") else ",")
+        reader = csv.DictReader(file, delimiter=_delimiter(path))
         headings = {str(heading).strip(): heading for heading in reader.fieldnames or ()}
         found = {
             name: headings[heading] for name, known in columns.items() for heading in known[::-1] if heading in headings
@@ -138,6 +152,7 @@ class CohortBuilder:
         *,
         patient_id: str = "",
         split: str | None = None,
+        mpp: float | None = None,
         center: str | None = None,
     ) -> None:
         """Add a slide, or note what is wrong with it.
@@ -148,7 +163,7 @@ class CohortBuilder:
             candidates: where its image can lie; the first that is there is taken.
             label: a class, or anything else where `require` has noted it.
             patient_id: the slide's own id where left out.
-            split, center: as of `SlideEntry`.
+            split, mpp, center: as of `SlideEntry`.
         """
         if not SLIDE_ID_RULE.fullmatch(slide_id):
             self.problems.append(
@@ -172,7 +187,7 @@ class CohortBuilder:
             )
             return
         index = self.classes.index(label) if label in self.classes else -1
-        self.slides.append(SlideEntry(slide_id, path, index, patient_id or slide_id, split, center=center))
+        self.slides.append(SlideEntry(slide_id, path, index, patient_id or slide_id, split, mpp, center))
 
     def finish(self) -> Manifest:
         """The manifest.
@@ -185,5 +200,5 @@ class CohortBuilder:
             found = ", ".join(sorted({self.classes[slide.label] for slide in self.slides})) or "none"
             problems.append(f"labels must take at least two values, got {found}. HINT: give the whole label file.")
         if problems:
-            raise ManifestError(self.source, problems)
+            raise ManifestError(self.source, problems, self.slides)
         return Manifest(tuple(self.slides), self.classes, self.source)

@@ -7,8 +7,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from ds_wsi.bags.datasets.table import IMAGE_SUFFIXES, CohortBuilder, LabelRow, read_table, slide_name
-from ds_wsi.bags.manifest import Manifest, ManifestError
+from ds_wsi.bags.datasets.table import IMAGE_SUFFIXES, CohortBuilder, LabelRow, has_column, read_table, slide_name
+from ds_wsi.bags.manifest import Manifest, ManifestError, sorted_labels
 from ds_wsi.runtime.log import logger
 
 BARCODE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(-.+)?")
@@ -31,11 +31,12 @@ def read_tcga(
     label_column: str | None = None,
     one_per_patient: bool = False,
 ) -> Manifest:
-    """Read a TCGA cohort; classes are the labels found, sorted.
+    """Read a TCGA cohort; classes are the labels found, sorted, numbers by value.
 
     Args:
         root: slides lie anywhere below it, in the GDC client's folders or in others.
         labels: a CSV or TSV with a slide and a label column, or the GDC's sample sheet, whose Project ID is the label;
+            or with a patient and a label column, which is then that of all the patient's slides (PRAD's ISUP grades);
             by default each folder in `root` is a class (LUAD, LUSC).
         label_column: its heading, where it is none of the usual ones (an ISUP grade, say).
         one_per_patient: keep each patient's first slide by name; how many are left out is logged.
@@ -45,12 +46,12 @@ def read_tcga(
     """
     root = Path(root)
     places = _index(root)
-    rows = _table(labels, label_column) if labels else _folders(root, places)
+    rows = _table(labels, label_column, places) if labels else _folders(root, places)
     if one_per_patient:
         kept = {row["slide"][:PATIENT_CHARACTERS]: row for row in sorted(rows, key=lambda row: row["slide"])[::-1]}
         logger.info("TCGA: %d further slides of a patient left out", len(rows) - len(kept))
         rows = [row for row in rows if kept[row["slide"][:PATIENT_CHARACTERS]] is row]
-    classes = tuple(sorted({row["label"] for row in rows if row["label"]}))
+    classes = sorted_labels(row["label"] for row in rows)
     builder = CohortBuilder(f"TCGA in {root}", classes)
     for row in rows:
         slide_id = slide_name(row["slide"])
@@ -86,13 +87,27 @@ def _index(root: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _table(labels: str | Path, label_column: str | None) -> list[LabelRow]:
+def _table(labels: str | Path, label_column: str | None, places: dict[str, list[Path]]) -> list[LabelRow]:
     columns = COLUMNS | ({"label": (label_column,)} if label_column else {})
+    if not has_column(labels, columns["slide"]) and has_column(labels, columns["patient"]):
+        return _by_patient(read_table(labels, columns, ("patient", "label")), places)
     rows = read_table(labels, columns, ("slide", "label"))
     slides = [row for row in rows if row["type"] in ("", SLIDE_IMAGE)]
     if len(slides) < len(rows):
         logger.info("TCGA: %d rows of %s are no slides and are skipped", len(rows) - len(slides), labels)
     return slides
+
+
+def _by_patient(rows: list[LabelRow], places: dict[str, list[Path]]) -> list[LabelRow]:
+    """A row a slide: a patient's label is that of all its slides; a patient without one keeps its row, to be named."""
+    slides: dict[str, list[str]] = defaultdict(list)
+    for paths in places.values():
+        slides[paths[0].name[:PATIENT_CHARACTERS].upper()].append(paths[0].name)
+    return [
+        LabelRow({**row.values, "slide": name}, row.place)
+        for row in rows
+        for name in slides[row["patient"].upper()] or [row["patient"]]
+    ]
 
 
 def _folders(root: Path, places: dict[str, list[Path]]) -> list[LabelRow]:

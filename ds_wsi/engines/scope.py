@@ -1,0 +1,115 @@
+"""Several runs in one set of processes: each with an engine of its own, over one process group.
+
+Accelerate keeps its state in singletons and ends a run by destroying the process group, which the same processes could
+not form again: their launcher's store still holds the first group's addresses.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from ds_wsi.engines.accelerate import EngineSettings, build_accelerator
+
+T = TypeVar("T")
+
+
+@contextmanager
+def engine_scope() -> Iterator[None]:
+    """An engine may be built inside; when it is left the engine is gone, and another can be built.
+
+    A process group that was there before stays, one that was made inside is destroyed.
+    """
+    inherited = dist.is_initialized()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and not inherited:
+            dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        gc.collect()  # modules, engine and hooks refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def closing_trackers(accelerator: Accelerator) -> Iterator[None]:
+    """Write out what the trackers hold when the block is left, by an error too."""
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a launcher between two runs: rank 0 to `world_size` - 1."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    def share(self, value: T) -> T:
+        """The main process's value, on every process. Collective: a broadcast, the identity on one process."""
+        if self.world_size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return cast(T, box[0])
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What the function returns on the main process, which alone calls it, on every process. Collective.
+
+        Raises:
+            Exception: the main process's.
+            SystemExit: on the others, where it failed: they would wait for its answer.
+        """
+        if not self.is_main:
+            failed, answer = self.share((False, None))
+            if failed:
+                raise SystemExit(2)
+            return cast(T, answer)
+        try:
+            value = function()
+        except BaseException:
+            self.share((True, None))
+            raise
+        self.share((False, value))
+        return value
+
+
+@contextmanager
+def launched(settings: EngineSettings, deepspeed_config: dict[str, Any] | None) -> Iterator[Processes]:
+    """The launcher's processes, connected as the first engine would connect them, until the block is left.
+
+    Collective: every process of the launcher enters and leaves it.
+
+    Args:
+        settings, deepspeed_config: of the runs inside.
+    """
+    inherited = dist.is_initialized()
+    with engine_scope():
+        accelerator = build_accelerator(settings, Path("."), deepspeed_config)
+        processes = Processes(accelerator.process_index, accelerator.num_processes)
+        del accelerator
+        # The runs inside make their own; the group, which is open now, they leave as it is.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        yield processes
+        if dist.is_initialized() and not inherited:
+            dist.barrier()  # no process takes the group down while another still uses it

@@ -1,0 +1,119 @@
+"""End to end against a frozen encoder on the demo cohort, in the form of Big-Layers' Table 1.
+
+Every training is a process of its own, one after the other: the memory of one is gone before the next, and what is
+finished is not trained again.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from ds_wsi.evaluation.record import RunFolderError, RunRecord
+from ds_wsi.models import AGGREGATORS
+from ds_wsi.runtime.files import write_text
+from ds_wsi.runtime.log import logger
+
+COMPARED = "gated_abmil"
+ARMS: Mapping[str, tuple[str, ...]] = {"frozen": ("--freeze_encoder",), "end_to_end": ()}
+METRICS = ("auc", "accuracy")
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One training: aggregator, a key of `ARMS`, seed."""
+
+    aggregator: str
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.aggregator}_{self.arm}_seed{self.seed}"
+
+    def command(self, demo_dir: str, folder: Path) -> list[str]:
+        """The training as a command; it goes on where it was killed."""
+        options = ["--demo_dir", demo_dir, "--aggregator", self.aggregator, "--seed", str(self.seed), *ARMS[self.arm]]
+        train = [sys.executable, "-m", "ds_wsi.cli", "train"]
+        return [*train, *options, "--output_dir", str(folder), "--resume_from_checkpoint"]
+
+
+def compared_runs(aggregators: Sequence[str], seeds: Iterable[int]) -> tuple[ComparedRun, ...]:
+    """Both arms of every aggregator and seed.
+
+    Raises:
+        ValueError: an unknown aggregator, one given twice, or no seed.
+    """
+    names = [name.strip() for name in aggregators]
+    unknown = [name for name in names if name not in AGGREGATORS]
+    if unknown:
+        raise ValueError(f"--compare must be of {', '.join(AGGREGATORS)}, got {unknown[0]!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"--compare must name an aggregator once, got {', '.join(names)}")
+    runs = tuple(ComparedRun(name, arm, seed) for name, seed, arm in product(names, seeds, ARMS))
+    if not runs:
+        raise ValueError("--seeds must be at least 1, got 0")
+    return runs
+
+
+def compare(runs: Sequence[ComparedRun], output_dir: Path, demo_dir: str) -> str:
+    """Train what is not finished, write compare.md and return it.
+
+    Raises:
+        subprocess.CalledProcessError: a training failed.
+    """
+    for number, run in enumerate(runs, 1):
+        folder = output_dir / run.name
+        if _is_finished(folder):
+            logger.info("run %d of %d, %s, is finished: skipped", number, len(runs), run.name)
+            continue
+        logger.info("run %d of %d: %s", number, len(runs), run.name)
+        subprocess.run(run.command(demo_dir, folder), check=True)
+    text = format_table({run: _metrics(output_dir / run.name) for run in runs})
+    write_text(output_dir / "compare.md", text + "\n")
+    return text
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        RunRecord.read(folder)
+    except RunFolderError:
+        return False
+    return True
+
+
+def _metrics(folder: Path) -> dict[str, float]:
+    found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+    return {name: float("nan") if found[name]["value"] is None else found[name]["value"] for name in METRICS}
+
+
+def format_table(results: Mapping[ComparedRun, Mapping[str, float]]) -> str:
+    """Rows of aggregators and metrics: frozen, end to end, and the difference of the runs of one seed.
+
+    Means over the seeds, with the standard deviation (n - 1) where there are several; in percentage points.
+    """
+    seeds = sorted({run.seed for run in results})
+    lines = [
+        f"demo cohort, test split, %, {len(seeds)} seed(s) from {seeds[0]}"
+        + (", mean ± standard deviation" if len(seeds) > 1 else ""),
+        "",
+        "| aggregator | metric | frozen encoder | end to end | difference |",
+        "|---|---|---|---|---|",
+    ]
+    for name, metric in product(dict.fromkeys(run.aggregator for run in results), METRICS):
+        frozen, trained = (
+            [100 * results[ComparedRun(name, arm, seed)][metric] for seed in seeds] for arm in ("frozen", "end_to_end")
+        )
+        gains = [ours - theirs for ours, theirs in zip(trained, frozen, strict=True)]
+        lines.append(f"| {name} | {metric} | {_spread(frozen)} | {_spread(trained)} | {_spread(gains, sign='+')} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    mean = format(statistics.fmean(values), f"{sign}.2f")
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean

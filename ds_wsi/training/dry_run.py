@@ -1,0 +1,186 @@
+"""A run told before it is made: its cohort, settings, steps and, from two timed micro-steps, its time."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ds_wsi.bags.cohort import Cohort
+from ds_wsi.bags.manifest import SPLITS, write_manifest
+from ds_wsi.config import write_section
+from ds_wsi.engines.accelerate import gather_object
+from ds_wsi.engines.scope import Processes, closing_trackers, launched
+from ds_wsi.partition import PartitionPlan
+from ds_wsi.partition.apply import PartitionedForward
+from ds_wsi.training.loop import MicroSteps, count_steps, time_micro_steps
+from ds_wsi.training.protocol import Protocol, plan_runs, read_cohort, split_cohort
+from ds_wsi.training.run import Run, engine_settings, prepare_run
+from ds_wsi.training.settings import TrainSettings
+
+# Of a training step's time: a backward is about two forwards.
+FORWARD_SHARE = 1 / 3
+
+
+def dry_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None) -> str:
+    """Check everything about a run, take two micro-steps of it, and tell what it would be. Collective.
+
+    No run's folder is written; tile grids are kept where --tiles_dir names a folder.
+
+    Returns:
+        On the main process the text; elsewhere an empty string.
+
+    Raises:
+        ManifestError: lists everything that is wrong with the cohort.
+        ValueError: settings that contradict each other.
+    """
+    with launched(engine_settings(settings), deepspeed_config) as processes, _scratch(processes) as folder:
+        return _dry_run(settings, settings, deepspeed_config, folder)
+
+
+def dry_protocol(protocol: Protocol, settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None) -> str:
+    """As `dry_run`, of a protocol: all its splits are checked and counted, its first run is timed. Collective."""
+    with launched(engine_settings(settings), deepspeed_config) as processes, _scratch(processes) as folder:
+        tiles_dir = Path(settings.data.tiles_dir or folder / "tiles")
+
+        def prepare() -> tuple[dict[str, str], tuple[str, ...]]:
+            splits = split_cohort(protocol, read_cohort(protocol, settings, tiles_dir))
+            first = next(iter(splits.values()))
+            write_manifest(first.manifest, folder / "cohort.csv")
+            return {name: count_slides(cohort) for name, cohort in splits.items()}, first.manifest.classes
+
+        counts, classes = processes.on_main(prepare)
+        runs = plan_runs(protocol, tuple(counts))
+        data = replace(settings.data, manifest=str(folder / "cohort.csv"), classes=classes, tiles_dir=str(tiles_dir))
+        own = replace(settings, data=data, run=replace(settings.run, seed=runs[0].seed))
+        text = _dry_run(own, settings, deepspeed_config, folder)
+        if not processes.is_main:
+            return ""
+        lines = [f"protocol: preset {protocol.preset}, {len(runs)} runs, one after the other:"]
+        lines += [f"  {', '.join(run.name for run in runs)}"]
+        lines += [f"split {name}:\n{table}" for name, table in counts.items()]
+        return "\n".join([*lines, f"each run, as {runs[0].name}:", text])
+
+
+@contextmanager
+def _scratch(processes: Processes) -> Iterator[Path]:
+    """A folder that all processes use and the main one deletes; of several machines, below a TMPDIR they share."""
+    folder = Path(processes.on_main(lambda: tempfile.mkdtemp(prefix="ds_wsi-dry-run-")))
+    try:
+        yield folder
+    finally:
+        if processes.is_main:
+            shutil.rmtree(folder)
+
+
+def _dry_run(
+    settings: TrainSettings, shown: TrainSettings, deepspeed_config: dict[str, Any] | None, folder: Path
+) -> str:
+    """Of `settings`, whose paths can be the scratch folder's; `shown` are the user's."""
+    own = replace(settings.run, output_dir=str(folder / "run"), resume_from_checkpoint=None)
+    run = prepare_run(replace(settings, run=own), deepspeed_config)
+    with closing_trackers(run.accelerator):
+        measured = [time_micro_steps(run)]
+        if run.accelerator.num_processes > 1:
+            measured = gather_object(measured)
+        text = _describe(run, shown, measured) if run.accelerator.is_main_process else ""
+    run.accelerator.free_memory()
+    return text
+
+
+def count_slides(cohort: Cohort) -> str:
+    """A line a split: its slides, tiles, patients and classes."""
+    lines = []
+    for split in SPLITS:
+        rows = cohort.rows(split)
+        slides = [cohort.manifest.slides[row] for row in rows]
+        if not slides:
+            lines.append(f"  {split}: no slides")
+            continue
+        lengths = [cohort.lengths[row] for row in rows]
+        labels = [sum(slide.label == label for slide in slides) for label in range(len(cohort.manifest.classes))]
+        classes = ", ".join(f"{name} {count}" for name, count in zip(cohort.manifest.classes, labels, strict=True))
+        lines.append(
+            f"  {split}: {len(slides)} slides of {len({slide.patient_id for slide in slides})} patients ({classes}), "
+            f"{sum(lengths)} tiles, {min(lengths)} to {max(lengths)} a slide"
+        )
+    return "\n".join(lines)
+
+
+def _describe(run: Run, settings: TrainSettings, measured: Sequence[MicroSteps]) -> str:
+    an_epoch, total = count_steps(run)
+    processes = run.accelerator.num_processes
+    return "\n".join(
+        [
+            "settings:",
+            *_settings_lines(settings),
+            "slides:",
+            count_slides(run.cohort),
+            _partition_words(run),
+            f"steps: {an_epoch} an epoch, {total} in {settings.optim.num_train_epochs} epochs, {processes} process(es)",
+            *_time_lines(run, measured),
+        ]
+    )
+
+
+def _settings_lines(settings: TrainSettings) -> list[str]:
+    lines = []
+    for group in ("data", "model", "optim", "run"):
+        lines += [f"  {group}.{name} = {value}" for name, value in asdict(getattr(settings, group)).items()]
+    for policy, values in write_section(settings.policies).items():
+        lines += [f"  policies.{policy}.{name} = {value}" for name, value in values.items() if name != "plan"]
+    return lines
+
+
+def _partition_words(run: Run) -> str:
+    if run.module.encoder_is_frozen:
+        return "partition: none is needed, the frozen encoder keeps no activations"
+    forward = run.module.encoder.__dict__.get("forward")
+    if not isinstance(forward, PartitionedForward):
+        return "partition: none (--partition)"
+    plans = [forward.wanted] if isinstance(forward.wanted, PartitionPlan) else forward.plans
+    longest = max(plans, key=lambda plan: plan.input_shape[0])
+    return str(longest)
+
+
+def _time_lines(run: Run, measured: Sequence[MicroSteps]) -> list[str]:
+    """The slowest process decides; the second micro-step counts, for the first warms up."""
+    steps = [step for step in measured if all(step.tiles)]
+    if not steps:
+        return ["time: no process had two bags to measure with"]
+    cohort, reading = run.cohort, run.settings.policies.reading
+    compute = max(step.compute_s[1] / step.tiles[1] for step in steps)
+    read = max(sum(step.read_s) / sum(step.tiles) for step in steps)
+    epochs, processes = run.settings.optim.num_train_epochs, run.accelerator.num_processes
+    forward = compute * (1 if run.module.encoder_is_frozen else FORWARD_SHARE)
+    training = sum(run.training_tiles) / run.mesh.slide_size
+    evaluated = {split: sum(cohort.lengths[row] for row in cohort.rows(split)) for split in ("validation", "test")}
+
+    def seconds(tiles: float, computing: float) -> float:
+        # Workers read while the device computes.
+        reads = tiles * read / max(1, reading.workers)
+        return max(tiles * computing, reads) if reading.workers else tiles * computing + reads
+
+    epoch_s = seconds(training, compute)
+    validation_s = seconds(evaluated["validation"] / processes, forward)
+    test_s = seconds(evaluated["test"] / processes, forward)
+    total_s = epochs * (epoch_s + validation_s) + test_s
+    timed = "; ".join(
+        f"{tiles} tiles read in {read_s:.3g} s, computed in {compute_s:.3g} s"
+        for tiles, read_s, compute_s in zip(steps[0].tiles, steps[0].read_s, steps[0].compute_s, strict=True)
+    )
+    return [
+        f"two micro-steps: {timed}",
+        f"time, an estimate from them: {_duration(total_s)} ({_duration(epoch_s)} of training and "
+        f"{_duration(validation_s)} of validation an epoch, {_duration(test_s)} of test), without tiling, checkpoints "
+        "and heat maps",
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,74 @@
+"""What a protocol remembers of a run: with which settings its folder was begun."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ds_wsi.config import SECTION, write_section
+from ds_wsi.evaluation.record import RunFolderError, RunRecord
+from ds_wsi.runtime.files import write_json
+from ds_wsi.training.settings import TrainSettings
+
+FILE_NAME = "protocol.json"
+# What changes how a run is computed and kept, not what comes out.
+LEFT_OUT = {
+    "data": ("manifest", "tiles_dir", "demo_dir"),
+    "run": (
+        *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "deepspeed", "ddp_timeout"),
+        *("validate_beside", "validation_device"),
+    ),
+}
+
+
+def identity(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> dict[str, Any]:
+    """Field -> value of everything that decides the run's result, with its manifest's digest, as JSON has it."""
+    section = write_section(settings.policies)
+    section["reading"] = {name: section["reading"][name] for name in ("tiles_per_slide", "tile_store")}
+    section["partition"] = {"bn_population": settings.policies.partition.bn_population}
+    found: dict[str, Any] = {}
+    for group in ("data", "model", "optim", "run"):
+        values = asdict(getattr(settings, group))
+        found |= {f"{group}.{name}": value for name, value in values.items() if name not in LEFT_OUT.get(group, ())}
+    found |= {f"{policy}.{name}": value for policy, values in section.items() for name, value in values.items()}
+    found["manifest"] = hashlib.sha256(Path(str(settings.data.manifest)).read_bytes()).hexdigest()
+    found["deepspeed"] = {key: value for key, value in (deepspeed_config or {}).items() if key != SECTION}
+    as_json: dict[str, Any] = json.loads(json.dumps(found))
+    return as_json
+
+
+def require_same(folder: Path, wanted: dict[str, Any]) -> None:
+    """Refuse a folder that another run was begun in; a new or an empty one is fine.
+
+    Raises:
+        ValueError: names the first setting that differs, with both values.
+    """
+    mark = folder / FILE_NAME
+    if not mark.exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder} must be this protocol's, got a folder without {FILE_NAME}. HINT: another --output_dir."
+            )
+        return
+    begun = json.loads(mark.read_text(encoding="utf-8"))
+    for name in sorted({*begun, *wanted}):
+        if begun.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{name} must be what the run was begun with, {begun.get(name)}, got {wanted.get(name)} ({mark}). "
+                "HINT: give the options of the first start, or another --output_dir."
+            )
+
+
+def mark_started(folder: Path, wanted: dict[str, Any]) -> None:
+    """Write what the run is begun with."""
+    write_json(folder / FILE_NAME, wanted)
+
+
+def was_finished(folder: Path) -> bool:
+    """Whether the folder holds a run's whole results."""
+    try:
+        RunRecord.read(folder)
+    except RunFolderError:
+        return False
+    return (folder / "model.safetensors").is_file()

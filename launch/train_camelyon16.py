@@ -1,0 +1,15 @@
+"""Train on CAMELYON16: see `--help`, `--list_presets`, and the README.
+
+accelerate launch launch/train_camelyon16.py --data_dir DIR --num_train_epochs 20
+"""
+
+import sys
+from pathlib import Path
+
+# Python puts this folder first on the path, where launch/evaluate.py would hide the library `evaluate`.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+from ds_wsi.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(["protocol", "camelyon16", *sys.argv[1:]]))

@@ -1,0 +1,31 @@
+"""What the processes of a launcher do together between two runs."""
+
+import pytest
+import torch.distributed as dist
+
+from ds_wsi.engines.accelerate import EngineSettings
+from ds_wsi.engines.scope import launched
+from harness import run_ranks
+
+pytestmark = pytest.mark.distributed
+SETTINGS = EngineSettings(0.1, 0.0, 0.0, "sgd", 1, 1)
+
+
+def decide() -> list:
+    calls: list[int] = []
+    with launched(SETTINGS, None) as processes:
+        for number in range(2):
+            answer = processes.on_main(lambda number=number: calls.append(number) or {"number": number})
+            assert answer == {"number": number}
+        try:
+            processes.on_main(lambda: int("no number"))
+        except ValueError:
+            ended = "ValueError"
+        except SystemExit as error:
+            ended = f"SystemExit {error.code}"
+    return [processes.rank, processes.world_size, len(calls), ended, dist.is_initialized()]
+
+
+def test_the_main_process_decides_for_all_and_fails_for_all():
+    """A group that was there before stays; what is known to one is known to all; nobody waits for a failed one."""
+    assert run_ranks(decide, 2) == [[0, 2, 2, "ValueError", True], [1, 2, 0, "SystemExit 2", True]]

@@ -1,0 +1,77 @@
+import json
+import subprocess
+
+import pytest
+
+from ds_wsi.cli import build_parser, main
+from ds_wsi.evaluation.record import RunRecord
+from ds_wsi.training import compare
+from ds_wsi.training.compare import ComparedRun, compared_runs, format_table
+from ds_wsi.training.options import settings_from
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The trainings' commands, which leave what a training leaves."""
+    found = []
+
+    def train(command, check):
+        assert check
+        settings, _ = settings_from(build_parser().parse_args(command[3:]))
+        found.append(settings)
+        folder = compare.Path(settings.run.output_dir)
+        folder.mkdir(parents=True)
+        value = 0.5 + 0.1 * settings.run.seed + (0.0 if settings.model.freeze_encoder else 0.25)
+        metrics = {name: {"value": value, "low": 0, "high": 1} for name in compare.METRICS}
+        (folder / "metrics.json").write_text(json.dumps({"metrics": metrics}))
+        if settings.model.aggregator != "mean":  # else it died before its end
+            (folder / "run.json").write_text("{}")
+        return subprocess.CompletedProcess(command, 0)
+
+    def read(folder):
+        if not (folder / "run.json").exists():
+            raise compare.RunFolderError("unfinished")
+
+    monkeypatch.setattr(subprocess, "run", train)
+    monkeypatch.setattr(RunRecord, "read", read)
+    monkeypatch.setattr("ds_wsi.cli.make_demo", lambda folder: folder)
+    return found
+
+
+def test_one_command_trains_every_aggregator_seed_and_kind_once(commands, tmp_path, capsys):
+    given = ["demo", "--compare", "abmil,dtfd", "--seeds", "2", "--seed", "1", "--demo_dir", "slides"]
+    assert main([*given, "--output_dir", str(tmp_path)]) == 0
+    trained = [(run.model.aggregator, run.model.freeze_encoder, run.run.seed) for run in commands]
+    assert sorted(trained) == sorted(
+        (name, frozen, seed) for name in ("abmil", "dtfd") for frozen in (0, 1) for seed in (1, 2)
+    )
+    assert {run.data.demo_dir for run in commands} == {"slides"}
+    assert {run.run.resume_from_checkpoint for run in commands} == {"latest"}
+    printed = capsys.readouterr().out
+    assert "| abmil | auc | 65.00 ± 7.07 | 90.00 ± 7.07 | +25.00 ± 0.00 |" in printed
+    assert (tmp_path / "compare.md").read_text() in printed
+    assert main([*given, "--output_dir", str(tmp_path)]) == 0
+    assert len(commands) == 8, "what is finished is not trained again"
+
+
+def test_without_a_value_the_default_aggregator_and_one_seed(commands, tmp_path, capsys):
+    assert main(["demo", "--compare", "--output_dir", str(tmp_path)]) == 0
+    assert [(run.model.aggregator, run.run.seed) for run in commands] == [("gated_abmil", 0)] * 2
+    assert "| gated_abmil | accuracy | 50.00 | 75.00 | +25.00 |" in capsys.readouterr().out
+
+
+def test_differences_are_paired_by_seed():
+    runs = compared_runs(["abmil"], range(2))
+    values = {("frozen", 0): 0.2, ("frozen", 1): 0.6, ("end_to_end", 0): 0.5, ("end_to_end", 1): 0.7}
+    table = format_table({run: dict.fromkeys(compare.METRICS, values[run.arm, run.seed]) for run in runs})
+    assert "| abmil | auc | 40.00 ± 28.28 | 60.00 ± 14.14 | +20.00 ± 14.14 |" in table
+
+
+def test_runs_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match=r"--compare must be of .*, got 'meen'"):
+        compared_runs(["meen"], range(1))
+    with pytest.raises(ValueError, match=r"must name an aggregator once"):
+        compared_runs(["abmil", "abmil"], range(1))
+    with pytest.raises(ValueError, match=r"--seeds must be at least 1, got 0"):
+        compared_runs(["abmil"], range(0))
+    assert ComparedRun("abmil", "frozen", 3).name == "abmil_frozen_seed3"

@@ -1,0 +1,118 @@
+import pytest
+
+from ds_wsi.bags.datasets import read_custom, read_tcga
+from ds_wsi.bags.manifest import ManifestError
+from ds_wsi.bags.prepare import write_external
+from ds_wsi.bags.relabel import map_labels, order_classes
+from miniatures import CUSTOM, TCGA, camelyon16, custom, table, tcga, touch
+
+
+def found(manifest):
+    return {slide.slide_id: manifest.classes[slide.label] for slide in manifest.slides}
+
+
+def problems_of(read, *arguments, **options):
+    with pytest.raises(ManifestError) as caught:
+        read(*arguments, **options)
+    return [problem.split(". HINT")[0] for problem in caught.value.problems]
+
+
+def test_a_label_of_a_patient_is_that_of_all_its_slides(tmp_path):
+    """TCGA-PRAD: ISUP grades are known by patient."""
+    rows = [("TCGA-83-5908", "10"), ("TCGA-21-1082", "2"), ("TCGA-21-9999", "2")]
+    labels = table(tmp_path / "isup.csv", ("case_id", "isup"), rows[:2])
+    manifest = read_tcga(tcga(tmp_path), labels, label_column="isup")
+    assert manifest.classes == ("2", "10")
+    assert found(manifest) == {TCGA[0][3]: "10", TCGA[1][3]: "10", TCGA[2][3]: "2"}
+    one = read_tcga(tmp_path, labels, label_column="isup", one_per_patient=True)
+    assert [slide.slide_id for slide in one.slides] == [TCGA[0][3], TCGA[2][3]]
+    table(tmp_path / "isup.csv", ("case_id", "isup"), rows)
+    assert problems_of(read_tcga, tmp_path, labels, label_column="isup") == [
+        "image must be a file, got none at the folder (slide TCGA-21-9999, isup.csv, row 4)"
+    ]
+
+
+def test_any_csv_by_its_headings(tmp_path):
+    rows = [
+        (f"{name}.svs", label, patient, "val" if patient == "P3" else "train", "0.25", "x")
+        for name, label, patient in CUSTOM
+    ]
+    labels = table(custom(tmp_path) / "l.csv", ("img", "y", "who", "part", "um", "other"), rows)
+    columns = {"slide_column": "img", "label_column": "y", "patient_column": "who"}
+    manifest = read_custom(tmp_path, labels, **columns, split_column="part", mpp_column="um")
+    assert manifest.classes == ("mutant", "wt")
+    assert found(manifest) == {name: label for name, label, _ in CUSTOM}
+    assert [slide.patient_id for slide in manifest.slides] == [row[2] for row in CUSTOM]
+    assert [slide.split for slide in manifest.slides] == ["train"] * 6 + ["validation"] * 2
+    assert {slide.mpp for slide in manifest.slides} == {0.25}
+    plain = read_custom(tmp_path, labels, slide_column="img", label_column="y")
+    assert {(slide.split, slide.mpp) for slide in plain.slides} == {(None, None)}
+    assert [slide.patient_id for slide in plain.slides] == [row[0] for row in CUSTOM]
+
+
+def test_every_problem_of_a_csv_is_listed(tmp_path):
+    touch(custom(tmp_path), "other/case_0.svs")
+    rows = [
+        ("case_0", "wt", "P0", "train", ""),
+        ("scans/case_1.svs", "", "P0", "train", "fine"),
+        ("case_2", "wt", "", "dev", "0.5"),
+        ("case_99", "mutant", "P9", "test", ""),
+    ]
+    labels = table(tmp_path / "l.csv", ("slide_id", "label", "who", "part", "um"), rows)
+    options = {"patient_column": "who", "split_column": "part", "mpp_column": "um"}
+    assert problems_of(read_custom, tmp_path, labels, **options) == [
+        f"slide must be one file, got {tmp_path}/other/case_0.svs, {tmp_path}/scans/case_0.svs "
+        "(slide case_0, l.csv, row 2)",
+        "label must be given, got none (slide case_1, l.csv, row 3)",
+        "mpp must be a number of um/px, got 'fine' (l.csv, row 3)",
+        "who must name the patient, got nothing (l.csv, row 4)",
+        "part must be one of train, validation, test, got 'dev' (l.csv, row 4)",
+        "image must be a file, got none at the folder (slide case_99, l.csv, row 5)",
+    ]
+    table(
+        tmp_path / "l.csv", ("slide_id", "label", "who", "part", "um"), [("scans/case_0.svs", "wt", "P0", "train", "")]
+    )
+    assert "labels must take at least two values" in problems_of(read_custom, tmp_path, labels, **options)[0]
+    assert problems_of(read_custom, tmp_path, labels, slide_column="image", label_column="y") == [
+        "labels must have a column 'image', got none (l.csv)",
+        "labels must have a column 'y', got none (l.csv)",
+    ]
+    assert "folder of the slides must be there" in problems_of(read_custom, tmp_path / "none")[0]
+
+
+def test_classes_of_an_external_set_are_mapped_explicitly_or_refused(tmp_path):
+    cohort = read_custom(custom(tmp_path), tmp_path / "mutations.csv", slide_column="image", label_column="egfr")
+    mapped = map_labels(cohort, ("negative", "positive"), {"wt": "negative", "mutant": "positive"})
+    assert mapped.classes == ("negative", "positive")
+    assert found(mapped) == {name: {"wt": "negative", "mutant": "positive"}[label] for name, label, _ in CUSTOM}
+    # A class that is called the same needs no entry; one that the cohort lacks is fine.
+    assert found(map_labels(cohort, ("wt", "other", "mutant"))) == found(cohort)
+    with pytest.raises(ValueError, match=r"got mutant, wt: the cohort's are mutant, wt .*, the model's 0, 1. HINT"):
+        map_labels(cohort, ("0", "1"))
+    with pytest.raises(ValueError, match=r"got mutant: .* --map_labels mutant=\.\.\."):
+        map_labels(cohort, ("0", "1"), {"wt": "0"})
+    for wrong in ({"wild": "0"}, {"wt": "2"}):
+        with pytest.raises(
+            ValueError, match=r"--map_labels must map the cohort's classes to the model's, got '(wild|2)'"
+        ):
+            map_labels(cohort, ("0", "1"), wrong)
+
+
+def test_an_external_manifest_has_the_models_classes(tmp_path):
+    camelyon16(tmp_path)
+    write_external(tmp_path / "out.csv", "camelyon16", tmp_path, {}, ("normal", "tumor"))
+    text = (tmp_path / "out.csv").read_text()
+    assert text.count(",normal,") == 3
+    assert text.count(",tumor,") == 3
+    with pytest.raises(ValueError, match=r"options of camelyon16 must be of .*, got drop"):
+        write_external(tmp_path / "out.csv", "camelyon16", tmp_path, {"drop": "x"}, ("normal", "tumor"))
+
+
+def test_the_order_of_the_classes_can_be_given(tmp_path):
+    cohort = read_custom(custom(tmp_path), tmp_path / "mutations.csv", slide_column="image", label_column="egfr")
+    turned = order_classes(cohort, ("wt", "mutant"))
+    assert turned.classes == ("wt", "mutant")
+    assert found(turned) == found(cohort)
+    assert order_classes(cohort, None) is cohort
+    with pytest.raises(ValueError, match=r"--classes must be the cohort's .*, mutant, wt, got a, b"):
+        order_classes(cohort, ("a", "b"))
