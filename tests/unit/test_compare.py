@@ -34,7 +34,7 @@ def commands(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", train)
     monkeypatch.setattr(RunRecord, "read", read)
-    monkeypatch.setattr("ds_wsi.cli.make_demo", lambda folder: folder)
+    monkeypatch.setattr("ds_wsi.commands.demo.make_demo", lambda folder: folder)
     return found
 
 

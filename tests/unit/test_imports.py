@@ -17,10 +17,10 @@ LAYERS = (
     {"engines"},
     {"evaluation"},
     {"training"},
-    {"cli", "benchmarks"},
+    {"cli", "commands", "benchmarks"},
 )
-# Aggregators work on stacks; a bag across ranks is pooled by the aggregators' own contract.
-SIBLINGS = {("models", "stacking"), ("tile_parallel", "stacking"), ("tile_parallel", "models")}
+# Aggregators work on stacks; a bag across ranks is pooled by the aggregators' own contract; cli calls the commands.
+SIBLINGS = {("models", "stacking"), ("tile_parallel", "stacking"), ("tile_parallel", "models"), ("cli", "commands")}
 FRAMEWORKS = {"deepspeed", "accelerate", "transformers"}
 
 

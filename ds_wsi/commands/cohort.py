@@ -1,0 +1,83 @@
+"""The cohort that a command works on: the options that name it, and what they name."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ds_wsi.bags.bag import ReadPolicy
+from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.training.options import spellings
+
+if TYPE_CHECKING:
+    import torch
+
+    from ds_wsi.bags.bag import FailureLog
+    from ds_wsi.bags.cohort import Cohort
+
+TILING_OPTIONS = ("tile_size_px", "mpp", "min_tissue_fraction")
+
+
+def add_cohort_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add what names the slides: their manifest, its classes, and what their files do not tell."""
+    parser.add_argument("--manifest", required=required, help="CSV (or JSON, Parquet, saved dataset) of slides")
+    parser.add_argument("--classes", help="class names in the order of the logits, comma-separated")
+    parser.add_argument(*spellings("slide_mpp"), type=float, help="um/px of slides that do not tell theirs")
+
+
+def add_prediction_options(parser: argparse.ArgumentParser, *, need_manifest: bool) -> None:
+    """Add what every command that runs a model over slides takes, those of `add_cohort_options` among them."""
+    add_cohort_options(parser, required=need_manifest)
+    parser.add_argument(*spellings("output_dir"), required=True, help="where results go")
+    parser.add_argument(*spellings("tiles_dir"), help="where tile grids are kept (default: in output_dir)")
+    parser.add_argument(*spellings("tile_store"), default="", help="folder that `ds-wsi tile --store` wrote")
+    parser.add_argument(*spellings("dataloader_num_workers"), type=int, default=1, help="processes that read tiles")
+    parser.add_argument("--device", help="cuda, cpu (default: cuda where there is one)")
+
+
+def classes_of(options: argparse.Namespace) -> tuple[str, ...] | None:
+    """The names given with --classes."""
+    return tuple(options.classes.split(",")) if options.classes else None
+
+
+def slides_of(options: argparse.Namespace, tiling: TilingPolicy, classes: Sequence[str] | None) -> "Cohort":
+    """The cohort of slides that the options name.
+
+    Raises:
+        ManifestError: lists everything that is wrong with it.
+    """
+    from ds_wsi.bags.cohort import load_cohort
+
+    return load_cohort(
+        options.manifest,
+        tiling,
+        tiles_dir=options.tiles_dir or Path(options.output_dir) / "tiles",
+        classes=classes,
+        slide_mpp=options.slide_mpp,
+        need_splits=False,
+    )
+
+
+def tile_reading_of(options: argparse.Namespace, cohort: "Cohort") -> "tuple[ReadPolicy, FailureLog]":
+    """How the options want the cohort's tiles read, and where failures go.
+
+    Raises:
+        ValueError: a tile store that does not fit the cohort, or one for a cohort of features.
+    """
+    from ds_wsi.bags.bag import FailureLog
+    from ds_wsi.bags.packing import require_store
+
+    policy = replace(ReadPolicy(), workers=options.dataloader_num_workers, tile_store=options.tile_store)
+    if policy.tile_store and cohort.in_dim is not None:
+        raise ValueError(f"--tile_store must not be given with --features_dir, got {policy.tile_store}")
+    if policy.tile_store:
+        require_store(policy.tile_store, cohort.manifest.slides, cohort.tile_grids)
+    return policy, FailureLog(cohort.manifest.slides, cohort.grids, policy.max_failed_fraction)
+
+
+def device_of(options: argparse.Namespace) -> "torch.device":
+    """The device given, else the GPU where there is one."""
+    import torch
+
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))

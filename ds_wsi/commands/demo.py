@@ -1,0 +1,37 @@
+"""`ds-wsi demo`: the demo cohort, and the first experiment on it."""
+
+import argparse
+from pathlib import Path
+
+from ds_wsi.commands.parser import add_command
+from ds_wsi.slides.demo import make_demo
+from ds_wsi.training.compare import COMPARED
+from ds_wsi.training.options import spellings
+
+
+def add_demo(subparsers: argparse._SubParsersAction) -> None:
+    """The options of `ds-wsi demo`."""
+    parser = add_command(
+        subparsers, "demo", run_demo, "make the demo cohort; --compare trains on it with and without encoder"
+    )
+    parser.add_argument(*spellings("demo_dir"), default="runs/demo_slides", help="where the slides go")
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        const=COMPARED,
+        metavar="AGGREGATORS",
+        help=f"train end to end and with a frozen encoder, print both; comma-separated (without a value {COMPARED})",
+    )
+    parser.add_argument(*spellings("output_dir"), default="runs/demo_compare", help="of the runs of --compare")
+    parser.add_argument("--seed", type=int, default=0, help="of the first run of --compare (default: 0)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each aggregator and kind (default: 1)")
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    """`ds-wsi demo`."""
+    print(make_demo(options.demo_dir))
+    if options.compare:
+        from ds_wsi.training.compare import compare, compared_runs
+
+        runs = compared_runs(options.compare.split(","), range(options.seed, options.seed + options.seeds))
+        print(compare(runs, Path(options.output_dir), options.demo_dir))

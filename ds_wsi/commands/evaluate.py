@@ -1,0 +1,176 @@
+"""`ds-wsi evaluate` and `ds-wsi heatmap`: what an exported model says of a cohort."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ds_wsi.bags.datasets import DATASETS
+from ds_wsi.commands.cohort import add_prediction_options, classes_of, device_of, slides_of, tile_reading_of
+from ds_wsi.commands.parser import add_command
+from ds_wsi.config import read_section
+from ds_wsi.runtime.log import logger
+from ds_wsi.training.dataset_options import add_reading_options, reading_of
+from ds_wsi.training.options import spellings, tiles_or_all
+
+if TYPE_CHECKING:
+    from ds_wsi.evaluation.protocol import EvaluationProtocol
+
+
+def add_evaluate(subparsers: argparse._SubParsersAction) -> None:
+    """The options of `ds-wsi evaluate`."""
+    parser = add_command(subparsers, "evaluate", run_evaluate, "evaluate an exported model on a cohort")
+    _add_model_options(parser)
+    parser.add_argument("--split", default="test", help="of the manifest, or `all` (default: test)")
+    parser.add_argument(*spellings("eval_tiles"), type=tiles_or_all, help="random tiles of each slide (default: all)")
+    parser.add_argument(*spellings("eval_runs"), type=int, default=1, help="draws of them (default: 1)")
+    parser.add_argument(*spellings("eval_seed"), type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument(*spellings("dataset_name"), help="in tables of runs (default: the manifest's name)")
+    _add_features_dir(parser)
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """`ds-wsi evaluate`, and launch/evaluate.py."""
+    from ds_wsi.evaluation.protocol import EvaluationProtocol
+    from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
+    from ds_wsi.evaluation.record import RunFolderError, RunRecord
+    from ds_wsi.evaluation.results import write_results
+
+    _require_cohort(options)
+    protocol = EvaluationProtocol(options.eval_tiles, options.eval_runs, options.eval_seed)
+    directory = Path(options.output_dir)
+    record = None
+    try:
+        record = RunRecord.read(Path(options.model))
+    except RunFolderError as error:
+        logger.warning("%s: %s. `ds-wsi report` will have no place for this evaluation.", options.model, error)
+    (directory / RECORD_FILE).unlink(missing_ok=True)  # of an earlier evaluation: until this one ends, it has none
+    cohort, predictions, failures = _predictions(options, options.split, protocol)
+    write_results(
+        directory,
+        cohort,
+        predictions,
+        title=f"{options.model} on {options.manifest}",
+        summary={
+            "model": options.model,
+            "cohort": options.manifest,
+            "split": options.split,
+            "evaluation": str(protocol),
+        },
+        failures=failures,
+        protocol=protocol,
+    )
+    if record is not None:
+        dataset = options.dataset_name or Path(options.manifest).stem
+        record.evaluated_on(dataset, options.split, protocol).write(directory)
+
+
+def add_heatmap(subparsers: argparse._SubParsersAction) -> None:
+    """The options of `ds-wsi heatmap`."""
+    parser = add_command(subparsers, "heatmap", run_heatmap, "draw an exported model's attention over slides")
+    _add_model_options(parser)
+    parser.add_argument(*spellings("slide_ids"), help="comma-separated (default: all of the manifest)")
+    _add_features_dir(parser)
+
+
+def run_heatmap(options: argparse.Namespace) -> None:
+    """`ds-wsi heatmap`."""
+    from ds_wsi.evaluation.protocol import EvaluationProtocol
+    from ds_wsi.evaluation.results import draw_heatmaps
+
+    _require_cohort(options)
+    cohort, predictions, _ = _predictions(options, "all", EvaluationProtocol())
+    for _, path in draw_heatmaps(Path(options.output_dir), cohort, predictions):
+        print(path)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a run's folder, with config.json and model.safetensors")
+    parser.add_argument("--dataset", choices=sorted(DATASETS), help="an external set as distributed, for --manifest")
+    parser.add_argument(*spellings("data_dir"), help="the folder into which it was unpacked")
+    parser.add_argument(
+        *spellings("map_labels"), type=_pairs, help="its classes in the model's words: tumor=1,normal=0"
+    )
+    add_reading_options(parser)
+    add_prediction_options(parser, need_manifest=False)
+
+
+def _add_features_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(*spellings("features_dir"), help="of a model of features: a file a slide")
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [entry.split("=") for entry in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"must be pairs such as tumor=1,normal=0, got {text!r}")
+    return {theirs.strip(): ours.strip() for theirs, ours in pairs}
+
+
+def _require_cohort(options: argparse.Namespace) -> None:
+    """See that the options name a manifest: given, or written from a dataset in the model's classes."""
+    from ds_wsi.bags.prepare import write_external
+    from ds_wsi.models import ModelConfig
+
+    if (options.manifest is None) == (options.dataset is None):
+        raise ValueError("one of --manifest and --dataset must be given. HINT: --dataset NAME --data_dir FOLDER.")
+    if options.dataset is None:
+        extra = [name for name in (*reading_of(vars(options)), "data_dir", "map_labels") if vars(options).get(name)]
+        if extra:
+            raise ValueError(f"--{extra[0]} must come with --dataset, got a manifest. HINT: leave it out.")
+        return
+    if not options.data_dir:
+        raise ValueError("--data_dir must be given with --dataset, got none. HINT: the dataset's folder.")
+    if options.classes:
+        raise ValueError("--classes must not be given with --dataset. HINT: --map_labels says which class is which.")
+    options.manifest = str(Path(options.output_dir) / f"{options.dataset}.csv")
+    classes = ModelConfig.read(Path(options.model) / "config.json").classes
+    reading = reading_of(vars(options))
+    write_external(options.manifest, options.dataset, options.data_dir, reading, classes, options.map_labels)
+
+
+def _predictions(options: argparse.Namespace, split: str, protocol: "EvaluationProtocol") -> tuple:
+    """Predict the slides that the options choose with an exported model, on the tiles it was trained on."""
+    from ds_wsi.bags.feature_cohort import load_feature_cohort
+    from ds_wsi.evaluation.predict import predict_slides
+    from ds_wsi.models import load_model
+
+    model, config = load_model(options.model)
+    classes = classes_of(options) or config.classes
+    if config.encoder is None and not options.features_dir:
+        raise ValueError(f"--features_dir must be given for a model of features, got none ({options.model})")
+    if config.encoder is not None and options.features_dir:
+        raise ValueError(
+            f"--features_dir must not be given for a model with an encoder, got {options.features_dir} "
+            f"({options.model}, {config.encoder}). HINT: leave it out, the model reads slides."
+        )
+    if config.encoder is None:
+        cohort = load_feature_cohort(
+            options.manifest,
+            options.features_dir,
+            in_dim=config.in_dim,
+            check="shapes",
+            classes=classes,
+            workers=max(1, options.dataloader_num_workers),
+            need_splits=False,
+        )
+    else:
+        cohort = slides_of(options, read_section({"tiling": config.tiling}).tiling, classes)
+    rows = _chosen_rows(options, cohort, split)
+    policy, failures = tile_reading_of(options, cohort)
+    slides = cohort.manifest.slides
+    stream = predict_slides(model.to(device_of(options)), slides, cohort.grids, rows, policy, failures, protocol)
+    return cohort, list(stream), failures.rows()
+
+
+def _chosen_rows(options: argparse.Namespace, cohort: object, split: str) -> tuple[int, ...]:
+    slides = cohort.manifest.slides  # type: ignore[attr-defined]
+    wanted = getattr(options, "slide_ids", None)
+    if wanted:
+        ids = wanted.split(",")
+        unknown = set(ids) - {slide.slide_id for slide in slides}
+        if unknown:
+            raise ValueError(f"--slide_ids must be of the manifest, got {', '.join(sorted(unknown))}")
+        return tuple(row for row, slide in enumerate(slides) if slide.slide_id in ids)
+    rows = tuple(row for row, slide in enumerate(slides) if split in ("all", slide.split))
+    if not rows:
+        raise ValueError(f"--split must name slides of the manifest, got {split!r}, which has none. HINT: --split all.")
+    return rows

@@ -1,0 +1,73 @@
+"""`ds-wsi plan`: how an encoder is partitioned within the budgets, before anything is trained."""
+
+import argparse
+from pathlib import Path
+
+from ds_wsi.commands.parser import add_command
+from ds_wsi.partition.policy import POLICY_MODES, PartitionPolicy
+from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.units import parse_bytes
+from ds_wsi.training.options import spellings
+
+
+def add_plan(subparsers: argparse._SubParsersAction) -> None:
+    """The options of `ds-wsi plan`."""
+    parser = add_command(subparsers, "plan", run_plan, "plan the partition of an encoder: modes, memory and time")
+    parser.add_argument("--encoder", default="resnet18", help="a timm model's name (default: resnet18)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--tiles", type=int, help="of a bag, in chunks of tiles")
+    size.add_argument(*spellings("image_px"), type=int, help="side of one large image instead, in blocks of rows")
+    parser.add_argument(*spellings("tile_size_px"), type=int, default=256, help="side of a tile (default: 256)")
+    parser.add_argument("--gpu", type=parse_bytes, default=None, help="budget on the device, such as 24GiB")
+    parser.add_argument("--host", type=parse_bytes, default=None, help="budget in host memory, such as 128GiB")
+    parser.add_argument("--mode", choices=POLICY_MODES, default="auto", help="of every segment (default: auto)")
+    parser.add_argument(*spellings("chunk_size"), type=int, help="tiles, or rows, a chunk (default: the plan chooses)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of training")
+    parser.add_argument("--eval", action="store_true", help="BatchNorm in evaluation mode")
+    parser.add_argument("--device", default=None, help="whose rates to assume (default: cuda; cpu without --gpu)")
+    parser.add_argument("--probe", action="store_true", help="measure this machine's rates first, and keep them")
+    parser.add_argument(*spellings("output_dir"), help="write plan.json and plan.png there")
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """`ds-wsi plan`."""
+    import torch
+
+    from ds_wsi.models import build_encoder
+    from ds_wsi.partition.draw import draw_plan
+    from ds_wsi.partition.planner import plan_partition
+    from ds_wsi.partition.rates import cache_path, device_key, probe
+
+    device = torch.device(options.device or ("cpu" if options.gpu is None else "cuda"))
+    if options.probe:
+        found = probe(torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        print(
+            f"{device_key(device)}: {found.flops / 1e12:.3g} TFLOP/s, memory {found.memory / 1e9:.3g} GB/s, "
+            f"link {found.link / 1e9:.3g} GB/s, {found.launch * 1e6:.3g} us an operation (kept in {cache_path()})"
+        )
+    if options.tiles is None and options.image_px is None:
+        if options.probe:
+            return
+        raise ValueError("plan must be given --tiles or --image_px, got neither")
+    if options.gpu is None and device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--gpu must be given where there is no GPU to ask. HINT: --gpu 24GiB.")
+    # A vision transformer's positions are of one size.
+    fixed = {"img_size": options.tile_size_px} if "vit" in options.encoder else {}
+    encoder = build_encoder(options.encoder, tile_size_px=options.tile_size_px, **fixed).train(not options.eval)
+    spatial = options.image_px is not None
+    shape = (1, 3, options.image_px, options.image_px) if spatial else (options.tiles, 3, *[options.tile_size_px] * 2)
+    policy = PartitionPolicy(
+        mode=options.mode,
+        axis="spatial" if spatial else "batch",
+        chunk_size=options.chunk_size,
+        gpu_budget_bytes=options.gpu,
+        host_budget_bytes=options.host,
+    )
+    precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
+    plan = plan_partition(encoder, shape, policy, autocast=precision, device=device)
+    print(plan)
+    if options.output_dir:
+        folder = Path(options.output_dir)
+        write_json(folder / "plan.json", {"ds_wsi": {"partition": {"plan": plan.to_section()}}})
+        draw_plan(plan, folder / "plan.png")
+        print(f"written: {folder / 'plan.json'}, {folder / 'plan.png'}")

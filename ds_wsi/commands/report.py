@@ -1,0 +1,44 @@
+"""`ds-wsi compare` and `ds-wsi report`: two runs' predictions, and many runs' tables."""
+
+import argparse
+from pathlib import Path
+
+from ds_wsi.commands.parser import add_command
+from ds_wsi.runtime.files import write_json
+from ds_wsi.training.options import spellings
+
+
+def add_compare(subparsers: argparse._SubParsersAction) -> None:
+    """The options of `ds-wsi compare`."""
+    parser = add_command(subparsers, "compare", run_compare, "compare two runs' predictions of the same slides")
+    parser.add_argument("run_a", metavar="RUN_A", help="a run's folder, the baseline")
+    parser.add_argument("run_b", metavar="RUN_B", help="the other's")
+    parser.add_argument(*spellings("output_dir"), required=True, help="comparison.json is written there")
+    parser.add_argument(*spellings("n_resamples"), type=int, default=2000, help="of the bootstrap (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """`ds-wsi compare`."""
+    from ds_wsi.evaluation.comparison import compare_runs, comparison_to_json, format_comparison
+
+    comparison = compare_runs(options.run_a, options.run_b, options.n_resamples, options.seed)
+    print(f"A: {options.run_a}\nB: {options.run_b}\n{format_comparison(comparison)}")
+    found = {"a": options.run_a, "b": options.run_b, **comparison_to_json(comparison)}
+    write_json(Path(options.output_dir) / "comparison.json", found)
+
+
+def add_report(subparsers: argparse._SubParsersAction) -> None:
+    """The options of `ds-wsi report`."""
+    parser = add_command(subparsers, "report", run_report, "tables of many runs, as CSV, Markdown, LaTeX and HTML")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs; unfinished ones are listed")
+    parser.add_argument(*spellings("output_dir"), required=True, help="results.csv, .md, .tex and .html go there")
+    parser.add_argument("--metric", help="comma-separated (default: quadratic_weighted_kappa,auc,accuracy)")
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """`ds-wsi report`."""
+    from ds_wsi.evaluation.tables import write_tables
+
+    metrics = [name.strip() for name in options.metric.split(",")] if options.metric else None
+    print(write_tables([Path(run) for run in options.runs], Path(options.output_dir), metrics))

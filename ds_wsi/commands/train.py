@@ -1,0 +1,75 @@
+"""`ds-wsi train` and `ds-wsi protocol`: one training, and the papers' experiments on a dataset."""
+
+import argparse
+
+from ds_wsi.bags.datasets import DATASETS
+from ds_wsi.commands.parser import add_command
+from ds_wsi.runtime.log import rank
+from ds_wsi.training.dataset_options import add_protocol_options
+from ds_wsi.training.options import add_train_options, settings_from, spellings
+
+
+def add_train(subparsers: argparse._SubParsersAction) -> None:
+    """The options of `ds-wsi train`."""
+    parser = add_command(subparsers, "train", run_train, "train a slide model")
+    add_train_options(parser)
+    _add_dry_run(parser)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """`ds-wsi train`, and launch/train.py under any launcher."""
+    from ds_wsi.training.loop import train  # here, for DeepSpeed and Accelerate take seconds to import
+
+    settings, deepspeed_config = settings_from(options)
+    if options.dry_run:
+        from ds_wsi.training.dry_run import dry_run
+
+        _print_some(dry_run(settings, deepspeed_config))
+        return
+    train(settings, deepspeed_config)
+
+
+def add_protocol(subparsers: argparse._SubParsersAction) -> None:
+    """The options of `ds-wsi protocol`, which has a command for each dataset."""
+    protocol = subparsers.add_parser("protocol", help="train a dataset's splits and seeds, and print their table")
+    datasets = protocol.add_subparsers(required=True, metavar="DATASET", dest="dataset")
+    for dataset in DATASETS:
+        parser = add_command(
+            datasets, dataset, run_protocol, f"the papers' experiments on {dataset}: see --list_presets"
+        )
+        add_protocol_options(parser, dataset)
+        add_train_options(parser)
+        _add_dry_run(parser)
+
+
+def run_protocol(options: argparse.Namespace) -> None:
+    """`ds-wsi protocol`, and launch/train_<dataset>.py under any launcher."""
+    from ds_wsi.training.presets import describe, presets_of
+
+    if "list_presets" in options:
+        if rank() == 0:
+            print(describe(presets_of(options.dataset)))
+        return
+    if "data_dir" not in options:
+        raise ValueError("--data_dir must be given, got none. HINT: the folder into which the dataset was unpacked.")
+    from ds_wsi.training.protocol import protocol_from, run_protocol
+
+    protocol, settings, deepspeed_config, preset = protocol_from(options, options.dataset)
+    if options.dry_run:
+        from ds_wsi.training.dry_run import dry_protocol
+
+        _print_some(dry_protocol(protocol, settings, deepspeed_config))
+        return
+    _print_some(run_protocol(protocol, settings, deepspeed_config, preset.pretrained))
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        *spellings("dry_run"), action="store_true", help="check everything, tell slides, steps and time, train nothing"
+    )
+
+
+def _print_some(text: str) -> None:
+    """Nothing on the processes that have nothing to say."""
+    if text:
+        print(text)
