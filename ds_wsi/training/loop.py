@@ -28,7 +28,8 @@ from ds_wsi.stacking.stacked_bags import stack_bags
 from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
 from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta
 from ds_wsi.training.outcome import finish
-from ds_wsi.training.run import Run, prepare_run, resume, save
+from ds_wsi.training.resume import resume, save
+from ds_wsi.training.run import Run, prepare_run
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.step import bag_weight, blank_tile, idle_loss
 from ds_wsi.training.stopping import stop_reason

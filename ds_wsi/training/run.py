@@ -1,10 +1,9 @@
 """What the parts of a run share, and how it is prepared: folder, cohort, model, engine."""
 
-import json
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ from torch import nn
 
 from ds_wsi.bags.bag import FailureLog
 from ds_wsi.bags.cohort import Cohort, load_cohort
-from ds_wsi.bags.feature_cohort import features_digest, load_feature_cohort
+from ds_wsi.bags.feature_cohort import load_feature_cohort
 from ds_wsi.bags.packing import require_store
 from ds_wsi.engines.accelerate import (
     Accelerator,
     CommHandle,
     EngineSettings,
     attach_hook,
-    average_buffers,
     broadcast_object_list,
     build_accelerator,
     prepare,
@@ -30,7 +28,6 @@ from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, SlideOutput
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
-from ds_wsi.runtime.files import link_or_copy
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.demo import make_demo
 from ds_wsi.stacking.frameworks import pad_bags
@@ -38,18 +35,12 @@ from ds_wsi.stacking.packs import pack_bags
 from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
 from ds_wsi.tile_parallel.shard import Handle
-from ds_wsi.training.checkpoint import (
-    PENDING_WEIGHTS,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from ds_wsi.training.checkpoint import list_checkpoints
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.model import build_slide_model
 from ds_wsi.training.optim import WeightAverage
 from ds_wsi.training.settings import TrainSettings
-from ds_wsi.training.stopping import require_metric, stopping_words
+from ds_wsi.training.stopping import require_metric
 
 
 @dataclass
@@ -317,77 +308,3 @@ def _flat(settings: TrainSettings) -> dict[str, Any]:
         for group in groups
         for name, value in vars(group).items()
     }
-
-
-def _fingerprint(run: Run) -> dict[str, Any]:
-    """What a resumed run must share with the one it continues, to end with the same weights."""
-    optim = run.settings.optim
-    return {
-        "seed": run.settings.run.seed,
-        **run.epoch_layout,
-        "stacking": json.loads(json.dumps(asdict(run.settings.policies.stacking))),
-        "from_tile_store": bool(run.settings.policies.reading.tile_store),  # its JPEG differs by a grey level
-        "tiles_per_slide": run.settings.policies.reading.tiles_per_slide,
-        "num_train_epochs": optim.num_train_epochs,
-        "learning_rate": optim.learning_rate,
-        "lr_scheduler_type": optim.lr_scheduler_type,
-        "warmup_steps": optim.warmup_steps,
-        "mixed_precision": optim.mixed_precision,
-        "demon": optim.demon,
-        "class_weights": None if optim.class_weights is None else list(optim.class_weights),
-        "ema_decay": optim.ema_decay,
-        # The hook that is in use, for "auto" may find another link.
-        "comm_hook": None if run.comm is None else f"{run.comm.name}, keep {run.settings.policies.compression.keep:g}",
-        **{
-            name: getattr(run.settings.model, name)
-            for name in ("freeze_encoder", "freeze_until", "freeze_encoder_epochs", "lora_rank", "lora_alpha")
-        },
-        "lora_targets": list(run.settings.model.lora_targets),
-        "augment": asdict(run.settings.policies.augment),
-        "encoder": run.config.encoder,
-        "encoder_features": run.config.encoder_features,
-        "aggregator": run.config.aggregator,
-        "features": None if run.cohort.in_dim is None else features_digest(run.cohort, run.cohort.rows("train")),
-        "tiling": json.loads(json.dumps(run.config.tiling)),  # as the checkpoint's JSON has it: tuples are lists
-        "early_stopping": stopping_words(run.settings.run),
-        "training_slides": len(run.cohort.rows("train")),
-        "training_tiles": sum(run.cohort.lengths[row] for row in run.cohort.rows("train")),
-    }
-
-
-def resume(run: Run) -> None:
-    """Continue from the checkpoint that the settings ask for, where there is one. Collective.
-
-    Raises:
-        ValueError: the checkpoint is torn, or of a run with other settings; names the key.
-    """
-    wanted = run.settings.run.resume_from_checkpoint
-    if wanted is None:
-        return
-    # Chosen by one process: another could find a checkpoint torn that this one has not finished reading.
-    found = [find_checkpoint(run.output_dir, wanted) if run.accelerator.is_main_process else None]
-    checkpoint = broadcast_object_list(found)[0]
-    if checkpoint is None:
-        return
-    state = load_checkpoint(run.accelerator, checkpoint, run.comm)
-    ours, theirs = _fingerprint(run), state["fingerprint"]
-    for key, value in ours.items():
-        if theirs.get(key) != value:
-            raise ValueError(
-                f"{key} must be the checkpoint's, {theirs.get(key)}, to continue it exactly, got {value} "
-                f"({checkpoint}). HINT: give the options of the first start, or another --output_dir."
-            )
-    run.progress = Progress(**state["progress"])
-    if run.progress.pending and run.accelerator.is_main_process:
-        link_or_copy(checkpoint / PENDING_WEIGHTS, run.output_dir / PENDING_WEIGHTS)
-    run.accelerator.wait_for_everyone()
-    logger.info("resumed from %s (epoch %d, step %d)", checkpoint, run.progress.epoch, run.progress.global_step)
-
-
-def save(run: Run) -> None:
-    """Write a checkpoint of where the run stands. Collective."""
-    average_buffers(run.accelerator, run.module)
-    state = {"progress": vars(run.progress), "fingerprint": _fingerprint(run)}
-    limit = run.settings.run.save_total_limit
-    pending = run.output_dir / PENDING_WEIGHTS if run.progress.pending else None
-    save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit, run.comm, pending)
