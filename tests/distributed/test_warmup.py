@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_wsi.models import SlideModel, build_aggregator
+from ds_wsi.models.loss import stack_loss
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.step import bag_weight, stack_loss
+from ds_wsi.training.step import bag_weight
 from ds_wsi.training.warmup import encoder_rests, forget_steps, set_rates
 from harness import run_ranks
 

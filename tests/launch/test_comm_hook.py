@@ -16,6 +16,7 @@ def test_topk_under_deepspeed_counts_its_bytes_and_resumes(demo_manifest, tmp_pa
     command = ["deepspeed", "--num_gpus", "2", SCRIPT, "--deepspeed", OFFLOAD]
     options = train_arguments(demo_manifest, folder, "--comm_hook", "topk", "--comm_keep", "0.01")
     printed = run([*command, *options])
+    assert "DeepSpeed ZeRO stage 2, optimizer offload cpu, 2 pr" in printed
     assert "communication hook: topk under zero2" in printed
     history = json.loads((folder / "history.json").read_text())
     ratios = [entry["comm/push_message_ratio"] for entry in history]

@@ -1,7 +1,6 @@
 """Each dataset's script under a real launcher, on its cohort in miniature: from the official files to a table.
 
-Two processes each, two runs one after the other in the same processes under DDP and under DeepSpeed. The fifth script,
-train_custom.py, runs as `python` in tests/unit/test_protocol_runs.py: the five differ in one word.
+Two processes each, two runs one after the other in the same processes under DDP and under DeepSpeed.
 """
 
 import json
@@ -10,7 +9,7 @@ import subprocess
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from miniatures import CAMELYON16, PANDA, TCGA, camelyon16, camelyon17, draw, panda, table, tcga, touch
+from miniatures import CAMELYON16, PANDA, TCGA, camelyon16, camelyon17, custom, draw, panda, table, tcga, touch
 from runs import ROOT, run
 
 pytestmark = pytest.mark.launch
@@ -54,6 +53,22 @@ def make_tcga(root):
     return ["--labels", str(root / "labels.csv"), "--folds", "2", "--validation_fraction", "0", "--seeds", "1"]
 
 
+def make_custom(root):
+    draw(custom(root))
+    columns = ["--slide_column", "image", "--label_column", "egfr", "--patient_column", "case"]
+    return [
+        "--labels",
+        str(root / "mutations.csv"),
+        *columns,
+        "--preset",
+        "breast",
+        "--folds",
+        "2",
+        "--validation_fraction",
+        "0",
+    ]
+
+
 # Script, what makes its cohort, launcher, the runs' names, and some of the preset's values in a run's settings.
 CASES = {
     "panda": (
@@ -70,6 +85,10 @@ CASES = {
         *(make_camelyon17, ["deepspeed", "--num_gpus", "2"], ["official_seed0", "official_seed1"]),
         {"optim.demon": 0.9, "optim.optim": "adam", "data.classes": ["normal", "tumor"]},
     ),
+    "custom": (
+        *(make_custom, TORCHRUN, ["fold0_seed0", "fold1_seed0"]),
+        {"model.aggregator": "gated_abmil", "model.freeze_encoder_epochs": 0, "stacking.bags_per_step": 1},
+    ),
     "tcga_lung": (make_tcga, TORCHRUN, ["fold0_seed0", "fold1_seed0"], {"run.metric_for_best_model": "auc"}),
 }
 
@@ -85,7 +104,7 @@ def test_from_the_official_files_to_a_table(name, tmp_path):
     assert "2 process(es) on cpu" in printed
     text = (tmp_path / "out" / "results.md").read_text()
     assert text.strip() in printed
-    assert "| resnet10t + abmil |" in text
+    assert f"| resnet10t + {'gated_abmil' if name == 'custom' else 'abmil'} |" in text
     assert "unfinished" not in text
     for number, folder in enumerate(tmp_path / "out" / each for each in runs):
         assert (folder / "report.html").stat().st_size > 1000

@@ -18,12 +18,7 @@ OFFLOAD = str(ROOT / "ds_configs" / "offload.json")
 SCRIPT = "launch/train.py"
 ACCELERATE = "accelerate launch --use_deepspeed --num_processes 2 --num_machines 1 --mixed_precision no --zero_stage 3"
 LAUNCHERS = {
-    "deepspeed": (["deepspeed", SCRIPT, "--deepspeed", OFFLOAD], "DeepSpeed ZeRO stage 2, optimizer offload cpu, 1 pr"),
-    "deepspeed, two processes": (
-        ["deepspeed", "--num_gpus", "2", SCRIPT, "--deepspeed", OFFLOAD],
-        "DeepSpeed ZeRO stage 2, optimizer offload cpu, 2 pr",
-    ),
-    # BatchNorm under DeepSpeed's half precision.
+    # In two processes: tests/launch/test_comm_hook.py. BatchNorm under DeepSpeed's half precision.
     "deepspeed, bf16": (
         ["deepspeed", SCRIPT, "--deepspeed", OFFLOAD, "--bf16"],
         "1 process(es) on cpu, precision bf16",
@@ -37,7 +32,6 @@ LAUNCHERS = {
         ["torchrun", "--standalone", "--nproc_per_node", "2", SCRIPT, "--eval_tiles", "5", "--eval_runs", "3"],
         "multi cpu, 2 process",
     ),
-    "python": (["python", SCRIPT], "engine: no, 1 process"),
 }
 
 
@@ -98,7 +92,7 @@ def test_mistakes_are_one_message_without_a_traceback(demo_manifest, tmp_path):
 
 def test_evaluate_and_heatmap_read_a_finished_run(demo_manifest, tmp_path):
     folder = tmp_path / "run"
-    run(["python", SCRIPT, *train_arguments(demo_manifest, folder)])
+    assert "engine: no, 1 process" in run(["python", SCRIPT, *train_arguments(demo_manifest, folder)])
     chosen = ["--model", str(folder), "--manifest", str(demo_manifest)]
     run(["python", "launch/evaluate.py", *chosen, "--output-dir", str(tmp_path / "evaluated")])
     # The same slides, tiles and weights: the same predictions, to the last digit.
