@@ -211,9 +211,11 @@ def _partition(
         return  # features: there is no encoder
     wanted, device = settings.policies.partition, accelerator.device
     if wanted.mode == "native":
-        plugin = accelerator.state.deepspeed_plugin
-        if plugin is not None and plugin.zero_stage == 3:
-            # ZeRO-3 gathers a module at each call, on all ranks together; ranks have stacks of more and fewer bags.
+        plugin, optim = accelerator.state.deepspeed_plugin, settings.optim
+        bag_by_bag = optim.per_device_train_batch_size > 1 or settings.policies.stacking.deals
+        if (plugin is not None and plugin.zero_stage == 3) or (accelerator.is_fsdp2 and bag_by_bag):
+            # They gather a module at each call, on all ranks together; ranks have stacks of more and fewer bags. FSDP2
+            # gathers block by block where each rank calls the encoder once.
             partition_layers(module.encoder, PartitionPolicy(mode="native", bn_population="bag"))
         return
     if isinstance(wanted, PartitionPolicy) and not module.encoder_is_frozen:
@@ -245,6 +247,7 @@ def _engine_settings(settings: TrainSettings) -> EngineSettings:
         accumulation=settings.policies.stacking.virtual_workers or optim.gradient_accumulation_steps,
         mixed_precision=optim.mixed_precision,
         timeout_s=settings.run.ddp_timeout,
+        fsdp=settings.run.fsdp,
     )
 
 
