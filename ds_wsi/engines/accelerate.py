@@ -154,8 +154,8 @@ def prepare(
         apart: a submodule whose parameters are the second of two parameter groups; None has one group.
 
     Returns:
-        (model, optimizer): the DeepSpeed engine, DDP, or the module itself (sharded in place under FSDP2), and the optimizer whose `param_groups` hold
-        the learning rate.
+        (model, optimizer): the DeepSpeed engine, DDP, or the module itself (sharded in place under FSDP2), and the
+        optimizer whose `param_groups` hold the learning rate.
     """
     if accelerator.is_fsdp2:
         shard_model(model, accelerator)

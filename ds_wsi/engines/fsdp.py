@@ -100,8 +100,8 @@ def shard_model(model: nn.Module, accelerator: Accelerator) -> None:
     encoder, aggregator = getattr(model, "encoder", None), getattr(model, "aggregator", None)
     if encoder is not None:
         in_parts = getattr(encoder.forward, "encodes_stacks", False)
-        for unit in (*(() if in_parts else encoder_blocks(encoder)), encoder):
-            if any(True for _ in unit.parameters()):
+        for unit in (*([] if in_parts else encoder_blocks(encoder)), encoder):
+            if _has_parameters(unit):
                 fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
     if aggregator is not None:
         # Its backward comes at once.
@@ -112,17 +112,27 @@ def shard_model(model: nn.Module, accelerator: Accelerator) -> None:
         warnings.filterwarnings("ignore", message=f"FSDP2-wrapped module .{part}. returned a view tensor")
 
 
-def encoder_blocks(module: nn.Module) -> Iterator[nn.Module]:
+def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
     """The blocks of an encoder: what its Sequentials and ModuleLists hold, but for single layers.
 
-    ResNet's and EfficientNet's residual blocks, ViT's transformer blocks, the stages of ConvNeXt and Swin.
+    ResNet's and EfficientNet's residual blocks, ViT's transformer blocks, the stages of ConvNeXt and Swin. None where
+    parameters are shared within the encoder, for each can be in one unit only, nor in a plain stack of layers.
     """
+    shared = len(list(encoder.named_parameters(remove_duplicate=False))) > len(list(encoder.parameters()))
+    return [] if shared else list(_blocks(encoder))
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    lists = (nn.Sequential, nn.ModuleList)
     for child in module.children():
-        if isinstance(child, nn.Sequential | nn.ModuleList):
-            yield from encoder_blocks(child)
-        elif isinstance(module, nn.Sequential | nn.ModuleList) and any(True for _ in child.children()):
-            if any(True for _ in child.parameters()):
-                yield child
+        if isinstance(child, lists):
+            yield from _blocks(child)
+        elif isinstance(module, lists) and list(child.children()) and _has_parameters(child):
+            yield child
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def is_fsdp2(model: nn.Module) -> bool:

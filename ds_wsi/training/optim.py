@@ -66,8 +66,8 @@ def set_beta(optimizer: Any, beta: float) -> None:
 class WeightAverage:
     """The exponential moving average of a model's trained parameters, in float32 on their device.
 
-    Buffers are not averaged: BatchNorm's are moving averages already, and the ranks' differ within an epoch. Under FSDP2
-    each rank averages its shards.
+    Buffers are not averaged: BatchNorm's are moving averages already, and the ranks' differ within an epoch. Under
+    FSDP2 each rank averages its shards.
 
     Args:
         module: unwrapped, under any engine but ZeRO-3: the ranks' averages agree.

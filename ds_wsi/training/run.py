@@ -43,6 +43,7 @@ from ds_wsi.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    read_state,
     save_checkpoint,
 )
 from ds_wsi.training.features import check_feature_settings
@@ -205,17 +206,22 @@ def _partition(
     Ranks that share a bag take one plan, the first rank's: their norms' collectives must come in one order.
 
     Raises:
-        ValueError: not even that fits the budgets; names what is missing.
+        ValueError: not even that fits the budgets, names what is missing; or a mode that the engine cannot serve.
     """
     if cohort.in_dim is not None:
         return  # features: there is no encoder
     wanted, device = settings.policies.partition, accelerator.device
+    several_bags = settings.optim.per_device_train_batch_size > 1 or settings.policies.stacking.deals
+    if wanted.mode == "paper" and accelerator.is_fsdp2 and several_bags:
+        raise ValueError(
+            '--partition must not be "paper" under FSDP2 with several slides a process and micro-step: it computes bag '
+            "by bag, and processes with more bags would wait for the others for ever. HINT: another mode, or one slide."
+        )
     if wanted.mode == "native":
-        plugin, optim = accelerator.state.deepspeed_plugin, settings.optim
-        bag_by_bag = optim.per_device_train_batch_size > 1 or settings.policies.stacking.deals
-        if (plugin is not None and plugin.zero_stage == 3) or (accelerator.is_fsdp2 and bag_by_bag):
-            # They gather a module at each call, on all ranks together; ranks have stacks of more and fewer bags. FSDP2
-            # gathers block by block where each rank calls the encoder once.
+        plugin = accelerator.state.deepspeed_plugin
+        # They gather a module at each call, on all ranks together; ranks have stacks of more and fewer bags. Where each
+        # rank calls the encoder once a micro-step, FSDP2 gathers it block by block.
+        if (plugin is not None and plugin.zero_stage == 3) or (accelerator.is_fsdp2 and several_bags):
             partition_layers(module.encoder, PartitionPolicy(mode="native", bn_population="bag"))
         return
     if isinstance(wanted, PartitionPolicy) and not module.encoder_is_frozen:
@@ -338,6 +344,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "demon": optim.demon,
         "class_weights": None if optim.class_weights is None else list(optim.class_weights),
         "ema_decay": optim.ema_decay,
+        "fsdp": run.accelerator.is_fsdp2,  # its checkpoints are other files
         # The hook that is in use, for "auto" may find another link.
         "comm_hook": None if run.comm is None else f"{run.comm.name}, keep {run.settings.policies.compression.keep:g}",
         **{
@@ -371,14 +378,14 @@ def resume(run: Run) -> None:
     checkpoint = broadcast_object_list(found)[0]
     if checkpoint is None:
         return
-    state = load_checkpoint(run.accelerator, checkpoint, run.comm)
-    ours, theirs = _fingerprint(run), state["fingerprint"]
+    ours, theirs = _fingerprint(run), read_state(checkpoint)["fingerprint"]  # before the engine reads its own files
     for key, value in ours.items():
         if theirs.get(key) != value:
             raise ValueError(
                 f"{key} must be the checkpoint's, {theirs.get(key)}, to continue it exactly, got {value} "
                 f"({checkpoint}). HINT: give the options of the first start, or another --output_dir."
             )
+    state = load_checkpoint(run.accelerator, checkpoint, run.comm)
     run.progress = Progress(**state["progress"])
     if run.progress.pending and run.accelerator.is_main_process:
         link_or_copy(checkpoint / PENDING_WEIGHTS, run.output_dir / PENDING_WEIGHTS)
