@@ -173,7 +173,7 @@ def test_two_ranks_equal_one_process_under_every_engine():
 
 def test_four_ranks_equal_one_process():
     layout = {**LAYOUTS[2], "world_size": 4, "accumulation": 1}
-    found = run_ranks(train_cases, 4, [("ddp", layout), ("zero3", layout), ("fsdp2", layout)])
+    found = run_ranks(train_cases, 4, [("ddp", layout), ("fsdp2", layout), ("zero3", layout)])
     expected = oracle(layout)
     for rank, index in ((0, 0), (3, 0), (0, 1), (3, 1), (0, 2), (3, 2)):
         assert largest_difference(found[rank][index], expected) < 2e-6, (rank, index)
