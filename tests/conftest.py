@@ -28,7 +28,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _nothing_left_behind():
     """A test must not leave rank variables (the next would believe in a launcher) or processes."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_DEEPSPEED")
+    launcher = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "ACCELERATE_USE_DEEPSPEED",
+        "ACCELERATE_USE_FSDP",
+    )
     before = {name: os.environ.get(name) for name in launcher}
     yield
     after = {name: os.environ.get(name) for name in launcher}

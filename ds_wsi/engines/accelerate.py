@@ -21,6 +21,7 @@ from torch import nn
 from ds_wsi.compression.comm import CommPolicy
 from ds_wsi.engines import cpu
 from ds_wsi.engines.deepspeed import fill_auto, gather_as_one
+from ds_wsi.engines.fsdp import build_with_fsdp, fsdp_plugin, is_fsdp2, launched_with_fsdp, shard_model
 from ds_wsi.engines.hooks import CommHandle, attach
 from ds_wsi.runtime.log import logger
 
@@ -48,6 +49,7 @@ class EngineSettings:
         accumulation: micro-steps an optimizer step.
         mixed_precision: "no", "bf16" or "fp16".
         timeout_s: that a collective waits for the other ranks.
+        fsdp: shard the model with FSDP2, as under `accelerate launch --use_fsdp` without it.
     """
 
     learning_rate: float
@@ -58,6 +60,7 @@ class EngineSettings:
     accumulation: int
     mixed_precision: str = "no"
     timeout_s: int = 1800
+    fsdp: bool = False
 
 
 _ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
@@ -76,7 +79,7 @@ def build_accelerator(
             launcher's own configuration is used where this is None.
 
     Raises:
-        ValueError: the JSON contradicts the settings.
+        ValueError: the JSON contradicts the settings; FSDP2 beside DeepSpeed, or in one process.
     """
     plugin = _deepspeed_plugin(settings, deepspeed_config)
     timeout = timedelta(seconds=settings.timeout_s)
@@ -84,16 +87,20 @@ def build_accelerator(
     if cpu.without_gpu() and "LOCAL_RANK" in os.environ:
         # Accelerate would look for oneCCL or MPI, and without them believe in one process.
         handlers = [InitProcessGroupKwargs(backend="gloo", timeout=timeout)]
-    return Accelerator(
-        cpu=cpu.without_gpu() and plugin is None,
+    keywords: dict[str, Any] = {
+        "cpu": cpu.without_gpu() and plugin is None,
         # DeepSpeed's own autocast otherwise: see _use_autocast.
-        mixed_precision=settings.mixed_precision if plugin is None else "no",
-        gradient_accumulation_steps=settings.accumulation,
-        deepspeed_plugin=plugin,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
-        kwargs_handlers=handlers,
-    )
+        "mixed_precision": settings.mixed_precision if plugin is None else "no",
+        "gradient_accumulation_steps": settings.accumulation,
+        "log_with": "tensorboard",
+        "project_config": ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
+        "kwargs_handlers": handlers,
+    }
+    if settings.fsdp or launched_with_fsdp():
+        if plugin is not None:
+            raise ValueError("FSDP2 must not be used with DeepSpeed, got both. HINT: leave out one; ZeRO-3 shards too.")
+        return build_with_fsdp(fsdp_plugin(), **keywords)
+    return Accelerator(deepspeed_plugin=plugin, **keywords)
 
 
 def _deepspeed_plugin(settings: EngineSettings, config: dict[str, Any] | None) -> DeepSpeedPlugin | None:
@@ -153,9 +160,11 @@ def prepare(
         apart: a submodule whose parameters are the second of two parameter groups; None has one group.
 
     Returns:
-        (model, optimizer): the DeepSpeed engine, DDP or the module itself, and the optimizer whose `param_groups` hold
-        the learning rate.
+        (model, optimizer): the DeepSpeed engine, DDP, or the module itself (sharded in place under FSDP2), and the
+        optimizer whose `param_groups` hold the learning rate.
     """
+    if accelerator.is_fsdp2:
+        shard_model(model, accelerator)
     trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if apart is not None:
         own = {id(parameter) for parameter in apart.parameters()}
@@ -170,7 +179,15 @@ def prepare(
         optimizer = OPTIMIZERS[settings.optimizer](
             trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    if is_fsdp2(model):
+        # Separately, for together Accelerate would look for the parameters by address: see fsdp.py. It has nothing more
+        # to wrap ("evaluation"), but for autocast.
+        model, optimizer = (
+            accelerator.prepare_model(model, evaluation_mode=True),
+            accelerator.prepare_optimizer(optimizer),
+        )
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer)
     logger.info(
         "engine: %s, %d process(es) on %s, precision %s",
         _describe(accelerator),
@@ -205,6 +222,8 @@ def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
 
 def _describe(accelerator: Accelerator) -> str:
     plugin = accelerator.state.deepspeed_plugin
+    if accelerator.is_fsdp2:
+        return "FSDP2"
     if plugin is None:
         return accelerator.distributed_type.value.replace("_", " ").lower()
     zero = plugin.deepspeed_config.get("zero_optimization", {})

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_wsi.engines.fsdp import whole
 from ds_wsi.partition.apply import PartitionedForward, is_anchor
 
 
@@ -120,10 +121,10 @@ def is_zero3(model: nn.Module) -> bool:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Whole parameters and buffers on the CPU, floating ones in float32, at every ZeRO stage and under DDP.
+    """Whole parameters and buffers on the CPU, floating ones in float32, at every ZeRO stage, under FSDP2 and DDP.
 
-    Every rank gets them. At ZeRO-3 one parameter at a time is gathered (one all-gather each), so that the device
-    never holds the whole model.
+    Every rank gets them. At ZeRO-3 and under FSDP2 one parameter at a time is gathered (one all-gather each), so that
+    the device never holds the whole model.
 
     Args:
         model: the unwrapped module, whose names the keys are.
@@ -133,7 +134,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():
         with _gathered(own[name]) if partitioned and name in own else nullcontext():
-            copy = value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+            copy = whole(value).to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True)
         state[name] = copy
     return state
 

@@ -8,10 +8,10 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from ds_wsi.engines.accelerate import OPTIMIZERS, EngineSettings, build_accelerator, prepare
 from ds_wsi.engines.deepspeed import full_state_dict
+from ds_wsi.engines.fsdp import whole
 
 ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 
@@ -63,10 +63,8 @@ class Stepper:
                 from deepspeed.utils import safe_get_full_grad
 
                 grad = safe_get_full_grad(parameter)
-            if isinstance(grad, DTensor):
-                grad = grad.full_tensor()
             if grad is not None:
-                found[name] = grad.detach().clone()
+                found[name] = whole(grad).clone()
         return found
 
     def step(self) -> None:
@@ -80,12 +78,9 @@ class Stepper:
     def parameters(self) -> dict[str, Tensor]:
         """Whole parameters by name, on every rank."""
         if self.engine == "zero3":
-            whole = full_state_dict(self.module)
-            return {name: whole[name] for name, _ in self.module.named_parameters()}
-        return {
-            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-            for name, p in self.module.named_parameters()
-        }
+            state = full_state_dict(self.module)
+            return {name: state[name] for name, _ in self.module.named_parameters()}
+        return {name: whole(parameter).clone() for name, parameter in self.module.named_parameters()}
 
 
 def _config(stage: int, optimizer: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_wsi.engines.fsdp import copy_whole, whole
+
 SCHEDULES = ("cosine", "linear", "constant", "exponential")
 DECAY_AN_EPOCH = 0.955  # of the exponential schedule, as the end-to-end papers on PANDA have it
 
@@ -64,10 +66,11 @@ def set_beta(optimizer: Any, beta: float) -> None:
 class WeightAverage:
     """The exponential moving average of a model's trained parameters, in float32 on their device.
 
-    Buffers are not averaged: BatchNorm's are moving averages already, and the ranks' differ within an epoch.
+    Buffers are not averaged: BatchNorm's are moving averages already, and the ranks' differ within an epoch. Under
+    FSDP2 each rank averages its shards.
 
     Args:
-        module: unwrapped, with whole parameters on every rank (any engine but ZeRO-3): the ranks' averages agree.
+        module: unwrapped, under any engine but ZeRO-3: the ranks' averages agree.
         decay: of the average; in the first steps 1 - 9 / (10 + steps), where that is less, for else a short run's
             average would be its initial weights.
     """
@@ -87,15 +90,15 @@ class WeightAverage:
                 self.averages[name].lerp_(parameter.float(), 1 - decay)
 
     def weights(self) -> dict[str, Tensor]:
-        """The averages by parameter name, float32 copies on the CPU."""
-        return {name: average.to("cpu", copy=True) for name, average in self.averages.items()}
+        """The averages by parameter name, whole float32 copies on the CPU. Collective under FSDP2."""
+        return {name: whole(average).to("cpu", copy=True) for name, average in self.averages.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """What a checkpoint keeps. Collective under FSDP2."""
         return {"steps": self.steps, "averages": self.weights()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.steps = state["steps"]
         for name, average in self.averages.items():
-            average.copy_(state["averages"][name])
+            copy_whole(average, state["averages"][name])

@@ -120,6 +120,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("eval_tiles", "run.eval_tiles", tiles_or_all, "random tiles of each test slide, or all (the default)"),
     ("eval_runs", "run.eval_runs", int, "draws of --eval_tiles, over which the test metrics are averaged"),
     ("eval_seed", "run.eval_seed", int, "of those draws"),
+    ("fsdp", "run.fsdp", FLAG, "shard the model over the processes with FSDP2"),
     ("deepspeed", "run.deepspeed", str, 'a DeepSpeed JSON; its "ds_wsi" section sets the policies'),
 )
 

@@ -8,7 +8,13 @@ from ds_wsi.bags.feature_cohort import features_digest
 from ds_wsi.engines.accelerate import average_buffers, broadcast_object_list
 from ds_wsi.runtime.files import link_or_copy
 from ds_wsi.runtime.log import logger
-from ds_wsi.training.checkpoint import PENDING_WEIGHTS, find_checkpoint, load_checkpoint, save_checkpoint
+from ds_wsi.training.checkpoint import (
+    PENDING_WEIGHTS,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from ds_wsi.training.run import Progress, Run
 from ds_wsi.training.stopping import stopping_words
 
@@ -30,6 +36,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "demon": optim.demon,
         "class_weights": None if optim.class_weights is None else list(optim.class_weights),
         "ema_decay": optim.ema_decay,
+        "fsdp": run.accelerator.is_fsdp2,  # its checkpoints are other files
         # The hook that is in use, for "auto" may find another link.
         "comm_hook": None if run.comm is None else f"{run.comm.name}, keep {run.settings.policies.compression.keep:g}",
         **{
@@ -63,14 +70,14 @@ def resume(run: Run) -> None:
     checkpoint = broadcast_object_list(found)[0]
     if checkpoint is None:
         return
-    state = load_checkpoint(run.accelerator, checkpoint, run.comm)
-    ours, theirs = _fingerprint(run), state["fingerprint"]
+    ours, theirs = _fingerprint(run), read_state(checkpoint)["fingerprint"]  # before the engine reads its own files
     for key, value in ours.items():
         if theirs.get(key) != value:
             raise ValueError(
                 f"{key} must be the checkpoint's, {theirs.get(key)}, to continue it exactly, got {value} "
                 f"({checkpoint}). HINT: give the options of the first start, or another --output_dir."
             )
+    state = load_checkpoint(run.accelerator, checkpoint, run.comm)
     run.progress = Progress(**state["progress"])
     if run.progress.pending and run.accelerator.is_main_process:
         link_or_copy(checkpoint / PENDING_WEIGHTS, run.output_dir / PENDING_WEIGHTS)

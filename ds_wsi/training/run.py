@@ -196,15 +196,22 @@ def _partition(
     Ranks that share a bag take one plan, the first rank's: their norms' collectives must come in one order.
 
     Raises:
-        ValueError: not even that fits the budgets; names what is missing.
+        ValueError: not even that fits the budgets, names what is missing; or a mode that the engine cannot serve.
     """
     if cohort.in_dim is not None:
         return  # features: there is no encoder
     wanted, device = settings.policies.partition, accelerator.device
+    several_bags = settings.optim.per_device_train_batch_size > 1 or settings.policies.stacking.deals
+    if wanted.mode == "paper" and accelerator.is_fsdp2 and several_bags:
+        raise ValueError(
+            '--partition must not be "paper" under FSDP2 with several slides a process and micro-step: it computes bag '
+            "by bag, and processes with more bags would wait for the others for ever. HINT: another mode, or one slide."
+        )
     if wanted.mode == "native":
         plugin = accelerator.state.deepspeed_plugin
-        if plugin is not None and plugin.zero_stage == 3:
-            # ZeRO-3 gathers a module at each call, on all ranks together; ranks have stacks of more and fewer bags.
+        # They gather a module at each call, on all ranks together; ranks have stacks of more and fewer bags. Where each
+        # rank calls the encoder once a micro-step, FSDP2 gathers it block by block.
+        if (plugin is not None and plugin.zero_stage == 3) or (accelerator.is_fsdp2 and several_bags):
             partition_layers(module.encoder, PartitionPolicy(mode="native", bn_population="bag"))
         return
     if isinstance(wanted, PartitionPolicy) and not module.encoder_is_frozen:
@@ -237,6 +244,7 @@ def engine_settings(settings: TrainSettings) -> EngineSettings:
         accumulation=settings.policies.stacking.virtual_workers or optim.gradient_accumulation_steps,
         mixed_precision=optim.mixed_precision,
         timeout_s=settings.run.ddp_timeout,
+        fsdp=settings.run.fsdp,
     )
 
 

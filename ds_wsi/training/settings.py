@@ -160,6 +160,7 @@ class RunSettings:
         validation_device: of that process, as torch names it; by default the main process's.
         early_stopping_patience: epochs without a new highest metric_for_best_model that end the run; 0 goes on.
         deepspeed: a DeepSpeed JSON.
+        fsdp: shard the model over the ranks with FSDP2, as under `accelerate launch --use_fsdp --fsdp_version 2`.
         ddp_timeout: seconds that a collective waits for the other ranks.
         eval_tiles: random tiles of each test slide, drawn in each of `eval_runs` runs; None tests on all, once.
         eval_runs: draws, over which the metrics are averaged.
@@ -176,6 +177,7 @@ class RunSettings:
     validation_device: str | None = None
     early_stopping_patience: int = 0
     deepspeed: str | None = None
+    fsdp: bool = False
     ddp_timeout: int = 1800
     eval_tiles: int | None = None
     eval_runs: int = 1
@@ -199,6 +201,10 @@ class RunSettings:
         if self.validation_device and not self.validate_beside:
             raise ValueError(
                 f"--validation_device must be given with --validate_beside, got {self.validation_device} alone"
+            )
+        if self.fsdp and self.deepspeed:
+            raise ValueError(
+                f"--fsdp must not be given with --deepspeed, got {self.deepspeed}. HINT: choose one; ZeRO-3 shards too."
             )
         if self.ddp_timeout < 1:
             raise ValueError(f"--ddp_timeout must be at least 1 second, got {self.ddp_timeout}")

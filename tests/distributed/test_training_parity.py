@@ -1,4 +1,4 @@
-"""Two ranks train on the same step as one process, under DDP and every ZeRO stage: same weights after SGD-like steps.
+"""Two ranks train on the same step as one process, under DDP, FSDP2 and every ZeRO stage: same weights after SGD.
 
 The oracle is plain PyTorch: the mean over the step's bags of the per-bag gradients. Five bags on two ranks leave the
 last step uneven, so that a mean of per-rank means is wrong; the test checks that it would be noticed.
@@ -95,7 +95,7 @@ def _train(engine: str, layout: dict[str, int]) -> dict[str, torch.Tensor]:
     from ds_wsi.engines.deepspeed import full_state_dict
 
     config = None
-    if engine != "ddp":
+    if engine.startswith("zero"):
         config = {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
@@ -103,11 +103,14 @@ def _train(engine: str, layout: dict[str, int]) -> dict[str, torch.Tensor]:
             "zero_optimization": {"stage": int(engine[-1])},
             "zero_allow_untested_optimizer": True,
         }
-    settings = EngineSettings(LEARNING_RATE, 0.0, 0.0, "sgd", layout["bags_per_rank"], layout["accumulation"])
+    settings = EngineSettings(
+        *(LEARNING_RATE, 0.0, 0.0, "sgd", layout["bags_per_rank"], layout["accumulation"]), fsdp=engine == "fsdp2"
+    )
     accelerator = build_accelerator(settings, Path("unused"), config)
     plan, options = plan_of(layout)
     module = make_model(**options)
-    if engine == "zero3":  # as the trainer does: ranks have stacks of more and fewer bags
+    # As the trainer does where ranks have stacks of more and fewer bags.
+    if engine == "zero3" or (engine == "fsdp2" and layout["bags_per_rank"] > 1):
         partition_layers(module.encoder, PartitionPolicy(mode="native", bn_population="bag"))
     model, optimizer = prepare(accelerator, module, settings)
     bags, rank = make_bags(), accelerator.process_index
@@ -132,7 +135,7 @@ def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
     return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
 
 
-ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
+ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 LAYOUTS = (
     {"world_size": 2, "bags_per_rank": 1, "accumulation": 1},
     {"world_size": 2, "bags_per_rank": 2, "accumulation": 2},
@@ -170,9 +173,9 @@ def test_two_ranks_equal_one_process_under_every_engine():
 
 def test_four_ranks_equal_one_process():
     layout = {**LAYOUTS[2], "world_size": 4, "accumulation": 1}
-    found = run_ranks(train_cases, 4, [("ddp", layout), ("zero3", layout)])
+    found = run_ranks(train_cases, 4, [("ddp", layout), ("fsdp2", layout), ("zero3", layout)])
     expected = oracle(layout)
-    for rank, index in ((0, 0), (3, 0), (0, 1), (3, 1)):
+    for rank, index in ((0, 0), (3, 0), (0, 1), (3, 1), (0, 2), (3, 2)):
         assert largest_difference(found[rank][index], expected) < 2e-6, (rank, index)
 
 

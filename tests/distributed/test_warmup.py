@@ -33,7 +33,9 @@ def make_bag(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def weights_of(model: SlideModel) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    from ds_wsi.engines.fsdp import whole
+
+    return {name: whole(value).clone() for name, value in model.state_dict().items()}
 
 
 def oracle(kind: str, fresh: bool = True) -> list[dict[str, torch.Tensor]]:
@@ -81,7 +83,7 @@ def _train(engine: str, kind: str) -> list[dict[str, torch.Tensor]]:
     from ds_wsi.engines.accelerate import EngineSettings, build_accelerator, prepare
 
     config = None
-    if engine != "ddp":
+    if engine.startswith("zero"):
         params = {"lr": "auto", "weight_decay": "auto", "torch_adam": True}
         config = {
             "train_micro_batch_size_per_gpu": "auto",
@@ -94,7 +96,7 @@ def _train(engine: str, kind: str) -> list[dict[str, torch.Tensor]]:
         if engine.endswith("offload"):
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
             config["zero_force_ds_cpu_optimizer"] = False
-    settings = EngineSettings(RATE, DECAY, 0.0, kind, 1, 1)
+    settings = EngineSettings(RATE, DECAY, 0.0, kind, 1, 1, fsdp=engine == "fsdp2")
     accelerator = build_accelerator(settings, Path("unused"), config)
     module = make_model()
     model, optimizer = prepare(accelerator, module, settings, apart=module.encoder)
@@ -115,7 +117,7 @@ def _train(engine: str, kind: str) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-CASES = [("ddp", "adamw"), ("zero2offload", "adamw"), ("zero2", "adam")]
+CASES = [("ddp", "adamw"), ("fsdp2", "adamw"), ("zero2offload", "adamw"), ("zero2", "adam")]
 
 
 def encoder_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
