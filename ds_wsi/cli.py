@@ -6,13 +6,14 @@ A user's mistake ends with one message and exit status 2; everything else keeps 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_wsi.bags.bag import ReadPolicy
 from ds_wsi.bags.datasets import DATASETS
 from ds_wsi.config import read_section
+from ds_wsi.models.features import FEATURES
 from ds_wsi.partition.policy import POLICY_MODES, PartitionPolicy
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger, rank, setup_logging
@@ -182,8 +183,12 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 def _features_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="a run's folder, whose encoder and tiles are taken")
-    source.add_argument("--encoder", help="a timm model's name")
+    source.add_argument("--encoder", help="a timm model's name, hf-hub:ORG/NAME or local-dir:PATH")
     parser.add_argument(*spellings("encoder_weights"), help="of --encoder: local .safetensors file or timm checkpoint")
+    parser.add_argument("--pretrained", action="store_true", help="weights that timm has for --encoder's name")
+    parser.add_argument(
+        *spellings("encoder_features"), choices=FEATURES, help="what leaves --encoder (default: as its authors do)"
+    )
     for entry in fields(TilingPolicy):
         if entry.name in TILING_OPTIONS:
             text = f"with --encoder (default: {entry.default})"
@@ -523,14 +528,13 @@ def _predictions(options: argparse.Namespace, split: str, protocol: "EvaluationP
 
 def run_features(options: argparse.Namespace) -> None:
     """`ds-wsi features`."""
-    import torch
-
-    from ds_wsi.evaluation.extract import extract_features
-    from ds_wsi.models import ModelConfig, build_model, load_model
+    from ds_wsi.evaluation.extract import build_extractor, extract_features
+    from ds_wsi.models import load_model
 
     of_tiles = {name: value for name, value in vars(options).items() if name in TILING_OPTIONS}
     if options.model:
-        given = [*of_tiles, *(["encoder_weights"] if options.encoder_weights else [])]
+        of_encoder = ("encoder_weights", "pretrained", "encoder_features")
+        given = [*of_tiles, *(name for name in of_encoder if getattr(options, name))]
         if given:
             names = ", ".join(f"--{name}" for name in given)
             raise ValueError(f"{names} must be given with --encoder alone, got --model, which has its own")
@@ -540,12 +544,13 @@ def run_features(options: argparse.Namespace) -> None:
         tiling = read_section({"tiling": config.tiling}).tiling
     else:
         tiling = TilingPolicy(**of_tiles)
-        # Of a SlideModel the encoder alone is used.
-        config = ModelConfig(options.encoder, "mean", ("none", "none"), asdict(tiling))
-        if options.encoder_weights is None:
-            logger.warning("--encoder_weights is not given: %s has random weights (seed 0)", options.encoder)
-        torch.manual_seed(0)  # the same features when the command is given again
-        model = build_model(config, options.encoder_weights)
+        model, config = build_extractor(
+            options.encoder,
+            tiling,
+            options.encoder_weights,
+            pretrained=options.pretrained,
+            features=options.encoder_features,
+        )
     cohort = _slides(options, tiling, _classes(options))
     policy, failures = _reading(options, cohort)
     for slide in extract_features(model.to(_device(options)), config, cohort, options.output_dir, policy, failures):
