@@ -197,6 +197,8 @@ def test_heat_maps_need_coordinates_and_a_slide_and_say_so_once(demo_manifest, t
     assert "coordinates do not lie on the slide" in messages[0]
     assert "no heat map of 2 slides" in messages[1]
     assert "no coordinates" in messages[1]
+    some = predictions[0]._replace(attention=torch.ones(2), kept=torch.tensor([1, 3]))  # of --eval_tiles 2
+    assert draw_heatmaps(tmp_path, cohort, [some]) == drawn
     broken = predictions[0]._replace(attention=predictions[0].attention * torch.nan)
     with pytest.raises(ValueError, match=r"attention must be finite"):
         draw_heatmaps(tmp_path, cohort, [broken])
