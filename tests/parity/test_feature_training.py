@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 
-import ds_wsi.training.run
+import ds_wsi.training.model
 from ds_wsi.bags.augment import AugmentPolicy
 from ds_wsi.bags.bag import ReadPolicy
 from ds_wsi.bags.sampler import choose_tiles, plan_epoch
@@ -106,7 +106,7 @@ def furthest(ours, theirs):
 def test_training_on_features_equals_a_plain_loop_and_resumes_to_the_same_bits(cohort, monkeypatch):
     folder, bags = cohort
     # What is compared here are weights: the report has tests of its own.
-    monkeypatch.setattr("ds_wsi.training.outcome.write_results", lambda *args, **more: {})
+    monkeypatch.setattr("ds_wsi.training.loop.finish", lambda run, started: {})
     output = folder / "run"
     settings = settings_of(folder, output, tiles_per_slide=4, save_steps=1, save_total_limit=20)
     train(settings)
@@ -171,15 +171,15 @@ def test_extracted_features_train_as_slides_do_with_a_frozen_encoder(demo_manife
     )
     start = build_model(ModelConfig(None, "gated_abmil", ("normal", "tumor"), {}, in_dim=512)).aggregator.state_dict()
 
-    def same_aggregator(config, encoder_weights=None):
+    def same_aggregator(*arguments):
         # An encoder draws its random weights first: the aggregators of the two runs would start apart.
-        model = build_model(config, encoder_weights)
+        model = build_model(*arguments)
         model.aggregator.load_state_dict(start)
         return model
 
-    monkeypatch.setattr(ds_wsi.training.run, "build_model", same_aggregator)
+    monkeypatch.setattr(ds_wsi.training.model, "build_model", same_aggregator)
     with monkeypatch.context() as patch:
-        patch.setattr("ds_wsi.training.outcome.write_results", lambda *args, **more: {})
+        patch.setattr("ds_wsi.evaluation.results.draw_heatmaps", lambda *args: [])
         train(on_slides)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

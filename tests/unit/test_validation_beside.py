@@ -137,7 +137,7 @@ def test_no_step_waits_and_each_epochs_result_and_weights_are_its_own(
         return answer()
 
     seen, states, logged, last = [], [], [], {}
-    step, write, log = loop._train_step, validation.write_weights, Accelerator.log
+    step, write, log = loop._train_step, validation.save_weights, Accelerator.log
 
     def train_step(run, *arguments):
         last["run"] = run
@@ -148,7 +148,7 @@ def test_no_step_waits_and_each_epochs_result_and_weights_are_its_own(
             (tmp_path / f"release-{run.progress.epoch}").touch()
         return step(run, *arguments)
 
-    def write_weights(path, state):
+    def save_weights(path, state):
         states.append({name: value.clone() for name, value in state.items()})
         write(path, state)
         if len(states) == EPOCHS:
@@ -160,7 +160,7 @@ def test_no_step_waits_and_each_epochs_result_and_weights_are_its_own(
 
     monkeypatch.setattr(validator, "_validate", held_validation)
     monkeypatch.setattr(loop, "_train_step", train_step)
-    monkeypatch.setattr(validation, "write_weights", write_weights)
+    monkeypatch.setattr(validation, "save_weights", save_weights)
     monkeypatch.setattr(Accelerator, "log", keep_log)
     monkeypatch.setattr(loop, "finish", lambda run, started: {})
     train(demo_manifest, tiles_dir, tmp_path / "run", "--validate_beside")
