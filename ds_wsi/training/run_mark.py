@@ -10,6 +10,7 @@ from ds_wsi.config import SECTION, write_section
 from ds_wsi.evaluation.record import RunFolderError, RunRecord
 from ds_wsi.runtime.files import write_json
 from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.stopping import stopping_words
 
 FILE_NAME = "protocol.json"
 # What changes how a run is computed and kept, not what comes out.
@@ -32,6 +33,7 @@ def identity(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -
         values = asdict(getattr(settings, group))
         found |= {f"{group}.{name}": value for name, value in values.items() if name not in LEFT_OUT.get(group, ())}
     found |= {f"{policy}.{name}": value for policy, values in section.items() for name, value in values.items()}
+    found["early_stopping"] = stopping_words(settings.run)  # beside training it comes an epoch later
     found["manifest"] = hashlib.sha256(Path(str(settings.data.manifest)).read_bytes()).hexdigest()
     found["deepspeed"] = {key: value for key, value in (deepspeed_config or {}).items() if key != SECTION}
     as_json: dict[str, Any] = json.loads(json.dumps(found))
