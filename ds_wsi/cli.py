@@ -588,7 +588,9 @@ def _reading(options: argparse.Namespace, cohort: "Cohort") -> "tuple[ReadPolicy
 def _device(options: argparse.Namespace) -> "torch.device":
     import torch
 
-    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    from ds_wsi.evaluation.validator import require_device
+
+    return require_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
 
 
 def _chosen_rows(options: argparse.Namespace, cohort: object, split: str) -> tuple[int, ...]:
