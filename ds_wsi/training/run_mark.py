@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ds_wsi.config import SECTION, write_section
+from ds_wsi.evaluation.record import FILE_NAME as RECORD
 from ds_wsi.evaluation.record import RunFolderError, RunRecord
 from ds_wsi.runtime.files import write_json
+from ds_wsi.training.checkpoint import list_checkpoints
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import stopping_words
 
@@ -43,6 +45,8 @@ def identity(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -
 def require_same(folder: Path, wanted: dict[str, Any]) -> None:
     """Refuse a folder that another run was begun in; a new or an empty one is fine.
 
+    So is one that holds nothing to go on with: options that were refused after the mark was written can be corrected.
+
     Raises:
         ValueError: names the first setting that differs, with both values.
     """
@@ -52,6 +56,8 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
             raise ValueError(
                 f"{folder} must be this protocol's, got a folder without {FILE_NAME}. HINT: another --output_dir."
             )
+        return
+    if not list_checkpoints(folder) and not (folder / RECORD).exists():
         return
     begun = json.loads(mark.read_text(encoding="utf-8"))
     for name in sorted({*begun, *wanted}):
