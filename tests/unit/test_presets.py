@@ -93,6 +93,7 @@ def test_the_papers_values(name):
     assert tiling.use_saturation is not panda
     assert tiling.grey_range == ((3, 230) if panda else (0, 255))
     assert tiling.min_tissue_fraction == 0.6
+    assert settings.model.encoder_features == "flattened"  # section 4.2.3, of all models
     assert protocol.seeds == (0, 1, 2)
 
 
