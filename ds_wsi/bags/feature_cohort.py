@@ -73,14 +73,15 @@ def load_feature_cohort(
 
 
 def features_digest(cohort: Cohort, rows: Sequence[int]) -> str:
-    """A name of the features of these rows' slides: by content where it was read, else by size."""
-    digest = hashlib.sha256()
+    """A name of the features of these rows' slides: by content where it was read, else by size, which it then says."""
+    digest, by_size = hashlib.sha256(), False
     for row in rows:
         file = cohort.grids[row]
         assert isinstance(file, FeatureFile)
         content = file.n_bytes if file.checksum is None else f"crc {file.checksum}"
+        by_size |= file.checksum is None
         digest.update(f"{file.slide_id} {file.n_rows} {file.width} {content}\n".encode())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16] + (" by their sizes (--check_features shapes)" if by_size else "")
 
 
 def _examine(

@@ -77,7 +77,13 @@ def tile_reading_of(options: argparse.Namespace, cohort: "Cohort") -> "tuple[Rea
 
 
 def device_of(options: argparse.Namespace) -> "torch.device":
-    """The device given, else the GPU where there is one."""
+    """The device given, else the GPU where there is one.
+
+    Raises:
+        ValueError: none of torch's, or one that is not there.
+    """
     import torch
 
-    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    from ds_wsi.evaluation.validator import require_device
+
+    return require_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")

@@ -1,7 +1,7 @@
 """`ds-wsi features`: each slide's features, for training without an encoder."""
 
 import argparse
-from dataclasses import asdict, fields
+from dataclasses import fields
 
 from ds_wsi.commands.cohort import (
     TILING_OPTIONS,
@@ -13,7 +13,7 @@ from ds_wsi.commands.cohort import (
 )
 from ds_wsi.commands.parser import add_command
 from ds_wsi.config import read_section
-from ds_wsi.runtime.log import logger
+from ds_wsi.models.features import FEATURES
 from ds_wsi.slides.tiling import TilingPolicy
 from ds_wsi.training.options import spellings
 
@@ -23,8 +23,12 @@ def add_features(subparsers: argparse._SubParsersAction) -> None:
     parser = add_command(subparsers, "features", run_features, "write each slide's features")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="a run's folder, whose encoder and tiles are taken")
-    source.add_argument("--encoder", help="a timm model's name")
+    source.add_argument("--encoder", help="a timm model's name, hf-hub:ORG/NAME or local-dir:PATH")
     parser.add_argument(*spellings("encoder_weights"), help="of --encoder: local .safetensors file or timm checkpoint")
+    parser.add_argument("--pretrained", action="store_true", help="weights that timm has for --encoder's name")
+    parser.add_argument(
+        *spellings("encoder_features"), choices=FEATURES, help="what leaves --encoder (default: as its authors do)"
+    )
     for entry in fields(TilingPolicy):
         if entry.name in TILING_OPTIONS:
             text = f"with --encoder (default: {entry.default})"
@@ -34,14 +38,13 @@ def add_features(subparsers: argparse._SubParsersAction) -> None:
 
 def run_features(options: argparse.Namespace) -> None:
     """`ds-wsi features`."""
-    import torch
-
-    from ds_wsi.evaluation.extract import extract_features
-    from ds_wsi.models import ModelConfig, build_model, load_model
+    from ds_wsi.evaluation.extract import build_extractor, extract_features
+    from ds_wsi.models import load_model
 
     of_tiles = {name: value for name, value in vars(options).items() if name in TILING_OPTIONS}
     if options.model:
-        given = [*of_tiles, *(["encoder_weights"] if options.encoder_weights else [])]
+        of_encoder = ("encoder_weights", "pretrained", "encoder_features")
+        given = [*of_tiles, *(name for name in of_encoder if getattr(options, name))]
         if given:
             names = ", ".join(f"--{name}" for name in given)
             raise ValueError(f"{names} must be given with --encoder alone, got --model, which has its own")
@@ -51,12 +54,13 @@ def run_features(options: argparse.Namespace) -> None:
         tiling = read_section({"tiling": config.tiling}).tiling
     else:
         tiling = TilingPolicy(**of_tiles)
-        # Of a SlideModel the encoder alone is used.
-        config = ModelConfig(options.encoder, "mean", ("none", "none"), asdict(tiling))
-        if options.encoder_weights is None:
-            logger.warning("--encoder_weights is not given: %s has random weights (seed 0)", options.encoder)
-        torch.manual_seed(0)  # the same features when the command is given again
-        model = build_model(config, options.encoder_weights)
+        model, config = build_extractor(
+            options.encoder,
+            tiling,
+            options.encoder_weights,
+            pretrained=options.pretrained,
+            features=options.encoder_features,
+        )
     cohort = slides_of(options, tiling, classes_of(options))
     policy, failures = tile_reading_of(options, cohort)
     for slide in extract_features(model.to(device_of(options)), config, cohort, options.output_dir, policy, failures):

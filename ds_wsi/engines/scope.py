@@ -5,6 +5,7 @@ not form again: their launcher's store still holds the first group's addresses.
 """
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ def engine_scope() -> Iterator[None]:
     finally:
         if dist.is_initialized() and not inherited:
             dist.destroy_process_group()
+            # DeepSpeed, where it is in use, would hand its clone of the world's group to the next engine.
+            groups: Any = sys.modules.get("deepspeed.utils.groups")
+            if groups is not None:
+                groups._WORLD_GROUP = None
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         gc.collect()  # modules, engine and hooks refer to each other

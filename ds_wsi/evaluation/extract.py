@@ -13,9 +13,9 @@ from ds_wsi.bags.bag import FailureLog, ReadPolicy
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.features import SUFFIXES, FeatureFileError, read_about, read_shape, write_features
 from ds_wsi.evaluation.predict import encode_slides
-from ds_wsi.models import ModelConfig, SlideModel
+from ds_wsi.models import ModelConfig, SlideModel, build_model, resolve_encoder
 from ds_wsi.runtime.log import logger
-from ds_wsi.slides.tiling import TileGrid
+from ds_wsi.slides.tiling import TileGrid, TilingPolicy
 
 
 class ExtractedSlide(NamedTuple):
@@ -25,6 +25,47 @@ class ExtractedSlide(NamedTuple):
     path: Path
     n_rows: int
     written: bool
+
+
+def build_extractor(
+    name: str,
+    tiling: TilingPolicy,
+    weights: str | None = None,
+    *,
+    pretrained: bool = False,
+    features: str | None = None,
+) -> tuple[SlideModel, ModelConfig]:
+    """A model whose encoder is the one that training takes for these options, and its description.
+
+    Args:
+        name: a timm model's name, `hf-hub:ORG/NAME` or `local-dir:PATH`; the latter two come with weights.
+        tiling: of the tiles.
+        weights: a local file; None takes those of the name, or random ones of seed 0, of which it warns.
+        pretrained: take the weights that timm has for the name.
+        features: one of `FEATURES`; None for what the encoder's authors take.
+
+    Raises:
+        ValueError: weights that cannot be had or do not fit.
+    """
+    if pretrained and weights is not None:
+        raise ValueError("--pretrained and --encoder_weights must not be given together. HINT: choose one.")
+    source = resolve_encoder(name)
+    named = source.name if weights is None and (pretrained or source.comes_with_weights) else None
+    if weights is None and named is None:
+        logger.warning("--encoder_weights is not given: %s has random weights (seed 0)", name)
+    config = ModelConfig(
+        source.architecture,
+        "mean",  # of a SlideModel the encoder alone is used
+        ("none", "none"),
+        asdict(tiling),
+        mean=source.mean,
+        std=source.std,
+        encoder_features=features or source.features,
+        encoder_options=dict(source.options),
+    )
+    source.warn_of_other_tiles(tiling.tile_size_px, tiling.mpp)
+    torch.manual_seed(0)  # the same features when the command is given again
+    return build_model(config, weights, named), config
 
 
 def extract_features(
@@ -105,13 +146,15 @@ def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
 
 
 def _encoder_words(model: SlideModel, config: ModelConfig) -> str:
-    """The encoder's name and a checksum of its weights."""
+    """The encoder's name, what leaves it, and a checksum of its weights: of one set features can differ."""
+    options = json.dumps(config.encoder_options, sort_keys=True) if config.encoder_options else ""
+    leaves = "" if config.encoder_features == "pooled" else config.encoder_features
     checksum = 0
     for _, value in sorted(model.encoder.state_dict().items()):
         checksum = zlib.crc32(
             memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()), checksum
         )
-    return f"{config.encoder} with weights {checksum:08x}"
+    return " ".join(word for word in (config.encoder, leaves, options, f"with weights {checksum:08x}") if word)
 
 
 def _tiles_words(grid: TileGrid) -> str:

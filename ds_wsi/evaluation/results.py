@@ -130,7 +130,7 @@ def draw_heatmaps(directory: Path, cohort: Cohort, predictions: Sequence[SlidePr
         if isinstance(grid, TileGrid):
             coords = grid.coords[prediction.kept.numpy()]
             _draw(entry, coords, grid.tile_size_level0_px, prediction.attention, path, title)
-        elif (reason := _draw_features(entry, grid, prediction.attention, path, title)) is not None:
+        elif (reason := _draw_features(entry, grid, prediction, path, title)) is not None:
             left_out.setdefault(reason, []).append(entry.slide_id)
             continue
         drawn.append((entry.slide_id, path))
@@ -149,19 +149,23 @@ def _draw(
     draw_attention(thumbnail, coords, tile_size_level0_px, attention.numpy(), downsample, path, title)
 
 
-def _draw_features(entry: SlideEntry, file: FeatureFile, attention: torch.Tensor, path: Path, title: str) -> str | None:
+def _draw_features(
+    entry: SlideEntry, file: FeatureFile, prediction: SlidePrediction, path: Path, title: str
+) -> str | None:
     """Draw the attention over features on disk, or return why it cannot be drawn."""
+    assert prediction.attention is not None
     if not entry.path.is_file():
         return "the manifest names no slide file that is there"
     places = read_places(file.path)
     if places is None:
         return "the features have no coordinates, or one tile alone"
+    coords, side = places
     try:
-        _draw(entry, *places, attention, path, title)
+        _draw(entry, coords[prediction.kept.numpy()], side, prediction.attention, path, title)
     except SlideError:
         return "the slide cannot be read"
     except ValueError:
-        if not attention.isfinite().all():
+        if not prediction.attention.isfinite().all():
             raise
         return "the coordinates do not lie on the slide that the manifest names"
     return None

@@ -95,7 +95,7 @@ class Validator:
     """
 
     def __init__(self, work: ValidationWork) -> None:
-        _require_device(work.device)
+        require_device(work.device, "--validation_device")
         self._device = work.device
         self._connection, theirs = CONTEXT.Pipe()
         arguments = (work, theirs, _Caller(os.getpid(), multiprocessing.get_start_method(), torch.get_num_threads()))
@@ -196,17 +196,24 @@ class Validator:
         self._process.join()
 
 
-def _require_device(name: str) -> None:
+def require_device(name: str, option: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: it is none of torch's to compute on, or is not there; names the option.
+    """
     hint = 'HINT: such as "cpu" or "cuda:1".'
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--validation_device must be a device of torch's, got {name!r}. {hint}") from error
+        raise ValueError(f"{option} must be a device of torch's, got {name!r}. {hint}") from error
+    if device.type == "meta":
+        raise ValueError(f"{option} must be a device that computes, got {name!r}. {hint}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"--validation_device must be a device of this machine, got {name!r} of {torch.cuda.device_count()} GPUs. "
-            f"{hint}"
+            f"{option} must be a device of this machine, got {name!r} of {torch.cuda.device_count()} GPUs. {hint}"
         )
+    return device
 
 
 def _serve(work: ValidationWork, requests: Any, caller: _Caller) -> None:

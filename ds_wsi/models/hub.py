@@ -181,7 +181,7 @@ def resolve_encoder(name: str) -> EncoderSource:
                 whole.get("pretrained_cfg", whole),
                 whole.get("model_args"),
             )
-    except (OSError, EntryNotFoundError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, EntryNotFoundError, KeyError, ValueError) as error:  # no JSON, or no name of a repository
         raise _not_loaded(name, error) from error
     # No classifier, and the features decide on no pooling.
     own = {key: value for key, value in (options or {}).items() if key != "num_classes" and value != ""}

@@ -29,11 +29,25 @@ ADAM_BETA = 0.9
 
 def tiles_or_all(text: str) -> int | None:
     """A number of tiles, or None for "all"."""
-    return None if text == "all" else int(text)
+    try:
+        return None if text == "all" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number of tiles, or all, got {text!r}") from error
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(name) for name in _names(text))
+    try:
+        return tuple(float(name) for name in _names(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be numbers such as 1,2.5, got {text!r}") from error
+
+
+def size_in_bytes(text: str) -> int:
+    """As `parse_bytes`, with its words where argparse would say only that the value is invalid."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -70,10 +84,10 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("augment_blur_probability", "policies.augment.blur_probability", float, "of a slide's being blurred"),
     ("partition", "policies.partition.mode", POLICY_MODES, "how the encoder's activations are partitioned"),
     ("partition_chunk_size", "policies.partition.chunk_size", int, "tiles a chunk"),
-    ("gpu_budget", "policies.partition.gpu_budget_bytes", parse_bytes, "for activations on the device, as 24GiB"),
-    ("host_budget", "policies.partition.host_budget_bytes", parse_bytes, "for activations in host memory"),
+    ("gpu_budget", "policies.partition.gpu_budget_bytes", size_in_bytes, "for activations on the device, as 24GiB"),
+    ("host_budget", "policies.partition.host_budget_bytes", size_in_bytes, "for activations in host memory"),
     ("nvme_path", "policies.partition.nvme_path", str, "folder on a local disk for what host memory does not hold"),
-    ("nvme_budget", "policies.partition.nvme_budget_bytes", parse_bytes, "for activations on that disk"),
+    ("nvme_budget", "policies.partition.nvme_budget_bytes", size_in_bytes, "for activations on that disk"),
     ("bags_per_step", "policies.stacking.bags_per_step", int, "slides of an optimizer step over all processes"),
     ("virtual_workers", "policies.stacking.virtual_workers", int, "stacks that a process computes in a step"),
     ("max_tiles_per_rank", "policies.stacking.max_tiles_per_rank", int, "tiles of a stack at most"),
@@ -89,7 +103,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("encoder_features", "model.encoder_features", FEATURES, "what leaves the encoder (default: as its authors do)"),
     ("aggregator", "model.aggregator", tuple(AGGREGATORS), "MIL pooling"),
     ("dropout", "model.dropout", float, "of the aggregator"),
-    ("freeze_encoder", "model.freeze_encoder", FLAG, "train the aggregator only"),
+    ("freeze_encoder", "model.freeze_encoder", SWITCH, "train the aggregator only"),
     ("freeze_until", "model.freeze_until", str, "first submodule of the encoder that is trained, such as layer3"),
     ("freeze_encoder_epochs", "model.freeze_encoder_epochs", int, "epochs at first that train the aggregator only"),
     ("lora_rank", "model.lora_rank", int, "of adapters that are trained in the encoder's place; 0 has none"),
@@ -106,8 +120,8 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("max_grad_norm", "optim.max_grad_norm", float, "0 clips nothing"),
     ("class_weights", "optim.class_weights", _numbers, "factor of a slide's loss by class, comma-separated"),
     ("ema_decay", "optim.ema_decay", float, "of the moving average of the weights; 0 has none"),
-    ("bf16", "optim.bf16", FLAG, "bfloat16 mixed precision"),
-    ("fp16", "optim.fp16", FLAG, "float16 mixed precision"),
+    ("bf16", "optim.bf16", SWITCH, "bfloat16 mixed precision"),
+    ("fp16", "optim.fp16", SWITCH, "float16 mixed precision"),
     ("output_dir", "run.output_dir", str, "the run's folder (default: a new one below runs/)"),
     ("seed", "run.seed", int, "of everything random"),
     ("save_steps", "run.save_steps", int, "steps between checkpoints within an epoch; 0: ends of epochs only"),
@@ -216,7 +230,8 @@ def over_preset(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the JSON and the command line leave of a preset.
 
-    A preset's slides a step give way to a batch size or an accumulation that is given: else these would do nothing.
+    A preset's slides a step give way to a batch size or an accumulation that is given: else these would do nothing. Its
+    precision gives way to another.
 
     Args:
         preset: field -> value.
@@ -238,6 +253,9 @@ def over_preset(
         if preset.get(place, value) != value and place not in given:
             logger.warning("%s is %s as the DeepSpeed JSON has it, the preset has %s", place, value, preset[place])
     kept = dict(preset)
+    for ours, theirs in (("optim.fp16", "optim.bf16"), ("optim.bf16", "optim.fp16")):
+        if given.get(theirs):
+            kept.pop(ours, None)
     if any(place in given or place in fixed for place in SLIDES_A_MICRO_STEP):
         kept.pop(SLIDES_A_STEP, None)
     policies: dict[str, dict[str, Any]] = {}

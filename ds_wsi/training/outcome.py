@@ -133,7 +133,7 @@ def finish(run: Run, started: float) -> dict[str, Any]:
 def _model_words(run: Run) -> str:
     if run.config.in_dim is not None:
         return f"{run.config.aggregator} on features of width {run.config.in_dim}"
-    return f"{run.config.encoder} + {run.config.aggregator}, {_training_words(run.settings)}"
+    return f"{run.settings.model.encoder} + {run.config.aggregator}, {_training_words(run.settings)}"
 
 
 def _training_words(settings: TrainSettings) -> str:

@@ -66,7 +66,7 @@ AUGMENTED = {
 PLAIN = {"policies.augment.flips": False, "policies.augment.colour": 0.0}
 
 PANDA = {**TILES, **GREY, **RESNET18, **ADAM, **PLAIN} | {
-    "model.encoder_features": "flattened",  # the map of 8 x 8 x 512
+    "model.encoder_features": "flattened",  # 4.2.3: the final stage's output, a map of 8 x 8 x 512
     "policies.reading.tiles_per_slide": 256,
     "run.metric_for_best_model": "quadratic_weighted_kappa",
 }
@@ -94,7 +94,10 @@ PANDA_EVALUATION = (
     "(launch/evaluate.py --dataset tcga --eval_tiles 256 --eval_runs 100)"
 )
 
-CAMELYON = {**TILES, **OTSU, **RESNET18, **ADAM, **AUGMENTED} | {"run.metric_for_best_model": "accuracy"}
+CAMELYON = {**TILES, **OTSU, **RESNET18, **ADAM, **AUGMENTED} | {
+    "model.encoder_features": "flattened",  # the final stage's output, of all their models (4.2.3)
+    "run.metric_for_best_model": "accuracy",
+}
 CAMELYON_FROZEN = {
     "model.freeze_encoder": True,
     "optim.num_train_epochs": 120,
@@ -115,7 +118,7 @@ CAMELYON_END_TO_END = {
 }
 CAMELYON_PROTOCOL = {
     "target": "tumor",  # binary labels, after Ling et al.: --corrections
-    "validation_fraction": 0.1,  # 50 of 500 slides; by patient (ours), as the slides of a patient look alike
+    "validation_fraction": 0.1,  # 50 of 522 slides; by patient (ours), as the slides of a patient look alike
     "seeds": 3,
 }
 CAMELYON_EVALUATION = (

@@ -85,6 +85,11 @@ def protocol_from(
     for option in ("data.manifest", "data.demo_dir"):
         if option in given:
             raise ValueError(f"--{option.split('.')[1]} must not be given here, where slides come from --data_dir.")
+    if "data.features_dir" in given:
+        raise ValueError(
+            "--features_dir must not be given here, where the slides themselves are read. HINT: `ds-wsi manifest` "
+            "writes the same splits, and `ds-wsi train --features_dir` trains on each."
+        )
     if given.get("run.resume_from_checkpoint", "latest") != "latest":
         raise ValueError("--resume_from_checkpoint must be without a path here: unfinished runs go on by themselves.")
     settings, config = settings_from(options, preset.settings)
@@ -170,7 +175,7 @@ def run_protocol(
 
     Args:
         protocol, settings, deepspeed_config: of `protocol_from`.
-        pretrained: what the encoder should start from; without --encoder_weights a warning names it.
+        pretrained: what the encoder should start from; where it starts from nothing a warning names it.
 
     Returns:
         On the main process the table as Markdown; elsewhere an empty string.
@@ -183,9 +188,10 @@ def run_protocol(
     tiles_dir = Path(settings.data.tiles_dir or output_dir / "tiles")
 
     def prepare() -> dict[str, tuple[str, ...]]:
-        if pretrained and settings.model.encoder_weights is None:
+        if pretrained and not settings.model.has_weights:
             logger.warning(
-                "the encoder starts from random weights, in the paper from %s: --encoder_weights", pretrained
+                "the encoder starts from random weights, in the paper from %s: --encoder_weights or --pretrained",
+                pretrained,
             )
         splits = split_cohort(protocol, read_cohort(protocol, settings, tiles_dir))
         for name, cohort in splits.items():

@@ -9,6 +9,7 @@ from ds_wsi.evaluation.record import RunRecord
 from ds_wsi.models import SlideModel
 from ds_wsi.training.run import Run
 from ds_wsi.training.settings import DataSettings
+from ds_wsi.training.stopping import stopping_words
 
 # Not settings of a group of runs: what names method and training, and what is summed up in slides_per_step.
 _MODEL_NAMES = ("encoder", "aggregator", "freeze_encoder")
@@ -20,7 +21,7 @@ def run_record(run: Run) -> RunRecord:
     settings = run.settings
     return RunRecord(
         dataset=dataset_name(settings.data),
-        encoder=run.config.encoder or f"features {Path(str(settings.data.features_dir)).name}",
+        encoder=_encoder_name(run),
         aggregator=run.config.aggregator,
         training=training_name(run.module),
         seed=settings.run.seed,
@@ -29,6 +30,13 @@ def run_record(run: Run) -> RunRecord:
         evaluation=settings.run.evaluation,
         settings=json.loads(json.dumps(_group_settings(run))),  # as the file has it: tuples are lists
     )
+
+
+def _encoder_name(run: Run) -> str:
+    """As given, for several of a hub's models have one architecture; of features the folder's."""
+    if run.config.encoder is None:
+        return f"features {Path(str(run.settings.data.features_dir)).name}"
+    return run.settings.model.encoder
 
 
 def dataset_name(data: DataSettings) -> str:
@@ -59,8 +67,6 @@ def _group_settings(run: Run) -> dict[str, Any]:
     found = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
     found |= {"slides_per_step": step, "tiles_per_slide": policies.reading.tiles_per_slide}
     found |= {"from_tile_store": bool(policies.reading.tile_store), "framework": stacking.framework}
-    partition = policies.partition
-    one_bag_a_call = partition.mode == "native" or (layout["bags_per_rank"] == 1 and not stacking.deals)
-    found |= {"bn_population": "bag" if one_bag_a_call else partition.bn_population}
+    found |= {"bn_population": settings.bn_population, "early_stopping": stopping_words(settings.run)}
     found |= {"sample_tiles": stacking.sample_tiles} if stacking.framework == "sampling" else {}
     return found | {"metric_for_best_model": settings.run.metric_for_best_model}

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ds_wsi.config import SECTION, write_section
+from ds_wsi.evaluation.record import FILE_NAME as RECORD
 from ds_wsi.evaluation.record import RunFolderError, RunRecord
 from ds_wsi.runtime.files import write_json
+from ds_wsi.training.checkpoint import list_checkpoints
 from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.stopping import stopping_words
 
 FILE_NAME = "protocol.json"
 # What changes how a run is computed and kept, not what comes out.
@@ -32,6 +35,7 @@ def identity(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -
         values = asdict(getattr(settings, group))
         found |= {f"{group}.{name}": value for name, value in values.items() if name not in LEFT_OUT.get(group, ())}
     found |= {f"{policy}.{name}": value for policy, values in section.items() for name, value in values.items()}
+    found["early_stopping"] = stopping_words(settings.run)  # beside training it comes an epoch later
     found["manifest"] = hashlib.sha256(Path(str(settings.data.manifest)).read_bytes()).hexdigest()
     found["deepspeed"] = {key: value for key, value in (deepspeed_config or {}).items() if key != SECTION}
     as_json: dict[str, Any] = json.loads(json.dumps(found))
@@ -40,6 +44,8 @@ def identity(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -
 
 def require_same(folder: Path, wanted: dict[str, Any]) -> None:
     """Refuse a folder that another run was begun in; a new or an empty one is fine.
+
+    So is one that holds nothing to go on with: options that were refused after the mark was written can be corrected.
 
     Raises:
         ValueError: names the first setting that differs, with both values.
@@ -50,6 +56,8 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
             raise ValueError(
                 f"{folder} must be this protocol's, got a folder without {FILE_NAME}. HINT: another --output_dir."
             )
+        return
+    if not list_checkpoints(folder) and not (folder / RECORD).exists():
         return
     begun = json.loads(mark.read_text(encoding="utf-8"))
     for name in sorted({*begun, *wanted}):

@@ -69,7 +69,7 @@ class ModelSettings:
         for name in ("freeze_encoder_epochs", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
-        if not self.lora_alpha > 0:
+        if not 0 < self.lora_alpha < float("inf"):
             raise ValueError(f"--lora_alpha must be positive, got {self.lora_alpha}")
         if self.lora_rank and not self.lora_targets:
             raise ValueError("--lora_targets must name a layer, got none. HINT: --lora_targets qkv,proj.")
@@ -85,6 +85,11 @@ class ModelSettings:
             raise ValueError("--freeze_encoder must not be given with --freeze_encoder_epochs. HINT: choose one.")
         if self.pretrained and self.encoder_weights is not None:
             raise ValueError("--pretrained and --encoder_weights must not be given together. HINT: choose one.")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the encoder starts from weights: of a file, of timm's, or of the place that its name says."""
+        return self.encoder_weights is not None or self.pretrained or ":" in self.encoder
 
 
 @dataclass(frozen=True)
@@ -127,12 +132,12 @@ class OptimSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
         for name in ("demon", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}. HINT: 0 turns it off.")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}")
         if self.class_weights is not None and not all(0 < weight < float("inf") for weight in self.class_weights):
             raise ValueError(f"--class_weights must be positive, got {self.class_weights}")
@@ -224,3 +229,10 @@ class TrainSettings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
     policies: DsWsiConfig = field(default_factory=DsWsiConfig)
+
+    @property
+    def bn_population(self) -> str:
+        """What train-mode BatchNorm normalises over: "bag" also where each call of the encoder holds one."""
+        partition, stacking = self.policies.partition, self.policies.stacking
+        one_bag_a_call = self.optim.per_device_train_batch_size == 1 and not stacking.deals
+        return "bag" if partition.mode == "native" or one_bag_a_call else partition.bn_population

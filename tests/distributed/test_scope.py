@@ -1,10 +1,13 @@
 """What the processes of a launcher do together between two runs."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch.distributed as dist
 
 from ds_wsi.engines.accelerate import EngineSettings
-from ds_wsi.engines.scope import launched
+from ds_wsi.engines.scope import engine_scope, launched
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -29,3 +32,15 @@ def decide() -> list:
 def test_the_main_process_decides_for_all_and_fails_for_all():
     """A group that was there before stays; what is known to one is known to all; nobody waits for a failed one."""
     assert run_ranks(decide, 2) == [[0, 2, 2, "ValueError", True], [1, 2, 0, "SystemExit 2", True]]
+
+
+def test_deepspeed_forgets_the_group_of_the_engine_before(monkeypatch):
+    """Else a second training in one process ends with a group that is not registered."""
+    groups = SimpleNamespace(_WORLD_GROUP="of the first engine")
+    monkeypatch.setitem(sys.modules, "deepspeed.utils.groups", groups)
+    there = iter((False, True))
+    monkeypatch.setattr(dist, "is_initialized", lambda: next(there))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with engine_scope():
+        pass
+    assert groups._WORLD_GROUP is None

@@ -1,5 +1,6 @@
 """Cohorts of features: what is listed, what is read, what is refused, what a model of features takes."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,10 @@ from ds_wsi.bags.feature_cohort import features_digest, load_feature_cohort
 from ds_wsi.bags.features import FeatureFileError, read_features, read_places
 from ds_wsi.bags.manifest import ManifestError
 from ds_wsi.cli import main
-from ds_wsi.evaluation.extract import extract_features
+from ds_wsi.evaluation.extract import build_extractor, extract_features
 from ds_wsi.evaluation.predict import SlidePrediction, predict_slides
 from ds_wsi.evaluation.results import draw_heatmaps
-from ds_wsi.models import ModelConfig, NoEncoder, build_model
+from ds_wsi.models import ModelConfig, NoEncoder, build_encoder, build_model
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.tiling import TilingPolicy
 from ds_wsi.stacking.policy import StackingPolicy
@@ -196,6 +197,8 @@ def test_heat_maps_need_coordinates_and_a_slide_and_say_so_once(demo_manifest, t
     assert "coordinates do not lie on the slide" in messages[0]
     assert "no heat map of 2 slides" in messages[1]
     assert "no coordinates" in messages[1]
+    some = predictions[0]._replace(attention=torch.ones(2), kept=torch.tensor([1, 3]))  # of --eval_tiles 2
+    assert draw_heatmaps(tmp_path, cohort, [some]) == drawn
     broken = predictions[0]._replace(attention=predictions[0].attention * torch.nan)
     with pytest.raises(ValueError, match=r"attention must be finite"):
         draw_heatmaps(tmp_path, cohort, [broken])
@@ -240,6 +243,24 @@ def test_extraction_goes_on_where_it_was_and_keeps_to_its_own_files(demo_manifes
         next(model.encoder.parameters()).add_(1)
     with pytest.raises(ValueError, match=r"(?s)got 9 other.*encoder must be resnet10t with weights \w{8}, got .*HINT"):
         extract(model)
+    # The same weights, whose features are wider.
+    config = replace(config, encoder_features="flattened")
+    with pytest.raises(ValueError, match=r"encoder must be resnet10t flattened with weights \w{8}, got resnet10t with"):
+        extract(model)
+
+
+def test_features_are_extracted_with_the_encoder_that_training_takes(tmp_path, messages):
+    model, config = build_extractor("vit_tiny_patch16_224", TilingPolicy(tile_size_px=32), features="cls_mean")
+    assert config.mean == config.std == (0.5, 0.5, 0.5)
+    assert model.encoder.num_features == 2 * 192
+    assert "vit_tiny_patch16_224 has random weights" in messages[-1]
+    timm_file = {"architecture": "resnet10t", "num_features": 512, "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}
+    (tmp_path / "config.json").write_text(json.dumps(timm_file))
+    save_file(build_encoder("resnet10t").state_dict(), tmp_path / "model.safetensors")
+    del messages[:]
+    _, config = build_extractor(f"local-dir:{tmp_path}", TilingPolicy(tile_size_px=64))
+    assert (config.encoder, config.mean) == ("resnet10t", (0.1, 0.2, 0.3))
+    assert not messages, "its weights are there"
 
 
 def test_a_commands_contradictions_are_refused(tmp_path, messages):

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.training.optim import SCHEDULES, learning_rate_at
-from ds_wsi.training.options import OPTIONS, add_train_options, settings_from, tiles_or_all
+from ds_wsi.training.options import OPTIONS, add_train_options, settings_from, size_in_bytes, tiles_or_all
 from ds_wsi.training.settings import TrainSettings
 
 
@@ -48,7 +47,7 @@ def test_without_options_all_is_default_but_the_demos_tile_size():
 
 
 EXAMPLES = {
-    parse_bytes: ("2GiB", 2**31),
+    size_in_bytes: ("2GiB", 2**31),
     tiles_or_all: ("256", 256),
     int: ("3", 3),
     float: ("0.25", 0.25),
@@ -164,6 +163,8 @@ def test_deepspeeds_local_rank_is_accepted_and_ignored(option):
         (("--gradient_accumulation_steps", 0), "--gradient_accumulation_steps must be at least 1"),
         (("--learning_rate", 0), "--learning_rate must be positive"),
         (("--weight_decay", -1), "--weight_decay must be at least 0"),
+        (("--max_grad_norm", "nan"), "--max_grad_norm must be at least 0, got nan"),
+        (("--learning_rate", "inf"), "--learning_rate must be positive, got inf"),
         (("--max_grad_norm", -1), "--max_grad_norm must be at least 0"),
         (("--warmup_steps", -1), "--warmup_steps must be at least 0"),
         (("--save_total_limit", 1), "--save_total_limit must be at least 2, got 1.*HINT"),
@@ -189,6 +190,9 @@ def test_values_out_of_range_are_refused(arguments, message):
         (("--lr_scheduler_type", "step"), "invalid choice: 'step'"),
         (("--metric_for_best_model", "dice"), "invalid choice: 'dice'"),
         (("--seed", "x"), "invalid int value: 'x'"),
+        (("--class_weights", "1,x"), "must be numbers such as 1,2.5, got '1,x'"),
+        (("--eval_tiles", "x"), "must be a number of tiles, or all, got 'x'"),
+        (("--gpu_budget", "x"), "must be bytes such as 24GiB or 800MB, got 'x'"),
         (("--learning_rate", "fast"), "invalid float value: 'fast'"),
         (("--tile_sise", "3"), "unrecognized arguments: --tile_sise"),
         (("--manifest",), "expected one argument"),

@@ -93,6 +93,7 @@ def test_the_papers_values(name):
     assert tiling.use_saturation is not panda
     assert tiling.grey_range == ((3, 230) if panda else (0, 255))
     assert tiling.min_tissue_fraction == 0.6
+    assert settings.model.encoder_features == "flattened"  # section 4.2.3, of all models
     assert protocol.seeds == (0, 1, 2)
 
 
@@ -124,6 +125,21 @@ def test_a_batch_that_is_given_replaces_the_presets_slides_a_step(given, tmp_pat
     assert parse("panda", *given, "--bags_per_step", 6)[1].policies.stacking.bags_per_step == 6
 
 
+def test_what_a_preset_switches_on_can_be_switched_off():
+    def egfr(*given):
+        return parse("custom", "--preset", "egfr", *given)[1].optim.mixed_precision
+
+    assert (egfr(), egfr("--bf16"), egfr("--no_fp16")) == ("fp16", "bf16", "no")
+    assert not parse("panda", "--preset", "panda_frozen", "--no_freeze_encoder")[1].model.freeze_encoder
+
+
+def test_an_encoder_has_weights_where_any_option_brings_them():
+    given = {"--encoder_weights": "x", "--encoder": "hf-hub:paige-ai/Virchow2"}
+    assert all(parse("panda", *pair)[1].model.has_weights for pair in given.items())
+    assert parse("panda", "--pretrained")[1].model.has_weights
+    assert not parse("panda")[1].model.has_weights
+
+
 def test_a_way_of_splitting_that_is_given_replaces_the_presets():
     assert parse("panda")[0].splitting == {"runs": 1}
     assert parse("panda", "--split_file", "x")[0].splitting == {"split": "x"}
@@ -144,6 +160,7 @@ def test_seeds_go_on_from_the_first():
         (("--seeds", 0), r"--seeds must be at least 1, got 0"),
         (("--manifest", "x.csv"), r"--manifest must not be given here"),
         (("--resume_from_checkpoint", "x"), r"must be without a path here"),
+        (("--features_dir", "x"), r"--features_dir must not be given here, where the slides"),
     ],
 )
 def test_what_has_no_place_in_a_protocol_is_refused(arguments, message):

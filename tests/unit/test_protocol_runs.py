@@ -13,6 +13,7 @@ from ds_wsi.models import SlideModel
 from ds_wsi.runtime.log import logger
 from ds_wsi.training import loop, protocol
 from ds_wsi.training.protocol import PlannedRun, Protocol, plan_runs, split_cohort
+from ds_wsi.training.run_mark import mark_started, require_same
 from miniatures import custom, draw, table
 from runs import ROOT
 
@@ -137,6 +138,14 @@ def test_a_torn_result_is_made_again_and_a_foreign_folder_refused(finished, data
     assert main(["protocol", "custom", *arguments(data, tmp_path / "out")]) == 2
     assert "must be this protocol's, got a folder without protocol.json. HINT" in capsys.readouterr().err
     assert (tmp_path / "out" / SEED_0 / "notes.txt").read_text() == "mine"
+
+
+def test_options_that_were_refused_can_be_corrected_until_there_is_something_to_go_on_with(tmp_path):
+    mark_started(tmp_path, {"optim.class_weights": [1, 2, 3]})
+    require_same(tmp_path, {"optim.class_weights": [1, 2]})
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(ValueError, match=r"optim.class_weights must be what the run was begun with, \[1, 2, 3\]"):
+        require_same(tmp_path, {"optim.class_weights": [1, 2]})
 
 
 def test_a_dry_run_tells_all_and_writes_nothing(data, tmp_path, monkeypatch, capsys):

@@ -1,21 +1,25 @@
 """What a run's settings say of it: the name of the training from what is trained, and the settings of a group."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
 
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models import ModelConfig, build_model, freeze
+from ds_wsi.partition import PartitionPolicy
 from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.training.record import dataset_name, run_record, training_name
-from ds_wsi.training.settings import DataSettings, TrainSettings
+from ds_wsi.training.run import _fingerprint
+from ds_wsi.training.settings import DataSettings, ModelSettings, OptimSettings, RunSettings, TrainSettings
 
 CONFIG = ModelConfig("resnet10t", "abmil", ("a", "b"), {"tile_size_px": 64})
 
 
 def record_of(settings, world_size=1):
     """Of a run that is not started: only what the record reads."""
+    if settings.model == ModelSettings():
+        settings = replace(settings, model=ModelSettings(encoder="resnet10t"))
     optim = settings.optim
     layout = {"world_size": world_size, "bags_per_rank": optim.per_device_train_batch_size}
     layout |= {"accumulation": optim.gradient_accumulation_steps}
@@ -60,3 +64,31 @@ def test_seed_split_and_how_it_is_computed_are_no_settings_of_the_group():
     assert record_of(replace(settings, policies=dealt)).settings["slides_per_step"] == 4
     slower = replace(settings, optim=replace(settings.optim, learning_rate=1e-5))
     assert record_of(slower).settings == plain.settings | {"optim.learning_rate": 1e-5}
+    stopped = replace(TrainSettings(), run=RunSettings(early_stopping_patience=2))
+    assert record_of(stopped).settings == plain.settings | {"early_stopping": "patience 2 on auc"}
+
+
+def test_encoders_of_one_architecture_are_told_apart():
+    names = ("hf-hub:paige-ai/Virchow", "hf-hub:paige-ai/Virchow2")
+    records = [record_of(TrainSettings(model=ModelSettings(encoder=name))) for name in names]
+    assert tuple(record.encoder for record in records) == names
+
+
+def fingerprint_of(settings):
+    slide = SimpleNamespace(rows=lambda split: (0,), lengths=(5,), in_dim=None)
+    layout = {"world_size": 1, "bags_per_rank": 1, "accumulation": 1}
+    return _fingerprint(SimpleNamespace(settings=settings, config=CONFIG, cohort=slide, epoch_layout=layout, comm=None))
+
+
+def test_a_resumed_run_must_share_every_setting_that_decides_its_weights():
+    plain = fingerprint_of(TrainSettings())
+    # In the layout; under one name; in the checkpoint itself.
+    elsewhere = {"per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16"}
+    elsewhere |= {"encoder_weights", "pretrained"}
+    names = {entry.name for group in (OptimSettings, ModelSettings) for entry in fields(group)}
+    assert names - elsewhere <= set(plain)
+    assert {"seed", "metric_for_best_model", "early_stopping", "augment", "tiling"} <= set(plain)
+    per_stack = replace(TrainSettings().policies, partition=PartitionPolicy(mode="lean"))
+    two = OptimSettings(per_device_train_batch_size=2)
+    assert plain["bn_population"] == fingerprint_of(TrainSettings(policies=per_stack))["bn_population"] == "bag"
+    assert fingerprint_of(TrainSettings(policies=per_stack, optim=two))["bn_population"] == "stack"

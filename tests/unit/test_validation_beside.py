@@ -19,7 +19,7 @@ from ds_wsi.cli import main
 from ds_wsi.engines.accelerate import Accelerator
 from ds_wsi.evaluation import validator
 from ds_wsi.evaluation.predict import predict_slides, prediction_metrics
-from ds_wsi.evaluation.validator import ValidationResult, ValidationWork, Validator, ValidatorError
+from ds_wsi.evaluation.validator import ValidationResult, ValidationWork, Validator, ValidatorError, require_device
 from ds_wsi.models import load_model
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
@@ -301,11 +301,18 @@ def test_a_death_stops_the_run_within_the_next_epoch(demo_manifest, tiles_dir, t
 
 
 @pytest.mark.parametrize(
-    ("device", "words"), [("gpu", "device of torch's, got 'gpu'"), ("cuda:99", "device of this machine, got 'cuda:99'")]
+    ("device", "words"),
+    [
+        ("gpu", "device of torch's, got 'gpu'"),
+        ("meta", "device that computes, got 'meta'"),
+        ("cuda:99", "device of this machine, got 'cuda:99'"),
+    ],
 )
 def test_a_device_that_is_not_there_is_refused(device, words, work):
     with pytest.raises(ValueError, match=rf"--validation_device must be a {words}.*HINT"):
         Validator(replace(work, device=device))
+    with pytest.raises(ValueError, match=rf"--device must be a {words}.*HINT"):
+        require_device(device, "--device")  # of evaluate, heatmap and features
 
 
 def entries(*aucs):
