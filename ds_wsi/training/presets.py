@@ -118,7 +118,7 @@ CAMELYON_END_TO_END = {
 }
 CAMELYON_PROTOCOL = {
     "target": "tumor",  # binary labels, after Ling et al.: --corrections
-    "validation_fraction": 0.1,  # 50 of 522 slides; by patient (ours), as the slides of a patient look alike
+    "validation_fraction": 0.1,  # 50 slides in the paper; by patient (ours), as the slides of a patient look alike
     "seeds": 3,
 }
 CAMELYON_EVALUATION = (

@@ -10,7 +10,7 @@ from ds_wsi.models import ModelConfig, build_model, freeze
 from ds_wsi.partition import PartitionPolicy
 from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.training.record import dataset_name, run_record, training_name
-from ds_wsi.training.run import _fingerprint
+from ds_wsi.training.resume import _fingerprint
 from ds_wsi.training.settings import DataSettings, ModelSettings, OptimSettings, RunSettings, TrainSettings
 
 CONFIG = ModelConfig("resnet10t", "abmil", ("a", "b"), {"tile_size_px": 64})
@@ -77,7 +77,9 @@ def test_encoders_of_one_architecture_are_told_apart():
 def fingerprint_of(settings):
     slide = SimpleNamespace(rows=lambda split: (0,), lengths=(5,), in_dim=None)
     layout = {"world_size": 1, "bags_per_rank": 1, "accumulation": 1}
-    return _fingerprint(SimpleNamespace(settings=settings, config=CONFIG, cohort=slide, epoch_layout=layout, comm=None))
+    engine = SimpleNamespace(is_fsdp2=False)
+    parts = {"settings": settings, "config": CONFIG, "cohort": slide, "epoch_layout": layout, "comm": None}
+    return _fingerprint(SimpleNamespace(**parts, accelerator=engine))
 
 
 def test_a_resumed_run_must_share_every_setting_that_decides_its_weights():
