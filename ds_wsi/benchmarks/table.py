@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ds_wsi.runtime.environment import environment
-from ds_wsi.runtime.files import atomic_path, write_json, write_text
+from ds_wsi.runtime.files import atomic_path, json_number, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def write_result(name: str, result: Result, directory: Path) -> None:
     """Write NAME.json, NAME.md and NAME.png, each atomically."""
     bounds = [{**asdict(bound), "holds": bound.holds} for bound in result.bounds]
     record = {"title": result.title, "environment": environment(), "notes": result.notes}
-    write_json(directory / f"{name}.json", {**record, "rows": list(result.rows), "bounds": bounds})
+    write_json(directory / f"{name}.json", _as_json({**record, "rows": list(result.rows), "bounds": bounds}))
     write_text(directory / f"{name}.md", markdown(result))
     figure = Figure(figsize=(8, 4), layout="constrained")
     result.draw(figure)
@@ -57,6 +57,15 @@ def markdown(result: Result) -> str:
     lines += ["", "| bound | measured | holds |", "|---|---|---|"]
     lines += [f"| {bound.words} | {bound.measured:.3f} | {'yes' if bound.holds else 'no'} |" for bound in result.bounds]
     return "\n".join(lines) + "\n"
+
+
+def _as_json(value: Any) -> Any:
+    """With null for numbers that are not finite, such as the time to a target that was not met."""
+    if isinstance(value, dict):
+        return {key: _as_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(part) for part in value]
+    return json_number(value) if isinstance(value, float) else value
 
 
 def _cell(value: Any) -> str:

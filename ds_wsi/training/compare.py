@@ -74,7 +74,7 @@ def compare(runs: Sequence[ComparedRun], output_dir: Path, demo_dir: str) -> str
             continue
         logger.info("run %d of %d: %s", number, len(runs), run.name)
         subprocess.run(run.command(demo_dir, folder), check=True)
-    text = format_table({run: _metrics(output_dir / run.name) for run in runs})
+    text = format_table({run: read_metrics(output_dir / run.name) for run in runs})
     write_text(output_dir / "compare.md", text + "\n")
     return text
 
@@ -87,7 +87,8 @@ def _is_finished(folder: Path) -> bool:
     return True
 
 
-def _metrics(folder: Path) -> dict[str, float]:
+def read_metrics(folder: Path) -> dict[str, float]:
+    """The test metrics of a finished run, keys of `METRICS`; NaN where undefined."""
     found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
     return {name: float("nan") if found[name]["value"] is None else found[name]["value"] for name in METRICS}
 

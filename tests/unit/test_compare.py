@@ -1,8 +1,11 @@
 import json
 import subprocess
+from dataclasses import replace
 
 import pytest
 
+from ds_wsi.benchmarks import protocol
+from ds_wsi.benchmarks.table import Bound, write_result
 from ds_wsi.cli import build_parser, main
 from ds_wsi.evaluation.record import RunRecord
 from ds_wsi.training import compare
@@ -75,3 +78,18 @@ def test_runs_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match=r"--seeds must be at least 1, got 0"):
         compared_runs(["abmil"], range(0))
     assert ComparedRun("abmil", "frozen", 3).name == "abmil_frozen_seed3"
+
+
+def test_the_benchmark_holds_that_both_metrics_gain(commands, tmp_path):
+    options = {"aggregators": "abmil,dtfd", "seeds": "2", "runs": str(tmp_path / "runs"), "demo_dir": "slides"}
+    result = protocol.measure(quick=False, slides=(), options=options)
+    assert len(result.rows) == len(commands) == 8
+    assert [bound.measured for bound in result.bounds] == pytest.approx([0.25] * 4)
+    assert all(bound.holds for bound in result.bounds)
+    write_result("protocol", result, tmp_path)
+    assert (tmp_path / "protocol.png").stat().st_size > 1000
+    assert not Bound("nothing gained", 0.0, 1e-9).holds
+    with pytest.raises(ValueError, match=r"--option must be one of aggregators, seeds, runs, demo_dir, got 'seed'"):
+        protocol.measure(quick=True, slides=(), options={"seed": "1"})
+    write_result("gone", replace(result, rows=[{"seconds": float("nan")}]), tmp_path)
+    assert json.loads((tmp_path / "gone.json").read_text())["rows"] == [{"seconds": None}]
