@@ -75,7 +75,13 @@ def features_shape(encoder: nn.Module, tile_size_px: int) -> tuple[int, ...]:
     encoder.eval()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            out = encoder(torch.empty(1, 3, tile_size_px, tile_size_px, device=like.device, dtype=like.dtype))
+            tile = torch.empty(1, 3, tile_size_px, tile_size_px, device=like.device, dtype=like.dtype)
+            # Built at ZeRO stage 3, its parameters are this rank's parts.
+            parts = {name: part for name, part in encoder.named_parameters() if hasattr(part, "ds_shape")}
+            whole = {
+                name: torch.empty(part.ds_shape, device=part.device, dtype=part.dtype) for name, part in parts.items()
+            }
+            out = torch.func.functional_call(encoder, whole, (tile,))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
