@@ -18,7 +18,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -78,7 +78,7 @@ class Plan:
     Attributes:
         mbps: links.
         steps: of training at most.
-        timed_s: seconds that a hook's steps are timed for on a link, about; 2 steps at least, 60 at most.
+        timed_s: seconds that a hook's steps are timed for on a link, about; 60 steps at most.
         trained: file of steps and bytes, read where it exists, else written: they do not depend on the link.
     """
 
@@ -194,9 +194,11 @@ def make_bag(number: int, positive: bool) -> Tensor:
 
 
 class _Learner:
-    def __init__(self, model: str, hook: str, seed: int) -> None:
+    def __init__(self, model: str, hook: str, seed: int, dense_steps: int | None = None) -> None:
         torch.manual_seed(seed)
         policy = HOOKS[hook]
+        if dense_steps is not None and policy.hook == "powersgd":
+            policy = replace(policy, dense_steps=dense_steps)
         self.seed, self.number = seed, 0
         self.stepper = Stepper("ddp" if hook.endswith("ddp") else "zero1", MODELS[model](), "adam", RATE)
         attach(self.stepper.model, policy)
@@ -245,13 +247,14 @@ def _time(cases: Sequence[tuple[str, str]], timed_s: float) -> list[float]:
     """Mean seconds of a step of each case, after those in which buckets are rebuilt and connections opened."""
     found = []
     for model, hook in cases:
-        learner = _Learner(model, hook, 0)
-        for _ in range(POWERSGD_DENSE + 1 if hook.startswith("powersgd") else 1):
+        learner = _Learner(model, hook, 0, dense_steps=2)
+        for _ in range(3 if hook.startswith("powersgd") else 1):
             learner.step()
         first = torch.tensor(_seconds(learner, 1))
         dist.all_reduce(first)
         # Small messages fit the token bucket for a few steps, which would then look faster than the link.
-        found.append(_seconds(learner, min(60, max(2, round(timed_s * RANKS / float(first))))))
+        steps = min(60, round(timed_s * RANKS / float(first)))
+        found.append(_seconds(learner, steps) if steps > 1 else float(first) / RANKS)
     return found
 
 
