@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_wsi.compression import DMGC, ByteCount, Cast, Compressor, TopK
@@ -290,5 +292,14 @@ def _powersgd(target: Any, where: str, state: Any) -> CommHandle:
             "HINT: topk or dmgc goes everywhere"
         )
     state = _powersgd_state(target, 4, 10) if state is None else state
-    undo = hook_ddp(target, lambda bucket: powerSGD_hook(state, bucket))
+    in_turn = dist.get_backend(target.process_group) == "gloo"
+
+    def reduce(bucket: dist.GradBucket) -> Future[Tensor]:
+        future = powerSGD_hook(state, bucket)
+        if in_turn:
+            # Its later collectives start in callbacks: of several buckets each rank would start them in its own order.
+            future.wait()
+        return future
+
+    undo = hook_ddp(target, reduce)
     return CommHandle("powersgd", target, where, state, None, undo)

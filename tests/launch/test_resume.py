@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_wsi.cli import main
 from runs import ROOT, environment, run, train_arguments
 
 pytestmark = pytest.mark.launch
@@ -60,10 +62,10 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(launcher, de
     assert not list(killed.glob(".*tmp*")), "a half-written file was left"
 
 
-def test_a_resumed_run_must_be_the_same_run(demo_manifest, tmp_path):
-    arguments = train_arguments(demo_manifest, tmp_path / "run")
-    run(["python", "launch/train.py", *arguments])
-    with pytest.raises(AssertionError, match=r"exited with 2[\s\S]*must be a new folder[\s\S]*HINT"):
-        run(["python", "launch/train.py", *arguments])
-    with pytest.raises(AssertionError, match=r"exited with 2[\s\S]*seed must be the checkpoint's, 0"):
-        run(["python", "launch/train.py", *arguments, "--resume_from_checkpoint", "--seed", "1"])
+def test_a_resumed_run_must_be_the_same_run(demo_manifest, tmp_path, capfd):
+    arguments = ["train", *train_arguments(demo_manifest, tmp_path / "run", "--num_train_epochs", "1")]
+    assert main(arguments) == 0
+    assert main(arguments) == 2
+    assert re.search(r"must be a new folder[\s\S]*HINT", capfd.readouterr().err)
+    assert main([*arguments, "--resume_from_checkpoint", "--seed", "1"]) == 2
+    assert "seed must be the checkpoint's, 0" in capfd.readouterr().err
