@@ -248,23 +248,25 @@ def _time(cases: Sequence[tuple[str, str]], timed_s: float) -> list[float]:
     found = []
     for model, hook in cases:
         learner = _Learner(model, hook, 0, dense_steps=2)
-        for _ in range(3 if hook.startswith("powersgd") else 1):
-            learner.step()
-        first = torch.tensor(_seconds(learner, 1))
-        dist.all_reduce(first)
+        warm = _mean_seconds(learner, 3 if hook.startswith("powersgd") else 1)
+        # Of a step this long connections and new buckets are no part that counts.
+        first = warm if warm > 2 * timed_s and not hook.startswith("powersgd") else _mean_seconds(learner, 1)
         # Small messages fit the token bucket for a few steps, which would then look faster than the link.
-        steps = min(60, round(timed_s * RANKS / float(first)))
-        found.append(_seconds(learner, steps) if steps > 1 else float(first) / RANKS)
+        steps = min(60, round(timed_s / first))
+        found.append(_mean_seconds(learner, steps) if steps > 1 else first)
     return found
 
 
-def _seconds(learner: _Learner, steps: int) -> float:
+def _mean_seconds(learner: _Learner, steps: int) -> float:
+    """Of a step, the mean over the ranks too: the same on all of them."""
     dist.barrier()
     start = time.perf_counter()
     for _ in range(steps):
         learner.step()
     dist.barrier()
-    return (time.perf_counter() - start) / steps
+    seconds = torch.tensor((time.perf_counter() - start) / steps)
+    dist.all_reduce(seconds)
+    return float(seconds) / RANKS
 
 
 # --- the table ---

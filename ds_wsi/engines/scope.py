@@ -5,6 +5,7 @@ not form again: their launcher's store still holds the first group's addresses.
 """
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,19 @@ from accelerate.state import AcceleratorState, GradientState
 from ds_wsi.engines.accelerate import EngineSettings, build_accelerator
 
 T = TypeVar("T")
+_USES_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+_LAUNCHED_WITH = os.environ.get(_USES_DEEPSPEED)
+
+
+def forget_engine() -> None:
+    """Let the next Accelerator be built as if it were the first of this process; a process group stays."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    # A DeepSpeed engine's Accelerator says in the environment that there is one; the next may have none.
+    if _LAUNCHED_WITH is None:
+        os.environ.pop(_USES_DEEPSPEED, None)
+    else:
+        os.environ[_USES_DEEPSPEED] = _LAUNCHED_WITH
 
 
 @contextmanager
@@ -40,8 +54,7 @@ def engine_scope() -> Iterator[None]:
             groups: Any = sys.modules.get("deepspeed.utils.groups")
             if groups is not None:
                 groups._WORLD_GROUP = None
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_engine()
         gc.collect()  # modules, engine and hooks refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -113,8 +126,7 @@ def launched(settings: EngineSettings, deepspeed_config: dict[str, Any] | None) 
         processes = Processes(accelerator.process_index, accelerator.num_processes)
         del accelerator
         # The runs inside make their own; the group, which is open now, they leave as it is.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_engine()
         yield processes
         if dist.is_initialized() and not inherited:
             dist.barrier()  # no process takes the group down while another still uses it

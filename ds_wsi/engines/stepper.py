@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -12,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from ds_wsi.engines.accelerate import OPTIMIZERS, EngineSettings, build_accelerator, prepare
 from ds_wsi.engines.deepspeed import full_state_dict
 from ds_wsi.engines.fsdp import whole
+from ds_wsi.engines.scope import forget_engine
 
 ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 
@@ -42,9 +42,7 @@ class Stepper:
             fully_shard(model, mesh=mesh)
             self.optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=learning_rate, weight_decay=0.0)
             return
-        # Accelerate remembers the engine before this one.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_engine()  # before this one
         settings = EngineSettings(learning_rate, 0.0, 0.0, optimizer, 1, 1)
         config = None if engine == "ddp" else _config(int(engine[-1]), optimizer)
         self._accelerator = build_accelerator(settings, Path("unused"), config)
