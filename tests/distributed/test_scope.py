@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from torch import nn
 
 from ds_wsi.engines.accelerate import EngineSettings
 from ds_wsi.engines.scope import engine_scope, launched
@@ -32,6 +33,16 @@ def decide() -> list:
 def test_the_main_process_decides_for_all_and_fails_for_all():
     """A group that was there before stays; what is known to one is known to all; nobody waits for a failed one."""
     assert run_ranks(decide, 2) == [[0, 2, 2, "ValueError", True], [1, 2, 0, "SystemExit 2", True]]
+
+
+def kinds() -> list[str]:
+    from ds_wsi.engines.stepper import Stepper
+
+    return [type(Stepper(engine, nn.Linear(2, 2), "sgd", 0.1).model).__name__ for engine in ("zero1", "ddp")]
+
+
+def test_an_engine_without_deepspeed_follows_one_with_it():
+    assert run_ranks(kinds, 2)[0] == ["DeepSpeedEngine", "DistributedDataParallel"]
 
 
 def test_deepspeed_forgets_the_group_of_the_engine_before(monkeypatch):
