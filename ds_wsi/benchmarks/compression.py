@@ -67,7 +67,6 @@ HOOKS: dict[str, CommPolicy] = {
     "topk 1.0% ddp": CommPolicy(hook="topk", keep=0.01, values="fp16"),
     "dmgc 1.0% ddp": _dmgc(0.01),
 }
-TOPK = tuple(name for name in HOOKS if name.startswith("topk") and not name.endswith("ddp"))
 COLORS = {"none": "#666666", "fp16": "#c4713b", "topk": "#5aa469", "powersgd": "#8a5aa5", "dmgc": "#3b6ea5"}
 
 
@@ -169,8 +168,8 @@ def _time_all(plan: Plan, link: LimitedLink | None, mbps: float, trained: Any) -
     if link is not None:
         link.limit(mbps)
     cases = [(model, hook) for model in plan.models for hook in plan.hooks]
-    seconds = run_ranks(_time, RANKS, cases, plan.timed_s, enter=None if link is None else link.enter)
-    found = {case: max(rank[number] for rank in seconds) for number, case in enumerate(cases)}
+    seconds = run_ranks(_time, RANKS, cases, plan.timed_s, enter=None if link is None else link.enter)[0]
+    found = dict(zip(cases, seconds, strict=True))
     if link is None:
         for case in cases:
             rows = trained[case]
@@ -307,7 +306,8 @@ def _bounds(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[Bound]:
     for model in plan.models if 20.0 in plan.mbps else ():
         own = {row["hook"]: row for row in rows if row["model"] == model and row[column] == row[column]}
         dmgc = [row for name, row in own.items() if name.startswith("dmgc") and not name.endswith("ddp")]
-        others = [row for name, row in own.items() if name in ("fp16", "powersgd ddp") or name in TOPK]
+        peers = [name for name in own if name.startswith(("fp16", "topk")) and not name.endswith("ddp")]
+        others = [own[name] for name in (*peers, "powersgd ddp") if name in own]
         if not dmgc or "none" not in own:
             continue
         best = min(dmgc, key=lambda row: row[column])

@@ -59,16 +59,15 @@ class Ranks:
         round trips.
         """
         sources = [source for source, length in enumerate(lengths) if length]
-        found = [torch.empty(length, dtype=torch.uint8, device=self.device) for length in lengths]
+        if len(sources) > 1:
+            copies = [message if rank != self.rank else message[:0] for rank in range(self.size)]
+            found = self.all_to_all(copies, [length if rank != self.rank else 0 for rank, length in enumerate(lengths)])
+        else:
+            found = [torch.empty(length, dtype=torch.uint8, device=self.device) for length in lengths]
         found[self.rank] = message.to(self.device)
         if len(sources) == 1:
             at = sources[0] if self.group is None else dist.get_global_rank(self.group, sources[0])
             dist.broadcast(found[sources[0]], at, group=self.group)
-        elif sources:
-            copies = [message if rank != self.rank else message[:0] for rank in range(self.size)]
-            others = [length if rank != self.rank else 0 for rank, length in enumerate(lengths)]
-            received = self.all_to_all(copies, others)
-            found = [found[rank] if rank == self.rank else part for rank, part in enumerate(received)]
         return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ds_wsi.partition import PartitionPlan, PartitionPolicy
 from ds_wsi.partition.staging import ALIGN, Block, Extents
 
 _BLOCK = 2**20  # bytes of one request
@@ -50,6 +51,11 @@ class NvmeSpill:
         self.budget_bytes = budget_bytes or free.f_bavail * free.f_frsize // 2
         self._extents, self._size = Extents(), 0
         self.written_bytes = self.read_bytes = 0
+
+    @classmethod
+    def of(cls, wanted: PartitionPolicy | PartitionPlan) -> "NvmeSpill | None":
+        """The disk of a policy or plan; None where it names none."""
+        return cls(wanted.nvme_path, wanted.nvme_budget_bytes) if wanted.nvme_path else None
 
     def write(self, data: Tensor) -> Block:
         """See `ds_wsi.partition.staging.Spill`.

@@ -94,8 +94,7 @@ def apply_policies(model: SlideModelForSlideClassification, args: TrainingArgume
     wanted: Any = policies.partition
     if not isinstance(slide_model.encoder.__dict__.get("forward"), PartitionedForward):
         if wanted.mode != "native":
-            spill = NvmeSpill(wanted.nvme_path, wanted.nvme_budget_bytes) if wanted.nvme_path else None
-            partition_layers(slide_model.encoder, wanted, spill=spill)
+            partition_layers(slide_model.encoder, wanted, spill=NvmeSpill.of(wanted))
         elif zero3 and any(True for _ in slide_model.encoder.parameters()):
             # ZeRO-3 gathers a module at each call, on all ranks together; ranks have more and fewer bags.
             partition_layers(slide_model.encoder, PartitionPolicy(mode="native", bn_population="bag"))

@@ -50,19 +50,11 @@ def build_extractor(
     if pretrained and weights is not None:
         raise ValueError("--pretrained and --encoder_weights must not be given together. HINT: choose one.")
     source = resolve_encoder(name)
-    named = source.name if weights is None and (pretrained or source.comes_with_weights) else None
+    named = source.weights_name(pretrained, weights)
     if weights is None and named is None:
         logger.warning("--encoder_weights is not given: %s has random weights (seed 0)", name)
-    config = ModelConfig(
-        source.architecture,
-        "mean",  # of a SlideModel the encoder alone is used
-        ("none", "none"),
-        asdict(tiling),
-        mean=source.mean,
-        std=source.std,
-        encoder_features=features or source.features,
-        encoder_options=dict(source.options),
-    )
+    # Of a SlideModel the encoder alone is used.
+    config = ModelConfig.of_source(source, "mean", ("none", "none"), asdict(tiling), features=features)
     source.warn_of_other_tiles(tiling.tile_size_px, tiling.mpp)
     torch.manual_seed(0)  # the same features when the command is given again
     return build_model(config, weights, named), config

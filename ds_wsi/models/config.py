@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ds_wsi.models.aggregators import build_aggregator
 from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, NoEncoder, build_encoder
+from ds_wsi.models.hub import EncoderSource
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.runtime.files import atomic_path, write_json
 
@@ -52,6 +53,30 @@ class ModelConfig:
             raise ValueError(
                 f"a model must have either an encoder or in_dim, got encoder {self.encoder!r} and in_dim {self.in_dim}"
             )
+
+    @classmethod
+    def of_source(
+        cls,
+        source: EncoderSource,
+        aggregator: str,
+        classes: tuple[str, ...],
+        tiling: dict[str, Any],
+        *,
+        features: str | None = None,
+        dropout: float | None = None,
+    ) -> "ModelConfig":
+        """With an encoder as its authors use it; `features` None takes what they take from it."""
+        return cls(
+            encoder=source.architecture,
+            aggregator=aggregator,
+            classes=classes,
+            tiling=tiling,
+            mean=source.mean,
+            std=source.std,
+            dropout=dropout,
+            encoder_features=features or source.features,
+            encoder_options=dict(source.options),
+        )
 
     @property
     def tile_size_px(self) -> int:

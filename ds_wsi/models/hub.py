@@ -48,6 +48,10 @@ class EncoderSource:
         """Whether the name says where the weights are."""
         return self.name.startswith((HUB, FOLDER))
 
+    def weights_name(self, pretrained: bool, weights: object) -> str | None:
+        """What timm finds the weights by; None where they are random, or from the file `weights`."""
+        return self.name if weights is None and (pretrained or self.comes_with_weights) else None
+
     def warn_of_other_tiles(self, tile_size_px: int, mpp: float) -> None:
         """Log where tiles are not what the encoder was trained on."""
         if self.tile_size_px not in (None, tile_size_px):

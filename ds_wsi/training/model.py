@@ -7,7 +7,6 @@ import torch
 
 from ds_wsi.engines.accelerate import Accelerator
 from ds_wsi.models import (
-    EncoderSource,
     ModelConfig,
     SlideModel,
     add_lora,
@@ -43,19 +42,17 @@ def build_slide_model(
     # The main process downloads, the others then find the files.
     with accelerator.main_process_first() if elsewhere else nullcontext():
         source = resolve_encoder(wanted.encoder)
-        config = ModelConfig(
-            encoder=source.architecture,
-            aggregator=wanted.aggregator,
-            classes=classes,
-            tiling=asdict(tiling),
-            mean=source.mean,
-            std=source.std,
+        config = ModelConfig.of_source(
+            source,
+            wanted.aggregator,
+            classes,
+            asdict(tiling),
+            features=wanted.encoder_features,
             dropout=wanted.dropout,
-            encoder_features=wanted.encoder_features or source.features,
-            encoder_options=dict(source.options),
         )
         torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
-        module = build_model(config, wanted.encoder_weights, _weights_from(source, settings))
+        named = source.weights_name(wanted.pretrained, wanted.encoder_weights)
+        module = build_model(config, wanted.encoder_weights, named)
     source.warn_of_other_tiles(tiling.tile_size_px, tiling.mpp)
     logger.info(
         "encoder: %s, %d features a tile (%s), normalised with mean %s, std %s",
@@ -68,10 +65,3 @@ def build_slide_model(
     if wanted.lora_rank:
         add_lora(module.encoder, wanted.lora_rank, wanted.lora_alpha, wanted.lora_targets, tiling.tile_size_px)
     return config, module.train()
-
-
-def _weights_from(source: EncoderSource, settings: TrainSettings) -> str | None:
-    """What timm finds the encoder's weights by; None where they are random, or from a file."""
-    wanted = settings.model
-    named = wanted.pretrained or source.comes_with_weights
-    return source.name if named and wanted.encoder_weights is None else None

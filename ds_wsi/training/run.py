@@ -228,8 +228,7 @@ def _partition(
             wanted = PartitionPlan.from_section(broadcast_object_list([plan.to_section()])[0])
     elif isinstance(wanted, PartitionPlan):
         logger.info("%s", wanted)
-    spill = NvmeSpill(wanted.nvme_path, wanted.nvme_budget_bytes) if wanted.nvme_path else None
-    partition_layers(module.encoder, wanted, spill=spill)
+    partition_layers(module.encoder, wanted, spill=NvmeSpill.of(wanted))
 
 
 def engine_settings(settings: TrainSettings) -> EngineSettings:
