@@ -21,6 +21,12 @@ from ds_wsi.runtime.log import logger
 COMPARED = "gated_abmil"
 ARMS: Mapping[str, tuple[str, ...]] = {"frozen": ("--freeze_encoder",), "end_to_end": ()}
 METRICS = ("auc", "accuracy")
+# Of both arms. 16 tiles, drawn anew in each epoch, keep aggregators from learning 64 slides by heart; TransMIL does not
+# leave chance at the trainer's default rate, nor all of its seeds without clipping.
+SETTINGS = (
+    *("--tiles_per_slide", "16", "--num_train_epochs", "20"),
+    *("--learning_rate", "1e-4", "--max_grad_norm", "1"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,10 @@ class ComparedRun:
 
     def command(self, demo_dir: str, folder: Path) -> list[str]:
         """The training as a command; it goes on where it was killed."""
-        options = ["--demo_dir", demo_dir, "--aggregator", self.aggregator, "--seed", str(self.seed), *ARMS[self.arm]]
+        which = ["--demo_dir", demo_dir, "--aggregator", self.aggregator, "--seed", str(self.seed)]
         train = [sys.executable, "-m", "ds_wsi.cli", "train"]
-        return [*train, *options, "--output_dir", str(folder), "--resume_from_checkpoint"]
+        kept = ["--output_dir", str(folder), "--resume_from_checkpoint"]
+        return [*train, *which, *SETTINGS, *ARMS[self.arm], *kept]
 
 
 def compared_runs(aggregators: Sequence[str], seeds: Iterable[int]) -> tuple[ComparedRun, ...]:
