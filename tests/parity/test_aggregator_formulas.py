@@ -214,9 +214,9 @@ def nystrom_reference(module, x):
     return linear(module.out, torch.cat(mixed, 1))[-count:], first
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 16])
-def test_transmil(length):
-    module, bag = build("transmil", embed_dim=8, heads=2, landmarks=4), draw_bag(length)
+@pytest.mark.parametrize(("length", "landmarks"), [(1, 4), (2, 4), (7, 4), (16, 4), (1, 16), (7, 16), (30, 24)])
+def test_transmil(length, landmarks):
+    module, bag = build("transmil", embed_dim=8, heads=2, landmarks=landmarks), draw_bag(length)
     logits, attention, _ = run(module, bag)
 
     def norm(layer, x):
@@ -242,6 +242,19 @@ def test_transmil(length):
     assert_same(attention, weights / weights.sum())
 
 
+@pytest.mark.parametrize(("length", "landmarks"), [(3, 16), (15, 16), (21, 12)])
+def test_gradients_of_a_short_bag_whose_equal_landmarks_are_one(length, landmarks):
+    torch.manual_seed(0)
+    module = NystromAttention(8, 2, landmarks, 0.0).double()
+    nn.init.normal_(module.qkv.weight)
+    x = torch.randn(length, 8, dtype=torch.float64, requires_grad=True)
+    inputs, outward = (x, *module.parameters()), torch.randn(length, 8, dtype=torch.float64)
+    found = torch.autograd.grad(module(x)[0], inputs, outward)
+    expected = torch.autograd.grad(nystrom_reference(module, x)[0], inputs, outward)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
 def test_nystrom_attention_with_a_landmark_a_token_is_softmax_attention(monkeypatch):
     monkeypatch.setattr(transmil, "PINV_ITERATIONS", 60)
     torch.manual_seed(0)
@@ -257,9 +270,9 @@ def test_nystrom_attention_with_a_landmark_a_token_is_softmax_attention(monkeypa
 def test_the_pseudo_inverse_is_not_rounded_by_autocast():
     torch.manual_seed(0)
     module, landmarks = NystromAttention(6, 1, 12, 0.0), torch.randn(2, 1, 12, 6)
-    expected = module._inverse(*landmarks)
+    expected = module._inverse(*landmarks, 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(module._inverse(*landmarks), expected)
+        assert torch.equal(module._inverse(*landmarks, 1), expected)
 
 
 def region_attention_reference(module, x):

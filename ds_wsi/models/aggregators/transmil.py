@@ -91,7 +91,9 @@ class NystromAttention(nn.Module):
     """Self-attention in time linear in the tokens: softmax(Q K~^T) pinv(softmax(Q~ K~^T)) softmax(Q~ K^T) V.
 
     Q~ and K~ are landmarks, means of equally many neighbours; zero tokens before the first make the number of tokens a
-    multiple of the landmarks' and, as in the original, take part. A depthwise convolution of V is added.
+    multiple of the landmarks' and, as in the original, take part. Those landmarks that are means of zero tokens alone
+    are equal: one stands for all of them, weighted by their number, so that a short bag costs what its tokens cost, and
+    gets what it got. A depthwise convolution of V is added.
 
     Args:
         dim: width of the tokens.
@@ -112,15 +114,17 @@ class NystromAttention(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [n, D] to the attention's result [n, D], and the first token's weights over the tokens, [n]."""
-        count = len(tokens)
-        padding = -count % self.landmarks
+        share = -(-len(tokens) // self.landmarks)  # tokens a landmark
+        missing = share * self.landmarks - len(tokens)
+        equal = max(1, missing // share)  # landmarks that the first one stands for
+        padding = missing - (equal - 1) * share
         tokens = F.pad(tokens, (0, 0, padding, 0))
         query, key, value = self.qkv(tokens).reshape(len(tokens), 3, self.heads, -1).permute(1, 2, 0, 3)  # [h, n, d]
         query = query * query.shape[-1] ** -0.5
-        query_landmarks, key_landmarks = self._landmarks(query), self._landmarks(key)  # [h, m, d]
-        to_landmarks = (query @ key_landmarks.mT).softmax(-1)  # [h, n, m]
-        from_landmarks = (query_landmarks @ key.mT).softmax(-1)  # [h, m, n]
-        inverse = self._inverse(query_landmarks, key_landmarks).to(to_landmarks.dtype)
+        query_landmarks, key_landmarks = (part.unflatten(1, (-1, share)).mean(2) for part in (query, key))  # [h, m, d]
+        to_landmarks = _weighted_softmax(query @ key_landmarks.mT, equal)  # [h, n, m]
+        from_landmarks = _weighted_softmax(query_landmarks @ key.mT, missing - padding + 1)  # [h, m, n]
+        inverse = self._inverse(query_landmarks, key_landmarks, equal).to(to_landmarks.dtype)
         mixed = (to_landmarks @ inverse) @ (from_landmarks @ value.to(from_landmarks.dtype))
         mixed = mixed + self.residual(value.unsqueeze(0)).squeeze(0)
         result = self.out(mixed.transpose(0, 1).flatten(1).to(tokens.dtype))
@@ -128,18 +132,31 @@ class NystromAttention(nn.Module):
             first = widened(to_landmarks[:, padding : padding + 1] @ inverse) @ widened(from_landmarks)
         return self.dropout(result[padding:]), first.mean(0)[0, padding:].clamp_min(0)
 
-    def _landmarks(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(1, (self.landmarks, -1)).mean(2)
+    def _inverse(self, query_landmarks: Tensor, key_landmarks: Tensor, equal: int) -> Tensor:
+        """Equation 14: the pseudo-inverse by iteration, in float32 at least: its products leave half precision.
 
-    def _inverse(self, query_landmarks: Tensor, key_landmarks: Tensor) -> Tensor:
-        """Equation 14: the pseudo-inverse by iteration, in float32 at least: its products leave half precision."""
+        Columns of equal landmarks are added up (their rows are alike): sums and products of such matrices are those of
+        the whole ones so reduced.
+        """
         with torch.autocast(query_landmarks.device.type, enabled=False):
-            kernel = (widened(query_landmarks) @ widened(key_landmarks).mT).softmax(-1)
+            kernel = _weighted_softmax(widened(query_landmarks) @ widened(key_landmarks).mT, equal)
+            transposed = kernel.mT
+            if equal > 1:  # the whole matrix's transpose, reduced
+                weights = kernel.new_ones(kernel.shape[-1])
+                weights[0] = equal
+                transposed = transposed * (weights / weights.unsqueeze(1))
             # Of all heads together, as in the original; in a bag of its own no other bag is among them.
-            scale = kernel.sum(-1).max() * kernel.sum(-2).max()
-            inverse, unit = kernel.mT / scale, torch.eye(self.landmarks, dtype=kernel.dtype, device=kernel.device)
+            scale = kernel.sum(-1).max() * transposed.sum(-1).max()
+            inverse, unit = transposed / scale, torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
             for _ in range(PINV_ITERATIONS):
                 product = kernel @ inverse
                 inner = 15 * unit - product @ (7 * unit - product)
                 inverse = 0.25 * inverse @ (13 * unit - product @ inner)
         return inverse
+
+
+def _weighted_softmax(logits: Tensor, weight: int) -> Tensor:
+    """Over the last dimension, in whose sum the first entry stands for `weight` equal ones."""
+    if weight > 1:
+        logits = torch.cat([logits[..., :1] + math.log(weight), logits[..., 1:]], -1)
+    return logits.softmax(-1)
