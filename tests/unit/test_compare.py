@@ -11,6 +11,7 @@ from ds_wsi.evaluation.record import RunRecord
 from ds_wsi.training import compare
 from ds_wsi.training.compare import ComparedRun, compared_runs, format_table
 from ds_wsi.training.options import settings_from
+from ds_wsi.training.settings import OptimSettings
 
 
 @pytest.fixture
@@ -55,6 +56,15 @@ def test_one_command_trains_every_aggregator_seed_and_kind_once(commands, tmp_pa
     assert (tmp_path / "compare.md").read_text() in printed
     assert main([*given, "--output_dir", str(tmp_path)]) == 0
     assert len(commands) == 8, "what is finished is not trained again"
+
+
+def test_both_arms_are_trained_alike_but_for_the_encoder(commands, tmp_path):
+    assert main(["demo", "--compare", "abmil,transmil", "--output_dir", str(tmp_path)]) == 0
+    for frozen, trained in (commands[:2], commands[2:]):
+        assert (frozen.model.freeze_encoder, trained.model.freeze_encoder) == (True, False)
+        assert replace(frozen, model=trained.model, run=trained.run) == trained
+    rates = {run.model.aggregator: run.optim.learning_rate for run in commands}
+    assert rates == {"abmil": OptimSettings().learning_rate, "transmil": 1e-4}
 
 
 def test_without_a_value_the_default_aggregator_and_one_seed(commands, tmp_path, capsys):
