@@ -213,11 +213,13 @@ def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
     """Set the floating buffers (BatchNorm's running statistics) of every rank to their mean over the ranks, in place.
 
     Each rank tracks the bags it saw, and only rank 0's would be saved: without this, ranks evaluate different models,
-    and a resumed run differs from an uninterrupted one. One all-reduce a buffer; the identity on one rank.
+    and a resumed run differs from an uninterrupted one. What is not saved is constant (the tiles' mean) and stays as it
+    is: a mean of equal numbers may be rounded. One all-reduce a buffer; the identity on one rank.
     """
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(accelerator.reduce(buffer.detach().clone(), "mean"))
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in part._non_persistent_buffers_set:
+                buffer.copy_(accelerator.reduce(buffer.detach().clone(), "mean"))
 
 
 def _describe(accelerator: Accelerator) -> str:

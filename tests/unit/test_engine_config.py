@@ -2,7 +2,10 @@ import copy
 import json
 
 import pytest
+import torch
+from torch import nn
 
+from ds_wsi.engines.accelerate import average_buffers
 from ds_wsi.engines.deepspeed import fill_auto, full_state_dict, read_config
 
 VALUES = {
@@ -88,3 +91,18 @@ def test_full_state_is_float32_copies_under_the_modules_names():
     assert state["1.num_batches_tracked"].dtype == torch.int64
     state["1.weight"].zero_()
     assert model[1].weight.sum() == 3
+
+
+def test_running_statistics_are_averaged_and_constants_left_alone():
+    class Ranks:
+        def reduce(self, tensor, reduction):
+            assert reduction == "mean"
+            return tensor + 1
+
+    module = nn.Sequential(nn.Identity(), nn.BatchNorm1d(2))
+    module[0].register_buffer("mean", torch.tensor([0.485]), persistent=False)
+    average_buffers(Ranks(), module)
+    assert module[0].mean.equal(torch.tensor([0.485]))
+    assert module[1].running_mean.equal(torch.ones(2))
+    assert module[1].running_var.equal(torch.full((2,), 2.0))
+    assert module[1].num_batches_tracked == 0
