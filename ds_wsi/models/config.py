@@ -1,6 +1,7 @@
 """What is needed to rebuild a model: its sizes and names, read from and written to config.json."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from ds_wsi.models.hub import EncoderSource
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.runtime.files import atomic_path, write_json
 
-VERSION = 2
-NEW_IN_2: dict[str, Any] = {"in_dim": None, "encoder_features": "pooled", "encoder_options": {}}
+VERSION = 3
+NEW_IN: dict[int, dict[str, Any]] = {
+    2: {"in_dim": None, "encoder_features": "pooled", "encoder_options": {}},
+    3: {"aggregator_options": {}},
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class ModelConfig:
             Empty for a model of features.
         mean, std: of the input's channels.
         dropout: of the aggregator; None for its original's.
+        aggregator_options: others of its constructor, as JSON has them; for what is not there its original's.
         in_dim: the width of the features of a model of features; None with an encoder, which has its own.
         encoder_features: what leaves the encoder, one of `FEATURES`.
         encoder_options: of `timm.create_model`, as JSON has them.
@@ -43,6 +48,7 @@ class ModelConfig:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     dropout: float | None = None
+    aggregator_options: dict[str, Any] = field(default_factory=dict)
     in_dim: int | None = None
     encoder_features: str = "pooled"
     encoder_options: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +70,7 @@ class ModelConfig:
         *,
         features: str | None = None,
         dropout: float | None = None,
+        aggregator_options: Mapping[str, Any] | None = None,
     ) -> "ModelConfig":
         """With an encoder as its authors use it; `features` None takes what they take from it."""
         return cls(
@@ -74,6 +81,7 @@ class ModelConfig:
             mean=source.mean,
             std=source.std,
             dropout=dropout,
+            aggregator_options=dict(aggregator_options or {}),
             encoder_features=features or source.features,
             encoder_options=dict(source.options),
         )
@@ -89,7 +97,7 @@ class ModelConfig:
 
     @classmethod
     def read(cls, path: str | Path) -> "ModelConfig":
-        """Read config.json, of this version or the one before.
+        """Read config.json, of this version or one before.
 
         Raises:
             ValueError: the file is missing, of another format or version, or lacks a key.
@@ -99,12 +107,14 @@ class ModelConfig:
             raise ValueError(f"the model's folder must hold config.json, got none at {path}")
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = values.pop("version", None)
-        if values.pop("format", None) != "ds_wsi.SlideModel" or version not in (1, VERSION):
+        if values.pop("format", None) != "ds_wsi.SlideModel" or version not in range(1, VERSION + 1):
             raise ValueError(
-                f"config.json must be of format ds_wsi.SlideModel version 1 or {VERSION}, got another ({path}). HINT: "
+                f"config.json must be of format ds_wsi.SlideModel, version 1 to {VERSION}, got another ({path}). HINT: "
                 "what save_pretrained wrote is read by ds_wsi.engines.transformers.SlideModelForSlideClassification"
             )
-        return cls.from_values(NEW_IN_2 | values if version == 1 else values, str(path))
+        for newer in range(version + 1, VERSION + 1):
+            values = NEW_IN[newer] | values
+        return cls.from_values(values, str(path))
 
     @classmethod
     def from_values(cls, values: dict[str, Any], place: str) -> "ModelConfig":
@@ -145,7 +155,7 @@ def build_model(
             **{**config.encoder_options, **_input_size(config.encoder, config)},
         )
     in_dim: Any = encoder.num_features
-    options = {} if config.dropout is None else {"dropout": config.dropout}
+    options = dict(config.aggregator_options) | ({} if config.dropout is None else {"dropout": config.dropout})
     aggregator = build_aggregator(config.aggregator, in_dim, len(config.classes), **options)
     return SlideModel(encoder, aggregator, config.mean, config.std)
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.settings import ModelSettings, TrainSettings
 
-OF_THE_AGGREGATOR = ("aggregator", "dropout")
+OF_THE_AGGREGATOR = ("aggregator", "dropout", "aggregator_options")
 OF_TILES = ("tiling", "augment", "partition")  # policies
 
 

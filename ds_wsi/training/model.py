@@ -35,7 +35,15 @@ def build_slide_model(
     """
     wanted, tiling = settings.model, settings.policies.tiling
     if in_dim is not None:
-        config = ModelConfig(None, wanted.aggregator, classes, {}, dropout=wanted.dropout, in_dim=in_dim)
+        config = ModelConfig(
+            None,
+            wanted.aggregator,
+            classes,
+            {},
+            dropout=wanted.dropout,
+            aggregator_options=dict(wanted.aggregator_options),
+            in_dim=in_dim,
+        )
         torch.manual_seed(settings.run.seed)
         return config, build_model(config)
     elsewhere = wanted.pretrained or ":" in wanted.encoder
@@ -49,6 +57,7 @@ def build_slide_model(
             asdict(tiling),
             features=wanted.encoder_features,
             dropout=wanted.dropout,
+            aggregator_options=dict(wanted.aggregator_options),
         )
         torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
         named = source.weights_name(wanted.pretrained, wanted.encoder_weights)

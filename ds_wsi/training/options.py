@@ -1,6 +1,7 @@
 """The command line's options: each sets one field of the settings, and only those given override the JSON."""
 
 import argparse
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -54,6 +55,21 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _assignments(text: str) -> tuple[tuple[str, float | str], ...]:
+    """Names and values: numbers, true and false as JSON has them, other words as they are."""
+    pairs = []
+    for part in _names(text):
+        name, sign, word = part.partition("=")
+        if not (sign and name.strip() and word.strip()):
+            raise argparse.ArgumentTypeError(f"must be name=value pairs such as landmarks=64,heads=4, got {part!r}")
+        try:
+            value = json.loads(word)
+        except json.JSONDecodeError:
+            value = word.strip()
+        pairs.append((name.strip(), value))
+    return tuple(pairs)
+
+
 # (option, field, type or choices, help); a field is "group.name" of TrainSettings, or "policies.policy.name".
 OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("manifest", "data.manifest", str, "CSV (or JSON, Parquet, saved dataset) of slides; without it the demo's"),
@@ -103,6 +119,12 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("encoder_features", "model.encoder_features", FEATURES, "what leaves the encoder (default: as its authors do)"),
     ("aggregator", "model.aggregator", tuple(AGGREGATORS), "MIL pooling"),
     ("dropout", "model.dropout", float, "of the aggregator"),
+    (
+        "aggregator_options",
+        "model.aggregator_options",
+        _assignments,
+        "others of the aggregator, as landmarks=64,heads=4",
+    ),
     ("freeze_encoder", "model.freeze_encoder", SWITCH, "train the aggregator only"),
     ("freeze_until", "model.freeze_until", str, "first submodule of the encoder that is trained, such as layer3"),
     ("freeze_encoder_epochs", "model.freeze_encoder_epochs", int, "epochs at first that train the aggregator only"),
@@ -146,7 +168,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         group, *_, leaf = place.split(".")
         holder = getattr(defaults.policies, place.split(".")[1]) if group == "policies" else getattr(defaults, group)
         default = getattr(holder, leaf)
-        if default is not None and kind != FLAG:
+        if default not in (None, ()) and kind != FLAG:
             text = f"{text} (default: {default})"
         how: dict[str, Any] = {"dest": place, "default": argparse.SUPPRESS, "help": text}
         if kind in (FLAG, SWITCH):

@@ -50,6 +50,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "augment": asdict(run.settings.policies.augment),
         "encoder": run.config.encoder and run.settings.model.encoder,
         "dropout": run.config.dropout,
+        "aggregator_options": run.config.aggregator_options,
         "bn_population": run.settings.bn_population,
         "metric_for_best_model": run.settings.run.metric_for_best_model,
         "encoder_features": run.config.encoder_features,

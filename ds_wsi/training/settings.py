@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from ds_wsi.config import DsWsiConfig
 from ds_wsi.evaluation.protocol import EvaluationProtocol
+from ds_wsi.models.aggregators import check_aggregator
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ModelSettings:
         encoder_features: what leaves the encoder, one of `FEATURES`; None for what its authors take, mostly pooled.
         aggregator: a key of `AGGREGATORS`.
         dropout: of the aggregator; None for its original's.
+        aggregator_options: others of the aggregator, pairs of name and value; for the rest its original's.
         freeze_encoder: train the aggregator only.
         freeze_until: the first submodule of the encoder that is trained; None trains all.
         freeze_encoder_epochs: epochs at the beginning in which only the aggregator is trained.
@@ -57,6 +59,7 @@ class ModelSettings:
     encoder_features: str | None = None
     aggregator: str = "gated_abmil"
     dropout: float | None = None
+    aggregator_options: tuple[tuple[str, float | str], ...] = ()
     freeze_encoder: bool = False
     freeze_until: str | None = None
     freeze_encoder_epochs: int = 0
@@ -69,6 +72,12 @@ class ModelSettings:
         for name in ("freeze_encoder_epochs", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        given = [name for name, _ in self.aggregator_options]
+        if len(set(given)) < len(given):
+            raise ValueError(f"--aggregator_options must name an option once, got {', '.join(given)}")
+        if "dropout" in given:
+            raise ValueError("--aggregator_options must not hold dropout. HINT: --dropout sets it.")
+        check_aggregator(self.aggregator, dict(self.aggregator_options))  # not after hours of tiling
         if not 0 < self.lora_alpha < float("inf"):
             raise ValueError(f"--lora_alpha must be positive, got {self.lora_alpha}")
         if self.lora_rank and not self.lora_targets:

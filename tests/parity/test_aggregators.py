@@ -308,6 +308,10 @@ def test_the_weights_rebuild_the_module(name):
         ("transmil", {"heads": 3}, r"embed_dim must be a multiple of heads, got 8 and 3"),
         ("rrtmil", {"epeg_kernel": 4}, r"epeg_kernel odd"),
         ("abmilx", {"heads": 3}, r"embed_dim must be a multiple of heads, got 8 and 3"),
+        ("abmil", {"heads": 3}, r"options of abmil must be of hidden_dim, dropout, got 'heads'"),
+        ("transmil", {"landmarks": 0}, r"transmil's landmarks must be >= 1, got 0"),
+        ("transmil", {"landmarks": 8.0}, r"transmil's landmarks must be of type int, as 256, got 8\.0"),
+        ("clam_sb", {"subtyping": 1}, r"clam_sb's subtyping must be of type bool"),
     ],
 )
 def test_options_out_of_range_are_refused(name, options, words):

@@ -102,18 +102,23 @@ class TestFeatures:
     def test_a_model_is_rebuilt_from_its_folder(self, tmp_path):
         config = ModelConfig("resnet10t", **BASE, encoder_features="flattened")
         assert round_trip(config, tmp_path)[1].encoder_features == "flattened"
+        config = ModelConfig("resnet10t", **BASE, aggregator_options={"hidden_dim": 5})
+        assert round_trip(config, tmp_path)[0].aggregator.attention_w.in_features == 5
         options = {"depth": 2, "embed_dim": 24, "num_heads": 3, "mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
         config = ModelConfig("vit_tiny_patch16_224", **BASE, encoder_features="cls_mean", encoder_options=options)
         model, _ = round_trip(config, tmp_path)
         assert model.encoder.num_features == 48
         assert isinstance(model.encoder.blocks[0].mlp.act, nn.SiLU)
 
-    def test_a_config_of_version_1_is_read(self, tmp_path):
+    def test_configs_of_older_versions_are_read(self, tmp_path):
         config = ModelConfig("resnet10t", **BASE)
         config.write(tmp_path / "config.json")
         values = json.loads((tmp_path / "config.json").read_text())
-        assert values["version"] == 2
-        older = {k: v for k, v in values.items() if k not in ("encoder_features", "encoder_options")}
+        assert values["version"] == 3
+        second = {k: v for k, v in values.items() if k != "aggregator_options"}
+        (tmp_path / "config.json").write_text(json.dumps({**second, "version": 2}))
+        assert ModelConfig.read(tmp_path / "config.json") == config
+        older = {k: v for k, v in second.items() if k not in ("encoder_features", "encoder_options")}
         (tmp_path / "config.json").write_text(json.dumps({**older, "version": 1}))
         read = ModelConfig.read(tmp_path / "config.json")
         assert (read.encoder_features, read.encoder_options) == ("pooled", {})

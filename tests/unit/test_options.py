@@ -66,6 +66,8 @@ def test_every_option_sets_its_field_with_underscores_or_dashes(name, place, kin
         given, expected = "1, 2.5", (1.0, 2.5)
     elif name == "lora_targets":
         given, expected = "fc1, qkv", ("fc1", "qkv")
+    elif name == "aggregator_options":
+        given, expected = "hidden_dim=64", (("hidden_dim", 64),)
     elif name == "deepspeed":
         given = expected = str(write_config(tmp_path, {}))
     elif isinstance(kind, tuple):
@@ -251,3 +253,19 @@ def test_known_learning_rates():
     assert rate(11, "constant") == 1.0
     with pytest.raises(ValueError, match=r"--lr_scheduler_type must be one of cosine, .*, got 'step'"):
         rate(0, "step")
+
+
+def test_options_of_an_aggregator_are_numbers_or_words_and_checked_before_anything_is_read():
+    settings = settings_of("--aggregator", "dtfd", "--aggregator_options", "pseudo_bags=2, distillation=maxs")
+    assert settings.model.aggregator_options == (("pseudo_bags", 2), ("distillation", "maxs"))
+    settings = settings_of("--aggregator", "clam_sb", "--aggregator_options", "subtyping=true")
+    assert settings.model.aggregator_options == (("subtyping", True),)
+    for text, words in {
+        "heads=4": r"options of gated_abmil must be of hidden_dim, dropout, got 'heads'",
+        "hidden_dim=4,hidden_dim=8": r"must name an option once",
+        "dropout=0.5": r"must not hold dropout\. HINT: --dropout",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            settings_of("--aggregator_options", text)
+    with pytest.raises(SystemExit):
+        settings_of("--aggregator_options", "hidden_dim")

@@ -1,6 +1,7 @@
 """Slide aggregators (MIL pooling): each takes a StackedBags of features and returns a SlideOutput."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 
 from torch import nn
 
@@ -28,16 +29,44 @@ AGGREGATORS: dict[str, Callable[..., nn.Module]] = {
     "rrtmil": RRTMIL,
     "abmilx": ABMILX,
 }
+MAY_BE_ZERO = ("masked",)  # of the whole numbers among the options
 
 
 def build_aggregator(name: str, in_dim: int, num_classes: int, **options: float | str) -> nn.Module:
     """Build an aggregator by name for features [N, in_dim] and logits [B, num_classes].
 
+    Args:
+        name: a key of `AGGREGATORS`.
+        in_dim: width of the features.
+        num_classes: of the logits.
+        options: of the aggregator's own constructor, by name; what is not given is its original's.
+
     Raises:
-        ValueError: an unknown name, or sizes that are not positive.
+        ValueError: an unknown name or option, an option of another type than its default, or sizes that are not
+            positive.
     """
-    if name not in AGGREGATORS:
-        raise ValueError(f"aggregator must be one of {', '.join(AGGREGATORS)}, got {name!r}")
+    check_aggregator(name, options)
     if in_dim < 1 or num_classes < 2:
         raise ValueError(f"in_dim must be >= 1 and num_classes >= 2, got {in_dim} and {num_classes}")
     return AGGREGATORS[name](in_dim, num_classes, **options)
+
+
+def check_aggregator(name: str, options: Mapping[str, float | str]) -> None:
+    """Refuse what `build_aggregator` would refuse of a name and options, before anything is built.
+
+    Raises:
+        ValueError: see there.
+    """
+    if name not in AGGREGATORS:
+        raise ValueError(f"aggregator must be one of {', '.join(AGGREGATORS)}, got {name!r}")
+    parameters = signature(AGGREGATORS[name]).parameters.values()
+    defaults = {entry.name: entry.default for entry in parameters if entry.default is not Parameter.empty}
+    for key, value in options.items():
+        if key not in defaults:
+            raise ValueError(f"options of {name} must be of {', '.join(defaults)}, got {key!r}")
+        kind = type(defaults[key])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{name}'s {key} must be of type {kind.__name__}, as {defaults[key]}, got {value!r}")
+        least = 0 if key in MAY_BE_ZERO else 1
+        if kind is int and int(value) < least:
+            raise ValueError(f"{name}'s {key} must be >= {least}, got {value}")
