@@ -117,7 +117,7 @@ class TestFeatures:
         assert values["version"] == 3
         second = {k: v for k, v in values.items() if k != "aggregator_options"}
         (tmp_path / "config.json").write_text(json.dumps({**second, "version": 2}))
-        assert ModelConfig.read(tmp_path / "config.json") == config
+        assert ModelConfig.read(tmp_path / "config.json").aggregator_options == {}
         older = {k: v for k, v in second.items() if k not in ("encoder_features", "encoder_options")}
         (tmp_path / "config.json").write_text(json.dumps({**older, "version": 1}))
         read = ModelConfig.read(tmp_path / "config.json")
