@@ -43,23 +43,36 @@ class Recompute:
 
         One pass for the reductions of each level of norms, the last level first, one for all gradients.
         """
-        segment, chunks = self.segment, self.parts.chunks
-        values: dict[fx.Node, Extent] = {segment.source: self.source}
+        values: dict[fx.Node, Extent] = {self.segment.source: self.source}
         corrected: set[fx.Node] = set()  # norms whose corrections are known
-        for piece in reversed(segment.pieces):
+        for piece in reversed(self.segment.pieces):
             if not piece.barriers:
                 continue
-            for chunk in reversed(chunks):
-                grad = above.read(self.parts.own(segment.target, chunk))
-                _, results = self.passes.with_graph(segment.whole, chunk, values, corrected=corrected)
-                leaves = self.norms.affine(piece.barriers, chunk)
-                found = torch.autograd.grad([results[segment.target]], leaves, [grad], allow_unused=True)
-                for norm, dgamma, dbeta in zip(piece.barriers, found[::2], found[1::2], strict=True):
-                    if dgamma is not None:
-                        self.norms.reduce(norm, chunk, dgamma, dbeta)
-                del results, grad
+            self._reduce(piece.barriers, above, values, corrected)
             self.norms.conclude(piece.barriers, self.sums)
             corrected |= set(piece.barriers)
+        self._differentiate(above, below, values, corrected)
+
+    def _reduce(
+        self, norms: list[fx.Node], above: Extent, values: dict[fx.Node, Extent], corrected: set[fx.Node]
+    ) -> None:
+        """The two sums of these norms over all chunks, those of all later norms being corrected."""
+        segment = self.segment
+        for chunk in reversed(self.parts.chunks):
+            grad = above.read(self.parts.own(segment.target, chunk))
+            _, results = self.passes.with_graph(segment.whole, chunk, values, corrected=corrected)
+            leaves = self.norms.affine(norms, chunk)
+            found = torch.autograd.grad([results[segment.target]], leaves, [grad], allow_unused=True)
+            for norm, dgamma, dbeta in zip(norms, found[::2], found[1::2], strict=True):
+                if dgamma is not None:
+                    self.norms.reduce(norm, chunk, dgamma, dbeta)
+            del results, grad
+
+    def _differentiate(
+        self, above: Extent, below: Tiles | Rows, values: dict[fx.Node, Extent], corrected: set[fx.Node]
+    ) -> None:
+        """The gradients of the input and of the parameters."""
+        segment, chunks = self.segment, self.parts.chunks
         parameters = [parameter for parameter in segment.whole.parameters if parameter.requires_grad]
         wants_input = self.passes.needs_grad[segment.source]
         if not parameters and not wants_input:
@@ -68,8 +81,8 @@ class Recompute:
             chunk = chunks[position]
             self.parts.prefetch(segment.whole, values, position - 1)
             grad = above.read(self.parts.own(segment.target, chunk))
-            leaves_, results = self.passes.with_graph(segment.whole, chunk, values, corrected=corrected)
-            inputs = [leaves_[segment.source]] if wants_input else []
+            leaves, results = self.passes.with_graph(segment.whole, chunk, values, corrected=corrected)
+            inputs = [leaves[segment.source]] if wants_input else []
             found = torch.autograd.grad(
                 [results[segment.target]],
                 [*inputs, *parameters],
@@ -80,6 +93,6 @@ class Recompute:
                 needed = self.parts.needed(segment.whole, chunk)
                 below.add(self.parts.reads(segment.source, chunk, needed), found[0])
             sums: list[Tensor | None] = list(found[len(inputs) :])
-            del found, leaves_, results
+            del found, leaves, results
             self.sums.add(parameters, sums, [grad])
             del grad  # or they would live through the next chunk's peak
