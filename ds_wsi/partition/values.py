@@ -200,5 +200,8 @@ class Rows:
             at = max(at, high)
 
 
+Extent = Given | Tiles | Rows
+
+
 def _zero_rows(like: Tensor, count: int) -> Tensor:
     return like.new_zeros((*like.shape[:2], count, like.shape[3]))
