@@ -39,6 +39,10 @@ class Tiles:
         self.host = host
         self.parts: dict[Range, Tensor | Ticket] = {}
 
+    def __del__(self) -> None:
+        """A call that is dropped without its backward gives its host memory back."""
+        self.clear()
+
     def write(self, where: Range, tensor: Tensor) -> None:
         """Keep a chunk."""
         self.parts[where] = tensor if self.host is None else self.host.put(tensor)

@@ -23,8 +23,8 @@ ARMS: Mapping[str, tuple[str, ...]] = {"frozen": ("--freeze_encoder",), "end_to_
 METRICS = ("auc", "accuracy")
 # Of both arms. Tiles drawn anew in each epoch keep an aggregator from learning 64 slides by heart.
 SETTINGS = ("--tiles_per_slide", "16", "--num_train_epochs", "20")
-# Bags of 16 among 256 landmarks are next to nothing; at the trainer's rate some seeds stay at chance, at this one some of
-# ABMIL's do; and a rate that falls may have fallen before chance is left.
+# Bags of 16 among 256 landmarks are next to nothing; at the trainer's rate some seeds stay at chance, at this one some
+# of ABMIL's do; and a rate that falls may have fallen before chance is left.
 SETTINGS_OF: Mapping[str, tuple[str, ...]] = {
     "transmil": (
         *("--aggregator_options", "landmarks=64", "--learning_rate", "1e-4", "--max_grad_norm", "1"),

@@ -409,10 +409,16 @@ def test_one_value_a_channel_and_an_untraceable_module_are_refused_by_name():
         norm(torch.randn(1, 3))
 
 
-def test_nothing_is_left_after_a_step():
+@pytest.mark.parametrize("mode", ["offload", "stream"])
+def test_nothing_is_left_after_a_step_nor_after_a_forward_without_backward(mode):
     module = build("resnet18")
-    partition_layers(module, PartitionPolicy(mode="offload", chunk_size=4))
+    partition_layers(module, PartitionPolicy(mode=mode, chunk_size=4))
     step(module, tiles(DEEP))
+    gc.collect()
+    assert module.forward._store.held_bytes == 0
+    output = module(tiles(DEEP))
+    assert module.forward._store.held_bytes > 0
+    del output
     gc.collect()
     assert module.forward._store.held_bytes == 0
 
