@@ -340,5 +340,5 @@ def test_the_command_refuses_what_does_not_fit(tmp_path, capsys):
     assert command(*options, "--target", "stage") == 2
     assert "options of panda must be of labels, drop, missing_ok, got target" in capsys.readouterr().err
     assert command(*options, "--folds", 2, "--monte_carlo_runs", 2) == 2
-    assert "at most one of split, folds and runs" in capsys.readouterr().err
+    assert "at most one of --split_file, --folds and --monte_carlo_runs" in capsys.readouterr().err
     assert not (tmp_path / "p.csv").exists()

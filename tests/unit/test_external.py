@@ -74,8 +74,8 @@ def test_every_problem_of_a_csv_is_listed(tmp_path):
     )
     assert "labels must take at least two values" in problems_of(read_custom, tmp_path, labels, **options)[0]
     assert problems_of(read_custom, tmp_path, labels, slide_column="image", label_column="y") == [
-        "labels must have a column 'image', got none (l.csv)",
-        "labels must have a column 'y', got none (l.csv)",
+        "labels must have a column 'image', got slide_id, label, who, part, um (l.csv)",
+        "labels must have a column 'y', got slide_id, label, who, part, um (l.csv)",
     ]
     assert "folder of the slides must be there" in problems_of(read_custom, tmp_path / "none")[0]
 
