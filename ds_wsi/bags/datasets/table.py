@@ -152,7 +152,7 @@ class CohortBuilder:
         Args:
             row: of the label file.
             slide_id: a second one of the name is a problem.
-            candidates: where its image can lie; the first that is there is taken.
+            candidates: where its image can lie, its suffix in capitals too; the first that is there is taken.
             label: a class, or anything else where `require` has noted it.
             patient_id: the slide's own id where left out.
             split, mpp, center: as of `SlideEntry`.
@@ -170,7 +170,8 @@ class CohortBuilder:
             )
             return
         self.places[slide_id] = row.place
-        path = next((path for path in candidates if path.is_file()), None)
+        in_capitals = [path.with_suffix(path.suffix.upper()) for path in candidates]
+        path = next((path for path in (*candidates, *in_capitals) if path.is_file()), None)
         if path is None:
             tried = ", ".join(str(path) for path in candidates) or "the folder"
             self.problems.append(
