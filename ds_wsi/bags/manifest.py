@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_wsi.bags.delimited import read_delimited
 from ds_wsi.runtime.files import atomic_path
 
 SPLITS = ("train", "validation", "test")
@@ -130,12 +131,7 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
 def _read_rows(path: Path) -> list[dict[str, str]]:
     if path.suffix.lower() in (".csv", ".tsv"):
         # Not through `datasets`: its type inference turns the slide_id "007" into the number 7.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-            return [
-                {str(key).strip(): (value or "").strip() for key, value in row.items() if key is not None}
-                for row in csv.DictReader(file, delimiter=delimiter)
-            ]
+        return [row.values for row in read_delimited(path)[1]]
     import datasets  # here, for it takes a second that a CSV does not need
 
     kinds = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}

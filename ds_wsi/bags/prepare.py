@@ -9,7 +9,7 @@ from ds_wsi.bags.datasets import DATASETS
 from ds_wsi.bags.manifest import Manifest, write_manifest
 from ds_wsi.bags.published import apply_split, find_folds
 from ds_wsi.bags.relabel import map_labels
-from ds_wsi.bags.splits import fold_splits, hold_out_validation, monte_carlo_splits
+from ds_wsi.bags.splits import at_level, fold_splits, hold_out_validation, monte_carlo_splits
 
 
 def read_dataset(dataset: str, root: str | Path, reading: Mapping[str, Any]) -> Manifest:
@@ -44,23 +44,43 @@ def split_dataset(
         manifest: of the dataset.
         split: see `apply_split`; a folder of folds gives one manifest a fold.
         folds, runs: of `fold_splits` and `monte_carlo_splits`.
-        level: "patient" or "slide".
+        level: "patient" or "slide", of what is drawn or published.
         keep_listed: of `apply_split`.
-        validation_fraction: of the training patients, held out for folds and for the dataset's own split.
+        validation_fraction: of the training patients, held out for folds, for the dataset's own split, and for a
+            published one without validation.
         seed: of what is drawn.
 
     Raises:
-        ValueError: more than one of split, folds and runs.
+        ValueError: more than one of split, folds and runs, or what has no effect on the one that is given.
     """
     if sum(map(bool, (split, folds, runs))) > 1:
-        raise ValueError("at most one of split, folds and runs must be given, got several. HINT: choose one.")
+        raise ValueError(
+            "at most one of --split_file, --folds and --monte_carlo_runs must be given, got several. HINT: choose one."
+        )
+    if keep_listed and not split:
+        raise ValueError("--keep_listed must be given with --split_file, got none. HINT: leave it out.")
+    if runs and validation_fraction:
+        raise ValueError(
+            f"--validation_fraction must not be given with --monte_carlo_runs, got {validation_fraction}: a tenth of "
+            "the patients of each draw validates. HINT: leave it out."
+        )
     if split:
-        return tuple(apply_split(manifest, path, level=level, keep_listed=keep_listed) for path in _published(split))
+        published = (apply_split(manifest, path, level=level, keep_listed=keep_listed) for path in _published(split))
+        return tuple(_with_validation(each, validation_fraction, seed) for each in published)
     if folds:
         return fold_splits(manifest, folds, validation_fraction, seed, level)
     if runs:
         return monte_carlo_splits(manifest, runs, seed=seed, level=level)
-    return (hold_out_validation(manifest, validation_fraction, seed),)
+    return (hold_out_validation(at_level(manifest, level), validation_fraction, seed),)
+
+
+def _with_validation(manifest: Manifest, fraction: float, seed: int) -> Manifest:
+    if fraction and manifest.in_split("validation"):
+        raise ValueError(
+            f"--validation_fraction must not be given with a split that has validation, got {fraction} "
+            f"({manifest.source}). HINT: leave it out."
+        )
+    return hold_out_validation(manifest, fraction, seed)
 
 
 def _published(split: str | Path) -> Sequence[Path]:

@@ -5,7 +5,6 @@ CLAM writes `splits_k.csv` with the columns train, val, test, each a list of sli
 test.csv, one slide a row.
 """
 
-import csv
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ds_wsi.bags.datasets.table import read_table, slide_name
+from ds_wsi.bags.delimited import read_delimited
 from ds_wsi.bags.manifest import SPLIT_ALIASES, Manifest, ManifestError, patient_problems
 from ds_wsi.bags.splits import at_level
 from ds_wsi.runtime.log import logger
@@ -23,6 +23,8 @@ PANTHER_COLUMNS = {
     "patient": ("PATIENT", "case_id"),
     "label": ("isup_grade",),
 }
+# In CLAM's tables: a column that is shorter than the longest, as pandas writes it; another split of a boolean one.
+NOT_THERE = ("", "nan", "false")
 FOLD = re.compile(r"(?:splits_|.*k=|fold_?)(\d+)(?:\.csv)?")
 
 
@@ -94,7 +96,7 @@ def apply_split(
     left = [name for name in known if name not in listed]
     if left and not keep_listed:
         problems += [
-            f"slide must be in the split, got {name!r} in none of it ({split}). HINT: keep_listed drops such slides."
+            f"slide must be in the split, got {name!r} in none of it ({split}). HINT: --keep_listed drops such slides."
             for name in left
         ]
     elif left:
@@ -108,7 +110,7 @@ def apply_split(
         at_level(replace(manifest, slides=tuple(slides)), level), source=f"{manifest.source} split by {split}"
     )
     problems += [
-        f"{problem} ({split}). HINT: level slide takes the split as it was published, leakage and all."
+        f"{problem} ({split}). HINT: --split_level slide takes the split as it was published, leakage and all."
         for problem in patient_problems(out.slides)
     ]
     if problems:
@@ -166,14 +168,12 @@ def _panther(folder: Path, test: str) -> Iterator[PublishedRow]:
 
 def _clam(path: Path) -> Iterator[PublishedRow]:
     read_table(path, {name: (name,) for name in CLAM_COLUMNS}, CLAM_COLUMNS)  # refuses what is no such file
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        index = (reader.fieldnames or [""])[0]
-        for row in reader:
-            for name in CLAM_COLUMNS:
-                value = (row[name] or "").strip()
-                if value == "False" or not value:  # a column that is shorter than the longest
-                    continue
-                slide = row[index] if value == "True" else value
-                split = SPLIT_ALIASES.get(name, name)
-                yield PublishedRow(slide_name(slide.strip()), split, f"{path.name}, row {reader.line_num}")
+    headings, rows = read_delimited(path)
+    for row in rows:
+        for name in CLAM_COLUMNS:
+            value = row[name]
+            if value.lower() in NOT_THERE:
+                continue
+            slide = row[headings[0]] if value.lower() == "true" else value
+            split = SPLIT_ALIASES.get(name, name)
+            yield PublishedRow(slide_name(slide), split, f"{path.name}, row {row.line}")

@@ -47,7 +47,10 @@ def monte_carlo_splits(
 
     Raises:
         ManifestError: too few patients to give every split one.
+        ValueError: fewer than one run.
     """
+    if runs < 1:
+        raise ValueError(f"monte_carlo_runs must be at least 1, got {runs}")
     manifest = at_level(manifest, level)
     shares = {split: share for split, share in zip(SPLITS, fractions, strict=True) if share > 0}
     return tuple(_with_splits(manifest, _draw(manifest, shares, f"{seed}-run{run}")) for run in range(runs))
@@ -69,7 +72,7 @@ def fold_splits(
         ManifestError: fewer patients than folds.
     """
     if folds < 2:
-        raise ValueError(f"folds must be at least 2, got {folds}. HINT: monte_carlo_splits draws a single one.")
+        raise ValueError(f"folds must be at least 2, got {folds}. HINT: --monte_carlo_runs draws a single one.")
     manifest = at_level(manifest, level)
     fold_of = _draw(manifest, {str(fold): 1 / folds for fold in range(folds)}, f"{seed}-folds")
     drawn = []
@@ -152,8 +155,9 @@ def _draw(manifest: Manifest, shares: Mapping[str, float], seed: str) -> dict[st
         raise ManifestError(
             manifest.source,
             [
-                f"splits need at least one patient each, got none for {', '.join(empty)} out of "
-                f"{len(part_of)} patient(s). HINT: add a `split` column to the manifest."
+                f"{len(shares)} splits need at least one patient each, got none for {', '.join(empty[:3])}"
+                f"{', ...' if len(empty) > 3 else ''} out of {len(part_of)} patient(s). "
+                "HINT: add a `split` column to the manifest, or draw fewer parts."
             ],
         )
     return part_of

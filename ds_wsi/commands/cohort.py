@@ -38,7 +38,7 @@ def add_prediction_options(parser: argparse.ArgumentParser, *, need_manifest: bo
 
 def classes_of(options: argparse.Namespace) -> tuple[str, ...] | None:
     """The names given with --classes."""
-    return tuple(options.classes.split(",")) if options.classes else None
+    return tuple(name.strip() for name in options.classes.split(",")) if options.classes else None
 
 
 def slides_of(options: argparse.Namespace, tiling: TilingPolicy, classes: Sequence[str] | None) -> "Cohort":

@@ -1,6 +1,7 @@
 """`ds-wsi evaluate` and `ds-wsi heatmap`: what an exported model says of a cohort."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from ds_wsi.training.dataset_options import add_reading_options, reading_of
 from ds_wsi.training.options import spellings, tiles_or_all
 
 if TYPE_CHECKING:
+    from ds_wsi.bags.cohort import Cohort
+    from ds_wsi.engines.scope import Processes
     from ds_wsi.evaluation.protocol import EvaluationProtocol
 
 
@@ -26,25 +29,37 @@ def add_evaluate(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(*spellings("eval_seed"), type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument(*spellings("dataset_name"), help="in tables of runs (default: the manifest's name)")
     _add_features_dir(parser)
+    # DeepSpeed's launcher adds it; the rank comes from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    """`ds-wsi evaluate`, and launch/evaluate.py."""
+    """`ds-wsi evaluate`, and launch/evaluate.py under any launcher, whose processes share the slides."""
+    from ds_wsi.engines.scope import launched_processes
+
+    with launched_processes() as processes:
+        _evaluate(options, processes)
+
+
+def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
     from ds_wsi.evaluation.record import RunFolderError, RunRecord
     from ds_wsi.evaluation.results import write_results
 
-    _require_cohort(options)
+    options.manifest = processes.on_main(partial(_manifest_of, options))
     protocol = EvaluationProtocol(options.eval_tiles, options.eval_runs, options.eval_seed)
     directory = Path(options.output_dir)
     record = None
-    try:
-        record = RunRecord.read(Path(options.model))
-    except RunFolderError as error:
-        logger.warning("%s: %s. `ds-wsi report` will have no place for this evaluation.", options.model, error)
-    (directory / RECORD_FILE).unlink(missing_ok=True)  # of an earlier evaluation: until this one ends, it has none
-    cohort, predictions, failures = _predictions(options, options.split, protocol)
+    if processes.is_main:
+        try:
+            record = RunRecord.read(Path(options.model))
+        except RunFolderError as error:
+            logger.warning("%s: %s. `ds-wsi report` will have no place for this evaluation.", options.model, error)
+        (directory / RECORD_FILE).unlink(missing_ok=True)  # of an earlier evaluation: until this one ends, it has none
+    cohort, predictions, failures = _predictions(options, options.split, protocol, processes)
+    if not processes.is_main:
+        return
     write_results(
         directory,
         cohort,
@@ -74,11 +89,12 @@ def add_heatmap(subparsers: argparse._SubParsersAction) -> None:
 
 def run_heatmap(options: argparse.Namespace) -> None:
     """`ds-wsi heatmap`."""
+    from ds_wsi.engines.scope import Processes
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.results import draw_heatmaps
 
-    _require_cohort(options)
-    cohort, predictions, _ = _predictions(options, "all", EvaluationProtocol())
+    options.manifest = _manifest_of(options)
+    cohort, predictions, _ = _predictions(options, "all", EvaluationProtocol(), Processes(0, 1))
     for _, path in draw_heatmaps(Path(options.output_dir), cohort, predictions):
         print(path)
 
@@ -105,8 +121,8 @@ def _pairs(text: str) -> dict[str, str]:
     return {theirs.strip(): ours.strip() for theirs, ours in pairs}
 
 
-def _require_cohort(options: argparse.Namespace) -> None:
-    """See that the options name a manifest: given, or written from a dataset in the model's classes."""
+def _manifest_of(options: argparse.Namespace) -> str:
+    """The manifest that the options name: given, or written from a dataset in the model's classes."""
     from ds_wsi.bags.prepare import write_external
     from ds_wsi.models import ModelConfig
 
@@ -116,20 +132,27 @@ def _require_cohort(options: argparse.Namespace) -> None:
         extra = [name for name in (*reading_of(vars(options)), "data_dir", "map_labels") if vars(options).get(name)]
         if extra:
             raise ValueError(f"--{extra[0]} must come with --dataset, got a manifest. HINT: leave it out.")
-        return
+        return str(options.manifest)
     if not options.data_dir:
         raise ValueError("--data_dir must be given with --dataset, got none. HINT: the dataset's folder.")
     if options.classes:
         raise ValueError("--classes must not be given with --dataset. HINT: --map_labels says which class is which.")
-    options.manifest = str(Path(options.output_dir) / f"{options.dataset}.csv")
+    manifest = str(Path(options.output_dir) / f"{options.dataset}.csv")
     classes = ModelConfig.read(Path(options.model) / "config.json").classes
     reading = reading_of(vars(options))
-    write_external(options.manifest, options.dataset, options.data_dir, reading, classes, options.map_labels)
+    write_external(manifest, options.dataset, options.data_dir, reading, classes, options.map_labels)
+    return manifest
 
 
-def _predictions(options: argparse.Namespace, split: str, protocol: "EvaluationProtocol") -> tuple:
-    """Predict the slides that the options choose with an exported model, on the tiles it was trained on."""
+def _predictions(
+    options: argparse.Namespace, split: str, protocol: "EvaluationProtocol", processes: "Processes"
+) -> tuple:
+    """Predict the slides that the options choose with an exported model, on the tiles it was trained on. Collective.
+
+    The processes share the slides by their tiles, and each has all predictions, in the cohort's order.
+    """
     from ds_wsi.bags.feature_cohort import load_feature_cohort
+    from ds_wsi.bags.sampler import deal_by_cost
     from ds_wsi.evaluation.predict import predict_slides
     from ds_wsi.models import load_model
 
@@ -142,8 +165,11 @@ def _predictions(options: argparse.Namespace, split: str, protocol: "EvaluationP
             f"--features_dir must not be given for a model with an encoder, got {options.features_dir} "
             f"({options.model}, {config.encoder}). HINT: leave it out, the model reads slides."
         )
-    if config.encoder is None:
-        cohort = load_feature_cohort(
+
+    def load() -> "Cohort":
+        if config.encoder is not None:
+            return slides_of(options, read_section({"tiling": config.tiling}).tiling, classes)
+        return load_feature_cohort(
             options.manifest,
             options.features_dir,
             in_dim=config.in_dim,
@@ -152,20 +178,26 @@ def _predictions(options: argparse.Namespace, split: str, protocol: "EvaluationP
             workers=max(1, options.dataloader_num_workers),
             need_splits=False,
         )
-    else:
-        cohort = slides_of(options, read_section({"tiling": config.tiling}).tiling, classes)
+
+    cohort = processes.main_first(load)  # which tiles the slides
     rows = _chosen_rows(options, cohort, split)
+    shares = deal_by_cost([cohort.lengths[row] for row in rows], processes.world_size)
+    own = [rows[index] for index in shares[processes.rank]]
     policy, failures = tile_reading_of(options, cohort)
     slides = cohort.manifest.slides
-    stream = predict_slides(model.to(device_of(options)), slides, cohort.grids, rows, policy, failures, protocol)
-    return cohort, list(stream), failures.rows()
+    stream = predict_slides(model.to(device_of(options)), slides, cohort.grids, own, policy, failures, protocol)
+    predictions = [found for share in processes.gather(list(stream)) for found in share]
+    for reasons in processes.gather(failures.reasons):
+        failures.reasons.update(reasons)
+    failures.check()
+    return cohort, sorted(predictions, key=lambda prediction: prediction.slide), failures.rows()
 
 
-def _chosen_rows(options: argparse.Namespace, cohort: object, split: str) -> tuple[int, ...]:
-    slides = cohort.manifest.slides  # type: ignore[attr-defined]
+def _chosen_rows(options: argparse.Namespace, cohort: "Cohort", split: str) -> tuple[int, ...]:
+    slides = cohort.manifest.slides
     wanted = getattr(options, "slide_ids", None)
     if wanted:
-        ids = wanted.split(",")
+        ids = [name.strip() for name in wanted.split(",")]
         unknown = set(ids) - {slide.slide_id for slide in slides}
         if unknown:
             raise ValueError(f"--slide_ids must be of the manifest, got {', '.join(sorted(unknown))}")

@@ -31,8 +31,10 @@ def run_compare(options: argparse.Namespace) -> None:
 def add_report(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi report`."""
     parser = add_command(subparsers, "report", run_report, "tables of many runs, as CSV, Markdown, LaTeX and HTML")
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs; unfinished ones are listed")
-    parser.add_argument(*spellings("output_dir"), required=True, help="results.csv, .md, .tex and .html go there")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or of protocols")
+    parser.add_argument(
+        *spellings("output_dir"), default="tables", help="results.csv, .md, .tex and .html go there (default: tables)"
+    )
     parser.add_argument("--metric", help="comma-separated (default: quadratic_weighted_kappa,auc,accuracy)")
 
 

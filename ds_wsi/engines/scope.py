@@ -8,7 +8,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -109,6 +109,30 @@ class Processes:
             raise
         self.share((False, value))
         return value
+
+    def main_first(self, function: Callable[[], T]) -> T:
+        """What the function returns on each process, which calls it when the main one has. Collective; see `on_main`.
+
+        For what leaves files on the main process that the others then read.
+        """
+        own: list[T] = []
+        self.on_main(lambda: own.append(function()))
+        return own[0] if self.is_main else function()
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank, on every process. Collective: an all-gather, the identity on one process."""
+        if self.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return cast(list[T], found)
+
+
+def launched_processes() -> AbstractContextManager[Processes]:
+    """As `launched`, for what needs no engine; one process is connected with nobody."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return nullcontext(Processes(0, 1))
+    return launched(EngineSettings(1e-3, 0.0, 0.0, "adam", 1, 1), None)
 
 
 @contextmanager

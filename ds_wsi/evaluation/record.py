@@ -10,6 +10,7 @@ from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.runtime.files import write_json
 
 FILE_NAME = "run.json"
+MARK_NAME = "protocol.json"  # with what a protocol began the run
 RESULTS = ("metrics.json", "predictions.csv")
 FORMAT, VERSION = "ds_wsi.run", 1
 

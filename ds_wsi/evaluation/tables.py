@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ds_wsi.evaluation.grouping import FinishedRun, build_tables
 from ds_wsi.evaluation.metrics import METRIC_NAMES
-from ds_wsi.evaluation.record import RunFolderError, RunRecord
+from ds_wsi.evaluation.record import FILE_NAME, MARK_NAME, RunFolderError, RunRecord
 from ds_wsi.evaluation.table_formats import to_csv, to_html, to_latex, to_markdown
 from ds_wsi.runtime.files import write_text
 from ds_wsi.runtime.log import logger
@@ -28,17 +28,26 @@ def collect_runs(run_dirs: Iterable[str | Path]) -> CollectedRuns:
     """Read the folders of runs; one that is unfinished or torn is set aside with the reason, and logged.
 
     Args:
-        run_dirs: folders that training or `ds-wsi evaluate` wrote; a folder named twice is read once.
+        run_dirs: folders that training or `ds-wsi evaluate` wrote, or a protocol, which stands for its runs' folders;
+            a folder named twice is read once.
     """
     runs: list[FinishedRun] = []
     skipped: list[tuple[Path, str]] = []
-    for path in dict.fromkeys(Path(path).resolve() for path in run_dirs):
+    for path in dict.fromkeys(run for given in run_dirs for run in _runs_of(Path(given).resolve())):
         try:
             runs.append(FinishedRun(path, RunRecord.read(path), _metrics(path)))
         except RunFolderError as error:
             logger.warning("run left out: %s: %s", path, error)
             skipped.append((path, str(error)))
     return CollectedRuns(tuple(runs), tuple(skipped))
+
+
+def _runs_of(path: Path) -> list[Path]:
+    """The folders of a protocol's runs; any other folder itself."""
+    if (path / FILE_NAME).is_file() or not path.is_dir():
+        return [path]
+    marks = (FILE_NAME, MARK_NAME)
+    return [child for child in sorted(path.iterdir()) if any((child / mark).is_file() for mark in marks)] or [path]
 
 
 def _metrics(path: Path) -> dict[str, float]:
@@ -53,7 +62,7 @@ def write_tables(run_dirs: Sequence[Path], output_dir: Path, metrics: Sequence[s
     variant is a row of its own. Runs no collective: one process calls it.
 
     Args:
-        run_dirs: folders of runs; unfinished and torn ones are listed with the reason, and take no part.
+        run_dirs: as of `collect_runs`; unfinished and torn ones are listed with the reason, and take no part.
         output_dir: where the files go.
         metrics: of METRIC_NAMES, in the order of the columns; by default QWK, AUC and accuracy.
 

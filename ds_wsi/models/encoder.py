@@ -1,6 +1,5 @@
 """Tile encoders: any timm model by name, with weights from timm's hub or a local file."""
 
-import difflib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ds_wsi.models.features import set_features
-from ds_wsi.models.hub import build_from_hub, layers_by_name
+from ds_wsi.models.hub import build_from_hub, layers_by_name, require_timm_name
 from ds_wsi.runtime.log import logger
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -43,12 +42,7 @@ def build_encoder(
         ValueError: timm has no model of this name, the weights do not fit it or cannot be had, or the model has no such
             features or takes no tiles of this size.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=5)
-        raise ValueError(
-            f"encoder must be a timm model's name, or begin with hf-hub: or local-dir:, got {name!r}. "
-            f"HINT: did you mean {', '.join(near)}?"
-        )
+    require_timm_name(name)
     if features != "pooled":
         options["global_pool"] = ""
     if source is not None and weights is None:

@@ -3,6 +3,7 @@
 Only timm loads: safetensors where the repository has them, tensors alone otherwise, and no code of the repository.
 """
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -173,7 +174,8 @@ def resolve_encoder(name: str) -> EncoderSource:
     if known is not None:
         return known
     if not name.startswith((HUB, FOLDER)):
-        found = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
+        require_timm_name(name)
+        found = timm.get_pretrained_cfg(name, allow_unregistered=True)
         return _source(name, name, found.to_dict() if found is not None else {}, {})
     try:
         if name.startswith(HUB):
@@ -190,6 +192,16 @@ def resolve_encoder(name: str) -> EncoderSource:
     # No classifier, and the features decide on no pooling.
     own = {key: value for key, value in (options or {}).items() if key != "num_classes" and value != ""}
     return _source(name, architecture, cfg, own)
+
+
+def require_timm_name(name: str) -> None:
+    """Raise ValueError where timm has no model of this name."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        raise ValueError(
+            f"encoder must be a timm model's name, or begin with hf-hub: or local-dir:, got {name!r}. "
+            f"HINT: {'did you mean ' + ', '.join(near) + '?' if near else 'timm.list_models() lists them.'}"
+        )
 
 
 def _source(name: str, architecture: str, cfg: Mapping[str, Any], options: dict[str, Any]) -> EncoderSource:

@@ -11,6 +11,11 @@ from ds_wsi.bags.splits import LEVELS
 from ds_wsi.training.options import spellings
 from ds_wsi.training.presets import presets_of
 
+
+def _centers(text: str) -> tuple[str, ...]:
+    return tuple(center.strip() for center in text.split(","))
+
+
 # Option of a reader -> its help; `True` where it is a switch, choices where it has some.
 READING: Mapping[str, tuple[str, Any]] = {
     "labels": ("its label file (default: where the dataset has it)", str),
@@ -18,7 +23,10 @@ READING: Mapping[str, tuple[str, Any]] = {
     "missing_ok": ("leave out rows without an image", True),
     "target": ("the classes", tuple(TARGETS)),
     "corrections": ("labels that override the official ones", str),
-    "test_centers": ("centers that are the test split, such as 3,4", lambda text: tuple(text.split(","))),
+    "test_centers": (
+        "centers that are the test split, such as 3,4",
+        _centers,
+    ),
     "one_per_patient": ("each patient's first slide", True),
     "slide_column": ("heading of the slide", str),
     "label_column": ("heading of the label", str),

@@ -81,6 +81,8 @@ def protocol_from(
     preset, given = presets[name], vars(options)
     ways = [way for way in (*WAYS, "split_column") if given.get(way)]
     below = {option: value for option, value in preset.protocol.items() if not (ways and option in WAYS)}
+    if {"split_file", "monte_carlo_runs"} & set(ways):
+        below.pop("validation_fraction", None)  # those have their own
     chosen = {**below, **given}
     for option in ("data.manifest", "data.demo_dir"):
         if option in given:
@@ -92,6 +94,8 @@ def protocol_from(
         )
     if given.get("run.resume_from_checkpoint", "latest") != "latest":
         raise ValueError("--resume_from_checkpoint must be without a path here: unfinished runs go on by themselves.")
+    if chosen.get("seeds", 1) < 1:
+        raise ValueError(f"--seeds must be at least 1, got {chosen['seeds']}")
     settings, config = settings_from(options, preset.settings)
     first = settings.run.seed
     protocol = Protocol(

@@ -38,7 +38,7 @@ from ds_wsi.tile_parallel.shard import Handle
 from ds_wsi.training.checkpoint import list_checkpoints
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.model import build_slide_model
-from ds_wsi.training.optim import WeightAverage
+from ds_wsi.training.optim import WeightAverage, set_beta
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import require_metric
 
@@ -153,6 +153,8 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     _partition(module, settings, cohort, accelerator, mesh)
     warms_up = settings.model.freeze_encoder_epochs > 0
     model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if warms_up else None)
+    if settings.optim.demon:
+        set_beta(optimizer, settings.optim.demon)  # refuses an optimizer without
     comm = attach_hook(accelerator, model, settings.policies.compression)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction)
     accelerator.init_trackers("tensorboard", config=_flat(settings))

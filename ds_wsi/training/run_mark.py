@@ -8,13 +8,13 @@ from typing import Any
 
 from ds_wsi.config import SECTION, write_section
 from ds_wsi.evaluation.record import FILE_NAME as RECORD
+from ds_wsi.evaluation.record import MARK_NAME as FILE_NAME
 from ds_wsi.evaluation.record import RunFolderError, RunRecord
 from ds_wsi.runtime.files import write_json
 from ds_wsi.training.checkpoint import list_checkpoints
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import stopping_words
 
-FILE_NAME = "protocol.json"
 # What changes how a run is computed and kept, not what comes out.
 LEFT_OUT = {
     "data": ("manifest", "tiles_dir", "demo_dir"),
@@ -61,6 +61,11 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
         return
     begun = json.loads(mark.read_text(encoding="utf-8"))
     for name in sorted({*begun, *wanted}):
+        if begun.get(name) != wanted.get(name) and name == "manifest":
+            raise ValueError(
+                f"slides, labels and splits must be what the run was begun with, got others than {mark} remembers. "
+                "HINT: give the same data and options of splitting, or another --output_dir."
+            )
         if begun.get(name) != wanted.get(name):
             raise ValueError(
                 f"{name} must be what the run was begun with, {begun.get(name)}, got {wanted.get(name)} ({mark}). "

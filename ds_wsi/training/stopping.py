@@ -6,6 +6,7 @@ import numpy as np
 
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.evaluation.metrics import slide_metrics
+from ds_wsi.runtime.log import logger
 from ds_wsi.training.settings import RunSettings
 
 
@@ -39,19 +40,26 @@ def stopping_words(settings: RunSettings) -> str | None:
 
 
 def require_metric(settings: RunSettings, cohort: Cohort) -> None:
-    """Refuse a cohort on whose validation split early stopping could see nothing.
+    """Refuse a cohort on whose validation split early stopping could see nothing; without it, warn of such a split.
 
     Raises:
         ValueError: without a validation split, or with one that leaves the metric undefined.
     """
-    if not settings.early_stopping_patience:
-        return
     given = f"--early_stopping_patience {settings.early_stopping_patience}"
     labels = np.array([cohort.manifest.slides[row].label for row in cohort.rows("validation")], dtype=np.int64)
     if not len(labels):
+        if not settings.early_stopping_patience:
+            return
         raise ValueError(f"{given} must be given with a validation split, got none ({cohort.manifest.source})")
     metric = settings.metric_for_best_model
     if math.isnan(slide_metrics(labels, np.eye(len(cohort.manifest.classes))[labels])[metric]):
+        if not settings.early_stopping_patience:
+            logger.warning(
+                "the validation split holds slides of one class alone, which leaves %s undefined: the last epoch's "
+                "weights are exported (%s). HINT: --metric_for_best_model accuracy, or another split.",
+                *(metric, cohort.manifest.source),
+            )
+            return
         raise ValueError(
             f"{given} needs a validation split that defines {metric}, got slides of one class alone "
             f"({cohort.manifest.source}). HINT: --metric_for_best_model accuracy, or another split."

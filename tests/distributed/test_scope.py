@@ -1,6 +1,7 @@
 """What the processes of a launcher do together between two runs."""
 
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,9 @@ def decide() -> list:
             ended = "ValueError"
         except SystemExit as error:
             ended = f"SystemExit {error.code}"
+        order = processes.gather(processes.main_first(lambda: (processes.rank, time.monotonic_ns())))
+    assert [rank for rank, _ in order] == [0, 1]
+    assert order[0] < (0, order[1][1]), "the main process comes first"
     return [processes.rank, processes.world_size, len(calls), ended, dist.is_initialized()]
 
 

@@ -94,8 +94,10 @@ def test_evaluate_and_heatmap_read_a_finished_run(demo_manifest, tmp_path):
     folder = tmp_path / "run"
     assert "engine: no, 1 process" in run(["python", SCRIPT, *train_arguments(demo_manifest, folder)])
     chosen = ["--model", str(folder), "--manifest", str(demo_manifest)]
-    run(["python", "launch/evaluate.py", *chosen, "--output-dir", str(tmp_path / "evaluated")])
-    # The same slides, tiles and weights: the same predictions, to the last digit.
+    evaluate = ["deepspeed", "--num_gpus", "2", "launch/evaluate.py", *chosen]
+    printed = run([*evaluate, "--output-dir", str(tmp_path / "evaluated")])
+    assert printed.count("test metrics of") == 1
+    # The same slides, tiles and weights, shared by two processes: the same predictions, to the last digit.
     assert (tmp_path / "evaluated/predictions.csv").read_text() == (folder / "predictions.csv").read_text()
     sampled = ["--eval_tiles", "5", "--eval_runs", "3", "--device", "cpu"]
     assert main(["evaluate", *chosen, "--output_dir", str(tmp_path / "sampled"), *sampled]) == 0

@@ -30,7 +30,10 @@ def test_panda_as_kaggle_distributes_it(tmp_path):
     assert found(manifest) == {row[0]: row[2] for row in PANDA}
     assert [slide.center for slide in manifest.slides] == [row[1] for row in PANDA]
     assert [slide.patient_id for slide in manifest.slides] == [row[0] for row in PANDA]
-    assert manifest.slides[2].path == tmp_path / "train_images" / f"{PANDA[2][0]}.tiff"
+    image = tmp_path / "train_images" / f"{PANDA[2][0]}.tiff"
+    assert manifest.slides[2].path == image
+    image.rename(image.with_suffix(".TIFF"))
+    assert read_panda(tmp_path).slides[2].path == image.with_suffix(".TIFF")
 
 
 def test_panda_slides_have_the_mpp_of_their_resolution_tags(tmp_path):
@@ -340,5 +343,5 @@ def test_the_command_refuses_what_does_not_fit(tmp_path, capsys):
     assert command(*options, "--target", "stage") == 2
     assert "options of panda must be of labels, drop, missing_ok, got target" in capsys.readouterr().err
     assert command(*options, "--folds", 2, "--monte_carlo_runs", 2) == 2
-    assert "at most one of split, folds and runs" in capsys.readouterr().err
+    assert "at most one of --split_file, --folds and --monte_carlo_runs" in capsys.readouterr().err
     assert not (tmp_path / "p.csv").exists()

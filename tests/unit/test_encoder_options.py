@@ -307,6 +307,12 @@ class TestWeights:
         with pytest.raises(ValueError, match=r"must be downloaded.*HINT: --encoder_weights FILE"):
             build_encoder("resnet18", source="resnet18.a1_in1k")
 
+    def test_a_name_that_is_none_of_timms_is_named_before_anything_is_built(self):
+        with pytest.raises(ValueError, match=r"timm model's name.*got 'resnet1'. HINT: did you mean resnet18"):
+            resolve_encoder("resnet1")
+        with pytest.raises(ValueError, match=r"got 'xyzzy'. HINT: timm.list_models\(\)"):
+            resolve_encoder("xyzzy")
+
     def test_a_models_own_normalisation(self):
         assert resolve_encoder("resnet18").mean == (0.485, 0.456, 0.406)
         inception = resolve_encoder("vit_tiny_patch16_224")

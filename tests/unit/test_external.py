@@ -45,6 +45,15 @@ def test_any_csv_by_its_headings(tmp_path):
     assert [slide.patient_id for slide in manifest.slides] == [row[2] for row in CUSTOM]
     assert [slide.split for slide in manifest.slides] == ["train"] * 6 + ["validation"] * 2
     assert {slide.mpp for slide in manifest.slides} == {0.25}
+    table(labels, ("img", "y"), [("scan_1", "wt"), ("case_1", "mutant")])
+    touch(tmp_path, "leica/scan_1.SCN")  # another of OpenSlide's formats, in capitals
+    assert [
+        slide.path.name for slide in read_custom(tmp_path, labels, **columns | {"patient_column": None}).slides
+    ] == [
+        "scan_1.SCN",
+        "case_1.svs",
+    ]
+    table(labels, ("img", "y", "who", "part", "um", "other"), rows)
     plain = read_custom(tmp_path, labels, slide_column="img", label_column="y")
     assert {(slide.split, slide.mpp) for slide in plain.slides} == {(None, None)}
     assert [slide.patient_id for slide in plain.slides] == [row[0] for row in CUSTOM]
@@ -74,8 +83,8 @@ def test_every_problem_of_a_csv_is_listed(tmp_path):
     )
     assert "labels must take at least two values" in problems_of(read_custom, tmp_path, labels, **options)[0]
     assert problems_of(read_custom, tmp_path, labels, slide_column="image", label_column="y") == [
-        "labels must have a column 'image', got none (l.csv)",
-        "labels must have a column 'y', got none (l.csv)",
+        "labels must have a column 'image', got slide_id, label, who, part, um (l.csv)",
+        "labels must have a column 'y', got slide_id, label, who, part, um (l.csv)",
     ]
     assert "folder of the slides must be there" in problems_of(read_custom, tmp_path / "none")[0]
 

@@ -178,3 +178,21 @@ def test_what_is_no_manifest_is_named(folder):
     (folder / "columns.csv").write_text("id,path\n1,a.svs\n")
     with pytest.raises(ManifestError, match="slide_id, label missing, got id, path"):
         read_manifest(folder / "columns.csv")
+
+
+def test_a_spreadsheets_csv_is_read_or_named(folder):
+    """As Excel writes it: semicolons, a mark of order, CRLF, a row that is cut short; what it may not be is told."""
+    wanted = read_manifest(write(folder, "csv"))
+    path = folder / "cohort.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + path.read_bytes().replace(b",", b";").replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    )
+    assert read_manifest(path) == wanted
+    path.write_bytes("slide_id,path,label\na,a.svs,gr\xfcn\n".encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"must be text in UTF-8, got byte 0xfc at position \d+ \(.*cohort.csv\). HINT"
+    ):
+        read_manifest(path)
+    path.write_text('slide_id,path,label\na,a.svs,"x, y"\nb,b.svs,x, low\n')
+    with pytest.raises(ValueError, match=r"as many values as there are headings, 3, got more in 1 \(.*, row 3\). HINT"):
+        read_manifest(path)

@@ -150,6 +150,15 @@ def test_a_way_of_splitting_that_is_given_replaces_the_presets():
     assert parse("camelyon17", "--target", "stage")[0].reading == {"target": "stage"}
 
 
+def test_a_split_with_validation_of_its_own_replaces_the_presets_fraction():
+    assert parse("camelyon17")[0].splitting["validation_fraction"] == 0.1
+    for given in (("--split_file", "s"), ("--monte_carlo_runs", 2)):
+        assert "validation_fraction" not in parse("camelyon17", *given)[0].splitting
+    assert parse("tcga", "--folds", 3)[0].splitting["validation_fraction"] == 0.1
+    with pytest.raises(ValueError, match=r"--seeds must be at least 1, got -1"):
+        parse("panda", "--seeds", -1)
+
+
 def test_seeds_go_on_from_the_first():
     assert parse("panda", "--seed", 5, "--seeds", 2)[0].seeds == (5, 6)
 

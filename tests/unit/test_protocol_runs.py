@@ -119,7 +119,7 @@ def test_another_label_file_is_another_protocol(finished, data, tmp_path, monkey
     (tmp_path / "labels.csv").write_text(text.replace("case_0,wt", "case_0,mutant"))
     manifest = (finished / "manifests" / "official.csv").read_text()
     assert main(["protocol", "custom", *arguments(data, finished, "--labels", tmp_path / "labels.csv")]) == 2
-    assert "manifest must be what the run was begun with" in capsys.readouterr().err
+    assert "slides, labels and splits must be what the run was begun with" in capsys.readouterr().err
     (finished / "manifests" / "official.csv").write_text(manifest)
 
 
@@ -174,6 +174,8 @@ def test_a_dry_run_of_one_training(demo_manifest, tmp_path, capsys):
     assert "steps: 4 an epoch, 32 in 8 epochs" in printed
     assert "partition: none is needed" in printed
     assert "two micro-steps: 3 tiles read in" in printed
+    assert main(["train", *given, "--dry_run", "--optim", "sgd", "--demon"]) == 2
+    assert "--demon must be given with an optimizer that has betas" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_wsi.bags.manifest import SPLITS, Manifest, ManifestError, SlideEntry, patient_problems
+from ds_wsi.bags.prepare import split_dataset
 from ds_wsi.bags.published import apply_split, find_folds
 from ds_wsi.bags.splits import fold_splits, hold_out_validation, monte_carlo_splits
 
@@ -45,14 +46,22 @@ WANTED = {"train": names(0, 1, 2, 3), "validation": names(4), "test": names(5)}
 def test_clams_ragged_columns(tmp_path):
     path = clam(tmp_path / "splits_0.csv", [f"{name}.svs" for name in names(0, 1, 2, 3)], names(4), names(5))
     assert split_of(apply_split(cohort(), path)) == WANTED
+    # As pandas and spreadsheets write the empty cells, the headings and the delimiter.
+    text = path.read_text().replace(",train", ", train").replace(",,", ",nan,NaN")
+    path.write_text(text.replace(",", ";"))
+    assert "nan;NaN" in path.read_text()
+    assert split_of(apply_split(cohort(), path)) == WANTED
 
 
 def test_clams_boolean_table(tmp_path):
     rows = [
-        [name, *(str(name in WANTED[split]) for split in SPLITS)]
+        [name, *(str(name in WANTED[split]).upper() for split in SPLITS)]  # a spreadsheet's; Python's are below
         for name in (slide.slide_id for slide in cohort().slides)
     ]
-    assert split_of(apply_split(cohort(), write(tmp_path / "b.csv", ["", "train", "val", "test"], rows))) == WANTED
+    path = write(tmp_path / "b.csv", ["", "train", "val", "test"], rows)
+    for _ in range(2):
+        assert split_of(apply_split(cohort(), path)) == WANTED
+        path.write_text(path.read_text().replace("TRUE", "True").replace("FALSE", "False"))
 
 
 def test_panthers_folder_of_tables(tmp_path):
@@ -105,7 +114,7 @@ def test_slides_that_a_split_leaves_out_are_dropped_when_asked_and_counted(tmp_p
 
 def test_a_leaking_split_is_refused_by_patient_and_taken_by_slide_with_a_warning(tmp_path, caplog):
     path = clam(tmp_path / "splits_0.csv", ["s0_0", "s1_0", "s1_1"], [], ["s0_1"])
-    with pytest.raises(ManifestError, match=r"patient p0 must be in one split.*HINT: level slide"):
+    with pytest.raises(ManifestError, match=r"patient p0 must be in one split.*HINT: --split_level slide"):
         apply_split(cohort(2), path)
     with caplog.at_level("WARNING", "ds_wsi"):
         manifest = apply_split(cohort(2), path, level="slide")
@@ -157,6 +166,26 @@ def test_folds_hold_out_validation_from_the_patients_not_tested():
         fold_splits(cohort(), 1)
     with pytest.raises(ManifestError, match="at least one patient each"):
         fold_splits(cohort(3), 4)
+
+
+def test_options_without_effect_on_the_way_of_splitting_are_refused(tmp_path, caplog):
+    whole = clam(tmp_path / "splits_0.csv", names(0, 1, 2, 3), names(4), names(5))
+    without = clam(tmp_path / "none.csv", names(0, 1, 2, 3, 4), [], names(5))
+    for options, message in (
+        ({"runs": 2, "validation_fraction": 0.2}, r"--validation_fraction must not be given with --monte_carlo_runs"),
+        ({"split": whole, "validation_fraction": 0.2}, r"with a split that has validation, got 0.2 \(.*splits_0.csv\)"),
+        ({"folds": 2, "keep_listed": True}, r"--keep_listed must be given with --split_file"),
+        ({"runs": -1}, r"monte_carlo_runs must be at least 1, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            split_dataset(cohort(), **options)
+    (held,) = split_dataset(cohort(), split=without, validation_fraction=0.4)
+    assert [len(held.in_split(split)) for split in SPLITS] == [6, 4, 2]
+    # Of the official split the validation slides too are drawn by slide where that is asked for.
+    official = apply_split(cohort(), without)
+    (by_slide,) = split_dataset(official, validation_fraction=0.3, level="slide")
+    assert "split by slide" in caplog.text
+    assert [len(by_slide.in_split(split)) for split in SPLITS] == [7, 3, 2]
 
 
 def test_monte_carlo_draws_differ_and_repeat_by_seed(caplog):

@@ -202,6 +202,21 @@ def test_the_command_prints_the_markdown_and_names_what_is_wrong(runs, tmp_path,
     assert main([*arguments, "--metric", "nothing"]) == 2
 
 
+def test_a_protocols_folder_stands_for_its_runs(runs, tmp_path, capsys, monkeypatch):
+    """`ds-wsi report runs/*` where some are protocols; the tables go to ./tables."""
+    begun = tmp_path / "panda" / "fold9_seed0"
+    begun.mkdir(parents=True)
+    (begun / "protocol.json").write_text("{}")
+    (tmp_path / "panda" / "manifests").mkdir()
+    for path in runs[1:]:
+        path.rename(tmp_path / "panda" / path.name)
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(runs[0]), "panda", "--metric", "accuracy"]) == 0
+    assert body(capsys.readouterr().out)[1][1:3] == ["74.00 ± 4.00", "**85.00 ± 5.57**"]
+    assert f"{begun}: unfinished" in (tmp_path / "tables" / "results.md").read_text()
+    assert "1 folder takes no part" in (tmp_path / "tables" / "results.md").read_text()
+
+
 def test_an_evaluation_elsewhere_keeps_the_models_record_and_says_where_it_was_trained(make):
     record = RunRecord.read(make(0.5, seed=4, settings={"lr": 1.0}))
     other = record.evaluated_on("tcga", "all", EvaluationProtocol(256, 100))

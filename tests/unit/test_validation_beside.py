@@ -373,11 +373,14 @@ def test_early_stopping_ends_the_run_and_a_resumed_one(
     assert vars(ended[1]) == vars(ended[0])
 
 
-def test_early_stopping_needs_a_metric_to_watch(work):
+def test_early_stopping_needs_a_metric_to_watch(work, caplog):
     slides = tuple(replace(slide, label=0) if slide.split == "validation" else slide for slide in work.slides)
     manifest = Manifest(slides, ("a", "b"))
     with pytest.raises(ValueError, match=r"needs a validation split that defines auc, got slides of one class.*HINT"):
         require_metric(RunSettings(early_stopping_patience=2), Cohort(manifest, work.grids))
+    assert not caplog.records
+    require_metric(RunSettings(), Cohort(manifest, work.grids))
+    assert "leaves auc undefined: the last epoch's weights are exported" in caplog.text
     require_metric(
         RunSettings(early_stopping_patience=2, metric_for_best_model="accuracy"), Cohort(manifest, work.grids)
     )

@@ -7,10 +7,10 @@ from ds_wsi.bags.datasets.table import (
     IMAGE_SUFFIXES,
     CohortBuilder,
     LabelRow,
-    has_column,
     read_table,
     slide_name,
 )
+from ds_wsi.bags.delimited import read_delimited
 from ds_wsi.bags.manifest import SPLIT_ALIASES, SPLITS, Manifest, ManifestError, sorted_labels
 
 
@@ -51,13 +51,15 @@ def read_custom(
         "mpp": mpp_column,
     }
     columns = {name: (heading,) for name, heading in wanted.items() if heading}
-    absent = [heading for name, (heading,) in columns.items() if table.is_file() and not has_column(table, (heading,))]
+    present = read_delimited(table)[0] if table.is_file() else []
+    absent = [name for name, (heading,) in columns.items() if present and heading not in present]
     if absent:
         raise ManifestError(
             f"labels {table}",
             [
-                f"labels must have a column {heading!r}, got none ({table.name}). HINT: name yours."
-                for heading in absent
+                f"labels must have a column {wanted[name]!r}, got {', '.join(present)} ({table.name}). "
+                f"HINT: --{name}_column names yours."
+                for name in absent
             ],
         )
     rows = read_table(table, columns, tuple(columns))

@@ -1,13 +1,16 @@
 """What the readers share: label tables whose rows know their place, and cohorts built while problems are collected."""
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ds_wsi.bags.delimited import read_delimited
 from ds_wsi.bags.manifest import SLIDE_ID_RULE, Manifest, ManifestError, SlideEntry, patient_problems
 
-IMAGE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs")
+# Of the formats that OpenSlide reads.
+IMAGE_SUFFIXES = (
+    *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".czi", ".dcm"),
+)
 # Files in which other projects keep what they computed of a slide, named like it.
 DERIVED_SUFFIXES = (".h5", ".pt")
 
@@ -26,15 +29,7 @@ class LabelRow:
 def has_column(path: str | Path, headings: Sequence[str]) -> bool:
     """Whether a label file has a column of one of these headings; False where there is no file."""
     path = Path(path)
-    if not path.is_file():
-        return False
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        found = next(csv.reader(file, delimiter=_delimiter(path)), [])
-    return any(heading.strip() in headings for heading in found)
-
-
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() in (".tsv", ".txt") else ","
+    return path.is_file() and any(heading in headings for heading in read_delimited(path)[0])
 
 
 def read_table(path: str | Path, columns: Mapping[str, Sequence[str]], required: Sequence[str]) -> list[LabelRow]:
@@ -47,33 +42,30 @@ def read_table(path: str | Path, columns: Mapping[str, Sequence[str]], required:
 
     Raises:
         ManifestError: no such file, no rows, or a required column is missing.
+        ValueError: see `read_delimited`.
     """
     path = Path(path)
     if not path.is_file():
         raise ManifestError(
             f"labels {path}", [f"labels must be a file, got none ({path}). HINT: give the dataset's own label file."]
         )
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter=_delimiter(path))
-        headings = {str(heading).strip(): heading for heading in reader.fieldnames or ()}
-        found = {
-            name: headings[heading] for name, known in columns.items() for heading in known[::-1] if heading in headings
-        }
-        problems = [
-            f"labels must have a column {' or '.join(columns[name])}, got {', '.join(headings) or 'nothing'} "
-            f"({path.name}). HINT: give the dataset's own label file."
-            for name in required
-            if name not in found
-        ]
-        if problems:
-            raise ManifestError(f"labels {path}", problems)
-        rows = [
-            LabelRow(
-                {name: (row[heading] or "").strip() for name, heading in found.items()},
-                f"{path.name}, row {reader.line_num}",
-            )
-            for row in reader
-        ]
+    headings, lines = read_delimited(path)
+    found = {name: next((heading for heading in known if heading in headings), None) for name, known in columns.items()}
+    problems = [
+        f"labels must have a column {' or '.join(columns[name])}, got {', '.join(headings) or 'nothing'} "
+        f"({path.name}). HINT: give the dataset's own label file."
+        for name in required
+        if found[name] is None
+    ]
+    if problems:
+        raise ManifestError(f"labels {path}", problems)
+    rows = [
+        LabelRow(
+            {name: line[heading] for name, heading in found.items() if heading is not None},
+            f"{path.name}, row {line.line}",
+        )
+        for line in lines
+    ]
     if not rows:
         raise ManifestError(
             f"labels {path}", [f"labels must hold at least one row, got none ({path.name}). HINT: fetch the file anew."]
@@ -160,7 +152,7 @@ class CohortBuilder:
         Args:
             row: of the label file.
             slide_id: a second one of the name is a problem.
-            candidates: where its image can lie; the first that is there is taken.
+            candidates: where its image can lie, its suffix in capitals too; the first that is there is taken.
             label: a class, or anything else where `require` has noted it.
             patient_id: the slide's own id where left out.
             split, mpp, center: as of `SlideEntry`.
@@ -178,7 +170,8 @@ class CohortBuilder:
             )
             return
         self.places[slide_id] = row.place
-        path = next((path for path in candidates if path.is_file()), None)
+        in_capitals = [path.with_suffix(path.suffix.upper()) for path in candidates]
+        path = next((path for path in (*candidates, *in_capitals) if path.is_file()), None)
         if path is None:
             tried = ", ".join(str(path) for path in candidates) or "the folder"
             self.problems.append(
