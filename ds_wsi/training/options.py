@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -161,6 +161,9 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
 )
 
 
+OPTION_OF = {place: name for name, place, _, _ in OPTIONS}
+
+
 def add_train_options(parser: argparse.ArgumentParser) -> None:
     """Add every option, with underscores or dashes; what is not given is absent from the namespace."""
     defaults = TrainSettings()
@@ -219,6 +222,7 @@ def settings_from(
         preset: field ("optim.learning_rate") -> value, in place of the default.
     """
     given = {name: value for name, value in vars(options).items() if "." in name}
+    asked = frozenset(given)
     config = read_config(given["run.deepspeed"]) if "run.deepspeed" in given else None
     section = config.get(SECTION, {}) if config else {}
     policies = read_section(section)
@@ -231,7 +235,36 @@ def settings_from(
     for group in ("data", "model", "optim", "run"):
         fields = {name.split(".")[1]: value for name, value in given.items() if name.split(".")[0] == group}
         settings = replace(settings, **{group: replace(getattr(settings, group), **fields)})
+    _check_effect(asked, settings)
     return settings, config
+
+
+# Field -> the option without which it does nothing, and whether that is in force.
+EFFECTIVE_WITH: Mapping[str, tuple[str, Callable[[TrainSettings], bool]]] = {
+    "model.lora_alpha": ("--lora_rank", lambda settings: settings.model.lora_rank > 0),
+    "model.lora_targets": ("--lora_rank", lambda settings: settings.model.lora_rank > 0),
+    "policies.stacking.sample_tiles": (
+        "--framework sampling",
+        lambda settings: settings.policies.stacking.framework == "sampling",
+    ),
+    "policies.compression.keep": (
+        "--comm_hook topk, dmgc or auto",
+        lambda settings: settings.policies.compression.hook in ("topk", "dmgc", "auto"),
+    ),
+    "policies.augment.blur_probability": ("--augment_blur", lambda settings: settings.policies.augment.blur > 0),
+}
+
+
+def _check_effect(asked: Collection[str], settings: TrainSettings) -> None:
+    """Refuse two sizes of a step on one command line, and warn of options without effect."""
+    if SLIDES_A_STEP in asked and any(place in asked for place in SLIDES_A_MICRO_STEP):
+        raise ValueError(
+            "--bags_per_step must not be given with --per_device_train_batch_size or --gradient_accumulation_steps, of "
+            "which it takes the place. HINT: leave out one of them; --virtual_workers divides a step."
+        )
+    for place, (needed, in_force) in EFFECTIVE_WITH.items():
+        if place in asked and not in_force(settings):
+            logger.warning("--%s: without effect, for want of %s", OPTION_OF[place], needed)
 
 
 # Keys of the DeepSpeed JSON -> the fields that they fix where they are not "auto".

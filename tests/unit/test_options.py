@@ -269,3 +269,17 @@ def test_options_of_an_aggregator_are_numbers_or_words_and_checked_before_anythi
             settings_of("--aggregator_options", text)
     with pytest.raises(SystemExit):
         settings_of("--aggregator_options", "hidden_dim")
+
+
+def test_options_without_effect_are_told(caplog):
+    settings_of("--lora_alpha", 4, "--comm_keep", 0.1, "--sample_tiles", 9, "--augment_blur_probability", 0.1)
+    told = [message for message in caplog.messages if "without effect" in message]
+    assert [message.split(":")[0] for message in told] == [
+        *("--lora_alpha", "--sample_tiles", "--comm_keep", "--augment_blur_probability")
+    ]
+    caplog.clear()
+    settings_of("--lora_alpha", 4, "--lora_rank", 2, "--comm_keep", 0.1, "--comm_hook", "topk")
+    assert not caplog.messages
+    for option in ("--per_device_train_batch_size", "--gradient_accumulation_steps"):
+        with pytest.raises(ValueError, match=r"--bags_per_step must not be given with"):
+            settings_of("--bags_per_step", 8, option, 2)
