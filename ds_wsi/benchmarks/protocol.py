@@ -12,7 +12,16 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ds_wsi.benchmarks.table import Bound, Result
-from ds_wsi.training.compare import ARMS, METRICS, ComparedRun, compare, compared_runs, read_metrics
+from ds_wsi.training.compare import (
+    ARMS,
+    METRICS,
+    SETTINGS,
+    SETTINGS_OF,
+    ComparedRun,
+    compare,
+    compared_runs,
+    read_metrics,
+)
 
 AGGREGATORS = "abmil,dtfd,transmil"
 COLORS = {"frozen": "#999999", "end_to_end": "#3b6ea5"}
@@ -49,7 +58,9 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
         words = f"{name}: {metric} end to end over frozen, mean of the seeds, above 0"
         bounds.append(Bound(words, means["end_to_end"] - means["frozen"], 1e-9))
     title = "Trained end to end or with a frozen encoder: the demo's test split"
-    return Result(title, rows, bounds, lambda figure: _draw(figure, names, results), {"metrics": "all tiles"})
+    notes = {"metrics": "all tiles", "options of both arms": " ".join(SETTINGS)}
+    notes |= {f"more of {name}": " ".join(SETTINGS_OF[name]) for name in names if name in SETTINGS_OF}
+    return Result(title, rows, bounds, lambda figure: _draw(figure, names, results), notes)
 
 
 def _values(results: Mapping[ComparedRun, Mapping[str, float]], name: str, arm: str, metric: str) -> list[float]:

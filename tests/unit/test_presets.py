@@ -116,11 +116,16 @@ def test_the_command_line_overrides_the_json_and_the_json_the_preset(tmp_path, c
     assert parse("panda", *given, "--learning_rate", 2)[1].optim.learning_rate == 2
 
 
-@pytest.mark.parametrize("given", [("--per_device_train_batch_size", 4), ("--gradient_accumulation_steps", 2), "json"])
-def test_a_batch_that_is_given_replaces_the_presets_slides_a_step(given, tmp_path):
-    if given == "json":
-        given = ("--deepspeed", write_json(tmp_path, {"gradient_accumulation_steps": 2}))
+@pytest.mark.parametrize("given", [("--per_device_train_batch_size", 4), ("--gradient_accumulation_steps", 2)])
+def test_a_batch_that_is_given_replaces_the_presets_slides_a_step(given):
     assert parse("panda")[1].policies.stacking.bags_per_step == 32
+    assert parse("panda", *given)[1].policies.stacking.bags_per_step is None
+    with pytest.raises(ValueError, match=r"--bags_per_step must not be given with"):
+        parse("panda", *given, "--bags_per_step", 6)
+
+
+def test_a_batch_in_the_json_replaces_the_presets_slides_a_step_and_gives_way_to_the_command_lines(tmp_path):
+    given = ("--deepspeed", write_json(tmp_path, {"gradient_accumulation_steps": 2}))
     assert parse("panda", *given)[1].policies.stacking.bags_per_step is None
     assert parse("panda", *given, "--bags_per_step", 6)[1].policies.stacking.bags_per_step == 6
 
