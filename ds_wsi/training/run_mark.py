@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ds_wsi.bags.delimited import read_delimited
 from ds_wsi.config import SECTION, write_section
 from ds_wsi.evaluation.record import FILE_NAME as RECORD
 from ds_wsi.evaluation.record import MARK_NAME as FILE_NAME
@@ -36,10 +37,17 @@ def identity(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -
         found |= {f"{group}.{name}": value for name, value in values.items() if name not in LEFT_OUT.get(group, ())}
     found |= {f"{policy}.{name}": value for policy, values in section.items() for name, value in values.items()}
     found["early_stopping"] = stopping_words(settings.run)  # beside training it comes an epoch later
-    found["manifest"] = hashlib.sha256(Path(str(settings.data.manifest)).read_bytes()).hexdigest()
+    found["manifest"] = _slides_digest(Path(str(settings.data.manifest)))
     found["deepspeed"] = {key: value for key, value in (deepspeed_config or {}).items() if key != SECTION}
     as_json: dict[str, Any] = json.loads(json.dumps(found))
     return as_json
+
+
+def _slides_digest(manifest: Path) -> str:
+    """Of a manifest but for where its slides lie: data may be moved."""
+    _, rows = read_delimited(manifest)
+    kept = [{name: value for name, value in row.values.items() if name != "path"} for row in rows]
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
 def require_same(folder: Path, wanted: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import runpy
+import shutil
 import sys
 
 import pytest
@@ -101,10 +102,11 @@ def test_the_second_run_is_the_run_alone_bit_by_bit(finished, data, tmp_path, mo
         assert alone.read_bytes() == second.read_bytes(), name
 
 
-def test_what_is_finished_is_skipped_and_other_settings_are_refused(finished, data, monkeypatch, capsys):
+def test_what_is_finished_is_skipped_and_other_settings_are_refused(finished, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(protocol, "train", lambda *_: pytest.fail("a finished run was trained again"))
-    # How it is computed and kept may differ.
-    given = arguments(data, finished, "--seeds", "2")
+    # How it is computed and kept may differ, and where its slides lie.
+    moved = shutil.copytree(data, tmp_path / "moved")
+    given = arguments(moved, finished, "--seeds", "2")
     assert main(["protocol", "custom", *given, "--save_steps", "1", "--dataloader_num_workers", "1"]) == 0
     printed = capsys.readouterr()
     assert f"{SEED_0}, is finished: skipped" in printed.err
