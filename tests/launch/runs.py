@@ -1,6 +1,7 @@
 """Starts the real commands on the small demo cohort."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 TIMEOUT_S = 300
+# The launchers' default port is the same for all, and files of tests run beside each other.
+PORT_OPTION = {"deepspeed": (1, "--master_port"), "accelerate": (2, "--main_process_port")}
 
 
 def train_arguments(manifest: Path, output_dir: Path, *extra: str) -> list[str]:
@@ -24,8 +27,24 @@ def environment() -> dict[str, str]:
 def run(command: list[str]) -> str:
     """Run to the end from the project's root; returns what was printed, raises with it where it failed."""
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        _on_a_free_port(command),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
     )
     printed = done.stdout + done.stderr
     assert done.returncode == 0, f"{' '.join(command)} exited with {done.returncode}:\n{printed[-4000:]}"
     return printed
+
+
+def _on_a_free_port(command: list[str]) -> list[str]:
+    if command[0] not in PORT_OPTION:
+        return command
+    place, option = PORT_OPTION[command[0]]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [*command[:place], option, str(port), *command[place:]]
