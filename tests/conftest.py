@@ -16,6 +16,7 @@ from ds_wsi.slides.demo import DemoPolicy, make_demo
 
 torch.set_num_threads(1)
 
+LOGGING = list(logger.handlers), logger.propagate, logger.level
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 
@@ -46,10 +47,13 @@ def _nothing_left_behind():
 
 @pytest.fixture(autouse=True)
 def _logging_as_it_was():
-    """A command called in this process takes over the package's logger: the next test's caplog would miss or double."""
-    handlers, propagate, level = list(logger.handlers), logger.propagate, logger.level
+    """A command called in this process takes over the package's logger: the next test's caplog would miss or double.
+
+    Before a test too: a fixture of a module may have called one.
+    """
+    logger.handlers[:], logger.propagate, logger.level = LOGGING
     yield
-    logger.handlers[:], logger.propagate, logger.level = handlers, propagate, level
+    logger.handlers[:], logger.propagate, logger.level = LOGGING
 
 
 @pytest.fixture(scope="session")
