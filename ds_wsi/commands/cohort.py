@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ds_wsi.bags.bag import ReadPolicy
 from ds_wsi.slides.tiling import TilingPolicy
-from ds_wsi.training.options import spellings
+from ds_wsi.training.options import comma_separated, spellings
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def add_prediction_options(parser: argparse.ArgumentParser, *, need_manifest: bo
 
 def classes_of(options: argparse.Namespace) -> tuple[str, ...] | None:
     """The names given with --classes."""
-    return tuple(name.strip() for name in options.classes.split(",")) if options.classes else None
+    return comma_separated(options.classes) if options.classes else None
 
 
 def slides_of(options: argparse.Namespace, tiling: TilingPolicy, classes: Sequence[str] | None) -> "Cohort":

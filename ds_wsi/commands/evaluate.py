@@ -11,7 +11,7 @@ from ds_wsi.commands.parser import add_command
 from ds_wsi.config import read_section
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.dataset_options import add_reading_options, reading_of
-from ds_wsi.training.options import spellings, tiles_or_all
+from ds_wsi.training.options import add_local_rank, comma_separated, spellings, tiles_or_all
 
 if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort
@@ -29,8 +29,7 @@ def add_evaluate(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(*spellings("eval_seed"), type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument(*spellings("dataset_name"), help="in tables of runs (default: the manifest's name)")
     _add_features_dir(parser)
-    # DeepSpeed's launcher adds it; the rank comes from the environment.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add_local_rank(parser)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -197,7 +196,7 @@ def _chosen_rows(options: argparse.Namespace, cohort: "Cohort", split: str) -> t
     slides = cohort.manifest.slides
     wanted = getattr(options, "slide_ids", None)
     if wanted:
-        ids = [name.strip() for name in wanted.split(",")]
+        ids = comma_separated(wanted)
         unknown = set(ids) - {slide.slide_id for slide in slides}
         if unknown:
             raise ValueError(f"--slide_ids must be of the manifest, got {', '.join(sorted(unknown))}")

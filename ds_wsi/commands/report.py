@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ds_wsi.commands.parser import add_command
 from ds_wsi.runtime.files import write_json
-from ds_wsi.training.options import spellings
+from ds_wsi.training.options import comma_separated, spellings
 
 
 def add_compare(subparsers: argparse._SubParsersAction) -> None:
@@ -42,5 +42,5 @@ def run_report(options: argparse.Namespace) -> None:
     """`ds-wsi report`."""
     from ds_wsi.evaluation.tables import write_tables
 
-    metrics = [name.strip() for name in options.metric.split(",")] if options.metric else None
+    metrics = comma_separated(options.metric) if options.metric else None
     print(write_tables([Path(run) for run in options.runs], Path(options.output_dir), metrics))

@@ -40,10 +40,6 @@ def set_single_process_variables() -> None:
     """Name this process the only rank where no launcher did; DeepSpeed otherwise asks for mpi4py."""
     if "RANK" in os.environ:
         return
-    # A free port, so that two runs on one machine do not meet.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ.update(
         RANK="0",
         LOCAL_RANK="0",
@@ -51,8 +47,16 @@ def set_single_process_variables() -> None:
         LOCAL_SIZE="1",
         LOCAL_WORLD_SIZE="1",
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        MASTER_PORT=str(free_port()),
     )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on, so that two runs on it do not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def trainer_arguments(*, deepspeed: bool = False) -> dict[str, Any]:

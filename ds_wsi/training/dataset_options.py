@@ -8,13 +8,8 @@ from typing import Any
 from ds_wsi.bags.datasets import DATASETS
 from ds_wsi.bags.datasets.corrections import TARGETS
 from ds_wsi.bags.splits import LEVELS
-from ds_wsi.training.options import spellings
+from ds_wsi.training.options import comma_separated, spellings
 from ds_wsi.training.presets import presets_of
-
-
-def _centers(text: str) -> tuple[str, ...]:
-    return tuple(center.strip() for center in text.split(","))
-
 
 # Option of a reader -> its help; `True` where it is a switch, choices where it has some.
 READING: Mapping[str, tuple[str, Any]] = {
@@ -23,10 +18,7 @@ READING: Mapping[str, tuple[str, Any]] = {
     "missing_ok": ("leave out rows without an image", True),
     "target": ("the classes", tuple(TARGETS)),
     "corrections": ("labels that override the official ones", str),
-    "test_centers": (
-        "centers that are the test split, such as 3,4",
-        _centers,
-    ),
+    "test_centers": ("centers that are the test split, such as 3,4", comma_separated),
     "one_per_patient": ("each patient's first slide", True),
     "slide_column": ("heading of the slide", str),
     "label_column": ("heading of the label", str),

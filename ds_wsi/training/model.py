@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -34,16 +35,12 @@ def build_slide_model(
         ValueError: weights that cannot be had or do not fit, or a part of the encoder that it does not have.
     """
     wanted, tiling = settings.model, settings.policies.tiling
+    of_the_aggregator: dict[str, Any] = {
+        "dropout": wanted.dropout,
+        "aggregator_options": dict(wanted.aggregator_options),
+    }
     if in_dim is not None:
-        config = ModelConfig(
-            None,
-            wanted.aggregator,
-            classes,
-            {},
-            dropout=wanted.dropout,
-            aggregator_options=dict(wanted.aggregator_options),
-            in_dim=in_dim,
-        )
+        config = ModelConfig(None, wanted.aggregator, classes, {}, in_dim=in_dim, **of_the_aggregator)
         torch.manual_seed(settings.run.seed)
         return config, build_model(config)
     elsewhere = wanted.pretrained or ":" in wanted.encoder
@@ -56,8 +53,7 @@ def build_slide_model(
             classes,
             asdict(tiling),
             features=wanted.encoder_features,
-            dropout=wanted.dropout,
-            aggregator_options=dict(wanted.aggregator_options),
+            **of_the_aggregator,
         )
         torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
         named = source.weights_name(wanted.pretrained, wanted.encoder_weights)

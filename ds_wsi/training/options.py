@@ -51,8 +51,13 @@ def size_in_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def comma_separated(text: str) -> tuple[str, ...]:
+    """The parts, without the spaces around them; empty ones stay."""
+    return tuple(part.strip() for part in text.split(","))
+
+
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    return tuple(name for name in comma_separated(text) if name)
 
 
 def _assignments(text: str) -> tuple[tuple[str, float | str], ...]:
@@ -203,8 +208,12 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         metavar="BETA",
         help=f"take Adam's first beta from BETA (without a value {ADAM_BETA}) down to 0 over the run",
     )
-    # DeepSpeed's launcher adds it; the rank comes from the environment.
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add_local_rank(parser)
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """What DeepSpeed's launcher adds to a command; the rank comes from the environment."""
+    parser.add_argument(*spellings("local_rank"), type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def spellings(name: str) -> list[str]:

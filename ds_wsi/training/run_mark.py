@@ -9,8 +9,7 @@ from typing import Any
 from ds_wsi.bags.delimited import read_delimited
 from ds_wsi.config import SECTION, write_section
 from ds_wsi.evaluation.record import FILE_NAME as RECORD
-from ds_wsi.evaluation.record import MARK_NAME as FILE_NAME
-from ds_wsi.evaluation.record import RunFolderError, RunRecord
+from ds_wsi.evaluation.record import MARK_NAME, RunFolderError, RunRecord
 from ds_wsi.runtime.files import write_json
 from ds_wsi.training.checkpoint import list_checkpoints
 from ds_wsi.training.settings import TrainSettings
@@ -58,32 +57,33 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
     Raises:
         ValueError: names the first setting that differs, with both values.
     """
-    mark = folder / FILE_NAME
+    mark = folder / MARK_NAME
     if not mark.exists():
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(
-                f"{folder} must be this protocol's, got a folder without {FILE_NAME}. HINT: another --output_dir."
+                f"{folder} must be this protocol's, got a folder without {MARK_NAME}. HINT: another --output_dir."
             )
         return
     if not list_checkpoints(folder) and not (folder / RECORD).exists():
         return
     begun = json.loads(mark.read_text(encoding="utf-8"))
     for name in sorted({*begun, *wanted}):
-        if begun.get(name) != wanted.get(name) and name == "manifest":
+        if begun.get(name) == wanted.get(name):
+            continue
+        if name == "manifest":
             raise ValueError(
                 f"slides, labels and splits must be what the run was begun with, got others than {mark} remembers. "
                 "HINT: give the same data and options of splitting, or another --output_dir."
             )
-        if begun.get(name) != wanted.get(name):
-            raise ValueError(
-                f"{name} must be what the run was begun with, {begun.get(name)}, got {wanted.get(name)} ({mark}). "
-                "HINT: give the options of the first start, or another --output_dir."
-            )
+        raise ValueError(
+            f"{name} must be what the run was begun with, {begun.get(name)}, got {wanted.get(name)} ({mark}). "
+            "HINT: give the options of the first start, or another --output_dir."
+        )
 
 
 def mark_started(folder: Path, wanted: dict[str, Any]) -> None:
     """Write what the run is begun with."""
-    write_json(folder / FILE_NAME, wanted)
+    write_json(folder / MARK_NAME, wanted)
 
 
 def was_finished(folder: Path) -> bool:

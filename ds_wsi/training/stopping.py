@@ -48,19 +48,19 @@ def require_metric(settings: RunSettings, cohort: Cohort) -> None:
     given = f"--early_stopping_patience {settings.early_stopping_patience}"
     labels = np.array([cohort.manifest.slides[row].label for row in cohort.rows("validation")], dtype=np.int64)
     if not len(labels):
-        if not settings.early_stopping_patience:
-            return
-        raise ValueError(f"{given} must be given with a validation split, got none ({cohort.manifest.source})")
+        if settings.early_stopping_patience:
+            raise ValueError(f"{given} must be given with a validation split, got none ({cohort.manifest.source})")
+        return
     metric = settings.metric_for_best_model
-    if math.isnan(slide_metrics(labels, np.eye(len(cohort.manifest.classes))[labels])[metric]):
-        if not settings.early_stopping_patience:
-            logger.warning(
-                "the validation split holds slides of one class alone, which leaves %s undefined: the last epoch's "
-                "weights are exported (%s). HINT: --metric_for_best_model accuracy, or another split.",
-                *(metric, cohort.manifest.source),
-            )
-            return
+    if not math.isnan(slide_metrics(labels, np.eye(len(cohort.manifest.classes))[labels])[metric]):
+        return
+    if settings.early_stopping_patience:
         raise ValueError(
             f"{given} needs a validation split that defines {metric}, got slides of one class alone "
             f"({cohort.manifest.source}). HINT: --metric_for_best_model accuracy, or another split."
         )
+    logger.warning(
+        "the validation split holds slides of one class alone, which leaves %s undefined: the last epoch's "
+        "weights are exported (%s). HINT: --metric_for_best_model accuracy, or another split.",
+        *(metric, cohort.manifest.source),
+    )

@@ -1,10 +1,11 @@
 """Starts the real commands on the small demo cohort."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from ds_wsi.engines.cpu import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -44,7 +45,4 @@ def _on_a_free_port(command: list[str]) -> list[str]:
     if command[0] not in PORT_OPTION:
         return command
     place, option = PORT_OPTION[command[0]]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [*command[:place], option, str(port), *command[place:]]
+    return [*command[:place], option, str(free_port()), *command[place:]]
