@@ -7,6 +7,7 @@ from typing import Any
 from ds_wsi.bags.augment import AugmentPolicy
 from ds_wsi.bags.bag import ReadPolicy
 from ds_wsi.compression.comm import CommPolicy
+from ds_wsi.norms import NormPolicy
 from ds_wsi.partition.plan import PartitionPlan
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.units import parse_bytes
@@ -29,6 +30,7 @@ class DsWsiConfig:
             Left out, the encoder runs as it is.
         stacking: how the bags of a step lie on ranks and in stacks.
         tile_parallel: how many ranks share each bag, and how they exchange features.
+        norm: what the encoder's BatchNorm averages over, in training and in evaluation.
         compression: how gradients are communicated between ranks.
     """
 
@@ -40,6 +42,7 @@ class DsWsiConfig:
     )
     stacking: StackingPolicy = field(default_factory=StackingPolicy)
     tile_parallel: TileParallelPolicy = field(default_factory=TileParallelPolicy)
+    norm: NormPolicy = field(default_factory=NormPolicy)
     compression: CommPolicy = field(default_factory=CommPolicy)
 
 

@@ -14,12 +14,14 @@ from ds_wsi.models.aggregators import build_aggregator
 from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, NoEncoder, build_encoder
 from ds_wsi.models.hub import EncoderSource
 from ds_wsi.models.slide_model import SlideModel
+from ds_wsi.norms.policy import EVALUATION, TRAINING
 from ds_wsi.runtime.files import atomic_path, write_json
 
-VERSION = 3
+VERSION = 4
 NEW_IN: dict[int, dict[str, Any]] = {
     2: {"in_dim": None, "encoder_features": "pooled", "encoder_options": {}},
     3: {"aggregator_options": {}},
+    4: {"norm_training": "bag", "norm_evaluation": "running"},  # older models were exported so, whatever they trained
 }
 
 
@@ -39,6 +41,8 @@ class ModelConfig:
         in_dim: the width of the features of a model of features; None with an encoder, which has its own.
         encoder_features: what leaves the encoder, one of `FEATURES`.
         encoder_options: of `timm.create_model`, as JSON has them.
+        norm_training: what the encoder's BatchNorm averaged over in training, of a `NormPolicy`, and not "auto".
+        norm_evaluation: what it averages over in evaluation; "recalibrated" statistics are in the weights.
     """
 
     encoder: str | None
@@ -52,9 +56,14 @@ class ModelConfig:
     in_dim: int | None = None
     encoder_features: str = "pooled"
     encoder_options: dict[str, Any] = field(default_factory=dict)
+    norm_training: str = "bag"
+    norm_evaluation: str = "running"
 
     def __post_init__(self) -> None:
-        """Refuse a model with both an encoder and features of a given width, or with neither."""
+        """Refuse a model with both an encoder and features of a given width, or with neither; and unknown norms."""
+        for name, known in (("norm_training", TRAINING[1:]), ("norm_evaluation", EVALUATION[1:])):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if (self.encoder is None) == (self.in_dim is None):
             raise ValueError(
                 f"a model must have either an encoder or in_dim, got encoder {self.encoder!r} and in_dim {self.in_dim}"
@@ -157,7 +166,9 @@ def build_model(
     in_dim: Any = encoder.num_features
     options = dict(config.aggregator_options) | ({} if config.dropout is None else {"dropout": config.dropout})
     aggregator = build_aggregator(config.aggregator, in_dim, len(config.classes), **options)
-    return SlideModel(encoder, aggregator, config.mean, config.std)
+    return SlideModel(encoder, aggregator, config.mean, config.std).set_norms(
+        config.norm_training, config.norm_evaluation
+    )
 
 
 def load_model(directory: str | Path) -> tuple[SlideModel, ModelConfig]:

@@ -1,7 +1,7 @@
 """Encoder and aggregator as one module."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, NoEncoder
 from ds_wsi.models.freezing import Untrained
 from ds_wsi.models.output import SlideOutput
+from ds_wsi.norms.policy import EVALUATION, TRAINING
+from ds_wsi.norms.population import takes_population
+from ds_wsi.norms.roles import batch_norms, is_shared, normalise_with
 from ds_wsi.stacking.randomness import bag_draws
 from ds_wsi.stacking.stacked_bags import StackedBags
 
@@ -16,9 +19,9 @@ from ds_wsi.stacking.stacked_bags import StackedBags
 class SlideModel(nn.Module):
     """Bags of tiles (or of features) to slide predictions, trained end to end.
 
-    The encoder sees one bag at a time, so that train-mode BatchNorm has the bag as its population, as in training
-    with batch size 1: a bag's gradient does not depend on what it was stacked with. An encoder whose forward says
-    `encodes_stacks` (a partitioned one) is given the whole stack with its bounds, and treats bags as its policy says.
+    What the encoder's BatchNorm averages over is said by `set_norms`. At first that is each bag by itself: the encoder
+    sees one bag at a time, and a bag's gradient does not depend on what it was stacked with. An encoder whose forward
+    says `encodes_stacks` (a partitioned one) is given the whole stack, with its bounds where bags are populations.
 
     Args:
         encoder: tiles [N, 3, S, S] -> features [N, D]; `NoEncoder` in a model of features.
@@ -33,6 +36,9 @@ class SlideModel(nn.Module):
 
     mean: Tensor
     std: Tensor
+    norm_training = "bag"
+    norm_evaluation = "running"
+    _idle = False
 
     def __init__(
         self,
@@ -54,6 +60,23 @@ class SlideModel(nn.Module):
         """Whether no parameter of the encoder is trained, for now or at all."""
         return self.warming_up or not any(parameter.requires_grad for parameter in self.encoder.parameters())
 
+    def set_norms(self, training: str | None = None, evaluation: str | None = None) -> "SlideModel":
+        """Say what the encoder's BatchNorm averages over, from now on; None leaves it as it is.
+
+        Args:
+            training: "bag", "stack", "step" or "frozen" of a `NormPolicy`. "stack" and "step" encode a call's bags
+                together; for "step" the caller hands over all bags of the step in one call, and shares the norms among
+                the ranks (`ds_wsi.norms.shared.share_norms`).
+            evaluation: "running" or "bag"; "recalibrated" is "running", of the statistics that the weights came with.
+        """
+        if training is not None:
+            assert training in TRAINING[1:], training
+            self.norm_training = training
+        if evaluation is not None:
+            assert evaluation in EVALUATION[1:], evaluation
+            self.norm_evaluation = evaluation
+        return self.train(self.training)
+
     def train(self, mode: bool = True) -> "SlideModel":
         """Set the mode; what is frozen of the encoder stays in evaluation mode, BatchNorm statistics included."""
         super().train(mode)
@@ -61,7 +84,42 @@ class SlideModel(nn.Module):
             self.encoder.eval()
         for name in getattr(self.encoder, "frozen_parts", ()):
             self.encoder.get_submodule(name).eval()
+        for norm in batch_norms(self.encoder):
+            if not mode:
+                normalise_with(norm, "own" if self.norm_evaluation == "bag" else "running")
+            else:
+                frozen = self.norm_training == "frozen" or not norm.training
+                normalise_with(norm, "running" if frozen else "tracked")
         return self
+
+    @property
+    def _is_one_population(self) -> bool:
+        """Whether the bags of a call are encoded together."""
+        if not self.training or self.norm_training not in ("stack", "step"):
+            return False
+        return any(takes_population(norm) for norm in batch_norms(self.encoder))
+
+    @contextmanager
+    def idling(self) -> Iterator[None]:
+        """Let a process without a bag take part in the others' collectives: it is given one blank instance.
+
+        Nothing is drawn, and no running statistic moves but for those of a population that the ranks share: there the
+        encoder is called with no tile.
+        """
+        modes = [(part, part.training) for part in self.modules()]
+        joins = self._is_one_population and is_shared(self.encoder)
+        if joins:
+            self.aggregator.eval()
+        else:
+            self.eval()
+        self._idle = joins
+        try:
+            yield
+        finally:
+            self._idle = False
+            self.train(dict(modes)[self])
+            for part, training in modes:
+                part.training = training
 
     def forward(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:
         """Predict from tiles (uint8 or floating [sum N, 3, S, S]) or from features (floating [sum N, D]).
@@ -73,19 +131,30 @@ class SlideModel(nn.Module):
             return self.aggregate(bags.with_values(features.to(self.aggregator_dtype)), labels)
         if bags.values.dim() == 2:
             return self.aggregate(bags, labels)
-        if getattr(self.encoder.forward, "encodes_stacks", False):
-            # It knows the bags' bounds, normalises a chunk at a time, and never holds the stack's activations.
-            with torch.no_grad() if self.encoder_is_frozen else nullcontext():
-                features = self.encoder(bags.values, cu_seqlens=bags.cu_seqlens, prepare=self.normalise)
-        else:
-            parts = []
-            for bag, tiles in enumerate(bags.split()):
-                with bag_draws(bag, tiles.device):
-                    parts.append(self.encode(tiles))
-            features = torch.cat(parts)
+        if self._idle:
+            nothing = self._encode_stack(StackedBags(bags.values[:0], bags.cu_seqlens[:1]))
+            blank = nothing.new_zeros(len(bags.values), nothing.shape[1]) + nothing.sum() * 0.0
+            return self.aggregate(bags.with_values(blank), labels)
+        features = self._encode_stack(bags)
         if self.warming_up and torch.is_grad_enabled():
             features = Untrained.apply(features, *(p for p in self.encoder.parameters() if p.requires_grad))
         return self.aggregate(bags.with_values(features), labels)
+
+    def _encode_stack(self, bags: StackedBags) -> Tensor:
+        """Features [sum N, D] of a stack of tiles."""
+        together = self._is_one_population
+        if getattr(self.encoder.forward, "encodes_stacks", False):
+            # It knows the bags' bounds, normalises a chunk at a time, and never holds the stack's activations.
+            bounds = None if together else bags.cu_seqlens
+            with torch.no_grad() if self.encoder_is_frozen else nullcontext():
+                return self.encoder(bags.values, cu_seqlens=bounds, prepare=self.normalise)
+        if together:
+            return self.encode(bags.values)
+        parts = []
+        for bag, tiles in enumerate(bags.split()):
+            with bag_draws(bag, tiles.device):
+                parts.append(self.encode(tiles))
+        return torch.cat(parts)
 
     def aggregate(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:
         """Predict from features (floating [sum N, D])."""

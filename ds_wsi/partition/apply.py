@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ds_wsi.partition.norm import population_group
+from ds_wsi.norms.roles import population_group
 from ds_wsi.partition.paper import apply_paper
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan
 from ds_wsi.partition.planner import PAPER_CHUNK, free_host_bytes, plan_partition
@@ -91,7 +91,9 @@ class PartitionedForward:
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         save = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))
         plan = self.plan(x, device, probe.dtype) if save else self._inference_plan(tuple(x.shape))
-        bags = bag_ranges(cu_seqlens if plan.bn_population == "bag" else None, x.shape[0], shared=shared)
+        # In evaluation a norm that has no running statistics to take has those of one bag, whatever was trained.
+        by_bag = plan.bn_population == "bag" or not self.module.training
+        bags = bag_ranges(cu_seqlens if by_bag else None, x.shape[0], shared=shared)
         if plan.mode == "native":
             parts = [x[first:last].to(device) for first, last in bags]
             outs = [self.original(part if prepare is None else prepare(part), *args, **kwargs) for part in parts]

@@ -1,9 +1,6 @@
-"""Normalisation over a population that no chunk holds whole: statistics, application, the two backward reductions.
+"""The norms of a graph whose population no chunk holds whole: statistics, application, the two backward reductions.
 
-With z the input, x = (z - mean) invstd and n elements a channel, the gradient is
-dz = gamma invstd dy - gamma invstd / n (sum dy + x sum dy x).
-The first term and the two sums are the backward of the norm with constant statistics, chunk by chunk; the second term
-is added once the sums over all chunks, and all ranks, are known.
+The mathematics is `ds_wsi.norms.population`'s.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ds_wsi.norms.population import (
+    Moments,
+    after_norm,
+    correction,
+    merged,
+    merged_over,
+    moments_of,
+    require_variance,
+    track,
+)
+from ds_wsi.norms.roles import population_group
 from ds_wsi.runtime.numerics import memory_layout
 
 
@@ -23,28 +31,18 @@ class Statistics:
     """Of one norm in one call over one population: float32 (float64 for float64), by channel [C].
 
     Attributes:
-        count: elements a channel, over all ranks once it is final.
-        mean, var: of them; var is the biased one.
+        moments: of the population, over all ranks once they are final.
+        mean, var: of them, once they are final; var is the biased one.
         dbeta, dgamma: sums of dy and of dy x so far, over all ranks once they are final.
     """
 
-    count: int = 0
+    moments: Moments | None = None
     mean: Tensor | None = None
-    m2: Tensor | None = None
     var: Tensor | None = None
     dbeta: Tensor | None = None
     dgamma: Tensor | None = None
     correction: tuple[Tensor, Tensor] | None = None
     leaves: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
-
-
-def population_group(leaf: nn.Module) -> Any:
-    """The group that a norm normalises over: SyncBatchNorm's own, or the one that tile parallelism gave it; or None."""
-    if not dist.is_initialized():
-        return None
-    if isinstance(leaf, nn.SyncBatchNorm):
-        return leaf.process_group or dist.group.WORLD
-    return leaf.__dict__.get("population_group")
 
 
 class NormSite:
@@ -72,82 +70,43 @@ class NormSite:
         return z.reshape(1, z.shape[0] * groups, -1, z.shape[3])
 
     def collect(self, found: Statistics, z: Tensor) -> None:
-        """Merge a chunk's mean and squared deviations into `found` (Chan's update, in the order of the calls)."""
-        z = self.fold(z)
-        count = z.numel() // z.shape[1]
-        if count == 0:
-            return
-        if z.is_cuda:
-            mean, invstd = torch.batch_norm_stats(z, 0.0)
-            var = invstd.reciprocal().square()
-        else:
-            # In float32: torch's bfloat16 statistics on a CPU are rounded to it.
-            wide = z if z.dtype in (torch.float32, torch.float64) else z.float()
-            if z.is_meta:  # where the operation has no kernel
-                mean = var = wide.new_empty(z.shape[1])
-            else:
-                mean, var = torch.batch_norm_update_stats(wide, None, None, 0.0)
-        self._merge(found, count, mean, var * count)
-
-    @staticmethod
-    def _merge(found: Statistics, count: int, mean: Tensor, m2: Tensor) -> None:
-        if found.mean is None or found.m2 is None:
-            found.count, found.mean, found.m2 = count, mean, m2
-            return
-        total = found.count + count
-        delta = mean - found.mean
-        found.mean = found.mean + delta * (count / total)
-        found.m2 = found.m2 + m2 + delta.square() * (found.count * count / total)
-        found.count = total
+        """Merge a chunk's moments into `found`, in the order of the calls."""
+        found.moments = merged(found.moments, moments_of(self.fold(z)))
 
     def finish(self, found: Statistics, device: torch.device) -> None:
-        """Make the statistics final: over all ranks of a SyncBatchNorm (one all-gather of 2 C + 1 numbers).
+        """Make the statistics final: over all ranks that share the population (one all-gather of 2 C + 2 numbers).
 
         Raises:
             ValueError: one value a channel, which has no variance.
         """
         if self.group is not None:
-            self._gather(found, device)
-        assert found.mean is not None
-        assert found.m2 is not None
-        if self.batch and found.count == 1:
-            raise ValueError(
-                f"train-mode {type(self.leaf).__name__} must see more than one value a channel, got 1. "
-                "HINT: give more tiles, or call eval()."
-            )
-        found.var, found.m2 = found.m2 / found.count, None
+            found.moments = merged_over(self.group, found.moments, self._blank(found, device))
+        moments = found.moments
+        if self.batch:
+            require_variance(self.leaf, 0 if moments is None else moments.count)
+        assert moments is not None
+        found.mean, found.var = moments.mean, moments.var
 
-    def _gather(self, found: Statistics, device: torch.device) -> None:
-        channels = self.leaf.num_features
-        if found.mean is None or found.m2 is None:  # a rank without a tile
-            like = self.leaf.weight if self.leaf.running_mean is None else self.leaf.running_mean
-            kind = torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32)
-            found.mean = found.m2 = torch.zeros(channels, dtype=kind, device=device)
-        own = torch.cat([found.mean, found.m2, found.mean.new_tensor([float(found.count)])])
-        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(everyone, own, group=self.group)
-        found.count, found.mean, found.m2 = 0, None, None
-        for part in everyone:
-            count = int(part[-1])
-            if count:
-                self._merge(found, count, part[:channels], part[channels:-1])
+    def _blank(self, found: Statistics, device: torch.device) -> Tensor:
+        """A tensor [C] of the statistics' dtype; of a rank without a tile, of what the norm itself is kept in."""
+        if found.moments is not None:
+            return found.moments.mean
+        like = self.leaf.weight if self.leaf.running_mean is None else self.leaf.running_mean
+        kind = torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32)
+        return torch.zeros(self.leaf.num_features, dtype=kind, device=device)
 
     def track(self, found: Statistics, images: int) -> None:
         """Update the running statistics, once a call, as the module itself would: with the unbiased variance."""
-        leaf = self.leaf
+        moments = found.moments
+        assert moments is not None
+        if self.batch:
+            track(self.leaf, moments.mean, moments.unbiased_var)
+            return
+        # InstanceNorm: the mean over the images; it counts no batches.
+        leaf, rate = self.leaf, getattr(self.leaf, "momentum", None) or 0.0
         if not leaf.training or getattr(leaf, "running_mean", None) is None:
             return
-        mean, var = found.mean, found.var
-        assert mean is not None
-        assert var is not None
-        var = var * (found.count / max(found.count - 1, 1))
-        rate = leaf.momentum
-        if not self.batch:  # InstanceNorm: the mean over the images; it counts no batches
-            mean, var, rate = mean.view(images, -1).mean(0), var.view(images, -1).mean(0), rate or 0.0
-        elif leaf.num_batches_tracked is not None:
-            leaf.num_batches_tracked.add_(1)
-            if rate is None:
-                rate = 1.0 / float(leaf.num_batches_tracked)
+        mean, var = (part.view(images, -1).mean(0) for part in (moments.mean, moments.unbiased_var))
         for running, new in ((leaf.running_mean, mean), (leaf.running_var, var)):
             running.mul_(1 - rate).add_(new.to(running.dtype), alpha=rate)
 
@@ -177,10 +136,7 @@ class NormSite:
             # input differ for one image.
             out.register_hook(lambda grad: grad.contiguous(memory_format=layout))
         if self.batch:
-            for name in ("drop", "act"):  # of timm's BatchNormAct2d
-                if hasattr(leaf, name):
-                    out = getattr(leaf, name)(out)
-            return out
+            return after_norm(leaf, out)
         out = out.view_as(z)
         return out if leaf.weight is None else out * leaf.weight[:, None, None] + leaf.bias[:, None, None]
 
@@ -205,11 +161,9 @@ class NormSite:
             both = torch.cat(own)
             dist.all_reduce(both, group=self.group)
             found.dgamma, found.dbeta = both.chunk(2)
-        gamma = self.affine(found)[0].detach()
-        invstd = (found.var + self.leaf.eps).rsqrt()
-        scale = -gamma * invstd.square() / found.count * found.dgamma
-        shift = -gamma * invstd / found.count * found.dbeta - scale * found.mean
-        found.correction = scale, shift
+        assert found.moments is not None
+        gamma, count = self.affine(found)[0].detach(), found.moments.count
+        found.correction = correction(gamma, self.leaf.eps, count, found.mean, found.var, found.dgamma, found.dbeta)
         return own
 
     def correct(self, found: Statistics, z: Tensor, grad: Tensor) -> Tensor:

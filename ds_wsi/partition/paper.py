@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ds_wsi.norms.population import Moments, after_norm, moments_of, pooled, takes_population, track
+
 _CPU = torch.device("cpu")
 _CHANNELS = (0, 2, 3)  # all axes but the channels'
 # Algorithm 1, line 10: cheap layers work where their input is. timm's are known by their home: it is not imported here.
@@ -179,36 +181,15 @@ class _Normalise(torch.autograd.Function):
         return *(None,) * 5, dx, *(total.to(p.device, p.dtype) if needed else None for total, p, needed in found)
 
 
-def _statistics(setting: _Setting, x: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Algorithm 2, lines 4-8: (count, mean [C], biased var [C]) of x, by Welford's merge of sub-tensors."""
+def _statistics(setting: _Setting, x: Tensor) -> Moments:
+    """Algorithm 2, lines 4-8: the moments of x, merged from those of its sub-tensors in order."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    count, mean, m2 = 0, *torch.zeros(2, x.shape[1], dtype=wide, device=setting.device).unbind()
-    for stored in setting.split(x):
-        piece = setting.load(stored, wide)
-        size = piece.numel() // piece.shape[1]
-        var, own = torch.var_mean(piece, _CHANNELS, correction=0)
-        total, delta = count + size, own - mean
-        mean = mean + delta * (size / total)
-        m2 = m2 + var * size + delta.square() * (count * size / total)
-        count = total
-    return count, mean, m2 / count
-
-
-def _track(leaf: Any, count: int, mean: Tensor, var: Tensor) -> None:
-    """Algorithm 2, line 9: the running statistics, once, with the unbiased variance; momentum None is cumulative."""
-    if not (leaf.training and leaf.track_running_stats):
-        return
-    rate = leaf.momentum or 0.0
-    if leaf.num_batches_tracked is not None:
-        leaf.num_batches_tracked.add_(1)
-        rate = 1.0 / float(leaf.num_batches_tracked) if leaf.momentum is None else rate
-    if leaf.running_mean is not None:
-        for running, new in ((leaf.running_mean, mean), (leaf.running_var, var * (count / (count - 1)))):
-            running.mul_(1 - rate).add_(new.to(running.device, running.dtype), alpha=rate)
+    pieces = (moments_of(setting.load(stored, wide)) for stored in setting.split(x))
+    return pooled(piece for piece in pieces if piece is not None)
 
 
 def _normalised(setting: _Setting, name: str, leaf: Any, x: Tensor) -> Tensor:
-    of_batch = leaf.training or leaf.running_mean is None
+    of_batch = takes_population(leaf)
     with torch.no_grad():
         if of_batch:
             if x.numel() == x.shape[1]:
@@ -216,15 +197,15 @@ def _normalised(setting: _Setting, name: str, leaf: Any, x: Tensor) -> Tensor:
                     f"train-mode BatchNorm must see more than one value a channel, got 1 (layer {name}). "
                     "HINT: give more tiles, or call eval()."
                 )
-            count, mean, var = _statistics(setting, x)
-            _track(leaf, count, mean, var)
+            moments = _statistics(setting, x)
+            # Line 9: once, with the unbiased variance.
+            track(leaf, moments.mean, moments.unbiased_var)
+            mean, var = moments.mean, moments.var
         else:
             wide = torch.promote_types(x.dtype, torch.float32)
             mean, var = (setting.load(part, wide) for part in (leaf.running_mean, leaf.running_var))
     out = _Normalise.apply(setting, leaf.eps, of_batch, mean, var, x, leaf.weight, leaf.bias)
-    for follower in ("drop", "act"):  # of timm's BatchNormAct2d: cheap layers, on the CPU
-        out = getattr(leaf, follower)(out) if hasattr(leaf, follower) else out
-    return out
+    return after_norm(leaf, out)  # cheap layers, on the CPU
 
 
 def _partitioned(setting: _Setting, name: str, leaf: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import fx, nn
 
-from ds_wsi.partition.norm import population_group
+from ds_wsi.norms.roles import population_group
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan, gib
 from ds_wsi.partition.policy import MODES, PartitionPolicy
 from ds_wsi.partition.program import Program, SegmentSpec

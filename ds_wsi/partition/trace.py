@@ -14,12 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ds_wsi.norms.population import takes_population
+
 ROOT = ""  # the target of an untraced module's only operation
 
 
 def needs_batch_statistics(module: nn.Module) -> bool:
     """Whether the module normalises with statistics over its whole batch: the only coupling between tiles."""
-    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+    return isinstance(module, _BatchNorm) and takes_population(module)
 
 
 def needs_image_statistics(module: nn.Module) -> bool:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ds_wsi.models.aggregators.pooled import PooledAggregator
 from ds_wsi.models.output import SlideOutput
+from ds_wsi.norms.roles import batch_norms
+from ds_wsi.norms.shared import share_norms
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.seeding import keyed_generators
 from ds_wsi.stacking.randomness import stack_bounds
@@ -16,7 +18,6 @@ from ds_wsi.stacking.segment_ops import segment_ids
 from ds_wsi.stacking.stacked_bags import StackedBags
 from ds_wsi.tile_parallel.collectives import Scaled, Traffic, all_rows, rank_in, rows_to_first, share_numbers, size_of
 from ds_wsi.tile_parallel.mesh import TileMesh
-from ds_wsi.tile_parallel.norm import share_norms
 from ds_wsi.tile_parallel.policy import TileParallelPolicy
 from ds_wsi.tile_parallel.pooling import pool_shards
 
@@ -154,8 +155,8 @@ class Handle:
             group is one rank, or after `remove`.
     """
 
-    def __init__(self, model: Any, forward: SharedForward | None, norms: list[tuple[nn.Module, type]]) -> None:
-        self.model, self.forward, self._norms = model, forward, norms
+    def __init__(self, model: Any, forward: SharedForward | None, undo_norms: Callable[[], None]) -> None:
+        self.model, self.forward, self._undo_norms = model, forward, undo_norms
 
     def remove(self) -> None:
         """Give the model its own forwards back."""
@@ -165,10 +166,7 @@ class Handle:
             else:  # somebody else's was there before
                 self.model.aggregator.forward = self.forward.before
             self.forward = None
-        for norm, kind in self._norms:
-            norm.__class__ = kind
-            del norm.__dict__["population_group"]
-        self._norms = []
+        self._undo_norms()
 
 
 def shard_tiles(model: Any, mesh: TileMesh, policy: TileParallelPolicy | None = None) -> Handle:
@@ -197,17 +195,17 @@ def shard_tiles(model: Any, mesh: TileMesh, policy: TileParallelPolicy | None = 
         raise ValueError(f"{type(aggregator).__name__} must not be shared twice. HINT: handle.remove() first.")
     exchange = choose_exchange(aggregator, policy.aggregator)
     if mesh.group is None:
-        return Handle(model, None, [])
-    norms = share_norms(model.encoder, mesh.group)
+        return Handle(model, None, lambda: None)
+    undo_norms = share_norms(model.encoder, mesh.group)
     forward = SharedForward(aggregator, mesh.group, exchange)
     aggregator.forward = forward
     logger.info(
         "tile-parallel: %d ranks share each bag, %s exchange, %d norms over the bag",
         mesh.tile_size,
         exchange,
-        len(norms),
+        len(batch_norms(model.encoder)),
     )
-    return Handle(model, forward, norms)
+    return Handle(model, forward, undo_norms)
 
 
 def choose_exchange(aggregator: nn.Module, wanted: str) -> str:

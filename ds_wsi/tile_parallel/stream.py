@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.models.aggregators.pooled import PooledAggregator
 from ds_wsi.models.output import SlideOutput
+from ds_wsi.norms.population import takes_population
 from ds_wsi.runtime.numerics import autocast_now
 from ds_wsi.runtime.seeding import generator_states, keyed_generators, set_generator_states
 from ds_wsi.stacking.segment_ops import widened
@@ -81,7 +82,7 @@ def _require_streamable(encoder: nn.Module, aggregator: Any) -> None:
             'HINT: partition_layers(encoder, PartitionPolicy("recompute")) keeps the features, and nothing else.'
         )
     for name, part in encoder.named_modules():
-        if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
+        if isinstance(part, _BatchNorm) and takes_population(part):
             raise ValueError(
                 f"a streamed encoder must not have a train-mode {type(part).__name__}, got {name!r}: its population "
                 "would be a chunk. HINT: partition_layers trains it exactly; or freeze the norms with eval()."

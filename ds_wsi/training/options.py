@@ -13,6 +13,8 @@ from ds_wsi.engines.accelerate import OPTIMIZERS
 from ds_wsi.engines.deepspeed import read_config
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import AGGREGATORS, FEATURES
+from ds_wsi.norms.policy import EVALUATION as NORM_EVALUATION
+from ds_wsi.norms.policy import TRAINING as NORM_TRAINING
 from ds_wsi.partition.plan import PartitionPlan
 from ds_wsi.partition.policy import POLICY_MODES
 from ds_wsi.runtime.log import logger
@@ -109,6 +111,15 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("host_budget", "policies.partition.host_budget_bytes", size_in_bytes, "for activations in host memory"),
     ("nvme_path", "policies.partition.nvme_path", str, "folder on a local disk for what host memory does not hold"),
     ("nvme_budget", "policies.partition.nvme_budget_bytes", size_in_bytes, "for activations on that disk"),
+    ("norm_training", "policies.norm.training", NORM_TRAINING, "what BatchNorm averages over in training"),
+    ("norm_evaluation", "policies.norm.evaluation", NORM_EVALUATION, "what it averages over in the exported model"),
+    ("norm_affine", "policies.norm.affine", SWITCH, "under --norm_training frozen, train its weights and biases"),
+    (
+        "norm_recalibration_tiles",
+        "policies.norm.recalibration_tiles",
+        int,
+        "tiles of each training slide over which statistics are taken anew, 0 for all",
+    ),
     ("bags_per_step", "policies.stacking.bags_per_step", int, "slides of an optimizer step over all processes"),
     ("virtual_workers", "policies.stacking.virtual_workers", int, "stacks that a process computes in a step"),
     ("max_tiles_per_rank", "policies.stacking.max_tiles_per_rank", int, "tiles of a stack at most"),

@@ -94,8 +94,7 @@ def on_this_rank(case) -> dict[str, Tensor]:
     model = make_model(case.get("aggregator", "gated_abmil"))
     handle = shard_tiles(model, mesh, TileParallelPolicy(4, case["exchange"]))
     if case.get("norms") is False:
-        for norm, kind in handle._norms:
-            norm.__class__ = kind
+        handle._undo_norms()
     if case.get("alone"):
         del model.aggregator.__dict__["forward"]
     if "mode" in case:

@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_wsi.norms.population import Moments
 from ds_wsi.partition import paper
 from ds_wsi.partition.paper import apply_paper
 
@@ -121,27 +122,25 @@ def test_batch_norm_variants_over_two_calls(kind, axis, training):
     check(twice, torch.randn(7, 5, 9, 4, dtype=torch.float64) * 2 + 1, axis, 2)
 
 
-def biased(leaf, count, mean, var):
-    track(leaf, count, mean, var * ((count - 1) / count))
+track = paper.track
 
 
-def running(leaf, count, mean, var):  # Algorithm 2, line 10, as it is printed
-    track(leaf, count, mean, var)
-    mean.copy_(leaf.running_mean), var.copy_(leaf.running_var)
+def running(leaf, mean, unbiased_var):  # Algorithm 2, line 10, as it is printed
+    track(leaf, mean, unbiased_var)
+    mean.copy_(leaf.running_mean)
 
 
-track = paper._track
 WRONG = {
-    "biased running variance": (biased, "buffer bn1.running_var"),
-    "running statistics": (running, "output"),
-    "two updates": (lambda *args: (track(*args), track(*args)), "buffer bn1.running_mean"),
+    "biased running variance": (Moments, "unbiased_var", Moments.var, "buffer bn1.running_var"),
+    "running statistics": (paper, "track", running, "output"),
+    "two updates": (paper, "track", lambda *args: (track(*args), track(*args)), "buffer bn1.running_mean"),
 }
 
 
 @pytest.mark.parametrize("mistake", WRONG)
 def test_mistakes_with_statistics_would_be_caught(resnet, monkeypatch, mistake):
-    wrong, where = WRONG[mistake]
-    monkeypatch.setattr(paper, "_track", wrong)
+    owner, name, wrong, where = WRONG[mistake]
+    monkeypatch.setattr(owner, name, wrong)
     with pytest.raises(AssertionError, match=f"{where}: relative error"):
         check(resnet.train(), torch.randn(6, 3, 32, 32, dtype=torch.float64), "batch", 4)
 
@@ -166,7 +165,7 @@ def test_convolutions_and_norms_see_sub_tensors_only(resnet, axis):
         run(big, torch.randn(shape, dtype=torch.float64))
     aten = torch.ops.aten
     forward, backward, statistics = (
-        calls.shapes[op] for op in (aten.convolution, aten.convolution_backward, aten.var_mean)
+        calls.shapes[op] for op in (aten.convolution, aten.convolution_backward, aten.batch_norm_update_stats)
     )
     halo = 0 if axis == "batch" else (2 - 1) * (chunk - 1) + 7 - 1  # stride 2, kernel 7
     for image, *_ in (*forward, *backward, *statistics):

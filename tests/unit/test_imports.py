@@ -11,6 +11,7 @@ ROOT = Path(ds_wsi.__file__).parent
 # A package may import those of lower layers. Siblings of a layer do not import each other, but for the pairs allowed.
 LAYERS = (
     {"runtime"},
+    {"norms"},
     {"slides", "partition", "stacking", "tile_parallel", "compression", "models"},
     {"bags"},
     {"config"},

@@ -1,0 +1,47 @@
+"""What a user asks of the norms: what they average over, in training and in evaluation."""
+
+from dataclasses import dataclass
+
+TRAINING = ("auto", "bag", "stack", "step", "frozen")
+EVALUATION = ("auto", "running", "bag", "recalibrated")
+CANDIDATES = ("running", "recalibrated", "bag")  # in the order in which ties are decided
+
+
+@dataclass(frozen=True)
+class NormPolicy:
+    """What the encoder's BatchNorm averages over: its population. Other norms have none and are left alone.
+
+    Args:
+        training: "bag": each bag by itself. "stack": the bags of one micro-step of one process, as Big-Layers has it.
+            "step": all bags of the optimizer step, of all ranks and micro-steps. "frozen": the running statistics,
+            which do not move. "auto": "frozen" where the encoder starts from weights, "step" where it starts from
+            scratch.
+        evaluation: "running": the running statistics. "bag": each slide's own, over all its tiles. "recalibrated":
+            running statistics that are taken anew over the training slides with the final weights. "auto" measures
+            these on the validation split after each epoch and exports the best.
+        affine: under "frozen", whether the norms' weights and biases are trained.
+        recalibration_tiles: tiles of each training slide over which statistics are taken anew; 0 takes all.
+    """
+
+    training: str = "auto"
+    evaluation: str = "auto"
+    affine: bool = True
+    recalibration_tiles: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse words that name no population."""
+        for name, allowed in (("training", TRAINING), ("evaluation", EVALUATION)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"norm.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.recalibration_tiles < 0:
+            raise ValueError(f"norm.recalibration_tiles must be at least 0, got {self.recalibration_tiles}")
+        if not self.affine and self.training not in ("auto", "frozen"):
+            raise ValueError(
+                f'norm.affine must be true where norm.training is "{self.training}", got false. '
+                'HINT: norm.training "frozen" trains a norm without its weights.'
+            )
+
+
+def natural_evaluation(training: str) -> str:
+    """How a model is evaluated that was trained with this population, where nothing was measured."""
+    return "bag" if training == "bag" else "running"

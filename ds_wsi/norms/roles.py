@@ -1,0 +1,53 @@
+"""Which statistics each BatchNorm of an encoder takes, set in place through its own flags and undone by them."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+GROUP = "population_group"
+STATISTICS = ("running", "own", "tracked")
+_TRACKS = "_tracks_by_itself"  # what `track_running_stats` was before it was changed
+
+
+def batch_norms(module: nn.Module) -> list[Any]:
+    """Every BatchNorm of `module`, each once, in the order of registration."""
+    return [part for part in module.modules() if isinstance(part, _BatchNorm)]
+
+
+def population_group(norm: nn.Module) -> Any:
+    """The group whose ranks share a norm's population: SyncBatchNorm's own, the one that was given to it, or None."""
+    if not dist.is_initialized():
+        return None
+    if isinstance(norm, nn.SyncBatchNorm):
+        return norm.process_group or dist.group.WORLD
+    return norm.__dict__.get(GROUP)
+
+
+def starts_fresh(module: nn.Module) -> bool:
+    """Whether the running statistics are still those of a new norm: nothing was loaded, nothing was trained."""
+    norms = [norm for norm in batch_norms(module) if norm.running_mean is not None]
+    return bool(norms) and all(bool((norm.running_mean == 0).all() and (norm.running_var == 1).all()) for norm in norms)
+
+
+def normalise_with(norm: Any, statistics: str) -> None:
+    """Let one norm normalise with other statistics from now on, in place; other parts of it keep their mode.
+
+    Args:
+        norm: a BatchNorm.
+        statistics: "running": its running ones. "own": those of what it is given, which leave the running ones as they
+            are. "tracked": the same, which the running ones follow, as in training.
+    """
+    assert statistics in STATISTICS, statistics
+    tracks = norm.__dict__.pop(_TRACKS, norm.track_running_stats)
+    norm.training = statistics != "running"
+    norm.track_running_stats = tracks
+    if statistics == "own" and tracks:
+        norm.__dict__[_TRACKS] = tracks
+        norm.track_running_stats = False
+
+
+def is_shared(module: nn.Module) -> bool:
+    """Whether any BatchNorm of `module` has its population on several ranks."""
+    return any(population_group(part) is not None for part in batch_norms(module))
