@@ -28,6 +28,12 @@ class StepPlan:
         """Bags in the step over all ranks and micro-steps: the loss is the sum of the bags' losses over this."""
         return sum(len(slides) for ranks in self.micro_steps for slides in ranks)
 
+    @property
+    def as_one(self) -> "StepPlan":
+        """The same step in one micro-step."""
+        by_rank = zip(*self.micro_steps, strict=True)
+        return StepPlan((tuple(tuple(slide for own in rank for slide in own) for rank in by_rank),))
+
 
 def steps_per_epoch(
     n_slides: int, *, world_size: int, bags_per_rank: int, accumulation: int, bags_per_step: int | None = None

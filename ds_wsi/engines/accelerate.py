@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
     DummyOptim,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -17,12 +18,14 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.compression.comm import CommPolicy
 from ds_wsi.engines import cpu
 from ds_wsi.engines.deepspeed import fill_auto, gather_as_one
 from ds_wsi.engines.fsdp import build_with_fsdp, fsdp_plugin, is_fsdp2, launched_with_fsdp, shard_model
 from ds_wsi.engines.hooks import CommHandle, attach
+from ds_wsi.norms.roles import population_group
 from ds_wsi.runtime.log import logger
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "build_accelerator",
     "gather_object",
     "prepare",
+    "take_steps_whole",
 ]
 
 
@@ -83,10 +87,12 @@ def build_accelerator(
     """
     plugin = _deepspeed_plugin(settings, deepspeed_config)
     timeout = timedelta(seconds=settings.timeout_s)
-    handlers: list[Any] = [InitProcessGroupKwargs(timeout=timeout)]
+    # DDP would copy rank 0's running statistics over every other rank's at each forward.
+    of_ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    handlers: list[Any] = [InitProcessGroupKwargs(timeout=timeout), of_ddp]
     if cpu.without_gpu() and "LOCAL_RANK" in os.environ:
         # Accelerate would look for oneCCL or MPI, and without them believe in one process.
-        handlers = [InitProcessGroupKwargs(backend="gloo", timeout=timeout)]
+        handlers = [InitProcessGroupKwargs(backend="gloo", timeout=timeout), of_ddp]
     keywords: dict[str, Any] = {
         "cpu": cpu.without_gpu() and plugin is None,
         # DeepSpeed's own autocast otherwise: see _use_autocast.
@@ -209,17 +215,72 @@ def attach_hook(accelerator: Accelerator, model: nn.Module, policy: CommPolicy) 
     return attach(model, policy, loss_scale=None if scaler is None else scaler.get_scale)
 
 
+def take_steps_whole(accelerator: Accelerator) -> None:
+    """Let every optimizer step be one micro-step of as many bags, whatever was set; before `prepare`."""
+    micro_steps = accelerator.gradient_accumulation_steps
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        config = plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] *= config["gradient_accumulation_steps"]
+        config["gradient_accumulation_steps"] = plugin.gradient_accumulation_steps = 1
+    if micro_steps > 1:
+        accelerator.gradient_accumulation_steps = 1
+
+
+@torch.no_grad()
 def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
-    """Set the floating buffers (BatchNorm's running statistics) of every rank to their mean over the ranks, in place.
+    """Pool the ranks' floating buffers (BatchNorm's running statistics), the same on every rank, in place.
 
     Each rank tracks the bags it saw, and only rank 0's would be saved: without this, ranks evaluate different models,
-    and a resumed run differs from an uninterrupted one. What is not saved is constant (the tiles' mean) and stays as it
-    is: a mean of equal numbers may be rounded. One all-reduce a buffer; the identity on one rank.
+    and a resumed run differs from an uninterrupted one. Means are averaged; a variance is that of all ranks' values
+    together: the mean of the ranks' own, and the spread of their means. Norms that share a population already have the
+    same statistics, bit for bit, and stay as they are. What is not saved is constant (the tiles' mean) and stays too: a
+    mean of equal numbers may be rounded. One all-reduce for all buffers of a dtype; the identity on one rank.
     """
+    if accelerator.num_processes == 1:
+        return
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []  # a buffer, and what is averaged for it
+    variances: list[tuple[Any, torch.Tensor]] = []
     for part in module.modules():
+        if population_spans(part, accelerator.num_processes):
+            continue
         for name, buffer in part.named_buffers(recurse=False):
-            if buffer.is_floating_point() and name not in part._non_persistent_buffers_set:
-                buffer.copy_(accelerator.reduce(buffer.detach().clone(), "mean"))
+            if not buffer.is_floating_point() or name in part._non_persistent_buffers_set:
+                continue
+            wide = buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32))
+            if name == "running_var" and isinstance(part, _BatchNorm):
+                variances.append((part, wide))
+                continue
+            found.append((buffer, wide))
+    means = _mean_over_ranks(accelerator, [wide for _, wide in found])
+    average = {id(buffer): mean for (buffer, _), mean in zip(found, means, strict=True)}
+    spread = [
+        wide + (part.running_mean.to(wide.dtype) - average[id(part.running_mean)]).square() for part, wide in variances
+    ]
+    for (part, _), var in zip(variances, _mean_over_ranks(accelerator, spread), strict=True):
+        part.running_var.copy_(var)
+    for (buffer, _), mean in zip(found, means, strict=True):
+        buffer.copy_(mean)
+
+
+def population_spans(norm: nn.Module, n_ranks: int) -> bool:
+    """Whether a module is a BatchNorm whose population lies on all ranks: they have tracked the same."""
+    group = population_group(norm) if isinstance(norm, _BatchNorm) else None
+    return group is not None and torch.distributed.get_world_size(group) == n_ranks
+
+
+def _mean_over_ranks(accelerator: Accelerator, values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Each tensor's mean: one all-reduce for those of a dtype and device together."""
+    kinds: dict[Any, list[int]] = {}
+    for index, value in enumerate(values):
+        kinds.setdefault((value.dtype, value.device), []).append(index)
+    means = list(values)
+    for indices in kinds.values():
+        flat = accelerator.reduce(torch.cat([values[index].flatten() for index in indices]), "mean")
+        parts = flat.split([values[index].numel() for index in indices])
+        for index, part in zip(indices, parts, strict=True):
+            means[index] = part.view_as(values[index])
+    return means
 
 
 def _describe(accelerator: Accelerator) -> str:

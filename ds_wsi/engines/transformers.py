@@ -146,12 +146,9 @@ class SlideModelForSlideClassification(PreTrainedModel):
         return SlideClassifierOutput(stack_loss(output, labels) / counted, output.logits, output.attention)
 
     def _idle(self, bags: StackedBags) -> SlideClassifierOutput:
-        modes = [(part, part.training) for part in self.slide_model.modules()]
-        self.slide_model.eval()  # no running statistic moves, nothing is drawn
         label = torch.zeros(bags.n_bags, dtype=torch.int64, device=bags.values.device)
-        output = self.slide_model(bags, label)
-        for part, training in modes:
-            part.training = training
+        with self.slide_model.idling():
+            output = self.slide_model(bags, label)
         return SlideClassifierOutput(stack_loss(output, label) * 0.0, output.logits[:0])
 
     @classmethod

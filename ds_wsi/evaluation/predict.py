@@ -1,6 +1,6 @@
 """Slide predictions in constant memory: chunks of tiles through the encoder, features kept on the host."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from ds_wsi.bags.bag import FailureLog, ReadPolicy, read_chunks
 from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.evaluation.metrics import slide_metrics
+from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.slides.tiling import TileGrid
@@ -53,6 +54,24 @@ class SlideFeatures(NamedTuple):
     kept: Tensor
 
 
+class NormVariant(NamedTuple):
+    """One way to evaluate the norms of the same weights.
+
+    Attributes:
+        name: of a `NormPolicy`'s evaluations, and not "auto".
+        statistics: the encoder's running statistics in the place of its own, by their names in its state_dict; None:
+            its own.
+    """
+
+    name: str
+    statistics: Mapping[str, Tensor] | None = None
+
+
+def own_variant(model: SlideModel) -> NormVariant:
+    """As the model says itself."""
+    return NormVariant(model.norm_evaluation)
+
+
 @torch.no_grad()
 def encode_slides(
     model: SlideModel,
@@ -65,34 +84,64 @@ def encode_slides(
     """Encode the slides of `rows`, each with all its tiles; features on disk pass as they are.
 
     The device holds one chunk of tiles; the host holds the chunks that are read ahead and the features of one slide.
-    Runs no collective. The model's mode is restored at the end.
+    Where norms take a slide's own statistics, exactly, over all its tiles, the host holds the slide's tiles too, as
+    far as a quarter of its free memory goes, and a larger slide is read again for each norm. Runs no collective. The
+    model's mode is restored at the end.
 
     Args:
-        model: on the device to compute on.
+        model: on the device to compute on; it says itself what its norms average over.
         slides, grids: of the cohort, row by row.
         rows: of the slides to encode.
         policy: how tiles are read; a chunk is the encoder's batch.
         failures: where unreadable tiles are recorded.
     """
-    training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    features: list[Tensor] = []
+    for slide, (features,), kept in _encoded(model, slides, grids, rows, policy, failures, [own_variant(model)]):
+        yield SlideFeatures(slide, features, kept)
+
+
+def _encoded(
+    model: SlideModel,
+    slides: Sequence[SlideEntry],
+    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    rows: Sequence[int],
+    policy: ReadPolicy,
+    failures: FailureLog,
+    variants: Sequence[NormVariant],
+) -> Iterator[tuple[int, list[Tensor], Tensor]]:
+    """(row, features [N, D] in each variant, kept rows) of each slide, whose tiles are read once for all variants."""
+    training, evaluation = model.training, model.norm_evaluation
+    model.set_norms(evaluation="running").eval()
+    encode = TileEncoder(model)
+    parts: list[list[Tensor]] = [[] for _ in variants]
     kept: list[Tensor] = []
+    populations = [encode.norms_over_tiles(variant.name) for variant in variants]
+    tiles = HeldTiles(slides, grids, policy)
     try:
         for chunk in read_chunks(slides, grids, rows, policy):
             failures.add(chunk)
-            if chunk.tiles.dim() == 2:  # features on disk
-                features.append(chunk.tiles)
-            elif len(chunk.tiles):
-                features.append(model.encode(chunk.tiles.to(device, non_blocking=True)).cpu())
+            of_features = chunk.tiles.dim() == 2  # features on disk
+            if of_features or len(chunk.tiles):
+                for variant, own, norms in zip(variants, parts, populations, strict=True):
+                    if of_features:
+                        own.append(chunk.tiles)
+                    elif not norms:
+                        with encode.statistics(variant.statistics):
+                            own.append(encode(chunk.tiles))
+            if not of_features and any(populations):
+                tiles.add(chunk.tiles)
             kept.append(chunk.kept)
             if chunk.request.last:
-                failures.require_tiles(chunk.request.slide, sum(map(len, kept)))
-                yield SlideFeatures(chunk.request.slide, torch.cat(features), torch.cat(kept))
-                features, kept = [], []
+                slide = chunk.request.slide
+                failures.require_tiles(slide, sum(map(len, kept)))
+                for variant, own, norms in zip(variants, parts, populations, strict=True):
+                    if norms and not of_features:
+                        with encode.statistics(variant.statistics):
+                            own += encode.over_all(tiles, [slide], norms)
+                yield slide, [torch.cat(own) for own in parts], torch.cat(kept)
+                parts, kept = [[] for _ in variants], []
+                tiles.clear()
     finally:
-        model.train(training)
+        model.set_norms(evaluation=evaluation).train(training)
 
 
 @torch.no_grad()
@@ -107,8 +156,9 @@ def predict_slides(
 ) -> Iterator[SlidePrediction]:
     """Predict the slides of `rows`, each from the tiles that the protocol takes, with any aggregator.
 
-    Each slide is encoded once, and the runs draw from the rows of its features: an encoder in evaluation mode treats
-    tiles independently, so that this is what encoding each draw would give.
+    Each slide is encoded once, and the runs draw from the rows of its features. With running statistics that is what
+    encoding each draw would give, because an encoder then treats tiles independently; norms that take a slide's own
+    statistics take them over all its tiles.
 
     In the memory of `encode_slides`, and on the device the features [N, D] of a slide when it is complete.
 
@@ -116,10 +166,32 @@ def predict_slides(
         model, slides, grids, rows, policy, failures: as of `encode_slides`.
         protocol: which tiles; draws are from those that could be read.
     """
+    variants = [own_variant(model)]
+    for (prediction,) in predict_variants(model, slides, grids, rows, policy, failures, variants, protocol):
+        yield prediction
+
+
+@torch.no_grad()
+def predict_variants(
+    model: SlideModel,
+    slides: Sequence[SlideEntry],
+    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    rows: Sequence[int],
+    policy: ReadPolicy,
+    failures: FailureLog,
+    variants: Sequence[NormVariant],
+    protocol: EvaluationProtocol = ALL_TILES,
+) -> Iterator[tuple[SlidePrediction, ...]]:
+    """As `predict_slides`, a slide's prediction in each variant; its tiles are read once."""
     device = next(model.parameters()).device
-    for slide, features, kept in encode_slides(model, slides, grids, rows, policy, failures):
-        draws = [protocol.draw(len(kept), run, slides[slide].slide_id) for run in range(protocol.runs)]
-        yield _aggregate(model, slide, features, kept, device, draws)
+    training = model.training
+    model.eval()
+    try:
+        for slide, features, kept in _encoded(model, slides, grids, rows, policy, failures, variants):
+            draws = [protocol.draw(len(kept), run, slides[slide].slide_id) for run in range(protocol.runs)]
+            yield tuple(_aggregate(model, slide, own, kept, device, draws) for own in features)
+    finally:
+        model.train(training)
 
 
 def prediction_metrics(predictions: Sequence[SlidePrediction], slides: Sequence[SlideEntry]) -> dict[str, float]:

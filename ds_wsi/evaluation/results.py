@@ -41,6 +41,7 @@ def write_results(
     metric: str = "auc",
     seed: int = 0,
     protocol: EvaluationProtocol = ALL_TILES,
+    norms: Mapping[str, Any] | None = None,
 ) -> dict[str, MetricInterval]:
     """Write everything about a set of predictions below `directory`, and return the metrics with their intervals.
 
@@ -62,6 +63,7 @@ def write_results(
             "evaluation": asdict(protocol),
             "metrics": metrics_to_json(intervals),
             "runs": runs,
+            **({} if norms is None else {"norms": _finite(norms)}),
         },
     )
     _write_predictions(directory / "predictions.csv", rows)
@@ -84,6 +86,13 @@ def write_results(
     )
     logger.info("test metrics of %d slides:\n%s", len(rows), format_table(intervals))
     return intervals
+
+
+def _finite(value: Any) -> Any:
+    """With null where JSON has no number."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return json_number(value) if isinstance(value, float) else value
 
 
 def _metrics_of_runs(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, dict[str, Any]]:

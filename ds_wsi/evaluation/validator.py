@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from ds_wsi.bags.bag import FailureLog, ReadFailureError, ReadPolicy
 from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import SlideEntry
-from ds_wsi.evaluation.predict import predict_slides, prediction_metrics
+from ds_wsi.evaluation.norm_choice import NormChoice, NormPlan, choose_norms
 from ds_wsi.models import ModelConfig, build_model
 from ds_wsi.runtime.log import setup_logging
 from ds_wsi.slides.slide import SlideError
@@ -50,7 +50,7 @@ class ValidationWork:
     Args:
         config: of the model whose weights will be given.
         slides, grids: of the cohort, row by row.
-        rows: of the split.
+        plan: what is measured, on which slides.
         policy: how tiles are read.
         device: to compute on, as torch names it.
     """
@@ -58,15 +58,15 @@ class ValidationWork:
     config: ModelConfig
     slides: Sequence[SlideEntry]
     grids: Sequence[TileGrid] | Sequence[FeatureFile]
-    rows: Sequence[int]
+    plan: NormPlan
     policy: ReadPolicy
     device: str
 
 
 class ValidationResult(NamedTuple):
-    """The metrics of a split, keys as of `prediction_metrics`, and all tiles that could not be read until now."""
+    """What was measured and chosen, and all tiles that could not be read until now."""
 
-    metrics: dict[str, float]
+    choice: NormChoice
     failures: dict[tuple[str, int, int], str]
 
 
@@ -250,5 +250,5 @@ def _validate(work: ValidationWork, weights: Path, failures: FailureLog) -> Vali
     model = build_model(work.config)
     model.load_state_dict(load_file(weights))
     model.to(work.device)
-    predictions = list(predict_slides(model, work.slides, work.grids, work.rows, work.policy, failures))
-    return ValidationResult(prediction_metrics(predictions, work.slides), dict(failures.reasons))
+    choice = choose_norms(model, work.slides, work.grids, work.policy, failures, work.plan)
+    return ValidationResult(choice, dict(failures.reasons))

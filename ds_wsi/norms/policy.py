@@ -4,6 +4,12 @@ from dataclasses import dataclass
 
 TRAINING = ("auto", "bag", "stack", "step", "frozen")
 EVALUATION = ("auto", "running", "bag", "recalibrated")
+POPULATIONS = {
+    "bag": "each bag",
+    "stack": "the bags of a micro-step",
+    "step": "all bags of a step",
+    "frozen": "nothing: it takes running statistics",
+}
 CANDIDATES = ("running", "recalibrated", "bag")  # in the order in which ties are decided
 
 

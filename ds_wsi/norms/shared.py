@@ -25,6 +25,7 @@ from ds_wsi.norms.population import (
 from ds_wsi.norms.roles import GROUP, batch_norms, population_group
 from ds_wsi.runtime.numerics import memory_layout
 
+
 class _SharedNorm(_BatchNorm):
     """What `share_norms` puts before a norm's own class: it normalises a population over all ranks of a group."""
 
@@ -37,9 +38,7 @@ class _SharedNorm(_BatchNorm):
         require_variance(self, 0 if moments is None else moments.count)
         assert moments is not None
         track(self, moments.mean, moments.unbiased_var)
-        out = _Normalise.apply(
-            input, moments.mean, moments.var, moments.count, self.weight, self.bias, self.eps, group
-        )
+        out = _Normalise.apply(input, moments.mean, moments.var, moments.count, self.weight, self.bias, self.eps, group)
         return after_norm(self, out)
 
 

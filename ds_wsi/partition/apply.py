@@ -11,13 +11,14 @@ from torch.autograd.function import once_differentiable
 from ds_wsi.norms.roles import population_group
 from ds_wsi.partition.paper import apply_paper
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan
-from ds_wsi.partition.planner import PAPER_CHUNK, free_host_bytes, plan_partition
+from ds_wsi.partition.planner import PAPER_CHUNK, plan_partition
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.partition.program import Program
 from ds_wsi.partition.runner import Call, bag_ranges
 from ds_wsi.partition.staging import HostStore, Spill
 from ds_wsi.partition.trace import Traced
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.memory import free_host_bytes
 from ds_wsi.runtime.numerics import autocast_dtype, autocast_now
 
 DEFAULT_CHUNK = {"batch": 32, "spatial": 64}  # of a mode that is given, where the policy names no chunk

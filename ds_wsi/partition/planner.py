@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any
 
-import psutil
 import torch
 from torch import fx, nn
 
@@ -20,6 +19,7 @@ from ds_wsi.partition.policy import MODES, PartitionPolicy
 from ds_wsi.partition.program import Program, SegmentSpec
 from ds_wsi.partition.rates import Rates, find_rates
 from ds_wsi.partition.simulate import Phase, Simulator
+from ds_wsi.runtime.memory import free_host_bytes
 
 PAPER_CHUNK = {"batch": 32, "spatial": 256}
 _ROUNDS = 6  # of the search, each within smaller budgets
@@ -447,20 +447,3 @@ def _free_device_bytes(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         return 2**62
     return int(0.9 * torch.cuda.mem_get_info(device)[0])
-
-
-def free_host_bytes() -> int:
-    """Half of what this process may still take: of the machine's memory and of its control group's."""
-    free = psutil.virtual_memory().available
-    for limit_name, used_name in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            with open(limit_name, encoding="ascii") as limit, open(used_name, encoding="ascii") as used:
-                text = limit.read().strip()
-                if text != "max":
-                    free = min(free, int(text) - int(used.read()))
-        except (OSError, ValueError):
-            continue
-    return max(0, free // 2)

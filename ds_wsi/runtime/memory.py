@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,3 +111,28 @@ class ByteMeter(TorchDispatchMode):
             self.host_live -= size
         else:
             self.live -= size
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process may still take on a device, torch's unused cache included; of a CPU `free_host_bytes`."""
+    if device.type != "cuda":
+        return free_host_bytes()
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
+
+
+def free_host_bytes() -> int:
+    """Half of what this process may still take: of the machine's memory and of its control group's."""
+    free = psutil.virtual_memory().available
+    for limit_name, used_name in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            with open(limit_name, encoding="ascii") as limit, open(used_name, encoding="ascii") as used:
+                text = limit.read().strip()
+                if text != "max":
+                    free = min(free, int(text) - int(used.read()))
+        except (OSError, ValueError):
+            continue
+    return max(0, free // 2)

@@ -6,7 +6,7 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.training.settings import ModelSettings, TrainSettings
 
 OF_THE_AGGREGATOR = ("aggregator", "dropout", "aggregator_options")
-OF_TILES = ("tiling", "augment", "partition")  # policies
+OF_TILES = ("tiling", "augment", "partition", "norm")  # policies
 
 
 def check_feature_settings(settings: TrainSettings) -> None:

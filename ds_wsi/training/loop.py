@@ -75,6 +75,12 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
 
 
 def _epoch_plan(run: Run, epoch: int) -> tuple[StepPlan, ...]:
+    """The epoch's steps; where norms average over a step, its bags are encoded together, in one micro-step."""
+    plan = _dealt(run, epoch)
+    return tuple(step.as_one for step in plan) if run.config.norm_training == "step" else plan
+
+
+def _dealt(run: Run, epoch: int) -> tuple[StepPlan, ...]:
     rows, stacking = run.cohort.rows("train"), run.settings.policies.stacking
     seed = run.settings.run.seed
     if not stacking.deals:

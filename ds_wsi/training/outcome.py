@@ -2,21 +2,27 @@
 
 import os
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from ds_wsi.bags.sampler import deal_by_cost
 from ds_wsi.engines.accelerate import CommHandle, gather_object
-from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction, predict_slides, prediction_metrics
+from ds_wsi.evaluation.norm_choice import GAP_NATS, GAP_RATIO, NormChoice, NormGap, Ranks, choose_norms
+from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction, predict_slides
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.results import write_results
 from ds_wsi.models import SlideModel, build_model, load_model, save_model
+from ds_wsi.norms.policy import CANDIDATES, POPULATIONS
 from ds_wsi.runtime.environment import environment
 from ds_wsi.runtime.files import sync_directory, write_json
 from ds_wsi.runtime.log import logger
+from ds_wsi.training.norm_plan import norm_plan
 from ds_wsi.training.record import run_record
 from ds_wsi.training.run import Run
 from ds_wsi.training.settings import TrainSettings
@@ -64,14 +70,28 @@ def share_failures(run: Run) -> None:
     run.failures.check()
 
 
-def validate(run: Run, state: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The loss and metrics of whole weights on the validation split, keys prefixed with `eval_`; empty without it."""
-    if not run.cohort.rows("validation"):
-        return {}
-    return prediction_metrics(_predict(run, _plain_copy(run, state), "validation"), run.cohort.manifest.slides)
+def validate(run: Run, state: dict[str, torch.Tensor]) -> NormChoice:
+    """How the norms of whole weights are best evaluated, measured on the validation split or without one in training.
+
+    Collective: the slides are shared by tiles.
+    """
+    cohort, accelerator = run.cohort, run.accelerator
+    shared = accelerator.num_processes > 1
+    ranks = Ranks(
+        share=lambda costs: deal_by_cost(costs, accelerator.num_processes)[accelerator.process_index],
+        gather=gather_object if shared else list,
+        group=torch.distributed.group.WORLD if shared else None,
+    )
+    choice = choose_norms(
+        *(_plain_copy(run, state), cohort.manifest.slides, cohort.grids, run.settings.policies.reading, run.failures),
+        norm_plan(run),
+        ranks,
+    )
+    share_failures(run)
+    return choice
 
 
-def best_entry(history: list[dict[str, float]], metric: str) -> dict[str, float]:
+def best_entry(history: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     """The first epoch with the highest metric, ties broken by the lower eval_loss; the last where none has it."""
     scored = [entry for entry in history if metric in entry]
     if not scored:
@@ -79,14 +99,19 @@ def best_entry(history: list[dict[str, float]], metric: str) -> dict[str, float]
     return max(scored, key=lambda entry: (entry[metric], -entry["eval_loss"]))
 
 
-def export(run: Run, state: dict[str, torch.Tensor]) -> None:
-    """Write config.json and model.safetensors, each atomically."""
-    save_model(run.output_dir, run.config, state)
+def export(run: Run, state: dict[str, torch.Tensor], choice: NormChoice) -> None:
+    """Write config.json and model.safetensors, each atomically, with the norms as they were chosen."""
+    statistics = {f"encoder.{name}": value for name, value in (choice.statistics or {}).items()}
+    save_model(run.output_dir, replace(run.config, norm_evaluation=choice.evaluation), state | statistics)
 
 
-def export_file(run: Run, weights: Path) -> None:
+def export_file(run: Run, weights: Path, choice: NormChoice) -> None:
     """As `export`, of a file of weights in the run's folder, which is moved."""
-    run.config.write(run.output_dir / "config.json")
+    if choice.statistics is not None:
+        export(run, load_file(weights), choice)
+        weights.unlink()
+        return
+    replace(run.config, norm_evaluation=choice.evaluation).write(run.output_dir / "config.json")
     os.replace(weights, run.output_dir / "model.safetensors")
     sync_directory(run.output_dir)
 
@@ -123,6 +148,7 @@ def finish(run: Run, started: float) -> dict[str, Any]:
         metric=settings.run.metric_for_best_model,
         seed=settings.run.seed,
         protocol=protocol,
+        norms=norms_measured(run.config.norm_training, _exported_entry(run)),
     )
     run_record(run).write(run.output_dir)  # last: a folder without it is unfinished
     seconds = time.perf_counter() - started
@@ -155,6 +181,54 @@ def _tiles_words(run: Run) -> str:
     return f"{run.config.tile_size_px} px at {run.config.tiling['mpp']} um/px, {total} in all"
 
 
+def _exported_entry(run: Run) -> Mapping[str, Any]:
+    """Of the epoch whose weights were exported."""
+    return next((entry for entry in run.progress.history if entry["epoch"] == run.progress.best_epoch), {})
+
+
+def norms_measured(training: str, entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """For metrics.json: what the norms averaged over, what was measured of each candidate, and the gap; or None."""
+    if "norm_evaluation" not in entry:
+        return None
+    candidates: dict[str, dict[str, float]] = {}
+    for key, value in entry.items():
+        kind, _, name = key.removeprefix("norm_").partition("_")
+        if key.startswith("norm_") and kind in CANDIDATES:
+            candidates.setdefault(kind, {})[name] = value
+    found: dict[str, Any] = {
+        "training": training,
+        "evaluation": entry["norm_evaluation"],
+        "measured_on": entry["norm_split"] if candidates else None,
+        "candidates": candidates,
+    }
+    if "norm_trained_loss" in entry:
+        gap = NormGap(entry["norm_trained_loss"], entry["norm_exported_loss"])
+        found["gap"] = {"trained_loss": gap.trained, "exported_loss": gap.exported, "is_wide": gap.is_wide}
+    return found
+
+
+def norm_words(training: str, entry: Mapping[str, Any]) -> str:
+    """A line of the report; empty where the encoder has no BatchNorm that was trained."""
+    found = norms_measured(training, entry)
+    if found is None:
+        return ""
+    words = [f"BatchNorm averages over {POPULATIONS[training]} in training, exported with {found['evaluation']}"]
+    shown = [
+        f"{name} loss {values['loss']:.4g}" + (f", auc {values['auc']:.3f}" if "auc" in values else "")
+        for name, values in found["candidates"].items()
+    ]
+    if shown:
+        words.append(f"on the {found['measured_on']} slides: {'; '.join(shown)}")
+    if "gap" in found:
+        gap = found["gap"]
+        wide = f": WIDER than {GAP_RATIO:.0%} and {GAP_NATS}" if gap["is_wide"] else ""
+        words.append(
+            f"loss on some training slides {gap['trained_loss']:.4g} as trained, {gap['exported_loss']:.4g} as exported"
+            + wide
+        )
+    return ". ".join(words)
+
+
 def _comm_words(comm: CommHandle) -> str:
     words = [f"{name.partition('/')[2].replace('_', ' ')} {value:.4g}" for name, value in comm.metrics().items()]
     return ", ".join([f"{comm.name} hook under {comm.where}", *words])
@@ -172,6 +246,7 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
         f"{optim.num_train_epochs} epochs, "
         f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} slides a process and step",
         "evaluation": str(run.settings.run.evaluation),
+        **({"norms": words} if (words := norm_words(run.config.norm_training, _exported_entry(run))) else {}),
         "processes": str(run.accelerator.num_processes),
         **({"communication": _comm_words(run.comm)} if run.comm else {}),
         "best epoch": str(run.progress.best_epoch),

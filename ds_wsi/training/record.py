@@ -67,6 +67,7 @@ def _group_settings(run: Run) -> dict[str, Any]:
     found = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
     found |= {"slides_per_step": step, "tiles_per_slide": policies.reading.tiles_per_slide}
     found |= {"from_tile_store": bool(policies.reading.tile_store), "framework": stacking.framework}
-    found |= {"bn_population": settings.bn_population, "early_stopping": stopping_words(settings.run)}
+    found |= {"norm_training": run.config.norm_training, "norm_affine": policies.norm.affine}
+    found |= {"norm_evaluation": policies.norm.evaluation, "early_stopping": stopping_words(settings.run)}
     found |= {"sample_tiles": stacking.sample_tiles} if stacking.framework == "sampling" else {}
     return found | {"metric_for_best_model": settings.run.metric_for_best_model}

@@ -51,7 +51,8 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "encoder": run.config.encoder and run.settings.model.encoder,
         "dropout": run.config.dropout,
         "aggregator_options": run.config.aggregator_options,
-        "bn_population": run.settings.bn_population,
+        "norm_training": run.config.norm_training,
+        **{f"norm.{name}": getattr(run.settings.policies.norm, name) for name in ("evaluation", "affine")},
         "metric_for_best_model": run.settings.run.metric_for_best_model,
         "encoder_features": run.config.encoder_features,
         "aggregator": run.config.aggregator,
@@ -78,6 +79,8 @@ def resume(run: Run) -> None:
     if checkpoint is None:
         return
     ours, theirs = _fingerprint(run), read_state(checkpoint)["fingerprint"]  # before the engine reads its own files
+    if "bn_population" in theirs:  # of a checkpoint before there was a policy: what it trained and exported then
+        theirs = {"norm.evaluation": "running", "norm.affine": True, "norm_training": theirs["bn_population"]} | theirs
     for key, value in ours.items():
         if theirs.get(key) != value:
             raise ValueError(

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from ds_wsi.tile_parallel.shard import Handle
 from ds_wsi.training.checkpoint import list_checkpoints
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.model import build_slide_model
+from ds_wsi.training.norms import apply_training, decide_training, partition_of
 from ds_wsi.training.optim import WeightAverage, set_beta
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import require_metric
@@ -84,12 +85,19 @@ class Run:
     @property
     def epoch_layout(self) -> dict[str, Any]:
         """The keywords of `plan_epoch`: how many bags each group of ranks that share them trains on."""
-        optim, stacking = self.settings.optim, self.settings.policies.stacking
+        optim = self.settings.optim
         return {
             "world_size": self.mesh.slide_size,
             "bags_per_rank": optim.per_device_train_batch_size,
-            "accumulation": stacking.virtual_workers or optim.gradient_accumulation_steps,
+            "accumulation": micro_steps(self.settings),
         }
+
+    @property
+    def bags_per_step(self) -> int:
+        """Of an optimizer step, over all ranks."""
+        layout = self.epoch_layout
+        whole = layout["world_size"] * layout["bags_per_rank"] * layout["accumulation"]
+        return self.settings.policies.stacking.bags_per_step or whole
 
     @property
     def training_tiles(self) -> list[int]:
@@ -141,6 +149,8 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     if cohort.in_dim is None:
         require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.tile_grids)
     config, module = build_slide_model(settings, accelerator, cohort.manifest.classes, cohort.in_dim)
+    training = decide_training(settings.policies.norm, _bn_population(settings), module)
+    config = replace(config, norm_training=training)
     key_dropouts(module.aggregator)
     stacking = settings.policies.stacking
     if stacking.framework == "padding":
@@ -150,6 +160,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     sharing_policy = settings.policies.tile_parallel
     mesh = tile_mesh(sharing_policy.size, accelerator.device.type)
     sharing = shard_tiles(module, mesh, sharing_policy)
+    apply_training(training, settings.policies.norm, module, accelerator)
     _partition(module, settings, cohort, accelerator, mesh)
     warms_up = settings.model.freeze_encoder_epochs > 0
     model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if warms_up else None)
@@ -202,7 +213,8 @@ def _partition(
     """
     if cohort.in_dim is not None:
         return  # features: there is no encoder
-    wanted, device = settings.policies.partition, accelerator.device
+    together = micro_steps(settings) if module.norm_training == "step" else 1
+    wanted, device = partition_of(settings.policies.partition, module.norm_training, together), accelerator.device
     several_bags = settings.optim.per_device_train_batch_size > 1 or settings.policies.stacking.deals
     if wanted.mode == "paper" and accelerator.is_fsdp2 and several_bags:
         raise ValueError(
@@ -223,7 +235,7 @@ def _partition(
         tiles = math.ceil(longest * max(shares) / sum(shares))
         size = settings.policies.tiling.tile_size_px
         precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.optim.mixed_precision]
-        shape = (tiles * settings.optim.per_device_train_batch_size, 3, size, size)
+        shape = (tiles * settings.optim.per_device_train_batch_size * together, 3, size, size)
         plan = plan_partition(module.encoder, shape, wanted, autocast=precision, device=device)
         logger.info("%s", plan)
         if mesh.tile_size > 1 and wanted.mode == "auto":
@@ -231,6 +243,17 @@ def _partition(
     elif isinstance(wanted, PartitionPlan):
         logger.info("%s", wanted)
     partition_layers(module.encoder, wanted, spill=NvmeSpill.of(wanted))
+
+
+def micro_steps(settings: TrainSettings) -> int:
+    """Into how many stacks a process divides its share of an optimizer step."""
+    return settings.policies.stacking.virtual_workers or settings.optim.gradient_accumulation_steps
+
+
+def _bn_population(settings: TrainSettings) -> str:
+    """Of a partition that was asked for: of none, nothing is said."""
+    partition = settings.policies.partition
+    return "stack" if partition.mode == "native" else partition.bn_population
 
 
 def engine_settings(settings: TrainSettings) -> EngineSettings:
@@ -242,7 +265,7 @@ def engine_settings(settings: TrainSettings) -> EngineSettings:
         max_grad_norm=optim.max_grad_norm,
         optimizer=optim.optim,
         bags_per_rank=optim.per_device_train_batch_size,
-        accumulation=settings.policies.stacking.virtual_workers or optim.gradient_accumulation_steps,
+        accumulation=micro_steps(settings),
         mixed_precision=optim.mixed_precision,
         timeout_s=settings.run.ddp_timeout,
         fsdp=settings.run.fsdp,

@@ -238,10 +238,3 @@ class TrainSettings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
     policies: DsWsiConfig = field(default_factory=DsWsiConfig)
-
-    @property
-    def bn_population(self) -> str:
-        """What train-mode BatchNorm normalises over: "bag" also where each call of the encoder holds one."""
-        partition, stacking = self.policies.partition, self.policies.stacking
-        one_bag_a_call = self.optim.per_device_train_batch_size == 1 and not stacking.deals
-        return "bag" if partition.mode == "native" or one_bag_a_call else partition.bn_population

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.models.output import SlideOutput
+from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.stacking.stacked_bags import StackedBags, stack_bags
 
 
@@ -24,16 +25,13 @@ def blank_tile(tile_size_px: int, device: torch.device) -> Tensor:
 def idle_loss(model: nn.Module, blank: Tensor) -> Tensor:
     """The zero loss of a rank without a bag: it takes part in every collective and changes nothing.
 
-    One blank instance goes through in evaluation mode, so that no running statistic moves.
-
     Args:
-        model: wrapped by the engine.
+        model: a SlideModel, wrapped by the engine.
         blank: a bag of one instance, of what the model takes: `blank_tile`, or features [1, D].
     """
-    training = model.training
-    model.eval()
     # With a label, so that what the auxiliary loss alone trains takes part too.
     label = torch.zeros(1, dtype=torch.int64, device=blank.device)
-    output: SlideOutput = model(StackedBags(*stack_bags([blank])), label)
-    model.train(training)
+    module = next(part for part in model.modules() if isinstance(part, SlideModel))
+    with module.idling():
+        output: SlideOutput = model(StackedBags(*stack_bags([blank])), label)
     return stack_loss(output, label) * 0.0

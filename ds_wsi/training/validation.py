@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from ds_wsi.engines.accelerate import broadcast_object_list
+from ds_wsi.evaluation.norm_choice import GAP_REMEDY, NormChoice
 from ds_wsi.evaluation.validator import ValidationResult, ValidationWork, Validator
 from ds_wsi.models import save_weights
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.checkpoint import PENDING_WEIGHTS
-from ds_wsi.training.outcome import best_entry, export, export_file, share_failures, validate
+from ds_wsi.training.norm_plan import has_moving_norms, norm_plan
+from ds_wsi.training.outcome import best_entry, export, export_file, norm_words, share_failures, validate
 from ds_wsi.training.run import Run
 
 
@@ -48,7 +50,8 @@ class AtTheEnd:
         self._validate(state)
 
     def _validate(self, state: dict[str, torch.Tensor]) -> None:
-        record(self.run, validate(self.run, state), lambda: export(self.run, state))
+        choice = validate(self.run, state)
+        record(self.run, choice, lambda: export(self.run, state, choice))
 
 
 class BesideTraining:
@@ -68,8 +71,8 @@ class BesideTraining:
         run, cohort = self.run, self.run.cohort
         if run.accelerator.is_main_process:
             device = run.settings.run.validation_device or str(run.device)
-            rows, policy = cohort.rows("validation"), run.settings.policies.reading
-            work = ValidationWork(run.config, cohort.manifest.slides, cohort.grids, rows, policy, device)
+            policy = run.settings.policies.reading
+            work = ValidationWork(run.config, cohort.manifest.slides, cohort.grids, norm_plan(run), policy, device)
             self.validator = Validator(work)
             if run.progress.pending:
                 self.validator.submit(run.progress.epoch, run.output_dir / PENDING_WEIGHTS)
@@ -103,7 +106,7 @@ class BesideTraining:
             run.failures.reasons.setdefault(*failure)
         share_failures(run)
         run.progress.pending = False
-        record(run, result.metrics, lambda: export_file(run, run.output_dir / PENDING_WEIGHTS))
+        record(run, result.choice, lambda: export_file(run, run.output_dir / PENDING_WEIGHTS, result.choice))
 
     def give(self, state: dict[str, torch.Tensor]) -> None:
         """Start to validate the whole weights of the epoch that ended."""
@@ -125,23 +128,46 @@ def validation_of(run: Run) -> AtTheEnd | BesideTraining:
     return BesideTraining(run) if beside else AtTheEnd(run)
 
 
-def record(run: Run, metrics: dict[str, float], export_weights: Callable[[], None]) -> None:
+def record(run: Run, choice: NormChoice, export_weights: Callable[[], None]) -> None:
     """Fill the last finished epoch's metrics into its entry, and export its weights where they are the best so far.
 
     Args:
         run: of which between no and all steps of the next epoch are done.
-        metrics: of the validation split, keys prefixed with `eval_`; empty without one.
+        choice: what was measured of the norms; without a validation split there is no metric of the epoch.
         export_weights: called on the main rank.
     """
     progress = run.progress
     entry = progress.history[-1]
-    entry.update(metrics)
+    if norm_plan(run).split == "validation":
+        entry.update(choice.metrics.get(choice.evaluation, {}))
+    if has_moving_norms(run):
+        entry.update(choice.entry())
     best = best_entry(progress.history, f"eval_{run.settings.run.metric_for_best_model}") is entry
     if best:
         progress.best_epoch = int(entry["epoch"])
         if run.accelerator.is_main_process:
             export_weights()
-    shown = ", ".join(f"{key} {value:.4g}" for key, value in entry.items() if key not in ("epoch", "peak_memory_bytes"))
+    numbers = {key: value for key, value in entry.items() if isinstance(value, float) and not key.startswith("norm_")}
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items() if key != "peak_memory_bytes")
     logger.info("epoch %d: %s%s", entry["epoch"], shown, " (best so far)" if best else "")
+    _tell_norms(run, choice, entry)
     evaluated = {f"eval/{key[5:]}": value for key, value in entry.items() if key.startswith("eval_")}
     run.accelerator.log({**evaluated, "epoch": entry["epoch"]}, step=progress.global_step - progress.step_in_epoch)
+
+
+def _tell_norms(run: Run, choice: NormChoice, entry: dict[str, Any]) -> None:
+    """Print what was measured of each candidate, and warn once of a gap between what was trained and is exported."""
+    words = norm_words(run.config.norm_training, entry)
+    if not words:
+        return
+    logger.info("epoch %d: %s", entry["epoch"], words)
+    if choice.gap is None or not choice.gap.is_wide:
+        return
+    earlier = [past for past in run.progress.history if past is not entry and past.get("norm_gap_told")]
+    entry["norm_gap_told"] = 1.0
+    if not earlier:
+        logger.warning(
+            "the exported model is not the model that was trained: on some training slides its loss is %.4g, with the "
+            "norms as they were trained %.4g. %s",
+            *(choice.gap.exported, choice.gap.trained, GAP_REMEDY),
+        )

@@ -1,0 +1,256 @@
+"""How the norms of trained weights are evaluated: each candidate measured on the same slides, the best one taken.
+
+A network whose norms averaged over few bags in training is another one with running statistics: it can be at chance
+where its training loss is near zero. So the choice is measured, and so is the gap between what was trained and what is
+exported: the loss of the same weights on a few training slides, once with the population of training, once as exported.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ds_wsi.bags.bag import BagPart, FailureLog, ReadPolicy, read_bags, read_chunks
+from ds_wsi.bags.features import FeatureFile
+from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
+from ds_wsi.evaluation.predict import NormVariant, predict_variants, prediction_metrics
+from ds_wsi.models.slide_model import SlideModel
+from ds_wsi.norms.policy import CANDIDATES
+from ds_wsi.slides.tiling import TileGrid
+from ds_wsi.stacking.stacked_bags import stack_bags
+
+# A gap is told where the exported loss exceeds the trained one by both: near zero a ratio says nothing.
+GAP_RATIO, GAP_NATS = 0.10, 0.05
+GAP_REMEDY = (
+    "HINT: --norm_evaluation auto exports the best of what can be; --norm_training step with --bags_per_step 8, or "
+    "frozen with an encoder that has weights, trains what is exported."
+)
+
+
+@dataclass(frozen=True)
+class NormPlan:
+    """What is measured.
+
+    Args:
+        training: the population that was trained, of a `NormPolicy`.
+        candidates: evaluations to choose from, in the order in which ties are decided; one is taken unmeasured.
+        metric: by which they are compared, then by the lower loss.
+        rows: slides on which they are measured.
+        split: whose slides these are.
+        recalibration: parts of the training slides over which statistics are taken anew.
+        gap: parts of some training slides, on which the gap is measured; empty where there can be none.
+        bags_per_population: of those, that training averages over at once.
+    """
+
+    training: str = "frozen"
+    candidates: tuple[str, ...] = ("running",)
+    metric: str = "auc"
+    rows: tuple[int, ...] = ()
+    split: str = "validation"
+    recalibration: tuple[BagPart, ...] = ()
+    gap: tuple[BagPart, ...] = ()
+    bags_per_population: int = 1
+
+
+class NormGap(NamedTuple):
+    """Mean losses of the same weights on the same training slides."""
+
+    trained: float
+    exported: float
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it is beyond the bound; a loss that is not finite is."""
+        if not math.isfinite(self.exported):
+            return True
+        return self.exported > self.trained * (1 + GAP_RATIO) and self.exported > self.trained + GAP_NATS
+
+
+@dataclass(frozen=True)
+class NormChoice:
+    """What was measured, and what follows.
+
+    Args:
+        evaluation: the candidate that is best.
+        metrics: of each candidate on the slides, keys prefixed with `eval_`; empty where there was no slide.
+        split: whose slides they are.
+        statistics: running statistics of the encoder that the exported weights get; None: their own.
+        gap: None where there can be none.
+    """
+
+    evaluation: str
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    split: str = "validation"
+    statistics: dict[str, Tensor] | None = None
+    gap: NormGap | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """For a history: `norm_evaluation`, `norm_<candidate>_<metric>`, `norm_trained_loss`, `norm_exported_loss`."""
+        found: dict[str, Any] = {"norm_evaluation": self.evaluation, "norm_split": self.split}
+        for name, metrics in self.metrics.items():
+            found |= {f"norm_{name}_{key.removeprefix('eval_')}": value for key, value in metrics.items()}
+        if self.gap is not None:
+            found |= {"norm_trained_loss": self.gap.trained, "norm_exported_loss": self.gap.exported}
+        return found
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that measure together: alone by default.
+
+    Args:
+        share: of items with costs, the indices that this process takes.
+        gather: what all processes' lists hold, in one list, on all of them.
+        group: a process group of all of them, or None.
+    """
+
+    share: Callable[[Sequence[int]], Sequence[int]] = lambda costs: range(len(costs))
+    gather: Callable[[list[Any]], list[Any]] = list
+    group: Any = None
+
+
+def choose_norms(
+    model: SlideModel,
+    slides: Sequence[SlideEntry],
+    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    policy: ReadPolicy,
+    failures: FailureLog,
+    plan: NormPlan,
+    ranks: Ranks | None = None,
+) -> NormChoice:
+    """Measure the candidates of a plan and choose; the model is as it was afterwards. Collective over the ranks.
+
+    Args:
+        model: whole, on the device to compute on.
+        slides, grids: of the cohort, row by row.
+        policy: how tiles are read.
+        failures: where unreadable tiles are recorded.
+        plan: what is measured.
+        ranks: that share the work.
+    """
+    ranks = ranks or Ranks()
+    training, model = model.training, model.eval()
+    statistics = None
+    if "recalibrated" in plan.candidates:
+        statistics = _recalibrated(model, slides, grids, policy, failures, plan.recalibration, ranks)
+    variants = [NormVariant(name, statistics if name == "recalibrated" else None) for name in plan.candidates]
+    metrics: dict[str, dict[str, float]] = {}
+    if plan.rows:
+        own = [plan.rows[index] for index in ranks.share([len(grids[row]) for row in plan.rows])]
+        found = ranks.gather(list(predict_variants(model, slides, grids, own, policy, failures, variants)))
+        for variant, predictions in zip(variants, zip(*found, strict=True), strict=True):
+            metrics[variant.name] = prediction_metrics(predictions, slides)
+    best = best_candidate(metrics, plan.metric, plan.candidates)
+    kept = statistics if best == "recalibrated" else None
+    gap = None
+    if plan.gap:
+        # Each process on its own, of the same few slides: no norm waits for another process.
+        gap = norm_gap(model, slides, grids, policy, failures, plan, NormVariant(best, kept))
+    model.train(training)
+    return NormChoice(best, metrics, plan.split, kept, gap)
+
+
+def best_candidate(metrics: dict[str, dict[str, float]], metric: str, candidates: Sequence[str]) -> str:
+    """The candidate with the highest metric, then the lowest loss; the first where none was measured."""
+
+    def rank(name: str) -> tuple[float, float]:
+        found = metrics.get(name, {})
+        loss = found.get("eval_loss", math.inf)
+        return found.get(f"eval_{metric}", -math.inf), -loss if loss == loss else -math.inf
+
+    return max(candidates, key=rank)  # the first of equals
+
+
+def _recalibrated(
+    model: SlideModel,
+    slides: Sequence[SlideEntry],
+    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    policy: ReadPolicy,
+    failures: FailureLog,
+    parts: Sequence[BagPart],
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """Running statistics over the tiles of these parts, all ranks' shares as one population."""
+    own = [parts[index] for index in ranks.share([_length(part) for part in parts])]
+    tiles = HeldTiles(slides, grids, policy)
+    for chunk in read_chunks(slides, grids, own, policy):
+        failures.add(chunk)
+        tiles.add(chunk.tiles)
+    if not own:  # the other processes wait for this one at each norm
+        size = model_tiles(grids)
+        tiles.add(torch.empty(0, 3, size, size, dtype=torch.uint8))
+    evaluation = model.norm_evaluation
+    model.set_norms(evaluation="running")
+    try:
+        return TileEncoder(model).recalibrated(tiles, own, ranks.group)
+    finally:
+        model.set_norms(evaluation=evaluation)
+
+
+@torch.no_grad()
+def norm_gap(
+    model: SlideModel,
+    slides: Sequence[SlideEntry],
+    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    policy: ReadPolicy,
+    failures: FailureLog,
+    plan: NormPlan,
+    exported: NormVariant,
+) -> NormGap:
+    """The mean loss on the plan's parts with the population of training, and as exported; without dropout in both."""
+    evaluation = model.norm_evaluation
+    model.set_norms(evaluation="running")
+    encode = TileEncoder(model)
+    sums = torch.zeros(2, dtype=torch.float64)
+    try:
+        waiting: list[tuple[int, Tensor]] = []
+        bags = read_bags(slides, grids, plan.gap, policy, failures)
+        for number, bag in enumerate(bags, 1):
+            waiting.append((bag.slide, bag.tiles))
+            if len(waiting) < plan.bags_per_population and number < len(plan.gap):
+                continue
+            tiles = [one for _, one in waiting]
+            trained = encode.together(tiles)
+            shown = _exported_features(encode, tiles, exported)
+            for (slide, _), *features in zip(waiting, trained, shown, strict=True):
+                label = torch.tensor([slides[slide].label], device=encode.device)
+                for place, own in enumerate(features):
+                    logits = model.aggregate(stack_bags([own.to(encode.device)])).logits
+                    sums[place] += cross_entropy(logits.double(), label).item()
+            waiting = []
+    finally:
+        model.set_norms(evaluation=evaluation)
+    trained_loss, exported_loss = (sums / max(1, len(plan.gap))).tolist()
+    return NormGap(trained_loss, exported_loss)
+
+
+def _exported_features(encode: TileEncoder, tiles: Sequence[Tensor], variant: NormVariant) -> list[Tensor]:
+    with encode.statistics(variant.statistics):
+        if variant.name == "bag":
+            return [encode.together([one])[0] for one in tiles]
+        return [encode(one) for one in tiles]
+
+
+def model_tiles(grids: Sequence[TileGrid] | Sequence[FeatureFile]) -> int:
+    """Side of the cohort's tiles, px."""
+    grid = grids[0]
+    assert isinstance(grid, TileGrid)
+    return grid.tile_size_px
+
+
+def _length(part: BagPart) -> int:
+    return part.stop - part.start if part.rows is None else len(part.rows)
+
+
+def candidates_of(evaluation: str, training: str, *, has_norms: bool) -> tuple[str, ...]:
+    """What is measured: all evaluations under "auto", but where running statistics are what was trained."""
+    if not has_norms:
+        return ("running",)
+    if evaluation != "auto":
+        return (evaluation,)
+    return ("running",) if training == "frozen" else CANDIDATES

@@ -1,0 +1,95 @@
+"""What a run's norms average over: decided once, before an engine wraps the model."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_wsi.engines.accelerate import Accelerator, take_steps_whole
+from ds_wsi.models import SlideModel
+from ds_wsi.norms import NormPolicy, batch_norms, starts_fresh
+from ds_wsi.norms.shared import share_norms
+from ds_wsi.partition import PartitionPlan, PartitionPolicy
+from ds_wsi.runtime.log import logger
+
+# A norm needs other bags beside a bag to see what tells it from them; the papers' tables have two, ours eight.
+FEW_BAGS = 4
+
+
+def decide_training(policy: NormPolicy, bn_population: str, module: SlideModel) -> str:
+    """What the norms average over in training: the policy's word, or what its "auto" means for this model.
+
+    Args:
+        policy: of the norms.
+        bn_population: of the partition, which said so before there was a policy; its "bag" is taken for one.
+        module: built, with its weights, and with what is frozen of it frozen; in training mode.
+
+    Returns:
+        "bag", "stack", "step" or "frozen"; "bag", which says nothing, where the encoder has no BatchNorm.
+
+    Raises:
+        ValueError: the policy contradicts the partition, or asks norms that it trains to go without weights.
+    """
+    norms = batch_norms(module.encoder)
+    if not norms:
+        return "bag"
+    if not any(norm.training for norm in norms):
+        return "frozen"  # with what is frozen of the encoder
+    training, fresh = policy.training, starts_fresh(module.encoder)
+    if bn_population == "bag" and training not in ("auto", "bag"):
+        raise ValueError(
+            f'partition.bn_population must not be "bag" where norm.training is "{training}", got both. '
+            "HINT: leave out the former."
+        )
+    if training == "auto":
+        training = "bag" if bn_population == "bag" else "step" if fresh else "frozen"
+        why = "its statistics are new" if fresh else "its statistics were loaded"
+        logger.info("norm.training: %s, for the encoder's BatchNorm: %s", training, why)
+    if training == "frozen" and fresh:
+        logger.warning(
+            "norm.training is frozen, of an encoder whose statistics were never taken: its BatchNorm normalises "
+            "nothing. HINT: --encoder_weights, --pretrained, or --norm_training step."
+        )
+    if not policy.affine and training != "frozen":
+        raise ValueError(
+            f'norm.affine must be true where norm.training is "{training}", got false. HINT: --norm_training frozen.'
+        )
+    return training
+
+
+def apply_training(training: str, policy: NormPolicy, module: SlideModel, accelerator: Accelerator) -> None:
+    """Let the norms average over what was decided, in place; before the model is partitioned and wrapped. Collective.
+
+    Norms over a step share a process group of their own: its collectives must not mix with the engine's.
+    """
+    if training == "frozen" and not policy.affine:
+        for norm in batch_norms(module.encoder):
+            norm.requires_grad_(False)
+    module.set_norms(training)
+    if training != "step":
+        return
+    take_steps_whole(accelerator)
+    if accelerator.num_processes > 1:
+        group = dist.new_group(timeout=dist.distributed_c10d._get_default_timeout(dist.get_backend()))
+        share_norms(module.encoder, group)
+
+
+def warn_of_few_bags(training: str, bags_in_step: int) -> None:
+    """Say that a population of few bags is a poor one, once, where the norms average over it."""
+    if training in ("bag", "step", "stack") and bags_in_step < FEW_BAGS:
+        logger.warning(
+            "norm.training %s: the encoder's BatchNorm averages over %d slide(s) in training, and takes out of its "
+            "features what such few have in common. HINT: --bags_per_step 8, or an encoder with weights.",
+            *(training, bags_in_step),
+        )
+
+
+def partition_of(wanted: PartitionPlan | PartitionPolicy, training: str, micro_steps: int) -> Any:
+    """The partition whose populations the model decides, call by call.
+
+    A step's micro-steps in one call hold the activations of all of them: what would run as it is, is planned.
+    """
+    if training == "step" and micro_steps > 1 and wanted.mode == "native" and isinstance(wanted, PartitionPolicy):
+        wanted = replace(wanted, mode="auto")
+        logger.info("norm.training step: %d micro-steps are encoded together, and planned as a partition", micro_steps)
+    return wanted if wanted.mode == "paper" else replace(wanted, bn_population="bag")
