@@ -106,7 +106,7 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
         rows.append(
             _row(f"to AUC {TARGET_AUC}, {model}", size, framework, batch, fit.bags_per_s, fit.target_s, fit.auc, None)
         )
-    accuracies = _accuracies(seeds, device, options.get("demo_dir", DataSettings().demo_dir))
+    accuracies = _accuracies(seeds, device, options.get("demo_dir", DataSettings().demo_folder))
     for (what, framework), fits in accuracies.items():
         aucs = [fit.auc for fit in fits]
         rows.append(

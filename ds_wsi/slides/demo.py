@@ -1,9 +1,13 @@
-"""A demo cohort of synthetic slides: real pyramidal tiled JPEG TIFFs that OpenSlide opens like any scanner's.
+"""Demo cohorts of synthetic slides: real pyramidal tiled JPEG TIFFs that OpenSlide opens like any scanner's.
 
 Both classes hold tissue of irregular shape on white glass, holes, pen marks, and focal regions that differ from their
 surroundings in colour and density. Only tumour slides hold, in two small foci, nuclei with a pale centre (rings)
 instead of solid ones; a ring carries the same ink as a solid nucleus and stains vary from slide to slide, so that
 neither colour nor density tells the classes apart, and most tiles of a tumour slide look normal.
+
+The cohort "plain" is of one centre. In the cohort "stains" every slide is stained and scanned by one of ten: amounts of
+stain, colours, blur, brightness and white balance differ by centre and, less, by slide. Centres of the test slides are
+seen neither in training nor in validation, as those of external cohorts are.
 """
 
 import csv
@@ -12,10 +16,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import tifffile
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from ds_wsi.runtime.files import atomic_path, write_text
 from ds_wsi.runtime.log import logger
@@ -47,6 +52,8 @@ class DemoPolicy:
     max_side_px: int = 832
     seed: int = 0
 
+    foci: ClassVar[int] = 2
+
     def __post_init__(self) -> None:
         """Refuse a cohort that could not be split or drawn."""
         for name in ("train", "validation", "test"):
@@ -59,8 +66,83 @@ class DemoPolicy:
             )
 
 
+@dataclass(frozen=True)
+class StainsPolicy(DemoPolicy):
+    """What the cohort "stains" holds: smaller slides than "plain", more of them, and tumours of more foci.
+
+    Args:
+        centres: of the slides to train and to validate on; pairs of a normal and a tumour slide share one.
+        test_centres: of the test slides, all others.
+    """
+
+    train: int = 96
+    validation: int = 24
+    test: int = 32
+    max_side_px: int = 576
+    centres: int = 6
+    test_centres: int = 4
+
+    foci: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        """Refuse what `DemoPolicy` does, and splits without a centre."""
+        super().__post_init__()
+        for name in ("centres", "test_centres"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+DEMOS: dict[str, type[DemoPolicy]] = {"plain": DemoPolicy, "stains": StainsPolicy}
+DEMO_DIRS = {"plain": "runs/demo_slides", "stains": "runs/demo_stains"}
+
+
+@dataclass(frozen=True)
+class Centre:
+    """How a laboratory stains and a scanner sees.
+
+    Args:
+        stain: factors of the optical density of red, green and blue.
+        gamma: of the transmitted light.
+        white: factors of red, green and blue, brightness included.
+        blur_px: standard deviation at BASE_MPP.
+    """
+
+    stain: tuple[float, float, float]
+    gamma: float
+    white: tuple[float, float, float]
+    blur_px: float
+
+    @classmethod
+    def draw(cls, seed: int, number: int) -> "Centre":
+        """The centre of this number, alike in every cohort of the seed."""
+        rng = np.random.default_rng([seed, 77, number])
+        amount, colour = rng.uniform(-0.3, 0.5), rng.normal(0, 0.16, 3)
+        white, bright = rng.uniform(-0.04, 0.04, 3), rng.uniform(-0.10, 0.05)
+        blur, gamma = rng.uniform(0, 0.9), rng.uniform(-0.25, 0.25)
+        return cls(_triple(np.exp(amount + colour)), math.exp(gamma), _triple((1 + white) * (1 + bright)), blur)
+
+    def of_slide(self, rng: np.random.Generator) -> "Centre":
+        """The same centre on another day."""
+        stain = np.array(self.stain) * np.exp(rng.normal(0, 0.12) + rng.normal(0, 0.06, 3))
+        gamma = self.gamma * math.exp(rng.normal(0, 0.06))
+        white = np.array(self.white) * (1 + rng.normal(0, 0.01, 3)) * (1 + rng.normal(0, 0.02))
+        return Centre(_triple(stain), gamma, _triple(white), max(0.0, self.blur_px + rng.normal(0, 0.1)))
+
+    def scan(self, image: np.ndarray) -> np.ndarray:
+        """A slide, uint8 [H, W, 3], as this centre shows it."""
+        density = -np.log((image.astype(np.float32) + 1) / 256) * np.array(self.stain, dtype=np.float32)
+        light = np.exp(-density * self.gamma) * np.array(self.white, dtype=np.float32)
+        picture = Image.fromarray(np.clip(light * 255, 0, 255).astype(np.uint8))
+        return np.asarray(picture.filter(ImageFilter.GaussianBlur(self.blur_px)))
+
+
+def _triple(values: np.ndarray) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
 def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
-    """Write the demo cohort once and return its manifest's path.
+    """Write a demo cohort once and return its manifest's path.
 
     A finished cohort drawn with the same policy is kept as it is; slides of an interrupted one are completed. The
     manifest is written last, so that its presence means that every slide is whole.
@@ -86,7 +168,9 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
         path = directory / row["path"]
         if not path.exists():
             rng = np.random.default_rng([policy.seed, FORMAT_VERSION, index])
-            write_demo_slide(path, tumor=row["label"] == "tumor", side_px=_side_px(index, policy), rng=rng)
+            centre = _centre(index, policy)
+            tumor, side_px = row["label"] == "tumor", _side_px(index, policy)
+            write_demo_slide(path, tumor=tumor, side_px=side_px, rng=rng, foci=policy.foci, centre=centre)
     with atomic_path(manifest) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, MANIFEST_FIELDS)
         writer.writeheader()
@@ -107,6 +191,16 @@ def _rows(policy: DemoPolicy) -> Iterator[dict[str, str]]:
             index += 1
 
 
+def _centre(index: int, policy: DemoPolicy) -> Centre | None:
+    """Of a slide; both slides of a pair, one of each class, have the same."""
+    if not isinstance(policy, StainsPolicy):
+        return None
+    before_test = policy.train + policy.validation
+    if index < before_test:
+        return Centre.draw(policy.seed, index // 2 % policy.centres)
+    return Centre.draw(policy.seed, policy.centres + (index - before_test) // 2 % policy.test_centres)
+
+
 def _side_px(index: int, policy: DemoPolicy) -> int:
     # Consecutive pairs (one slide of each class) share a side: the bag's length does not tell the class.
     phase = (index // 2 * 0.618034) % 1.0  # golden ratio: every split holds short and long bags
@@ -114,12 +208,23 @@ def _side_px(index: int, policy: DemoPolicy) -> int:
     return round(side / 64) * 64
 
 
-def write_demo_slide(path: Path, *, tumor: bool, side_px: int, rng: np.random.Generator) -> None:
+def write_demo_slide(
+    path: Path,
+    *,
+    tumor: bool,
+    side_px: int,
+    rng: np.random.Generator,
+    foci: int = DemoPolicy.foci,
+    centre: Centre | None = None,
+) -> None:
     """Draw one slide and write it as a pyramidal tiled JPEG TIFF with its mpp in the resolution tags.
 
     Half of the slides are stored at 0.25 um/px ("40x"), half at 0.5 ("20x"), as cohorts of two scanners are.
     """
-    image = draw_slide(tumor=tumor, side_px=side_px, rng=rng)
+    image = draw_slide(tumor=tumor, side_px=side_px, rng=rng, foci=foci)
+    # No pen on what another centre has stained: the ink can be so much more saturated than pale tissue that Otsu's
+    # threshold lies between these two, and the slide has no tissue.
+    image = _pen_marks(image, rng) if centre is None else centre.of_slide(rng).scan(image)
     scale = int(rng.integers(1, 3))
     if scale == 2:
         picture = Image.fromarray(image)
@@ -127,17 +232,16 @@ def write_demo_slide(path: Path, *, tumor: bool, side_px: int, rng: np.random.Ge
     write_pyramid(path, image, mpp=BASE_MPP / scale)
 
 
-def draw_slide(*, tumor: bool, side_px: int, rng: np.random.Generator) -> np.ndarray:
-    """Return one slide at 0.5 um/px: uint8 [side, side, 3]."""
+def draw_slide(*, tumor: bool, side_px: int, rng: np.random.Generator, foci: int = DemoPolicy.foci) -> np.ndarray:
+    """Return one slide at 0.5 um/px, without pen marks: uint8 [side, side, 3]; `foci` of a tumour."""
     tissue = _tissue(side_px, rng)
-    places = _focus_centres(tissue, rng, count=4)
+    places = _focus_centres(tissue, rng, count=2 + foci)
     crowded, pale = _disc_field(side_px, places[:1]), _disc_field(side_px, places[1:2])
     lesion = _disc_field(side_px, places[2:]) if tumor else np.zeros_like(tissue)
     density = (0.0055 + 0.006 * crowded - 0.003 * pale) * (tissue > 0.5)  # nuclei per px
     solid = _nuclei(density * (lesion < 0.5), _solid_kernels(), rng)
     rings = _nuclei(density * (lesion >= 0.5), _ring_kernels(), rng)
-    image = _stain(tissue, np.clip(solid + rings, 0, 1), pale, rng)
-    return _pen_marks(image, rng)
+    return _stain(tissue, np.clip(solid + rings, 0, 1), pale, rng)
 
 
 def _smooth_noise(side_px: int, cells: int, rng: np.random.Generator) -> np.ndarray:

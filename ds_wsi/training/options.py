@@ -19,6 +19,7 @@ from ds_wsi.partition.plan import PartitionPlan
 from ds_wsi.partition.policy import POLICY_MODES
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.units import parse_bytes
+from ds_wsi.slides.demo import DEMOS
 from ds_wsi.stacking.policy import FRAMEWORKS
 from ds_wsi.tile_parallel.policy import EXCHANGES
 from ds_wsi.training.optim import SCHEDULES
@@ -80,7 +81,8 @@ def _assignments(text: str) -> tuple[tuple[str, float | str], ...]:
 # (option, field, type or choices, help); a field is "group.name" of TrainSettings, or "policies.policy.name".
 OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("manifest", "data.manifest", str, "CSV (or JSON, Parquet, saved dataset) of slides; without it the demo's"),
-    ("demo_dir", "data.demo_dir", str, "where the demo slides are kept"),
+    ("demo", "data.demo", tuple(DEMOS), "which demo cohort: of one centre, or of ten whose stains and scanners differ"),
+    ("demo_dir", "data.demo_dir", str, "where the demo slides are kept (default: a folder of theirs below runs/)"),
     ("tiles_dir", "data.tiles_dir", str, "where tile grids are kept (default: in the run's folder)"),
     ("features_dir", "data.features_dir", str, "train the aggregator alone, on features there, a file a slide"),
     ("check_features", "data.check_features", CHECKS, "read files of features whole before training, or their heads"),

@@ -84,7 +84,7 @@ def protocol_from(
     if {"split_file", "monte_carlo_runs"} & set(ways):
         below.pop("validation_fraction", None)  # those have their own
     chosen = {**below, **given}
-    for option in ("data.manifest", "data.demo_dir"):
+    for option in ("data.manifest", "data.demo", "data.demo_dir"):
         if option in given:
             raise ValueError(f"--{option.split('.')[1]} must not be given here, where slides come from --data_dir.")
     if "data.features_dir" in given:

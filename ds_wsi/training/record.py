@@ -16,6 +16,9 @@ _MODEL_NAMES = ("encoder", "aggregator", "freeze_encoder")
 _STEP_NAMES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
+DEMO_NAMES = {"plain": "demo", "stains": "demo_stains"}
+
+
 def run_record(run: Run) -> RunRecord:
     """The record that is written beside the run's results."""
     settings = run.settings
@@ -40,8 +43,8 @@ def _encoder_name(run: Run) -> str:
 
 
 def dataset_name(data: DataSettings) -> str:
-    """The name given, or the manifest's without its suffix; the demo cohort's is demo."""
-    return data.dataset_name or (Path(data.manifest).stem if data.manifest else "demo")
+    """The name given, or the manifest's without its suffix; a demo cohort's own."""
+    return data.dataset_name or (Path(data.manifest).stem if data.manifest else DEMO_NAMES[data.demo])
 
 
 def training_name(module: SlideModel) -> str:

@@ -29,7 +29,7 @@ from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, SlideOutput
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.runtime.log import logger
-from ds_wsi.slides.demo import make_demo
+from ds_wsi.slides.demo import DEMOS, make_demo
 from ds_wsi.stacking.frameworks import pad_bags
 from ds_wsi.stacking.packs import pack_bags
 from ds_wsi.stacking.randomness import key_dropouts
@@ -303,7 +303,7 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
     data, policies = settings.data, settings.policies
     # The main process tiles and writes the grids, the others then read them.
     with accelerator.main_process_first():
-        manifest = data.manifest or make_demo(data.demo_dir)
+        manifest = data.manifest or make_demo(data.demo_folder, DEMOS[data.demo]())
         if data.features_dir is not None:
             return load_feature_cohort(
                 manifest,

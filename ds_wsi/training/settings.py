@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from ds_wsi.config import DsWsiConfig
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models.aggregators import check_aggregator
+from ds_wsi.slides.demo import DEMO_DIRS
 
 
 @dataclass(frozen=True)
@@ -12,8 +13,9 @@ class DataSettings:
     """Which slides.
 
     Args:
-        manifest: the cohort; None trains on the demo cohort.
-        demo_dir: where the demo cohort is kept.
+        manifest: the cohort; None trains on a demo cohort.
+        demo: which, a key of `DEMOS`.
+        demo_dir: where it is kept; None: in a folder of its own below runs/.
         tiles_dir: where tile grids, and what was found in files of features, are kept; by default in the run's folder.
         classes: class names in the order of the logits.
         slide_mpp: um/px of slides that do not tell theirs.
@@ -24,7 +26,8 @@ class DataSettings:
     """
 
     manifest: str | None = None
-    demo_dir: str = "runs/demo_slides"
+    demo: str = "plain"
+    demo_dir: str | None = None
     tiles_dir: str | None = None
     classes: tuple[str, ...] | None = None
     slide_mpp: float | None = None
@@ -32,6 +35,16 @@ class DataSettings:
     split_name: str = ""
     features_dir: str | None = None
     check_features: str = "full"
+
+    def __post_init__(self) -> None:
+        """Refuse a demo beside a cohort."""
+        if self.manifest is not None and self.demo != "plain":
+            raise ValueError(f"--demo must not be given with --manifest, got {self.demo}. HINT: leave out one of them.")
+
+    @property
+    def demo_folder(self) -> str:
+        """Where the demo cohort is kept."""
+        return self.demo_dir or DEMO_DIRS[self.demo]
 
 
 @dataclass(frozen=True)

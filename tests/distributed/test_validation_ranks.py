@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from ds_wsi.evaluation import validator
+from ds_wsi.evaluation.norm_choice import NormChoice
 from ds_wsi.training import loop
 from harness import run_ranks
 
@@ -16,7 +17,8 @@ TIMED = ("tiles_per_second", "peak_memory_bytes")
 
 def scripted(aucs, *_):
     """Stands for a validation in the main rank's process: the next AUC, and a tile that could not be read."""
-    return validator.ValidationResult({"eval_loss": 1.0, "eval_auc": next(aucs)}, {("S-1", 3, 4): "torn"})
+    choice = NormChoice("running", {"running": {"eval_loss": 1.0, "eval_auc": next(aucs)}})
+    return validator.ValidationResult(choice, {("S-1", 3, 4): "torn"})
 
 
 def train_on_rank(manifest: str, folder: str) -> list:

@@ -19,6 +19,7 @@ from ds_wsi.cli import main
 from ds_wsi.engines.accelerate import Accelerator
 from ds_wsi.evaluation import validator
 from ds_wsi.evaluation.predict import predict_slides, prediction_metrics
+from ds_wsi.evaluation.norm_choice import NormChoice, NormPlan
 from ds_wsi.evaluation.validator import ValidationResult, ValidationWork, Validator, ValidatorError, require_device
 from ds_wsi.models import load_model
 from ds_wsi.runtime.files import write_json
@@ -115,7 +116,11 @@ def test_a_run_stopped_with_a_validation_pending_goes_on_to_the_same_end(
 def scripted(aucs, failures=None):
     """Stands for the validation of weights: the n-th has the n-th AUC."""
     left = iter(aucs)
-    return lambda *_: ValidationResult({"eval_loss": 0.1, "eval_auc": next(left)}, failures or {})
+    return lambda *_: ValidationResult(choice_of({"eval_loss": 0.1, "eval_auc": next(left)}), failures or {})
+
+
+def choice_of(metrics):
+    return NormChoice("running", {"running": metrics})
 
 
 def wait_for(path):
@@ -180,7 +185,8 @@ def work(between, demo_manifest, tiles_dir):
     cohort = load_cohort(demo_manifest, TilingPolicy(tile_size_px=64), tiles_dir=tiles_dir)
     _, config = load_model(between)
     rows = cohort.rows("validation")
-    return ValidationWork(config, cohort.manifest.slides, cohort.grids, rows, ReadPolicy(workers=1), "cpu")
+    plan = NormPlan(rows=rows)
+    return ValidationWork(config, cohort.manifest.slides, cohort.grids, plan, ReadPolicy(workers=1), "cpu")
 
 
 def gone(pid):
