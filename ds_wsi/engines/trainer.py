@@ -27,9 +27,11 @@ from ds_wsi.config import SECTION, DsWsiConfig, read_section
 from ds_wsi.engines.accelerate import attach_hook, average_buffers
 from ds_wsi.engines.deepspeed import gather_as_one
 from ds_wsi.engines.hooks import CommHandle
+from ds_wsi.engines.norms import apply_training, decide_training, partition_of, partition_population
 from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.engines.step_batches import OrIdle, StepBatches, bag_lengths
 from ds_wsi.engines.transformers import SlideCollator, SlideModelForSlideClassification
+from ds_wsi.norms import natural_evaluation
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.partition.apply import PartitionedForward
 from ds_wsi.runtime.log import logger
@@ -90,8 +92,9 @@ def apply_policies(model: SlideModelForSlideClassification, args: TrainingArgume
     unused = [name for name in ("tiling", "reading", "augment") if name in _deepspeed_config(args).get(SECTION, {})]
     if unused:
         logger.warning("%s of %s: of no effect, the HF Trainer's data set reads the bags", ", ".join(unused), SECTION)
+    _apply_norms(policies, model, args)
     zero3 = _deepspeed_config(args).get("zero_optimization", {}).get("stage") == 3
-    wanted: Any = policies.partition
+    wanted: Any = partition_of(policies.partition, slide_model.norm_training, 1)
     if not isinstance(slide_model.encoder.__dict__.get("forward"), PartitionedForward):
         if wanted.mode != "native":
             partition_layers(slide_model.encoder, wanted, spill=NvmeSpill.of(wanted))
@@ -103,6 +106,46 @@ def apply_policies(model: SlideModelForSlideClassification, args: TrainingArgume
     if zero3:
         gather_as_one(slide_model)
     return policies
+
+
+def _apply_norms(policies: DsWsiConfig, model: SlideModelForSlideClassification, args: TrainingArguments) -> None:
+    """What the encoder's BatchNorm averages over, as in `ds-wsi train`, and written to the model's configuration.
+
+    A step's micro-steps are calls of the Trainer's own: "step" is of one of them, and "auto" then takes the bags of a
+    micro-step of one process. The evaluation "auto" is what was trained; it is not measured here.
+
+    Raises:
+        ValueError: norms over a step of several micro-steps, or a DDP that would copy rank 0's statistics.
+    """
+    if args.ddp_broadcast_buffers:
+        raise ValueError(
+            "ddp_broadcast_buffers must not be True: DDP would copy rank 0's running statistics over every other "
+            "rank's at each forward. HINT: leave it out"
+        )
+    args.ddp_broadcast_buffers = False
+    policy, slide_model = policies.norm, model.slide_model
+    training = decide_training(policy, partition_population(policies.partition), slide_model.train())
+    if training == "step" and args.gradient_accumulation_steps > 1:
+        if policy.training == "step":
+            raise ValueError(
+                f"{SECTION}.norm.training must not be step with gradient_accumulation_steps > 1 under the HF Trainer, "
+                f"which calls the model once for each, got {args.gradient_accumulation_steps}. HINT: a larger "
+                "per_device_train_batch_size, partitioned, takes no more memory"
+            )
+        training = "stack"
+        logger.info(
+            "norm.training: stack, the bags of a micro-step of one process, whose %d make up a step",
+            args.gradient_accumulation_steps,
+        )
+    apply_training(training, policy, slide_model)
+    evaluation = natural_evaluation(training) if policy.evaluation == "auto" else policy.evaluation
+    if evaluation == "recalibrated":
+        raise ValueError(
+            f"{SECTION}.norm.evaluation must not be recalibrated under the HF Trainer, which takes nothing anew. HINT: "
+            "launch/train.py does; or running"
+        )
+    slide_model.set_norms(evaluation=evaluation)
+    model.config.slide_model |= {"norm_training": training, "norm_evaluation": evaluation}
 
 
 class CommHookCallback(TrainerCallback):

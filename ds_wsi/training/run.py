@@ -22,11 +22,14 @@ from ds_wsi.engines.accelerate import (
     broadcast_object_list,
     build_accelerator,
     prepare,
+    take_steps_whole,
 )
 from ds_wsi.engines.deepspeed import is_zero3
+from ds_wsi.engines.norms import apply_training, decide_training, partition_of, partition_population, warn_of_few_bags
 from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, SlideOutput
+from ds_wsi.norms import batch_norms
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.demo import DEMOS, make_demo
@@ -38,7 +41,6 @@ from ds_wsi.tile_parallel.shard import Handle
 from ds_wsi.training.checkpoint import list_checkpoints
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.model import build_slide_model
-from ds_wsi.training.norms import apply_training, decide_training, partition_of
 from ds_wsi.training.optim import WeightAverage, set_beta
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import require_metric
@@ -149,7 +151,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     if cohort.in_dim is None:
         require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.tile_grids)
     config, module = build_slide_model(settings, accelerator, cohort.manifest.classes, cohort.in_dim)
-    training = decide_training(settings.policies.norm, _bn_population(settings), module)
+    training = decide_training(settings.policies.norm, partition_population(settings.policies.partition), module)
     config = replace(config, norm_training=training)
     key_dropouts(module.aggregator)
     stacking = settings.policies.stacking
@@ -160,7 +162,9 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     sharing_policy = settings.policies.tile_parallel
     mesh = tile_mesh(sharing_policy.size, accelerator.device.type)
     sharing = shard_tiles(module, mesh, sharing_policy)
-    apply_training(training, settings.policies.norm, module, accelerator)
+    if training == "step":
+        take_steps_whole(accelerator)
+    apply_training(training, settings.policies.norm, module)
     _partition(module, settings, cohort, accelerator, mesh)
     warms_up = settings.model.freeze_encoder_epochs > 0
     model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if warms_up else None)
@@ -169,7 +173,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     comm = attach_hook(accelerator, model, settings.policies.compression)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction)
     accelerator.init_trackers("tensorboard", config=_flat(settings))
-    return Run(
+    run = Run(
         settings,
         accelerator,
         output_dir,
@@ -185,6 +189,9 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         comm,
         _average(accelerator, accelerator.unwrap_model(model), settings.optim.ema_decay),
     )
+    if batch_norms(module.encoder) and not module.encoder_is_frozen:
+        warn_of_few_bags(training, 1 if training == "bag" else run.bags_per_step)
+    return run
 
 
 def _average(accelerator: Accelerator, module: SlideModel, decay: float) -> WeightAverage | None:
@@ -248,12 +255,6 @@ def _partition(
 def micro_steps(settings: TrainSettings) -> int:
     """Into how many stacks a process divides its share of an optimizer step."""
     return settings.policies.stacking.virtual_workers or settings.optim.gradient_accumulation_steps
-
-
-def _bn_population(settings: TrainSettings) -> str:
-    """Of a partition that was asked for: of none, nothing is said."""
-    partition = settings.policies.partition
-    return "stack" if partition.mode == "native" else partition.bn_population
 
 
 def engine_settings(settings: TrainSettings) -> EngineSettings:

@@ -27,6 +27,7 @@ def train_on_rank(manifest: str, folder: str) -> list:
 
     from ds_wsi.config import DsWsiConfig
     from ds_wsi.engines.accelerate import Accelerator
+    from ds_wsi.norms import NormPolicy
     from ds_wsi.training.settings import DataSettings, ModelSettings, OptimSettings, RunSettings, TrainSettings
 
     ended: list = []
@@ -35,7 +36,10 @@ def train_on_rank(manifest: str, folder: str) -> list:
     validator.CONTEXT = multiprocessing.get_context("fork")  # starts at once
     policies = DsWsiConfig()
     policies = replace(
-        policies, tiling=replace(policies.tiling, tile_size_px=64), reading=replace(policies.reading, workers=0)
+        policies,
+        tiling=replace(policies.tiling, tile_size_px=64),
+        reading=replace(policies.reading, workers=0),
+        norm=NormPolicy(evaluation="running"),  # statistics taken anew are merged over the ranks: other last digits
     )
     settings = TrainSettings(
         DataSettings(manifest=manifest, tiles_dir=f"{folder}/tiles"),

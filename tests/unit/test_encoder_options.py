@@ -114,8 +114,12 @@ class TestFeatures:
         config = ModelConfig("resnet10t", **BASE)
         config.write(tmp_path / "config.json")
         values = json.loads((tmp_path / "config.json").read_text())
-        assert values["version"] == 3
-        second = {k: v for k, v in values.items() if k != "aggregator_options"}
+        assert values["version"] == 4
+        third = {k: v for k, v in values.items() if not k.startswith("norm_")}
+        (tmp_path / "config.json").write_text(json.dumps({**third, "version": 3}))
+        read = ModelConfig.read(tmp_path / "config.json")
+        assert (read.norm_training, read.norm_evaluation) == ("bag", "running")
+        second = {k: v for k, v in third.items() if k != "aggregator_options"}
         (tmp_path / "config.json").write_text(json.dumps({**second, "version": 2}))
         assert ModelConfig.read(tmp_path / "config.json").aggregator_options == {}
         older = {k: v for k, v in second.items() if k not in ("encoder_features", "encoder_options")}

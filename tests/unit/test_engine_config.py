@@ -94,10 +94,15 @@ def test_full_state_is_float32_copies_under_the_modules_names():
 
 
 def test_running_statistics_are_averaged_and_constants_left_alone():
+    """As two ranks' values together have: means 0 and 2, variances 1 and 1 pool to 1 and 2."""
+
     class Ranks:
+        num_processes = 2
+
         def reduce(self, tensor, reduction):
             assert reduction == "mean"
-            return tensor + 1
+            other = {0.0: 2.0, 2.0: 2.0}  # the other rank's mean, and its variance with its mean's distance
+            return torch.tensor([(value + other[value]) / 2 for value in tensor.tolist()])
 
     module = nn.Sequential(nn.Identity(), nn.BatchNorm1d(2))
     module[0].register_buffer("mean", torch.tensor([0.485]), persistent=False)

@@ -7,7 +7,6 @@ import pytest
 
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models import ModelConfig, build_model, freeze
-from ds_wsi.partition import PartitionPolicy
 from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.training.record import dataset_name, run_record, training_name
 from ds_wsi.training.resume import _fingerprint

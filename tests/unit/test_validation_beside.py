@@ -18,8 +18,8 @@ from ds_wsi.bags.manifest import Manifest
 from ds_wsi.cli import main
 from ds_wsi.engines.accelerate import Accelerator
 from ds_wsi.evaluation import validator
-from ds_wsi.evaluation.predict import predict_slides, prediction_metrics
 from ds_wsi.evaluation.norm_choice import NormChoice, NormPlan
+from ds_wsi.evaluation.predict import predict_slides, prediction_metrics
 from ds_wsi.evaluation.validator import ValidationResult, ValidationWork, Validator, ValidatorError, require_device
 from ds_wsi.models import load_model
 from ds_wsi.runtime.files import write_json
@@ -207,8 +207,9 @@ def test_the_spawned_process_gives_the_callers_numbers_and_its_death_is_named(wo
         process.submit(1, between / "model.safetensors")
         model, _ = load_model(between)
         failures = FailureLog(work.slides, work.grids, 0.0)
-        arguments = (model, work.slides, work.grids, work.rows, work.policy, failures)
-        assert process.wait() == (prediction_metrics(list(predict_slides(*arguments)), work.slides), {})
+        arguments = (model, work.slides, work.grids, work.plan.rows, work.policy, failures)
+        metrics = prediction_metrics(list(predict_slides(*arguments)), work.slides)
+        assert process.wait() == (choice_of(metrics), {})
         process.check()
         os.kill(process.pid, signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -231,7 +232,7 @@ def require_failure(work, weights, kind, words):
 
 
 def test_a_failure_is_named_and_nothing_stays(work, forked, between, monkeypatch, tmp_path):
-    weights, last = between / "model.safetensors", work.slides[work.rows[-1]]
+    weights, last = between / "model.safetensors", work.slides[work.plan.rows[-1]]
     words = r"^the validation of epoch 3 beside training must succeed, got FileNotFoundError: .*\(process \d+.*HINT"
     require_failure(work, tmp_path / "none", ValidatorError, words)
     work = replace(work, policy=ReadPolicy(workers=0, max_failed_fraction=1.0))
@@ -247,7 +248,7 @@ def test_a_failure_is_named_and_nothing_stays(work, forked, between, monkeypatch
 
 
 def test_tiles_that_could_not_be_read_are_told(work, forked, between, monkeypatch):
-    read, row = TileDataset._read, work.rows[-1]
+    read, row = TileDataset._read, work.plan.rows[-1]
 
     def fail_first(self, entry, grid, tile, out):
         if (entry.slide_id, tile) == (work.slides[row].slide_id, 0):
@@ -361,7 +362,7 @@ def test_early_stopping_ends_the_run_and_a_resumed_one(
     monkeypatch.setattr(loop, "_train_epoch", train_epoch)
     monkeypatch.setattr(validator, "_validate", scripted(aucs))
     between = scripted(aucs)
-    monkeypatch.setattr(validation, "validate", lambda run, state: between().metrics)
+    monkeypatch.setattr(validation, "validate", lambda run, state: between().choice)
     monkeypatch.setattr(loop, "finish", lambda run, started: ended.append(run.progress) or {})
     options = ["--num_train_epochs", "5", "--early_stopping_patience", "1", "--save_total_limit", "9"]
     options += ["--validate_beside"] * (way == "beside")

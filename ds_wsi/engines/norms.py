@@ -1,11 +1,10 @@
-"""What a run's norms average over: decided once, before an engine wraps the model."""
+"""What a model's norms average over in training: decided once, before an engine wraps it."""
 
 from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
-from ds_wsi.engines.accelerate import Accelerator, take_steps_whole
 from ds_wsi.models import SlideModel
 from ds_wsi.norms import NormPolicy, batch_norms, starts_fresh
 from ds_wsi.norms.shared import share_norms
@@ -57,7 +56,7 @@ def decide_training(policy: NormPolicy, bn_population: str, module: SlideModel) 
     return training
 
 
-def apply_training(training: str, policy: NormPolicy, module: SlideModel, accelerator: Accelerator) -> None:
+def apply_training(training: str, policy: NormPolicy, module: SlideModel) -> None:
     """Let the norms average over what was decided, in place; before the model is partitioned and wrapped. Collective.
 
     Norms over a step share a process group of their own: its collectives must not mix with the engine's.
@@ -66,12 +65,8 @@ def apply_training(training: str, policy: NormPolicy, module: SlideModel, accele
         for norm in batch_norms(module.encoder):
             norm.requires_grad_(False)
     module.set_norms(training)
-    if training != "step":
-        return
-    take_steps_whole(accelerator)
-    if accelerator.num_processes > 1:
-        group = dist.new_group(timeout=dist.distributed_c10d._get_default_timeout(dist.get_backend()))
-        share_norms(module.encoder, group)
+    if training == "step" and dist.is_initialized() and dist.get_world_size() > 1:
+        share_norms(module.encoder, dist.new_group())
 
 
 def warn_of_few_bags(training: str, bags_in_step: int) -> None:
@@ -93,3 +88,8 @@ def partition_of(wanted: PartitionPlan | PartitionPolicy, training: str, micro_s
         wanted = replace(wanted, mode="auto")
         logger.info("norm.training step: %d micro-steps are encoded together, and planned as a partition", micro_steps)
     return wanted if wanted.mode == "paper" else replace(wanted, bn_population="bag")
+
+
+def partition_population(partition: PartitionPlan | PartitionPolicy) -> str:
+    """What a partition that was asked for says of its populations: "bag" or "stack"; where there is none, "stack"."""
+    return "stack" if partition.mode == "native" else partition.bn_population
