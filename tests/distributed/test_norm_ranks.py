@@ -1,0 +1,258 @@
+"""Norms whose population is the optimizer step, on two ranks under every engine, against one plain BatchNorm.
+
+The oracle is plain PyTorch in one process: an encoder called once on all tiles of all bags of the step, the mean of the
+bags' losses. Bags are of unequal length, the last step leaves a rank without one, chunks are odd.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ds_wsi.bags.sampler import plan_epoch
+from ds_wsi.engines.norms import apply_training
+from ds_wsi.models import SlideModel, build_aggregator
+from ds_wsi.models.loss import stack_loss
+from ds_wsi.norms import NormPolicy
+from ds_wsi.partition import PartitionPolicy, partition_layers
+from ds_wsi.stacking import stack_bags
+from ds_wsi.training.step import bag_weight, idle_loss
+from harness import run_ranks
+
+pytestmark = pytest.mark.distributed
+LENGTHS = (3, 1, 4, 2, 5)  # bags; three a step: the second step has two, both of one rank's share of three
+TILE_PX, WIDTH, LEARNING_RATE, STEPS = 9, 4, 0.1, 100
+ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")  # what DeepSpeed leaves behind, FSDP2 takes amiss
+
+
+class Encoder(nn.Module):
+    """Two levels of norms, a residual; the first norm is of the tiles themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.BatchNorm2d(3)
+        self.conv, self.norm = nn.Conv2d(3, WIDTH, 3, 2), nn.BatchNorm2d(WIDTH)
+        self.last, self.norm2 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH)
+
+    def forward(self, x):
+        x = self.norm(self.conv(self.first(x))).relu()
+        return (x + self.norm2(self.last(x)).relu()).mean((2, 3))
+
+
+def make_model(dtype) -> SlideModel:
+    torch.manual_seed(0)
+    model = SlideModel(Encoder(), build_aggregator("gated_abmil", WIDTH, 2, dropout=0.0))
+    for part in model.encoder.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.weight, 0.5, 1.5), nn.init.normal_(part.bias)
+    return model.to(dtype).train()
+
+
+def make_bags(dtype) -> list:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(n, 3, TILE_PX, TILE_PX, dtype=torch.float64, generator=generator).add(n).to(dtype), n % 2)
+        for n in LENGTHS
+    ]
+
+
+def plan_of(world_size: int, accumulation: int):
+    plan = plan_epoch(len(LENGTHS), seed=0, epoch=0, world_size=world_size, accumulation=accumulation)
+    return [step.as_one for step in plan]
+
+
+def oracle(plan, dtype) -> dict:
+    """Plain: the encoder called once a step, on all tiles of all its bags."""
+    model, bags = make_model(dtype), make_bags(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    for step in plan:
+        slides = [slide for rank in step.micro_steps[0] for slide in rank]
+        features = model.encoder(torch.cat([bags[slide][0] for slide in slides]))
+        parts = features.split([len(bags[slide][0]) for slide in slides])
+        losses = [
+            F.cross_entropy(model.aggregate(stack_bags([part])).logits, torch.tensor([bags[slide][1]]))
+            for part, slide in zip(parts, slides, strict=True)
+        ]
+        optimizer.zero_grad()
+        (sum(losses) / len(losses)).backward()
+        optimizer.step()
+    return {name: value.detach().double() for name, value in copy.deepcopy(model.state_dict()).items()}
+
+
+def start(engine: str, model: SlideModel, *, learning_rate: float = LEARNING_RATE):
+    from pathlib import Path
+
+    from accelerate.state import AcceleratorState, GradientState
+
+    from ds_wsi.engines.accelerate import EngineSettings, build_accelerator, prepare
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    config = None
+    if engine.startswith("zero"):
+        config = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "optimizer": {"type": "SGD", "params": {"lr": "auto", "weight_decay": "auto"}},
+            "zero_optimization": {"stage": int(engine[-1])},
+            "zero_allow_untested_optimizer": True,
+        }
+    settings = EngineSettings(*(learning_rate, 0.0, 0.0, "sgd", 1, 1), fsdp=engine == "fsdp2")
+    accelerator = build_accelerator(settings, Path("unused"), config)
+    return accelerator, lambda: prepare(accelerator, model, settings)
+
+
+def train_on_rank(cases) -> list:
+    """Weights and statistics of every case on this rank, float64."""
+    from ds_wsi.engines.deepspeed import full_state_dict
+
+    found = []
+    for engine, mode, accumulation in cases:
+        dtype = torch.float32 if engine.startswith("zero") else torch.float64
+        model = make_model(dtype)
+        accelerator, wrap = start(engine, model)
+        apply_training("step", NormPolicy(), model)
+        if mode is not None or engine == "zero3":
+            policy = PartitionPolicy(mode=mode or "native", chunk_size=None if mode is None else 3, bn_population="bag")
+            partition_layers(model.encoder, policy)
+        wrapped, optimizer = wrap()
+        wrapped.train()
+        bags, rank = make_bags(dtype), accelerator.process_index
+        for step in plan_of(2, accumulation):
+            own = step.micro_steps[0][rank]
+            if own:
+                loss = stack_loss(
+                    wrapped(stack_bags([bags[slide][0] for slide in own])),
+                    torch.tensor([bags[slide][1] for slide in own]),
+                )
+            else:
+                loss = idle_loss(wrapped, torch.zeros(1, 3, TILE_PX, TILE_PX, dtype=dtype))
+            accelerator.backward(loss * bag_weight(step.n_bags, 2, 1))
+            optimizer.step()
+            optimizer.zero_grad()
+        module = accelerator.unwrap_model(wrapped)
+        state = {name: value.double() for name, value in full_state_dict(module).items()}
+        if engine in ("ddp", "fsdp2"):  # in float64, which the exported float32 would round
+            state |= {name: value.double() for name, value in module.named_buffers()}
+        found.append(state)
+    return found
+
+
+CASES = [
+    *((engine, None, 1) for engine in ENGINES[:2]),
+    ("fsdp2", "recompute", 1),
+    *(("ddp", mode, 2) for mode in (None, "lean", "recompute", "checkpoint", "offload")),
+    *((engine, None, 1) for engine in ENGINES[2:]),
+    ("zero2", None, 2),
+    ("zero3", "lean", 2),
+]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return run_ranks(train_on_rank, 2, CASES)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{e}-{m}-{a}" for e, m, a in CASES])
+def test_a_step_is_one_population_on_any_number_of_ranks(trained, index):
+    engine, _, accumulation = CASES[index]
+    plan = plan_of(2, accumulation)
+    assert any(not own for step in plan for own in step.micro_steps[0]) or accumulation == 2, "a rank without a bag"
+    exact = oracle(plan, torch.float64)
+    for found in (ranks[index] for ranks in trained):
+        for name, value in exact.items():
+            buffer = name.endswith(("running_mean", "running_var"))
+            # Weights leave the engines in float32; DeepSpeed trains in it.
+            tolerance = 1e-10 if buffer and engine in ("ddp", "fsdp2") else 2e-5 if engine[0] == "z" else 1e-6
+            torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=f"{CASES[index]} {name}")
+
+
+def test_bags_as_populations_of_their_own_would_be_noticed():
+    plan = plan_of(2, 1)
+    whole = oracle(plan, torch.float64)
+    apart = oracle([step for step in plan_of(1, 1)], torch.float64)
+    assert (whole["encoder.first.running_var"] - apart["encoder.first.running_var"]).abs().max() > 0.01
+
+
+def statistics_on_rank(training: str) -> list:
+    """Per engine: first norm's (mean, var) after 100 steps on the rank's own data, as a checkpoint would hold them."""
+    import torch.distributed as dist
+
+    from ds_wsi.engines.accelerate import average_buffers
+
+    found = []
+    for engine in ENGINES:
+        model = make_model(torch.float32)
+        accelerator, wrap = start(engine, model, learning_rate=1e-4)
+        apply_training(training, NormPolicy(), model)
+        wrapped, optimizer = wrap()
+        wrapped.train()
+        rank = dist.get_rank()
+        for number in range(STEPS):
+            loss = stack_loss(wrapped(stack_bags([stained(rank, number)])), torch.tensor([rank]))
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        module = accelerator.unwrap_model(wrapped)
+        average_buffers(accelerator, module)
+        norm = module.encoder.first
+        found.append([norm.running_mean.double().tolist(), norm.running_var.double().tolist()])
+    return found
+
+
+def stained(rank: int, number: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * rank + number)
+    return torch.randn(3, 3, TILE_PX, TILE_PX, generator=generator) + 10 * rank
+
+
+def pooled_statistics(training: str) -> tuple:
+    """One plain norm of all data ("step"); or one per rank, and the moments of both ranks' values as one population."""
+    norms = [nn.BatchNorm2d(3).double() for _ in range(2)]
+    for number in range(STEPS):
+        own = [stained(rank, number).double() for rank in range(2)]
+        norms[0](torch.cat(own) if training == "step" else own[0]), norms[1](own[1])
+    if training == "step":
+        return norms[0].running_mean, norms[0].running_var
+    means, variances = (
+        torch.stack([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var")
+    )
+    return means.mean(0), variances.mean(0) + means.var(0, correction=0)
+
+
+@pytest.mark.parametrize("training", ["bag", "step"])
+def test_running_statistics_of_100_steps_are_the_exact_pool(training):
+    by_rank = run_ranks(statistics_on_rank, 2, training)
+    mean, var = pooled_statistics(training)
+    assert 4.9 < mean.min() < mean.max() < 5.1, "not rank 0's"
+    assert by_rank[0] == by_rank[1]
+    for engine, (found_mean, found_var) in zip(ENGINES, by_rank[0], strict=True):
+        torch.testing.assert_close(torch.tensor(found_mean), mean, rtol=1e-5, atol=1e-5, msg=engine, check_dtype=False)
+        torch.testing.assert_close(torch.tensor(found_var), var, rtol=1e-5, atol=1e-5, msg=engine, check_dtype=False)
+
+
+def recalibrate_on_rank(shares, one_chunk) -> dict:
+    import torch.distributed as dist
+
+    from ds_wsi.norms.passes import recalibrate
+
+    model, bags = make_model(torch.float64), make_bags(torch.float64)
+    own = [bags[slide][0] for slide in shares[dist.get_rank()]] or [torch.empty(0, 3, TILE_PX, TILE_PX).double()]
+    chunks = [torch.cat(own)] if one_chunk else own
+    encoder = model.eval().encoder
+    recalibrate(encoder, encoder, lambda: chunks, group=dist.group.WORLD, one_chunk=one_chunk)
+    return {name: value for name, value in encoder.named_buffers() if name.endswith(("mean", "var"))}
+
+
+@pytest.mark.parametrize("one_chunk", [True, False])
+@pytest.mark.parametrize("shares", [((0, 3), (1, 2, 4)), ((0, 1, 2, 3, 4), ())], ids=["both", "one has none"])
+def test_statistics_taken_anew_are_those_of_all_ranks_tiles_in_one_call(shares, one_chunk):
+    encoder = make_model(torch.float64).encoder
+    for part in encoder.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = 1.0
+    encoder.train()(torch.cat([bag for bag, _ in make_bags(torch.float64)]))
+    for found in run_ranks(recalibrate_on_rank, 2, shares, one_chunk):
+        for name, value in found.items():
+            torch.testing.assert_close(value, dict(encoder.named_buffers())[name], rtol=1e-10, atol=1e-10, msg=name)
