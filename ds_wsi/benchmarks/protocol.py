@@ -12,11 +12,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ds_wsi.benchmarks.table import Bound, Result
+from ds_wsi.slides.demo import DEMO_DIRS
 from ds_wsi.training.compare import (
     ARMS,
     METRICS,
     SETTINGS,
     SETTINGS_OF,
+    ComparedCohort,
     ComparedRun,
     compare,
     compared_runs,
@@ -46,7 +48,7 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
     folder = Path(options.get("runs", "runs/compare"))
     names = options.get("aggregators", AGGREGATORS).split(",")
     runs = compared_runs(names, range(int(options.get("seeds", 1 if quick else 3))))
-    compare(runs, folder, options.get("demo_dir", "runs/demo_slides"))
+    compare(runs, folder, ComparedCohort(demo_dir=options.get("demo_dir", DEMO_DIRS["plain"])))
     results = {run: read_metrics(folder / run.name) for run in runs}
     rows: list[dict[str, Any]] = [
         {"aggregator": run.aggregator, "encoder": WORDS[run.arm], "seed": run.seed, **values}

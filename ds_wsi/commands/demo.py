@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ds_wsi.commands.parser import add_command
-from ds_wsi.slides.demo import make_demo
+from ds_wsi.slides.demo import DEMO_DIRS, DEMOS, make_demo
 from ds_wsi.training.compare import COMPARED
 from ds_wsi.training.options import spellings
 
@@ -14,13 +14,19 @@ def add_demo(subparsers: argparse._SubParsersAction) -> None:
     parser = add_command(
         subparsers, "demo", run_demo, "make the demo cohort; --compare trains on it with and without encoder"
     )
-    parser.add_argument(*spellings("demo_dir"), default="runs/demo_slides", help="where the slides go")
+    parser.add_argument("--demo", choices=tuple(DEMOS), default="plain", help="which cohort (default: plain)")
+    parser.add_argument(*spellings("demo_dir"), help="where the slides go (default: a folder of theirs below runs/)")
     parser.add_argument(
         "--compare",
         nargs="?",
         const=COMPARED,
         metavar="AGGREGATORS",
         help=f"train end to end and with a frozen encoder, print both; comma-separated (without a value {COMPARED})",
+    )
+    parser.add_argument(
+        "--pretrained",
+        action="store_true",
+        help='compare from ImageNet weights, with the default settings of `train` (pip install "ds_wsi[demo]")',
     )
     parser.add_argument(*spellings("output_dir"), default="runs/demo_compare", help="of the runs of --compare")
     parser.add_argument("--seed", type=int, default=0, help="of the first run of --compare (default: 0)")
@@ -29,9 +35,16 @@ def add_demo(subparsers: argparse._SubParsersAction) -> None:
 
 def run_demo(options: argparse.Namespace) -> None:
     """`ds-wsi demo`."""
-    print(make_demo(options.demo_dir))
+    folder = options.demo_dir or DEMO_DIRS[options.demo]
+    if options.pretrained and not options.compare:
+        raise ValueError("--pretrained must be given with --compare, got it alone. HINT: --compare gated_abmil.")
+    print(make_demo(folder, DEMOS[options.demo]()))
     if options.compare:
-        from ds_wsi.training.compare import compare, compared_runs
+        from ds_wsi.models.packaged import write_packaged_weights
+        from ds_wsi.training.compare import ComparedCohort, compare, compared_runs
 
         runs = compared_runs(options.compare.split(","), range(options.seed, options.seed + options.seeds))
-        print(compare(runs, Path(options.output_dir), options.demo_dir))
+        weights = None
+        if options.pretrained:
+            weights = str(write_packaged_weights(Path(folder) / "efficientnet_lite0.safetensors"))
+        print(compare(runs, Path(options.output_dir), ComparedCohort(options.demo, folder, weights)))

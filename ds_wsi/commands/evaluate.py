@@ -13,10 +13,16 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.training.dataset_options import add_reading_options, reading_of
 from ds_wsi.training.options import add_local_rank, comma_separated, spellings, tiles_or_all
 
+CHECKED_SLIDES, CHECKED_TILES = 8, 64  # of a model of an earlier version
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ds_wsi.bags.bag import FailureLog, ReadPolicy
     from ds_wsi.bags.cohort import Cohort
     from ds_wsi.engines.scope import Processes
     from ds_wsi.evaluation.protocol import EvaluationProtocol
+    from ds_wsi.models import SlideModel
 
 
 def add_evaluate(subparsers: argparse._SubParsersAction) -> None:
@@ -105,6 +111,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         *spellings("map_labels"), type=_pairs, help="its classes in the model's words: tumor=1,normal=0"
     )
+    parser.add_argument(
+        *spellings("norm_evaluation"),
+        choices=("running", "bag"),
+        help="what its BatchNorm averages over (default: as it was exported)",
+    )
     add_reading_options(parser)
     add_prediction_options(parser, need_manifest=False)
 
@@ -154,8 +165,10 @@ def _predictions(
     from ds_wsi.bags.sampler import deal_by_cost
     from ds_wsi.evaluation.predict import predict_slides
     from ds_wsi.models import load_model
+    from ds_wsi.models.config import NORMS_SINCE, stored_version
 
     model, config = load_model(options.model)
+    model.set_norms(evaluation=options.norm_evaluation)
     classes = classes_of(options) or config.classes
     if config.encoder is None and not options.features_dir:
         raise ValueError(f"--features_dir must be given for a model of features, got none ({options.model})")
@@ -186,10 +199,39 @@ def _predictions(
     slides = cohort.manifest.slides
     stream = predict_slides(model.to(device_of(options)), slides, cohort.grids, own, policy, failures, protocol)
     predictions = [found for share in processes.gather(list(stream)) for found in share]
+    if processes.is_main and options.norm_evaluation is None and stored_version(options.model) < NORMS_SINCE:
+        _check_norms(options.model, model, cohort, rows, policy, failures)
     for reasons in processes.gather(failures.reasons):
         failures.reasons.update(reasons)
     failures.check()
     return cohort, sorted(predictions, key=lambda prediction: prediction.slide), failures.rows()
+
+
+def _check_norms(
+    folder: str,
+    model: "SlideModel",
+    cohort: "Cohort",
+    rows: "Sequence[int]",
+    policy: "ReadPolicy",
+    failures: "FailureLog",
+) -> None:
+    """Warn of a model of an earlier version whose running statistics are not what it was trained with."""
+    from ds_wsi.bags.bag import BagPart
+    from ds_wsi.evaluation.norm_choice import NormPlan, norm_gap
+    from ds_wsi.evaluation.predict import NormVariant
+    from ds_wsi.norms import batch_norms
+
+    if not batch_norms(model.encoder):
+        return
+    some = tuple(BagPart(row, 0, min(cohort.lengths[row], CHECKED_TILES)) for row in rows[:CHECKED_SLIDES])
+    plan, exported = NormPlan(training="bag", gap=some), NormVariant("running")
+    gap = norm_gap(model, cohort.manifest.slides, cohort.grids, policy, failures, plan, exported)
+    if gap.is_wide:
+        logger.warning(
+            "%s was exported by an earlier version, with running statistics of BatchNorm: on %d slides its loss is "
+            "%.4g, with each slide's own statistics, as it was trained, %.4g. HINT: --norm_evaluation bag.",
+            *(folder, len(some), gap.exported, gap.trained),
+        )
 
 
 def _chosen_rows(options: argparse.Namespace, cohort: "Cohort", split: str) -> tuple[int, ...]:

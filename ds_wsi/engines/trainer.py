@@ -12,6 +12,7 @@ Dropout draws from torch's generators here, by rank and place, and is not keyed 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from ds_wsi.engines.norms import apply_training, decide_training, partition_of, 
 from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.engines.step_batches import OrIdle, StepBatches, bag_lengths
 from ds_wsi.engines.transformers import SlideCollator, SlideModelForSlideClassification
-from ds_wsi.norms import natural_evaluation
+from ds_wsi.norms import NormPolicy, batch_norms, natural_evaluation
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.partition.apply import PartitionedForward
 from ds_wsi.runtime.log import logger
@@ -67,8 +68,12 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def apply_policies(model: SlideModelForSlideClassification, args: TrainingArguments) -> DsWsiConfig:
-    """Apply the "ds_wsi" section's partition and stacking to the model, in place, before a Trainer wraps it.
+def apply_policies(
+    model: SlideModelForSlideClassification, args: TrainingArguments, norm: NormPolicy | None = None
+) -> DsWsiConfig:
+    """Apply the "ds_wsi" section's norm, partition and stacking to the model, in place, before a Trainer wraps it.
+
+    `norm` takes the place of the section's, for there is none without a DeepSpeed JSON.
 
     Layers that are partitioned already stay so. At ZeRO-3 the encoder is gathered once for a stack of any length.
 
@@ -79,6 +84,7 @@ def apply_policies(model: SlideModelForSlideClassification, args: TrainingArgume
         ValueError: a policy that the HF Trainer cannot follow.
     """
     policies, slide_model = read_policies(args), model.slide_model
+    policies = policies if norm is None else replace(policies, norm=norm)
     if policies.tile_parallel.size != 1:
         raise ValueError(
             f"{SECTION}.tile_parallel.size must be 1 under the HF Trainer, which gives each rank bags of its own, got "
@@ -124,6 +130,8 @@ def _apply_norms(policies: DsWsiConfig, model: SlideModelForSlideClassification,
         )
     args.ddp_broadcast_buffers = False
     policy, slide_model = policies.norm, model.slide_model
+    if not batch_norms(slide_model.encoder):
+        return
     training = decide_training(policy, partition_population(policies.partition), slide_model.train())
     if training == "step" and args.gradient_accumulation_steps > 1:
         if policy.training == "step":
@@ -197,6 +205,7 @@ class SlideTrainer(Trainer):
         model: a `SlideModelForSlideClassification`.
         args: `remove_unused_columns` becomes False: columns are turned into inputs by the collator.
         data_collator: None takes `SlideCollator()`.
+        norm: what the encoder's BatchNorm averages over, in the place of the section's.
         keywords: of the Trainer.
 
     Attributes:
@@ -212,6 +221,7 @@ class SlideTrainer(Trainer):
         model: SlideModelForSlideClassification,
         args: TrainingArguments,
         data_collator: Callable[..., Any] | None = None,
+        norm: NormPolicy | None = None,
         **keywords: Any,
     ) -> None:
         if not isinstance(model, SlideModelForSlideClassification):
@@ -221,7 +231,7 @@ class SlideTrainer(Trainer):
             )
         _require_arguments(args, keywords)
         _require_precision(model, args)
-        self.policies = apply_policies(model, args)
+        self.policies = apply_policies(model, args, norm)
         args.remove_unused_columns = False
         super().__init__(model=model, args=args, data_collator=data_collator or SlideCollator(), **keywords)
         self.comm = CommHookCallback(self)

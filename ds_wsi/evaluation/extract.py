@@ -146,7 +146,9 @@ def _encoder_words(model: SlideModel, config: ModelConfig) -> str:
         checksum = zlib.crc32(
             memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()), checksum
         )
-    return " ".join(word for word in (config.encoder, leaves, options, f"with weights {checksum:08x}") if word)
+    norms = "norms over each slide" if config.norm_evaluation == "bag" else ""
+    words = (config.encoder, leaves, options, norms, f"with weights {checksum:08x}")
+    return " ".join(word for word in words if word)
 
 
 def _tiles_words(grid: TileGrid) -> str:

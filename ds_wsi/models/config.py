@@ -18,6 +18,7 @@ from ds_wsi.norms.policy import EVALUATION, TRAINING
 from ds_wsi.runtime.files import atomic_path, write_json
 
 VERSION = 4
+NORMS_SINCE = 4
 NEW_IN: dict[int, dict[str, Any]] = {
     2: {"in_dim": None, "encoder_features": "pooled", "encoder_options": {}},
     3: {"aggregator_options": {}},
@@ -139,6 +140,11 @@ class ModelConfig:
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
         return cls(**fitted)
+
+
+def stored_version(directory: str | Path) -> int:
+    """The version of a folder's config.json: what was exported before 4 says nothing of its norms."""
+    return int(json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["version"])
 
 
 def build_model(

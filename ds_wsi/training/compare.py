@@ -15,8 +15,10 @@ from pathlib import Path
 
 from ds_wsi.evaluation.record import RunFolderError, RunRecord
 from ds_wsi.models import AGGREGATORS
+from ds_wsi.models.packaged import ENCODER
 from ds_wsi.runtime.files import write_text
 from ds_wsi.runtime.log import logger
+from ds_wsi.slides.demo import DEMO_DIRS
 
 COMPARED = "gated_abmil"
 ARMS: Mapping[str, tuple[str, ...]] = {"frozen": ("--freeze_encoder",), "end_to_end": ()}
@@ -46,12 +48,35 @@ class ComparedRun:
         """Of its folder."""
         return f"{self.aggregator}_{self.arm}_seed{self.seed}"
 
-    def command(self, demo_dir: str, folder: Path) -> list[str]:
+    def command(self, cohort: "ComparedCohort", folder: Path) -> list[str]:
         """The training as a command; it goes on where it was killed."""
-        which = ["--demo_dir", demo_dir, "--aggregator", self.aggregator, "--seed", str(self.seed)]
+        which = ["--aggregator", self.aggregator, "--seed", str(self.seed)]
         train = [sys.executable, "-m", "ds_wsi.cli", "train"]
         kept = ["--output_dir", str(folder), "--resume_from_checkpoint"]
-        return [*train, *which, *SETTINGS, *SETTINGS_OF.get(self.aggregator, ()), *ARMS[self.arm], *kept]
+        return [*train, *cohort.options(self.aggregator), *which, *ARMS[self.arm], *kept]
+
+
+@dataclass(frozen=True)
+class ComparedCohort:
+    """The slides of all trainings, and what their encoder starts from.
+
+    Args:
+        demo: a key of `DEMOS`.
+        demo_dir: where its slides are.
+        weights: of `packaged.ENCODER`, from which both arms start, with the trainer's own settings; None: ResNet-18 and
+            random weights, with settings of this comparison.
+    """
+
+    demo: str = "plain"
+    demo_dir: str = DEMO_DIRS["plain"]
+    weights: str | None = None
+
+    def options(self, aggregator: str) -> list[str]:
+        """Of `ds-wsi train`, for both arms."""
+        slides = ["--demo", self.demo, "--demo_dir", self.demo_dir]
+        if self.weights is not None:
+            return [*slides, "--encoder", ENCODER, "--encoder_weights", self.weights]
+        return [*slides, *SETTINGS, *SETTINGS_OF.get(aggregator, ())]
 
 
 def compared_runs(aggregators: Sequence[str], seeds: Iterable[int]) -> tuple[ComparedRun, ...]:
@@ -72,7 +97,7 @@ def compared_runs(aggregators: Sequence[str], seeds: Iterable[int]) -> tuple[Com
     return runs
 
 
-def compare(runs: Sequence[ComparedRun], output_dir: Path, demo_dir: str) -> str:
+def compare(runs: Sequence[ComparedRun], output_dir: Path, cohort: ComparedCohort) -> str:
     """Train what is not finished, write compare.md and return it.
 
     Raises:
@@ -84,8 +109,8 @@ def compare(runs: Sequence[ComparedRun], output_dir: Path, demo_dir: str) -> str
             logger.info("run %d of %d, %s, is finished: skipped", number, len(runs), run.name)
             continue
         logger.info("run %d of %d: %s", number, len(runs), run.name)
-        subprocess.run(run.command(demo_dir, folder), check=True)
-    text = format_table({run: read_metrics(output_dir / run.name) for run in runs})
+        subprocess.run(run.command(cohort, folder), check=True)
+    text = format_table({run: read_metrics(output_dir / run.name) for run in runs}, cohort.demo)
     write_text(output_dir / "compare.md", text + "\n")
     return text
 
@@ -104,14 +129,14 @@ def read_metrics(folder: Path) -> dict[str, float]:
     return {name: float("nan") if found[name]["value"] is None else found[name]["value"] for name in METRICS}
 
 
-def format_table(results: Mapping[ComparedRun, Mapping[str, float]]) -> str:
+def format_table(results: Mapping[ComparedRun, Mapping[str, float]], demo: str = "plain") -> str:
     """Rows of aggregators and metrics: frozen, end to end, and the difference of the runs of one seed.
 
     Means over the seeds, with the standard deviation (n - 1) where there are several; in percentage points.
     """
     seeds = sorted({run.seed for run in results})
     lines = [
-        f"demo cohort, test split, %, {len(seeds)} seed(s) from {seeds[0]}"
+        f"demo cohort{'' if demo == 'plain' else ' ' + demo}, test split, %, {len(seeds)} seed(s) from {seeds[0]}"
         + (", mean ± standard deviation" if len(seeds) > 1 else ""),
         "",
         "| aggregator | metric | frozen encoder | end to end | difference |",

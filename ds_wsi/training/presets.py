@@ -48,8 +48,11 @@ RESNET18 = {
     "model.encoder": "resnet18",
     "model.aggregator": "abmil",  # the papers' first; --aggregator dtfd and transmil are their others
     "policies.partition.mode": "auto",
-    "policies.partition.bn_population": "bag",  # (ours)
 }
+# As the authors' published code has it, a clean-up of their research code (github.com/undercutspiky/big-layers, commit
+# f1372709, training/mil_wrapper.py and train.py): the two slides of a micro-batch go through the encoder in one call,
+# whose batch statistics train-mode BatchNorm takes; they are evaluated with the running statistics.
+THEIR_NORMS = {"policies.norm.training": "stack", "policies.norm.evaluation": "running"}
 ADAM = {
     "optim.optim": "adam",
     "optim.weight_decay": 1e-4,
@@ -65,7 +68,7 @@ AUGMENTED = {
 }
 PLAIN = {"policies.augment.flips": False, "policies.augment.colour": 0.0}
 
-PANDA = {**TILES, **GREY, **RESNET18, **ADAM, **PLAIN} | {
+PANDA = {**TILES, **GREY, **RESNET18, **THEIR_NORMS, **ADAM, **PLAIN} | {
     "model.encoder_features": "flattened",  # 4.2.3: the final stage's output, a map of 8 x 8 x 512
     "policies.reading.tiles_per_slide": 256,
     "run.metric_for_best_model": "quadratic_weighted_kappa",
@@ -90,11 +93,12 @@ PANDA_PROTOCOL = {
     "seeds": 3,
 }
 PANDA_EVALUATION = (
-    "all tiles of the test split; TCGA-PRAD on all tiles, and the mean of 100 runs on 256 random ones "
+    "running statistics of BatchNorm; all tiles of the test split; "
+    "TCGA-PRAD on all tiles, and the mean of 100 runs on 256 random ones "
     "(launch/evaluate.py --dataset tcga --eval_tiles 256 --eval_runs 100)"
 )
 
-CAMELYON = {**TILES, **OTSU, **RESNET18, **ADAM, **AUGMENTED} | {
+CAMELYON = {**TILES, **OTSU, **RESNET18, **THEIR_NORMS, **ADAM, **AUGMENTED} | {
     "model.encoder_features": "flattened",  # the final stage's output, of all their models (4.2.3)
     "run.metric_for_best_model": "accuracy",
 }
@@ -122,7 +126,8 @@ CAMELYON_PROTOCOL = {
     "seeds": 3,
 }
 CAMELYON_EVALUATION = (
-    "ABMIL and frozen encoders: all tiles; DTFD and TransMIL end to end: the mean of 3 runs on 2,048 random tiles "
+    "running statistics of BatchNorm; ABMIL and frozen encoders: all tiles; "
+    "DTFD and TransMIL end to end: the mean of 3 runs on 2,048 random tiles "
     "(--eval_tiles 2048 --eval_runs 3)"
 )
 LUNG = {**TILES, **GREY, **RESNET18, **ADAM, **AUGMENTED} | {  # (ours) throughout: DPGS trains on stored features

@@ -15,11 +15,14 @@ from torch import nn
 
 from ds_wsi.bags.sampler import plan_epoch
 from ds_wsi.models import ModelConfig, SlideModel, build_aggregator
+from ds_wsi.norms import NormPolicy
 from ds_wsi.partition.apply import PartitionedForward
 from ds_wsi.slides import TilingPolicy
 from ds_wsi.stacking import stack_bags
 
 RATE, SEED = 0.1, 5
+# The oracle's: each bag by itself. What the Trainer decides by itself has tests of its own.
+NORM = NormPolicy(training="bag", evaluation="running")
 CONFIG = ModelConfig("test_resnet", "gated_abmil", ("a", "b"), asdict(TilingPolicy(tile_size_px=32)))
 
 
@@ -138,8 +141,8 @@ def make_trainer(engine, bags, kind, accumulation=1, *, plain=False, dropout=0.0
         model = SlideModelForSlideClassification(SlideModelConfig.of(CONFIG), make_slide_model(kind, dropout))
     data = {"data_collator": SlideCollator(), "train_dataset": bags, "eval_dataset": bags}
     if not plain:
-        return SlideTrainer(model, arguments, **data)
-    apply_policies(model, arguments)
+        return SlideTrainer(model, arguments, norm=NORM, **data)
+    apply_policies(model, arguments, NORM)
     trainer = Trainer(model, arguments, **data)
     trainer.comm = CommHookCallback(trainer)
     trainer.add_callback(trainer.comm)

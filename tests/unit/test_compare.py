@@ -38,7 +38,7 @@ def commands(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", train)
     monkeypatch.setattr(RunRecord, "read", read)
-    monkeypatch.setattr("ds_wsi.commands.demo.make_demo", lambda folder: folder)
+    monkeypatch.setattr("ds_wsi.commands.demo.make_demo", lambda folder, policy: folder)
     return found
 
 
@@ -71,6 +71,21 @@ def test_without_a_value_the_default_aggregator_and_one_seed(commands, tmp_path,
     assert main(["demo", "--compare", "--output_dir", str(tmp_path)]) == 0
     assert [(run.model.aggregator, run.run.seed) for run in commands] == [("gated_abmil", 0)] * 2
     assert "| gated_abmil | accuracy | 50.00 | 75.00 | +25.00 |" in capsys.readouterr().out
+
+
+def test_from_weights_both_arms_have_them_and_the_trainers_own_settings(commands, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ds_wsi.models.packaged.write_packaged_weights", lambda path: path)
+    given = ["demo", "--demo", "stains", "--demo_dir", "slides", "--compare", "--pretrained"]
+    assert main([*given, "--output_dir", str(tmp_path)]) == 0
+    frozen, trained = commands
+    assert replace(frozen, model=trained.model, run=trained.run) == trained
+    assert trained.model == replace(frozen.model, freeze_encoder=False)
+    assert (trained.data.demo, trained.model.encoder) == ("stains", "tf_efficientnet_lite0")
+    assert trained.model.encoder_weights == "slides/efficientnet_lite0.safetensors"
+    assert trained.optim == OptimSettings()
+    assert "demo cohort stains, test split" in capsys.readouterr().out
+    assert main(["demo", "--pretrained", "--demo_dir", "slides"]) == 2
+    assert "--pretrained must be given with --compare" in capsys.readouterr().err
 
 
 def test_differences_are_paired_by_seed():

@@ -6,7 +6,7 @@ import pytest
 
 from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.manifest import read_manifest
-from ds_wsi.slides.demo import DemoPolicy, make_demo
+from ds_wsi.slides.demo import Centre, DemoPolicy, StainsPolicy, make_demo
 from ds_wsi.slides.tiling import TilingPolicy
 
 SMALL = DemoPolicy(train=2, validation=2, test=2, min_side_px=352, max_side_px=416)
@@ -87,3 +87,37 @@ def test_a_cohort_is_drawn_once_and_an_interrupted_one_completed(tmp_path):
 def test_a_cohort_that_cannot_be_drawn_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         DemoPolicy(**wrong)
+
+
+@pytest.fixture(scope="module")
+def stains(tmp_path_factory):
+    policy = StainsPolicy(train=12, validation=4, test=8, max_side_px=416)
+    return load_cohort(make_demo(tmp_path_factory.mktemp("stains"), policy), TilingPolicy(tile_size_px=64))
+
+
+def test_centres_differ_more_than_the_slides_of_one(stains):
+    """Stain tells the centre, not the class, and those of the test slides are seen nowhere else."""
+    means = {}
+    for row, slide in enumerate(stains.manifest.slides):
+        with openslide.OpenSlide(str(slide.path)) as opened:
+            picture = np.asarray(opened.get_thumbnail((64, 64)), dtype=float)[..., :3]
+        tissue = picture[picture.min(-1) < 200]
+        pair = row // 2 % 6 if row < 16 else 6 + (row - 16) // 2 % 4
+        means.setdefault(pair, []).append(tissue.mean(0))
+    within = np.mean([np.std(found, axis=0) for found in means.values() if len(found) > 1], axis=0)
+    between = np.std([np.mean(found, axis=0) for found in means.values()], axis=0)
+    assert (between > 1.5 * within).all()
+    assert len(means) == 10
+    labels = [slide.label for slide in stains.manifest.slides]
+    assert all(labels[row : row + 2] == [0, 1] for row in range(0, 24, 2)), "both classes of every centre"
+
+
+def test_a_centre_is_drawn_by_its_number_and_scans_alike():
+    image = np.full((8, 8, 3), (200, 120, 170), dtype=np.uint8)
+    assert Centre.draw(0, 3) == Centre.draw(0, 3) != Centre.draw(0, 4)
+    plain = Centre((1.0, 1.0, 1.0), 1.0, (1.0, 1.0, 1.0), 0.0)
+    assert np.abs(plain.scan(image).astype(int) - image).max() <= 1
+    dark = Centre((1.5, 1.5, 1.5), 1.0, (1.0, 1.0, 1.0), 0.0)
+    assert (dark.scan(image) < image).all()
+    with pytest.raises(ValueError, match="centres must be at least 1, got 0"):
+        StainsPolicy(centres=0)

@@ -14,6 +14,7 @@ from ds_wsi.engines.trainer import SlideTrainer
 from ds_wsi.engines.transformers import SlideCollator, SlideModelConfig, SlideModelForSlideClassification
 from ds_wsi.models import ModelConfig, build_model, load_model, save_model
 from ds_wsi.models.loss import stack_loss
+from ds_wsi.norms import NormPolicy
 from ds_wsi.slides import TilingPolicy
 from ds_wsi.stacking import stack_bags
 from ds_wsi.stacking.policy import StackingPolicy
@@ -247,3 +248,35 @@ def test_a_stacking_policy_needs_lengths_and_its_workers(tmp_path):
         trainer.policies = replace(trainer.policies, stacking=stacking)
         with pytest.raises(ValueError, match=words):
             trainer.get_train_dataloader()
+
+
+def test_norms_are_trained_and_kept_as_the_policy_says(tmp_path):
+    """Fresh statistics: the step's bags, or those of a micro-step; loaded ones stay; the configuration says so."""
+    rows = [{"tiles": bag, "labels": index} for index, bag in enumerate(tiles(2, 2))]
+
+    def trained(model, norm=None, **options):
+        trainer = SlideTrainer(model, arguments(tmp_path, **options), train_dataset=rows, norm=norm)
+        assert trainer.args.ddp_broadcast_buffers is False
+        return tuple(model.config.slide_model[f"norm_{name}"] for name in ("training", "evaluation"))
+
+    assert trained(make()) == ("step", "running")
+    assert trained(make(), gradient_accumulation_steps=2) == ("stack", "running")
+    loaded = make()
+    next(part for part in loaded.modules() if isinstance(part, torch.nn.BatchNorm2d)).running_mean.add_(1)
+    assert trained(loaded) == ("frozen", "running")
+    assert trained(make(), NormPolicy("bag")) == ("bag", "bag")
+    for options, words in (
+        (
+            {"norm": NormPolicy("step"), "gradient_accumulation_steps": 2},
+            "norm.training must not be step with gradient",
+        ),
+        ({"norm": NormPolicy(evaluation="recalibrated")}, "norm.evaluation must not be recalibrated"),
+        ({"ddp_broadcast_buffers": True}, "ddp_broadcast_buffers must not be True"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            trained(make(), **options)
+    model = make()
+    trained(model, NormPolicy("bag"))
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved").slide_model
+    assert (again.norm_training, again.norm_evaluation) == ("bag", "bag")
