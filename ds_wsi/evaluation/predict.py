@@ -137,7 +137,9 @@ def _encoded(
                     if norms and not of_features:
                         with encode.statistics(variant.statistics):
                             own += encode.over_all(tiles, [slide], norms)
+                model.set_norms(evaluation=evaluation)  # the caller's meanwhile
                 yield slide, [torch.cat(own) for own in parts], torch.cat(kept)
+                model.set_norms(evaluation="running")
                 parts, kept = [[] for _ in variants], []
                 tiles.clear()
     finally:
