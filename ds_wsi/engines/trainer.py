@@ -145,6 +145,15 @@ def _apply_norms(policies: DsWsiConfig, model: SlideModelForSlideClassification,
             "norm.training: stack, the bags of a micro-step of one process, whose %d make up a step",
             args.gradient_accumulation_steps,
         )
+    if training == "step" and args.world_size > 1 and policies.partition.mode == "auto":
+        # Each process would plan for its own stack, and their norms wait for each other in different orders.
+        if policy.training == "step":
+            raise ValueError(
+                f"{SECTION}.norm.training must not be step on several processes with a partition that plans each call. "
+                'HINT: name a mode of partition, such as "lean"'
+            )
+        training = "stack"
+        logger.info("norm.training: stack, for the partition plans the call of each process by itself")
     apply_training(training, policy, slide_model)
     evaluation = natural_evaluation(training) if policy.evaluation == "auto" else policy.evaluation
     if evaluation == "recalibrated":

@@ -124,7 +124,8 @@ class PartitionedForward:
         if isinstance(self.wanted, PartitionPlan):
             return self.wanted
         policy = self.wanted
-        shape = (bucket(x.shape[0]) if policy.mode == "auto" else max(1, x.shape[0]), *x.shape[1:])
+        # For two tiles at least: of a population that other ranks hold too, one tile or none is no small part.
+        shape = (bucket(max(2, x.shape[0])) if policy.mode == "auto" else max(1, x.shape[0]), *x.shape[1:])
         if policy.axis == "spatial":
             shape = tuple(x.shape)
         kind = autocast_dtype(device)

@@ -213,7 +213,7 @@ def _partition(
 ) -> None:
     """Partition the encoder as the policies say, and print the plan for the largest stack of training bags.
 
-    Ranks that share a bag take one plan, the first rank's: their norms' collectives must come in one order.
+    Ranks that share a population take one plan, the first rank's: their norms' collectives must come in one order.
 
     Raises:
         ValueError: not even that fits the budgets, names what is missing; or a mode that the engine cannot serve.
@@ -245,7 +245,8 @@ def _partition(
         shape = (tiles * settings.optim.per_device_train_batch_size * together, 3, size, size)
         plan = plan_partition(module.encoder, shape, wanted, autocast=precision, device=device)
         logger.info("%s", plan)
-        if mesh.tile_size > 1 and wanted.mode == "auto":
+        one_plan = mesh.tile_size > 1 or (module.norm_training == "step" and accelerator.num_processes > 1)
+        if one_plan and wanted.mode == "auto":
             wanted = PartitionPlan.from_section(broadcast_object_list([plan.to_section()])[0])
     elif isinstance(wanted, PartitionPlan):
         logger.info("%s", wanted)

@@ -62,6 +62,7 @@ def test_the_main_job_runs_and_leaves_its_results(launcher, demo_manifest, tmp_p
 def test_two_processes_that_share_each_slide_train_as_one(demo_manifest, tmp_path):
     """The same tiles, weights and losses; ZeRO-2 with offload, partitioned, train-mode BatchNorm over the whole bag."""
     sampled = ["--tiles_per_slide", "9", "--augment_colour", "0", "--gradient_accumulation_steps", "2"]
+    sampled += ["--norm_training", "bag", "--norm_evaluation", "running"]
     run(["python", SCRIPT, *train_arguments(demo_manifest, tmp_path / "one", *sampled)])
     shared = ["--tile_parallel_size", "2", "--partition", "lean", "--partition_chunk_size", "3"]
     command = ["deepspeed", "--num_gpus", "2", SCRIPT, "--deepspeed", OFFLOAD]
