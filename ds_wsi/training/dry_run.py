@@ -16,6 +16,7 @@ from ds_wsi.engines.scope import Processes, closing_trackers, launched
 from ds_wsi.partition import PartitionPlan
 from ds_wsi.partition.apply import PartitionedForward
 from ds_wsi.training.loop import MicroSteps, count_steps, time_micro_steps
+from ds_wsi.training.norm_plan import norm_plan
 from ds_wsi.training.protocol import Protocol, plan_runs, read_cohort, split_cohort
 from ds_wsi.training.run import Run, engine_settings, prepare_run
 from ds_wsi.training.settings import TrainSettings
@@ -164,7 +165,8 @@ def _time_lines(run: Run, measured: Sequence[MicroSteps]) -> list[str]:
         return max(tiles * computing, reads) if reading.workers else tiles * computing + reads
 
     epoch_s = seconds(training, compute)
-    validation_s = seconds(evaluated["validation"] / processes, forward)
+    # Each candidate of the norms' evaluation is an encoding, of tiles that are read once.
+    validation_s = seconds(evaluated["validation"] / processes, forward * len(norm_plan(run).candidates))
     test_s = seconds(evaluated["test"] / processes, forward)
     total_s = epochs * (epoch_s + validation_s) + test_s
     timed = "; ".join(

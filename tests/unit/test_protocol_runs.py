@@ -160,7 +160,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(data, tmp_path, monkeypatch, cap
     assert "  optim.num_train_epochs = 2\n" in printed
     assert "steps: 2 an epoch, 4 in 2 epochs, 1 process(es)" in printed
     assert "partition of" in printed
-    assert "two micro-steps: 4 tiles read in" in printed
+    assert "two micro-steps: 8 tiles read in" in printed  # all bags of a step: the norms average over it
     assert "time, an estimate from them: " in printed
     assert [path.name for path in tmp_path.iterdir()] == ["tiles"]
     assert len(list((tmp_path / "tiles").iterdir())) == 8
