@@ -38,13 +38,14 @@ def train(settings: Any) -> Any:
     from accelerate.state import AcceleratorState, GradientState
 
     from ds_wsi.engines.accelerate import Accelerator
+    from ds_wsi.evaluation.norm_choice import NormChoice
     from ds_wsi.training import loop, validation
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     ended: list[Any] = []
     loop.finish = lambda run, started: ended.append(run) or {}
-    validation.validate = lambda run, state: {}
+    validation.validate = lambda run, state: NormChoice("running")
     Accelerator.end_training = lambda self: None  # it would end the group
     loop.train(settings)
     return ended[-1]

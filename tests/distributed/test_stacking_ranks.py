@@ -83,7 +83,8 @@ def per_bag(name, seed, dtype, *, wrong=False):
     return gradient(module)
 
 
-LIMITS = {torch.float64: 1e-12, torch.float32: 1e-6}
+# Float32: its rounding alone; of ABMILX 1.3e-6 with torch 2.14, below 1e-6 with 2.15.
+LIMITS = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
 def in_both(names):
