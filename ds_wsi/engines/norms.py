@@ -79,12 +79,21 @@ def warn_of_few_bags(training: str, bags_in_step: int) -> None:
         )
 
 
-def partition_of(wanted: PartitionPlan | PartitionPolicy, training: str, micro_steps: int) -> Any:
+def partition_of(
+    wanted: PartitionPlan | PartitionPolicy, training: str, micro_steps: int, *, can_plan: bool = False
+) -> Any:
     """The partition whose populations the model decides, call by call.
 
-    A step's micro-steps in one call hold the activations of all of them: what would run as it is, is planned.
+    A step's micro-steps in one call hold the activations of all of them: what would run as it is, is planned where that
+    can be (`can_plan`): on a GPU, for a CPU has no budget, and of an encoder that is trained as a whole.
     """
-    if training == "step" and micro_steps > 1 and wanted.mode == "native" and isinstance(wanted, PartitionPolicy):
+    if (
+        can_plan
+        and training == "step"
+        and micro_steps > 1
+        and wanted.mode == "native"
+        and isinstance(wanted, PartitionPolicy)
+    ):
         wanted = replace(wanted, mode="auto")
         logger.info("norm.training step: %d micro-steps are encoded together, and planned as a partition", micro_steps)
     return wanted if wanted.mode == "paper" else replace(wanted, bn_population="bag")

@@ -221,7 +221,10 @@ def _partition(
     if cohort.in_dim is not None:
         return  # features: there is no encoder
     together = micro_steps(settings) if module.norm_training == "step" else 1
-    wanted, device = partition_of(settings.policies.partition, module.norm_training, together), accelerator.device
+    device = accelerator.device
+    whole = not getattr(module.encoder, "frozen_parts", ())
+    can_plan = device.type == "cuda" and whole
+    wanted = partition_of(settings.policies.partition, module.norm_training, together, can_plan=can_plan)
     several_bags = settings.optim.per_device_train_batch_size > 1 or settings.policies.stacking.deals
     if wanted.mode == "paper" and accelerator.is_fsdp2 and several_bags:
         raise ValueError(
