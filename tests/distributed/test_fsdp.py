@@ -93,7 +93,7 @@ for engine in ("ddp", "fsdp2"):
     CASES["clipped", engine] = run | {"optim": clipped, "model": {"freeze_until": "layer3"}}
     CASES["stacked", engine] = run | {"policies": THREE}
     CASES["shared", engine] = run | {"policies": {"tile_parallel": {"size": 2}}}
-LEAN = {"partition": {"mode": "lean", "chunk_size": 5, "bn_population": "bag"}}
+LEAN = {"partition": {"mode": "lean", "chunk_size": 5}}
 CASES["stacked", "lean"] = {"policies": THREE | LEAN}
 CASES["stacked", "hook"] = {"policies": THREE | {"compression": {"hook": "topk", "keep": 1.0}}}
 CASES["stacked", "sparse"] = {"policies": THREE | {"compression": {"hook": "topk", "keep": 0.1}}}
