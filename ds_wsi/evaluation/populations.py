@@ -123,7 +123,6 @@ class TileEncoder:
         one_chunk = tiles.chunks is not None and self._fit(tiles.first, tiles.count)
         whole = [torch.cat(list(tiles.read(order)))] if one_chunk else []
         features, _ = encode_population(
-            self.model.encoder,
             self,
             (lambda: whole) if one_chunk else (lambda: tiles.read(order)),
             norms,
@@ -136,7 +135,7 @@ class TileEncoder:
         one_chunk = self._fit(bags[0], sum(map(len, bags)))
         chunks = [torch.cat(list(bags))] if one_chunk else bags
         norms = batch_norms(self.model.encoder)
-        features, _ = encode_population(self.model.encoder, self, lambda: chunks, norms, one_chunk=one_chunk)
+        features, _ = encode_population(self, lambda: chunks, norms, one_chunk=one_chunk)
         return list(features[0].split([len(bag) for bag in bags])) if one_chunk else features
 
     def recalibrated(self, tiles: HeldTiles, order: Order, group: Any = None) -> dict[str, Tensor]:

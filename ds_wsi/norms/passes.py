@@ -73,7 +73,6 @@ class _Settling:
 
 @torch.no_grad()
 def encode_population(
-    encoder: nn.Module,
     encode: Encode,
     chunks: Callable[[], Iterable[Tensor]],
     norms: Sequence[nn.Module],
@@ -84,8 +83,7 @@ def encode_population(
     """Encode chunks whose norms normalise over all of them together; running statistics do not move.
 
     Args:
-        encoder: whose norms they are.
-        encode: one chunk through it, without a gradient.
+        encode: takes one chunk through the encoder that has the norms, without a gradient.
         chunks: makes an iterator over the chunks, the same ones each time.
         norms: which normalise over the population; the others normalise as their mode says.
         one_chunk: whether there is one chunk, on every rank of the group.
@@ -137,7 +135,7 @@ def recalibrate(
     collectives are those of `encode_population`.
     """
     norms = [norm for norm in batch_norms(encoder) if norm.running_mean is not None]
-    _, settled = encode_population(encoder, encode, chunks, norms, one_chunk=one_chunk, group=group)
+    _, settled = encode_population(encode, chunks, norms, one_chunk=one_chunk, group=group)
     total: dict[nn.Module, Moments | None] = {}
     for norm, moments in settled:  # a norm that is called twice: both calls' populations as one
         total[norm] = merged(total.get(norm), moments)

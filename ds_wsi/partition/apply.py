@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ds_wsi.norms.roles import population_group
+from ds_wsi.norms.roles import is_shared
 from ds_wsi.partition.paper import apply_paper
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan
 from ds_wsi.partition.planner import PAPER_CHUNK, plan_partition
@@ -83,7 +83,7 @@ class PartitionedForward:
                 f"{type(self.module).__name__} is partitioned: its forward must get one tensor, got another "
                 f"({extra[0]!r})"
             )
-        shared = any(population_group(part) is not None for part in self.module.modules())
+        shared = is_shared(self.module)
         if x.shape[0] == 0 and not shared:
             return _anchored(self.original(x if prepare is None else prepare(x), *args, **kwargs), anchor)
         _refuse_checkpoint()

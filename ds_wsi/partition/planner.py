@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ds_wsi.norms.roles import population_group
+from ds_wsi.norms.roles import is_shared
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan, gib
 from ds_wsi.partition.policy import MODES, PartitionPolicy
 from ds_wsi.partition.program import Program, SegmentSpec
@@ -121,7 +121,7 @@ class _Planner:
     ) -> None:
         self.shape, self.policy, self.rates = shape, policy, rates
         # Ranks must not mix native SyncBatchNorm's collectives with ours.
-        self.synchronised = any(population_group(part) is not None for part in module.modules())
+        self.synchronised = is_shared(module)
         self.overlaps = device.type == "cuda"
         # Without the card its kernels cannot be pretended; the CPU's save about the same.
         pretended = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")

@@ -63,7 +63,7 @@ def test_statistics_of_a_population_are_those_of_one_call(name, one_chunk, tiles
     expected = plain(tiles)
     chunks = [tiles] if one_chunk else list(tiles.split(CHUNKS if name != "lite0" else (9, 7)))
     before = copy.deepcopy(encoder.state_dict())
-    features, _ = encode_population(encoder.eval(), encoder, lambda: chunks, batch_norms(encoder), one_chunk=one_chunk)
+    features, _ = encode_population(encoder.eval(), lambda: chunks, batch_norms(encoder), one_chunk=one_chunk)
     assert not drops or name == "lite0"
     torch.testing.assert_close(torch.cat(features), expected, rtol=0, atol=1e-10)
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items()), "it keeps its own"
@@ -78,10 +78,9 @@ def test_statistics_of_a_population_are_those_of_one_call(name, one_chunk, tiles
 def test_chunks_as_populations_of_their_own_would_be_noticed(tiles):
     encoder = lively(ENCODERS["resnet10t"]())
     norms = batch_norms(encoder)
-    whole, _ = encode_population(encoder.eval(), encoder, lambda: [tiles], norms, one_chunk=True)
+    whole, _ = encode_population(encoder.eval(), lambda: [tiles], norms, one_chunk=True)
     apart = [
-        encode_population(encoder, encoder, lambda part=part: [part], norms, one_chunk=True)[0][0]
-        for part in tiles.split(8)
+        encode_population(encoder, lambda part=part: [part], norms, one_chunk=True)[0][0] for part in tiles.split(8)
     ]
     assert (torch.cat(apart) - whole[0]).abs().max() > 0.01
 
@@ -95,17 +94,17 @@ def test_passes_are_one_for_each_norm_and_one_more(tiles):
         return encoder(chunk)
 
     chunks, norms = list(tiles.split(CHUNKS)), batch_norms(encoder)
-    encode_population(encoder, encode, lambda: chunks, norms)
+    encode_population(encode, lambda: chunks, norms)
     assert calls == (len(norms) + 1) * len(chunks)
     calls = 0
-    encode_population(encoder, encode, lambda: [tiles], norms, one_chunk=True)
+    encode_population(encode, lambda: [tiles], norms, one_chunk=True)
     assert calls == 1
 
 
 def test_one_value_per_channel_is_refused():
     encoder = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3)).eval()
     with pytest.raises(ValueError, match="must see more than one value a channel, got 1"):
-        encode_population(encoder, encoder, lambda: [torch.ones(1, 3)], [encoder[1]], one_chunk=True)
+        encode_population(encoder, lambda: [torch.ones(1, 3)], [encoder[1]], one_chunk=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
