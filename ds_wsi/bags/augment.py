@@ -1,7 +1,9 @@
 """Augmentation of a bag on its device: ONE draw of parameters a slide, applied to all its tiles."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -87,7 +89,17 @@ def augment_bag(
     Raises:
         ValueError: a rotation of tiles too small to be continued by reflection.
     """
-    draw = _draw(policy, seed)
+    return augmentation(policy, seed, chunk_bytes=chunk_bytes)(tiles)
+
+
+def augmentation(
+    policy: AugmentPolicy, seed: tuple[int, int, int], *, chunk_bytes: int = CHUNK_BYTES
+) -> Callable[[Tensor], Tensor]:
+    """`augment_bag` as a function of the tiles: what it makes of a tile does not depend on the others given with it."""
+    return partial(_augment, policy=policy, draw=_draw(policy, seed), chunk_bytes=chunk_bytes)
+
+
+def _augment(tiles: Tensor, policy: AugmentPolicy, draw: "_Draw", chunk_bytes: int) -> Tensor:
     if policy.flips:
         tiles = tiles.rot90(draw.turns, dims=(-2, -1))
         tiles = tiles.flip(-1) if draw.mirrored else tiles

@@ -17,8 +17,9 @@ from ds_wsi.partition.program import Program
 from ds_wsi.partition.runner import Call, bag_ranges
 from ds_wsi.partition.staging import HostStore, Spill
 from ds_wsi.partition.trace import Traced
+from ds_wsi.partition.values import InputCost, Prepare, prepared
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.memory import free_host_bytes
+from ds_wsi.runtime.memory import ByteMeter, free_host_bytes
 from ds_wsi.runtime.numerics import autocast_dtype, autocast_now
 
 DEFAULT_CHUNK = {"batch": 32, "spatial": 64}  # of a mode that is given, where the policy names no chunk
@@ -29,9 +30,11 @@ class PartitionedForward:
 
     Attributes:
         encodes_stacks: a caller may give a whole stack of bags with `cu_seqlens`, and `prepare`.
+        takes_host_tiles: the stack may lie in host memory.
     """
 
     encodes_stacks = True
+    takes_host_tiles = True
 
     def __init__(self, module: nn.Module, wanted: PartitionPlan | PartitionPolicy, spill: Spill | None = None) -> None:
         self.module, self.wanted, self.spill = module, wanted, spill
@@ -58,7 +61,7 @@ class PartitionedForward:
         x: Tensor,
         *args: Any,
         cu_seqlens: Tensor | None = None,
-        prepare: Callable[[Tensor], Tensor] | None = None,
+        prepare: Prepare | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The module's output, in the memory of the plan.
@@ -67,7 +70,8 @@ class PartitionedForward:
             x: tiles [N, ...], or images [B, C, H, W] on the spatial axis; on the module's device or on the host.
             args, kwargs: None or the module's defaults: only `x` is partitioned.
             cu_seqlens: int [bags + 1], where each bag of the stack starts; the populations of `bn_population` "bag".
-            prepare: applied to each chunk of `x` once it is on the device (normalising uint8 tiles, say).
+            prepare: applied to each chunk of `x` once it is on the device (normalising uint8 tiles, say). Where it has
+                a method `at(part, first)` that is called, with the place of the chunk's first tile.
 
         Raises:
             ValueError: other tensors are given; a population of one value; an engine's shards in place of parameters.
@@ -91,13 +95,16 @@ class PartitionedForward:
         probe = x[:1] if prepare is None else prepare(x[:1].to(device))
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         save = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))
-        plan = self.plan(x, device, probe.dtype) if save else self._inference_plan(tuple(x.shape))
+        plan = self.plan(x, device, probe.dtype, prepare) if save else self._inference_plan(tuple(x.shape))
         # In evaluation a norm that has no running statistics to take has those of one bag, whatever was trained.
         by_bag = plan.bn_population == "bag" or not self.module.training
         bags = bag_ranges(cu_seqlens if by_bag else None, x.shape[0], shared=shared)
         if plan.mode == "native":
-            parts = [x[first:last].to(device) for first, last in bags]
-            outs = [self.original(part if prepare is None else prepare(part), *args, **kwargs) for part in parts]
+            outs = []
+            for first, last in bags:
+                part = x[first:last].to(device, non_blocking=True)
+                part = part if prepare is None else prepared(prepare, part, first)
+                outs.append(self.original(part, *args, **kwargs))
             return _anchored(outs[0] if len(outs) == 1 else torch.cat(outs), anchor)
         call = Call(
             self._program(plan, (x.shape[0], *probe.shape[1:]), probe.dtype, device, save),
@@ -119,7 +126,13 @@ class PartitionedForward:
         """Those made so far, one for each size of input that was seen."""
         return tuple(self._plans.values())
 
-    def plan(self, x: Tensor, device: torch.device, dtype: torch.dtype) -> PartitionPlan:
+    def plan(
+        self,
+        x: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        prepare: Prepare | None = None,
+    ) -> PartitionPlan:
         """The plan for an input: the given one, or the policy's for as many tiles or a few more."""
         if isinstance(self.wanted, PartitionPlan):
             return self.wanted
@@ -133,7 +146,10 @@ class PartitionedForward:
         key = tuple(part.training for part in self.module.modules()), place, dtype, kind
         if key not in self._plans:
             if policy.mode in ("auto", "native"):
-                plan = plan_partition(self.module, shape, policy, dtype=dtype, autocast=kind, device=device)
+                cost = input_cost(x, 2 if policy.axis == "spatial" else 0, device, prepare)
+                plan = plan_partition(
+                    self.module, shape, policy, dtype=dtype, autocast=kind, device=device, source=cost
+                )
                 logger.info("%s", plan)
             else:
                 plan = uniform_plan(self.module, shape, policy, device, dtype)
@@ -200,7 +216,7 @@ class _Partitioned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, anchor: Tensor | None, *parameters: nn.Parameter) -> Tensor:
-        ctx.call, ctx.parameters = call, parameters
+        ctx.call, ctx.parameters, ctx.x_device = call, parameters, x.device
         ctx.flags = [(part, part.training) for part in call.program.traced.module.modules()]
         return call.forward()
 
@@ -219,6 +235,8 @@ class _Partitioned(torch.autograd.Function):
         if grad.shape[0] == 0:  # a rank without a tile: engines wait for a gradient of every parameter
             gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
         pairs = zip(gradients, parameters, strict=True)
+        if x_grad is not None:
+            x_grad = x_grad.to(ctx.x_device)  # a host input's gradient is expected there
         return None, x_grad, None, *(None if gradient is None else gradient.to(p.dtype) for gradient, p in pairs)
 
 
@@ -342,6 +360,22 @@ def uniform_plan(
         cuts = [] if traced.opaque else Program(traced, specs, policy.axis, shape, dtype, device).candidates()
         segments = (*(SegmentPlan(node.name, policy.mode, size, host) for node in cuts), *whole)
     return PartitionPlan(segments, policy.axis, policy.bn_population, shape, compile=policy.compile)
+
+
+def input_cost(x: Tensor, dim: int, device: torch.device, prepare: Prepare | None) -> InputCost:
+    """What a tile of `x`, or a row, takes before the encoder sees it, by one that is prepared for the trial."""
+    if x.shape[dim] == 0:
+        return InputCost()
+    unit = x.narrow(dim, 0, 1)
+    copied = 0 if x.device == device else unit.numel() * unit.element_size()
+    ahead = copied > 0 and device.type == "cuda" and x.is_pinned()
+    if prepare is None:
+        return InputCost(copied, ahead=ahead)
+    with torch.no_grad(), ByteMeter() as meter:
+        result = prepare(unit.to(device))
+    prepared = result.untyped_storage()._cdata != unit.untyped_storage()._cdata
+    own = result.untyped_storage().nbytes() if prepared else 0
+    return InputCost(copied, prepared, max(0, meter.peak - own - copied), ahead)
 
 
 def bucket(tiles: int) -> int:

@@ -126,6 +126,10 @@ class Hold:
                 chunk = chunks[position]
                 if not self.graphs:
                     self.parts.prefetch(piece.graph, values, position - 1)
+                # What the next chunk's gradients are read from, or the link would stand still until they are.
+                self.parts.prefetch_own(piece.graph.targets, gradients, position - 1)
+                corrected = (node for node in piece.graph.targets if node in segment.norms_of)
+                self.parts.prefetch_own(corrected, values, position - 1)
                 grads = self._output_grads(piece, chunk, values, gradients)
                 if grads:
                     self._piece_backward(index, chunk, values, gradients, grads)

@@ -1,12 +1,14 @@
 """Which tiles or rows of each value a chunk of a segment computes, and which it reads."""
 
+from collections.abc import Iterable
+
 from torch import Tensor, fx
 
 from ds_wsi.partition.halo import Range
 from ds_wsi.partition.program import Chunk, Segment
 from ds_wsi.partition.segment import Subgraph, hull
 from ds_wsi.partition.staging import HostStore
-from ds_wsi.partition.values import Extent, Rows, Tiles
+from ds_wsi.partition.values import Extent, Given, Rows, Tiles
 
 
 class Parts:
@@ -74,8 +76,17 @@ class Parts:
         needed = self.needed(graph, chunk)
         for node in graph.sources:
             extent = values.get(node)
-            if isinstance(extent, Tiles | Rows) and (extent.host is not None):
+            if isinstance(extent, Given) or (extent is not None and extent.host is not None):
                 extent.prefetch(self.reads(node, chunk, needed))
+
+    def prefetch_own(self, nodes: Iterable[fx.Node], values: dict[fx.Node, Extent], position: int) -> None:
+        """The same of the parts of values, or of gradients, that the chunk at `position` owns."""
+        if not 0 <= position < len(self.chunks):
+            return
+        for node in nodes:
+            extent = values.get(node)
+            if isinstance(extent, Tiles | Rows) and extent.host is not None:
+                extent.prefetch(self.own(node, self.chunks[position]))
 
     def _some_rows(self, node: fx.Node, chunk: Chunk) -> Range:
         """The rows that a chunk owns, or one where it owns none: operations need a row to work on."""

@@ -19,7 +19,8 @@ from ds_wsi.partition.policy import MODES, PartitionPolicy
 from ds_wsi.partition.program import Program, SegmentSpec
 from ds_wsi.partition.rates import Rates, find_rates
 from ds_wsi.partition.simulate import Phase, Simulator
-from ds_wsi.runtime.memory import free_host_bytes
+from ds_wsi.partition.values import InputCost
+from ds_wsi.runtime.memory import free_bytes, free_host_bytes
 
 PAPER_CHUNK = {"batch": 32, "spatial": 256}
 _ROUNDS = 6  # of the search, each within smaller budgets
@@ -78,6 +79,7 @@ def plan_partition(
     autocast: torch.dtype | None = None,
     device: torch.device | None = None,
     rates: Rates | None = None,
+    source: InputCost | None = None,
 ) -> PartitionPlan:
     """Decide how to partition `module` for a training step on an input of this shape; nothing is computed or changed.
 
@@ -90,6 +92,7 @@ def plan_partition(
         autocast: torch.float16 or torch.bfloat16 under mixed precision.
         device: whose kernels and rates are assumed; the module's own by default.
         rates: of the device; by default measured ones where `ds-wsi plan --probe` has run, assumed ones otherwise.
+        source: what a tile, or a row, of the input takes on the device before the encoder sees it; nothing by default.
 
     Returns:
         The fastest plan within the budgets; `mode` "native" where the module fits as it is.
@@ -105,7 +108,7 @@ def plan_partition(
     if policy.mode in ("paper", "native"):
         size = policy.chunk_size or (PAPER_CHUNK[policy.axis] if policy.mode == "paper" else 0)
         return PartitionPlan((), policy.axis, policy.bn_population, shape, mode=policy.mode, chunk_size=size)
-    return _Planner(module, shape, policy, dtype, autocast, device, rates or find_rates(device)).plan()
+    return _Planner(module, shape, policy, dtype, autocast, device, rates or find_rates(device), source).plan()
 
 
 class _Planner:
@@ -118,6 +121,7 @@ class _Planner:
         autocast: torch.dtype | None,
         device: torch.device,
         rates: Rates,
+        source: InputCost | None,
     ) -> None:
         self.shape, self.policy, self.rates = shape, policy, rates
         # Ranks must not mix native SyncBatchNorm's collectives with ours.
@@ -125,7 +129,9 @@ class _Planner:
         self.overlaps = device.type == "cuda"
         # Without the card its kernels cannot be pretended; the CPU's save about the same.
         pretended = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
-        self.simulator = Simulator(module, policy.axis, pretended, dtype, autocast)
+        self.simulator = Simulator(
+            module, policy.axis, pretended, dtype, autocast, overlaps=self.overlaps, source=source
+        )
         self.gpu_budget = policy.gpu_budget_bytes or _free_device_bytes(device)
         self.memory_budget = policy.host_budget_bytes or free_host_bytes()
         self.nvme_budget = policy.nvme_bytes()
@@ -446,4 +452,4 @@ def _pareto(choices: list[_Choice], limit: int = 48) -> list[_Choice]:
 def _free_device_bytes(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         return 2**62
-    return int(0.9 * torch.cuda.mem_get_info(device)[0])
+    return int(0.9 * free_bytes(device))

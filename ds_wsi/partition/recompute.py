@@ -27,7 +27,8 @@ class Recompute:
         values: dict[fx.Node, Extent] = {segment.source: self.source}
         for prefix in segment.prefixes:
             if prefix.targets:
-                for chunk in chunks:
+                for position, chunk in enumerate(chunks):
+                    self.parts.prefetch(prefix, values, position + 1)
                     for target, result in self.passes.run(prefix, chunk, values).items():
                         self.norms.collect(target, result, chunk)
                 self.norms.finish(prefix.targets)
@@ -58,7 +59,10 @@ class Recompute:
     ) -> None:
         """The two sums of these norms over all chunks, those of all later norms being corrected."""
         segment = self.segment
-        for chunk in reversed(self.parts.chunks):
+        chunks = self.parts.chunks
+        for position in reversed(range(len(chunks))):
+            chunk = chunks[position]
+            self.parts.prefetch(segment.whole, values, position - 1)
             grad = above.read(self.parts.own(segment.target, chunk))
             _, results = self.passes.with_graph(segment.whole, chunk, values, corrected=corrected)
             leaves = self.norms.affine(norms, chunk)

@@ -37,7 +37,8 @@ class Call:
         track: whether running statistics are updated.
         store: of host memory; None makes one.
         phase: called at the end of each segment's forward and backward, with its index.
-        simulated: on fake tensors: no random numbers, no streams.
+        simulated: on fake tensors: no random numbers.
+        pretended: the input of a simulated call, in place of `x` and `prepare`.
     """
 
     def __init__(
@@ -55,13 +56,15 @@ class Call:
         store: HostStore | None = None,
         phase: Callable[[str, int], None] | None = None,
         simulated: bool = False,
+        pretended: Given | None = None,
     ) -> None:
         self.program, self.bags, self.save, self.input_grad = program, bags, save, input_grad
         self.device, self.autocast, self.track = device, autocast, track
         self.batch = x.shape[0]
-        self.x: Given | None = Given(x, 2 if program.rules is not None else 0, device, prepare)
+        dim = 2 if program.rules is not None else 0
         self.random = Random(device, replayable=not simulated)
-        self.store = store or HostStore(device, overlap=not simulated)
+        self.store = store or HostStore(device)
+        self.x: Given | None = Given(x, dim, device, prepare, self.store) if pretended is None else pretended
         self.sums = GradientSums()
         self.saved: list[Hold | Recompute | None] = []  # what each segment keeps from forward to backward
         self._needs_grad = gradient_needs(program.traced, input_grad)
@@ -87,6 +90,8 @@ class Call:
                 extent = out
                 self.boundary_bytes = out.device_bytes
                 self.phase("forward", index)
+        if self.x is not None and not self.save:
+            self.x.clear()
         self.x = None
         output = extent.whole()  # type: ignore[union-attr]
         return output

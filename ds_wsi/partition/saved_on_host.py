@@ -34,6 +34,8 @@ class SavedOnHost:
 
         def pack(tensor: Tensor) -> Any:
             size = tensor.numel() * tensor.element_size()
+            if tensor.device != self.store.device:  # a host tensor that a module computes with, say
+                return tensor
             if size < _MIN_OFFLOAD_BYTES or id(tensor) in held or tensor.untyped_storage()._cdata in storages:
                 return tensor
             ticket = self.store.put(tensor)

@@ -12,7 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_wsi.partition.program import Program, SegmentSpec
 from ds_wsi.partition.runner import Call, bag_ranges
+from ds_wsi.partition.staging import HostStore
 from ds_wsi.partition.trace import Traced, needs_batch_statistics
+from ds_wsi.partition.values import InputCost, PretendedInput
 from ds_wsi.runtime.memory import ByteMeter
 
 
@@ -51,11 +53,22 @@ class Simulator:
         device: to pretend; kernels that save different tensors on different devices are told apart.
         dtype: of the input.
         autocast: the dtype of mixed precision, or None.
+        overlaps: copies to and from host memory run beside the computing, and hold memory while they do.
+        source: what the input takes before the encoder sees it.
     """
 
     def __init__(
-        self, module: nn.Module, axis: str, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None
+        self,
+        module: nn.Module,
+        axis: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        autocast: torch.dtype | None,
+        *,
+        overlaps: bool = False,
+        source: InputCost | None = None,
     ) -> None:
+        self.overlaps, self.source = overlaps, source or InputCost()
         self.axis, self.device, self.dtype, self.autocast = axis, device, dtype, autocast
         self.mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
         if autocast is None and any(map(needs_batch_statistics, module.modules())):
@@ -99,7 +112,9 @@ class Simulator:
                     device=self.device,
                     autocast=self._autocast,
                     track=False,
+                    store=HostStore(self.device, overlap=self.overlaps, simulated=True),
                     simulated=True,
+                    pretended=PretendedInput(x, 2 if program.rules is not None else 0, self.source),
                 )
                 call.phase = _Recorder(meter, phases, call)
                 with torch.no_grad():
@@ -112,7 +127,8 @@ class Simulator:
         with self.mode, torch.enable_grad():
             x = torch.empty(shape, dtype=self.dtype, device=self.device)
             with ByteMeter() as meter, self._autocast():
-                output: Tensor = self.module(x)
+                whole = PretendedInput(x, 2 if self.axis == "spatial" else 0, self.source)
+                output: Tensor = self.module(whole.read((0, shape[whole.dim])))
                 live = meter.live
                 parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
                 gradients = torch.autograd.grad(output, parameters, torch.empty_like(output), allow_unused=True)

@@ -1,0 +1,41 @@
+"""Page-locked host memory, exactly as much as is asked for."""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+
+class PageLocked:
+    """Bytes that a GPU copies from and to while the CPU goes on.
+
+    torch's own page-locked allocator rounds each request up to a power of two and keeps what is freed: a plan of
+    65 GiB would lock 128 GiB for good. Here ordinary memory is registered with the driver and given back when the
+    object goes.
+
+    Args:
+        size: in bytes.
+        device: the GPU.
+
+    Attributes:
+        data: uint8 [size].
+
+    Raises:
+        RuntimeError: the driver refuses to lock that much.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.data = torch.empty(size, dtype=torch.uint8)
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self.data.data_ptr(), size, 0)))
+        # The finalizer holds the memory, so that it is unlocked before it is freed.
+        self._unlock = weakref.finalize(self, _unlock, self.data, device)
+        self._unlock.atexit = False  # the driver ends with the process, and the lock with it
+
+    def close(self) -> None:
+        """Give the memory back, once no copy uses it."""
+        self._unlock()
+
+
+def _unlock(data: Tensor, device: torch.device) -> None:
+    torch.cuda.synchronize(device)
+    torch.cuda.cudart().cudaHostUnregister(data.data_ptr())
