@@ -51,6 +51,9 @@ COLUMNS = (
     "cap_gib",
     "seconds",
     "peak_gib",
+    "allocated_gib",
+    "reserved_gib",
+    "alloc_retries",
     "planned_s",
     "planned_gib",
     "ratio",
@@ -109,7 +112,9 @@ class _Run:
         plan = training.plan if training else None
         known: dict[str, Any] = dict.fromkeys(COLUMNS)
         if training:
-            known["peak_gib"] = training.peak_bytes / GIB
+            peaks = training.peaks
+            known |= {"peak_gib": training.peak_bytes / GIB, "alloc_retries": peaks.retries}
+            known |= {"allocated_gib": peaks.allocated / GIB, "reserved_gib": peaks.reserved / GIB}
         if plan and plan.mode == "partitioned":
             known |= {"planned_s": plan.seconds, "planned_gib": plan.peak_bytes / GIB}
             known["plan"] = " ".join(f"{part.mode}:{part.chunk_size}" for part in plan.segments)

@@ -27,7 +27,7 @@ from ds_wsi.benchmarks.table import Result
 from ds_wsi.partition import Handle, PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.partition.rates import Rates, device_key, probe
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.memory import ByteMeter
+from ds_wsi.runtime.memory import ByteMeter, DevicePeaks, device_peaks
 
 MODES = ("native", "planner", "paper")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -93,8 +93,8 @@ class Machine:
         state = 2 * sum(parameter.nbytes for parameter in model.parameters())
         return torch.cuda.memory_allocated(self.device) + state
 
-    def timed(self, work: Callable[[], object]) -> tuple[float, int]:
-        """Seconds, and bytes at most on a GPU (0 on a CPU: counting would take time)."""
+    def timed(self, work: Callable[[], object]) -> tuple[float, DevicePeaks]:
+        """Seconds, and bytes at most on a GPU (zeros on a CPU: counting would take time)."""
         if self.gpu:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -103,7 +103,7 @@ class Machine:
         if self.gpu:
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - start
-        return seconds, torch.cuda.max_memory_allocated(self.device) if self.gpu else 0
+        return seconds, device_peaks(self.device)
 
 
 @dataclass
@@ -118,7 +118,8 @@ class Training:
         plan: of it, if it was planned.
 
     Attributes:
-        peak_bytes: of all steps so far.
+        peaks: of the last step.
+        peak_bytes: of all steps so far; on a GPU active ones, which no other tensor could have had.
         loss: of the last step.
     """
 
@@ -128,6 +129,7 @@ class Training:
     handle: Handle | None = None
     plan: PartitionPlan | None = None
     peak_bytes: int = 0
+    peaks: DevicePeaks = field(default_factory=DevicePeaks)
     loss: float = field(default=float("nan"))
 
     def __post_init__(self) -> None:
@@ -142,8 +144,8 @@ class Training:
         Raises:
             DoesNotFitError: it ran out of memory, or failed (kernels that cannot index a tensor so large, say).
         """
-        seconds, peak = self._guarded(lambda: self.machine.timed(self._train))
-        self.peak_bytes = max(self.peak_bytes, peak)
+        seconds, self.peaks = self._guarded(lambda: self.machine.timed(self._train))
+        self.peak_bytes = max(self.peak_bytes, self.peaks.active)
         return seconds
 
     def count(self, cap_bytes: int, *, refuse: bool = True) -> None:

@@ -12,6 +12,7 @@ from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.policy import EVALUATION, TRAINING
 from ds_wsi.norms.population import takes_population
 from ds_wsi.norms.roles import batch_norms, is_shared, normalise_with
+from ds_wsi.stacking.host_tiles import HostTiles, PreparedTiles
 from ds_wsi.stacking.randomness import bag_draws
 from ds_wsi.stacking.stacked_bags import StackedBags
 
@@ -32,10 +33,13 @@ class SlideModel(nn.Module):
         warming_up: train the aggregator alone for now, the encoder in evaluation mode and without a graph. Its
             parameters keep `requires_grad`, which engines must not see change, and get gradients of zero. Set it before
             `train`.
+        evaluation_precision: in which `ds_wsi.evaluation` lets the encoder compute, of `PRECISIONS`; "no" is the
+            weights' own.
     """
 
     mean: Tensor
     std: Tensor
+    evaluation_precision = "no"
     norm_training = "bag"
     norm_evaluation = "running"
     _idle = False
@@ -146,8 +150,11 @@ class SlideModel(nn.Module):
         if getattr(self.encoder.forward, "encodes_stacks", False):
             # It knows the bags' bounds, normalises a chunk at a time, and never holds the stack's activations.
             bounds = None if together else bags.cu_seqlens
+            tiles, prepare = bags.values, self.normalise
+            if isinstance(tiles, HostTiles):
+                tiles, prepare = tiles.tiles, PreparedTiles(tiles, self.normalise)
             with torch.no_grad() if self.encoder_is_frozen else nullcontext():
-                return self.encoder(bags.values, cu_seqlens=bounds, prepare=self.normalise)
+                return self.encoder(tiles, cu_seqlens=bounds, prepare=prepare)
         if together:
             return self.encode(bags.values)
         parts = []

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from ds_wsi.bags.augment import augment_bag
+from ds_wsi.bags.augment import augmentation
 from ds_wsi.bags.bag import Bag, BagPart, read_bags
 from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles, steps_per_epoch
 from ds_wsi.engines.accelerate import average_buffers
@@ -23,10 +24,12 @@ from ds_wsi.runtime.ranks import watch_ranks
 from ds_wsi.runtime.seeding import seed_step, step_seed
 from ds_wsi.stacking.balance import OverCapError
 from ds_wsi.stacking.frameworks import sample_bag
+from ds_wsi.stacking.host_tiles import HostTiles
 from ds_wsi.stacking.randomness import bag_randomness
-from ds_wsi.stacking.stacked_bags import stack_bags
+from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on, stack_bags
 from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
 from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta
+from ds_wsi.training.out_of_memory import with_retry
 from ds_wsi.training.outcome import finish
 from ds_wsi.training.resume import resume, save
 from ds_wsi.training.run import Run, prepare_run
@@ -238,9 +241,16 @@ def _train_step(run: Run, step: StepPlan, bags: Iterator[Bag], learning_rate: fl
             if run.sharing.forward is not None:
                 place = micro * mesh.slide_size + mesh.slide_rank
                 run.sharing.forward.seed = step_seed(run.settings.run.seed, run.progress.global_step, place)
-            loss, n_tiles = _micro_loss(run, [next(bags) for _ in groups[mesh.slide_rank]])
-            accelerator.backward(loss * weight)
-            loss_sum += loss.detach()
+            own = [next(bags) for _ in groups[mesh.slide_rank]]
+            alone = len(step.micro_steps) == 1 and accelerator.num_processes == 1 and not run.has_own_engine
+            loss, n_tiles = with_retry(
+                partial(_forward_backward, run, own, weight),
+                run.module,
+                run.module.encoder,
+                run.device,
+                again=partial(_start_again, run) if alone else None,
+            )
+            loss_sum += loss
             tiles += n_tiles
             if accelerator.sync_gradients and run.settings.optim.max_grad_norm > 0:
                 accelerator.clip_grad_norm_(run.module.parameters(), run.settings.optim.max_grad_norm)
@@ -252,28 +262,55 @@ def _train_step(run: Run, step: StepPlan, bags: Iterator[Bag], learning_rate: fl
     return float(totals[0]) / mesh.tile_size, int(totals[1])
 
 
+def _forward_backward(run: Run, bags: list[Bag], weight: float) -> tuple[torch.Tensor, int]:
+    """As `_micro_loss`, and its backward."""
+    loss, n_tiles = _micro_loss(run, bags)
+    run.accelerator.backward(loss * weight)
+    if run.stacks is not None:
+        run.stacks.used()
+    return loss.detach(), n_tiles
+
+
+def _start_again(run: Run) -> None:
+    """Undo what a step's first try drew and summed."""
+    run.optimizer.zero_grad()
+    seed_step(run.settings.run.seed, run.progress.global_step, run.accelerator.process_index)
+
+
 def _micro_loss(run: Run, bags: list[Bag]) -> tuple[torch.Tensor, int]:
     """The sum of this rank's bags' losses, and its tiles."""
     policies, seed = run.settings.policies, run.settings.run.seed
     _require_tiles(run, bags)
     if not bags:
         return idle_loss(run.model, _blank(run)), 0
-    tiles = [bag.tiles.to(run.device, non_blocking=True) for bag in bags]
-    if run.cohort.in_dim is None:
-        epoch = run.progress.epoch
-        tiles = [
-            augment_bag(own, policies.augment, (seed, epoch, bag.slide)) for own, bag in zip(tiles, bags, strict=True)
-        ]
     labels = torch.tensor([run.cohort.manifest.slides[bag.slide].label for bag in bags], device=run.device)
     keys = [step_seed(seed, run.progress.global_step, bag.slide) for bag in bags]
+    tiles = [bag.tiles for bag in bags]
     if policies.stacking.framework == "sampling":
         tiles = [sample_bag(bag, policies.stacking.sample_tiles, key) for bag, key in zip(tiles, keys, strict=True)]
-    stack = stack_bags(tiles, allow_empty=run.mesh.tile_size > 1)
+    stack = _stack(run, tiles, [bag.slide for bag in bags])
     with bag_randomness(keys, part=run.mesh.tile_rank):
         output = run.model(stack, labels)
     chosen = run.settings.optim.class_weights
     weights = None if chosen is None else torch.tensor(chosen, device=run.device)[labels]
     return stack_loss(output, labels, weights), sum(map(len, tiles))
+
+
+def _stack(run: Run, tiles: list[torch.Tensor], slides: list[int]) -> StackedBags:
+    """Bags that lie on the host, as the model takes them: augmented on the device, whole or chunk by chunk."""
+    if run.cohort.in_dim is not None:
+        return stack_bags([bag.to(run.device, non_blocking=True) for bag in tiles])
+    changes = [
+        augmentation(run.settings.policies.augment, (run.settings.run.seed, run.progress.epoch, slide))
+        for slide in slides
+    ]
+    if run.stacks is not None:
+        lengths = [len(bag) for bag in tiles]
+        values: Any = HostTiles(run.stacks.lay(tiles), lengths, changes)
+        return StackedBags(values, bounds_on(run.device, lengths))
+    on_device = [bag.to(run.device, non_blocking=True) for bag in tiles]
+    changed = [change(bag) for change, bag in zip(changes, on_device, strict=True)]
+    return stack_bags(changed, allow_empty=run.mesh.tile_size > 1)
 
 
 def _blank(run: Run) -> torch.Tensor:
@@ -338,8 +375,7 @@ def time_micro_steps(run: Run) -> MicroSteps:
         read = time.perf_counter()
         weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))
         with run.accelerator.accumulate(run.model):
-            loss, n_tiles = _micro_loss(run, own)
-            run.accelerator.backward(loss * weight)
+            loss, n_tiles = _forward_backward(run, own, weight)
             run.optimizer.step()
             run.optimizer.zero_grad()
         loss.item()  # waits for the device

@@ -32,8 +32,10 @@ from ds_wsi.models import ModelConfig, SlideModel, SlideOutput
 from ds_wsi.norms import batch_norms
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.numerics import PRECISIONS, precision_words
 from ds_wsi.slides.demo import DEMOS, make_demo
 from ds_wsi.stacking.frameworks import pad_bags
+from ds_wsi.stacking.host_tiles import HostStacks
 from ds_wsi.stacking.packs import pack_bags
 from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
@@ -78,11 +80,17 @@ class Run:
     sharing: Handle
     comm: CommHandle | None = None
     average: WeightAverage | None = None
+    stacks: HostStacks | None = None
 
     @property
     def device(self) -> torch.device:
         """Where tiles and model are."""
         return self.accelerator.device
+
+    @property
+    def has_own_engine(self) -> bool:
+        """Whether DeepSpeed, and not torch alone, sums gradients and steps."""
+        return self.accelerator.state.deepspeed_plugin is not None
 
     @property
     def epoch_layout(self) -> dict[str, Any]:
@@ -170,6 +178,9 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if warms_up else None)
     if settings.optim.demon:
         set_beta(optimizer, settings.optim.demon)  # refuses an optimizer without
+    if cohort.in_dim is None:
+        words = precision_words(settings.run.eval_precision)
+        logger.info("validation and test: encoder in %s (--eval_precision)", words)
     comm = attach_hook(accelerator, model, settings.policies.compression)
     failures = FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction)
     accelerator.init_trackers("tensorboard", config=_flat(settings))
@@ -188,6 +199,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         sharing,
         comm,
         _average(accelerator, accelerator.unwrap_model(model), settings.optim.ema_decay),
+        HostStacks(accelerator.device) if getattr(module.encoder.forward, "takes_host_tiles", False) else None,
     )
     if batch_norms(module.encoder) and not module.encoder_is_frozen:
         warn_of_few_bags(training, 1 if training == "bag" else run.bags_per_step)
@@ -244,7 +256,7 @@ def _partition(
         shares = settings.policies.tile_parallel.shares or (1.0,) * mesh.tile_size
         tiles = math.ceil(longest * max(shares) / sum(shares))
         size = settings.policies.tiling.tile_size_px
-        precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.optim.mixed_precision]
+        precision = PRECISIONS[settings.optim.mixed_precision]
         shape = (tiles * settings.optim.per_device_train_batch_size * together, 3, size, size)
         plan = plan_partition(module.encoder, shape, wanted, autocast=precision, device=device)
         logger.info("%s", plan)

@@ -10,6 +10,7 @@ import torch
 
 from ds_wsi.benchmarks import partition_gpu, sweep
 from ds_wsi.benchmarks.table import write_result
+from ds_wsi.runtime.memory import DevicePeaks
 
 SMALL = {"sides": "96,160", "cap_gib": "0.047", "repeats": "2", "warmups": "0", "dtype": "float32"}
 GIB = 2**30
@@ -134,7 +135,7 @@ def gpu(monkeypatch):
     caps = []
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 123)
+    monkeypatch.setattr(sweep, "device_peaks", lambda _: DevicePeaks(100, 123, 200, 0))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=4 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: caps.append(share))

@@ -1,0 +1,145 @@
+"""The host store: what it holds on the device, what it sends and brings back, and the input's cost in a plan."""
+
+import pytest
+import torch
+from torch import nn
+
+from ds_wsi.models.slide_model import SlideModel
+from ds_wsi.partition.apply import input_cost, partition_layers
+from ds_wsi.partition.planner import plan_partition
+from ds_wsi.partition.policy import PartitionPolicy
+from ds_wsi.partition.staging import IN_FLIGHT, HostStore
+from ds_wsi.partition.values import InputCost
+from ds_wsi.runtime.memory import ByteMeter
+from ds_wsi.stacking.host_tiles import HostStacks, HostTiles, PreparedTiles
+from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on, stack_bags
+
+META = torch.device("meta")
+CPU = torch.device("cpu")
+KIB = 2**10
+
+
+def encoder(width: int = 8, depth: int = 4) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(width if index else 3, width, 3, padding=1), nn.ReLU()) for index in range(depth)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+
+
+def test_only_two_of_the_largest_tensors_are_on_their_way_out():
+    store = HostStore(META, overlap=True, simulated=True)
+    with ByteMeter() as meter:
+        for _ in range(20):
+            store.put(torch.empty(64 * KIB, dtype=torch.uint8, device=META))
+        assert store.held_bytes == 20 * 64 * KIB
+        assert meter.live == IN_FLIGHT * 64 * KIB
+        for _ in range(40):  # small ones share the room of two large ones
+            store.put(torch.empty(16 * KIB, dtype=torch.uint8, device=META))
+        assert meter.live == IN_FLIGHT * 64 * KIB
+
+
+def test_what_comes_back_was_sent_and_holds_no_memory_any_more():
+    store = HostStore(META, overlap=True, simulated=True)
+    with ByteMeter() as meter:
+        first, last = (store.put(torch.empty(64 * KIB, dtype=torch.uint8, device=META)) for _ in range(2))
+        assert meter.live == 128 * KIB
+        back = store.get(last)
+        assert meter.live == 64 * KIB  # `back` alone: both were sent before it
+        store.release(last)
+        store.release(first)
+        del back
+        assert meter.live == 0
+
+
+def test_without_overlap_nothing_is_held():
+    store = HostStore(CPU)
+    with ByteMeter() as meter:
+        store.put(torch.empty(64 * KIB, dtype=torch.uint8))
+        assert meter.live == 0
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU()])
+def test_a_tensor_with_two_owners_comes_back_once(activation):
+    # A convolution and the activation before it save the same tensor.
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(8 if index else 3, 8, 3, padding=1), activation) for index in range(4)]
+    module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    handle = partition_layers(module, PartitionPolicy(mode="offload", chunk_size=2))
+    x = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    module(x).square().sum().backward()
+    assert handle.forward is not None
+    store = handle.forward._store
+    assert store is not None
+    assert store.sent_bytes > 0
+    assert store.fetched_bytes == store.sent_bytes
+    assert store.held_bytes == 0
+
+
+def test_a_plan_counts_what_is_on_its_way(monkeypatch):
+    module, policy = encoder(), PartitionPolicy(mode="offload", chunk_size=4)
+    shape = (64, 3, 64, 64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    there = plan_partition(module, shape, policy, dtype=torch.float64, device=CPU)
+    beside = plan_partition(module, shape, policy, dtype=torch.float64, device=torch.device("cuda"))
+    largest = 4 * 8 * 64 * 64 * 8
+    forward = [plan.timeline[0][1] for plan in (there, beside)]  # backward peaks at gradients, beside these
+    assert forward[0] < forward[1] <= forward[0] + IN_FLIGHT * largest
+
+
+def test_an_input_that_is_prepared_costs_what_it_takes():
+    x = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
+    cost = input_cost(x, 0, CPU, lambda part: (part.float() / 255 - 0.5) / 0.2)
+    one = 3 * 16 * 16 * 4
+    assert cost == InputCost(copied=0, prepared=True, working=one)  # of two float32 copies one is the result
+    assert input_cost(x, 0, CPU, None) == InputCost()
+    assert input_cost(x, 0, META, None) == InputCost(copied=3 * 16 * 16)
+
+
+def test_a_plan_counts_the_input():
+    module, shape = encoder(), (64, 3, 64, 64)
+    policy = PartitionPolicy(mode="recompute", chunk_size=8)
+    bare = plan_partition(module, shape, policy, dtype=torch.float64)
+    working = 3 * 64 * 64 * 8
+    costly = plan_partition(module, shape, policy, dtype=torch.float64, source=InputCost(0, True, 40 * working))
+    prepared = 8 * 41 * working  # of a chunk: forty copies while it is prepared, and the result
+    assert prepared <= costly.peak_bytes <= prepared + bare.peak_bytes
+    assert costly.native_peak_bytes >= 64 * 41 * working
+
+
+def test_a_stack_in_host_memory_is_prepared_chunk_by_chunk_as_a_whole():
+    torch.manual_seed(1)
+    bags = [torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8) for n in (5, 1, 9)]
+    changes = [lambda tiles: tiles.flip(-1), lambda tiles: 255 - tiles, lambda tiles: tiles.rot90(1, (-2, -1))]
+    whole = torch.cat([change(bag) for change, bag in zip(changes, bags, strict=True)])
+    stack = HostTiles(HostStacks(CPU).lay(bags), [5, 1, 9], changes)
+    assert torch.equal(stack.on(CPU), whole)
+    prepare = PreparedTiles(stack, lambda tiles: tiles.double() / 255)
+    for first in range(0, 15, 4):
+        part = stack.tiles[first : first + 4]
+        assert torch.equal(prepare.at(part, first), whole[first : first + 4].double() / 255)
+    assert torch.equal(stack[4:7].on(CPU), whole[4:7])
+
+
+@pytest.mark.parametrize("mode", ["native", "lean", "recompute", "offload"])
+def test_a_model_trains_on_a_stack_in_host_memory_as_on_tensors(mode):
+    bags = [torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8) for n in (5, 9)]
+    changes = [lambda tiles: tiles.flip(-1), lambda tiles: 255 - tiles]
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8, 2).double()
+
+        def forward(self, stack: StackedBags):
+            return self.head(torch.stack([part.mean(0) for part in stack.split()]))
+
+    def gradients(stack: StackedBags) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        model = SlideModel(encoder(), Mean())
+        partition_layers(model.encoder, PartitionPolicy(mode=mode, chunk_size=3))
+        model(stack).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    on_device = stack_bags([change(bag) for change, bag in zip(changes, bags, strict=True)])
+    host = StackedBags(HostTiles(HostStacks(CPU).lay(bags), [5, 9], changes), bounds_on(CPU, [5, 9]))
+    for ours, theirs in zip(gradients(host), gradients(on_device), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
