@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.compression.comm import CommPolicy
 from ds_wsi.engines import cpu
-from ds_wsi.engines.deepspeed import fill_auto, gather_as_one
+from ds_wsi.engines.deepspeed import fill_auto, gather_as_one, suit_machine
 from ds_wsi.engines.fsdp import build_with_fsdp, fsdp_plugin, is_fsdp2, launched_with_fsdp, shard_model
 from ds_wsi.engines.hooks import CommHandle, attach
 from ds_wsi.norms.roles import population_group
@@ -140,7 +140,7 @@ def _deepspeed_plugin(settings: EngineSettings, config: dict[str, Any] | None) -
     # Accelerate looks for values of its own wherever it reads "auto", and ours has a mode of that name.
     filled = fill_auto({key: value for key, value in config.items() if key != "ds_wsi"}, values)
     _use_autocast(filled, settings.mixed_precision)
-    cpu.use_torch_adam(filled)
+    suit_machine(filled)
     return DeepSpeedPlugin(hf_ds_config=filled)
 
 

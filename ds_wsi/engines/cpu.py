@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from ds_wsi.runtime.log import logger
-
 
 def without_gpu() -> bool:
     """Whether this process has no CUDA device."""
@@ -23,17 +21,6 @@ def skip_shm_op() -> None:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def use_torch_adam(config: dict[str, Any]) -> None:
-    """Keep DeepSpeed from compiling CPUAdam or FusedAdam (1.5 minutes each): torch's Adam, in place in `config`."""
-    if not without_gpu():
-        return
-    optimizer = config.get("optimizer", {})
-    if optimizer.get("type", "").lower() in ("adam", "adamw"):
-        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
-        logger.info("no GPU: optimizer.params.torch_adam = true, so that no DeepSpeed op is compiled")
-    config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
 def set_single_process_variables() -> None:

@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_wsi.engines.cpu import without_gpu
 from ds_wsi.engines.fsdp import whole
+from ds_wsi.engines.ops import choose_adam
 from ds_wsi.partition.apply import PartitionedForward, is_anchor
+from ds_wsi.runtime.log import logger
+
+DEFAULT_BUCKET = 500_000_000  # gradients, where the config says nothing
+_GRADIENT_BYTES = 4  # mixed precision is by autocast: they are float32
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -59,6 +65,38 @@ def fill_auto(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
             )
         place[leaf] = value
     return filled
+
+
+def suit_machine(config: dict[str, Any]) -> None:
+    """Take the Adam that this machine can build, in place in `config`, and tell what the buckets cost its GPU."""
+    choose_adam(config)
+    words = bucket_words(config)
+    if words and not without_gpu():
+        logger.info("%s", words)
+
+
+def bucket_bytes(config: dict[str, Any]) -> int:
+    """Device memory that ZeRO takes for gradients on their way between ranks, however few the model has.
+
+    Twice a bucket where communication overlaps backward: one is filled while the other is sent. At stage 3 it is one.
+    """
+    zero = config.get("zero_optimization") or {}
+    stage, size = zero.get("stage", 0), zero.get("reduce_bucket_size", DEFAULT_BUCKET)
+    if stage == 0 or not zero.get("contiguous_gradients", True) or size == "auto":
+        return 0
+    buckets = 2 if stage < 3 and zero.get("overlap_comm") else 1
+    return buckets * int(size) * _GRADIENT_BYTES
+
+
+def bucket_words(config: dict[str, Any]) -> str:
+    """What DeepSpeed's own size of a bucket costs, and the key that lowers it; empty where the config names a size."""
+    cost = bucket_bytes(config)
+    if not cost or "reduce_bucket_size" in config["zero_optimization"]:
+        return ""
+    return (
+        f"ZeRO's buckets take {cost / 2**30:.1f} GiB of the device, by DeepSpeed's default. HINT: "
+        '"zero_optimization": {"reduce_bucket_size": 5e7}, and without "overlap_comm" on one GPU, take 0.2 GiB.'
+    )
 
 
 def gather_as_one(model: nn.Module) -> None:

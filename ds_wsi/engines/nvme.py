@@ -5,10 +5,14 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ds_wsi.engines.cpu import without_gpu
+from ds_wsi.engines.ops import COMPILER, compiler_lacks, is_installed
 from ds_wsi.partition import PartitionPlan, PartitionPolicy
 from ds_wsi.partition.staging import ALIGN, Block, Extents
+from ds_wsi.runtime.memory import free_disk_bytes
 
 _BLOCK = 2**20  # bytes of one request
 _QUEUE = 32  # requests in flight
@@ -21,7 +25,7 @@ class NvmeSpill:
 
     Args:
         directory: on a local disk; a network file system is slower than computing again.
-        budget_bytes: that the file grows to at most; None: half of what is free.
+        budget_bytes: that the file grows to at most; None: this rank's share of half of what is free.
 
     Attributes:
         written_bytes, read_bytes: so far.
@@ -47,8 +51,7 @@ class NvmeSpill:
         self._file = f"/proc/self/fd/{descriptor}"
         self._descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
-        free = os.fstatvfs(descriptor)
-        self.budget_bytes = budget_bytes or free.f_bavail * free.f_frsize // 2
+        self.budget_bytes = budget_bytes or free_disk_bytes(self.directory)
         self._extents, self._size = Extents(), 0
         self.written_bytes = self.read_bytes = 0
 
@@ -109,15 +112,32 @@ def _aio_handle() -> Any:
     """DeepSpeed's, compiled at first use (a minute or two).
 
     Raises:
-        RuntimeError: it does not build.
+        RuntimeError: it does not build; says what is missing and what to install.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    hint = "HINT: install libaio's headers (libaio-dev), g++ and ninja, or leave nvme_path out."
-    builder = AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
-        raise RuntimeError(f"nvme_path needs DeepSpeed's aio, which cannot be built here: libaio is missing. {hint}")
     try:
-        return builder.load().aio_handle(_BLOCK, _QUEUE, False, True, _THREADS)
+        builder = AsyncIOBuilder()
+        lacks = None if is_installed(builder.NAME) else _aio_lacks(builder)
+        if lacks is None:
+            return builder.load().aio_handle(_BLOCK, _QUEUE, False, True, _THREADS)
     except Exception as error:
-        raise RuntimeError(f"nvme_path needs DeepSpeed's aio, which did not build: {error}. {hint}") from error
+        raise RuntimeError(f"nvme_path needs DeepSpeed's aio, which did not build: {error}. {_aio_remedy()}") from error
+    raise RuntimeError(f"nvme_path needs DeepSpeed's aio, which cannot be built here: {lacks}. {_aio_remedy()}")
+
+
+def _aio_lacks(builder: Any) -> str | None:
+    """What is missing to build it, as far as can be told beforehand; None: nothing."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    lacks = [found] if (found := compiler_lacks()) else []
+    if not lacks and not builder.is_compatible(verbose=False):
+        lacks.append("libaio is missing")
+    if not without_gpu() and CUDA_HOME is None and torch.version.hip is None:
+        lacks.append("on a GPU it links -lcuda and -lcudart of a CUDA toolkit, and there is none (CUDA_HOME)")
+    return "; ".join(lacks) or None
+
+
+def _aio_remedy() -> str:
+    toolkit = "" if without_gpu() else f", and the CUDA toolkit {torch.version.cuda} with CUDA_HOME set to its folder"
+    return f"HINT: install libaio's headers (libaio-dev), {COMPILER}{toolkit}; or leave nvme_path out."

@@ -26,7 +26,7 @@ from transformers.trainer_utils import seed_worker
 
 from ds_wsi.config import SECTION, DsWsiConfig, read_section
 from ds_wsi.engines.accelerate import attach_hook, average_buffers
-from ds_wsi.engines.deepspeed import gather_as_one
+from ds_wsi.engines.deepspeed import gather_as_one, suit_machine
 from ds_wsi.engines.hooks import CommHandle
 from ds_wsi.engines.norms import apply_training, decide_training, partition_of, partition_population
 from ds_wsi.engines.nvme import NvmeSpill
@@ -75,7 +75,8 @@ def apply_policies(
 
     `norm` takes the place of the section's, for there is none without a DeepSpeed JSON.
 
-    Layers that are partitioned already stay so. At ZeRO-3 the encoder is gathered once for a stack of any length.
+    Layers that are partitioned already stay so. At ZeRO-3 the encoder is gathered once for a stack of any length. The
+    DeepSpeed config of the arguments takes the Adam that this machine can build (`suit_machine`).
 
     Returns:
         The policies; `compression` is `CommHookCallback`'s.
@@ -84,6 +85,9 @@ def apply_policies(
         ValueError: a policy that the HF Trainer cannot follow.
     """
     policies, slide_model = read_policies(args), model.slide_model
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None:
+        suit_machine(plugin.deepspeed_config)
     policies = policies if norm is None else replace(policies, norm=norm)
     if policies.tile_parallel.size != 1:
         raise ValueError(

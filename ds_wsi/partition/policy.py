@@ -1,8 +1,9 @@
 """What a user asks of the partitioning."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from ds_wsi.runtime.memory import free_disk_bytes
 
 MODES = ("keep", "lean", "checkpoint", "recompute", "offload", "stream")
 POLICY_MODES = ("auto", *MODES, "paper", "native")
@@ -70,4 +71,4 @@ class PartitionPolicy:
             return 0
         if not Path(self.nvme_path).is_dir():
             raise ValueError(f"nvme_path must be a folder, got {self.nvme_path} (missing)")
-        return self.nvme_budget_bytes or shutil.disk_usage(self.nvme_path).free // 2
+        return self.nvme_budget_bytes or free_disk_bytes(self.nvme_path)

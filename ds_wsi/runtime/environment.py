@@ -1,4 +1,4 @@
-"""What a number was measured with."""
+"""What a number was measured with, and with how many processes this one shares its machine."""
 
 import os
 import platform
@@ -7,6 +7,29 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 PACKAGES = ("ds_wsi", "torch", "torchvision", "deepspeed", "accelerate", "timm", "openslide-python", "openslide-bin")
+
+
+# Ranks on this machine, as launchers say it: torchrun and Accelerate, DeepSpeed, Intel MPI, Open MPI, MVAPICH.
+_LOCAL_SIZES = (
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+)
+
+
+def ranks_on_machine() -> int:
+    """How many ranks of this run share the machine, its memory and its disks: what the launcher set, 1 without one.
+
+    Slurm's number counts in a step that `srun` started alone: a batch script's own process is by itself.
+    """
+    names = (*_LOCAL_SIZES, "SLURM_NTASKS_PER_NODE") if "SLURM_STEP_ID" in os.environ else _LOCAL_SIZES
+    for name in names:
+        text = os.environ.get(name, "")
+        if text.isdecimal() and int(text) > 0:
+            return int(text)
+    return 1
 
 
 def environment() -> dict[str, str | int]:

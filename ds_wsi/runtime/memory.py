@@ -1,10 +1,13 @@
-"""Memory of this process: its peak, and a meter of the tensor bytes that are alive."""
+"""Memory of this process: its peak, its share of what is free, and a meter of the tensor bytes that are alive."""
 
 import resource
+import shutil
 import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,11 +17,46 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ds_wsi.runtime.environment import ranks_on_machine
+
+_KINDS = ("allocated", "active", "reserved")  # as torch.cuda.memory_stats names them
+
+
+@dataclass(frozen=True)
+class DevicePeaks:
+    """The most that a GPU held since the peaks were reset.
+
+    Attributes:
+        allocated: bytes of tensors.
+        active: bytes that no other tensor could have had: of tensors, and of what a copy on another stream still uses.
+        reserved: bytes that the device lost to this process's allocator, its cache included.
+        retries: how often the allocator had to give its cache back to go on.
+    """
+
+    allocated: int = 0
+    active: int = 0
+    reserved: int = 0
+    retries: int = 0
+
+    def __str__(self) -> str:
+        """In GiB."""
+        sizes = f"allocated {self.allocated / 2**30:.2f} GiB, active {self.active / 2**30:.2f} GiB"
+        return f"{sizes}, reserved {self.reserved / 2**30:.2f} GiB, {self.retries} allocation retries"
+
+
+def device_peaks(device: torch.device) -> DevicePeaks:
+    """See `DevicePeaks`; zeros on a CPU."""
+    if device.type != "cuda":
+        return DevicePeaks()
+    stats = torch.cuda.memory_stats(device)
+    allocated, active, reserved = (int(stats.get(f"{kind}_bytes.all.peak", 0)) for kind in _KINDS)
+    return DevicePeaks(allocated, active, reserved, int(stats.get("num_alloc_retries", 0)))
+
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: the allocator's on a GPU, the resident set on a CPU."""
+    """The most memory held so far: what a GPU lost to this process, the resident set on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return device_peaks(device).reserved
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
@@ -122,7 +160,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def free_host_bytes() -> int:
-    """Half of what this process may still take: of the machine's memory and of its control group's."""
+    """This rank's share of half of what is free: of the machine's memory and of its control group's.
+
+    The ranks of a machine share it evenly, for each of them plans by itself.
+    """
     free = psutil.virtual_memory().available
     for limit_name, used_name in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -135,4 +176,9 @@ def free_host_bytes() -> int:
                     free = min(free, int(text) - int(used.read()))
         except (OSError, ValueError):
             continue
-    return max(0, free // 2)
+    return max(0, free // 2 // ranks_on_machine())
+
+
+def free_disk_bytes(directory: str | Path) -> int:
+    """This rank's share of half of what is free on a local disk, which all ranks of the machine write to."""
+    return shutil.disk_usage(directory).free // 2 // ranks_on_machine()

@@ -1,11 +1,25 @@
 """What a computation that is repeated in backward, or in pieces, must share with the first: precision and layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Of mixed precision, as Accelerate names them -> what autocast casts to.
+PRECISIONS: Mapping[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def precision_words(precision: str) -> str:
+    """A key of `PRECISIONS` for people to read."""
+    return "float32" if precision == "no" else f"{precision} mixed precision"
+
+
+def autocast_to(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to a key of `PRECISIONS`; "no" leaves what is in force."""
+    dtype = PRECISIONS[precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

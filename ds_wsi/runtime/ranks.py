@@ -1,4 +1,10 @@
-"""Which rank is to blame: a rank that dies leaves the others with a broken collective that does not say so."""
+"""Which rank is to blame: a rank that dies leaves the others with a broken collective that does not say so.
+
+Each rank shows a beat in the process group's store, from a thread of its own, and the same thread watches the others'
+beats. Under gloo a collective fails with an exception, which `watch_ranks` turns into one that names the rank. Under
+NCCL it never ends, and torch ends the process at last, without an exception of Python's: there the thread's line in the
+log is what names the rank.
+"""
 
 import threading
 import time
@@ -9,9 +15,14 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ds_wsi.runtime.log import logger
+
 _BEAT_S = 1.0
-_SILENCE_S = 4.0  # without a beat: a rank that computes still beats, from a thread of its own
+_SILENCE_S = 4.0  # without a beat: a rank that computes still beats
+_LOST = 6  # looks, one a beat, after which it is told unasked: an interpreter can be held for a while (a large pickle)
 _PREFIX = "ds_wsi/ranks"
+_LEFT = "left"  # the last word of a rank that has come to the end
+_FAILED = "failed "
 
 
 class RankFailureError(RuntimeError):
@@ -20,10 +31,10 @@ class RankFailureError(RuntimeError):
 
 @contextmanager
 def watch_ranks() -> Iterator[None]:
-    """Name the rank that made a collective fail, in the error of every other rank.
+    """Name the rank that made a collective fail, in the error of every other rank, and in its log.
 
-    Each rank shows a beat in the process group's store, and what it died of. Around a whole run: what fails inside of
-    it because a peer is gone raises a `RankFailureError` with the peer's number and reason. Nothing without peers.
+    Around a whole run: what fails inside of it because a peer is gone raises a `RankFailureError` with the peer's
+    number and reason. Nothing without peers.
 
     Raises:
         RankFailureError: a collective failed; from the original error.
@@ -32,28 +43,135 @@ def watch_ranks() -> Iterator[None]:
         yield
         return
     store: Any = dist.distributed_c10d._get_default_store()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    done = threading.Event()
-
-    def beat() -> None:
-        count = 0
-        while not done.wait(_BEAT_S):
-            count += 1
-            try:
-                store.set(f"{_PREFIX}/beat/{rank}", str(count))
-            except Exception:  # the store is gone with its owner: the collective's own error tells
-                return
-
-    threading.Thread(target=beat, name="ds_wsi-beat", daemon=True).start()
+    watch = RankWatch(store, dist.get_rank(), dist.get_world_size())
+    watch.start()
+    last_word = _LEFT
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # one that was interrupted leaves the others waiting too
         if not _is_of_communication(error):
-            _tell(store, rank, error)
+            last_word = f"{_FAILED}{type(error).__name__}: {error}".splitlines()[0][:500]
             raise
-        raise RankFailureError(_accusation(store, rank, world, error)) from error
+        raise RankFailureError(watch.accusation(error)) from error
     finally:
-        done.set()
+        watch.end(last_word)
+
+
+class RankWatch:
+    """This rank's beat, and what it sees of the others'.
+
+    Args:
+        store: of the process group.
+        rank, world: of this process.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int) -> None:
+        # Connections of its own: a store serves one call at a time, and the main thread may wait in one for minutes.
+        # Both now: once the store's owner is gone, a new one would be tried for until the timeout.
+        self.store, self._asking = store.clone(), store.clone()
+        self._asking.set_timeout(timedelta(seconds=10))
+        self.rank, self.world = rank, world
+        self._done = threading.Event()
+        self._seen: dict[int, tuple[str, int]] = {}  # what each rank last said, and how many looks found the same
+        self._thread = threading.Thread(target=self._run, name="ds_wsi-beat", daemon=True)
+
+    def start(self) -> None:
+        """Begin to beat and to watch."""
+        self._thread.start()
+
+    def end(self, last_word: str) -> None:
+        """Stop, and leave a word to the others: "left", or "failed" and the reason."""
+        self._done.set()
+        self._thread.join(_SILENCE_S)
+        if self._thread.is_alive():  # the store does not answer
+            return
+        try:
+            self.store.set(self._key(self.rank), last_word)
+        except Exception:  # the store is gone with its owner: whatever ended this rank tells
+            return
+        if last_word != _LEFT:
+            time.sleep(2 * _BEAT_S)  # the others look; the store, or they, may end with this process
+
+    def look(self) -> list[str]:
+        """One sentence for each rank that is gone, when it is first found so. Called once a beat.
+
+        Counted in looks and not in seconds: where all ranks of a machine were held up together, nobody is missed.
+        """
+        found = []
+        for other, word in self._words(self.store).items():
+            before, times = self._seen.get(other, ("", 0))
+            times = times + 1 if word == before else 0
+            self._seen[other] = word, times
+            if word.startswith(_FAILED) and times == 0:
+                found.append(self._failed(other, word))
+            elif times == _LOST and not word.startswith((_FAILED, _LEFT)):
+                found.append(f"{self._died(other)}: no sign of it for {_LOST * _BEAT_S:.0f} s")
+        return found
+
+    def accusation(self, error: BaseException) -> str:
+        """Whose fault it is that a collective failed with this error; takes some seconds."""
+        first_line = str(error).splitlines()[0]
+        seen_by = f"seen by rank {self.rank}/{self.world}: {first_line}"
+        try:
+            before = after = self._words(self._asking)
+            told = any(word.startswith(_FAILED) for word in before.values())
+            if not told:  # else the store may end with the rank that failed, meanwhile
+                time.sleep(_SILENCE_S)  # the thread goes on: this rank lives
+                after = self._words(self._asking)
+        except Exception as gone:
+            return (
+                "the ranks lost each other, and the process that keeps their addresses (rank 0, or the launcher) is "
+                f"gone ({gone!s:.100}), {seen_by}"
+            )
+        failed = [self._failed(other, word) for other, word in after.items() if word.startswith(_FAILED)]
+        silent = [
+            self._died(other)
+            for other in range(self.world)
+            if not told
+            and other != self.rank
+            and before.get(other) == after.get(other)
+            and not after.get(other, "").startswith((_FAILED, _LEFT))
+        ]
+        blamed = failed + silent
+        if not blamed:
+            return (
+                f"all {self.world} ranks live, but did not meet in a collective, {seen_by}. "
+                "HINT: one is much slower (raise --ddp_timeout), or they run different code or settings."
+            )
+        return f"{'; '.join(blamed)}, {seen_by}"
+
+    def _run(self) -> None:
+        count = 0
+        while not self._done.wait(_BEAT_S):
+            count += 1
+            try:
+                self.store.set(self._key(self.rank), str(count))
+                gone = self.look()
+            except Exception as error:
+                gone = [
+                    f"the process that keeps the ranks' addresses (rank 0, or the launcher) is gone ({error!s:.100})"
+                ]
+                self._done.set()
+            for sentence in gone:
+                logger.error("%s, seen by rank %d/%d; the next collective cannot end", sentence, self.rank, self.world)
+
+    def _words(self, store: Any) -> dict[int, str]:
+        """What every other rank that has begun said last: one call to the store for all."""
+        others = [other for other in range(self.world) if other != self.rank]
+        # To read what is not there would wait; what is there once stays.
+        begun = [other for other in others if other in self._seen or store.check([self._key(other)])]
+        words = store.multi_get([self._key(other) for other in begun]) if begun else []
+        return {other: word.decode() for other, word in zip(begun, words, strict=True)}
+
+    def _failed(self, other: int, word: str) -> str:
+        return f"rank {other}/{self.world} failed ({word.removeprefix(_FAILED)})"
+
+    def _died(self, other: int) -> str:
+        return f"rank {other}/{self.world} died without a word (killed, or out of memory?)"
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"{_PREFIX}/{rank}"
 
 
 def _is_of_communication(error: BaseException) -> bool:
@@ -62,47 +180,3 @@ def _is_of_communication(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in text for word in known)
-
-
-def _tell(store: Any, rank: int, error: BaseException) -> None:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-    try:
-        store.set(f"{_PREFIX}/failed/{rank}", reason)
-    except Exception:  # the error itself is raised next
-        return
-
-
-def _accusation(store: Any, rank: int, world: int, error: BaseException) -> str:
-    first_line = str(error).splitlines()[0]
-    try:
-        store.set_timeout(timedelta(seconds=10))
-        before = _beats(store, world)
-        time.sleep(_SILENCE_S)
-        after = _beats(store, world)
-        told = {other: _read(store, f"{_PREFIX}/failed/{other}") for other in range(world)}
-    except Exception as gone:
-        return (
-            f"the ranks lost each other, and the process that keeps their addresses (rank 0, or the launcher) is gone "
-            f"({gone!s:.100}), seen by rank {rank}/{world}: {first_line}"
-        )
-    failed = [f"rank {other}/{world} failed ({reason})" for other, reason in told.items() if reason]
-    silent = [
-        f"rank {other}/{world} died without a word (killed, or out of memory?)"
-        for other in range(world)
-        if other != rank and not told[other] and before[other] == after[other]
-    ]
-    blamed = failed + silent
-    if not blamed:
-        return (
-            f"all {world} ranks live, but did not meet in a collective, seen by rank {rank}/{world}: {first_line}. "
-            "HINT: one is much slower (raise --ddp_timeout), or they run different code or settings."
-        )
-    return f"{'; '.join(blamed)}, seen by rank {rank}/{world}: {first_line}"
-
-
-def _beats(store: Any, world: int) -> list[str]:
-    return [_read(store, f"{_PREFIX}/beat/{other}") for other in range(world)]
-
-
-def _read(store: Any, key: str) -> str:
-    return store.get(key).decode() if store.check([key]) else ""

@@ -1,5 +1,6 @@
 """A rank that dies or fails stops the others, in time and with its number."""
 
+import logging
 import os
 import signal
 import time
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.ranks import RankFailureError, watch_ranks
 from ds_wsi.tile_parallel import tile_mesh
 from harness import _context
@@ -59,3 +61,43 @@ def test_the_others_stop_and_name_it(how, words, tmp_path):
         said = (tmp_path / f"{rank}.said").read_text()
         assert said.startswith(words), said
         assert f"seen by rank {rank}/3" in said
+
+
+def waits_outside(rank, folder, how):
+    """Rank 0 never comes to a collective that fails: as under NCCL, where none raises, it can only read its log."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    logger.addHandler(logging.FileHandler(folder / f"{rank}.log"))
+    try:
+        with watch_ranks():
+            time.sleep(2.5)
+            if rank == 1 and how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if rank == 1 and how == "raises":
+                raise MemoryError("CUDA out of memory")
+            if rank == 0:
+                time.sleep(10)
+    except MemoryError:
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("killed", "rank 1/2 died without a word (killed, or out of memory?): no sign of it for 6 s, seen by rank 0/2"),
+        ("raises", "rank 1/2 failed (MemoryError: CUDA out of memory), seen by rank 0/2"),
+        ("leaves", ""),
+    ],
+)
+def test_a_rank_that_waits_for_no_exception_reads_it_in_its_log(how, words, tmp_path):
+    ranks = [_context.Process(target=waits_outside, args=(rank, tmp_path, how)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert not any(process.is_alive() for process in ranks)
+    said = (tmp_path / "0.log").read_text()
+    assert said.startswith(words), said
+    assert len(said.splitlines()) == (1 if words else 0)

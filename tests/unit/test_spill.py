@@ -132,7 +132,7 @@ def test_a_disk_that_cannot_be_used_is_refused_with_the_reason(tmp_path, monkeyp
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
-    with pytest.raises(RuntimeError, match=r"libaio is missing.*HINT: install"):
+    with pytest.raises(RuntimeError, match=r"libaio is missing\. HINT: install libaio's headers \(libaio-dev\), g\+\+"):
         nvme.NvmeSpill(tmp_path)
 
     def no_compiler(self, verbose=True):
@@ -142,6 +142,30 @@ def test_a_disk_that_cannot_be_used_is_refused_with_the_reason(tmp_path, monkeyp
     monkeypatch.setattr(AsyncIOBuilder, "load", no_compiler)
     with pytest.raises(RuntimeError, match="did not build: Ninja is required"):
         nvme.NvmeSpill(tmp_path)
+
+
+def test_on_a_gpu_the_missing_toolkit_is_named_with_the_remedy(tmp_path, monkeypatch):
+    """There DeepSpeed's builder links CUDA's libraries: without a toolkit it fails on a path made of None."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    def no_folder(self, verbose=True):
+        raise TypeError("expected str, bytes or os.PathLike object, not NoneType")
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+    monkeypatch.setattr(AsyncIOBuilder, "load", no_folder)
+    monkeypatch.setattr(nvme, "without_gpu", lambda: False)
+    remedy = "HINT: install libaio's headers (libaio-dev), g++ and ninja, and the CUDA toolkit"
+    cases = {
+        None: "links -lcuda and -lcudart of a CUDA toolkit, and there is none (CUDA_HOME)",
+        "/usr/local/cuda": "did not build: expected str",
+    }
+    for home, words in cases.items():
+        monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
+        with pytest.raises(RuntimeError) as caught:
+            nvme.NvmeSpill(tmp_path)
+        assert words in str(caught.value)
+        assert remedy in str(caught.value)
+        assert str(caught.value).endswith("with CUDA_HOME set to its folder; or leave nvme_path out.")
 
 
 def test_options_reach_the_policy(tmp_path):
