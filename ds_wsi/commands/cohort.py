@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_wsi.bags.bag import ReadPolicy
+from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.numerics import PRECISIONS, precision_words
 from ds_wsi.slides.tiling import TilingPolicy
 from ds_wsi.training.options import comma_separated, spellings
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from ds_wsi.bags.bag import FailureLog
     from ds_wsi.bags.cohort import Cohort
+    from ds_wsi.models import SlideModel
 
 TILING_OPTIONS = ("tile_size_px", "mpp", "min_tissue_fraction")
 
@@ -34,6 +37,8 @@ def add_prediction_options(parser: argparse.ArgumentParser, *, need_manifest: bo
     parser.add_argument(*spellings("tile_store"), default="", help="folder that `ds-wsi tile --store` wrote")
     parser.add_argument(*spellings("dataloader_num_workers"), type=int, default=1, help="processes that read tiles")
     parser.add_argument("--device", help="cuda, cpu (default: cuda where there is one)")
+    text = "mixed precision of the encoder (default: no, float32)"
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="no", help=text)
 
 
 def classes_of(options: argparse.Namespace) -> tuple[str, ...] | None:
@@ -87,3 +92,17 @@ def device_of(options: argparse.Namespace) -> "torch.device":
     from ds_wsi.evaluation.validator import require_device
 
     return require_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
+
+
+def placed(model: "SlideModel", options: argparse.Namespace) -> "SlideModel":
+    """The model on the device that is given, its encoder in the precision that is given."""
+    from ds_wsi.models import NoEncoder
+
+    model.evaluation_precision = options.precision
+    device = device_of(options)
+    if isinstance(model.encoder, NoEncoder):
+        if options.precision != "no":
+            logger.warning("--precision: without effect, a model of features has no encoder")
+        return model.to(device)
+    logger.info("encoder in %s on %s (--precision)", precision_words(options.precision), device)
+    return model.to(device)

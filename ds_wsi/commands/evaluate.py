@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_wsi.bags.datasets import DATASETS
-from ds_wsi.commands.cohort import add_prediction_options, classes_of, device_of, slides_of, tile_reading_of
+from ds_wsi.commands.cohort import add_prediction_options, classes_of, placed, slides_of, tile_reading_of
 from ds_wsi.commands.parser import add_command
 from ds_wsi.config import read_section
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.numerics import precision_words
 from ds_wsi.training.dataset_options import add_reading_options, reading_of
 from ds_wsi.training.options import add_local_rank, comma_separated, spellings, tiles_or_all
 
@@ -74,14 +75,14 @@ def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
             "model": options.model,
             "cohort": options.manifest,
             "split": options.split,
-            "evaluation": str(protocol),
+            "evaluation": f"{protocol}, encoder in {precision_words(options.precision)}",
         },
         failures=failures,
         protocol=protocol,
     )
     if record is not None:
         dataset = options.dataset_name or Path(options.manifest).stem
-        record.evaluated_on(dataset, options.split, protocol).write(directory)
+        record.evaluated_on(dataset, options.split, protocol, options.precision).write(directory)
 
 
 def add_heatmap(subparsers: argparse._SubParsersAction) -> None:
@@ -197,7 +198,7 @@ def _predictions(
     own = [rows[index] for index in shares[processes.rank]]
     policy, failures = tile_reading_of(options, cohort)
     slides = cohort.manifest.slides
-    stream = predict_slides(model.to(device_of(options)), slides, cohort.grids, own, policy, failures, protocol)
+    stream = predict_slides(placed(model, options), slides, cohort.grids, own, policy, failures, protocol)
     predictions = [found for share in processes.gather(list(stream)) for found in share]
     if processes.is_main and options.norm_evaluation is None and stored_version(options.model) < NORMS_SINCE:
         _check_norms(options.model, model, cohort, rows, policy, failures)

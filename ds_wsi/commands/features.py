@@ -7,7 +7,7 @@ from ds_wsi.commands.cohort import (
     TILING_OPTIONS,
     add_prediction_options,
     classes_of,
-    device_of,
+    placed,
     slides_of,
     tile_reading_of,
 )
@@ -63,6 +63,6 @@ def run_features(options: argparse.Namespace) -> None:
         )
     cohort = slides_of(options, tiling, classes_of(options))
     policy, failures = tile_reading_of(options, cohort)
-    for slide in extract_features(model.to(device_of(options)), config, cohort, options.output_dir, policy, failures):
+    for slide in extract_features(placed(model, options), config, cohort, options.output_dir, policy, failures):
         print(f"{slide.slide_id}\t{slide.n_rows} rows\t{'written' if slide.written else 'kept'}\t{slide.path}")
     print(f"{options.output_dir}\twidth {model.encoder.num_features}, {len(failures.reasons)} tiles unreadable")

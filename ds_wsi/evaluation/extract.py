@@ -138,7 +138,7 @@ def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
 
 
 def _encoder_words(model: SlideModel, config: ModelConfig) -> str:
-    """The encoder's name, what leaves it, and a checksum of its weights: of one set features can differ."""
+    """The encoder's name, what leaves it, a checksum of its weights, its precision: of one set features can differ."""
     options = json.dumps(config.encoder_options, sort_keys=True) if config.encoder_options else ""
     leaves = "" if config.encoder_features == "pooled" else config.encoder_features
     checksum = 0
@@ -147,7 +147,8 @@ def _encoder_words(model: SlideModel, config: ModelConfig) -> str:
             memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()), checksum
         )
     norms = "norms over each slide" if config.norm_evaluation == "bag" else ""
-    words = (config.encoder, leaves, options, norms, f"with weights {checksum:08x}")
+    precision = "" if model.evaluation_precision == "no" else f"in {model.evaluation_precision}"
+    words = (config.encoder, leaves, options, norms, f"with weights {checksum:08x}", precision)
     return " ".join(word for word in words if word)
 
 

@@ -14,6 +14,7 @@ from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.norms.passes import encode_population, fits_in_one_chunk, recalibrate
 from ds_wsi.norms.roles import batch_norms
 from ds_wsi.runtime.memory import free_bytes, free_host_bytes
+from ds_wsi.runtime.numerics import autocast_to
 from ds_wsi.slides.tiling import TileGrid
 
 _HOST_SHARE = 4  # one byte in so many of the host's free ones holds a slide's tiles
@@ -87,17 +88,22 @@ class HeldTiles:
 class TileEncoder:
     """An evaluating model's encoder, a chunk of tiles on the host at a time: uint8 [n, 3, S, S] -> [n, D] on the host.
 
+    The encoder alone computes in the model's `evaluation_precision`; features are of the weights' dtype in any.
+
     Args:
         model: in evaluation mode, with running statistics.
     """
 
     def __init__(self, model: SlideModel) -> None:
         self.model = model
-        self.device = next(model.parameters()).device
+        self.device, self.dtype = next(model.parameters()).device, model.aggregator_dtype
 
     def __call__(self, tiles: Tensor) -> Tensor:
         """See the class."""
-        return self.model.encode(tiles.to(self.device, non_blocking=True)).cpu()
+        with autocast_to(self.model.evaluation_precision, self.device):
+            features = self.model.encode(tiles.to(self.device, non_blocking=True))
+        # Widened on the host: in half precision half as much is copied.
+        return features.cpu() if self.model.evaluation_precision == "no" else features.cpu().to(self.dtype)
 
     def norms_over_tiles(self, evaluation: str) -> list[nn.Module]:
         """The norms that average over a slide's tiles in this evaluation; those without running statistics in all."""

@@ -89,7 +89,7 @@ def encode_slides(
     model's mode is restored at the end.
 
     Args:
-        model: on the device to compute on; it says itself what its norms average over.
+        model: on the device to compute on; it says itself what its norms average over, and in which precision.
         slides, grids: of the cohort, row by row.
         rows: of the slides to encode.
         policy: how tiles are read; a chunk is the encoder's batch.

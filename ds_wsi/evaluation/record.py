@@ -13,6 +13,7 @@ FILE_NAME = "run.json"
 MARK_NAME = "protocol.json"  # with what a protocol began the run
 RESULTS = ("metrics.json", "predictions.csv")
 FORMAT, VERSION = "ds_wsi.run", 1
+PRECISION = "eval_precision"  # among the settings, where it is another than the weights'
 
 
 class RunFolderError(ValueError):
@@ -55,9 +56,13 @@ class RunRecord:
         slides = "" if self.test_split == "test" else f", {self.test_split} slides"
         return f"{self.evaluation}{slides}"
 
-    def evaluated_on(self, dataset: str, test_split: str, evaluation: EvaluationProtocol) -> "RunRecord":
-        """The record of the same model on other slides, or other tiles of them."""
-        settings = self.settings | ({"trained_on": self.dataset} if dataset != self.dataset else {})
+    def evaluated_on(
+        self, dataset: str, test_split: str, evaluation: EvaluationProtocol, precision: str = "no"
+    ) -> "RunRecord":
+        """The record of the same model on other slides, other tiles of them, or in another precision."""
+        settings = {name: value for name, value in self.settings.items() if name != PRECISION}
+        settings |= {"trained_on": self.dataset} if dataset != self.dataset else {}
+        settings |= {PRECISION: precision} if precision != "no" else {}
         return replace(self, dataset=dataset, test_split=test_split, evaluation=evaluation, settings=settings)
 
     def write(self, directory: Path) -> None:

@@ -53,6 +53,7 @@ class ValidationWork:
         plan: what is measured, on which slides.
         policy: how tiles are read.
         device: to compute on, as torch names it.
+        precision: of the encoder, of `PRECISIONS`.
     """
 
     config: ModelConfig
@@ -61,6 +62,7 @@ class ValidationWork:
     plan: NormPlan
     policy: ReadPolicy
     device: str
+    precision: str = "no"
 
 
 class ValidationResult(NamedTuple):
@@ -250,5 +252,6 @@ def _validate(work: ValidationWork, weights: Path, failures: FailureLog) -> Vali
     model = build_model(work.config)
     model.load_state_dict(load_file(weights))
     model.to(work.device)
+    model.evaluation_precision = work.precision
     choice = choose_norms(model, work.slides, work.grids, work.policy, failures, work.plan)
     return ValidationResult(choice, dict(failures.reasons))

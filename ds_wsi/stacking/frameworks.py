@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.stacking.stacked_bags import StackedBags
+from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on
 
 
 def sample_bag(bag: Tensor, wanted: int, key: int) -> Tensor:
@@ -39,7 +39,7 @@ class PaddedForward:
         real = torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)  # [B, N]
         flat = padded.flatten(0, 1)
         if not hasattr(self.aggregator, "pooling") or more:
-            bounds = torch.arange(n_bags + 1, device=lengths.device) * longest
+            bounds = bounds_on(lengths.device, [longest] * n_bags)
             out = self.original(StackedBags(flat, bounds), *more)
             return out if out.attention is None else out._replace(attention=out.attention[real.flatten()])
         kind, embedded = self.aggregator.pooling, self.aggregator.embed(flat)

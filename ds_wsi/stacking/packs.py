@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.stacking.randomness import stack_bounds
-from ds_wsi.stacking.stacked_bags import StackedBags
+from ds_wsi.stacking.stacked_bags import StackedBags, bounds_of, lengths_of, with_bounds
 
 
 def plan_packs(lengths: Sequence[int], max_rows: int) -> list[tuple[int, int]]:
@@ -32,14 +32,15 @@ class PackedForward:
         if not self.pack_bytes:
             with stack_bounds(bags.cu_seqlens):
                 return self.original(bags, *more)
-        lengths = bags.lengths.tolist()
         row_bytes = bags.values[:1].numel() * bags.values.element_size() or 1
-        packs = plan_packs(lengths, max(1, self.pack_bytes // row_bytes))
-        outputs, bounds = [], bags.cu_seqlens.tolist()
+        packs = plan_packs(lengths_of(bags.cu_seqlens), max(1, self.pack_bytes // row_bytes))
+        outputs, bounds = [], bounds_of(bags.cu_seqlens)
         for first, last in packs:
-            part = StackedBags(
-                bags.values[bounds[first] : bounds[last]], bags.cu_seqlens[first : last + 1] - bounds[first]
+            start = bounds[first]
+            own = with_bounds(
+                bags.cu_seqlens[first : last + 1] - start, [bound - start for bound in bounds[first : last + 1]]
             )
+            part = StackedBags(bags.values[start : bounds[last]], own)
             with stack_bounds(part.cu_seqlens, first):
                 outputs.append(self.original(part, *(None if one is None else one[first:last] for one in more)))
         return type(outputs[0])(*(_joined(parts) for parts in zip(*outputs, strict=True)))

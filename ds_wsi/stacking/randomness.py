@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.seeding import keyed_generators
+from ds_wsi.stacking.stacked_bags import lengths_of
 
 
 @dataclass
@@ -56,7 +57,7 @@ def stack_bounds(cu_seqlens: Tensor, first_bag: int = 0) -> Iterator[None]:
     if bags is None:
         yield
         return
-    lengths = cu_seqlens.diff().tolist()
+    lengths = lengths_of(cu_seqlens)
     keys = bags.keys[first_bag : first_bag + len(lengths)]
     # A stack within the stack (pseudo-bags) goes on counting; a pack starts anew, as if it were alone.
     calls = Counter() if bags.lengths is None else bags.calls

@@ -1,10 +1,41 @@
 """Bags of different length concatenated along the instances, never padded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_ON_HOST = "ds_wsi_bounds"  # an attribute of cu_seqlens: the same numbers, for which nobody has to wait
+
+
+def bounds_of(cu_seqlens: Tensor) -> list[int]:
+    """The numbers of cu_seqlens [B + 1] on the host, which waits for the device the first time at most."""
+    known: list[int] | None = cu_seqlens.__dict__.get(_ON_HOST)
+    if known is None:
+        known = cu_seqlens.tolist()
+        cu_seqlens.__dict__[_ON_HOST] = known
+    return known
+
+
+def lengths_of(cu_seqlens: Tensor) -> list[int]:
+    """Instances in each bag, on the host: see `bounds_of`."""
+    bounds = bounds_of(cu_seqlens)
+    return [last - first for first, last in pairwise(bounds)]
+
+
+def bounds_on(device: torch.device, lengths: Iterable[int]) -> Tensor:
+    """cu_seqlens, int64 [B + 1] on a device, of bags of these lengths; without waiting for it."""
+    ends = list(accumulate(lengths, initial=0))
+    # From memory that is not page-locked the numbers are staged before the call returns.
+    return with_bounds(torch.tensor(ends, dtype=torch.int64).to(device, non_blocking=True), ends)
+
+
+def with_bounds(cu_seqlens: Tensor, bounds: Sequence[int]) -> Tensor:
+    """Keep with cu_seqlens [B + 1] its own numbers, where they are known; they must not change from then on."""
+    cu_seqlens.__dict__[_ON_HOST] = list(bounds)
+    return cu_seqlens
 
 
 class StackedBags(NamedTuple):
@@ -31,8 +62,8 @@ class StackedBags(NamedTuple):
         return self.cu_seqlens.diff()
 
     def split(self) -> tuple[Tensor, ...]:
-        """The bags as views [N_b, ...]; waits for the device once, for the lengths."""
-        return self.values.split(self.lengths.tolist())
+        """The bags as views [N_b, ...]."""
+        return self.values.split(lengths_of(self.cu_seqlens))
 
     def with_values(self, values: Tensor) -> "StackedBags":
         """The same bags holding other values [sum N, ...], such as the features of their tiles."""
@@ -42,7 +73,10 @@ class StackedBags(NamedTuple):
 
     def to(self, device: torch.device | str) -> "StackedBags":
         """Copy both tensors to `device`."""
-        return StackedBags(self.values.to(device, non_blocking=True), self.cu_seqlens.to(device, non_blocking=True))
+        bounds = self.cu_seqlens.to(device, non_blocking=True)
+        if _ON_HOST in self.cu_seqlens.__dict__:
+            bounds = with_bounds(bounds, bounds_of(self.cu_seqlens))
+        return StackedBags(self.values.to(device, non_blocking=True), bounds)
 
 
 def stack_bags(bags: Sequence[Tensor], *, allow_empty: bool = False) -> StackedBags:
@@ -69,6 +103,6 @@ def stack_bags(bags: Sequence[Tensor], *, allow_empty: bool = False) -> StackedB
                 f"bag {index} must match bag 0 ({list(first.shape[1:])}, {first.dtype}, {first.device}), "
                 f"got {list(bag.shape[1:])}, {bag.dtype}, {bag.device}"
             )
-    ends = torch.tensor([0, *(len(bag) for bag in bags)], dtype=torch.int64).cumsum(0)
+    bounds = bounds_on(first.device, map(len, bags))
     # One bag is taken as it is, without a copy.
-    return StackedBags(first if len(bags) == 1 else torch.cat(list(bags)), ends.to(first.device))
+    return StackedBags(first if len(bags) == 1 else torch.cat(list(bags)), bounds)

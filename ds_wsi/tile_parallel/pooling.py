@@ -35,7 +35,9 @@ def pool_shards(
     wide = embedded if embedded.dtype == torch.float64 else embedded.float()
     if pooling == "max":
         largest = max_over(segment_max(wide.detach(), cu_seqlens), group, traffic)
-        counted = (wide.detach() == largest[segment_ids(cu_seqlens)]).to(wide.dtype)  # equal maxima share evenly
+        counted = (wide.detach() == largest[segment_ids(cu_seqlens, len(wide))]).to(
+            wide.dtype
+        )  # equal maxima share evenly
         values = wide * counted
     else:
         values, counted = wide, torch.ones_like(wide[:, :1])
@@ -49,7 +51,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     wide = scores if scores.dtype == torch.float64 else scores.float()
     largest = max_over(segment_max(wide.detach(), cu_seqlens), group, traffic)  # [B, M]
-    ids = segment_ids(cu_seqlens)
+    ids = segment_ids(cu_seqlens, len(wide))
     weights = (wide - largest[ids]).exp()  # [n, M]
     n_bags, branches, width = len(largest), wide.shape[1], embedded.shape[1]
     values = [segment_sum(weight.unsqueeze(1) * embedded, cu_seqlens) for weight in weights.unbind(1)]  # [B, D'] each

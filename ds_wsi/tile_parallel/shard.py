@@ -15,7 +15,7 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.seeding import keyed_generators
 from ds_wsi.stacking.randomness import stack_bounds
 from ds_wsi.stacking.segment_ops import segment_ids
-from ds_wsi.stacking.stacked_bags import StackedBags
+from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on, lengths_of
 from ds_wsi.tile_parallel.collectives import Scaled, Traffic, all_rows, rank_in, rows_to_first, share_numbers, size_of
 from ds_wsi.tile_parallel.mesh import TileMesh
 from ds_wsi.tile_parallel.policy import TileParallelPolicy
@@ -49,7 +49,7 @@ class SharedForward:
         if self.exchange == "sharded":
             return self._sharded(bags, labels)
         numbers = share_numbers(
-            [*bags.lengths.tolist(), self._draw()], self.group, bags.values.device, self.traffic
+            [*lengths_of(bags.cu_seqlens), self._draw()], self.group, bags.values.device, self.traffic
         )  # [T, B + 1]
         lengths, seed = numbers[:, :-1], int(numbers[0, -1])
         more = () if labels is None else (labels,)
@@ -81,7 +81,7 @@ class SharedForward:
         """CLAM's, from the instances that each rank's part could contribute: O(k D) bytes."""
         aggregator: Any = self.aggregator
         chosen = aggregator.candidates(scores.detach(), cu_seqlens)
-        counts = torch.bincount(segment_ids(cu_seqlens)[chosen], minlength=len(cu_seqlens) - 1)
+        counts = torch.bincount(segment_ids(cu_seqlens, len(embedded))[chosen], minlength=len(cu_seqlens) - 1)
         lengths = share_numbers(counts.tolist(), self.group, scores.device, self.traffic)  # [T, B]
         own = torch.cat([embedded[chosen], scores[chosen].to(embedded.dtype)], 1)
         rows = all_rows(own, lengths.sum(1).tolist(), self.group, self.traffic)
@@ -119,7 +119,7 @@ class SharedForward:
         n_bags = lengths.shape[1]
         blank = rows.detach().new_zeros(n_bags, *rows.shape[1:])
         with keyed_generators(seed, rows.device):
-            out = self.original(StackedBags(blank, torch.arange(n_bags + 1, device=rows.device)), *labels)
+            out = self.original(StackedBags(blank, bounds_on(rows.device, [1] * n_bags)), *labels)
         found = []
         nothing = rows.sum() * 0.0
         for value in (out.logits, out.auxiliary_loss):
@@ -142,9 +142,9 @@ def _in_bag_order(lengths: Tensor, device: torch.device) -> tuple[Tensor, Tensor
     """
     ranks, n_bags = lengths.shape
     bag_of_row = torch.repeat_interleave(torch.arange(n_bags).repeat(ranks), lengths.flatten())
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.sum(0).cumsum(0)])
+    whole = bounds_on(device, lengths.sum(0).tolist())
     # Stable: within a bag the ranks' tiles stay in the order of the slide, which aggregators with positions need.
-    return bag_of_row.argsort(stable=True).to(device), ends.to(device)
+    return bag_of_row.argsort(stable=True).to(device), whole
 
 
 class Handle:

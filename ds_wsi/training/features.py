@@ -32,6 +32,8 @@ def check_feature_settings(settings: TrainSettings) -> None:
     unused = [name for name in OF_TILES if _differs(settings, name)]
     if settings.data.slide_mpp is not None:
         unused.append("slide_mpp")
+    if settings.run.eval_precision != "no":
+        unused.append("eval_precision")
     if unused:
         logger.warning("%s: without effect on features", ", ".join(unused))
 

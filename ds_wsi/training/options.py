@@ -18,6 +18,7 @@ from ds_wsi.norms.policy import TRAINING as NORM_TRAINING
 from ds_wsi.partition.plan import PartitionPlan
 from ds_wsi.partition.policy import POLICY_MODES
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.numerics import PRECISIONS
 from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.slides.demo import DEMOS
 from ds_wsi.stacking.policy import FRAMEWORKS
@@ -174,6 +175,12 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("eval_tiles", "run.eval_tiles", tiles_or_all, "random tiles of each test slide, or all (the default)"),
     ("eval_runs", "run.eval_runs", int, "draws of --eval_tiles, over which the test metrics are averaged"),
     ("eval_seed", "run.eval_seed", int, "of those draws"),
+    (
+        "eval_precision",
+        "run.eval_precision",
+        tuple(PRECISIONS),
+        "mixed precision of the encoder in validation and test",
+    ),
     ("fsdp", "run.fsdp", FLAG, "shard the model over the processes with FSDP2"),
     ("deepspeed", "run.deepspeed", str, 'a DeepSpeed JSON; its "ds_wsi" section sets the policies'),
 )

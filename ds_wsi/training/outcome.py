@@ -22,6 +22,7 @@ from ds_wsi.norms.policy import CANDIDATES, POPULATIONS
 from ds_wsi.runtime.environment import environment
 from ds_wsi.runtime.files import sync_directory, write_json
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.numerics import precision_words
 from ds_wsi.training.norm_plan import norm_plan
 from ds_wsi.training.record import run_record
 from ds_wsi.training.run import Run
@@ -32,6 +33,7 @@ def _plain_copy(run: Run, state: dict[str, torch.Tensor]) -> SlideModel:
     """A whole float32 model of these weights outside the engine: evaluates the same at any ZeRO stage."""
     model = build_model(run.config)
     model.load_state_dict(state)
+    model.evaluation_precision = run.settings.run.eval_precision
     return model.to(run.device).eval()
 
 
@@ -128,6 +130,7 @@ def finish(run: Run, started: float) -> dict[str, Any]:
     """
     run.accelerator.wait_for_everyone()
     model, _ = load_model(run.output_dir)
+    model.evaluation_precision = run.settings.run.eval_precision
     protocol = run.settings.run.evaluation
     predictions = _predict(run, model.to(run.device), "test", protocol)
     if not run.accelerator.is_main_process:
@@ -245,7 +248,7 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
         "optimisation": f"{optim.optim}, learning rate {optim.learning_rate:g} ({optim.lr_scheduler_type}), "
         f"{optim.num_train_epochs} epochs, "
         f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} slides a process and step",
-        "evaluation": str(run.settings.run.evaluation),
+        "evaluation": f"{run.settings.run.evaluation}, encoder in {precision_words(run.settings.run.eval_precision)}",
         **({"norms": words} if (words := norm_words(run.config.norm_training, _exported_entry(run))) else {}),
         "processes": str(run.accelerator.num_processes),
         **({"communication": _comm_words(run.comm)} if run.comm else {}),

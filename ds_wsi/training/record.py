@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ds_wsi.evaluation.record import RunRecord
+from ds_wsi.evaluation.record import PRECISION, RunRecord
 from ds_wsi.models import SlideModel
 from ds_wsi.training.run import Run
 from ds_wsi.training.settings import DataSettings
@@ -73,4 +73,5 @@ def _group_settings(run: Run) -> dict[str, Any]:
     found |= {"norm_training": run.config.norm_training, "norm_affine": policies.norm.affine}
     found |= {"norm_evaluation": policies.norm.evaluation, "early_stopping": stopping_words(settings.run)}
     found |= {"sample_tiles": stacking.sample_tiles} if stacking.framework == "sampling" else {}
+    found |= {PRECISION: settings.run.eval_precision} if settings.run.eval_precision != "no" else {}
     return found | {"metric_for_best_model": settings.run.metric_for_best_model}

@@ -66,7 +66,7 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
         return
     if not list_checkpoints(folder) and not (folder / RECORD).exists():
         return
-    begun = json.loads(mark.read_text(encoding="utf-8"))
+    begun = {"run.eval_precision": "no"} | json.loads(mark.read_text(encoding="utf-8"))  # before there was a choice
     for name in sorted({*begun, *wanted}):
         if begun.get(name) == wanted.get(name):
             continue

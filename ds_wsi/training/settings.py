@@ -192,6 +192,7 @@ class RunSettings:
         eval_tiles: random tiles of each test slide, drawn in each of `eval_runs` runs; None tests on all, once.
         eval_runs: draws, over which the metrics are averaged.
         eval_seed: of the draws; not `seed`, for models that are compared are to be tested on the same tiles.
+        eval_precision: in which the encoder computes in validation and test, of `PRECISIONS`.
     """
 
     output_dir: str | None = None
@@ -209,6 +210,7 @@ class RunSettings:
     eval_tiles: int | None = None
     eval_runs: int = 1
     eval_seed: int = 0
+    eval_precision: str = "no"
 
     def __post_init__(self) -> None:
         """Refuse a limit under which a torn checkpoint would lose the run, and a protocol that tests nothing."""

@@ -72,7 +72,10 @@ class BesideTraining:
         if run.accelerator.is_main_process:
             device = run.settings.run.validation_device or str(run.device)
             policy = run.settings.policies.reading
-            work = ValidationWork(run.config, cohort.manifest.slides, cohort.grids, norm_plan(run), policy, device)
+            work = ValidationWork(
+                *(run.config, cohort.manifest.slides, cohort.grids, norm_plan(run), policy, device),
+                precision=run.settings.run.eval_precision,
+            )
             self.validator = Validator(work)
             if run.progress.pending:
                 self.validator.submit(run.progress.epoch, run.output_dir / PENDING_WEIGHTS)

@@ -1,10 +1,17 @@
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_wsi.models import AGGREGATORS, build_aggregator
 from ds_wsi.stacking import StackedBags, stack_bags
+from ds_wsi.stacking.packs import pack_bags
+from ds_wsi.stacking.randomness import bag_randomness, key_dropouts
 from ds_wsi.stacking.segment_ops import segment_max, segment_mean, segment_softmax, segment_sum, segment_topk
+from ds_wsi.stacking.stacked_bags import bounds_of, lengths_of
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 REFERENCE = {
@@ -60,7 +67,7 @@ def test_topk_equals_a_loop_over_bags_and_ties_go_by_index(lengths, seed, k, eac
     values = torch.randint(0, 6, (sum(lengths),)).half()  # few values: many ties
     bags = stack_bags(values.unsqueeze(1).split(lengths))
     sizes = torch.randint(0, 12, (len(lengths),)) if each else torch.full((len(lengths),), k)
-    rows, bounds = segment_topk(values, bags.cu_seqlens, sizes if each else k)
+    rows, bounds = segment_topk(values, bags.cu_seqlens, sizes.tolist() if each else k)
     expected, counts, start = [], [], 0
     for length, size in zip(lengths, sizes.tolist(), strict=True):
         expected += sorted(range(start, start + length), key=lambda row: (-values[row].item(), row))[:size]
@@ -92,3 +99,45 @@ def test_split_returns_the_bags():
     assert stacked.lengths.tolist() == [3, 1, 4]
     for bag, part in zip(bags, stacked.split(), strict=True):
         assert torch.equal(bag, part)
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: numbers read back, and results whose size depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"), name
+        if name == "aten::repeat_interleave":
+            assert kwargs.get("output_size") is not None, name
+        if name in ("aten::index", "aten::index_put", "aten::index_put_"):
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), name
+        return func(*args, **kwargs)
+
+
+# TransMIL and RRTMIL split a stack by its lengths, and compute with shapes alone from there.
+@pytest.mark.parametrize("name", sorted(AGGREGATORS))
+@pytest.mark.parametrize("train", [True, False])
+def test_no_aggregator_waits_for_the_device(name, train, monkeypatch):
+    torch.manual_seed(0)
+    aggregator = build_aggregator(name, 16, 2).train(train)
+    key_dropouts(aggregator)
+    pack_bags(aggregator, 7 * 16 * 4)
+    bags = stack_bags([torch.randn(n, 16, requires_grad=True) for n in (5, 1, 9, 3)])
+    labels = torch.tensor([0, 1, 1, 0])
+
+    def refuse(tensor):
+        raise AssertionError("numbers were read back")
+
+    monkeypatch.setattr(torch.Tensor, "tolist", refuse)
+    more = (labels,) if getattr(aggregator, "needs_labels", False) else ()
+    with NothingWaits(), bag_randomness([1, 2, 3, 4]):
+        aggregator(bags, *more)
+
+
+def test_bounds_are_known_on_the_host_wherever_they_come_from():
+    stacked = stack_bags([torch.randn(n, 2) for n in (3, 1, 4)])
+    assert bounds_of(stacked.cu_seqlens) == stacked.cu_seqlens.tolist() == [0, 3, 4, 8]
+    assert lengths_of(torch.tensor([0, 2, 2, 7])) == [2, 0, 5]  # of a tensor that nobody made here
+    assert lengths_of(stacked.to("cpu").cu_seqlens) == [3, 1, 4]
+    assert lengths_of(pickle.loads(pickle.dumps(stacked)).cu_seqlens) == [3, 1, 4]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ds_wsi.models.aggregators.gated_attention import xavier_linears
 from ds_wsi.models.aggregators.pooled import attention_pool
 from ds_wsi.models.output import SlideOutput
-from ds_wsi.stacking.stacked_bags import StackedBags
+from ds_wsi.stacking.stacked_bags import StackedBags, lengths_of
 
 
 class ABMILX(nn.Module):
@@ -74,7 +74,7 @@ class ABMILX(nn.Module):
         query, key = self.query_key(self.norm_heads(parts)).chunk(2, -1)
         # As wide as keys are, since only then the kernels that do not hold U are there.
         value = F.pad((self.alpha * scores).unsqueeze(2), (0, query.shape[2] - 1)).to(query.dtype)
-        lengths = bags.lengths.tolist()
+        lengths = lengths_of(bags.cu_seqlens)
         spread = [
             F.scaled_dot_product_attention(*(each.transpose(0, 1).unsqueeze(0) for each in bag))[0, :, :, 0].T
             for bag in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)

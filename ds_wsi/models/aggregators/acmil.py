@@ -15,7 +15,7 @@ from ds_wsi.models.aggregators.pooled import PooledAggregator, attention_pool
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.stacking.randomness import bag_draws
 from ds_wsi.stacking.segment_ops import segment_sum, segment_topk, widened
-from ds_wsi.stacking.stacked_bags import StackedBags
+from ds_wsi.stacking.stacked_bags import StackedBags, lengths_of
 
 
 class ACMIL(PooledAggregator):
@@ -87,13 +87,13 @@ class ACMIL(PooledAggregator):
     def draw_masks(self, scores: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Which instances each branch loses in this step: bool [sum N, M]."""
         branches = scores.shape[1]
-        sizes = [min(length, self.masked) for length in cu_seqlens.diff().tolist()]
+        sizes = [min(length, self.masked) for length in lengths_of(cu_seqlens)]
         drawn = []
         for bag, size in enumerate(sizes):
             with bag_draws(bag, scores.device):
                 drawn.append(torch.rand(size, branches, device=scores.device))
         draws = torch.cat(drawn)
-        dropped = torch.tensor([int(size * self.mask_share) for size in sizes], device=scores.device)
+        dropped = [int(size * self.mask_share) for size in sizes]
         masks = torch.zeros_like(scores, dtype=torch.bool)
         for branch in range(branches):
             highest, bounds = segment_topk(scores[:, branch], cu_seqlens, self.masked)

@@ -95,7 +95,7 @@ class CLAMSB(PooledAggregator):
 
     def instance_loss(self, embedded: Tensor, scores: Tensor, cu_seqlens: Tensor, labels: Tensor) -> Tensor:
         """The weighted clustering loss of each bag, [B], from scores rather than attention: no ties by rounding."""
-        bag_labels = labels[segment_ids(cu_seqlens)]
+        bag_labels = labels[segment_ids(cu_seqlens, len(embedded))]
         own = scores.gather(1, bag_labels.unsqueeze(1)).squeeze(1) if self.multi_branch else scores[:, 0]
         top, bounds = segment_topk(own, cu_seqlens, self.k_sample)
         bottom, _ = segment_topk(-own, cu_seqlens, self.k_sample)

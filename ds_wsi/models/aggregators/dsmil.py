@@ -45,7 +45,7 @@ class DSMIL(nn.Module):
     def forward(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:
         """Pool features [sum N, D] to logits [B, C] and attention [sum N, C]; with labels, the auxiliary loss too."""
         instance_logits, queries = self.instance_classifier(bags.values), self.query(bags.values)
-        ids = segment_ids(bags.cu_seqlens)
+        ids = segment_ids(bags.cu_seqlens, len(bags.values))
         attention, pooled, largest = [], [], []
         for class_logits in instance_logits.unbind(1):
             critical, _ = segment_topk(class_logits, bags.cu_seqlens, 1)  # [B]

@@ -19,7 +19,7 @@ from ds_wsi.stacking.segment_ops import (
     segment_topk,
     widened,
 )
-from ds_wsi.stacking.stacked_bags import StackedBags
+from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on, lengths_of
 
 DISTILLATIONS = ("maxs", "maxmins", "afs")
 
@@ -95,10 +95,10 @@ class DTFD(nn.Module):
         across = segment_softmax(self.attention_2(passed_on), bounds)
         logits = self.classifier_2(self.dropout(segment_sum(across * passed_on, bounds)))
         shares = across.reshape(-1, per_pseudo_bag).sum(1)  # [sum P]
-        attention = within.squeeze(1) * shares[segment_ids(instance_bounds)]
+        attention = within.squeeze(1) * shares[segment_ids(instance_bounds, len(embedded))]
         loss = None
         if labels is not None:
-            wanted = labels[segment_ids(pseudo_bounds)]
+            wanted = labels[segment_ids(pseudo_bounds, len(pooled))]
             loss = segment_mean(F.cross_entropy(widened(guesses), wanted, reduction="none"), pseudo_bounds)
         return SlideOutput(logits, attention[rows.argsort()], loss)
 
@@ -110,8 +110,11 @@ class DTFD(nn.Module):
             [sum P + 1]; the bounds of the bags in the pseudo-bags, int64 [B + 1].
         """
         device = cu_seqlens.device
-        rows, sizes, counts, start = [], [0], [0], 0
-        for bag, length in enumerate(cu_seqlens.diff().tolist()):
+        rows: list[Tensor] = []
+        sizes: list[int] = []
+        counts: list[int] = []
+        start = 0
+        for bag, length in enumerate(lengths_of(cu_seqlens)):
             count = min(self.pseudo_bags, length)
             if self.training:
                 with bag_draws(bag, device):
@@ -122,8 +125,7 @@ class DTFD(nn.Module):
             sizes += [length // count + (index < length % count) for index in range(count)]
             counts.append(count)
             start += length
-        bounds = [torch.tensor(parts, device=device).cumsum(0) for parts in (sizes, counts)]
-        return torch.cat(rows), bounds[0], bounds[1]
+        return torch.cat(rows), bounds_on(device, sizes), bounds_on(device, counts)
 
     def _choose(self, evidence: Tensor, bounds: Tensor) -> Tensor:
         """The instances that each pseudo-bag passes on, int64 [P, 1 or 2], by the evidence (a_k h_k) W^T [sum N, C]."""
