@@ -33,6 +33,7 @@ class SlideModel(nn.Module):
         warming_up: train the aggregator alone for now, the encoder in evaluation mode and without a graph. Its
             parameters keep `requires_grad`, which engines must not see change, and get gradients of zero. Set it before
             `train`.
+        memory_format: of the encoder's input; None leaves tiles as they were read.
         evaluation_precision: in which `ds_wsi.evaluation` lets the encoder compute, of `PRECISIONS`; "no" is the
             weights' own.
     """
@@ -40,6 +41,7 @@ class SlideModel(nn.Module):
     mean: Tensor
     std: Tensor
     evaluation_precision = "no"
+    memory_format: torch.memory_format | None = None
     norm_training = "bag"
     norm_evaluation = "running"
     _idle = False
@@ -180,7 +182,9 @@ class SlideModel(nn.Module):
             return tiles
         # Float32 first: in half precision x / 255 would round before the mean is taken off.
         scaled = (tiles.float() / 255 - self.mean.float()) / self.std.float()
-        return scaled.to(self.aggregator_dtype)
+        if self.memory_format is None:
+            return scaled.to(self.aggregator_dtype)
+        return scaled.to(self.aggregator_dtype, memory_format=self.memory_format)
 
     @property
     def aggregator_dtype(self) -> torch.dtype:

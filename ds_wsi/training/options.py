@@ -11,6 +11,7 @@ from ds_wsi.compression.comm import HOOK_NAMES
 from ds_wsi.config import SECTION, DsWsiConfig, read_section
 from ds_wsi.engines.accelerate import OPTIMIZERS
 from ds_wsi.engines.deepspeed import read_config
+from ds_wsi.engines.kernels import MEMORY_FORMATS, TF32
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import AGGREGATORS, FEATURES
 from ds_wsi.norms.policy import EVALUATION as NORM_EVALUATION
@@ -180,6 +181,13 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         "run.eval_precision",
         tuple(PRECISIONS),
         "mixed precision of the encoder in validation and test",
+    ),
+    ("tf32", "run.tf32", TF32, "round factors of float32 products to TF32 on a GPU; torch leaves torch's setting"),
+    (
+        "memory_format",
+        "run.memory_format",
+        MEMORY_FORMATS,
+        "of tiles; auto takes the faster by a trial on a GPU",
     ),
     ("fsdp", "run.fsdp", FLAG, "shard the model over the processes with FSDP2"),
     ("deepspeed", "run.deepspeed", str, 'a DeepSpeed JSON; its "ds_wsi" section sets the policies'),

@@ -25,12 +25,14 @@ from ds_wsi.engines.accelerate import (
     take_steps_whole,
 )
 from ds_wsi.engines.deepspeed import is_zero3
+from ds_wsi.engines.kernels import choose_memory_format, choose_tf32, search_kernels
 from ds_wsi.engines.norms import apply_training, decide_training, partition_of, partition_population, warn_of_few_bags
 from ds_wsi.engines.nvme import NvmeSpill
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, SlideOutput
 from ds_wsi.norms import batch_norms
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
+from ds_wsi.partition.apply import DEFAULT_CHUNK
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import PRECISIONS, precision_words
 from ds_wsi.slides.demo import DEMOS, make_demo
@@ -173,6 +175,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     if training == "step":
         take_steps_whole(accelerator)
     apply_training(training, settings.policies.norm, module)
+    _choose_kernels(module, settings, cohort, accelerator)
     _partition(module, settings, cohort, accelerator, mesh)
     warms_up = settings.model.freeze_encoder_epochs > 0
     model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if warms_up else None)
@@ -266,6 +269,20 @@ def _partition(
     elif isinstance(wanted, PartitionPlan):
         logger.info("%s", wanted)
     partition_layers(module.encoder, wanted, spill=NvmeSpill.of(wanted))
+
+
+def _choose_kernels(module: SlideModel, settings: TrainSettings, cohort: Cohort, accelerator: Accelerator) -> None:
+    """What a GPU computes with, each choice in the log."""
+    device, partition = accelerator.device, settings.policies.partition
+    choose_tf32(settings.run.tf32, device)
+    if cohort.in_dim is not None:
+        return
+    in_chunks = isinstance(partition, PartitionPlan) or partition.mode not in ("auto", "native")
+    search_kernels(device, one_size=in_chunks)
+    size = settings.policies.tiling.tile_size_px
+    tiles = (partition.chunk_size if isinstance(partition, PartitionPolicy) else 0) or DEFAULT_CHUNK["batch"]
+    with accelerator.autocast():
+        choose_memory_format(module, settings.run.memory_format, (tiles, 3, size, size), device)
 
 
 def micro_steps(settings: TrainSettings) -> int:

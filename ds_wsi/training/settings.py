@@ -193,6 +193,8 @@ class RunSettings:
         eval_runs: draws, over which the metrics are averaged.
         eval_seed: of the draws; not `seed`, for models that are compared are to be tested on the same tiles.
         eval_precision: in which the encoder computes in validation and test, of `PRECISIONS`.
+        tf32: whether a GPU rounds factors of float32 products to TF32, of `engines.kernels.TF32`.
+        memory_format: of the encoder's convolutions, of `engines.kernels.MEMORY_FORMATS`.
     """
 
     output_dir: str | None = None
@@ -211,6 +213,8 @@ class RunSettings:
     eval_runs: int = 1
     eval_seed: int = 0
     eval_precision: str = "no"
+    tf32: str = "torch"
+    memory_format: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse a limit under which a torn checkpoint would lose the run, and a protocol that tests nothing."""

@@ -1,0 +1,99 @@
+"""Which kernels a GPU uses: TF32, cuDNN's search, the order of channels in memory. A run says what it chose."""
+
+import copy
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_wsi.models.slide_model import SlideModel
+from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.numerics import autocast_now
+
+TF32 = ("torch", "yes", "no")
+MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
+_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_REPEATS = 5
+_GAIN = 0.97  # of the time: what is not faster by as much is noise
+
+
+def choose_tf32(wanted: str, device: torch.device) -> None:
+    """Let float32 products and convolutions round their factors to TF32, or not; "torch" leaves torch's setting.
+
+    Args:
+        wanted: of `TF32`.
+        device: a CPU has no TF32.
+    """
+    if device.type != "cuda":
+        return
+    if wanted != "torch":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted == "yes"
+    logger.info(
+        "TF32 (--tf32): matrix products %s, convolutions %s",
+        *("yes" if one else "no" for one in (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)),
+    )
+
+
+def search_kernels(device: torch.device, *, one_size: bool) -> None:
+    """Let cuDNN try its kernels where chunks have one size: for bags of all lengths the search would never end."""
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = one_size
+    logger.info("cuDNN searches its kernels: %s", "yes, chunks have one size" if one_size else "no, sizes differ")
+
+
+def choose_memory_format(
+    module: SlideModel, wanted: str, tile_shape: Sequence[int], device: torch.device
+) -> torch.memory_format | None:
+    """Lay the encoder's input out in memory as its convolutions are faster, by a short trial on the device.
+
+    Convolutions follow their input's format, and their outputs have it. Weights stay as they are: engines flatten them,
+    and what the kernels reorder of them is small beside a chunk.
+
+    Args:
+        module: whose encoder it is; its `memory_format` is set.
+        wanted: of `MEMORY_FORMATS`; "auto" tries both on a GPU and leaves a CPU alone, where neither wins by a rule.
+        tile_shape: [n, 3, S, S] of a chunk.
+        device: of the trial.
+
+    Returns:
+        The format, or None where tiles come as they were read.
+    """
+    if not any(isinstance(part, nn.Conv2d) for part in module.encoder.modules()):
+        return None
+    if wanted == "auto" and device.type != "cuda":
+        return None
+    if wanted == "auto":
+        seconds = {name: _step_seconds(module.encoder, form, tile_shape, device) for name, form in _FORMATS.items()}
+        faster = seconds["channels_last"] < _GAIN * seconds["contiguous"]
+        wanted = "channels_last" if faster else "contiguous"
+        times = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
+        logger.info("memory format (--memory_format): %s, by a trial of %d tiles: %s", wanted, tile_shape[0], times)
+    else:
+        logger.info("memory format (--memory_format): %s, as was asked for", wanted)
+    module.memory_format = _FORMATS[wanted]
+    return module.memory_format
+
+
+def _step_seconds(
+    encoder: nn.Module, memory_format: torch.memory_format, tile_shape: Sequence[int], device: torch.device
+) -> float:
+    """Of a forward and backward of a copy: running statistics and gradients of the encoder stay as they are."""
+    trial: Any = copy.deepcopy(encoder).to(device)
+    parameter = next(trial.parameters())
+    tiles = torch.zeros(tuple(tile_shape), dtype=parameter.dtype, device=device).to(memory_format=memory_format)
+    autocast, times = autocast_now(device), []
+    with torch.random.fork_rng([device]), torch.enable_grad():
+        for _ in range(1 + _REPEATS):  # the first one loads kernels
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            with autocast():
+                out = trial(tiles)
+            if out.requires_grad:
+                out.float().sum().backward()
+            end.record()
+            torch.cuda.synchronize(device)
+            times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times[1:])
