@@ -223,7 +223,8 @@ def _image(machine: Machine, side: int, cap: float | None) -> Tensor:
     """uint8 [1, 3, side, side], made in bands; in host memory where it is more than a quarter of the cap."""
     size = 3 * side * side
     host = size > (_total(machine) if cap is None else cap * GIB) / 4
-    image = torch.empty(1, 3, side, side, dtype=torch.uint8, device="cpu" if host else machine.device)
+    place: dict[str, Any] = {"pin_memory": machine.gpu} if host else {"device": machine.device}
+    image = torch.empty(1, 3, side, side, dtype=torch.uint8, **place)  # page-locked: copied ahead of its use
     torch.manual_seed(0)
     for first in range(0, side, 1024):
         band = (1, 3, min(1024, side - first), side)

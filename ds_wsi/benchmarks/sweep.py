@@ -229,7 +229,7 @@ def measure(*, quick: bool, slides: Sequence[str] = (), options: Mapping[str, st
         "cap_bytes": setting.cap_bytes,
         "repeats": setting.repeats,
         "warmups": setting.warmups,
-        "peak": "allocated on the GPU" if machine.gpu else "counted tensors of forward and backward, paper's maps too",
+        "peak": "active on the GPU" if machine.gpu else "counted tensors of forward and backward, paper's maps too",
         "skipped": skipped,
     }
     title = f"A ResNet-18 training step on one image, at most {setting.cap_bytes / 2**30:.3g} GiB"
