@@ -7,7 +7,8 @@ neither colour nor density tells the classes apart, and most tiles of a tumour s
 
 The cohort "plain" is of one centre. In the cohort "stains" every slide is stained and scanned by one of ten: amounts of
 stain, colours, blur, brightness and white balance differ by centre and, less, by slide. Centres of the test slides are
-seen neither in training nor in validation, as those of external cohorts are.
+seen neither in training nor in validation, as those of external cohorts are. Half of its tumours are small, as
+micrometastases are: one focus, in which few nuclei are rings.
 """
 
 import csv
@@ -26,13 +27,32 @@ from ds_wsi.runtime.files import atomic_path, write_text
 from ds_wsi.runtime.log import logger
 
 CLASSES = ("normal", "tumor")
-FORMAT_VERSION = 1  # of the images: a change of the drawing makes old caches stale
 BASE_MPP = 0.5  # um/px at which tissue is drawn
 TIFF_TILE_PX = 256
 FOCUS_RADIUS_PX = 88  # at BASE_MPP: about six 64 px tiles
 SOLID_RADII_PX = (3.2, 4.0, 4.8)
+EOSIN = np.array([222, 150, 190], dtype=np.float32)
+HAEMATOXYLIN = np.array([96, 62, 140], dtype=np.float32)
+GLASS = np.array([243, 242, 245], dtype=np.float32)
+MIN_SATURATION, MIN_LIGHT = 0.15, 0.2  # of what eosin stains, at a centre
 RING_RATIO = 1.9  # outer radius of a ring over the solid nucleus's
 MANIFEST_FIELDS = ("slide_id", "path", "label", "patient_id", "split")
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """A tumour's foci.
+
+    Args:
+        foci: how many.
+        rings: share of the nuclei there that are rings.
+    """
+
+    foci: int
+    rings: float = 1.0
+
+
+SMALL_LESION = Lesion(1, 0.15)
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,7 @@ class DemoPolicy:
     seed: int = 0
 
     foci: ClassVar[int] = 2
+    format_version: ClassVar[int] = 1  # of the images: a change of the drawing makes old caches stale
 
     def __post_init__(self) -> None:
         """Refuse a cohort that could not be split or drawn."""
@@ -68,7 +89,7 @@ class DemoPolicy:
 
 @dataclass(frozen=True)
 class StainsPolicy(DemoPolicy):
-    """What the cohort "stains" holds: smaller slides than "plain", more of them, and tumours of more foci.
+    """What the cohort "stains" holds: smaller slides than "plain", more of them, and tumours of more foci or of one.
 
     Args:
         centres: of the slides to train and to validate on; pairs of a normal and a tumour slide share one.
@@ -83,6 +104,7 @@ class StainsPolicy(DemoPolicy):
     test_centres: int = 4
 
     foci: ClassVar[int] = 4
+    format_version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         """Refuse what `DemoPolicy` does, and splits without a centre."""
@@ -116,23 +138,39 @@ class Centre:
     def draw(cls, seed: int, number: int) -> "Centre":
         """The centre of this number, alike in every cohort of the seed."""
         rng = np.random.default_rng([seed, 77, number])
-        amount, colour = rng.uniform(-0.3, 0.5), rng.normal(0, 0.16, 3)
-        white, bright = rng.uniform(-0.04, 0.04, 3), rng.uniform(-0.10, 0.05)
-        blur, gamma = rng.uniform(0, 0.9), rng.uniform(-0.25, 0.25)
-        return cls(_triple(np.exp(amount + colour)), math.exp(gamma), _triple((1 + white) * (1 + bright)), blur)
+        while True:
+            amount, colour = rng.uniform(-0.3, 0.6), rng.normal(0, 0.25, 3)
+            white, bright = rng.uniform(-0.04, 0.04, 3), rng.uniform(-0.12, 0.05)
+            blur, gamma = rng.uniform(0, 0.9), rng.uniform(-0.25, 0.25)
+            drawn = cls(_triple(np.exp(amount + colour)), math.exp(gamma), _triple((1 + white) * (1 + bright)), blur)
+            if drawn.shows_tissue:
+                return drawn
 
     def of_slide(self, rng: np.random.Generator) -> "Centre":
         """The same centre on another day."""
-        stain = np.array(self.stain) * np.exp(rng.normal(0, 0.12) + rng.normal(0, 0.06, 3))
-        gamma = self.gamma * math.exp(rng.normal(0, 0.06))
-        white = np.array(self.white) * (1 + rng.normal(0, 0.01, 3)) * (1 + rng.normal(0, 0.02))
-        return Centre(_triple(stain), gamma, _triple(white), max(0.0, self.blur_px + rng.normal(0, 0.1)))
+        while True:
+            stain = np.array(self.stain) * np.exp(rng.normal(0, 0.15) + rng.normal(0, 0.08, 3))
+            gamma = self.gamma * math.exp(rng.normal(0, 0.06))
+            white = np.array(self.white) * (1 + rng.normal(0, 0.01, 3)) * (1 + rng.normal(0, 0.03))
+            drawn = Centre(_triple(stain), gamma, _triple(white), max(0.0, self.blur_px + rng.normal(0, 0.1)))
+            if drawn.shows_tissue:
+                return drawn
+
+    @property
+    def shows_tissue(self) -> bool:
+        """Whether tissue is told from glass and pen: what is paler or greyer is glass, what is darker is pen."""
+        pale, inked = self.light(EOSIN), self.light((EOSIN + GLASS) / 2)
+        saturation = min(1 - float(shown.min() / shown.max()) for shown in (pale, inked))
+        return saturation > MIN_SATURATION and float(pale.min()) > MIN_LIGHT
+
+    def light(self, colours: np.ndarray) -> np.ndarray:
+        """Colours [..., 3] in [0, 255] as this centre shows them, in [0, 1] and a little above."""
+        density = -np.log((colours.astype(np.float32) + 1) / 256) * np.array(self.stain, dtype=np.float32)
+        return np.exp(-density * self.gamma) * np.array(self.white, dtype=np.float32)
 
     def scan(self, image: np.ndarray) -> np.ndarray:
         """A slide, uint8 [H, W, 3], as this centre shows it."""
-        density = -np.log((image.astype(np.float32) + 1) / 256) * np.array(self.stain, dtype=np.float32)
-        light = np.exp(-density * self.gamma) * np.array(self.white, dtype=np.float32)
-        picture = Image.fromarray(np.clip(light * 255, 0, 255).astype(np.uint8))
+        picture = Image.fromarray(np.clip(self.light(image) * 255, 0, 255).astype(np.uint8))
         return np.asarray(picture.filter(ImageFilter.GaussianBlur(self.blur_px)))
 
 
@@ -153,7 +191,7 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
     policy = policy or DemoPolicy()
     directory = Path(directory)
     manifest, stamp = directory / "manifest.csv", directory / "demo.json"
-    wanted = {"format_version": FORMAT_VERSION, **asdict(policy)}
+    wanted = {"format_version": policy.format_version, **asdict(policy)}
     if stamp.exists() and json.loads(stamp.read_text()) != wanted:
         raise ValueError(
             f"{directory} must hold the demo of this policy, got another ({stamp} differs). "
@@ -167,10 +205,11 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
     for index, row in enumerate(rows):
         path = directory / row["path"]
         if not path.exists():
-            rng = np.random.default_rng([policy.seed, FORMAT_VERSION, index])
+            rng = np.random.default_rng([policy.seed, policy.format_version, index])
             centre = _centre(index, policy)
             tumor, side_px = row["label"] == "tumor", _side_px(index, policy)
-            write_demo_slide(path, tumor=tumor, side_px=side_px, rng=rng, foci=policy.foci, centre=centre)
+            lesion = _lesion(index, policy)
+            write_demo_slide(path, tumor=tumor, side_px=side_px, rng=rng, lesion=lesion, centre=centre)
     with atomic_path(manifest) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, MANIFEST_FIELDS)
         writer.writeheader()
@@ -201,6 +240,14 @@ def _centre(index: int, policy: DemoPolicy) -> Centre | None:
     return Centre.draw(policy.seed, policy.centres + (index - before_test) // 2 % policy.test_centres)
 
 
+def _lesion(index: int, policy: DemoPolicy) -> Lesion:
+    """What a slide holds if it is a tumour's."""
+    if not isinstance(policy, StainsPolicy):
+        return Lesion(policy.foci)
+    rounds = index // 2 // policy.centres  # of pairs, one a centre: every centre has tumours of both kinds
+    return SMALL_LESION if rounds % 2 else Lesion(policy.foci)
+
+
 def _side_px(index: int, policy: DemoPolicy) -> int:
     # Consecutive pairs (one slide of each class) share a side: the bag's length does not tell the class.
     phase = (index // 2 * 0.618034) % 1.0  # golden ratio: every split holds short and long bags
@@ -214,14 +261,14 @@ def write_demo_slide(
     tumor: bool,
     side_px: int,
     rng: np.random.Generator,
-    foci: int = DemoPolicy.foci,
+    lesion: Lesion = Lesion(DemoPolicy.foci),
     centre: Centre | None = None,
 ) -> None:
     """Draw one slide and write it as a pyramidal tiled JPEG TIFF with its mpp in the resolution tags.
 
     Half of the slides are stored at 0.25 um/px ("40x"), half at 0.5 ("20x"), as cohorts of two scanners are.
     """
-    image = draw_slide(tumor=tumor, side_px=side_px, rng=rng, foci=foci)
+    image = draw_slide(tumor=tumor, side_px=side_px, rng=rng, lesion=lesion)
     # No pen on what another centre has stained: the ink can be so much more saturated than pale tissue that Otsu's
     # threshold lies between these two, and the slide has no tissue.
     image = _pen_marks(image, rng) if centre is None else centre.of_slide(rng).scan(image)
@@ -232,15 +279,17 @@ def write_demo_slide(
     write_pyramid(path, image, mpp=BASE_MPP / scale)
 
 
-def draw_slide(*, tumor: bool, side_px: int, rng: np.random.Generator, foci: int = DemoPolicy.foci) -> np.ndarray:
-    """Return one slide at 0.5 um/px, without pen marks: uint8 [side, side, 3]; `foci` of a tumour."""
+def draw_slide(
+    *, tumor: bool, side_px: int, rng: np.random.Generator, lesion: Lesion = Lesion(DemoPolicy.foci)
+) -> np.ndarray:
+    """Return one slide at 0.5 um/px, without pen marks: uint8 [side, side, 3]; with the lesion if it is a tumour's."""
     tissue = _tissue(side_px, rng)
-    places = _focus_centres(tissue, rng, count=2 + foci)
+    places = _focus_centres(tissue, rng, count=2 + lesion.foci)
     crowded, pale = _disc_field(side_px, places[:1]), _disc_field(side_px, places[1:2])
-    lesion = _disc_field(side_px, places[2:]) if tumor else np.zeros_like(tissue)
+    ringed = _disc_field(side_px, places[2:]) * lesion.rings if tumor else np.zeros_like(tissue)
     density = (0.0055 + 0.006 * crowded - 0.003 * pale) * (tissue > 0.5)  # nuclei per px
-    solid = _nuclei(density * (lesion < 0.5), _solid_kernels(), rng)
-    rings = _nuclei(density * (lesion >= 0.5), _ring_kernels(), rng)
+    solid = _nuclei(density * (1 - ringed), _solid_kernels(), rng)
+    rings = _nuclei(density * ringed, _ring_kernels(), rng)
     return _stain(tissue, np.clip(solid + rings, 0, 1), pale, rng)
 
 
@@ -305,14 +354,13 @@ def _nuclei(density: np.ndarray, kernels: list[np.ndarray], rng: np.random.Gener
 
 
 def _stain(tissue: np.ndarray, nuclei: np.ndarray, pale: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    glass = np.array([243, 242, 245], dtype=np.float32)
-    eosin = np.array([222, 150, 190], dtype=np.float32) + rng.normal(0, 4, 3)
-    haematoxylin = np.array([96, 62, 140], dtype=np.float32) + rng.normal(0, 4, 3)
+    eosin = EOSIN + rng.normal(0, 4, 3)
+    haematoxylin = HAEMATOXYLIN + rng.normal(0, 4, 3)
     side = tissue.shape[0]
     fibres = (0.10 * _smooth_noise(side, side // 10, rng) + 0.08 * _smooth_noise(side, 8, rng) - 0.25 * pale)[..., None]
-    ground = eosin + np.clip(fibres, -0.4, 0.4) * (eosin - glass)
+    ground = eosin + np.clip(fibres, -0.4, 0.4) * (eosin - GLASS)
     inked = ground + nuclei[..., None] * 0.85 * (haematoxylin - ground)
-    image = glass + tissue[..., None] * (inked - glass) + rng.normal(0, 2.5, (side, side, 1))
+    image = GLASS + tissue[..., None] * (inked - GLASS) + rng.normal(0, 2.5, (side, side, 1))
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
