@@ -231,7 +231,13 @@ def _train_epoch(run: Run, bags: Iterator[Bag], validation: AtTheEnd | BesideTra
 def _train_step(run: Run, step: StepPlan, bags: Iterator[Bag], learning_rate: float) -> tuple[float, int]:
     """One optimizer step; returns the sum of its bags' losses and its tiles, over all ranks."""
     accelerator, mesh = run.accelerator, run.mesh
-    set_rates(run.optimizer, learning_rate, run.settings.optim.weight_decay, resting=run.module.warming_up)
+    set_rates(
+        run.optimizer,
+        learning_rate,
+        run.settings.optim.weight_decay,
+        resting=run.module.warming_up,
+        encoder_factor=run.encoder_factor,
+    )
     seed_step(run.settings.run.seed, run.progress.global_step, accelerator.process_index)
     # Ranks that share a bag each compute its loss: there are as many means to take as groups.
     weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))

@@ -25,7 +25,7 @@ from ds_wsi.slides.demo import DEMOS
 from ds_wsi.stacking.policy import FRAMEWORKS
 from ds_wsi.tile_parallel.policy import EXCHANGES
 from ds_wsi.training.optim import SCHEDULES
-from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.settings import TUNED_LEARNING_RATE, TrainSettings
 
 DEMO_TILE_SIZE_PX = 64  # what the demo cohort's regions were drawn for
 FLAG = "flag"
@@ -155,6 +155,12 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("per_device_train_batch_size", "optim.per_device_train_batch_size", int, "slides a process and micro-step"),
     ("gradient_accumulation_steps", "optim.gradient_accumulation_steps", int, "micro-steps an optimizer step"),
     ("learning_rate", "optim.learning_rate", float, "peak learning rate"),
+    (
+        "encoder_learning_rate",
+        "optim.encoder_learning_rate",
+        float,
+        f"its peak for the encoder (default: the same; for an encoder from weights at most {TUNED_LEARNING_RATE:g})",
+    ),
     ("weight_decay", "optim.weight_decay", float, "of the optimizer"),
     ("optim", "optim.optim", tuple(OPTIMIZERS), "optimizer; the DeepSpeed JSON's section decides where it has one"),
     ("lr_scheduler_type", "optim.lr_scheduler_type", SCHEDULES, "schedule after the warm-up"),

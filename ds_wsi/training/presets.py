@@ -76,6 +76,7 @@ PANDA = {**TILES, **GREY, **RESNET18, **THEIR_NORMS, **ADAM, **PLAIN} | {
 PANDA_COSINE = {
     "optim.num_train_epochs": 20,
     "optim.learning_rate": 1e-4,  # chosen among 1e-4, 5e-5 and 1e-5 by validation
+    "optim.encoder_learning_rate": 1e-4,
     "optim.per_device_train_batch_size": 2,
     "optim.gradient_accumulation_steps": 16,
     "policies.stacking.bags_per_step": 32,  # 2 x 16, on any number of processes
@@ -83,6 +84,7 @@ PANDA_COSINE = {
 PANDA_EXPONENTIAL = {
     "optim.num_train_epochs": 45,
     "optim.learning_rate": 5e-5,  # (ours) among the paper's three
+    "optim.encoder_learning_rate": 5e-5,
     "optim.lr_scheduler_type": "exponential",  # rate 0.955 an epoch
     "optim.per_device_train_batch_size": 2,
     "optim.gradient_accumulation_steps": 1,
@@ -106,6 +108,7 @@ CAMELYON_FROZEN = {
     "model.freeze_encoder": True,
     "optim.num_train_epochs": 120,
     "optim.learning_rate": 1e-4,
+    "optim.encoder_learning_rate": 1e-4,
     "optim.per_device_train_batch_size": 2,
     "optim.gradient_accumulation_steps": 2,
     "policies.stacking.bags_per_step": 4,  # 2 x 2, on any number of processes
@@ -114,6 +117,7 @@ CAMELYON_FROZEN = {
 CAMELYON_END_TO_END = {
     "optim.num_train_epochs": 90,
     "optim.learning_rate": 5e-5,
+    "optim.encoder_learning_rate": 5e-5,
     "optim.demon": 0.9,  # Adam's first beta, where DEMON starts (ours: its default)
     "optim.per_device_train_batch_size": 2,
     "optim.gradient_accumulation_steps": 2,
@@ -133,6 +137,7 @@ CAMELYON_EVALUATION = (
 LUNG = {**TILES, **GREY, **RESNET18, **ADAM, **AUGMENTED} | {  # (ours) throughout: DPGS trains on stored features
     "optim.num_train_epochs": 30,
     "optim.learning_rate": 5e-5,
+    "optim.encoder_learning_rate": 5e-5,
     "optim.per_device_train_batch_size": 2,
     "optim.gradient_accumulation_steps": 4,
     "policies.stacking.bags_per_step": 8,
@@ -212,6 +217,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "model.aggregator": "gated_abmil",
                 "optim.optim": "adamw",
                 "optim.learning_rate": 1e-6,  # of a pathology foundation model: give it with --encoder
+                "optim.encoder_learning_rate": 1e-6,
                 "optim.fp16": True,
                 "optim.num_train_epochs": 22,  # the first 2 of the aggregator alone
                 "model.freeze_encoder_epochs": 2,

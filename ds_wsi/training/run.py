@@ -95,6 +95,11 @@ class Run:
         return self.accelerator.state.deepspeed_plugin is not None
 
     @property
+    def encoder_factor(self) -> float:
+        """The encoder's learning rate over the aggregator's."""
+        return encoder_factor(self.settings, self.module)
+
+    @property
     def epoch_layout(self) -> dict[str, Any]:
         """The keywords of `plan_epoch`: how many bags each group of ranks that share them trains on."""
         optim = self.settings.optim
@@ -177,8 +182,12 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     apply_training(training, settings.policies.norm, module)
     _choose_kernels(module, settings, cohort, accelerator)
     _partition(module, settings, cohort, accelerator, mesh)
-    warms_up = settings.model.freeze_encoder_epochs > 0
-    model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if warms_up else None)
+    factor = encoder_factor(settings, module)
+    apart = settings.model.freeze_encoder_epochs > 0 or factor != 1.0
+    model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if apart else None)
+    if factor != 1.0:
+        own = settings.optim.learning_rate * factor
+        logger.info("learning rate: %g, of the encoder %g", settings.optim.learning_rate, own)
     if settings.optim.demon:
         set_beta(optimizer, settings.optim.demon)  # refuses an optimizer without
     if cohort.in_dim is None:
@@ -283,6 +292,13 @@ def _choose_kernels(module: SlideModel, settings: TrainSettings, cohort: Cohort,
     tiles = (partition.chunk_size if isinstance(partition, PartitionPolicy) else 0) or DEFAULT_CHUNK["batch"]
     with accelerator.autocast():
         choose_memory_format(module, settings.run.memory_format, (tiles, 3, size, size), device)
+
+
+def encoder_factor(settings: TrainSettings, module: SlideModel) -> float:
+    """See `OptimSettings.encoder_factor`; 1 where no parameter of the encoder is trained, or adapters are."""
+    if settings.model.lora_rank or not any(parameter.requires_grad for parameter in module.encoder.parameters()):
+        return 1.0
+    return settings.optim.encoder_factor(from_weights=settings.model.has_weights)
 
 
 def micro_steps(settings: TrainSettings) -> int:

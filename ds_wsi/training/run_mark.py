@@ -24,6 +24,14 @@ LEFT_OUT = {
     ),
 }
 
+# Settings of marks that were written before there was a choice.
+_BEFORE = {
+    "run.eval_precision": "no",
+    "run.tf32": "torch",
+    "run.memory_format": "auto",
+    "optim.encoder_learning_rate": None,
+}
+
 
 def identity(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> dict[str, Any]:
     """Field -> value of everything that decides the run's result, with its manifest's digest, as JSON has it."""
@@ -66,7 +74,7 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
         return
     if not list_checkpoints(folder) and not (folder / RECORD).exists():
         return
-    begun = {"run.eval_precision": "no"} | json.loads(mark.read_text(encoding="utf-8"))  # before there was a choice
+    begun = _BEFORE | json.loads(mark.read_text(encoding="utf-8"))
     for name in sorted({*begun, *wanted}):
         if begun.get(name) == wanted.get(name):
             continue

@@ -114,6 +114,9 @@ class ModelSettings:
         return self.encoder_weights is not None or self.pretrained or ":" in self.encoder
 
 
+TUNED_LEARNING_RATE = 3e-5  # at most, by default, of an encoder that starts from weights
+
+
 @dataclass(frozen=True)
 class OptimSettings:
     """How it is optimised.
@@ -123,6 +126,8 @@ class OptimSettings:
         per_device_train_batch_size: slides a process (a group of them under tile parallelism) and micro-step.
         gradient_accumulation_steps: micro-steps an optimizer step.
         learning_rate, weight_decay: of the optimizer.
+        encoder_learning_rate: the peak of the encoder's; None: `learning_rate` for one that is new, and at most
+            `TUNED_LEARNING_RATE` for one that starts from weights, which one slide a step would else undo.
         optim: adam or adamw.
         lr_scheduler_type: cosine, linear, constant or exponential, after `warmup_steps` of linear warm-up.
         max_grad_norm: 0 clips nothing.
@@ -137,6 +142,7 @@ class OptimSettings:
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     learning_rate: float = 3e-4
+    encoder_learning_rate: float | None = None
     weight_decay: float = 1e-4
     optim: str = "adamw"
     lr_scheduler_type: str = "cosine"
@@ -161,10 +167,19 @@ class OptimSettings:
                 raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}. HINT: 0 turns it off.")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}")
+        if self.encoder_learning_rate is not None and not 0 < self.encoder_learning_rate < float("inf"):
+            raise ValueError(f"--encoder_learning_rate must be positive, got {self.encoder_learning_rate}")
         if self.class_weights is not None and not all(0 < weight < float("inf") for weight in self.class_weights):
             raise ValueError(f"--class_weights must be positive, got {self.class_weights}")
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 must not be given together. HINT: choose one.")
+
+    def encoder_factor(self, *, from_weights: bool) -> float:
+        """The encoder's learning rate over `learning_rate`."""
+        wanted = self.encoder_learning_rate
+        if wanted is None:
+            wanted = min(self.learning_rate, TUNED_LEARNING_RATE) if from_weights else self.learning_rate
+        return wanted / self.learning_rate
 
     @property
     def mixed_precision(self) -> str:

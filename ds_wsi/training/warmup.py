@@ -16,11 +16,17 @@ def encoder_rests(epochs: int, epoch: int) -> bool:
     return epoch < epochs
 
 
-def set_rates(optimizer: Any, learning_rate: float, weight_decay: float, *, resting: bool) -> None:
-    """Set the learning rate of every group before a step; while the encoder rests its group has none, and no decay."""
+def set_rates(
+    optimizer: Any, learning_rate: float, weight_decay: float, *, resting: bool, encoder_factor: float = 1.0
+) -> None:
+    """Set the learning rate of every group before a step, the encoder's group's times `encoder_factor`.
+
+    While the encoder rests its group has none, and no decay.
+    """
     for index, group in enumerate(optimizer.param_groups):
         rests = resting and index == ENCODER_GROUP
-        group["lr"] = 0.0 if rests else learning_rate
+        own = learning_rate * encoder_factor if index == ENCODER_GROUP else learning_rate
+        group["lr"] = 0.0 if rests else own
         group["weight_decay"] = 0.0 if rests else weight_decay
 
 

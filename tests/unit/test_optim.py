@@ -15,6 +15,8 @@ from torch import nn
 from ds_wsi.cli import main
 from ds_wsi.training import loop
 from ds_wsi.training.optim import DECAY_AN_EPOCH, WeightAverage, demon_beta, learning_rate_at, set_beta
+from ds_wsi.training.settings import OptimSettings
+from ds_wsi.training.warmup import set_rates
 
 STEPS = 6
 BETA_2, EPS, LEARNING_RATE = 0.999, 1e-8, 0.01
@@ -189,3 +191,22 @@ def test_a_run_with_all_of_them_resumes_to_the_same_weights(demo_manifest, tmp_p
     # Trained alike, exported otherwise.
     assert math.isfinite(sum(float(value.sum()) for value in whole.values()))
     assert any(not torch.equal(whole[name], raw[name]) for name in whole if name.endswith("weight"))
+
+
+def test_an_encoder_from_weights_takes_small_steps_by_default():
+    assert OptimSettings().encoder_factor(from_weights=False) == 1.0
+    assert OptimSettings().encoder_factor(from_weights=True) == pytest.approx(0.1)
+    assert OptimSettings(learning_rate=1e-5).encoder_factor(from_weights=True) == 1.0
+    for weights in (False, True):
+        assert OptimSettings(encoder_learning_rate=6e-4).encoder_factor(from_weights=weights) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="encoder_learning_rate"):
+        OptimSettings(encoder_learning_rate=0.0)
+
+
+def test_the_encoders_group_has_its_own_rate():
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [parameter]} for parameter in parameters])
+    set_rates(optimizer, 0.1, 0.01, resting=False, encoder_factor=0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.01])
+    set_rates(optimizer, 0.1, 0.01, resting=True, encoder_factor=0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.0])
