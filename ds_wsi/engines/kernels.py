@@ -2,7 +2,7 @@
 
 import copy
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,11 @@ def search_kernels(device: torch.device, *, one_size: bool) -> None:
 
 
 def choose_memory_format(
-    module: SlideModel, wanted: str, tile_shape: Sequence[int], device: torch.device
+    module: SlideModel,
+    wanted: str,
+    tile_shape: Sequence[int],
+    device: torch.device,
+    agree: Callable[[str], str] = lambda name: name,
 ) -> torch.memory_format | None:
     """Lay the encoder's input out in memory as its convolutions are faster, by a short trial on the device.
 
@@ -53,10 +57,11 @@ def choose_memory_format(
     and what the kernels reorder of them is small beside a chunk.
 
     Args:
-        module: whose encoder it is; its `memory_format` is set.
+        module: whose encoder it is, not shared among ranks yet; its `memory_format` is set.
         wanted: of `MEMORY_FORMATS`; "auto" tries both on a GPU and leaves a CPU alone, where neither wins by a rule.
         tile_shape: [n, 3, S, S] of a chunk.
         device: of the trial.
+        agree: makes the first rank's choice all ranks'. Collective where it is given.
 
     Returns:
         The format, or None where tiles come as they were read.
@@ -68,7 +73,7 @@ def choose_memory_format(
     if wanted == "auto":
         seconds = {name: _step_seconds(module.encoder, form, tile_shape, device) for name, form in _FORMATS.items()}
         faster = seconds["channels_last"] < _GAIN * seconds["contiguous"]
-        wanted = "channels_last" if faster else "contiguous"
+        wanted = agree("channels_last" if faster else "contiguous")
         times = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
         logger.info("memory format (--memory_format): %s, by a trial of %d tiles: %s", wanted, tile_shape[0], times)
     else:

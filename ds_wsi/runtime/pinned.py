@@ -1,6 +1,8 @@
 """Page-locked host memory, exactly as much as is asked for."""
 
+import ctypes
 import weakref
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -26,7 +28,10 @@ class PageLocked:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.data = torch.empty(size, dtype=torch.uint8)
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self.data.data_ptr(), size, 0)))
+        refused = int(torch.cuda.cudart().cudaHostRegister(self.data.data_ptr(), size, 0))
+        if refused:
+            _forget_error()
+            raise RuntimeError(f"cudaHostRegister of {size:,} bytes returned error {refused}")
         # The finalizer holds the memory, so that it is unlocked before it is freed.
         self._unlock = weakref.finalize(self, _unlock, self.data, device)
         self._unlock.atexit = False  # the driver ends with the process, and the lock with it
@@ -34,6 +39,12 @@ class PageLocked:
     def close(self) -> None:
         """Give the memory back, once no copy uses it."""
         self._unlock()
+
+
+def _forget_error() -> None:
+    """Take the error off this thread, or torch would find it after its next kernel and blame that."""
+    with suppress(AttributeError, OSError):  # torch has no binding, and loads the runtime for all to see
+        ctypes.CDLL(None).cudaGetLastError()
 
 
 def _unlock(data: Tensor, device: torch.device) -> None:

@@ -7,8 +7,7 @@ neither colour nor density tells the classes apart, and most tiles of a tumour s
 
 The cohort "plain" is of one centre. In the cohort "stains" every slide is stained and scanned by one of ten: amounts of
 stain, colours, blur, brightness and white balance differ by centre and, less, by slide. Centres of the test slides are
-seen neither in training nor in validation, as those of external cohorts are. Half of its tumours are small, as
-micrometastases are: one focus, in which few nuclei are rings.
+seen neither in training nor in validation, as those of external cohorts are.
 """
 
 import csv
@@ -37,22 +36,6 @@ GLASS = np.array([243, 242, 245], dtype=np.float32)
 MIN_SATURATION, MIN_LIGHT = 0.15, 0.2  # of what eosin stains, at a centre
 RING_RATIO = 1.9  # outer radius of a ring over the solid nucleus's
 MANIFEST_FIELDS = ("slide_id", "path", "label", "patient_id", "split")
-
-
-@dataclass(frozen=True)
-class Lesion:
-    """A tumour's foci.
-
-    Args:
-        foci: how many.
-        rings: share of the nuclei there that are rings.
-    """
-
-    foci: int
-    rings: float = 1.0
-
-
-SMALL_LESION = Lesion(1, 0.15)
 
 
 @dataclass(frozen=True)
@@ -89,7 +72,7 @@ class DemoPolicy:
 
 @dataclass(frozen=True)
 class StainsPolicy(DemoPolicy):
-    """What the cohort "stains" holds: smaller slides than "plain", more of them, and tumours of more foci or of one.
+    """What the cohort "stains" holds: smaller slides than "plain", more of them, and tumours of more foci.
 
     Args:
         centres: of the slides to train and to validate on; pairs of a normal and a tumour slide share one.
@@ -208,8 +191,7 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
             rng = np.random.default_rng([policy.seed, policy.format_version, index])
             centre = _centre(index, policy)
             tumor, side_px = row["label"] == "tumor", _side_px(index, policy)
-            lesion = _lesion(index, policy)
-            write_demo_slide(path, tumor=tumor, side_px=side_px, rng=rng, lesion=lesion, centre=centre)
+            write_demo_slide(path, tumor=tumor, side_px=side_px, rng=rng, foci=policy.foci, centre=centre)
     with atomic_path(manifest) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, MANIFEST_FIELDS)
         writer.writeheader()
@@ -240,14 +222,6 @@ def _centre(index: int, policy: DemoPolicy) -> Centre | None:
     return Centre.draw(policy.seed, policy.centres + (index - before_test) // 2 % policy.test_centres)
 
 
-def _lesion(index: int, policy: DemoPolicy) -> Lesion:
-    """What a slide holds if it is a tumour's."""
-    if not isinstance(policy, StainsPolicy):
-        return Lesion(policy.foci)
-    rounds = index // 2 // policy.centres  # of pairs, one a centre: every centre has tumours of both kinds
-    return SMALL_LESION if rounds % 2 else Lesion(policy.foci)
-
-
 def _side_px(index: int, policy: DemoPolicy) -> int:
     # Consecutive pairs (one slide of each class) share a side: the bag's length does not tell the class.
     phase = (index // 2 * 0.618034) % 1.0  # golden ratio: every split holds short and long bags
@@ -261,14 +235,14 @@ def write_demo_slide(
     tumor: bool,
     side_px: int,
     rng: np.random.Generator,
-    lesion: Lesion = Lesion(DemoPolicy.foci),
+    foci: int = DemoPolicy.foci,
     centre: Centre | None = None,
 ) -> None:
     """Draw one slide and write it as a pyramidal tiled JPEG TIFF with its mpp in the resolution tags.
 
     Half of the slides are stored at 0.25 um/px ("40x"), half at 0.5 ("20x"), as cohorts of two scanners are.
     """
-    image = draw_slide(tumor=tumor, side_px=side_px, rng=rng, lesion=lesion)
+    image = draw_slide(tumor=tumor, side_px=side_px, rng=rng, foci=foci)
     # No pen on what another centre has stained: the ink can be so much more saturated than pale tissue that Otsu's
     # threshold lies between these two, and the slide has no tissue.
     image = _pen_marks(image, rng) if centre is None else centre.of_slide(rng).scan(image)
@@ -279,17 +253,15 @@ def write_demo_slide(
     write_pyramid(path, image, mpp=BASE_MPP / scale)
 
 
-def draw_slide(
-    *, tumor: bool, side_px: int, rng: np.random.Generator, lesion: Lesion = Lesion(DemoPolicy.foci)
-) -> np.ndarray:
-    """Return one slide at 0.5 um/px, without pen marks: uint8 [side, side, 3]; with the lesion if it is a tumour's."""
+def draw_slide(*, tumor: bool, side_px: int, rng: np.random.Generator, foci: int = DemoPolicy.foci) -> np.ndarray:
+    """Return one slide at 0.5 um/px, without pen marks: uint8 [side, side, 3]; `foci` of a tumour."""
     tissue = _tissue(side_px, rng)
-    places = _focus_centres(tissue, rng, count=2 + lesion.foci)
+    places = _focus_centres(tissue, rng, count=2 + foci)
     crowded, pale = _disc_field(side_px, places[:1]), _disc_field(side_px, places[1:2])
-    ringed = _disc_field(side_px, places[2:]) * lesion.rings if tumor else np.zeros_like(tissue)
+    lesion = _disc_field(side_px, places[2:]) if tumor else np.zeros_like(tissue)
     density = (0.0055 + 0.006 * crowded - 0.003 * pale) * (tissue > 0.5)  # nuclei per px
-    solid = _nuclei(density * (1 - ringed), _solid_kernels(), rng)
-    rings = _nuclei(density * ringed, _ring_kernels(), rng)
+    solid = _nuclei(density * (lesion < 0.5), _solid_kernels(), rng)
+    rings = _nuclei(density * (lesion >= 0.5), _ring_kernels(), rng)
     return _stain(tissue, np.clip(solid + rings, 0, 1), pale, rng)
 
 

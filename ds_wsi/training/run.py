@@ -168,6 +168,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     config, module = build_slide_model(settings, accelerator, cohort.manifest.classes, cohort.in_dim)
     training = decide_training(settings.policies.norm, partition_population(settings.policies.partition), module)
     config = replace(config, norm_training=training)
+    _choose_kernels(module, settings, cohort, accelerator)  # before anything is shared: a trial is each rank's own
     key_dropouts(module.aggregator)
     stacking = settings.policies.stacking
     if stacking.framework == "padding":
@@ -180,7 +181,6 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     if training == "step":
         take_steps_whole(accelerator)
     apply_training(training, settings.policies.norm, module)
-    _choose_kernels(module, settings, cohort, accelerator)
     _partition(module, settings, cohort, accelerator, mesh)
     factor = encoder_factor(settings, module)
     apart = settings.model.freeze_encoder_epochs > 0 or factor != 1.0
@@ -291,7 +291,13 @@ def _choose_kernels(module: SlideModel, settings: TrainSettings, cohort: Cohort,
     size = settings.policies.tiling.tile_size_px
     tiles = (partition.chunk_size if isinstance(partition, PartitionPolicy) else 0) or DEFAULT_CHUNK["batch"]
     with accelerator.autocast():
-        choose_memory_format(module, settings.run.memory_format, (tiles, 3, size, size), device)
+        choose_memory_format(
+            module,
+            settings.run.memory_format,
+            (tiles, 3, size, size),
+            device,
+            agree=lambda name: str(broadcast_object_list([name])[0]),
+        )
 
 
 def encoder_factor(settings: TrainSettings, module: SlideModel) -> float:

@@ -1,0 +1,173 @@
+"""Memory of the device, and page-locked memory: what is in flight, what a second plan may take, what planning takes."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_wsi.partition import PartitionPolicy, partition_layers, plan_partition
+from ds_wsi.partition.staging import HostStore
+from simulated_cuda import device
+from simulated_cuda.cases import report
+
+CUDA = torch.device("cuda", 0)
+SIDE, CHUNK, TILES = 64, 4, 48
+MAP_BYTES = CHUNK * 8 * SIDE * SIDE * 4  # of one chunk, the largest tensor
+
+
+def encoder() -> nn.Sequential:
+    """Eight maps of one size."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for index in range(4):
+        layers += [nn.Conv2d(8 if index else 3, 8, 1), nn.GELU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def start() -> dict[str, int]:
+    """Empty the allocator's cache and start its peaks; what is held."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    device.reset_counters()
+    return held("current")
+
+
+def held(when: str) -> dict[str, int]:
+    """The allocator's bytes, "current" or at their "peak"."""
+    stats = torch.cuda.memory_stats()
+    return {name: stats[f"{name}_bytes.all.{when}"] for name in ("allocated", "active", "reserved")}
+
+
+def flight() -> dict[str, Any]:
+    """Peaks of a forward and of a backward in mode offload, beyond what was held before; and the plan's."""
+    module, x = encoder().cuda(), torch.rand(TILES, 3, SIDE, SIDE, device="cuda")
+    policy = PartitionPolicy(mode="offload", chunk_size=CHUNK, gpu_budget_bytes=2**30, host_budget_bytes=2**30)
+    plan = plan_partition(module, tuple(x.shape), policy, device=CUDA)
+    handle = partition_layers(module, plan)
+    module(x[: 2 * CHUNK]).sum().backward()  # gradients are there, host memory is locked
+    found: dict[str, Any] = {"plan": plan.peak_bytes, "map": MAP_BYTES}
+    before = start()
+    y = module(x)
+    found["forward"] = {name: size - before[name] for name, size in held("peak").items()}
+    y.sum().backward()
+    found["backward"] = {name: size - before[name] for name, size in held("peak").items()}
+    assert handle.forward is not None
+    store = handle.forward._store
+    assert store is not None
+    found |= {"sent": store.sent_bytes, "fetched": store.fetched_bytes, "host_peak": store.peak_bytes}
+    found["retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
+    return found | device.counters()
+
+
+def budgets() -> list[int]:
+    """Of plans for bags of other lengths, made one after the other in one process."""
+    module = encoder().cuda()
+    handle = partition_layers(module, PartitionPolicy(host_budget_bytes=2**30))
+    assert handle.forward is not None
+    found = []
+    for tiles in (TILES, TILES // 3, 2 * TILES):
+        module(torch.rand(tiles, 3, SIDE, SIDE, device="cuda")).sum().backward()
+        found.append(handle.forward.plans[-1].gpu_budget_bytes)
+    return found
+
+
+def page_locked() -> list[dict[str, int]]:
+    """Bytes locked, and held at the same time, as a store grows: by plan, and by tensor."""
+    store = HostStore(CUDA)
+    found = []
+    for size in (65, 130, 260):
+        store.reserve(size * 2**20)
+        found.append({"held": size * 2**20, "locked": device.counters()["locked_bytes"]})
+    tickets = [store.put(torch.rand(2**18, device="cuda")) for _ in range(270)]
+    found.append({"held": store.held_bytes, "locked": device.counters()["locked_bytes"]})
+    for ticket in tickets:
+        store.release(ticket)
+    del store
+    return found
+
+
+def refused() -> dict[str, float]:
+    """Gradients in mode offload where no host memory can be locked: the largest difference from the CPU's."""
+    x, gradients = torch.rand(TILES, 3, 16, 16, dtype=torch.float64), []
+    for place in ("cpu", "cuda"):
+        module = encoder().double().to(place)
+        handle = partition_layers(module, PartitionPolicy(mode="offload", chunk_size=CHUNK))
+        module(x.to(place)).sum().backward()
+        gradients.append([p.grad.cpu() for p in module.parameters() if p.grad is not None])
+    assert handle.forward is not None
+    assert handle.forward._store is not None
+    scale = max(one.abs().max().item() for one in gradients[0])
+    worst = max((one - two).abs().max().item() for one, two in zip(*gradients, strict=True))
+    return {"difference": worst / scale, "sent": handle.forward._store.sent_bytes}
+
+
+def planning() -> dict[str, Any]:
+    """What planning launches and allocates, in either precision; the search tries every mode."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)]
+    module = nn.Sequential(*layers, nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).cuda()
+    found = {}
+    for mode, kind in (("auto", torch.float16), ("offload", torch.bfloat16)):
+        policy = PartitionPolicy(mode=mode, chunk_size=8, gpu_budget_bytes=2**20, host_budget_bytes=2**30)
+        before = start()
+        plan = plan_partition(module, (64, 3, 16, 16), policy, autocast=kind, device=CUDA)
+        launched = device.counters()["kernels"]
+        allocated = held("peak")["allocated"] - before["allocated"]
+        found[str(kind)] = {"plan": plan.mode, "kernels": launched, "allocated": allocated}
+    return found
+
+
+class Depthwise(nn.Module):
+    """A norm after a depthwise convolution, one of whose channels is constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.depthwise, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
+        with torch.no_grad():
+            self.norm1.bias[2] = -50.0  # its ReLU is dead
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.depthwise(torch.relu(self.norm1(self.stem(x))))).mean((2, 3))
+
+
+def uniform() -> dict[str, dict[str, Any]]:
+    """Steps with a dead channel, and with one chunk of tiles of one colour: finite, and the CPU's numbers."""
+    torch.manual_seed(1)
+    patches = nn.Sequential(nn.Conv2d(3, 4, 4, 4, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+    x, found = torch.randn(8, 3, 16, 16), {}
+    of_one_colour = x.clone()
+    of_one_colour[:2] = 0.25
+    cases: dict[str, tuple[nn.Module, Tensor]] = {"dead": (Depthwise(), x), "one chunk": (patches, of_one_colour)}
+    for name, (module, tiles) in cases.items():
+        state = {key: value.clone() for key, value in module.state_dict().items()}
+        results = []
+        for place in ("cpu", "cuda"):
+            module.to(place).load_state_dict(state)
+            module.zero_grad()
+            handle = partition_layers(module, PartitionPolicy(mode="lean", chunk_size=2))
+            out = module(tiles.to(place))
+            out.square().sum().backward()
+            handle.remove()
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            results.append([value.detach().cpu() for value in (out, *gradients, *module.buffers())])
+        cpu, cuda = results
+        worst = max((a - b).abs().max().item() for a, b in zip(cpu, cuda, strict=True))
+        finite = all(bool(value.isfinite().all()) for value in cuda)
+        found[name] = {"finite": finite, "difference": worst if finite else None}
+    return found
+
+
+MEASURES = {
+    "flight": flight,
+    "budgets": budgets,
+    "page_locked": page_locked,
+    "refused": refused,
+    "planning": planning,
+    "uniform": uniform,
+}
+
+if __name__ == "__main__":
+    report({name: MEASURES[name]() for name in sys.argv[1:] or MEASURES})

@@ -1,0 +1,49 @@
+"""Device memory and page-locked memory of the partition, by the allocator's own statistics."""
+
+import pytest
+
+from .lane import measure
+
+
+def test_what_is_in_flight_is_within_the_plan() -> None:
+    """Copies end as late as they may: nothing but the limit on them bounds the memory that they hold."""
+    found = measure("memory", "flight")["flight"]
+    limit = found["plan"] + 2 * found["map"]
+    assert found["sent"] > 10 * limit  # or nothing was offloaded
+    for phase in ("forward", "backward"):
+        assert found[phase]["active"] <= limit, phase
+        assert found[phase]["reserved"] <= 1.25 * limit, phase
+    assert found["retries"] == 0
+    assert found["fetched"] <= 1.1 * found["sent"]
+    assert found["locked_peak"] <= 1.1 * found["host_peak"]
+
+
+def test_a_second_plan_has_the_budget_of_the_first() -> None:
+    first, *later = measure("memory", "budgets", SIMULATED_CUDA_MIB="400")["budgets"]
+    assert later == [pytest.approx(first, rel=0.05)] * 2
+
+
+def test_page_locked_memory_is_what_is_held() -> None:
+    for state in measure("memory", "page_locked")["page_locked"]:
+        assert state["held"] <= state["locked"] <= 1.1 * state["held"]
+
+
+def test_locked_memory_that_is_refused_is_pageable_and_right() -> None:
+    found = measure("memory", "refused", SIMULATED_CUDA_LOCKED_MIB="1")["refused"]
+    assert found["difference"] < 1e-12
+    assert found["sent"] > 2**20
+
+
+def test_planning_launches_and_allocates_nothing() -> None:
+    found = measure("memory", "planning")["planning"]
+    assert found.keys() == {"torch.float16", "torch.bfloat16"}
+    for kind, plan in found.items():
+        assert plan == {"plan": "partitioned", "kernels": 0, "allocated": 0}, kind
+
+
+def test_a_channel_without_variance_has_finite_statistics() -> None:
+    """In one chunk, and in all of them; the kernel that gives 1 / sqrt(variance) gives 0 there."""
+    found = measure("memory", "uniform")["uniform"]
+    for case in found.values():
+        assert case["finite"]
+        assert case["difference"] < 1e-5
