@@ -56,6 +56,7 @@ class DemoPolicy:
     seed: int = 0
 
     foci: ClassVar[int] = 2
+    contrast: ClassVar[float] = 1.0  # of nuclei
     format_version: ClassVar[int] = 1  # of the images: a change of the drawing makes old caches stale
 
     def __post_init__(self) -> None:
@@ -87,6 +88,7 @@ class StainsPolicy(DemoPolicy):
     test_centres: int = 4
 
     foci: ClassVar[int] = 4
+    contrast: ClassVar[float] = 0.5  # less than stains differ by: what hides the nuclei must be normalised away
     format_version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
@@ -191,7 +193,9 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
             rng = np.random.default_rng([policy.seed, policy.format_version, index])
             centre = _centre(index, policy)
             tumor, side_px = row["label"] == "tumor", _side_px(index, policy)
-            write_demo_slide(path, tumor=tumor, side_px=side_px, rng=rng, foci=policy.foci, centre=centre)
+            write_demo_slide(
+                path, tumor=tumor, side_px=side_px, rng=rng, foci=policy.foci, contrast=policy.contrast, centre=centre
+            )
     with atomic_path(manifest) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, MANIFEST_FIELDS)
         writer.writeheader()
@@ -236,13 +240,14 @@ def write_demo_slide(
     side_px: int,
     rng: np.random.Generator,
     foci: int = DemoPolicy.foci,
+    contrast: float = DemoPolicy.contrast,
     centre: Centre | None = None,
 ) -> None:
     """Draw one slide and write it as a pyramidal tiled JPEG TIFF with its mpp in the resolution tags.
 
     Half of the slides are stored at 0.25 um/px ("40x"), half at 0.5 ("20x"), as cohorts of two scanners are.
     """
-    image = draw_slide(tumor=tumor, side_px=side_px, rng=rng, foci=foci)
+    image = draw_slide(tumor=tumor, side_px=side_px, rng=rng, foci=foci, contrast=contrast)
     # No pen on what another centre has stained: the ink can be so much more saturated than pale tissue that Otsu's
     # threshold lies between these two, and the slide has no tissue.
     image = _pen_marks(image, rng) if centre is None else centre.of_slide(rng).scan(image)
@@ -253,7 +258,14 @@ def write_demo_slide(
     write_pyramid(path, image, mpp=BASE_MPP / scale)
 
 
-def draw_slide(*, tumor: bool, side_px: int, rng: np.random.Generator, foci: int = DemoPolicy.foci) -> np.ndarray:
+def draw_slide(
+    *,
+    tumor: bool,
+    side_px: int,
+    rng: np.random.Generator,
+    foci: int = DemoPolicy.foci,
+    contrast: float = DemoPolicy.contrast,
+) -> np.ndarray:
     """Return one slide at 0.5 um/px, without pen marks: uint8 [side, side, 3]; `foci` of a tumour."""
     tissue = _tissue(side_px, rng)
     places = _focus_centres(tissue, rng, count=2 + foci)
@@ -262,7 +274,7 @@ def draw_slide(*, tumor: bool, side_px: int, rng: np.random.Generator, foci: int
     density = (0.0055 + 0.006 * crowded - 0.003 * pale) * (tissue > 0.5)  # nuclei per px
     solid = _nuclei(density * (lesion < 0.5), _solid_kernels(), rng)
     rings = _nuclei(density * (lesion >= 0.5), _ring_kernels(), rng)
-    return _stain(tissue, np.clip(solid + rings, 0, 1), pale, rng)
+    return _stain(tissue, contrast * np.clip(solid + rings, 0, 1), pale, rng)
 
 
 def _smooth_noise(side_px: int, cells: int, rng: np.random.Generator) -> np.ndarray:

@@ -236,7 +236,7 @@ def _train_step(run: Run, step: StepPlan, bags: Iterator[Bag], learning_rate: fl
         learning_rate,
         run.settings.optim.weight_decay,
         resting=run.module.warming_up,
-        encoder_factor=run.encoder_factor,
+        encoder_factor=run.settings.encoder_factor,
     )
     seed_step(run.settings.run.seed, run.progress.global_step, accelerator.process_index)
     # Ranks that share a bag each compute its loss: there are as many means to take as groups.

@@ -54,7 +54,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "norm_training": run.config.norm_training,
         **{f"norm.{name}": getattr(run.settings.policies.norm, name) for name in ("evaluation", "affine")},
         "metric_for_best_model": run.settings.run.metric_for_best_model,
-        "encoder_factor": run.encoder_factor,
+        "encoder_learning_rate": optim.learning_rate * run.settings.encoder_factor,
         "eval_precision": run.settings.run.eval_precision,
         "encoder_features": run.config.encoder_features,
         "aggregator": run.config.aggregator,
@@ -81,7 +81,8 @@ def resume(run: Run) -> None:
     if checkpoint is None:
         return
     ours, theirs = _fingerprint(run), read_state(checkpoint)["fingerprint"]  # before the engine reads its own files
-    theirs = {"eval_precision": "no", "encoder_factor": 1.0} | theirs  # of a checkpoint before there was a choice
+    # Of a checkpoint before there was a choice.
+    theirs = {"eval_precision": "no", "encoder_learning_rate": theirs.get("learning_rate")} | theirs
     if "bn_population" in theirs:  # of a checkpoint before there was a policy: what it trained and exported then
         theirs = {"norm.evaluation": "running", "norm.affine": True, "norm_training": theirs["bn_population"]} | theirs
     for key, value in ours.items():

@@ -95,11 +95,6 @@ class Run:
         return self.accelerator.state.deepspeed_plugin is not None
 
     @property
-    def encoder_factor(self) -> float:
-        """The encoder's learning rate over the aggregator's."""
-        return encoder_factor(self.settings, self.module)
-
-    @property
     def epoch_layout(self) -> dict[str, Any]:
         """The keywords of `plan_epoch`: how many bags each group of ranks that share them trains on."""
         optim = self.settings.optim
@@ -182,7 +177,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         take_steps_whole(accelerator)
     apply_training(training, settings.policies.norm, module)
     _partition(module, settings, cohort, accelerator, mesh)
-    factor = encoder_factor(settings, module)
+    factor = settings.encoder_factor
     apart = settings.model.freeze_encoder_epochs > 0 or factor != 1.0
     model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if apart else None)
     if factor != 1.0:
@@ -298,13 +293,6 @@ def _choose_kernels(module: SlideModel, settings: TrainSettings, cohort: Cohort,
             device,
             agree=lambda name: str(broadcast_object_list([name])[0]),
         )
-
-
-def encoder_factor(settings: TrainSettings, module: SlideModel) -> float:
-    """See `OptimSettings.encoder_factor`; 1 where no parameter of the encoder is trained, or adapters are."""
-    if settings.model.lora_rank or not any(parameter.requires_grad for parameter in module.encoder.parameters()):
-        return 1.0
-    return settings.optim.encoder_factor(from_weights=settings.model.has_weights)
 
 
 def micro_steps(settings: TrainSettings) -> int:

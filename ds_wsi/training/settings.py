@@ -272,3 +272,10 @@ class TrainSettings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
     policies: DsWsiConfig = field(default_factory=DsWsiConfig)
+
+    @property
+    def encoder_factor(self) -> float:
+        """The encoder's learning rate over the aggregator's; 1 where the encoder rests for good, or adapters learn."""
+        if self.model.freeze_encoder or self.model.lora_rank:
+            return 1.0
+        return self.optim.encoder_factor(from_weights=self.model.has_weights)
