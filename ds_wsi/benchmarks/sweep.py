@@ -118,7 +118,7 @@ class Training:
         plan: of it, if it was planned.
 
     Attributes:
-        peaks: of the last step.
+        peaks: what the GPU held at most in the last step.
         peak_bytes: of all steps so far; on a GPU active ones, which no other tensor could have had.
         loss: of the last step.
     """

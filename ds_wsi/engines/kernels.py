@@ -60,7 +60,7 @@ def choose_memory_format(
         module: whose encoder it is, not shared among ranks yet; its `memory_format` is set.
         wanted: of `MEMORY_FORMATS`; "auto" tries both on a GPU and leaves a CPU alone, where neither wins by a rule.
         tile_shape: [n, 3, S, S] of a chunk.
-        device: of the trial.
+        device: where the trial runs.
         agree: makes the first rank's choice all ranks'. Collective where it is given.
 
     Returns:
@@ -85,7 +85,7 @@ def choose_memory_format(
 def _step_seconds(
     encoder: nn.Module, memory_format: torch.memory_format, tile_shape: Sequence[int], device: torch.device
 ) -> float:
-    """Of a forward and backward of a copy: running statistics and gradients of the encoder stay as they are."""
+    """How long a forward and backward of a copy takes: the encoder keeps its statistics, and gets no gradients."""
     trial: Any = copy.deepcopy(encoder).to(device)
     parameter = next(trial.parameters())
     tiles = torch.zeros(tuple(tile_shape), dtype=parameter.dtype, device=device).to(memory_format=memory_format)

@@ -33,7 +33,7 @@ class SlideModel(nn.Module):
         warming_up: train the aggregator alone for now, the encoder in evaluation mode and without a graph. Its
             parameters keep `requires_grad`, which engines must not see change, and get gradients of zero. Set it before
             `train`.
-        memory_format: of the encoder's input; None leaves tiles as they were read.
+        memory_format: the order in memory of the encoder's input; None leaves tiles as they were read.
         evaluation_precision: in which `ds_wsi.evaluation` lets the encoder compute, of `PRECISIONS`; "no" is the
             weights' own.
     """

@@ -373,9 +373,9 @@ def input_cost(x: Tensor, dim: int, device: torch.device, prepare: Prepare | Non
         return InputCost(copied, ahead=ahead)
     with torch.no_grad(), ByteMeter() as meter:
         result = prepare(unit.to(device))
-    prepared = result.untyped_storage()._cdata != unit.untyped_storage()._cdata
-    own = result.untyped_storage().nbytes() if prepared else 0
-    return InputCost(copied, prepared, max(0, meter.peak - own - copied), ahead)
+    is_new = result.untyped_storage()._cdata != unit.untyped_storage()._cdata
+    own = result.untyped_storage().nbytes() if is_new else 0
+    return InputCost(copied, is_new, max(0, meter.peak - own - copied), ahead)
 
 
 def bucket(tiles: int) -> int:

@@ -8,7 +8,7 @@ from ds_wsi.partition.halo import Range
 from ds_wsi.partition.program import Chunk, Segment
 from ds_wsi.partition.segment import Subgraph, hull
 from ds_wsi.partition.staging import HostStore
-from ds_wsi.partition.values import Extent, Given, Rows, Tiles
+from ds_wsi.partition.values import Extent, Rows, Tiles
 
 
 class Parts:
@@ -76,7 +76,7 @@ class Parts:
         needed = self.needed(graph, chunk)
         for node in graph.sources:
             extent = values.get(node)
-            if isinstance(extent, Given) or (extent is not None and extent.host is not None):
+            if extent is not None:
                 extent.prefetch(self.reads(node, chunk, needed))
 
     def prefetch_own(self, nodes: Iterable[fx.Node], values: dict[fx.Node, Extent], position: int) -> None:
@@ -85,7 +85,7 @@ class Parts:
             return
         for node in nodes:
             extent = values.get(node)
-            if isinstance(extent, Tiles | Rows) and extent.host is not None:
+            if extent is not None:
                 extent.prefetch(self.own(node, self.chunks[position]))
 
     def _some_rows(self, node: fx.Node, chunk: Chunk) -> Range:

@@ -118,7 +118,7 @@ class HostStore:
     Args:
         device: that the tensors come from and go back to.
         overlap: copies run beside the computing; by default on a GPU.
-        simulated: of a call on fake tensors: no streams, and with `overlap` each copy takes as long as one can.
+        simulated: the call is one on fake tensors: no streams, and with `overlap` each copy takes as long as one can.
         spill: a disk for what goes beyond `limit_bytes` of host memory.
         limit_bytes: of host memory, with a spill.
 
@@ -289,12 +289,11 @@ class HostStore:
             with suppress(RuntimeError):  # the interpreter is ending, and the file with it
                 self._thread.submit(self._forget, ticket.written)
 
-    def bring(self, part: Tensor) -> "Arriving":
+    def bring(self, part: Tensor) -> Arriving:
         """Start copying page-locked host memory to the device: a chunk of an input, ahead of its use."""
-        dense = _is_dense(part)  # tiles with the channels last in memory are
-        target = torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=self.device) if dense else None
-        if target is None:
-            target = torch.empty(part.shape, dtype=part.dtype, device=self.device)
+        target = torch.empty(part.shape, dtype=part.dtype, device=self.device)
+        if _is_dense(part):  # tiles with the channels last in memory are
+            target = target.as_strided(part.shape, part.stride())
         self._back.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._back):
             # Rows of an image are dense channel by channel only, and what is not dense is staged by the CPU.

@@ -41,15 +41,6 @@ class HostTiles:
         """As of the tensor."""
         return self.tiles.dim()
 
-    def split(self, lengths: Sequence[int]) -> tuple["HostTiles", ...]:
-        """As `Tensor.split`."""
-        ends = list(accumulate(lengths))
-        return tuple(self[first:last] for first, last in zip([0, *ends], ends, strict=False))
-
-    def on(self, device: torch.device) -> Tensor:
-        """All tiles on the device, changed."""
-        return self.change(self.tiles.to(device, non_blocking=True), 0)
-
     def change(self, part: Tensor, first: int) -> Tensor:
         """What the bags' changes make of the tiles from `first` on, which lie on the device."""
         if self.changes is None:

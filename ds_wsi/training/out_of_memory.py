@@ -35,7 +35,8 @@ def with_retry(
         model: whose buffers (running statistics) are put back before the second try.
         encoder: whose plans the error names.
         device: of both.
-        again: called before the second try; None allows none, because other ranks or an engine have gone on.
+        again: called before the second try; None allows none: other micro-steps, other ranks or an engine
+            have summed gradients already.
 
     Raises:
         OutOfDeviceMemoryError: out of memory, at the second try or where there is none.
@@ -49,7 +50,11 @@ def with_retry(
         first = _first_line(error)
     # Outside of the handler: the error's frames hold the activations.
     if again is None:
-        raise OutOfDeviceMemoryError(_words(first, encoder, device, "no second try, because other ranks have gone on"))
+        raise OutOfDeviceMemoryError(
+            _words(
+                first, encoder, device, "no second try, because gradients of other micro-steps or ranks are under way"
+            )
+        )
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     logger.warning("out of device memory (%s): the cache is emptied, and the step taken once more", first)

@@ -35,6 +35,11 @@ class Preset:
     pretrained: str = ""
 
 
+def one_rate(rate: float) -> dict[str, float]:
+    """The learning rate of the encoder and of the aggregator, which the papers train with one."""
+    return {"optim.learning_rate": rate, "optim.encoder_learning_rate": rate}
+
+
 # Grey values in [3, 230] in at least 60% of a tile, nothing else (4.2).
 GREY = {"policies.tiling.grey_range": (3, 230), "policies.tiling.use_saturation": False}
 # Tissue by Otsu's threshold (4.2), here on saturation, and in at least 60% of a tile (ours).
@@ -75,16 +80,14 @@ PANDA = {**TILES, **GREY, **RESNET18, **THEIR_NORMS, **ADAM, **PLAIN} | {
 }
 PANDA_COSINE = {
     "optim.num_train_epochs": 20,
-    "optim.learning_rate": 1e-4,  # chosen among 1e-4, 5e-5 and 1e-5 by validation
-    "optim.encoder_learning_rate": 1e-4,
+    **one_rate(1e-4),  # chosen among 1e-4, 5e-5 and 1e-5 by validation
     "optim.per_device_train_batch_size": 2,
     "optim.gradient_accumulation_steps": 16,
     "policies.stacking.bags_per_step": 32,  # 2 x 16, on any number of processes
 }
 PANDA_EXPONENTIAL = {
     "optim.num_train_epochs": 45,
-    "optim.learning_rate": 5e-5,  # (ours) among the paper's three
-    "optim.encoder_learning_rate": 5e-5,
+    **one_rate(5e-5),  # (ours) among the paper's three
     "optim.lr_scheduler_type": "exponential",  # rate 0.955 an epoch
     "optim.per_device_train_batch_size": 2,
     "optim.gradient_accumulation_steps": 1,
@@ -107,8 +110,7 @@ CAMELYON = {**TILES, **OTSU, **RESNET18, **THEIR_NORMS, **ADAM, **AUGMENTED} | {
 CAMELYON_FROZEN = {
     "model.freeze_encoder": True,
     "optim.num_train_epochs": 120,
-    "optim.learning_rate": 1e-4,
-    "optim.encoder_learning_rate": 1e-4,
+    **one_rate(1e-4),
     "optim.per_device_train_batch_size": 2,
     "optim.gradient_accumulation_steps": 2,
     "policies.stacking.bags_per_step": 4,  # 2 x 2, on any number of processes
@@ -116,8 +118,7 @@ CAMELYON_FROZEN = {
 }
 CAMELYON_END_TO_END = {
     "optim.num_train_epochs": 90,
-    "optim.learning_rate": 5e-5,
-    "optim.encoder_learning_rate": 5e-5,
+    **one_rate(5e-5),
     "optim.demon": 0.9,  # Adam's first beta, where DEMON starts (ours: its default)
     "optim.per_device_train_batch_size": 2,
     "optim.gradient_accumulation_steps": 2,
@@ -136,8 +137,7 @@ CAMELYON_EVALUATION = (
 )
 LUNG = {**TILES, **GREY, **RESNET18, **ADAM, **AUGMENTED} | {  # (ours) throughout: DPGS trains on stored features
     "optim.num_train_epochs": 30,
-    "optim.learning_rate": 5e-5,
-    "optim.encoder_learning_rate": 5e-5,
+    **one_rate(5e-5),
     "optim.per_device_train_batch_size": 2,
     "optim.gradient_accumulation_steps": 4,
     "policies.stacking.bags_per_step": 8,
@@ -216,8 +216,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             | {
                 "model.aggregator": "gated_abmil",
                 "optim.optim": "adamw",
-                "optim.learning_rate": 1e-6,  # of a pathology foundation model: give it with --encoder
-                "optim.encoder_learning_rate": 1e-6,
+                **one_rate(1e-6),  # of a pathology foundation model: give it with --encoder
                 "optim.fp16": True,
                 "optim.num_train_epochs": 22,  # the first 2 of the aggregator alone
                 "model.freeze_encoder_epochs": 2,

@@ -284,7 +284,7 @@ def _choose_kernels(module: SlideModel, settings: TrainSettings, cohort: Cohort,
     in_chunks = isinstance(partition, PartitionPlan) or partition.mode not in ("auto", "native")
     search_kernels(device, one_size=in_chunks)
     size = settings.policies.tiling.tile_size_px
-    tiles = (partition.chunk_size if isinstance(partition, PartitionPolicy) else 0) or DEFAULT_CHUNK["batch"]
+    tiles = partition.chunk_size or DEFAULT_CHUNK["batch"]
     with accelerator.autocast():
         choose_memory_format(
             module,

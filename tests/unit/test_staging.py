@@ -111,12 +111,13 @@ def test_a_stack_in_host_memory_is_prepared_chunk_by_chunk_as_a_whole():
     changes = [lambda tiles: tiles.flip(-1), lambda tiles: 255 - tiles, lambda tiles: tiles.rot90(1, (-2, -1))]
     whole = torch.cat([change(bag) for change, bag in zip(changes, bags, strict=True)])
     stack = HostTiles(HostStacks(CPU).lay(bags), [5, 1, 9], changes)
-    assert torch.equal(stack.on(CPU), whole)
+    assert torch.equal(stack.change(stack.tiles, 0), whole)
     prepare = PreparedTiles(stack, lambda tiles: tiles.double() / 255)
     for first in range(0, 15, 4):
         part = stack.tiles[first : first + 4]
         assert torch.equal(prepare.at(part, first), whole[first : first + 4].double() / 255)
-    assert torch.equal(stack[4:7].on(CPU), whole[4:7])
+    some = stack[4:7]
+    assert torch.equal(some.change(some.tiles, 0), whole[4:7])
 
 
 @pytest.mark.parametrize("mode", ["native", "lean", "recompute", "offload"])
