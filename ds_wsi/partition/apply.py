@@ -9,11 +9,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ds_wsi.norms.roles import is_shared
+from ds_wsi.partition.arguments import Arguments
+from ds_wsi.partition.identity import module_key
+from ds_wsi.partition.outputs import form_of, tensors_of
 from ds_wsi.partition.paper import apply_paper
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan
 from ds_wsi.partition.planner import PAPER_CHUNK, plan_partition
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.partition.program import Program
+from ds_wsi.partition.record import Example
 from ds_wsi.partition.runner import Call, bag_ranges
 from ds_wsi.partition.staging import HostStore, Spill
 from ds_wsi.partition.trace import Traced
@@ -58,56 +62,55 @@ class PartitionedForward:
 
     def __call__(
         self,
-        x: Tensor,
         *args: Any,
         cu_seqlens: Tensor | None = None,
         prepare: Prepare | None = None,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Any:
         """The module's output, in the memory of the plan.
 
         Args:
-            x: tiles [N, ...], or images [B, C, H, W] on the spatial axis; on the module's device or on the host.
-            args, kwargs: None or the module's defaults: only `x` is partitioned.
+            args, kwargs: of the module's own forward. The first, or what is given under the name of its first
+                parameter, are the tiles [N, ...], or images [B, C, H, W] on the spatial axis; on the module's device or
+                on the host. What stands beside them is shared by all tiles: see `Arguments`.
             cu_seqlens: int [bags + 1], where each bag of the stack starts; the populations of `bn_population` "bag".
-            prepare: applied to each chunk of `x` once it is on the device (normalising uint8 tiles, say). Where it has
-                a method `at(part, first)` that is called, with the place of the chunk's first tile.
+            prepare: applied to each chunk of the tiles once it is on the device (normalising uint8 tiles, say). Where
+                it has a method `at(part, first)` that is called, with the place of the chunk's first tile.
+
+        Returns:
+            What the module returns: a tensor, or a tuple, dict or ModelOutput of tensors with tiles on the first axis.
 
         Raises:
-            ValueError: other tensors are given; a population of one value; an engine's shards in place of parameters.
+            ValueError: an argument that not all tiles share; a population of one value; an engine's shards in place of
+                parameters; a module that does what no partition may do.
             RuntimeError: called inside a checkpoint.
         """
         _refuse_shards(self.module)
         anchor = None
         if args and is_anchor(args[-1]):
             args, anchor = args[:-1], args[-1]
-        extra = [name for name, value in (*enumerate(args), *kwargs.items()) if isinstance(value, Tensor)]
-        if extra:
-            raise ValueError(
-                f"{type(self.module).__name__} is partitioned: its forward must get one tensor, got another "
-                f"({extra[0]!r})"
-            )
+        owner = type(self.module).__name__
+        x, arguments = Arguments.bind(self.original, args, kwargs, owner)
+        if not hasattr(x, "shape") or not len(x.shape):
+            raise ValueError(f"the tiles of a partitioned {owner} must be a tensor [N, ...], got a {type(x).__name__}")
         shared = is_shared(self.module)
         if x.shape[0] == 0 and not shared:
-            return _anchored(self.original(x if prepare is None else prepare(x), *args, **kwargs), anchor)
+            return _anchored(arguments.call(self.original, x if prepare is None else prepare(x)), anchor)
+        arguments.require_shared(x.shape[0], owner)
         _refuse_checkpoint()
         device = next((parameter.device for parameter in self.module.parameters()), x.device)
         probe = x[:1] if prepare is None else prepare(x[:1].to(device))
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         save = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))
-        plan = self.plan(x, device, probe.dtype, prepare) if save else self._inference_plan(tuple(x.shape))
+        plan = self.plan(x, device, probe.dtype, prepare, arguments) if save else self._inference_plan(tuple(x.shape))
         # In evaluation a norm that has no running statistics to take has those of one bag, whatever was trained.
         by_bag = plan.bn_population == "bag" or not self.module.training
         bags = bag_ranges(cu_seqlens if by_bag else None, x.shape[0], shared=shared)
         if plan.mode == "native":
-            outs = []
-            for first, last in bags:
-                part = x[first:last].to(device, non_blocking=True)
-                part = part if prepare is None else prepared(prepare, part, first)
-                outs.append(self.original(part, *args, **kwargs))
-            return _anchored(outs[0] if len(outs) == 1 else torch.cat(outs), anchor)
+            return self._native(x, arguments, bags, prepare, device, anchor)
+        program = self._program(plan, Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments))
         call = Call(
-            self._program(plan, (x.shape[0], *probe.shape[1:]), probe.dtype, device, save),
+            program,
             x.detach(),
             bags,
             prepare=prepare,
@@ -116,10 +119,33 @@ class PartitionedForward:
             device=device,
             autocast=autocast_now(device),
             store=self._host_store(plan, x.shape[0], device),
+            arguments=arguments,
         )
-        if not save:
-            return call.forward()
-        return _Partitioned.apply(call, x, anchor, *parameters)
+        out = _Partitioned.apply(call, x, anchor, *parameters) if save else call.forward()
+        form = program.traced.form
+        return out if form is None or form.is_plain else form.unpack(out)
+
+    def _native(
+        self,
+        x: Tensor,
+        arguments: Arguments,
+        bags: list[tuple[int, int]],
+        prepare: Prepare | None,
+        device: torch.device,
+        anchor: Tensor | None,
+    ) -> Any:
+        """The module's own forward, of each population."""
+        outs = []
+        for first, last in bags:
+            part = x[first:last].to(device, non_blocking=True)
+            part = part if prepare is None else prepared(prepare, part, first)
+            outs.append(arguments.call(self.original, part))
+        if len(outs) == 1:
+            return _anchored(outs[0], anchor)
+        owner = type(self.module).__name__
+        forms = [form_of(out, last - first, owner) for out, (first, last) in zip(outs, bags, strict=True)]
+        joint = torch.cat([form.pack(tensors_of(out)) for form, out in zip(forms, outs, strict=True)])
+        return _anchored(forms[0].unpack(joint), anchor)
 
     @property
     def plans(self) -> tuple[PartitionPlan, ...]:
@@ -132,6 +158,7 @@ class PartitionedForward:
         device: torch.device,
         dtype: torch.dtype,
         prepare: Prepare | None = None,
+        arguments: Arguments | None = None,
     ) -> PartitionPlan:
         """The plan for an input: the given one, or the policy's for as many tiles or a few more."""
         if isinstance(self.wanted, PartitionPlan):
@@ -143,16 +170,24 @@ class PartitionedForward:
             shape = tuple(x.shape)
         kind = autocast_dtype(device)
         place = shape if policy.mode == "auto" or policy.axis == "spatial" else shape[1:]
-        key = tuple(part.training for part in self.module.modules()), place, dtype, kind
+        arguments = arguments or Arguments()
+        key = module_key(self.module), place, dtype, kind, arguments.key
         if key not in self._plans:
             if policy.mode in ("auto", "native"):
                 cost = input_cost(x, 2 if policy.axis == "spatial" else 0, device, prepare)
                 plan = plan_partition(
-                    self.module, shape, policy, dtype=dtype, autocast=kind, device=device, source=cost
+                    self.module,
+                    shape,
+                    policy,
+                    dtype=dtype,
+                    autocast=kind,
+                    device=device,
+                    source=cost,
+                    arguments=arguments,
                 )
                 logger.info("%s", plan)
             else:
-                plan = uniform_plan(self.module, shape, policy, device, dtype)
+                plan = uniform_plan(self.module, policy, Example(shape, dtype, device, arguments), self.original)
             self._plans[key] = plan
         return self._plans[key]
 
@@ -180,11 +215,14 @@ class PartitionedForward:
             return 2**62
         return getattr(self.wanted, "host_budget_bytes", None) or free_host_bytes()
 
-    def traced(self, axis: str, *, whole: bool) -> Traced:
-        """The module's graph in its present mode."""
-        key = tuple(part.training for part in self.module.modules()), axis, whole
+    def traced(self, axis: str, example: Example, *, whole: bool) -> Traced:
+        """The module's graph as the module is now, for inputs like the example."""
+        place = example.shape if axis == "spatial" else example.shape[1:]
+        kind = autocast_dtype(example.device)
+        seen = place, example.dtype, example.device, kind, example.arguments.key
+        key = module_key(self.module), axis, whole, seen
         if key not in self._traces:
-            traced = Traced(self.module, axis, self.original, whole=whole)
+            traced = Traced(self.module, axis, example, self.original, whole=whole)
             if self.wanted.compile and traced.opaque:
                 traced.forward = torch.compile(self.original)
             elif self.wanted.compile:
@@ -195,19 +233,16 @@ class PartitionedForward:
             self._traces[key] = traced
         return self._traces[key]
 
-    def _program(
-        self, plan: PartitionPlan, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, save: bool
-    ) -> Program:
+    def _program(self, plan: PartitionPlan, example: Example) -> Program:
         present = [id(parameter) for parameter in self.module.parameters()]
         if present != self._programs_of:  # an engine, FSDP2 say, has put others in their place
             self._programs.clear()
             self._programs_of = present
         specs = tuple(segment.spec for segment in plan.segments)
-        traced = self.traced(plan.axis, whole=len(specs) == 1)
-        place = shape if plan.axis == "spatial" else shape[1:]
-        key = id(traced), specs, place, dtype, device
+        traced = self.traced(plan.axis, example, whole=len(specs) == 1)
+        key = id(traced), specs
         if key not in self._programs:
-            self._programs[key] = Program(traced, specs, plan.axis, shape, dtype, device)
+            self._programs[key] = Program(traced, specs, plan.axis, example.shape)
         return self._programs[key]
 
 
@@ -347,19 +382,19 @@ def partition_layers(
 
 
 def uniform_plan(
-    module: nn.Module, shape: tuple[int, ...], policy: PartitionPolicy, device: torch.device, dtype: torch.dtype
+    module: nn.Module, policy: PartitionPolicy, example: Example, forward: Callable[..., Any] | None = None
 ) -> PartitionPlan:
-    """Every segment in the policy's mode."""
+    """Every segment in the policy's mode, for inputs like the example; `forward` where the module's is another's."""
     size = policy.chunk_size or DEFAULT_CHUNK[policy.axis]
     host = policy.mode == "stream"
     whole = (SegmentPlan("", policy.mode, size, host),)
     segments: tuple[SegmentPlan, ...] = whole
     if policy.mode != "recompute":
-        traced = Traced(module, policy.axis)
+        traced = Traced(module, policy.axis, example, forward)
         specs = tuple(segment.spec for segment in whole)
-        cuts = [] if traced.opaque else Program(traced, specs, policy.axis, shape, dtype, device).candidates()
+        cuts = [] if traced.opaque else Program(traced, specs, policy.axis, example.shape).candidates()
         segments = (*(SegmentPlan(node.name, policy.mode, size, host) for node in cuts), *whole)
-    return PartitionPlan(segments, policy.axis, policy.bn_population, shape, compile=policy.compile)
+    return PartitionPlan(segments, policy.axis, policy.bn_population, example.shape, compile=policy.compile)
 
 
 def input_cost(x: Tensor, dim: int, device: torch.device, prepare: Prepare | None) -> InputCost:

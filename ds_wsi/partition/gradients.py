@@ -49,7 +49,7 @@ class GradientSums:
 
 def gradient_needs(traced: Traced, input_grad: bool) -> dict[fx.Node, bool]:
     """Whether a gradient has to reach each value of a graph, whose input needs one where `input_grad`."""
-    needs = {traced.source: input_grad}
+    needs = {traced.source: input_grad} | dict.fromkeys(traced.arguments, False)
     for node in traced.nodes:
         own = False
         if node in traced.leaves:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ds_wsi.partition.arguments import Arguments
 from ds_wsi.partition.parts import Parts
 from ds_wsi.partition.population import PopulationNorms
 from ds_wsi.partition.program import Chunk, Segment
@@ -27,6 +28,7 @@ class SegmentPasses:
         random: the call's random numbers.
         needs_grad: whether a gradient has to reach each value.
         saving: makes the context in which autograd's graphs are built.
+        arguments: of the call, beside the tiles.
     """
 
     segment: Segment
@@ -35,6 +37,7 @@ class SegmentPasses:
     random: Random
     needs_grad: dict[fx.Node, bool]
     saving: Callable[[], AbstractContextManager[Any]]
+    arguments: Arguments
 
     def run(self, graph: Subgraph, chunk: Chunk, values: dict[fx.Node, Extent]) -> dict[fx.Node, Tensor]:
         """The targets' own tiles or rows of a chunk, without gradient."""
@@ -42,7 +45,8 @@ class SegmentPasses:
         with torch.no_grad(), no_checkpoint():
             needed = parts.needed(graph, chunk)
             inputs = {node: values[node].read(parts.reads(node, chunk, needed)) for node in graph.sources}
-            found = graph.run(inputs, self.norms.of(chunk), self.random, self._key(chunk), needed=needed)
+            norms, key = self.norms.of(chunk), self._key(chunk)
+            found = graph.run(inputs, norms, self.random, key, _count(chunk), self.arguments, needed=needed)
             return {node: parts.crop_own(node, value, chunk, needed) for node, value in found.items()}
 
     def with_graph(
@@ -83,6 +87,8 @@ class SegmentPasses:
                 self.norms.of(chunk),
                 self.random,
                 self._key(chunk),
+                _count(chunk),
+                self.arguments,
                 needed=needed,
                 corrected=own,
                 known=known,
@@ -92,6 +98,10 @@ class SegmentPasses:
     def _key(self, chunk: Chunk) -> Any:
         """The chunk's name among the call's random numbers."""
         return self.segment.target, chunk.index
+
+
+def _count(chunk: Chunk) -> int:
+    return chunk.tiles[1] - chunk.tiles[0]
 
 
 def no_checkpoint() -> AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from ds_wsi.norms.roles import is_shared
+from ds_wsi.partition.arguments import Arguments
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan, gib
 from ds_wsi.partition.policy import MODES, PartitionPolicy
 from ds_wsi.partition.program import Program, SegmentSpec
@@ -80,6 +81,7 @@ def plan_partition(
     device: torch.device | None = None,
     rates: Rates | None = None,
     source: InputCost | None = None,
+    arguments: Arguments | None = None,
 ) -> PartitionPlan:
     """Decide how to partition `module` for a training step on an input of this shape; nothing is computed or changed.
 
@@ -93,6 +95,7 @@ def plan_partition(
         device: whose kernels and rates are assumed; the module's own by default.
         rates: of the device; by default measured ones where `ds-wsi plan --probe` has run, assumed ones otherwise.
         source: what a tile, or a row, of the input takes on the device before the encoder sees it; nothing by default.
+        arguments: of the forward, beside the input; none by default.
 
     Returns:
         The fastest plan within the budgets; `mode` "native" where the module fits as it is.
@@ -108,7 +111,9 @@ def plan_partition(
     if policy.mode in ("paper", "native"):
         size = policy.chunk_size or (PAPER_CHUNK[policy.axis] if policy.mode == "paper" else 0)
         return PartitionPlan((), policy.axis, policy.bn_population, shape, mode=policy.mode, chunk_size=size)
-    return _Planner(module, shape, policy, dtype, autocast, device, rates or find_rates(device), source).plan()
+    return _Planner(
+        module, shape, policy, dtype, autocast, device, rates or find_rates(device), source, arguments
+    ).plan()
 
 
 class _Planner:
@@ -122,6 +127,7 @@ class _Planner:
         device: torch.device,
         rates: Rates,
         source: InputCost | None,
+        arguments: Arguments | None,
     ) -> None:
         self.shape, self.policy, self.rates = shape, policy, rates
         # Ranks must not mix native SyncBatchNorm's collectives with ours.
@@ -130,7 +136,7 @@ class _Planner:
         # Without the card its kernels cannot be pretended; the CPU's save about the same.
         pretended = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
         self.simulator = Simulator(
-            module, policy.axis, pretended, dtype, autocast, overlaps=self.overlaps, source=source
+            module, policy.axis, pretended, dtype, autocast, overlaps=self.overlaps, source=source, arguments=arguments
         )
         self.gpu_budget = policy.gpu_budget_bytes or _free_device_bytes(device)
         self.memory_budget = policy.host_budget_bytes or free_host_bytes()

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from ds_wsi.partition.halo import Pointwise, Range, Window
@@ -74,7 +73,7 @@ class Segment:
         self.spec, self.source, self.target = spec, source, target
         traced, rules = program.traced, program.rules
         first = source is traced.source or bool(program.segments[-1].in_rows)  # after the tail there are no rows
-        self.in_rows = first and rules is not None and all(node in rules for node in nodes if node.op != "get_attr")
+        self.in_rows = first and rules is not None and all(node in rules for node in nodes if node in traced.dependent)
         self.undivided = rules is not None and not self.in_rows
         if self.undivided and spec.mode == "recompute":
             # In one chunk a whole image's statistics are the module's own.
@@ -126,11 +125,7 @@ class Segment:
             for node in nodes
             if node is self.target
             or node in inputs
-            or (
-                node in tensors
-                and node.op != "get_attr"
-                and any(level.get(user, -1) > level[node] for user in node.users)
-            )
+            or (node in tensors and any(level.get(user, -1) > level[node] for user in node.users))
         ]
 
     def chunks(self, batch: int, bags: list[Range], height: int) -> list[Chunk]:
@@ -157,7 +152,7 @@ class Program:
         traced: the graph.
         specs: the segments in order; cuts that this graph does not have are merged into the next.
         axis: "batch" or "spatial".
-        shape, dtype, device: of the input.
+        shape: of the input.
 
     Raises:
         ValueError: the spatial axis, and not even the first operations work on rows; names them.
@@ -169,18 +164,10 @@ class Program:
         specs: tuple[SegmentSpec, ...],
         axis: str,
         shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         self.traced = traced
-        fakes = (
-            {} if traced.opaque else traced.propagate(shape if axis == "spatial" else (2, *shape[1:]), dtype, device)
-        )
-        self.tensors = (
-            {traced.source, *traced.nodes}
-            if traced.opaque
-            else {node for node, value in fakes.items() if isinstance(value, Tensor)}
-        )
+        # What is the same for every chunk is computed where it is read: it is nothing to store.
+        self.tensors = {node for node in traced.dependent if traced.opaque or isinstance(traced.values[node], Tensor)}
         self.sites = {node: NormSite(traced.leaves[node]) for node in traced.barriers}
         self.rules: dict[fx.Node, Pointwise | Window] | None = None
         self.heights: dict[fx.Node, int] = {}
@@ -188,8 +175,8 @@ class Program:
         if axis == "spatial":
             if len(shape) != 4:
                 raise ValueError(f"a spatial partition's input must be images [B, C, H, W], got {list(shape)}")
-            self.rules, self.refused = image_rules(traced, fakes)
-            self.heights = {traced.source: shape[2]} | {node: fakes[node].shape[2] for node in self.rules}
+            self.rules, self.refused = image_rules(traced)
+            self.heights = {traced.source: shape[2]} | {node: traced.values[node].shape[2] for node in self.rules}
         cuts = self._cuts(specs)
         self.segments: list[Segment] = []
         source, begin = traced.source, 0
@@ -216,7 +203,7 @@ class Program:
         bad = [
             index
             for index, node in enumerate(self.traced.nodes)
-            if node in self.tensors and node.op != "get_attr" and node not in self.rules
+            if node in self.traced.dependent and node not in self.rules
         ]
         if not bad:
             return None
@@ -224,7 +211,7 @@ class Program:
         last_use = {node: i for i, user in enumerate(self.traced.nodes) for node in user.all_input_nodes}
         found = None
         for index, node in enumerate(self.traced.nodes[: bad[0]]):
-            if node in self.tensors and node.op != "get_attr":
+            if node in self.traced.dependent:
                 alive.add(node)
             alive = {item for item in alive if last_use.get(item, -1) > index}
             if alive == {node} and node not in self.traced.barriers.values():

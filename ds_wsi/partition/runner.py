@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_wsi.partition.arguments import Arguments
 from ds_wsi.partition.gradients import GradientSums, gradient_needs
 from ds_wsi.partition.halo import Range
 from ds_wsi.partition.hold import Hold
@@ -39,6 +40,7 @@ class Call:
         phase: called at the end of each segment's forward and backward, with its index.
         simulated: on fake tensors: no random numbers.
         pretended: the input of a simulated call, in place of `x` and `prepare`.
+        arguments: beside the tiles.
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class Call:
         phase: Callable[[str, int], None] | None = None,
         simulated: bool = False,
         pretended: Given | None = None,
+        arguments: Arguments | None = None,
     ) -> None:
         self.program, self.bags, self.save, self.input_grad = program, bags, save, input_grad
         self.device, self.autocast, self.track = device, autocast, track
         self.batch = x.shape[0]
+        self.arguments = arguments or Arguments()
         dim = 2 if program.rules is not None else 0
         self.random = Random(device, replayable=not simulated)
         self.store = store or HostStore(device)
@@ -127,6 +131,7 @@ class Call:
             self.random,
             self._needs_grad,
             self._on_host.saving if mode == "offload" else no_checkpoint,
+            self.arguments,
         )
         return (Recompute if mode == "recompute" else Hold)(passes, source, self.sums)
 

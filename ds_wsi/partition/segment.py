@@ -7,13 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ds_wsi.partition.arguments import Arguments
 from ds_wsi.partition.halo import Conv, Pointwise, Range, Window, convolve, row_rule
 from ds_wsi.partition.norm import Corrected, NormSite, Statistics
-from ds_wsi.partition.trace import Traced, ancestors, evaluate
+from ds_wsi.partition.outputs import form_of, tensors_of
+from ds_wsi.partition.trace import Traced, ancestors, evaluate, resolved
 from ds_wsi.runtime.seeding import generator_states, set_generator_states
 
 _QUIET = (nn.Conv2d, nn.Linear, nn.ReLU, nn.GELU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.LayerNorm, nn.GroupNorm)
-_QUIET_FUNCTIONS = {"add", "mul", "getattr", "getitem", "cat", "flatten", "relu", "iadd"}
+_QUIET_FUNCTIONS = {
+    "add", "sub", "mul", "div", "getitem", "cat", "flatten", "relu", "gelu", "silu", "linear", "matmul", "conv2d",
+    "pad", "reshape", "view", "permute", "transpose", "unsqueeze", "squeeze", "mean", "softmax", "layer_norm",
+}  # fmt: skip
 
 
 class Random:
@@ -84,6 +89,7 @@ class Subgraph:
         self.sources = [node for node in (traced.source, *traced.nodes) if node in known and node in read]
         # A wanted value that is known: passed through.
         self.sources += [node for node in self.targets if node in known and node not in self.sources]
+        self.constants = [node for node in traced.arguments if node in read]
         self._dead_after = self._last_uses()
         self._leaves = {node: self._safe_leaf(node) for node in self.nodes if node in traced.leaves}
         self.parameters = self._parameters()
@@ -112,7 +118,8 @@ class Subgraph:
         if not getattr(leaf, "inplace", False):
             return leaf
         (value,) = node.all_input_nodes
-        if value not in self.sources and value not in self.targets and len(value.users) == 1:
+        alone = value.meta.get("fresh") and len(value.users) == 1
+        if alone and value not in self.sources and value not in self.targets:
             return leaf
         out_of_place: Any = copy(leaf)
         out_of_place.inplace = False
@@ -153,6 +160,8 @@ class Subgraph:
         statistics: dict[fx.Node, Statistics],
         random: Random,
         chunk: Any,
+        tiles: int,
+        arguments: Arguments,
         *,
         needed: dict[fx.Node, Range] | None = None,
         corrected: dict[fx.Node, Range | None] | None = None,
@@ -164,11 +173,14 @@ class Subgraph:
             values: of the sources: the chunk's tiles, or the rows `needed` of them. Emptied as they are used.
             statistics: of the norms.
             random: the call's random numbers; `chunk` names this chunk among them.
+            tiles: of the chunk.
+            arguments: of the call, beside the tiles.
             needed: rows of every value, of `rows`; None for tiles.
             corrected: norms whose input's gradient is corrected inside the graph, with the rows that this chunk owns.
             known: results of final convolutions that need not be computed again.
         """
-        root = self.traced.module
+        tensors = arguments.tensors if self.constants else {}
+        values.update((node, tensors[self.traced.arguments[node]]) for node in self.constants)
         for node in self.nodes:
             if node in self.sites:
                 z = self._input(node, node.all_input_nodes[0], values, needed)
@@ -190,26 +202,51 @@ class Subgraph:
             else:
                 args = fx.map_arg(node.args, lambda item: self._input(node, item, values, needed))  # noqa: B023
                 kwargs = fx.map_arg(node.kwargs, lambda item: self._input(node, item, values, needed))  # noqa: B023
+                if node.meta.get("sized"):
+                    args, kwargs = resolved(args, tiles), resolved(kwargs, tiles)
                 if known is not None and node in known and node in self._deferrable:
                     leaf: Any = self._leaves[node]
                     values[node] = self._deferred(leaf, args[0], known[node])
                 elif self._is_quiet(node):
-                    values[node] = self._compute(root, node, args, kwargs)
+                    values[node] = self._compute(node, args, kwargs, tiles, arguments)
                 else:
+                    # What does not depend on the tiles is drawn once a call, for all chunks.
                     values[node] = random.call(
-                        (node, chunk),
-                        lambda: self._compute(root, node, args, kwargs),  # noqa: B023
+                        (node, chunk if node in self.traced.dependent else None),
+                        lambda: self._compute(node, args, kwargs, tiles, arguments),  # noqa: B023
                     )
             for dead in self._dead_after.get(node, ()):
                 del values[dead]
         return {node: values[node] for node in self.targets}
 
-    def _compute(self, root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    def _compute(self, node: fx.Node, args: Any, kwargs: Any, tiles: int, arguments: Arguments) -> Any:
         if node not in self._leaves:
-            return evaluate(root, node, args, kwargs)
-        if self._leaves[node] is root:
-            return self.traced.forward(*args, **kwargs)
-        return self._leaves[node](*args, **kwargs)
+            return evaluate(self.traced.module, node, args, kwargs)
+        leaf = self._leaves[node]
+        if leaf is self.traced.module:
+            return self._whole(args[0], tiles, arguments)
+        if not node.meta.get("writes") or hasattr(leaf, "inplace"):
+            return leaf(*args, **kwargs)
+        args = fx.node.map_aggregate(args, lambda item: item.clone() if isinstance(item, Tensor) else item)
+        out = leaf(*args, **kwargs)
+        return args[0] if out is None else out
+
+    def _whole(self, tiles: Tensor, count: int, arguments: Arguments) -> Tensor:
+        """A module that is one operation: its output as one tensor, in the form that its first chunk had."""
+        traced = self.traced
+        out = arguments.call(traced.forward, tiles)
+        if traced.form is not None and traced.form.is_plain and isinstance(out, Tensor) and len(out) == count:
+            return out
+        form = form_of(out, count, type(traced.module).__name__)
+        if traced.form is None:
+            traced.form = form
+        elif form != traced.form:
+            shapes = [list(tensor.shape) for tensor in tensors_of(out)]
+            raise ValueError(
+                f"the output of {type(traced.module).__name__} must have tiles on its first axis, got {shapes} for "
+                f"{count} tiles. HINT: partition the part that returns features of tiles."
+            )
+        return form.pack(tensors_of(out)) if not form.is_plain else out
 
     def _is_quiet(self, node: fx.Node) -> bool:
         """Whether the operation is known to draw no random number."""
@@ -248,17 +285,17 @@ class Subgraph:
         return convolve(image, leaf, leaf.padding, known)
 
 
-def image_rules(traced: Traced, values: dict[fx.Node, Any]) -> tuple[dict[fx.Node, Pointwise | Window], dict[str, str]]:
+def image_rules(traced: Traced) -> tuple[dict[fx.Node, Pointwise | Window], dict[str, str]]:
     """The rule of every operation on images, and why the others have none (by the operation's name)."""
     rules: dict[fx.Node, Pointwise | Window] = {}
     refused = {}
     for node in traced.nodes:
-        if node.op == "get_attr":
+        if node not in traced.dependent:
             continue
-        if not isinstance(values[node], Tensor):
-            refused[node.name] = f"{node.name}: it reads the image's size"
+        if not isinstance(traced.values[node], Tensor):
+            refused[node.name] = f"{node.name}: it returns several tensors"
             continue
-        rule = row_rule(node, traced.leaves.get(node), values)
+        rule = row_rule(node, traced.leaves.get(node), traced.values)
         if isinstance(rule, str):
             kind = f" ({type(traced.leaves[node]).__name__})" if node in traced.leaves else ""
             refused[node.name] = f"{node.target if node in traced.leaves else node.name}{kind}: {rule}"

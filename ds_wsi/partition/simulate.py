@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ds_wsi.partition.arguments import Arguments
+from ds_wsi.partition.outputs import tensors_of
 from ds_wsi.partition.program import Program, SegmentSpec
+from ds_wsi.partition.record import Example
 from ds_wsi.partition.runner import Call, bag_ranges
 from ds_wsi.partition.staging import HostStore
 from ds_wsi.partition.trace import Traced, needs_batch_statistics
@@ -55,6 +58,7 @@ class Simulator:
         autocast: the dtype of mixed precision, or None.
         overlaps: copies to and from host memory run beside the computing, and hold memory while they do.
         source: what the input takes before the encoder sees it.
+        arguments: of the call, beside the tiles.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Simulator:
         *,
         overlaps: bool = False,
         source: InputCost | None = None,
+        arguments: Arguments | None = None,
     ) -> None:
         self.overlaps, self.source = overlaps, source or InputCost()
         self.axis, self.device, self.dtype, self.autocast = axis, device, dtype, autocast
@@ -75,24 +80,34 @@ class Simulator:
             # Meta tensors are several times as fast; they know neither autocast nor the device's attention kernels.
             self.mode, self.device = nullcontext(), torch.device("meta")
         self.module = _fake_copy(module, self.mode, self.device)
-        self._traces: dict[bool, Traced] = {}
+        with self.mode:
+            arguments = arguments or Arguments()
+            self.arguments = arguments.replaced(
+                {place: torch.empty_like(value, device=self.device) for place, value in arguments.tensors.items()}
+            )
+        self._traces: dict[Any, Traced] = {}
         self._programs: dict[Any, Program] = {}
 
-    def traced(self, *, whole: bool) -> Traced:
-        """The module's graph."""
-        if whole not in self._traces:
-            with self.mode:
-                self._traces[whole] = Traced(self.module, self.axis, whole=whole)
-        return self._traces[whole]
+    def traced(self, shape: tuple[int, ...], *, whole: bool) -> Traced:
+        """The module's graph for inputs of this shape."""
+        key = whole, self._place(shape)
+        if key not in self._traces:
+            example = Example(shape, self.dtype, self.device, self.arguments)
+            with self.mode, self._autocast():
+                self._traces[key] = Traced(self.module, self.axis, example, whole=whole)
+        return self._traces[key]
 
     def program(self, specs: tuple[SegmentSpec, ...], shape: tuple[int, ...]) -> Program:
         """The graph cut into these segments."""
-        place = shape if self.axis == "spatial" else shape[1:]
-        if (specs, place) not in self._programs:
-            traced = self.traced(whole=len(specs) == 1)
+        key = specs, self._place(shape)
+        if key not in self._programs:
+            traced = self.traced(shape, whole=len(specs) == 1)
             with self.mode:
-                self._programs[specs, place] = Program(traced, specs, self.axis, shape, self.dtype, self.device)
-        return self._programs[specs, place]
+                self._programs[key] = Program(traced, specs, self.axis, shape)
+        return self._programs[key]
+
+    def _place(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape if self.axis == "spatial" else shape[1:]
 
     def run(self, specs: tuple[SegmentSpec, ...], shape: tuple[int, ...]) -> list[Phase]:
         """The phases of a training step of a partitioned module, in order."""
@@ -114,6 +129,7 @@ class Simulator:
                     track=False,
                     store=HostStore(self.device, overlap=self.overlaps, simulated=True),
                     simulated=True,
+                    arguments=self.arguments,
                     pretended=PretendedInput(x, 2 if program.rules is not None else 0, self.source),
                 )
                 call.phase = _Recorder(meter, phases, call)
@@ -128,10 +144,12 @@ class Simulator:
             x = torch.empty(shape, dtype=self.dtype, device=self.device)
             with ByteMeter() as meter, self._autocast():
                 whole = PretendedInput(x, 2 if self.axis == "spatial" else 0, self.source)
-                output: Tensor = self.module(whole.read((0, shape[whole.dim])))
+                returned = self.arguments.call(self.module.forward, whole.read((0, shape[whole.dim])))
+                outputs = [tensor for tensor in tensors_of(returned) if tensor.requires_grad]
                 live = meter.live
                 parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-                gradients = torch.autograd.grad(output, parameters, torch.empty_like(output), allow_unused=True)
+                above = [torch.empty_like(output) for output in outputs]
+                gradients = torch.autograd.grad(outputs, parameters, above, allow_unused=True) if outputs else ()
                 del gradients
             return Phase("native", 0, meter.peak, live, 0, 0, 0, meter.flops, meter.touched, meter.operations)
 
