@@ -17,21 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 Range = tuple[int, int]  # of rows: [first, last)
 
 _POINTWISE_FUNCTIONS = {
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "iadd",
-    "imul",
-    "isub",
-    "neg",
-    "abs",
-    "exp",
-    "sqrt",
-    "square",
-} | {
+    *("add", "sub", "rsub", "mul", "div", "rdiv", "neg", "abs", "exp", "sqrt", "square", "clamp"),
     *("relu", "relu6", "gelu", "silu", "sigmoid", "tanh", "leaky_relu", "elu", "selu", "mish", "hardswish"),
-    *("hardsigmoid", "hardtanh", "softplus", "relu_", "add_", "mul_", "sub_", "clamp", "contiguous", "clone", "cat"),
+    *("hardsigmoid", "hardtanh", "softplus", "contiguous", "clone", "cat"),
 }
 _POINTWISE_MODULES = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU),
@@ -208,21 +196,25 @@ def convolve(image: Tensor, leaf: Any, padding: Sequence[int], known: Tensor | N
     return _DeferredConv.apply(image, weight, bias, known.shape, known.dtype, options)
 
 
-def row_rule(node: fx.Node, leaf: nn.Module | None, values: dict[fx.Node, Any]) -> Pointwise | Window | str:
+def row_rule(
+    node: fx.Node, leaf: nn.Module | None, values: dict[fx.Node, Any], dependent: set[fx.Node]
+) -> Pointwise | Window | str:
     """How `node` is computed in blocks of rows, or why it is not.
 
     Args:
         node: of the graph; its inputs are rows of images.
         leaf: the module it calls, if it calls one.
-        values: fake tensors of all nodes.
+        values: of all nodes: tensors without numbers.
+        dependent: nodes whose values depend on the images.
     """
     out = values[node]
-    images = [values[parent] for parent in node.all_input_nodes]
-    images = [image for image in images if isinstance(image, Tensor) and image.dim() == 4]
+    inputs = [(parent in dependent, values[parent]) for parent in node.all_input_nodes]
+    images = [value for moves, value in inputs if moves and isinstance(value, Tensor) and value.dim() == 4]
+    others = [value for moves, value in inputs if isinstance(value, Tensor) and not (moves and value.dim() == 4)]
     if not images or not isinstance(out, Tensor) or out.dim() != 4:
         return "it does not map images [B, C, H, W] to images"
     if leaf is None:
-        return _function_rule(node, out, images)
+        return _function_rule(node, out, images, others)
     height, width = images[0].shape[2:]
     if type(leaf) is nn.Conv2d:
         return Conv(height, leaf)
@@ -234,20 +226,23 @@ def row_rule(node: fx.Node, leaf: nn.Module | None, values: dict[fx.Node, Any]) 
     if isinstance(leaf, nn.modules.dropout._DropoutNd):
         return Pointwise() if not leaf.training or leaf.p == 0 else "it draws random numbers for whole images"
     norm = isinstance(leaf, (_BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm))
-    by_channel = isinstance(leaf, nn.LayerNorm) and type(leaf).__name__.lower().endswith("2d")
-    if norm or by_channel or isinstance(leaf, _POINTWISE_MODULES):
+    # Over one axis: over channels by pixel, as a LayerNorm2d does, or over columns; over several, over rows too.
+    by_pixel = isinstance(leaf, nn.LayerNorm) and len(leaf.normalized_shape) == 1
+    if norm or by_pixel or isinstance(leaf, _POINTWISE_MODULES):
         return Pointwise()
     return "it is not known to work on rows"
 
 
-def _function_rule(node: fx.Node, out: Tensor, images: list[Tensor]) -> Pointwise | str:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    if str(name) not in _POINTWISE_FUNCTIONS:
+def _function_rule(node: fx.Node, out: Tensor, images: list[Tensor], others: list[Tensor]) -> Pointwise | str:
+    name = getattr(node.target, "__name__", str(node.target)).strip("_")
+    if name not in _POINTWISE_FUNCTIONS:
         return "it is not known to work on rows"
-    if str(name) == "cat" and (node.args[1:] or (node.kwargs.get("dim", 0),))[0] not in (1, -3):
+    if name == "cat" and (node.args[1:] or (node.kwargs.get("dim", 0),))[0] not in (1, -3):
         return "it does not concatenate channels"
     if any(image.shape[2] != out.shape[2] for image in images):
         return "its inputs differ in height"
+    if any(other.dim() > 1 and other.shape[-2] != 1 for other in others):
+        return "one of its inputs has rows and is no image of the graph"
     return Pointwise()
 
 

@@ -62,6 +62,7 @@ class Hold:
                 del results  # or they would live through the next chunk's peak
             self.norms.finish(piece.graph.targets)
             self._forget_read(index, values, keep=keep)
+        self.norms.track()
         if keep:
             self._keep(values)
         else:

@@ -33,17 +33,25 @@ class PopulationNorms:
                 self.segment.sites[norm].collect(self.of(chunk)[norm], part.detach())
 
     def finish(self, inputs: list[fx.Node]) -> None:
-        """Make final the statistics of the norms that read these values, and update running ones.
+        """Make final the statistics of the norms that read these values.
 
         One all-gather for each norm and population where ranks share the population.
         """
         for z in inputs:
             for norm in self.segment.norms_of.get(z, ()):
-                site = self.segment.sites[norm]
                 for statistics in self.statistics:
-                    site.finish(statistics[norm], self.device)
-                    if self.track_images is not None:
-                        site.track(statistics[norm], self.track_images)
+                    self.segment.sites[norm].finish(statistics[norm], self.device)
+
+    def track(self) -> None:
+        """Update running statistics, once the forward is complete, as a loop over the populations would.
+
+        In the order of execution, not of levels: of a norm that is used twice the last use counts most.
+        """
+        if self.track_images is None:
+            return
+        for statistics in self.statistics:
+            for norm, site in self.segment.sites.items():
+                site.track(statistics[norm], self.track_images)
 
     def affine(self, norms: list[fx.Node], chunk: Chunk) -> list[Tensor]:
         """Gamma and beta of each of these norms, as leaves of the chunk's graph: their gradients are for `reduce`."""
@@ -61,8 +69,9 @@ class PopulationNorms:
         for norm in reversed(norms):
             site = self.segment.sites[norm]
             for statistics in self.statistics:
+                reached = site.group is not None or statistics[norm].dgamma is not None
                 own = site.conclude(statistics[norm])
-                if site.batch and site.leaf.affine:
+                if site.batch and site.leaf.affine and reached:
                     for parameter, gradient in zip((site.leaf.weight, site.leaf.bias), own, strict=True):
                         if parameter.requires_grad:
                             sums.add([parameter], [gradient], [gradient])

@@ -36,6 +36,7 @@ class Recompute:
             self.parts.prefetch(segment.whole, values, position + 1)
             results = self.passes.run(segment.whole, chunk, values)
             out.write(self.parts.own(segment.target, chunk), results[segment.target])
+        self.norms.track()
         if not keep:
             self.source.clear()
 

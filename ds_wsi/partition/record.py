@@ -171,6 +171,8 @@ class _Recorder(TorchFunctionMode):
         self.held: dict[int, _Held] = {}
         self.storages: dict[int, _Storage] = {}
         self.stack: list[nn.Module] = [module]
+        self.pretends: FakeTensorMode | None = None  # in which tensors with numbers are used without them
+        self.twins: list[Tensor] = []
         self.paused = False
         self.thread = threading.get_ident()
 
@@ -217,8 +219,12 @@ class _Recorder(TorchFunctionMode):
             return result
         if not written and all(any(tensor is known for known, _ in before) for tensor in found):
             return result  # the argument itself
-        if len(written) > 1:
-            raise UnrecordedError(f"{_name(target)} writes several tensors in place")
+        if len(written) > 1:  # views of one memory count its changes together
+            first = args[0] if args and isinstance(args[0], Tensor) else None
+            memories = {tensor.untyped_storage()._cdata for tensor in written.values()}
+            if first is None or id(first) not in written or len(memories) > 1:
+                raise UnrecordedError(f"{_name(target)} writes several tensors in place")
+            written = {id(first): first}
         node_args, node_kwargs = self._nodes(args), self._nodes(kwargs)
         if not written:
             self._new_values(self._node(target, node_args, node_kwargs), result, target, args, kwargs)
@@ -363,9 +369,12 @@ class _Recorder(TorchFunctionMode):
             what = "buffer" if known[0] in dict(self.module.named_buffers()) else "tensor"
             self.values[node] = tensor
             held = _Held(tensor, node, None, 0, fixed=f"must not write its {what} {known[0]!r} in forward")  # type: ignore[arg-type]
-            storage = self.storages.get(tensor.untyped_storage()._cdata)
-            held.storage = storage or _Storage(held)
-            self.storages[tensor.untyped_storage()._cdata] = held.storage
+            keys = [tensor.untyped_storage()._cdata]
+            if self.pretends is not None and not isinstance(tensor, FakeTensor):
+                self.twins.append(self.pretends.from_tensor(tensor))  # what its views are views of
+                keys.append(self.twins[-1].untyped_storage()._cdata)
+            held.storage = next((self.storages[key] for key in keys if key in self.storages), None) or _Storage(held)
+            self.storages.update(dict.fromkeys(keys, held.storage))
             self.held[id(tensor)] = held
             return node
         if isinstance(tensor, FakeTensor) or tensor.is_meta:
@@ -424,9 +433,10 @@ def record(
     shape = example.shape if tiles is None else (tiles, *example.shape[1:])
     with _running, ExitStack() as stack:
         stack.enter_context(_untouched(module))
-        pretends = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
-        if not pretends and example.device.type != "meta":
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        modes = _get_current_dispatch_mode_stack()
+        recorder.pretends = next((mode for mode in modes if isinstance(mode, FakeTensorMode)), None)
+        if recorder.pretends is None and example.device.type != "meta":
+            recorder.pretends = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         kind = example.device.type if example.device.type != "meta" else "cpu"
@@ -459,7 +469,7 @@ def record(
             target = recorder._node(form.pack, (leaves,), {})
             recorder.values[target] = torch.empty((shape[0], 1), dtype=form.dtype, device=example.device)
         recorder.graph.output(target)
-    _erase_unused(recorder.graph)
+    _erase_unused(recorder.graph, {name for name, part in module.named_modules() if part.training and is_norm(part)})
     return Recording(recorder.graph, recorder.values, form)
 
 
@@ -522,9 +532,11 @@ def _untouched(module: nn.Module) -> Iterator[None]:
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
-def _erase_unused(graph: fx.Graph) -> None:
+def _erase_unused(graph: fx.Graph, norms: set[str]) -> None:
+    """Operations whose results nobody reads; a norm's running statistics follow even so."""
     for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output"):
+        counts = node.op == "call_module" and node.target in norms
+        if not node.users and not counts and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
 
 

@@ -295,7 +295,7 @@ def image_rules(traced: Traced) -> tuple[dict[fx.Node, Pointwise | Window], dict
         if not isinstance(traced.values[node], Tensor):
             refused[node.name] = f"{node.name}: it returns several tensors"
             continue
-        rule = row_rule(node, traced.leaves.get(node), traced.values)
+        rule = row_rule(node, traced.leaves.get(node), traced.values, traced.dependent)
         if isinstance(rule, str):
             kind = f" ({type(traced.leaves[node]).__name__})" if node in traced.leaves else ""
             refused[node.name] = f"{node.target if node in traced.leaves else node.name}{kind}: {rule}"

@@ -359,7 +359,7 @@ def test_a_second_backward_and_a_second_tensor_are_refused():
     out.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward must run once"):
         out.sum().backward()
-    with pytest.raises(ValueError, match="must get one tensor, got another"):
+    with pytest.raises(TypeError, match="positional argument"):
         module(tiles(2), tiles(2))
 
 
@@ -401,7 +401,7 @@ def test_one_value_a_channel_and_an_untraceable_module_are_refused_by_name():
 
     module = Branches()
     partition_layers(module, PartitionPolicy(mode="lean"))
-    with pytest.raises(ValueError, match=r"Branches must be traceable by torch\.fx"):
+    with pytest.raises(ValueError, match="Branches must be a graph of operations"):
         module(torch.randn(4, 3, 2, 2))
     norm = nn.Sequential(nn.BatchNorm1d(3))
     partition_layers(norm, PartitionPolicy(mode="lean"))
