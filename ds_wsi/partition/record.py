@@ -7,6 +7,7 @@ reads the new one. Building blocks (torch's own modules, norms) stay whole.
 
 import inspect
 import operator
+import random
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -211,6 +213,8 @@ class _Recorder(TorchFunctionMode):
     # ------------------------------------------------------------------------------------------- how it is held
 
     def _record(self, target: Any, args: Any, kwargs: Any, compute: Callable[[], Any]) -> Any:
+        if any(isinstance(leaf, torch.Generator) for leaf in pytree.tree_leaves((args, kwargs))):
+            raise ForbiddenError(self._in_module("must draw from torch's default generators, got one of its own"))
         before = [(tensor, _version(tensor)) for tensor in _tensors((args, kwargs))]
         result = compute()
         written = {id(tensor): tensor for tensor, version in before if _version(tensor) != version}
@@ -498,15 +502,21 @@ def _calls_of(recorder: _Recorder) -> Iterator[None]:
 
 @contextmanager
 def _untouched(module: nn.Module) -> Iterator[None]:
-    """Every part's attributes are afterwards what they were; what a forward counts or sets is refused by name.
+    """Every part's attributes are afterwards what they were, and Python's and NumPy's generators where they were.
 
     Raises:
-        ForbiddenError: a number, flag or string has another value.
+        ForbiddenError: a number, flag or string has another value, or one of these generators has moved.
     """
+    generators = random.getstate(), np.random.get_state()
     parts = list(module.named_modules())
     before = [(dict(part.__dict__), {key: dict(part.__dict__[key]) for key in _TABLES}) for _, part in parts]
     try:
         yield
+        if random.getstate() != generators[0] or not _same(np.random.get_state(), generators[1]):
+            raise ForbiddenError(
+                f"{type(module).__name__} must draw from torch's default generators, got draws of Python's random or "
+                "NumPy's. HINT: torch.rand."
+            )
         for (name, part), (attributes, _) in zip(parts, before, strict=True):
             for key, value in part.__dict__.items():
                 old = attributes.get(key)
@@ -516,6 +526,8 @@ def _untouched(module: nn.Module) -> Iterator[None]:
                         f"{old!r} -> {value!r}. HINT: keep it out of the partition."
                     )
     finally:
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
         for (_, part), (attributes, tables) in zip(parts, before, strict=True):
             for key in set(part.__dict__) - set(attributes):
                 del part.__dict__[key]
@@ -563,6 +575,10 @@ def _tensors(tree: Any) -> list[Tensor]:
     for leaf in pytree.tree_leaves(tree):
         map_aggregate(leaf, look) if isinstance(leaf, slice) else look(leaf)
     return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def _version(tensor: Tensor) -> int:

@@ -1,8 +1,10 @@
 """Modules of any Python across train-mode BatchNorm: what is written in place, sizes, arguments, outputs, draws."""
 
 import copy
+import random
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -500,6 +502,29 @@ def test_a_number_drawn_once_a_call_is_drawn_once(mode):
     first = module(same)
     assert torch.allclose(first, first[:1].expand_as(first), rtol=TOLERANCE), "all tiles of all chunks have the same"
     assert not torch.allclose(module(same), first), "the next call draws another"
+
+
+GENERATOR = torch.Generator()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        lambda net, x: x * (0.5 + random.random()),
+        lambda net, x: x * float(np.random.rand()),
+        lambda net, x: x * torch.rand((), generator=GENERATOR, dtype=torch.float64),
+        lambda net, x: x * torch.empty_like(x).uniform_(0.5, 1, generator=GENERATOR),
+    ],
+    ids=["random", "numpy", "generator", "in place"],
+)
+def test_draws_that_cannot_be_replayed_are_refused(statement):
+    module = made(statement)
+    partition_layers(module, PartitionPolicy(mode="lean", chunk_size=CHUNK))
+    states = random.getstate(), GENERATOR.get_state()
+    with pytest.raises(ValueError, match="must draw from torch's default generators"):
+        module(images())
+    assert random.getstate() == states[0]
+    assert torch.equal(GENERATOR.get_state(), states[1])
 
 
 # ------------------------------------------------------------------------------------------------- random modules

@@ -189,3 +189,37 @@ def test_a_block_that_reads_only_padding_still_corrects_the_norm_before_it():
     partitioned = copy.deepcopy(plain)
     partition_layers(partitioned, PartitionPolicy(mode="recompute", axis="spatial", chunk_size=3))
     assert_same_step(plain, partitioned, torch.randn(1, 4, 9, 9, dtype=torch.float64))
+
+
+class Positioned(nn.Module):
+    """A map of positions by row is added to the images."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.position = nn.Parameter(torch.randn(shape))
+        self.last = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.last(self.norm(self.conv(x)) + self.position)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 20, 20), (4, 20, 1), (20, 20), (1, 4, 1, 20), (4, 1, 1)], ids=str)
+@pytest.mark.parametrize("mode", ["lean", "recompute", "keep", "checkpoint"])
+def test_a_parameter_with_rows_of_its_own(mode, shape):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), Positioned(shape)).double()
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode=mode, axis="spatial", chunk_size=3))
+    assert_same_step(plain, partitioned, torch.randn(1, 3, 20, 20, dtype=torch.float64))
+
+
+def test_a_layer_norm_over_whole_images_in_a_class_of_another_name():
+    class WholeNorm2d(nn.LayerNorm):
+        pass
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), WholeNorm2d([4, 20, 20]), nn.Conv2d(4, 4, 1)).double()
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode="lean", axis="spatial", chunk_size=3))
+    assert_same_step(plain, partitioned, torch.randn(1, 3, 20, 20, dtype=torch.float64))
