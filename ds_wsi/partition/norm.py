@@ -114,10 +114,11 @@ class NormSite:
         """Gamma and beta [C] as leaves of the chunk's graph: their gradients are the two reductions."""
         if found.leaves is None:
             assert found.mean is not None
-            if self.batch and self.leaf.affine:
-                gamma, beta = (part.detach().to(found.mean.dtype) for part in (self.leaf.weight, self.leaf.bias))
-            else:
-                gamma, beta = torch.ones_like(found.mean), torch.zeros_like(found.mean)
+            gamma, beta = torch.ones_like(found.mean), torch.zeros_like(found.mean)
+            if self.batch and self.leaf.weight is not None:
+                gamma = self.leaf.weight.detach().to(found.mean.dtype)
+            if self.batch and self.leaf.bias is not None:
+                beta = self.leaf.bias.detach().to(found.mean.dtype)
             found.leaves = gamma.requires_grad_(), beta.requires_grad_()
         return found.leaves
 

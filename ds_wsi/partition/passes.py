@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ds_wsi.partition.aliases import CallTensors
 from ds_wsi.partition.parts import Parts
 from ds_wsi.partition.population import PopulationNorms
 from ds_wsi.partition.program import Chunk, Segment
@@ -27,6 +28,7 @@ class SegmentPasses:
         random: the call's random numbers.
         needs_grad: whether a gradient has to reach each value.
         saving: makes the context in which autograd's graphs are built.
+        tensors: the call's parameters.
     """
 
     segment: Segment
@@ -35,6 +37,7 @@ class SegmentPasses:
     random: Random
     needs_grad: dict[fx.Node, bool]
     saving: Callable[[], AbstractContextManager[Any]]
+    tensors: CallTensors
 
     def run(self, graph: Subgraph, chunk: Chunk, values: dict[fx.Node, Extent]) -> dict[fx.Node, Tensor]:
         """The targets' own tiles or rows of a chunk, without gradient."""

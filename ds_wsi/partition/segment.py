@@ -1,13 +1,13 @@
 """Part of a graph, computed for one chunk: a run of tiles, or a block of rows with its halos."""
 
 from collections.abc import Callable, Iterable
-from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ds_wsi.partition.halo import Conv, Pointwise, Range, Window, convolve, row_rule
+from ds_wsi.partition.hooks import compute_weights, is_plain_convolution, twin
 from ds_wsi.partition.norm import Corrected, NormSite, Statistics
 from ds_wsi.partition.trace import Traced, ancestors, evaluate
 from ds_wsi.runtime.seeding import generator_states, set_generator_states
@@ -92,7 +92,7 @@ class Subgraph:
         self._deferrable = {
             node
             for node in self.targets
-            if not users.get(node) and type(self._leaves.get(node)) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+            if not users.get(node) and isinstance(self._leaves.get(node), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         }
 
     def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
@@ -114,7 +114,7 @@ class Subgraph:
         (value,) = node.all_input_nodes
         if value not in self.sources and value not in self.targets and len(value.users) == 1:
             return leaf
-        out_of_place: Any = copy(leaf)
+        out_of_place = twin(leaf)
         out_of_place.inplace = False
         return out_of_place
 
@@ -190,7 +190,7 @@ class Subgraph:
             else:
                 args = fx.map_arg(node.args, lambda item: self._input(node, item, values, needed))  # noqa: B023
                 kwargs = fx.map_arg(node.kwargs, lambda item: self._input(node, item, values, needed))  # noqa: B023
-                if known is not None and node in known and node in self._deferrable:
+                if known is not None and node in known and self._defers(node):
                     leaf: Any = self._leaves[node]
                     values[node] = self._deferred(leaf, args[0], known[node])
                 elif self._is_quiet(node):
@@ -204,10 +204,15 @@ class Subgraph:
                 del values[dead]
         return {node: values[node] for node in self.targets}
 
+    def _defers(self, node: fx.Node) -> bool:
+        """Whether backward needs no result of the node's convolution; hooks may be set at any time."""
+        return node in self._deferrable and is_plain_convolution(self._leaves[node])
+
     def _compute(self, root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node not in self._leaves:
             return evaluate(root, node, args, kwargs)
         if self._leaves[node] is root:
+            compute_weights(root, *args)
             return self.traced.forward(*args, **kwargs)
         return self._leaves[node](*args, **kwargs)
 
@@ -237,7 +242,7 @@ class Subgraph:
         assert self.rules is not None
         rule: Any = self.rules[node]
         image = self._input(node, node.all_input_nodes[0], values, needed)
-        result = known.get(node) if known is not None and node in self._deferrable else None
+        result = known.get(node) if known is not None and self._defers(node) else None
         if isinstance(rule, Conv):
             return rule(image, needed[node], result)
         return rule(image, needed[node])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ds_wsi.partition.hooks import is_compiled, uncompiled, weight_hooks
 from ds_wsi.partition.program import Program, SegmentSpec
 from ds_wsi.partition.runner import Call, bag_ranges
 from ds_wsi.partition.staging import HostStore
@@ -178,6 +179,10 @@ def _fake_copy(module: nn.Module, mode: Any, device: torch.device) -> nn.Module:
             memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for buffer in module.buffers():
             memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        for part in module.modules():
+            for value in part.__dict__.values():  # a weight that a hook of torch's has computed
+                if isinstance(value, Tensor) and id(value) not in memo:
+                    memo[id(value)] = torch.empty(value.shape, dtype=value.dtype, device=device)
     # Every part's own class and state, without an engine's: FSDP2 forbids a deepcopy, and DeepSpeed's hooks would
     # gather the copy's parameters.
     parts = list(module.modules())
@@ -189,12 +194,20 @@ def _fake_copy(module: nn.Module, mode: Any, device: torch.device) -> nn.Module:
             state.pop("forward", None)  # a partition's own is not the module's
         bare = memo[id(part)]
         nn.Module.__init__(bare)
-        bare.__dict__.update(copy.deepcopy(state | {"_parameters": dict(part._parameters.items())}, memo))
+        if is_compiled(part):
+            state = {
+                "training": part.training,
+                "_modules": part._modules,
+                "forward": memo[id(uncompiled(part))].__call__,
+            }
+        computing = {"_forward_pre_hooks": weight_hooks(part)}
+        parameters = {"_parameters": dict(part._parameters.items())}
+        bare.__dict__.update(copy.deepcopy(state | parameters | computing, memo))
     return memo[id(module)]
 
 
 _OF_ENGINES = re.compile(
-    "_hooks(_|$)|^ds_inflight|^_(external_params|original_parameters)$|^__composable_api|^population_group$"
+    "_hooks(_|$)|^_compiled_call_impl$|^ds_inflight|^_(external_params|original_parameters)$|^__composable_api|^population_group$"
 )
 
 

@@ -5,7 +5,6 @@ axis: it is one operation.
 """
 
 from collections.abc import Callable, Iterable
-from copy import copy
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ds_wsi.norms.population import takes_population
+from ds_wsi.partition.hooks import is_compiled, twin, uncompiled
 
 ROOT = ""  # the target of an untraced module's only operation
 
@@ -36,6 +36,14 @@ class _Tracer(fx.Tracer):
         # A subclass of a norm is the norm, whatever it adds (timm's BatchNormAct2d: drop and act).
         norms = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
         return isinstance(module, norms) or super().is_leaf_module(module, qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        # What torch.compile has wrapped is traced as it was: chunks are compiled by a policy's `compile`.
+        if is_compiled(m):
+            return self.call_module(uncompiled(m), uncompiled(m).__call__, args, kwargs)
+        if m._compiled_call_impl is not None and not self.is_leaf_module(m, ""):
+            forward = m._call_impl
+        return super().call_module(m, forward, args, kwargs)
 
 
 class Traced:
@@ -98,8 +106,9 @@ class Traced:
                     if isinstance(leaf, _BatchNorm):  # would count its batches, or refuse what is not on a GPU
                         values[node] = torch.empty_like(args[0])
                     else:
-                        forward = copy(leaf)
+                        forward = twin(leaf)
                         forward.__dict__.pop("forward", None)
+                        forward._compiled_call_impl = None
                         values[node] = torch.func.functional_call(forward, state, tuple(args), kwargs)
                 else:
                     values[node] = evaluate(self.module, node, args, kwargs)
