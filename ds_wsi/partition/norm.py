@@ -102,9 +102,10 @@ class NormSite:
         if self.batch:
             track(self.leaf, moments.mean, moments.unbiased_var)
             return
-        # InstanceNorm: the mean over the images; it counts no batches.
+        # InstanceNorm: the mean over the images; it counts no batches. torch updates the running statistics whenever it
+        # does not normalise with them, even where `track_running_stats` was switched off.
         leaf, rate = self.leaf, getattr(self.leaf, "momentum", None) or 0.0
-        if not leaf.training or getattr(leaf, "running_mean", None) is None:
+        if getattr(leaf, "running_mean", None) is None or not (leaf.training or not leaf.track_running_stats):
             return
         mean, var = (part.view(images, -1).mean(0) for part in (moments.mean, moments.unbiased_var))
         for running, new in ((leaf.running_mean, mean), (leaf.running_var, var)):

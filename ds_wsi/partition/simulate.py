@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ds_wsi.partition.hooks import is_compiled, uncompiled, weight_hooks
+from ds_wsi.partition.hooks import is_compiled, weight_hooks
 from ds_wsi.partition.program import Program, SegmentSpec
 from ds_wsi.partition.runner import Call, bag_ranges
 from ds_wsi.partition.staging import HostStore
@@ -195,15 +195,18 @@ def _fake_copy(module: nn.Module, mode: Any, device: torch.device) -> nn.Module:
         bare = memo[id(part)]
         nn.Module.__init__(bare)
         if is_compiled(part):
-            state = {
-                "training": part.training,
-                "_modules": part._modules,
-                "forward": memo[id(uncompiled(part))].__call__,
-            }
+            state = {"training": part.training, "_modules": part._modules}
         computing = {"_forward_pre_hooks": weight_hooks(part)}
         parameters = {"_parameters": dict(part._parameters.items())}
         bare.__dict__.update(copy.deepcopy(state | parameters | computing, memo))
     return memo[id(module)]
+
+
+class _Uncompiled(nn.Module):
+    """In place of what `torch.compile` made of a part: the part, under the same name."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
 
 
 _OF_ENGINES = re.compile(
@@ -212,6 +215,8 @@ _OF_ENGINES = re.compile(
 
 
 def _own_class(module: nn.Module) -> Any:
-    """The class that FSDP2 has replaced by one of its own."""
+    """The class that FSDP2, or the compiler, has replaced by one of its own."""
+    if is_compiled(module):
+        return _Uncompiled
     kinds = type(module).__mro__
     return kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from ds_wsi.norms.population import takes_population, track
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.partition.policy import MODES
 
@@ -731,4 +732,167 @@ def test_a_convolution_with_a_forward_of_its_own(when, mode, norm):
         assert_same(plain, parted)
         change(plain), change(parted)
         plain.zero_grad(), parted.zero_grad()
+    assert_same(plain, parted)
+
+
+# ------------------------------------------------------------------------------- norms whose statistics stand still
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@every_mode
+@pytest.mark.parametrize("axis", ["batch", "spatial"])
+def test_running_statistics_that_are_not_tracked_any_more(axis, mode, train):
+    """`track_running_stats` switched off while they are there, on before and after; and never any."""
+
+    def change(net):
+        net.n1.running_mean.normal_(generator=torch.Generator().manual_seed(4))
+        net.n1.running_var.fill_(2.0)
+        net.n1.track_running_stats = False
+        net.n2 = nn.BatchNorm2d(8, track_running_stats=False).double()
+
+    plain, parted, _ = pair("bn", mode, change, axis=axis)
+    before = plain.n1.running_mean.clone()
+    x = tiles() if axis == "batch" else tiles(2, 21)
+    for net in (plain, parted):
+        net.train(train)
+    assert_same(plain, parted, x)
+    assert torch.equal(parted.n1.running_mean, before)
+    assert parted.n1.num_batches_tracked == 0
+    for net in (plain, parted):
+        net.n1.track_running_stats = True
+        net.zero_grad()
+    assert_same(plain, parted, x)
+    assert torch.equal(parted.n1.running_mean, before) is not train
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("tracks", [True, False])
+@pytest.mark.parametrize("mode", ["lean", "recompute", "keep"])
+def test_an_instance_norms_running_statistics_move_as_torchs_do(mode, tracks, train):
+    def change(net):
+        net.n1 = nn.InstanceNorm2d(8, affine=True, track_running_stats=True).double()
+        net.n1.track_running_stats = tracks
+
+    plain, parted, _ = pair("gn", mode, change, axis="spatial")
+    for net in (plain, parted):
+        net.train(train)
+    assert_same(plain, parted, tiles(2, 21))
+
+
+@pytest.mark.parametrize("tracks", [True, False])
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d])
+def test_the_rules_of_a_norm_are_torchs(kind, train, has, tracks):
+    norm = kind(3, track_running_stats=has).train(train)
+    norm.track_running_stats = tracks
+    theirs = copy.deepcopy(norm)
+    z = torch.randn(6, 3) if kind is nn.BatchNorm1d else torch.randn(6, 3, 2, 2)
+    out = theirs(z)
+    axes = [axis for axis in range(z.dim()) if axis != 1]
+    mean, var = z.mean(axes), z.var(axes)
+    assert takes_population(norm) == bool(out.mean(axes).abs().max() < 1e-5)
+    track(norm, mean, var)
+    for one, other in zip(norm.buffers(), theirs.buffers(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------- torch.compile
+
+
+class Top(nn.Module):
+    """A model that holds an encoder, for `torch.compile`."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(6, 2).double()
+        nn.init.constant_(self.head.weight, 0.3)
+        nn.init.constant_(self.head.bias, 0.1)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.encoder(x * 2.0)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@every_norm
+@pytest.mark.parametrize("mode", ["lean", "recompute", "offload", "native"])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_compiled_model_that_holds_a_partitioned_encoder(backend, mode, norm, capfd):
+    if backend == "inductor" and mode in ("offload", "native"):
+        pytest.skip("the compiler sees the same graph")
+    torch._dynamo.reset()
+    plain, parted, _ = pair(norm, mode)
+    plain, parted = Top(plain), Top(parted)
+    compiled = torch.compile(parted, backend=backend)
+    for _ in range(2):
+        assert_same(plain, parted, call=lambda module, x: compiled(x) if module is parted else module(x))
+    for net in (plain, parted):
+        net.eval()
+    with torch.no_grad():
+        assert differs(compiled(tiles(5)), plain(tiles(5))) <= 1e-9
+    assert "Exception ignored" not in capfd.readouterr().err
+
+
+COMPILED = {
+    "in place": lambda net: net.compile(backend="eager"),
+    "convolutions": lambda net: (net.c2.compile(backend="eager"), net.c3.compile(backend="eager")),
+    "wrapped convolution": lambda net: setattr(net, "c3", torch.compile(net.c3, backend="eager")),
+    "wrapped norm": lambda net: setattr(net, "n2", torch.compile(net.n2, backend="eager")),
+    "container": lambda net: (setattr(net, "c2", nn.Sequential(net.c2)), net.c2.compile(backend="eager")),
+    "wrapped container": lambda net: setattr(net, "c2", torch.compile(nn.Sequential(net.c2), backend="eager")),
+}
+
+
+@every_norm
+@every_mode
+@pytest.mark.parametrize("what", COMPILED)
+def test_compiled_parts(what, mode, norm):
+    torch._dynamo.reset()
+    plain = build(norm)
+    parted = copy.deepcopy(plain)
+    COMPILED[what](parted)
+    partition_layers(parted, PartitionPolicy(mode=mode, chunk_size=3))
+    for one, other in zip(step(parted, tiles()), step(plain, tiles()), strict=True):
+        assert differs(one, other) <= TOLERANCE
+    for one, other in zip(parted.parameters(), plain.parameters(), strict=True):
+        assert (one.grad - other.grad).abs().max() <= 1e-9
+
+
+@every_norm
+@every_mode
+def test_a_compiled_module_is_partitioned_through(mode, norm):
+    torch._dynamo.reset()
+    plain = build(norm)
+    parted = copy.deepcopy(plain)
+    compiled = torch.compile(parted, backend="eager")
+    handle = partition_layers(compiled, PartitionPolicy(mode=mode, chunk_size=3))
+    assert handle.module is parted
+    assert_same(plain, parted, call=lambda module, x: compiled(x) if module is parted else module(x))
+    handle.remove()
+    plain.zero_grad(), parted.zero_grad()
+    assert_same(plain, parted, call=lambda module, x: compiled(x) if module is parted else module(x))
+
+
+# --------------------------------------------------------------------------------------------- plans of such modules
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: nn.utils.weight_norm(net.c2),
+        lambda net: parametrizations.weight_norm(net.c2),
+        lambda net: net.c2.compile(backend="eager"),
+        lambda net: setattr(net, "c2", torch.compile(net.c2, backend="eager")),
+    ],
+    ids=["hook", "parametrized", "compiled", "wrapped"],
+)
+def test_a_plan_of_computed_weights_and_compiled_parts(change):
+    torch._dynamo.reset()
+    plain = build("gn")
+    parted = copy.deepcopy(plain)
+    change(plain), change(parted)
+    step(plain, tiles()), step(parted, tiles())  # a weight that is no leaf
+    partition_layers(parted, PartitionPolicy(mode="auto", gpu_budget_bytes=200_000))
+    plain.zero_grad(), parted.zero_grad()
     assert_same(plain, parted)
