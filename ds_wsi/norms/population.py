@@ -152,15 +152,19 @@ def require_variance(norm: nn.Module, count: float) -> None:
 
 
 def takes_population(norm: nn.Module) -> bool:
-    """Whether a BatchNorm normalises with the statistics of what it is given, not with running ones."""
-    return bool(norm.training or norm.running_mean is None)
+    """Whether a BatchNorm normalises with the statistics of what it is given, not with running ones.
+
+    As torch decides: `track_running_stats` has no say in it where the running statistics are there.
+    """
+    return bool(norm.training or (norm.running_mean is None and norm.running_var is None))
 
 
 @torch.no_grad()
 def track(norm: Any, mean: Tensor, unbiased_var: Tensor) -> None:
     """Update a norm's running statistics once, as its own forward in training mode would, in place.
 
-    Nothing happens in evaluation mode, nor where the norm tracks none.
+    Nothing happens in evaluation mode, nor where the norm tracks none: `track_running_stats` may be switched off while
+    the statistics are there, as a finetuning callback does with what it freezes.
     """
     if not norm.training or norm.running_mean is None or not getattr(norm, "track_running_stats", True):
         return

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ds_wsi.norms.roles import is_shared
+from ds_wsi.partition.aliases import exclusive
 from ds_wsi.partition.arguments import Arguments
+from ds_wsi.partition.hooks import is_compiled, refuse_inner_hooks, uncompiled
 from ds_wsi.partition.identity import module_key
 from ds_wsi.partition.outputs import form_of, tensors_of
 from ds_wsi.partition.paper import apply_paper
@@ -20,6 +21,13 @@ from ds_wsi.partition.program import Program
 from ds_wsi.partition.record import Example
 from ds_wsi.partition.runner import Call, bag_ranges
 from ds_wsi.partition.staging import HostStore, Spill
+from ds_wsi.partition.surroundings import (
+    once_differentiable,
+    refuse_batched,
+    refuse_checkpoint,
+    refuse_saved_tensor_hooks,
+    refuse_transforms,
+)
 from ds_wsi.partition.trace import Traced
 from ds_wsi.partition.values import InputCost, Prepare, prepared
 from ds_wsi.runtime.log import logger
@@ -60,6 +68,7 @@ class PartitionedForward:
         self.__init__(state["module"], state["wanted"])  # type: ignore[misc]
         self.original = state["original"]
 
+    @torch.compiler.disable  # a compiled caller runs the chunks as they are
     def __call__(
         self,
         *args: Any,
@@ -97,32 +106,43 @@ class PartitionedForward:
         if x.shape[0] == 0 and not shared:
             return _anchored(arguments.call(self.original, x if prepare is None else prepare(x)), anchor)
         arguments.require_shared(x.shape[0], owner)
-        _refuse_checkpoint()
+        refuse_checkpoint()
         device = next((parameter.device for parameter in self.module.parameters()), x.device)
         probe = x[:1] if prepare is None else prepare(x[:1].to(device))
-        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        save = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))
-        plan = self.plan(x, device, probe.dtype, prepare, arguments) if save else self._inference_plan(tuple(x.shape))
-        # In evaluation a norm that has no running statistics to take has those of one bag, whatever was trained.
-        by_bag = plan.bn_population == "bag" or not self.module.training
-        bags = bag_ranges(cu_seqlens if by_bag else None, x.shape[0], shared=shared)
-        if plan.mode == "native":
+        with exclusive(self.module):  # or another thread's aliases would be taken for the parameters
+            parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            save = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))
+            early = self.wanted.mode not in ("auto", "native")  # else the plan decides
+            if early:
+                self._refuse_what_chunks_cannot(x, save=save)
+            shape = tuple(x.shape)
+            plan = self.plan(x, device, probe.dtype, prepare, arguments) if save else self._inference_plan(shape)
+            # In evaluation a norm that has no running statistics to take has those of one bag, whatever was trained.
+            by_bag = plan.bn_population == "bag" or not self.module.training
+            bags = bag_ranges(cu_seqlens if by_bag else None, x.shape[0], shared=shared)
+            call = None
+            if plan.mode != "native":
+                if not early:
+                    self._refuse_what_chunks_cannot(x, save=save)
+                if save:
+                    refuse_saved_tensor_hooks({segment.mode for segment in plan.segments})
+                example = Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments)
+                call = Call(
+                    self._program(plan, example),
+                    x.detach(),
+                    bags,
+                    prepare=prepare,
+                    save=save,
+                    input_grad=save and x.requires_grad,
+                    device=device,
+                    autocast=autocast_now(device),
+                    store=self._host_store(plan, x.shape[0], device),
+                    arguments=arguments,
+                )
+        if call is None:
             return self._native(x, arguments, bags, prepare, device, anchor)
-        program = self._program(plan, Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments))
-        call = Call(
-            program,
-            x.detach(),
-            bags,
-            prepare=prepare,
-            save=save,
-            input_grad=save and x.requires_grad,
-            device=device,
-            autocast=autocast_now(device),
-            store=self._host_store(plan, x.shape[0], device),
-            arguments=arguments,
-        )
         out = _Partitioned.apply(call, x, anchor, *parameters) if save else call.forward()
-        form = program.traced.form
+        form = call.program.traced.form
         return out if form is None or form.is_plain else form.unpack(out)
 
     def _native(
@@ -146,6 +166,12 @@ class PartitionedForward:
         forms = [form_of(out, last - first, owner) for out, (first, last) in zip(outs, bags, strict=True)]
         joint = torch.cat([form.pack(tensors_of(out)) for form, out in zip(forms, outs, strict=True)])
         return _anchored(forms[0].unpack(joint), anchor)
+
+    def _refuse_what_chunks_cannot(self, x: Tensor, *, save: bool) -> None:
+        """Hooks inside, parts that are partitioned, and a caller's autograd that chunks are no part of."""
+        _refuse_partitioned_parts(self.module)
+        refuse_inner_hooks(self.module)
+        refuse_transforms(x, list(self.module.parameters()), save=save)
 
     @property
     def plans(self) -> tuple[PartitionPlan, ...]:
@@ -263,6 +289,7 @@ class _Partitioned(torch.autograd.Function):
                 "a partitioned module's backward must run once, got a second one. HINT: call forward again; "
                 "retain_graph does not keep what was freed."
             )
+        refuse_batched(grad)
         call, parameters, ctx.call, ctx.parameters = ctx.call, ctx.parameters, None, None
         with _training_as(ctx.flags):
             x_grad, found = call.backward(grad)
@@ -314,13 +341,21 @@ class Handle:
 
     def remove(self) -> None:
         """Give the module its own forward back."""
+        if self.forward is not None:
+            present = self.module.__dict__.get("forward", self.forward)
+            if present is not self.forward:
+                name = getattr(present, "__qualname__", type(present).__qualname__)
+                raise ValueError(
+                    f"a partition must be the module's forward to be removed, got {name!r} set over it "
+                    f"({type(self.module).__name__}). HINT: take that off first."
+                )
         if self._undo is not None:
             self._undo()
             self._undo = None
         if self.forward is not None:
             original = self.forward.original
             if getattr(original, "__self__", None) is self.module:
-                del self.module.__dict__["forward"]
+                self.module.__dict__.pop("forward", None)
             else:  # somebody else's wrapper was there before us
                 self.module.forward = original
             self.forward = None
@@ -346,8 +381,16 @@ def partition_layers(
     Raises:
         ValueError: the module is partitioned already, checkpoints itself, or cannot be traced where that is needed.
     """
-    if isinstance(module.__dict__.get("forward"), PartitionedForward):
+    if is_compiled(module):
+        logger.warning(
+            "partition: what torch.compile made of %s is left out, its chunks run uncompiled. "
+            "HINT: PartitionPolicy(compile=True)",
+            type(uncompiled(module)).__name__,
+        )
+        module = uncompiled(module)
+    if is_partitioned(module):
         raise ValueError(f"{type(module).__name__} must not be partitioned twice. HINT: handle.remove() first.")
+    _refuse_partitioned_parts(module)
     for name, part in module.named_modules():
         flags = (getattr(part, "grad_checkpointing", False), getattr(part, "gradient_checkpointing", False))
         if any(flag is True for flag in flags):
@@ -458,12 +501,16 @@ def _refuse_shards(module: nn.Module) -> None:
             )
 
 
-def _refuse_checkpoint() -> None:
-    """Recomputing a partitioned module as a whole would update running statistics twice and double its cost."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    packing = getattr(hooks[0], "__qualname__", "") if hooks else ""
-    if "_checkpoint_hook" in packing or torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "a partitioned module must not be called inside torch.utils.checkpoint, got such a call. "
-            "HINT: take it out of the checkpoint; the partition recomputes by itself."
-        )
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether the module computes in chunks, whatever was put over its forward since; or is a layer of mode "paper"."""
+    own = getattr(module.__dict__.get("forward"), "__module__", None) or ""
+    return own.startswith("ds_wsi.partition.") or _give_anchor in module._forward_pre_hooks.values()
+
+
+def _refuse_partitioned_parts(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if part is not module and is_partitioned(part):
+            raise ValueError(
+                f"{type(module).__name__} must not hold a partitioned part, got {name!r}. "
+                f"HINT: handle.remove() of {name!r} first, or partition parts side by side."
+            )

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ds_wsi.partition.hooks import is_convolution_2d, weight_of
+
 Range = tuple[int, int]  # of rows: [first, last)
 
 _POINTWISE_FUNCTIONS = {
@@ -187,7 +189,8 @@ def convolve(image: Tensor, leaf: Any, padding: Sequence[int], known: Tensor | N
     """
     if known is None:
         function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(leaf.kernel_size)]
-        return function(image, leaf.weight, leaf.bias, leaf.stride, tuple(padding), leaf.dilation, leaf.groups)
+        weight, bias = weight_of(leaf, image)
+        return function(image, weight, bias, leaf.stride, tuple(padding), leaf.dilation, leaf.groups)
     weight, bias = leaf.weight, leaf.bias
     # Outside of ATen's convolution autocast does not act: cast as it would.
     image, weight = image.to(known.dtype), weight.to(known.dtype)
@@ -215,8 +218,11 @@ def row_rule(
         return "it does not map images [B, C, H, W] to images"
     if leaf is None:
         return _function_rule(node, out, images, others)
+    if "forward" in leaf.__dict__:
+        return "it has a forward of its own"
     height, width = images[0].shape[2:]
-    if type(leaf) is nn.Conv2d:
+    if is_convolution_2d(leaf):
+        assert isinstance(leaf, nn.Conv2d)
         return Conv(height, leaf)
     if isinstance(leaf, nn.MaxPool2d) and not leaf.return_indices:
         return MaxPool(height, _pool_options(leaf, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")))

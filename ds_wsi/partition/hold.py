@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.graph import GradientEdge
 
+from ds_wsi.partition.aliases import summed, trainable
 from ds_wsi.partition.gradients import GradientSums
 from ds_wsi.partition.passes import SegmentPasses, edges
 from ds_wsi.partition.program import Chunk, Piece
@@ -28,6 +29,7 @@ class Hold:
         values: that backward reads, but for the source: all stored ones in "lean" and "stream", the inputs of norms in
             "keep" and "offload".
         graphs: of "keep" and "offload": (piece, chunk) -> where gradient leaves autograd's graph, and where it enters.
+        aliases: of the parameters, on which these graphs are built.
     """
 
     def __init__(self, passes: SegmentPasses, source: Extent, sums: GradientSums) -> None:
@@ -36,6 +38,7 @@ class Hold:
         self.mode = self.segment.spec.mode
         self.values: dict[fx.Node, Extent] = {}
         self.graphs: dict[tuple[int, int], tuple[dict[fx.Node, GradientEdge], dict[fx.Node, GradientEdge]]] = {}
+        self.aliases: dict[int, Tensor] = {}
 
     # ---------------------------------------------------------------------------------------------- forward
 
@@ -78,6 +81,7 @@ class Hold:
         """As `SegmentPasses.run`, with autograd's graph kept."""
         leaves, results = self.passes.with_graph(self.segment.pieces[index].graph, chunk, values)
         self.graphs[index, chunk.index] = edges(leaves), edges(results)
+        self.aliases = self.passes.tensors.aliases
         return results
 
     def _write(self, chunk: Chunk, results: dict[fx.Node, Tensor], values: dict[fx.Node, Extent]) -> None:
@@ -211,11 +215,11 @@ class Hold:
     ) -> None:
         wanted = list(leaves)
         affine = self.norms.affine(piece.barriers, chunk)
-        parameters = [parameter for parameter in piece.graph.parameters if parameter.requires_grad]
+        parameters, tensors = trainable(piece.graph.parameters, self.aliases or self.passes.tensors.aliases)
         outputs = [(results[node], grad) for node, grad in grads.items() if node in results]
         if not outputs:
             return
-        inputs: list[Any] = [*(leaves[node] for node in wanted), *affine, *parameters]
+        inputs: list[Any] = [*(leaves[node] for node in wanted), *affine, *tensors]
         found = torch.autograd.grad(
             [output for output, _ in outputs],
             inputs,
@@ -228,7 +232,7 @@ class Hold:
                 gradients[node].add(self.parts.reads(node, chunk, needed), grad)  # type: ignore[union-attr]
         end = len(wanted) + len(affine)
         reductions = found[len(wanted) : end]
-        sums: list[Tensor | None] = list(found[end:])
+        sums = summed(list(found[end:]))
         for norm, dgamma, dbeta in zip(piece.barriers, reductions[::2], reductions[1::2], strict=True):
             if dgamma is not None and dbeta is not None:
                 self.norms.reduce(norm, chunk, dgamma, dbeta)

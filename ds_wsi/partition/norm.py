@@ -102,9 +102,10 @@ class NormSite:
         if self.batch:
             track(self.leaf, moments.mean, moments.unbiased_var)
             return
-        # InstanceNorm: the mean over the images; it counts no batches.
+        # InstanceNorm: the mean over the images; it counts no batches. torch updates the running statistics whenever it
+        # does not normalise with them, even where `track_running_stats` was switched off.
         leaf, rate = self.leaf, getattr(self.leaf, "momentum", None) or 0.0
-        if not leaf.training or getattr(leaf, "running_mean", None) is None:
+        if getattr(leaf, "running_mean", None) is None or not (leaf.training or not leaf.track_running_stats):
             return
         mean, var = (part.view(images, -1).mean(0) for part in (moments.mean, moments.unbiased_var))
         for running, new in ((leaf.running_mean, mean), (leaf.running_var, var)):
@@ -114,10 +115,11 @@ class NormSite:
         """Gamma and beta [C] as leaves of the chunk's graph: their gradients are the two reductions."""
         if found.leaves is None:
             assert found.mean is not None
-            if self.batch and self.leaf.affine:
-                gamma, beta = (part.detach().to(found.mean.dtype) for part in (self.leaf.weight, self.leaf.bias))
-            else:
-                gamma, beta = torch.ones_like(found.mean), torch.zeros_like(found.mean)
+            gamma, beta = torch.ones_like(found.mean), torch.zeros_like(found.mean)
+            if self.batch and self.leaf.weight is not None:
+                gamma = self.leaf.weight.detach().to(found.mean.dtype)
+            if self.batch and self.leaf.bias is not None:
+                beta = self.leaf.bias.detach().to(found.mean.dtype)
             found.leaves = gamma.requires_grad_(), beta.requires_grad_()
         return found.leaves
 

@@ -341,6 +341,12 @@ def apply_paper(
 
     def undo() -> None:
         for leaf, forward in forwards.items():
+            if leaf.__dict__.get("forward", forward) is not forward:
+                raise ValueError(
+                    "a partition must be the layer's forward to be removed, got another set over it "
+                    f"(layer {layers[leaf]}). HINT: take that off first."
+                )
+        for leaf, forward in forwards.items():
             if leaf.__dict__.get("forward") is forward:
                 del leaf.__dict__["forward"]
 

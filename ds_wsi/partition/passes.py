@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ds_wsi.partition.aliases import CallTensors
 from ds_wsi.partition.arguments import Arguments
 from ds_wsi.partition.parts import Parts
 from ds_wsi.partition.population import PopulationNorms
@@ -29,6 +30,7 @@ class SegmentPasses:
         needs_grad: whether a gradient has to reach each value.
         saving: makes the context in which autograd's graphs are built.
         arguments: of the call, beside the tiles.
+        tensors: the call's parameters.
     """
 
     segment: Segment
@@ -38,6 +40,7 @@ class SegmentPasses:
     needs_grad: dict[fx.Node, bool]
     saving: Callable[[], AbstractContextManager[Any]]
     arguments: Arguments
+    tensors: CallTensors
 
     def run(self, graph: Subgraph, chunk: Chunk, values: dict[fx.Node, Extent]) -> dict[fx.Node, Tensor]:
         """The targets' own tiles or rows of a chunk, without gradient."""

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from ds_wsi.norms.roles import is_shared
 from ds_wsi.partition.arguments import Arguments
+from ds_wsi.partition.hooks import uncompiled
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan, gib
 from ds_wsi.partition.policy import MODES, PartitionPolicy
 from ds_wsi.partition.program import Program, SegmentSpec
@@ -104,6 +105,7 @@ def plan_partition(
         ValueError: no plan fits; says how many bytes are missing.
     """
     policy = policy or PartitionPolicy()
+    module = uncompiled(module)
     shape = tuple(int(size) for size in input_shape)
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"input_shape must be [N, ...], all positive, got {list(shape)}")

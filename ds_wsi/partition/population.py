@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, fx
 
+from ds_wsi.partition.aliases import CallTensors
 from ds_wsi.partition.gradients import GradientSums
 from ds_wsi.partition.norm import Statistics
 from ds_wsi.partition.program import Chunk, Segment
@@ -16,10 +17,18 @@ class PopulationNorms:
         populations: how many the call has.
         device: of the computation.
         track_images: the tiles or images of the call, by which running statistics are updated; None: they stay.
+        tensors: the call's parameters.
     """
 
-    def __init__(self, segment: Segment, populations: int, device: torch.device, track_images: int | None) -> None:
-        self.segment, self.device, self.track_images = segment, device, track_images
+    def __init__(
+        self,
+        segment: Segment,
+        populations: int,
+        device: torch.device,
+        track_images: int | None,
+        tensors: CallTensors,
+    ) -> None:
+        self.segment, self.device, self.track_images, self.tensors = segment, device, track_images, tensors
         self.statistics = [{norm: Statistics() for norm in segment.sites} for _ in range(populations)]
 
     def of(self, chunk: Chunk) -> dict[fx.Node, Statistics]:
@@ -72,9 +81,8 @@ class PopulationNorms:
                 reached = site.group is not None or statistics[norm].dgamma is not None
                 own = site.conclude(statistics[norm])
                 if site.batch and site.leaf.affine and reached:
-                    for parameter, gradient in zip((site.leaf.weight, site.leaf.bias), own, strict=True):
-                        if parameter.requires_grad:
-                            sums.add([parameter], [gradient], [gradient])
+                    for parameter, gradient in self.tensors.of_affine(site.leaf, own):
+                        sums.add([parameter], [gradient], [gradient])
 
     def correct(self, norm: fx.Node, chunk: Chunk, z: Tensor, grad: Tensor) -> Tensor:
         """`grad`, which flows to a chunk's part z of a norm's input, with the norm's correction."""

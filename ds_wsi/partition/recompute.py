@@ -1,8 +1,9 @@
 """A segment computed anew from its input in every pass: nothing of it is kept but the input and the statistics."""
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from ds_wsi.partition.aliases import summed, trainable
 from ds_wsi.partition.gradients import GradientSums
 from ds_wsi.partition.passes import SegmentPasses
 from ds_wsi.partition.values import Extent, Rows, Tiles
@@ -78,7 +79,7 @@ class Recompute:
     ) -> None:
         """The gradients of the input and of the parameters."""
         segment, chunks = self.segment, self.parts.chunks
-        parameters = [parameter for parameter in segment.whole.parameters if parameter.requires_grad]
+        parameters, tensors = trainable(segment.whole.parameters, self.passes.tensors.aliases)
         wants_input = self.passes.needs_grad[segment.source]
         if not parameters and not wants_input:
             return
@@ -90,14 +91,14 @@ class Recompute:
             inputs = [leaves[segment.source]] if wants_input else []
             found = torch.autograd.grad(
                 [results[segment.target]],
-                [*inputs, *parameters],
+                [*inputs, *tensors],
                 [grad.to(results[segment.target].dtype)],
                 allow_unused=True,
             )
             if wants_input and found[0] is not None:
                 needed = self.parts.needed(segment.whole, chunk)
                 below.add(self.parts.reads(segment.source, chunk, needed), found[0])
-            sums: list[Tensor | None] = list(found[len(inputs) :])
+            sums = summed(list(found[len(inputs) :]))
             del found, leaves, results
             self.sums.add(parameters, sums, [grad])
             del grad  # or they would live through the next chunk's peak

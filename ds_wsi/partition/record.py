@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ds_wsi.partition.arguments import Arguments
+from ds_wsi.partition.hooks import is_compiled, uncompiled
 from ds_wsi.partition.outputs import OutputForm, form_of
 from ds_wsi.runtime.numerics import autocast_dtype
 
@@ -188,6 +189,10 @@ class _Recorder(TorchFunctionMode):
 
     def call_module(self, call: Callable[..., Any], leaf: nn.Module, args: Any, kwargs: Any) -> Any:
         """A sub-module's call: whole where it is a leaf, else what its forward calls."""
+        if is_compiled(leaf):  # recorded as it was: chunks are compiled by a policy's `compile`
+            return self.call_module(call, uncompiled(leaf), args, kwargs)
+        if leaf._compiled_call_impl is not None:
+            call = type(leaf)._call_impl
         name = self.names.get(id(leaf))
         if self.paused or name is None or threading.get_ident() != self.thread:
             return call(leaf, *args, **kwargs)

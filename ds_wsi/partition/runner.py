@@ -1,13 +1,14 @@
 """Forward and backward of a program, segment by segment, pass by pass, chunk by chunk."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from itertools import pairwise
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ds_wsi.partition.aliases import CallTensors
 from ds_wsi.partition.arguments import Arguments
 from ds_wsi.partition.gradients import GradientSums, gradient_needs
 from ds_wsi.partition.halo import Range
@@ -20,7 +21,11 @@ from ds_wsi.partition.recompute import Recompute
 from ds_wsi.partition.saved_on_host import SavedOnHost
 from ds_wsi.partition.segment import Random
 from ds_wsi.partition.staging import HostStore
+from ds_wsi.partition.surroundings import without_saved_tensor_hooks
 from ds_wsi.partition.values import Extent, Given, Rows, Tiles
+from ds_wsi.partition.versions import Guard, guards_of, name_changed
+
+_KEEP_GRAPHS = ("keep", "offload")  # whose graphs compare versions themselves
 
 
 class Call:
@@ -72,7 +77,13 @@ class Call:
         self.sums = GradientSums()
         self.saved: list[Hold | Recompute | None] = []  # what each segment keeps from forward to backward
         self._needs_grad = gradient_needs(program.traced, input_grad)
-        self._on_host = SavedOnHost(program.traced.module, self.store)
+        self._on_host = SavedOnHost(program.traced.module, self.store, x)
+        self.tensors = CallTensors(program.traced.module, save=save)
+        self._input = Guard(x, f"the input of {type(program.traced.module).__name__}")
+        self._guards: list[list[Guard]] = []  # of each segment, from forward to backward
+        self._simulated = simulated
+        if self.x is not None and save and not simulated:
+            self.x.check = self._input.check
         self.boundary_bytes = 0  # of the tensor between the last segment worked on and the next
         self.phase = phase or (lambda name, index: None)
 
@@ -82,7 +93,9 @@ class Call:
         extent: Extent = self.x
         needs = self.input_grad
         segments = self.program.segments
-        with self.autocast():
+        graphs = self.save and any(segment.spec.mode in _KEEP_GRAPHS for segment in segments)
+        aliased = self.tensors.in_place() if graphs else nullcontext()
+        with without_saved_tensor_hooks(), self.autocast(), aliased:
             for index, segment in enumerate(segments):
                 needs = needs or any(parameter.requires_grad for parameter in _parameters(segment))
                 keep = self.save and needs
@@ -97,6 +110,8 @@ class Call:
         if self.x is not None and not self.save:
             self.x.clear()
         self.x = None
+        if self.save and not self._simulated:
+            self._guards = [guards_of(segment, self.tensors.names) for segment in segments]
         output = extent.whole()  # type: ignore[union-attr]
         return output
 
@@ -105,15 +120,25 @@ class Call:
         rows = self.program.segments[-1].in_rows
         above: Extent = Given(grad, 2 if rows else 0, self.device, None)
         ambient = self.random.read()
-        with self.autocast():
+        self._input.armed = True
+        with without_saved_tensor_hooks(), self.autocast(), self.tensors.in_place():
             for index in reversed(range(len(self.program.segments))):
                 work, self.saved[index] = self.saved[index], None
                 if work is None:
                     break
                 segment = self.program.segments[index]
+                if self._guards and segment.spec.mode not in _KEEP_GRAPHS:
+                    for guard in self._guards[index]:
+                        guard.check()
                 host = segment.spec.host_input and index > 0  # the input's gradient is the caller's
                 below = work.parts.extent(segment.source, host=host, source=True)
-                work.backward(above, below)
+                try:
+                    work.backward(above, below)
+                except RuntimeError as error:
+                    named = name_changed(error, [self._input, *chain(*self._guards)])
+                    if named is None:
+                        raise
+                    raise named from error
                 above.clear()
                 work.source.clear()
                 above = below
@@ -127,11 +152,12 @@ class Call:
         passes = SegmentPasses(
             segment,
             Parts(segment, self.program.heights, self.batch, self.bags, self.store),
-            PopulationNorms(segment, len(self.bags), self.device, self.batch if self.track else None),
+            PopulationNorms(segment, len(self.bags), self.device, self.batch if self.track else None, self.tensors),
             self.random,
             self._needs_grad,
             self._on_host.saving if mode == "offload" else no_checkpoint,
             self.arguments,
+            self.tensors,
         )
         return (Recompute if mode == "recompute" else Hold)(passes, source, self.sums)
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from ds_wsi.partition.parts import Parts
 from ds_wsi.partition.staging import HostStore, Ticket
 from ds_wsi.partition.values import Extent
+from ds_wsi.partition.versions import Guard
 
 _MIN_OFFLOAD_BYTES = 2**12  # smaller tensors cost more to copy than to keep
 
@@ -17,27 +18,30 @@ _MIN_OFFLOAD_BYTES = 2**12  # smaller tensors cost more to copy than to keep
 class SavedOnHost:
     """The saved tensors of one call in host memory, in the order in which they were saved.
 
+    What stays on the device must be unchanged when backward reads it, as autograd demands without hooks.
+
     Args:
         module: whose parameters stay where they are.
         store: of host memory.
+        source: the call's input, for errors.
     """
 
-    def __init__(self, module: nn.Module, store: HostStore) -> None:
+    def __init__(self, module: nn.Module, store: HostStore, source: Tensor) -> None:
         self.module, self.store = module, store
+        self._source = source.untyped_storage()._cdata
         self._tickets: list[Ticket] = []
 
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Autograd's saved tensors in host memory, each once; parameters and small ones stay."""
-        held = {id(parameter) for parameter in self.module.parameters()}
-        storages = {p.untyped_storage()._cdata for p in self.module.parameters()}
+        places = {p.untyped_storage()._cdata: f"parameter {name!r}" for name, p in self.module.named_parameters()}
 
         def pack(tensor: Tensor) -> Any:
             size = tensor.numel() * tensor.element_size()
-            if tensor.device != self.store.device:  # a host tensor that a module computes with, say
-                return tensor
-            if size < _MIN_OFFLOAD_BYTES or id(tensor) in held or tensor.untyped_storage()._cdata in storages:
-                return tensor
+            place = tensor.untyped_storage()._cdata
+            # The device's no tensor: a host tensor that a module computes with, say.
+            if tensor.device != self.store.device or size < _MIN_OFFLOAD_BYTES or place in places:
+                return _Kept(tensor, places.get(place, "the input" if place == self._source else None))
             ticket = self.store.put(tensor)
             if ticket.owners == 1:
                 ticket.order = len(self._tickets)
@@ -48,12 +52,22 @@ class SavedOnHost:
             yield
 
     def _unpack(self, packed: Any) -> Tensor:
-        if not isinstance(packed, _OnHost):
-            return packed
+        if isinstance(packed, _Kept):
+            return packed.read()
         tensor = self.store.get(packed.ticket)
         if packed.ticket.order:  # backward reads in about the reverse order
             self.store.prefetch(self._tickets[packed.ticket.order - 1])
         return tensor
+
+
+class _Kept(Guard):
+    """A saved tensor that stays."""
+
+    def read(self) -> Tensor:
+        """The tensor, unchanged."""
+        self.armed = True
+        self.check()
+        return self.tensor
 
 
 class _OnHost:

@@ -1,7 +1,6 @@
 """Part of a graph, computed for one chunk: a run of tiles, or a block of rows with its halos."""
 
 from collections.abc import Callable, Iterable
-from copy import copy
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from ds_wsi.partition.arguments import Arguments
 from ds_wsi.partition.halo import Conv, Pointwise, Range, Window, convolve, row_rule
+from ds_wsi.partition.hooks import compute_weights, is_plain_convolution, twin
 from ds_wsi.partition.norm import Corrected, NormSite, Statistics
 from ds_wsi.partition.outputs import form_of, tensors_of
 from ds_wsi.partition.trace import Traced, ancestors, evaluate, resolved
@@ -98,7 +98,7 @@ class Subgraph:
         self._deferrable = {
             node
             for node in self.targets
-            if not users.get(node) and type(self._leaves.get(node)) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+            if not users.get(node) and isinstance(self._leaves.get(node), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         }
 
     def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
@@ -121,7 +121,7 @@ class Subgraph:
         alone = value.meta.get("fresh") and len(value.users) == 1
         if alone and value not in self.sources and value not in self.targets:
             return leaf
-        out_of_place: Any = copy(leaf)
+        out_of_place = twin(leaf)
         out_of_place.inplace = False
         return out_of_place
 
@@ -204,7 +204,7 @@ class Subgraph:
                 kwargs = fx.map_arg(node.kwargs, lambda item: self._input(node, item, values, needed))  # noqa: B023
                 if node.meta.get("sized"):
                     args, kwargs = resolved(args, tiles), resolved(kwargs, tiles)
-                if known is not None and node in known and node in self._deferrable:
+                if known is not None and node in known and self._defers(node):
                     leaf: Any = self._leaves[node]
                     values[node] = self._deferred(leaf, args[0], known[node])
                 elif self._is_quiet(node):
@@ -218,6 +218,10 @@ class Subgraph:
             for dead in self._dead_after.get(node, ()):
                 del values[dead]
         return {node: values[node] for node in self.targets}
+
+    def _defers(self, node: fx.Node) -> bool:
+        """Whether backward needs no result of the node's convolution; hooks may be set at any time."""
+        return node in self._deferrable and is_plain_convolution(self._leaves[node])
 
     def _compute(self, node: fx.Node, args: Any, kwargs: Any, tiles: int, arguments: Arguments) -> Any:
         if node not in self._leaves:
@@ -234,6 +238,7 @@ class Subgraph:
     def _whole(self, tiles: Tensor, count: int, arguments: Arguments) -> Tensor:
         """A module that is one operation: its output as one tensor, in the form that its first chunk had."""
         traced = self.traced
+        compute_weights(traced.module, tiles)
         out = arguments.call(traced.forward, tiles)
         if traced.form is not None and traced.form.is_plain and isinstance(out, Tensor) and len(out) == count:
             return out
@@ -274,7 +279,7 @@ class Subgraph:
         assert self.rules is not None
         rule: Any = self.rules[node]
         image = self._input(node, node.all_input_nodes[0], values, needed)
-        result = known.get(node) if known is not None and node in self._deferrable else None
+        result = known.get(node) if known is not None and self._defers(node) else None
         if isinstance(rule, Conv):
             return rule(image, needed[node], result)
         return rule(image, needed[node])

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_wsi.partition.arguments import Arguments
+from ds_wsi.partition.hooks import is_compiled, weight_hooks
 from ds_wsi.partition.outputs import tensors_of
 from ds_wsi.partition.program import Program, SegmentSpec
 from ds_wsi.partition.record import Example
@@ -196,6 +197,10 @@ def _fake_copy(module: nn.Module, mode: Any, device: torch.device) -> nn.Module:
             memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for buffer in module.buffers():
             memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        for part in module.modules():
+            for value in part.__dict__.values():  # a weight that a hook of torch's has computed
+                if isinstance(value, Tensor) and id(value) not in memo:
+                    memo[id(value)] = torch.empty(value.shape, dtype=value.dtype, device=device)
     # Every part's own class and state, without an engine's: FSDP2 forbids a deepcopy, and DeepSpeed's hooks would
     # gather the copy's parameters.
     parts = list(module.modules())
@@ -207,16 +212,29 @@ def _fake_copy(module: nn.Module, mode: Any, device: torch.device) -> nn.Module:
             state.pop("forward", None)  # a partition's own is not the module's
         bare = memo[id(part)]
         nn.Module.__init__(bare)
-        bare.__dict__.update(copy.deepcopy(state | {"_parameters": dict(part._parameters.items())}, memo))
+        if is_compiled(part):
+            state = {"training": part.training, "_modules": part._modules}
+        computing = {"_forward_pre_hooks": weight_hooks(part)}
+        parameters = {"_parameters": dict(part._parameters.items())}
+        bare.__dict__.update(copy.deepcopy(state | parameters | computing, memo))
     return memo[id(module)]
 
 
+class _Uncompiled(nn.Module):
+    """In place of what `torch.compile` made of a part: the part, under the same name."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
+
+
 _OF_ENGINES = re.compile(
-    "_hooks(_|$)|^ds_inflight|^_(external_params|original_parameters)$|^__composable_api|^population_group$"
+    "_hooks(_|$)|^_compiled_call_impl$|^ds_inflight|^_(external_params|original_parameters)$|^__composable_api|^population_group$"
 )
 
 
 def _own_class(module: nn.Module) -> Any:
-    """The class that FSDP2 has replaced by one of its own."""
+    """The class that FSDP2, or the compiler, has replaced by one of its own."""
+    if is_compiled(module):
+        return _Uncompiled
     kinds = type(module).__mro__
     return kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]

@@ -38,12 +38,15 @@ class Given:
         store: HostStore | None = None,
     ) -> None:
         self.tensor, self.dim, self.device, self.prepare = tensor, dim, device, prepare
+        self.check: Callable[[], None] | None = None  # called before the tensor is read
         ahead = store is not None and store.copies_ahead and tensor.device.type == "cpu" and tensor.is_pinned()
         self._store = store if ahead else None
         self._arriving: dict[Range, Arriving] = {}
 
     def read(self, wanted: Range) -> Tensor:
         """The chunk on the device, prepared."""
+        if self.check is not None:
+            self.check()
         arriving = self._arriving.pop(wanted, None)
         part = self._part(wanted).to(self.device, non_blocking=True) if arriving is None else arriving.get()
         return part if self.prepare is None else prepared(self.prepare, part, wanted[0])

@@ -1,0 +1,112 @@
+"""What autograd is doing around a call of a partitioned module, and what of it a partition cannot do."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ONCE = (
+    "a partitioned module must be differentiated once and in reverse, got {}. "
+    'HINT: mode "native" computes as the plain module does.'
+)
+
+
+def refuse_transforms(x: Tensor, tensors: list[Tensor], *, save: bool) -> None:
+    """Refuse torch.func's transforms and forward-mode differentiation.
+
+    Args:
+        x: the input.
+        tensors: the module's parameters.
+        save: whether a backward may follow.
+
+    Raises:
+        RuntimeError: one of them is at work on this call.
+    """
+    if torch._C._are_functorch_transforms_active() and (
+        save or any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (x, *tensors))
+    ):
+        raise RuntimeError(_ONCE.format("a transform of torch.func (grad, vmap, jvp or vjp)"))
+    if torch.autograd.forward_ad._current_level >= 0:
+        for tensor in (x, *tensors):
+            if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(_ONCE.format("forward mode (torch.autograd.forward_ad)"))
+
+
+def refuse_batched(grad: Tensor) -> None:
+    """Refuse several gradients at once.
+
+    Raises:
+        RuntimeError: `torch.autograd.grad(..., is_grads_batched=True)`, or a vectorized jacobian.
+    """
+    functorch = torch._C._functorch
+    if functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad):
+        raise RuntimeError(_ONCE.format("several gradients at once (is_grads_batched, or torch.func)"))
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward whose results raise where they are differentiated: under create_graph."""
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        # Even where `grads` need no gradient: the results depend on the parameters.
+        raising: Any = torch._C._functions.DelayedError(_ONCE.format("create_graph").encode(), len(results))
+        return raising(*(None if result is None else result.detach().requires_grad_() for result in results))
+
+    return wrapped
+
+
+def refuse_checkpoint() -> None:
+    """Recomputing a partitioned module as a whole would update running statistics twice and double its cost.
+
+    Raises:
+        RuntimeError: the call is inside of torch.utils.checkpoint.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    packing = getattr(hooks[0], "__qualname__", "") if hooks else ""
+    if "_checkpoint_hook" in packing or torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a partitioned module must not be called inside torch.utils.checkpoint, got such a call. "
+            "HINT: take it out of the checkpoint; the partition recomputes by itself."
+        )
+
+
+def refuse_saved_tensor_hooks(modes: set[str]) -> None:
+    """Refuse hooks on what autograd saves, which a partition saves in its own way.
+
+    Args:
+        modes: of the call's segments. "offload" does what save_on_cpu does.
+
+    Raises:
+        RuntimeError: there are some.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if not hooks:
+        return
+    by_torch = getattr(hooks[0], "__qualname__", "").startswith("save_on_cpu.")
+    if by_torch and modes == {"offload"}:
+        return
+    raise RuntimeError(
+        "no hooks on saved tensors may be set around a partitioned module, got some (save_on_cpu?). "
+        'HINT: mode "offload" does the same.'
+    )
+
+
+@contextmanager
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """No hooks on saved tensors inside: nothing that the caller's autograd would save is made there."""
+    taken = []
+    while hooks := torch._C._autograd._top_saved_tensors_default_hooks(True):
+        taken.append(hooks)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for hooks in reversed(taken):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
