@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_wsi.partition.program import Program, SegmentSpec
 from ds_wsi.partition.runner import Call, bag_ranges
+from ds_wsi.partition.shapes import ShapeMeter
 from ds_wsi.partition.staging import HostStore
 from ds_wsi.partition.trace import Traced, needs_batch_statistics
 from ds_wsi.partition.values import InputCost, PretendedInput
@@ -77,6 +78,7 @@ class Simulator:
         self.module = _fake_copy(module, self.mode, self.device)
         self._traces: dict[bool, Traced] = {}
         self._programs: dict[Any, Program] = {}
+        self._shapes: dict[Any, Any] = {}
 
     def traced(self, *, whole: bool) -> Traced:
         """The module's graph."""
@@ -95,13 +97,16 @@ class Simulator:
         return self._programs[specs, place]
 
     def run(self, specs: tuple[SegmentSpec, ...], shape: tuple[int, ...]) -> list[Phase]:
-        """The phases of a training step of a partitioned module, in order."""
+        """The phases of a training step of a partitioned module, in order; a backward for every segment.
+
+        That of a segment of frozen parameters, which no gradient goes through, adds nothing.
+        """
         program = self.program(specs, shape)
         phases: list[Phase] = []
         with self.mode, torch.enable_grad():
             x = torch.empty(shape, dtype=self.dtype, device=self.device)
             # Made before the meter runs, so that the gradient of the output is not counted twice.
-            with ByteMeter() as meter:
+            with self._meter() as meter:
                 call = Call(
                     program,
                     x,
@@ -120,20 +125,25 @@ class Simulator:
                 with torch.no_grad():
                     output = call.forward()
                     call.backward(torch.empty_like(output))
+                for index in reversed(range(2 * len(program.segments) - len(phases))):
+                    call.phase("backward", index)
         return phases
 
     def native(self, shape: tuple[int, ...]) -> Phase:
         """The same step of the module as it is."""
         with self.mode, torch.enable_grad():
             x = torch.empty(shape, dtype=self.dtype, device=self.device)
-            with ByteMeter() as meter, self._autocast():
+            with self._meter() as meter, self._autocast():
                 whole = PretendedInput(x, 2 if self.axis == "spatial" else 0, self.source)
                 output: Tensor = self.module(whole.read((0, shape[whole.dim])))
                 live = meter.live
                 parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-                gradients = torch.autograd.grad(output, parameters, torch.empty_like(output), allow_unused=True)
-                del gradients
+                if parameters:
+                    torch.autograd.grad(output, parameters, torch.empty_like(output), allow_unused=True)
             return Phase("native", 0, meter.peak, live, 0, 0, 0, meter.flops, meter.touched, meter.operations)
+
+    def _meter(self) -> ByteMeter:
+        return ShapeMeter(self._shapes) if self.device.type == "meta" else ByteMeter()
 
     def _autocast(self) -> Any:
         if self.autocast is None:
