@@ -80,9 +80,10 @@ class Run:
     progress: Progress
     mesh: TileMesh
     sharing: Handle
+    stacks: HostStacks
+    reads_host_tiles: bool  # the encoder takes stacks that lie on the host, and reads chunks of them
     comm: CommHandle | None = None
     average: WeightAverage | None = None
-    stacks: HostStacks | None = None
 
     @property
     def device(self) -> torch.device:
@@ -204,9 +205,10 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         Progress(),
         mesh,
         sharing,
+        HostStacks(accelerator.device),
+        bool(getattr(module.encoder.forward, "takes_host_tiles", False)),
         comm,
         _average(accelerator, accelerator.unwrap_model(model), settings.optim.ema_decay),
-        HostStacks(accelerator.device) if getattr(module.encoder.forward, "takes_host_tiles", False) else None,
     )
     if batch_norms(module.encoder) and not module.encoder_is_frozen:
         warn_of_few_bags(training, 1 if training == "bag" else run.bags_per_step)
@@ -241,8 +243,7 @@ def _partition(
         return  # features: there is no encoder
     together = micro_steps(settings) if module.norm_training == "step" else 1
     device = accelerator.device
-    whole = not getattr(module.encoder, "frozen_parts", ())
-    can_plan = device.type == "cuda" and whole
+    can_plan = device.type == "cuda"
     wanted = partition_of(settings.policies.partition, module.norm_training, together, can_plan=can_plan)
     several_bags = settings.optim.per_device_train_batch_size > 1 or settings.policies.stacking.deals
     if wanted.mode == "paper" and accelerator.is_fsdp2 and several_bags:
