@@ -43,6 +43,7 @@ from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
 from ds_wsi.tile_parallel.shard import Handle
 from ds_wsi.training.checkpoint import list_checkpoints
+from ds_wsi.training.device_budget import with_budget
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.model import build_slide_model
 from ds_wsi.training.optim import WeightAverage, set_beta
@@ -258,6 +259,8 @@ def _partition(
         if (plugin is not None and plugin.zero_stage == 3) or (accelerator.is_fsdp2 and several_bags):
             partition_layers(module.encoder, PartitionPolicy(mode="native", bn_population="bag"))
         return
+    if isinstance(wanted, PartitionPolicy) and wanted.mode != "paper":
+        wanted = with_budget(wanted, module, settings, accelerator, validates=bool(cohort.rows("validation")))
     if isinstance(wanted, PartitionPolicy) and not module.encoder_is_frozen:
         longest = max(cohort.lengths[row] for row in cohort.rows("train"))
         longest = min(longest, settings.policies.reading.tiles_per_slide or longest)
