@@ -85,7 +85,7 @@ def partition_of(
     """The partition whose populations the model decides, call by call.
 
     A step's micro-steps in one call hold the activations of all of them: what would run as it is, is planned where that
-    can be (`can_plan`): on a GPU, for a CPU has no budget, and of an encoder that is trained as a whole.
+    can be (`can_plan`): on a GPU, for a CPU has no budget.
     """
     if (
         can_plan

@@ -62,10 +62,9 @@ class _Settling:
         """Make the pending norm's moments final; False where no chunk stopped: all are."""
         if self.pending is None:
             return False
-        (norm, moments, like), self.pending = self.pending, None
-        if self.group is not None:
-            moments = merged_over(self.group, moments, like)
-        require_variance(norm, 0 if moments is None else moments.count)
+        (norm, own, like), self.pending = self.pending, None
+        moments = own if self.group is None else merged_over(self.group, own, like)
+        require_variance(norm, moments, own)
         assert moments is not None
         self.settled.append((norm, moments))
         return True

@@ -26,11 +26,12 @@ class Moments:
     """Count, mean and sum of squared deviations of one population, per channel.
 
     Args:
-        count: elements per channel.
+        count: elements per channel; of a population over ranks float64 [] on the device, for reading it there would
+            let the CPU wait.
         mean, m2: [C]; the biased variance is m2 / count.
     """
 
-    count: int
+    count: int | Tensor
     mean: Tensor
     m2: Tensor
 
@@ -42,7 +43,8 @@ class Moments:
     @property
     def unbiased_var(self) -> Tensor:
         """The variance [C] that running statistics hold."""
-        return self.m2 / max(self.count - 1, 1)
+        one_less = self.count - 1
+        return self.m2 / (one_less.clamp(min=1) if isinstance(one_less, Tensor) else max(one_less, 1))
 
 
 def moments_of(z: Tensor) -> Moments | None:
@@ -95,18 +97,27 @@ def merged_over(group: Any, own: Moments | None, like: Tensor) -> Moments | None
     channels = len(like)
     blank = torch.zeros(channels, dtype=like.dtype, device=like.device)
     count, mean, m2 = (0, blank, blank) if own is None else (own.count, own.mean, own.m2)
+    assert isinstance(count, int)
     # The count in two halves: float32 has no whole numbers beyond 2^24, and a bag has more elements.
-    counts = mean.new_tensor([float(count >> 20), float(count & (2**20 - 1))])
-    sent = torch.cat([mean, m2, counts])
+    halves = torch.tensor([count >> 20, count & (2**20 - 1)], dtype=mean.dtype)
+    sent = torch.cat([mean, m2, halves.to(mean.device, non_blocking=True)])  # staged: the CPU does not wait
     parts = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, sent, group=group)
     everyone = torch.stack(parts)
-    total: Moments | None = None
-    for part, (high, low) in zip(everyone, everyone[:, -2:].tolist(), strict=True):
-        number = (int(high) << 20) + int(low)
-        if number:
-            total = merged(total, Moments(number, part[:channels], part[channels : 2 * channels]))
-    return total
+    counts = everyone[:, -2].double() * 2**20 + everyone[:, -1].double()
+    if count <= 1 and float(counts.sum()) == 0:  # a rank with elements knows that there are some
+        return None
+    first, *others = (Moments(number, part[:channels], part[channels:-2]) for number, part in zip(counts, everyone))
+    for other in others:
+        first = _merged_on_device(first, other)
+    return first
+
+
+def _merged_on_device(one: Moments, other: Moments) -> Moments:
+    """As `merged`, of counts on the device, either of which may be 0."""
+    total = one.count + other.count
+    delta, share = other.mean - one.mean, other.count / total.clamp(min=1)  # type: ignore[union-attr]
+    return Moments(total, one.mean + delta * share, one.m2 + other.m2 + delta.square() * (one.count * share))
 
 
 def pooled(parts: Iterable[Moments]) -> Moments:
@@ -120,7 +131,7 @@ def pooled(parts: Iterable[Moments]) -> Moments:
 
 
 def correction(
-    gamma: Tensor, eps: float, count: int, mean: Tensor, var: Tensor, dgamma: Tensor, dbeta: Tensor
+    gamma: Tensor, eps: float, count: int | Tensor, mean: Tensor, var: Tensor, dgamma: Tensor, dbeta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The second term of dz as a map of z: dz = (gradient with constant statistics) + scale z + shift.
 
@@ -138,12 +149,20 @@ def correction(
     return scale, shift
 
 
-def require_variance(norm: nn.Module, count: float) -> None:
+def require_variance(norm: nn.Module, population: Moments | None, own: Moments | None) -> None:
     """Refuse a population of one value per channel, which has no variance.
+
+    Args:
+        norm: the norm.
+        population: over all ranks.
+        own: this rank's part; only a rank that has not two values itself needs to read the population's count.
 
     Raises:
         ValueError: names the norm's kind and the remedy.
     """
+    if own is not None and own.count > 1:
+        return
+    count = 0 if population is None else float(population.count)
     if count <= 1:
         raise ValueError(
             f"train-mode {type(norm).__name__} must see more than one value a channel, got {count:g}. "

@@ -34,8 +34,9 @@ class _SharedNorm(_BatchNorm):
         if group is None or not takes_population(self):
             return super().forward(input)
         like = input.new_empty(input.shape[1], dtype=torch.promote_types(input.dtype, torch.float32))
-        moments = merged_over(group, moments_of(input), like)
-        require_variance(self, 0 if moments is None else moments.count)
+        own = moments_of(input)
+        moments = merged_over(group, own, like)
+        require_variance(self, moments, own)
         assert moments is not None
         track(self, moments.mean, moments.unbiased_var)
         out = _Normalise.apply(input, moments.mean, moments.var, moments.count, self.weight, self.bias, self.eps, group)
@@ -51,7 +52,7 @@ class _Normalise(torch.autograd.Function):
         x: Tensor,
         mean: Tensor,
         var: Tensor,
-        count: int,
+        count: int | Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,

@@ -250,7 +250,9 @@ class PartitionedForward:
         if key not in self._traces:
             traced = Traced(self.module, axis, example, self.original, whole=whole)
             if self.wanted.compile and traced.opaque:
-                traced.forward = torch.compile(self.original)
+                # Without the option each compiled graph draws in its own order and way: the pass without a gradient
+                # and the one with it are two, and one dropout must be the same in both.
+                traced.forward = torch.compile(self.original, options={"fallback_random": True})
             elif self.wanted.compile:
                 logger.warning(
                     "compile: skipped for %s, whose chunks are operations between barriers or halos",

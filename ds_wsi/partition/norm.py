@@ -79,11 +79,12 @@ class NormSite:
         Raises:
             ValueError: one value a channel, which has no variance.
         """
+        own = found.moments
         if self.group is not None:
-            found.moments = merged_over(self.group, found.moments, self._blank(found, device))
+            found.moments = merged_over(self.group, own, self._blank(found, device))
         moments = found.moments
         if self.batch:
-            require_variance(self.leaf, 0 if moments is None else moments.count)
+            require_variance(self.leaf, moments, own)
         assert moments is not None
         found.mean, found.var = moments.mean, moments.var
 

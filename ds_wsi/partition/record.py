@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.node import map_aggregate
+from torch.fx import node as fx_node
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -36,6 +36,7 @@ _PURE = {  # in place -> the operation that returns a new tensor
         "clamp_min", "clamp_max", "masked_fill",
     )
 }  # fmt: skip
+map_aggregate: Any = fx_node.map_aggregate  # whose types know no tensors and no places
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _running = threading.RLock()  # `nn.Module.__call__` is replaced while a forward is recorded: one at a time
 
@@ -593,5 +594,7 @@ def _version(tensor: Tensor) -> int:
 def _name(target: Any) -> str:
     if isinstance(target, str):
         return target
-    name = getattr(target, "__name__", type(target).__name__)
-    return target.__self__.__name__ if name == "__get__" and inspect.ismethodwrapper(target) else name
+    name: str = getattr(target, "__name__", type(target).__name__)
+    if name == "__get__" and inspect.ismethodwrapper(target):  # a property's: Tensor.T, say
+        name = getattr(target.__self__, "__name__", name)
+    return name

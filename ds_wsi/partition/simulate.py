@@ -16,6 +16,7 @@ from ds_wsi.partition.outputs import tensors_of
 from ds_wsi.partition.program import Program, SegmentSpec
 from ds_wsi.partition.record import Example
 from ds_wsi.partition.runner import Call, bag_ranges
+from ds_wsi.partition.shapes import ShapeMeter
 from ds_wsi.partition.staging import HostStore
 from ds_wsi.partition.trace import Traced, needs_batch_statistics
 from ds_wsi.partition.values import InputCost, PretendedInput
@@ -88,6 +89,7 @@ class Simulator:
             )
         self._traces: dict[Any, Traced] = {}
         self._programs: dict[Any, Program] = {}
+        self._shapes: dict[Any, Any] = {}
 
     def traced(self, shape: tuple[int, ...], *, whole: bool) -> Traced:
         """The module's graph for inputs of this shape."""
@@ -111,13 +113,16 @@ class Simulator:
         return shape if self.axis == "spatial" else shape[1:]
 
     def run(self, specs: tuple[SegmentSpec, ...], shape: tuple[int, ...]) -> list[Phase]:
-        """The phases of a training step of a partitioned module, in order."""
+        """The phases of a training step of a partitioned module, in order; a backward for every segment.
+
+        That of a segment of frozen parameters, which no gradient goes through, adds nothing.
+        """
         program = self.program(specs, shape)
         phases: list[Phase] = []
         with self.mode, torch.enable_grad():
             x = torch.empty(shape, dtype=self.dtype, device=self.device)
             # Made before the meter runs, so that the gradient of the output is not counted twice.
-            with ByteMeter() as meter:
+            with self._meter() as meter:
                 call = Call(
                     program,
                     x,
@@ -137,22 +142,27 @@ class Simulator:
                 with torch.no_grad():
                     output = call.forward()
                     call.backward(torch.empty_like(output))
+                for index in reversed(range(2 * len(program.segments) - len(phases))):
+                    call.phase("backward", index)
         return phases
 
     def native(self, shape: tuple[int, ...]) -> Phase:
         """The same step of the module as it is."""
         with self.mode, torch.enable_grad():
             x = torch.empty(shape, dtype=self.dtype, device=self.device)
-            with ByteMeter() as meter, self._autocast():
+            with self._meter() as meter, self._autocast():
                 whole = PretendedInput(x, 2 if self.axis == "spatial" else 0, self.source)
                 returned = self.arguments.call(self.module.forward, whole.read((0, shape[whole.dim])))
                 outputs = [tensor for tensor in tensors_of(returned) if tensor.requires_grad]
                 live = meter.live
                 parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
                 above = [torch.empty_like(output) for output in outputs]
-                gradients = torch.autograd.grad(outputs, parameters, above, allow_unused=True) if outputs else ()
-                del gradients
+                if parameters and outputs:
+                    torch.autograd.grad(outputs, parameters, above, allow_unused=True)
             return Phase("native", 0, meter.peak, live, 0, 0, 0, meter.flops, meter.touched, meter.operations)
+
+    def _meter(self) -> ByteMeter:
+        return ShapeMeter(self._shapes) if self.device.type == "meta" else ByteMeter()
 
     def _autocast(self) -> Any:
         if self.autocast is None:
@@ -222,6 +232,8 @@ def _fake_copy(module: nn.Module, mode: Any, device: torch.device) -> nn.Module:
 
 class _Uncompiled(nn.Module):
     """In place of what `torch.compile` made of a part: the part, under the same name."""
+
+    _orig_mod: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._orig_mod(*args, **kwargs)

@@ -98,7 +98,7 @@ class ByteMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = self.compute(func, args, kwargs)
         self.operations += 1
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -122,6 +122,10 @@ class ByteMeter(TorchDispatchMode):
             else:
                 self.touched += size
         return out
+
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The operation's result."""
+        return func(*args, **kwargs)
 
     def restart_peak(self) -> int:
         """Return the peak since the last call and start anew from what is alive."""

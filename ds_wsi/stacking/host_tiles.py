@@ -89,16 +89,21 @@ class HostStacks:
         self._used: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether there is a device that copies from page-locked memory."""
+        return self.device.type == "cuda"
+
     def lay(self, bags: Sequence[Tensor]) -> Tensor:
         """The bags' tiles [N_b, 3, S, S] as one tensor [sum N, 3, S, S] with the first bag's order of memory."""
-        if self.device.type != "cuda":
+        if not self.is_locked:
             return bags[0] if len(bags) == 1 else torch.cat(list(bags))
         self._turn = 1 - self._turn
         used = self._used[self._turn]
         if used is not None:
             used.synchronize()  # of the micro-step before the last
         first, count = bags[0], sum(map(len, bags))
-        stack = _like(first, count, self._bytes(first[:1].numel() * first.element_size() * count))
+        stack = _like(first, count, self._bytes(first.shape[1:].numel() * first.element_size() * count))
         row = 0
         for bag in bags:
             stack[row : row + len(bag)].copy_(bag)
@@ -107,7 +112,7 @@ class HostStacks:
 
     def used(self) -> None:
         """Say that the last stack's backward has been queued: it may be overwritten once that is done."""
-        if self.device.type == "cuda":
+        if self.is_locked:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
             self._used[self._turn] = event

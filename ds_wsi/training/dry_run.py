@@ -15,7 +15,7 @@ from ds_wsi.engines.accelerate import gather_object
 from ds_wsi.engines.scope import Processes, closing_trackers, launched
 from ds_wsi.partition import PartitionPlan
 from ds_wsi.partition.apply import PartitionedForward
-from ds_wsi.training.loop import MicroSteps, count_steps, time_micro_steps
+from ds_wsi.training.loop import TimedSteps, count_steps, time_micro_steps
 from ds_wsi.training.norm_plan import norm_plan
 from ds_wsi.training.protocol import Protocol, plan_runs, read_cohort, split_cohort
 from ds_wsi.training.run import Run, engine_settings, prepare_run
@@ -110,7 +110,7 @@ def count_slides(cohort: Cohort) -> str:
     return "\n".join(lines)
 
 
-def _describe(run: Run, settings: TrainSettings, measured: Sequence[MicroSteps]) -> str:
+def _describe(run: Run, settings: TrainSettings, measured: Sequence[TimedSteps]) -> str:
     an_epoch, total = count_steps(run)
     processes = run.accelerator.num_processes
     return "\n".join(
@@ -146,7 +146,7 @@ def _partition_words(run: Run) -> str:
     return str(longest)
 
 
-def _time_lines(run: Run, measured: Sequence[MicroSteps]) -> list[str]:
+def _time_lines(run: Run, measured: Sequence[TimedSteps]) -> list[str]:
     """The slowest process decides; the second micro-step counts, for the first warms up."""
     steps = [step for step in measured if all(step.tiles)]
     if not steps:

@@ -4,12 +4,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from ds_wsi.bags.augment import augmentation
 from ds_wsi.bags.bag import Bag, BagPart, read_bags
 from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles, steps_per_epoch
 from ds_wsi.engines.accelerate import average_buffers
@@ -23,11 +23,9 @@ from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.runtime.ranks import watch_ranks
 from ds_wsi.runtime.seeding import seed_step, step_seed
 from ds_wsi.stacking.balance import OverCapError
-from ds_wsi.stacking.frameworks import sample_bag
-from ds_wsi.stacking.host_tiles import HostTiles
 from ds_wsi.stacking.randomness import bag_randomness
-from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on, stack_bags
 from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
+from ds_wsi.training.micro_step import MicroStep, MicroSteps, on_device, stack_of
 from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta
 from ds_wsi.training.out_of_memory import with_retry
 from ds_wsi.training.outcome import finish
@@ -132,10 +130,11 @@ def _train_epochs(run: Run) -> None:
     if run.settings.policies.stacking.max_tiles_per_rank is not None:
         for epoch in range(run.progress.epoch, epochs):
             _epoch_plan(run, epoch)  # a slide over the cap is refused now, not after hours
-    bags = read_bags(
+    read = read_bags(
         *(cohort.manifest.slides, cohort.grids, _parts_to_read(run), run.settings.policies.reading, run.failures),
         may_be_empty=run.mesh.tile_size > 1,
     )
+    bags = MicroSteps(run, read)
     with validation_of(run) as validation:
         while run.progress.epoch < epochs and not _stops_early(run):
             entry = _train_epoch(run, bags, validation)
@@ -162,7 +161,7 @@ def _stops_early(run: Run) -> bool:
     return reason is not None
 
 
-def _train_epoch(run: Run, bags: Iterator[Bag], validation: AtTheEnd | BesideTraining) -> dict[str, float]:
+def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraining) -> dict[str, float]:
     progress, optim = run.progress, run.settings.optim
     plan = _epoch_plan(run, progress.epoch)
     _, total = count_steps(run)
@@ -180,7 +179,8 @@ def _train_epoch(run: Run, bags: Iterator[Bag], validation: AtTheEnd | BesideTra
         disable=not run.accelerator.is_main_process,
     )
     with bar:
-        for step in plan[progress.step_in_epoch :]:
+        for step, following in pairwise([*plan[progress.step_in_epoch :], None]):
+            assert step is not None
             rate_now = learning_rate_at(
                 progress.global_step,
                 total_steps=total,
@@ -191,7 +191,7 @@ def _train_epoch(run: Run, bags: Iterator[Bag], validation: AtTheEnd | BesideTra
             )
             if optim.demon:
                 set_beta(run.optimizer, demon_beta(progress.global_step, total_steps=total, initial=optim.demon))
-            loss, tiles = _train_step(run, step, bags, rate_now)
+            loss, tiles = _train_step(run, step, following, bags, rate_now)
             validation.check()
             tiles_read += tiles
             progress.global_step += 1
@@ -228,8 +228,13 @@ def _train_epoch(run: Run, bags: Iterator[Bag], validation: AtTheEnd | BesideTra
     }
 
 
-def _train_step(run: Run, step: StepPlan, bags: Iterator[Bag], learning_rate: float) -> tuple[float, int]:
-    """One optimizer step; returns the sum of its bags' losses and its tiles, over all ranks."""
+def _train_step(
+    run: Run, step: StepPlan, following: StepPlan | None, bags: MicroSteps, learning_rate: float
+) -> tuple[float, int]:
+    """One optimizer step; returns the sum of its bags' losses and its tiles, over all ranks.
+
+    While the device computes it, the first bags of the `following` one, of the same epoch, are made ready.
+    """
     accelerator, mesh = run.accelerator, run.mesh
     set_rates(
         run.optimizer,
@@ -247,7 +252,7 @@ def _train_step(run: Run, step: StepPlan, bags: Iterator[Bag], learning_rate: fl
             if run.sharing.forward is not None:
                 place = micro * mesh.slide_size + mesh.slide_rank
                 run.sharing.forward.seed = step_seed(run.settings.run.seed, run.progress.global_step, place)
-            own = [next(bags) for _ in groups[mesh.slide_rank]]
+            own = bags.take(len(groups[mesh.slide_rank]), run.progress.global_step)
             alone = len(step.micro_steps) == 1 and accelerator.num_processes == 1 and not run.has_own_engine
             loss, n_tiles = with_retry(
                 partial(_forward_backward, run, own, weight),
@@ -264,16 +269,17 @@ def _train_step(run: Run, step: StepPlan, bags: Iterator[Bag], learning_rate: fl
             run.optimizer.zero_grad()
     if run.average is not None:
         run.average.update(run.module)
+    if following is not None:
+        bags.make_ready(len(following.micro_steps[0][mesh.slide_rank]), run.progress.global_step + 1)
     totals = accelerator.reduce(torch.stack([loss_sum, torch.tensor(float(tiles), device=run.device)]), "sum")
     return float(totals[0]) / mesh.tile_size, int(totals[1])
 
 
-def _forward_backward(run: Run, bags: list[Bag], weight: float) -> tuple[torch.Tensor, int]:
+def _forward_backward(run: Run, step: MicroStep, weight: float) -> tuple[torch.Tensor, int]:
     """As `_micro_loss`, and its backward."""
-    loss, n_tiles = _micro_loss(run, bags)
+    loss, n_tiles = _micro_loss(run, step)
     run.accelerator.backward(loss * weight)
-    if run.stacks is not None:
-        run.stacks.used()
+    run.stacks.used()
     return loss.detach(), n_tiles
 
 
@@ -283,40 +289,18 @@ def _start_again(run: Run) -> None:
     seed_step(run.settings.run.seed, run.progress.global_step, run.accelerator.process_index)
 
 
-def _micro_loss(run: Run, bags: list[Bag]) -> tuple[torch.Tensor, int]:
+def _micro_loss(run: Run, step: MicroStep) -> tuple[torch.Tensor, int]:
     """The sum of this rank's bags' losses, and its tiles."""
-    policies, seed = run.settings.policies, run.settings.run.seed
-    _require_tiles(run, bags)
-    if not bags:
+    _require_tiles(run, step.bags)
+    if not step.bags:
         return idle_loss(run.model, _blank(run)), 0
-    labels = torch.tensor([run.cohort.manifest.slides[bag.slide].label for bag in bags], device=run.device)
-    keys = [step_seed(seed, run.progress.global_step, bag.slide) for bag in bags]
-    tiles = [bag.tiles for bag in bags]
-    if policies.stacking.framework == "sampling":
-        tiles = [sample_bag(bag, policies.stacking.sample_tiles, key) for bag, key in zip(tiles, keys, strict=True)]
-    stack = _stack(run, tiles, [bag.slide for bag in bags])
-    with bag_randomness(keys, part=run.mesh.tile_rank):
+    labels = on_device([run.cohort.manifest.slides[bag.slide].label for bag in step.bags], run.device)
+    stack = stack_of(run, step)
+    with bag_randomness(step.keys, part=run.mesh.tile_rank):
         output = run.model(stack, labels)
     chosen = run.settings.optim.class_weights
     weights = None if chosen is None else torch.tensor(chosen, device=run.device)[labels]
-    return stack_loss(output, labels, weights), sum(map(len, tiles))
-
-
-def _stack(run: Run, tiles: list[torch.Tensor], slides: list[int]) -> StackedBags:
-    """Bags that lie on the host, as the model takes them: augmented on the device, whole or chunk by chunk."""
-    if run.cohort.in_dim is not None:
-        return stack_bags([bag.to(run.device, non_blocking=True) for bag in tiles])
-    changes = [
-        augmentation(run.settings.policies.augment, (run.settings.run.seed, run.progress.epoch, slide))
-        for slide in slides
-    ]
-    if run.stacks is not None:
-        lengths = [len(bag) for bag in tiles]
-        values: Any = HostTiles(run.stacks.lay(tiles), lengths, changes)
-        return StackedBags(values, bounds_on(run.device, lengths))
-    on_device = [bag.to(run.device, non_blocking=True) for bag in tiles]
-    changed = [change(bag) for change, bag in zip(changes, on_device, strict=True)]
-    return stack_bags(changed, allow_empty=run.mesh.tile_size > 1)
+    return stack_loss(output, labels, weights), sum(map(len, step.tiles))
 
 
 def _blank(run: Run) -> torch.Tensor:
@@ -344,7 +328,7 @@ def _end_epoch(run: Run, entry: dict[str, float]) -> None:
     progress.loss_sum, progress.bags_seen = 0.0, 0
 
 
-class MicroSteps(NamedTuple):
+class TimedSteps(NamedTuple):
     """Two micro-steps that were timed on this process.
 
     Attributes:
@@ -357,7 +341,7 @@ class MicroSteps(NamedTuple):
     tiles: tuple[int, ...]
 
 
-def time_micro_steps(run: Run) -> MicroSteps:
+def time_micro_steps(run: Run) -> TimedSteps:
     """Take two micro-steps of the first epoch and time them, reading (in this process) apart from computing.
 
     For a dry run: the weights, and the engine's count of micro-steps, are changed. Collective.
@@ -370,14 +354,15 @@ def time_micro_steps(run: Run) -> MicroSteps:
     rows = cohort.rows("train")
     parts = [part for _, groups in steps for part in _parts(run, 0, [rows[slide] for slide in groups[mesh.slide_rank]])]
     policy = replace(run.settings.policies.reading, workers=0)
-    bags = read_bags(
+    read_in_order = read_bags(
         *(cohort.manifest.slides, cohort.grids, parts, policy, run.failures), may_be_empty=mesh.tile_size > 1
     )
+    bags = MicroSteps(run, read_in_order)
     run.model.train()
     read_s, compute_s, tiles = [], [], []
     for step, groups in steps:
         started = time.perf_counter()
-        own = [next(bags) for _ in groups[mesh.slide_rank]]
+        own = bags.take(len(groups[mesh.slide_rank]), run.progress.global_step)
         read = time.perf_counter()
         weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))
         with run.accelerator.accumulate(run.model):
@@ -388,7 +373,7 @@ def time_micro_steps(run: Run) -> MicroSteps:
         read_s.append(read - started)
         compute_s.append(time.perf_counter() - read)
         tiles.append(n_tiles)
-    return MicroSteps(tuple(read_s), tuple(compute_s), tuple(tiles))
+    return TimedSteps(tuple(read_s), tuple(compute_s), tuple(tiles))
 
 
 def count_steps(run: Run) -> tuple[int, int]:

@@ -43,6 +43,7 @@ from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
 from ds_wsi.tile_parallel.shard import Handle
 from ds_wsi.training.checkpoint import list_checkpoints
+from ds_wsi.training.device_budget import with_budget
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.model import build_slide_model
 from ds_wsi.training.optim import WeightAverage, set_beta
@@ -80,9 +81,10 @@ class Run:
     progress: Progress
     mesh: TileMesh
     sharing: Handle
+    stacks: HostStacks
+    reads_host_tiles: bool  # the encoder takes stacks that lie on the host, and reads chunks of them
     comm: CommHandle | None = None
     average: WeightAverage | None = None
-    stacks: HostStacks | None = None
 
     @property
     def device(self) -> torch.device:
@@ -204,9 +206,10 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         Progress(),
         mesh,
         sharing,
+        HostStacks(accelerator.device),
+        bool(getattr(module.encoder.forward, "takes_host_tiles", False)),
         comm,
         _average(accelerator, accelerator.unwrap_model(model), settings.optim.ema_decay),
-        HostStacks(accelerator.device) if getattr(module.encoder.forward, "takes_host_tiles", False) else None,
     )
     if batch_norms(module.encoder) and not module.encoder_is_frozen:
         warn_of_few_bags(training, 1 if training == "bag" else run.bags_per_step)
@@ -241,8 +244,7 @@ def _partition(
         return  # features: there is no encoder
     together = micro_steps(settings) if module.norm_training == "step" else 1
     device = accelerator.device
-    whole = not getattr(module.encoder, "frozen_parts", ())
-    can_plan = device.type == "cuda" and whole
+    can_plan = device.type == "cuda"
     wanted = partition_of(settings.policies.partition, module.norm_training, together, can_plan=can_plan)
     several_bags = settings.optim.per_device_train_batch_size > 1 or settings.policies.stacking.deals
     if wanted.mode == "paper" and accelerator.is_fsdp2 and several_bags:
@@ -257,6 +259,8 @@ def _partition(
         if (plugin is not None and plugin.zero_stage == 3) or (accelerator.is_fsdp2 and several_bags):
             partition_layers(module.encoder, PartitionPolicy(mode="native", bn_population="bag"))
         return
+    if isinstance(wanted, PartitionPolicy) and wanted.mode != "paper":
+        wanted = with_budget(wanted, module, settings, accelerator, validates=bool(cohort.rows("validation")))
     if isinstance(wanted, PartitionPolicy) and not module.encoder_is_frozen:
         longest = max(cohort.lengths[row] for row in cohort.rows("train"))
         longest = min(longest, settings.policies.reading.tiles_per_slide or longest)

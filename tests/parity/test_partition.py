@@ -435,8 +435,8 @@ def test_a_compiled_chunk_body_is_the_same_and_runs_compiled(monkeypatch):
     compiled = []
     original = torch.compile
 
-    def compile_and_count(function):
-        body = original(function)
+    def compile_and_count(function, **options):
+        body = original(function, **options)
 
         def run(*args):
             compiled.append(len(args[0]))
@@ -451,6 +451,26 @@ def test_a_compiled_chunk_body_is_the_same_and_runs_compiled(monkeypatch):
     x = tiles(8, 8)
     assert_same(plain, partitioned, step(plain, x), step(partitioned, x))
     assert compiled == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("mode", ["recompute", "checkpoint", "keep"])
+def test_a_compiled_body_draws_what_it_draws_without_compiling(mode):
+    """And in every pass the same: out is linear in each weight, so that sum(weight * gradient) is out of that draw."""
+    torch.manual_seed(0)
+    layers = [nn.Dropout(0.3), nn.Flatten(), nn.Linear(27, 16, bias=False), nn.ReLU(), nn.Dropout(0.5)]
+    plain = nn.Sequential(*layers, nn.Linear(16, 8, bias=False), nn.Dropout(0.2), nn.Linear(8, 4, bias=False)).double()
+    found = []
+    for compiled in (False, True):
+        module = copy.deepcopy(plain)
+        partition_layers(module, PartitionPolicy(mode=mode, chunk_size=4, compile=compiled))
+        torch.manual_seed(1)
+        out = module(torch.randn(14, 3, 3, 3, dtype=torch.float64)).sum()
+        out.backward()
+        found.append([out.detach(), *(parameter.grad for parameter in module.parameters())])
+        for parameter in module.parameters():
+            torch.testing.assert_close((parameter * parameter.grad).sum(), out, rtol=1e-12, atol=1e-12)
+    for eager, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-12)
 
 
 def test_compiling_between_barriers_is_skipped_with_a_warning(caplog):

@@ -125,6 +125,37 @@ def test_an_impossible_budget_is_refused_with_the_bytes_that_are_missing(resnet)
         plan_partition(resnet, (0, 3, 8, 8))
 
 
+@pytest.mark.parametrize("axis", ["batch", "spatial"])
+@pytest.mark.parametrize("frozen", ["first layers", "all", "none"])
+def test_an_encoder_whose_first_layers_are_frozen_is_planned_and_trained(frozen, axis):
+    encoder = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+    parts = {"first layers": encoder[:5], "all": encoder, "none": encoder[:0]}[frozen]
+    parts.requires_grad_(False)
+    x = torch.randn((12, 3, 20, 20) if axis == "batch" else (1, 3, 64, 20))
+    native = plan_partition(encoder, x.shape, PartitionPolicy(axis=axis)).native_peak_bytes
+    size = 2 if axis == "batch" else 16
+    policies = [PartitionPolicy(axis=axis, mode="keep", chunk_size=size)]
+    if frozen != "all":  # then there is nothing to save
+        policies.append(PartitionPolicy(axis=axis, gpu_budget_bytes=int(0.7 * native), chunk_size=size))
+    for policy in policies:
+        plan = plan_partition(encoder, x.shape, policy)
+        assert plan.mode == "partitioned"
+        assert len(plan.timeline) == 2 * len(plan.segments)
+        plain, ours = copy.deepcopy(encoder).double(), copy.deepcopy(encoder).double()
+        partition_layers(ours, plan)
+        for module in (plain, ours):
+            out = module(x.double()).square().sum()
+            if frozen != "all":
+                out.backward()
+        for one, other in zip(plain.parameters(), ours.parameters(), strict=True):
+            assert (one.grad is None) == (other.grad is None) == (not one.requires_grad)
+            if one.grad is not None:
+                torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-10)
+
+
 def test_a_faster_link_moves_the_plan_from_recomputing_to_the_host():
     encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=4)
     shape = (1024, 3, 32, 32)

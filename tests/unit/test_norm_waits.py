@@ -1,0 +1,79 @@
+"""Shared norms do not read a number from the device: the CPU would wait for all that was queued."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ds_wsi.norms.population import merged, merged_over, moments_of
+from ds_wsi.norms.shared import share_norms
+
+
+class Reads(TorchDispatchMode):
+    """Counts what reads a tensor's value."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._overloadpacket is torch.ops.aten._local_scalar_dense
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """A process group of one rank, and the count; `tolist` counts too, which a CPU answers without an operation."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    found, tolist = Reads(), torch.Tensor.tolist
+
+    def counted(tensor):
+        found.count += 1
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    yield found
+    dist.destroy_process_group()
+
+
+def test_a_forward_and_a_backward_of_shared_norms_read_nothing(reads):
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)).train()
+    share_norms(module, dist.group.WORLD)
+    with reads:
+        module(torch.randn(5, 3, 8, 8)).sum().backward()
+    assert reads.count == 0
+    with reads:
+        torch.ones(1).item()
+    assert reads.count == 1
+
+
+def test_one_value_a_channel_is_refused_though_nothing_else_reads_the_count(reads):
+    module = nn.Sequential(nn.BatchNorm1d(4)).train()
+    share_norms(module, dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"must see more than one value a channel, got 1\. HINT"):
+        module(torch.randn(1, 4))
+    with pytest.raises(ValueError, match=r"must see more than one value a channel, got 0\. HINT"):
+        module(torch.randn(0, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_counts_on_the_device_merge_as_those_on_the_host(reads, monkeypatch, dtype):
+    """Three ranks, of which the first and the last have no element."""
+    like = torch.zeros(4, dtype=dtype)
+    parts = [None, *(moments_of(torch.randn(n, 4, 3, 3, dtype=dtype) + 3) for n in (7, 2)), None]
+    monkeypatch.setattr(dist, "get_world_size", lambda group: len(parts))
+
+    def gather(received, sent, group):
+        for target, part in zip(received, parts, strict=True):
+            target.zero_()
+            if part is not None:
+                target.copy_(torch.cat([part.mean, part.m2, torch.tensor([0, part.count], dtype=dtype)]))
+
+    monkeypatch.setattr(dist, "all_gather", gather)
+    expected = None
+    for part in parts:
+        expected = merged(expected, part)
+    found = merged_over(None, parts[1], like)
+    assert float(found.count) == expected.count
+    assert torch.equal(found.mean, expected.mean)
+    assert torch.equal(found.m2, expected.m2)
+    assert torch.equal(found.unbiased_var, expected.unbiased_var)
