@@ -133,7 +133,5 @@ def summed(found: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    alias = tensor.detach().requires_grad_()
     # Code may ask whether it is a parameter.
-    plain = isinstance(tensor, nn.Parameter) and type(alias) is Tensor
-    return nn.Parameter(alias.detach()) if plain else alias
+    return nn.Parameter(tensor) if type(tensor) is nn.Parameter else tensor.detach().requires_grad_()
