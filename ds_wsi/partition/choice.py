@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ds_wsi.partition.costs import SegmentCost
 from ds_wsi.partition.rates import Rates
+from ds_wsi.partition.simulate import Phase
 
 _KEPT = 64  # combinations carried from segment to segment, of those that use host memory and of those that do not
 _SUMS = ("kept", "peak", "host", "host_peak", "compute_s", "link_s")
@@ -38,7 +39,7 @@ class _Group:
     modes: list[tuple[str, ...]]
 
 
-def seconds_of(cost: SegmentCost, rates: Rates) -> float:
+def seconds_of(cost: SegmentCost | Phase, rates: Rates) -> float:
     """Of computing."""
     return cost.flops / rates.flops + cost.touched / rates.memory + cost.operations * rates.launch
 
