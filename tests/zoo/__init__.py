@@ -1,0 +1,1 @@
+"""Many families of vision models through `partition_layers`: `python -m tests.zoo.sweep`."""

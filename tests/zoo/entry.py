@@ -1,0 +1,25 @@
+"""What the zoo knows of one model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A model of the zoo.
+
+    Args:
+        key: "library/family/name", unique.
+        build: the module, with dropout and drop path where it is given True and the model has them; in float32.
+        shape: of a tile, [3, H, W], or [3, T, H, W] of a video.
+        image: of a large image [3, H, W] for the spatial axis; None where the model is no convolutional one.
+        keyword: the tiles' name in `forward`, where the library's users call it by keyword.
+    """
+
+    key: str
+    build: Callable[[bool], nn.Module]
+    shape: tuple[int, ...]
+    image: tuple[int, int, int] | None = None
+    keyword: str | None = None

@@ -1,0 +1,432 @@
+"""One comparison: a partitioned copy of a module against the plain one, in float64, beside what rounding alone does.
+
+The noise is what the plain module differs from itself when its tiles come in another order. A result is exact where no
+tensor is further from the plain one than `FLOOR` of its size, or `FACTOR` times that tensor's own noise.
+"""
+
+import copy
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+import ds_wsi
+from ds_wsi.partition import PartitionPolicy, partition_layers
+
+from .draws import SameDraws
+from .entry import ZooModel
+
+TILES, CHUNK = 7, 3  # 3 + 3 + 1: the last chunk is short
+IMAGES, BLOCK = 2, 3  # images of the spatial axis, and rows of each segment's output in a block
+ORDERS = (1, 4)  # cyclic orders of the tiles whose differences are the noise
+FLOOR = 1e-9
+FACTOR = 20.0
+BLUR = 1e-5  # a plain module that differs from itself by more cannot show a fault
+SMALL = 1e-6  # a gradient below this part of the largest one is rounding: a bias before a norm
+STEP = 1e-8  # of the differences along a direction that a drawn network's gradient is held against
+SLOPE = 1e-4
+EPSILON = 4e-16
+PACKAGE = str(Path(ds_wsi.__file__).parent)
+
+STATUSES = ("exact", "refused", "wrong", "crashed", "timed out", "undecided", "not run")
+
+Found = dict[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared.
+
+    Args:
+        model: its key in the zoo.
+        axis: "batch" or "spatial".
+        mode: of the policy.
+        train: training mode, else evaluation mode.
+        draws: with dropout and drop path.
+    """
+
+    model: str
+    axis: str = "batch"
+    mode: str = "lean"
+    train: bool = True
+    draws: bool = False
+
+    @property
+    def setting(self) -> tuple[str, bool, bool]:
+        """Cases that share a plain module: axis, train, draws."""
+        return self.axis, self.train, self.draws
+
+    @property
+    def key(self) -> str:
+        """Unique in a file of results."""
+        words = [self.model, self.axis, self.mode, "train" if self.train else "eval"]
+        return " ".join([*words, "draws"] if self.draws else words)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out.
+
+    Args:
+        status: one of `STATUSES`.
+        detail: the worst tensor, the refusal's sentence, or the error and where it was raised.
+        error: of the worst tensor, the largest difference over the largest value.
+        noise: the largest noise of any tensor, in the same measure.
+        seconds: of CPU, of the partitioned step; the module's own check at its first call is in it.
+        plain_seconds: of CPU, of the plain step.
+        norms: BatchNorm layers.
+    """
+
+    status: str
+    detail: str = ""
+    error: float = 0.0
+    noise: float = 0.0
+    seconds: float = 0.0
+    plain_seconds: float = 0.0
+    norms: int = 0
+
+
+@dataclass
+class Reference:
+    """The plain module of a setting, what its step gives, and its noise by tensor."""
+
+    module: nn.Module
+    x: Tensor
+    keyword: str | None
+    found: Found
+    noise: dict[str, float]
+    seconds: float
+    draws: bool
+
+    @property
+    def norms(self) -> int:
+        """How many BatchNorm layers it has."""
+        return sum(isinstance(part, _BatchNorm) for part in self.module.modules())
+
+
+def prepare(module: nn.Module) -> nn.Module:
+    """Float64, and no parameter constant: a branch that starts at zero, or a norm's scale of one, hides mistakes.
+
+    Running statistics are moved too.
+    """
+    module = module.double()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.numel() == 0 or parameter.min() != parameter.max():
+                continue
+            value = parameter.flatten()[0].item()
+            noise = torch.rand(parameter.shape, dtype=torch.float64, generator=generator)
+            if abs(value) < 1e-2:  # a bias, a layer scale, a position
+                parameter.copy_(noise * 0.4 - 0.15)
+            else:
+                parameter.mul_(0.6 + 0.8 * noise)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.add_(0.2 * torch.randn(buffer.shape, dtype=torch.float64, generator=generator))
+            elif name.endswith("running_var"):
+                buffer.mul_(0.5 + torch.rand(buffer.shape, dtype=torch.float64, generator=generator))
+    return module
+
+
+def without_draws(module: nn.Module) -> nn.Module:
+    """Dropout and drop path switched off, whosever they are; what is drawn by functions stays."""
+    for part in module.modules():
+        name = type(part).__name__
+        if isinstance(part, nn.modules.dropout._DropoutNd) or name == "StochasticDepth":
+            part.p = 0.0  # type: ignore[assignment]
+        for attribute in ("drop_prob", "drop_path_rate", "drop_rate", "attention_dropout", "dropout"):
+            if isinstance(part.__dict__.get(attribute), float):
+                setattr(part, attribute, 0.0)
+    return module
+
+
+def call(module: nn.Module, x: Tensor, keyword: str | None) -> Any:
+    """The module's output, as its users call it."""
+    return module(x) if keyword is None else module(**{keyword: x})
+
+
+def outputs(result: Any) -> list[Tensor]:
+    """The floating-point tensors of an output, in their order."""
+    leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if leaf.is_floating_point()]
+
+
+def directions(tensors: list[Tensor]) -> list[Tensor]:
+    """The gradients that a step's outputs are given."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(tensor.shape, dtype=torch.float64, generator=generator) for tensor in tensors]
+
+
+def step(module: nn.Module, x: Tensor, keyword: str | None, order: int = 0) -> Found:
+    """One step: outputs, gradients of input and parameters, buffers; the tiles `order` places on, and back again."""
+    tiles = len(x)
+    x = x.roll(order, 0).requires_grad_()
+    torch.manual_seed(5)
+    results = outputs(call(module, x, keyword))
+    after = torch.random.get_rng_state()
+    given = [
+        grad.to(out.dtype).roll(order * out.shape[0] // tiles, 0) if out.dim() else grad.to(out.dtype)
+        for out, grad in zip(results, directions(results), strict=True)
+    ]
+    pairs = [(out, grad) for out, grad in zip(results, given, strict=True) if out.requires_grad]
+    torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
+    found: Found = {}
+    for index, out in enumerate(results):
+        found[f"output {index}"] = out.detach().roll(-(order * out.shape[0] // tiles), 0) if out.dim() else out.detach()
+    found["input's gradient"] = None if x.grad is None else x.grad.roll(-order, 0)
+    for name, parameter in module.named_parameters():
+        found[f"gradient of {name}"] = parameter.grad
+    for name, buffer in module.named_buffers():
+        found[f"buffer {name}"] = buffer.detach().clone()
+    found["generator"] = after  # what backward leaves is looked at by `check_generator`
+    return found
+
+
+def distances(found: Found, expected: Found) -> Iterator[tuple[str, float]]:
+    """Each tensor's largest difference over its largest value; infinite where one is missing or of another shape.
+
+    Gradients that are rounding alone are held against `SMALL` of the largest gradient.
+    """
+    largest = max(
+        [value.abs().max().item() for name, value in expected.items() if "gradient of" in name and value is not None]
+        or [0.0]
+    )
+    for name in expected.keys() | found.keys():
+        if name == "generator":
+            continue
+        one, other = found.get(name), expected.get(name)
+        if one is None or other is None:
+            yield name, 0.0 if one is other else float("inf")
+        elif one.shape != other.shape:
+            yield name, float("inf")
+        elif not other.is_floating_point():
+            yield name, 0.0 if torch.equal(one, other) else float("inf")
+        elif other.numel() == 0:
+            yield name, 0.0
+        else:
+            one, other = one.double(), other.double()
+            same_nan = torch.equal(one.isnan(), other.isnan())
+            size = other.nan_to_num().abs().max().item()
+            size = max(size, SMALL * largest) if "gradient of" in name else size
+            difference = (one.nan_to_num() - other.nan_to_num()).abs().max().item()
+            yield name, difference / max(size, 1e-30) if same_nan else float("inf")
+
+
+def tile_input(model: ZooModel, axis: str) -> Tensor:
+    """Seven tiles, or two large images; the same in every run."""
+    if axis == "spatial" and model.image is None:
+        raise ValueError(f"{model.key} must have an image size to be tried on the spatial axis")
+    shape = (TILES, *model.shape) if axis == "batch" else (IMAGES, *(model.image or ()))
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def build(model: ZooModel, train: bool, draws: bool) -> nn.Module:
+    """The module of a setting, the same in every run."""
+    torch.manual_seed(0)
+    module = prepare(model.build(draws))
+    return (module if draws else without_draws(module)).train(train)
+
+
+def reference(model: ZooModel, axis: str, *, train: bool, draws: bool) -> Reference:
+    """The plain module's step, and its noise.
+
+    Raises:
+        Exception: whatever the plain module raises.
+    """
+    module, x = build(model, train, draws), tile_input(model, axis)
+    started = time.process_time()
+    found = step(copy.deepcopy(module), x, model.keyword)
+    seconds = time.process_time() - started
+    torch.manual_seed(5)
+    drawn = not torch.equal(found["generator"], torch.random.get_rng_state())  # type: ignore[arg-type]
+    noise: dict[str, float] = {}
+    for order in ORDERS if axis == "batch" else (1,):
+        if drawn:  # another order of tiles is another draw: what the last digit of the input does is the noise
+            signs = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(order))
+            again = step(copy.deepcopy(module), x * (1 + EPSILON * signs), model.keyword)
+        else:
+            again = step(copy.deepcopy(module), x, model.keyword, order)
+        for name, size in distances(again, found):
+            noise[name] = max(noise.get(name, 0.0), size)
+    return Reference(module, x, model.keyword, found, noise, seconds, drawn)
+
+
+def measure(plain: Reference, axis: str, mode: str, longest: float = 120.0) -> Outcome:
+    """Hold one mode against the plain module."""
+    crossed = plain.norms if plain.module.training else 0
+    predicted = plain.seconds * crossed * 0.6  # each norm is crossed from the input
+    if mode == "recompute" and predicted > longest / 2:
+        detail = f"it would recompute across {crossed} norms, for about {predicted:.0f} s"
+        return Outcome("not run", detail, plain_seconds=plain.seconds, norms=plain.norms)
+    return (_drawn if plain.draws else _fixed)(plain, axis, mode)
+
+
+def partitioned(plain: Reference, axis: str, mode: str, chunk: int) -> nn.Module:
+    """A partitioned copy of the plain module."""
+    module = copy.deepcopy(plain.module)
+    partition_layers(module, PartitionPolicy(mode=mode, axis=axis, chunk_size=chunk))
+    return module
+
+
+def _fixed(plain: Reference, axis: str, mode: str) -> Outcome:
+    """A module without draws: its step, tensor by tensor."""
+    return _guarded(plain, lambda: _held(plain, partitioned(plain, axis, mode, _size(axis)), plain.found, plain.noise))
+
+
+def _drawn(plain: Reference, axis: str, mode: str) -> Outcome:
+    """A module that draws.
+
+    In one chunk it draws what the plain module draws: the steps are equal; mode "recompute" draws in another order
+    across norms, and is not held there. In several it draws chunk by chunk: without BatchNorm its step is the plain
+    module's on each chunk in turn. With BatchNorm its step is the plain one where every tile has the same draw, and its
+    gradient is that of its own draw, by differences along a direction.
+    """
+    couples = plain.module.training and plain.norms > 0
+
+    def whole() -> Outcome:
+        return _held(plain, partitioned(plain, axis, mode, 10**6), plain.found, plain.noise)
+
+    def by_chunk() -> Outcome:
+        expected = step(_ByChunk(copy.deepcopy(plain.module)), plain.x, plain.keyword)
+        return _held(plain, partitioned(plain, axis, mode, _size(axis)), expected, plain.noise)
+
+    def same_draws() -> Outcome:
+        with SameDraws():
+            expected = step(copy.deepcopy(plain.module), plain.x, plain.keyword)
+            return _held(plain, partitioned(plain, axis, mode, _size(axis)), expected, plain.noise)
+
+    def own_draw() -> Outcome:
+        return _slope(plain, partitioned(plain, axis, mode, _size(axis)))
+
+    parts = {"one chunk": whole, "the same draws for all": same_draws, "gradient of its own draw": own_draw}
+    if not couples and axis == "batch":
+        parts = {"one chunk": whole, "chunk by chunk": by_chunk}
+    elif couples and mode == "recompute":
+        del parts["one chunk"]
+    outcome = Outcome("exact")
+    for name, part in parts.items():
+        found = _guarded(plain, part)
+        worst = max(found.error, outcome.error)
+        outcome = replace(found, error=worst, seconds=found.seconds + outcome.seconds)
+        if found.status != "exact":
+            return replace(outcome, error=found.error, detail=f"{name}: {found.detail}")
+    return outcome
+
+
+class _ByChunk(nn.Module):
+    """The plain module, chunk after chunk: what draws mean in a partition without norms to cross."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (key, x) = (None, args[0]) if args else next(iter(kwargs.items()))
+        parts = [outputs(call(self.module, part, key)) for part in x.split(CHUNK)]
+        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.named_buffers(*args, **kwargs)
+
+
+def _held(plain: Reference, module: nn.Module, expected: Found, noise: dict[str, float]) -> Outcome:
+    """A module's step against what is expected of it."""
+    started = time.process_time()
+    found = step(module, plain.x, plain.keyword)
+    seconds = time.process_time() - started
+    sizes = dict(distances(found, expected))
+    worst = max(sizes, key=lambda name: sizes[name] / max(FLOOR, FACTOR * noise.get(name, 0.0)))
+    loud = max(noise, key=lambda name: noise[name]) if noise else ""
+    outcome = Outcome("exact", worst, sizes[worst], noise.get(loud, 0.0), seconds)
+    if sizes[worst] > max(FLOOR, FACTOR * noise.get(worst, 0.0)):
+        return replace(outcome, status="wrong", detail=f"{worst}, of noise {noise.get(worst, 0.0):.1e}")
+    if not torch.equal(torch.random.get_rng_state(), found["generator"]):  # type: ignore[arg-type]
+        return replace(outcome, status="wrong", detail="backward does not leave the generator as forward left it")
+    if outcome.noise > BLUR:
+        return replace(outcome, status="undecided", detail=f"{loud}: the plain module differs from itself as much")
+    return outcome
+
+
+def _slope(plain: Reference, module: nn.Module) -> Outcome:
+    """The gradient of a module's own draw against differences, and the plain module's as the noise."""
+    started = time.process_time()
+    error = _slope_error(module, plain.x, plain.keyword)
+    seconds = time.process_time() - started
+    noise = _slope_error(copy.deepcopy(plain.module), plain.x, plain.keyword)
+    status = "undecided" if noise > SLOPE else "exact" if error <= SLOPE else "wrong"
+    return Outcome(status, "gradient of its own draw, by differences", error, noise, seconds)
+
+
+def _slope_error(module: nn.Module, x: Tensor, keyword: str | None) -> float:
+    found = step(module, x, keyword)
+    generator = torch.Generator().manual_seed(4)
+    moved = [(x, found["input's gradient"])]
+    moved += [(parameter, parameter.grad) for parameter in module.parameters()]
+    lines = [
+        torch.randn(tensor.shape, dtype=torch.float64, generator=generator) * tensor.detach().square().mean().sqrt()
+        for tensor, _ in moved
+    ]
+    slope = sum((line * grad).sum().item() for line, (_, grad) in zip(lines, moved, strict=True) if grad is not None)
+    values = []
+    state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    for sign in (1, -1):
+        with torch.no_grad():
+            for line, (tensor, _) in zip(lines, moved, strict=True):
+                tensor.add_(line, alpha=sign * STEP)
+            torch.manual_seed(5)
+            results = outputs(call(module, x, keyword))
+            values.append(
+                sum((out * grad).sum().item() for out, grad in zip(results, directions(results), strict=True))
+            )
+            for line, (tensor, _) in zip(lines, moved, strict=True):
+                tensor.sub_(line, alpha=sign * STEP)
+            for name, buffer in module.named_buffers():
+                buffer.copy_(state[name])
+    measured = (values[0] - values[1]) / (2 * STEP)
+    return abs(slope - measured) / max(abs(measured), 1e-30)
+
+
+def _size(axis: str) -> int:
+    return CHUNK if axis == "batch" else BLOCK
+
+
+def _guarded(plain: Reference, run: Callable[[], Outcome]) -> Outcome:
+    """A comparison whose errors are outcomes: a refusal is an error that the package raises with its rule."""
+    try:
+        found = run()
+    except Exception as error:
+        found = failure(error)
+    return replace(found, plain_seconds=plain.seconds, norms=plain.norms)
+
+
+def failure(error: BaseException) -> Outcome:
+    """Refused where the package itself raised a sentence with "must"; crashed otherwise, with the place."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename.startswith(PACKAGE)]
+    text = " ".join(str(error).split())
+    if own and frames[-1].filename == own[-1].filename and " must " in text:
+        return Outcome("refused", text)
+    place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+    return Outcome("crashed", f"{type(error).__name__}: {text[:300]}{place}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Libraries' warnings say nothing here."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
