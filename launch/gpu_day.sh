@@ -1,19 +1,37 @@
 #!/usr/bin/env bash
 # The first hour on a GPU: checks, benchmarks and the main job, one after the other, into launch/results.
 #
-#   launch/gpu_day.sh [--quick]        # from the checkout's root, in the project's environment
+#   launch/gpu_day.sh [--quick] [--only NAME[,NAME...]] [--output_dir DIR]     # in the project's environment
 #
-# Every part has a limit of time and leaves a mark in runs/gpu_day when it has ended well: run the script again and it
-# goes on with what is missing. A part that fails is named at the end, costs the others nothing, and makes the exit
-# status 1. --quick takes small sizes: on a device with little memory, or on a simulated one.
+# Every part has a limit of time and leaves a mark in DIR (runs/gpu_day) when it has ended well: run the script again and
+# it goes on with what is missing. A part that fails, or whose bounds do not hold, is named at the end, costs the others
+# nothing, and makes the exit status 1. --only runs some parts; --help names them all. --quick takes small sizes, on a
+# device with little memory or a simulated one, and leaves its results in DIR (runs/gpu_day_quick).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-quick=""
-for argument in "$@"; do
-  case "$argument" in
+parts=(exact partition_gpu peers tests train train_offload train_fp16 train_beside train_deepspeed sweep)
+usage="usage: launch/gpu_day.sh [--quick] [--only NAME[,NAME...]] [--output_dir DIR]; the parts are ${parts[*]}"
+refuse() {
+  echo "launch/gpu_day.sh: $1; $usage" >&2
+  exit 2
+}
+quick="" marks=""
+only=("${parts[@]}")
+while [ $# -gt 0 ]; do
+  case "$1" in
     --quick) quick="--quick" ;;
-    *) echo "unknown argument $argument; usage: launch/gpu_day.sh [--quick]" >&2; exit 2 ;;
+    --only | --output_dir)
+      [ -n "${2-}" ] || refuse "$1 must have a value"
+      if [ "$1" = --only ]; then IFS=, read -ra only <<< "$2"; else marks=$2; fi
+      shift
+      ;;
+    --help) echo "$usage"; exit ;;
+    *) refuse "unknown argument $1" ;;
   esac
+  shift
+done
+for name in "${only[@]}"; do
+  [[ " ${parts[*]} " == *" $name "* ]] || refuse "unknown part $name"
 done
 python - <<'PY' || exit 1
 import sys, torch
@@ -22,7 +40,7 @@ if not torch.cuda.is_available():
 free, total = torch.cuda.mem_get_info()
 print(f"{torch.cuda.get_device_name()}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, torch {torch.__version__}")
 PY
-marks="runs/gpu_day${quick:+_quick}"
+marks="${marks:-runs/gpu_day${quick:+_quick}}"
 results="launch/results"
 [ -z "$quick" ] || results="$marks/results"
 mkdir -p "$marks" "$results"
@@ -33,6 +51,7 @@ failed=()
 part() {
   local name=$1 limit=$2
   shift 2
+  [[ " ${only[*]} " == *" $name "* ]] || return 0
   if [ -f "$marks/$name.done" ]; then
     echo "$name: done before"
     return
@@ -50,20 +69,34 @@ part() {
   fi
 }
 
+# partition_gpu takes over what is in its file of rows, and writes it again with the rest.
+measure=(python launch/benchmark.py partition_gpu $quick --check --output_dir "$results"
+  --option "rows=$marks/partition_gpu_rows.json" --option resume=yes)
 demo=(--demo_dir "$marks/slides" --tiles_dir "$marks/tiles" --num_train_epochs 1 --dataloader_num_workers 2)
-[ -z "$quick" ] || demo+=(--encoder resnet10t --tile_size_px 64 --tiles_per_slide 6)
+if [ -n "$quick" ] && [[ "${only[*]}" == *train* ]]; then
+  manifest=$(python - "$marks/slides" <<'PY'
+import sys
+from ds_wsi.slides.demo import DemoPolicy, make_demo
+print(make_demo(sys.argv[1], DemoPolicy(train=4, validation=2, test=2, max_side_px=352)))
+PY
+  ) || exit 1
+  demo=(--manifest "$manifest" "${demo[@]:2}" --encoder resnet10t --tile_size_px 64 --tiles_per_slide 6 --eval_tiles 6)
+fi
+largest=""
+[ -n "$quick" ] || largest="--option sides=7680,10752,13824 --option minutes=8"
 
-part exact 240 python -m pytest -q -m gpu tests/gpu
-part partition_gpu 600 python launch/benchmark.py partition_gpu $quick --output_dir "$results" \
-  --option "rows=$marks/partition_gpu_rows.json"
-part train 600 python launch/train.py "${demo[@]}" --output_dir "$marks/train"
-part train_offload 600 python launch/train.py "${demo[@]}" --partition offload --output_dir "$marks/train_offload"
-part train_fp16 600 python launch/train.py "${demo[@]}" --fp16 --partition recompute --eval_precision fp16 \
+part exact 240 "${measure[@]}" --option parts=exact
+part partition_gpu 600 "${measure[@]}" --option parts=image,large,bags,paper,largest --option minutes=8
+part peers 400 "${measure[@]}" --option parts=peers --option minutes=5
+part tests 600 python -m pytest -q -m gpu tests/gpu
+part train 400 python launch/train.py "${demo[@]}" --output_dir "$marks/train"
+part train_offload 400 python launch/train.py "${demo[@]}" --partition offload --output_dir "$marks/train_offload"
+part train_fp16 400 python launch/train.py "${demo[@]}" --fp16 --partition recompute --eval_precision fp16 \
   --output_dir "$marks/train_fp16"
-part train_beside 900 python launch/train.py "${demo[@]}" --validate_beside --output_dir "$marks/train_beside"
-part train_deepspeed 900 deepspeed --num_gpus 1 launch/train.py --deepspeed ds_configs/papers.json "${demo[@]}" \
+part train_beside 400 python launch/train.py "${demo[@]}" --validate_beside --output_dir "$marks/train_beside"
+part train_deepspeed 600 deepspeed --num_gpus 1 launch/train.py --deepspeed ds_configs/papers.json "${demo[@]}" \
   --output_dir "$marks/train_deepspeed"
-part sweep 900 python launch/benchmark.py sweep $quick --output_dir "$results"
+part sweep 600 python launch/benchmark.py sweep $quick --check --output_dir "$results" $largest
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'failed: %s\n' "${failed[@]}" >&2

@@ -3,8 +3,9 @@
 Exactness first (float64, every mode against native). Then (a) one image of 13,824 px under 24 GiB against native on
 the whole card and against mode "paper"; (b) one training step on 32,768 px under 80 GiB and on 65,536 px; (c) bags of
 2,048, 12,800 and 41,000 tiles under 24 GiB over the floor: the longer of native's computation of as many tiles, and of
-the bytes copied at the link's measured rate, either direction by itself. Images and tiles are uint8, normalised a chunk
-at a time. Rows are written as they come; what the time does not suffice for is left out, and the notes say why.
+the bytes copied at the link's measured rate, either direction by itself; and the peers of today, see peers_gpu.py.
+Images and tiles are uint8, normalised a chunk at a time. Rows are written as they come; what the time does not suffice
+for is left out, and the notes say why. Run again with the option resume=yes, it goes on with what is missing.
 
 On a CPU, or with `quick`, the same at sizes that take seconds: a test of this script, whose numbers claim nothing.
 """
@@ -18,8 +19,10 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
+from ds_wsi.benchmarks import peers_gpu
+from ds_wsi.benchmarks.gpu_run import GIB, Pooled, Run, TimeIsUpError, normaliser, random_tiles
 from ds_wsi.benchmarks.sweep import (
     SHARES,
     DoesNotFitError,
@@ -35,31 +38,13 @@ from ds_wsi.benchmarks.sweep import (
 from ds_wsi.benchmarks.table import Bound, Result
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.partition.policy import MODES
-from ds_wsi.partition.rates import Rates, find_rates, probe
-from ds_wsi.runtime.files import write_json
+from ds_wsi.partition.rates import find_rates, probe
 from ds_wsi.runtime.log import logger
 
-GIB = 2**30
 NATIVE_BOUND = 1.3  # (a): seconds over native's on the whole card
 PAPER_BOUND = 6.0  # (a): paper's seconds over ours
 EXACT_BOUND = 1e-10  # float64: relative difference of gradients
-PARTS = ("exact", "image", "large", "bags", "paper", "largest")
-COLUMNS = (
-    "part",
-    "case",
-    "mode",
-    "cap_gib",
-    "seconds",
-    "peak_gib",
-    "allocated_gib",
-    "reserved_gib",
-    "alloc_retries",
-    "planned_s",
-    "planned_gib",
-    "ratio",
-    "over",
-    "plan",
-)
+PARTS = ("exact", "image", "large", "bags", "peers", "paper", "largest")
 
 
 @dataclass(frozen=True)
@@ -82,56 +67,11 @@ QUICK_GPU = replace(QUICK, large=(160, 1.0), bag_cap=1.0)  # an allocator's bloc
 
 
 @dataclass
-class _Run:
-    machine: Machine
-    sizes: _Sizes
-    rates: Rates
-    options: dict[str, str]
-    deadline: float
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+class _Run(Run):
+    """With its sizes and the user's options."""
 
-    @property
-    def whole(self) -> bool:
-        """Whether at full size: parts then need time that is known beforehand."""
-        return self.sizes is FULL
-
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return self.deadline - time.monotonic()
-
-    def need(self, seconds: float, what: str) -> None:
-        """Go on only if the time suffices."""
-        if self.left < (seconds if self.whole else 0):
-            raise _TimeIsUpError(f"{what} needs about {seconds:.0f} s, {max(0.0, self.left):.0f} s are left")
-
-    def row(self, training: Training | None, **values: Any) -> None:
-        """Add a row and write all rows."""
-        plan = training.plan if training else None
-        known: dict[str, Any] = dict.fromkeys(COLUMNS)
-        if training:
-            peaks = training.peaks
-            known |= {"peak_gib": training.peak_bytes / GIB, "alloc_retries": peaks.retries}
-            known |= {"allocated_gib": peaks.allocated / GIB, "reserved_gib": peaks.reserved / GIB}
-        if plan and plan.mode == "partitioned":
-            known |= {"planned_s": plan.seconds, "planned_gib": plan.peak_bytes / GIB}
-            known["plan"] = " ".join(f"{part.mode}:{part.chunk_size}" for part in plan.segments)
-        elif plan:
-            known["plan"] = plan.mode
-        self.rows.append(known | values)
-        logger.info("%s", {key: value for key, value in self.rows[-1].items() if value is not None})
-        self.save()
-
-    def save(self) -> None:
-        """Write what there is."""
-        record = {"device": self.machine.name, "notes": self.notes, "skipped": self.skipped, "rows": self.rows}
-        write_json(Path(self.options["rows"]), record)
-
-
-class _TimeIsUpError(Exception):
-    """A part that would not end in time."""
+    sizes: _Sizes = FULL
+    options: dict[str, str] = field(default_factory=dict)
 
 
 def measure(*, quick: bool, slides: Sequence[str] = (), options: Mapping[str, str] | None = None) -> Result:
@@ -143,7 +83,8 @@ def measure(*, quick: bool, slides: Sequence[str] = (), options: Mapping[str, st
         options: minutes (8), parts (comma-separated, of `PARTS`), dtype (float16, bfloat16, float32), mode (the
             policy's, of (a)'s image: auto), chunk (rows, of "image" and "large"; "auto" lets the planner search, which
             takes minutes), largest_chunk (rows of the last map, of "largest"), host_gib (the budget in host memory; by
-            default half of what is free), rows (the file that rows are written to as they come).
+            default half of what is free), rows (the file that rows are written to as they come), resume (yes: leave
+            out what that file says has been done on this device).
 
     Raises:
         ValueError: an option is wrong; nothing could be measured.
@@ -158,6 +99,7 @@ def measure(*, quick: bool, slides: Sequence[str] = (), options: Mapping[str, st
         "largest_chunk": "",
         "host_gib": "",
         "rows": "runs/partition_gpu_rows.json",
+        "resume": "no",
     }
     found = read_options(options, defaults)
     deadline = time.monotonic() + 60 * float(found["minutes"])
@@ -166,35 +108,49 @@ def measure(*, quick: bool, slides: Sequence[str] = (), options: Mapping[str, st
     parts = [part.strip() for part in found["parts"].split(",")]
     if not set(parts) <= set(PARTS):
         raise ValueError(f"parts must be of {', '.join(PARTS)}, got {found['parts']!r}")
-    rates = probe(machine.device) if machine.gpu else find_rates(machine.device)
+    if found["resume"] not in ("yes", "no"):
+        raise ValueError(f"resume must be yes or no, got {found['resume']!r}")
     small = QUICK_GPU if machine.gpu else QUICK
-    run = _Run(machine, small if quick else FULL, rates, found, deadline)
+    run = _Run(machine, find_rates(machine.device), not quick, Path(found["rows"]), deadline)
+    run.sizes, run.options = small if quick else FULL, found
     precision = "float32" if machine.amp is None else f"autocast to {str(machine.dtype)[6:]}"
-    run.notes |= {
-        "device": machine.name,
-        "precision": precision,
-        "rates": asdict(rates),
-        "quick": quick,
-        "torch": torch.__version__,
-    }
-    for name in (part for part in PARTS if part in parts):
-        try:
-            run.need(0, name)
-            _MEASURES[name](run)
-        except (_TimeIsUpError, DoesNotFitError) as error:
-            run.skipped[name] = str(error)
-        except (RuntimeError, ValueError, MemoryError) as error:  # one part's failure costs no other its numbers
-            run.skipped[name] = f"{type(error).__name__}: {(str(error) or 'none').splitlines()[0]}"
-        if name in run.skipped:
-            logger.warning("%s: %s", name, run.skipped[name])
-        machine.cap(None)
-        machine.rest(host=True)
-        run.save()
+    run.notes |= {"device": machine.name, "precision": precision, "quick": quick, "torch": torch.__version__}
+    if found["resume"] == "yes":
+        run.resume()
+    missing = [part for part in PARTS if part in parts and part not in run.done]
+    if missing and machine.gpu and not (quick and run.rates.measured):
+        run.rates = probe(machine.device)
+    run.notes["rates"] = asdict(run.rates)
+    for name in missing:
+        _measured(run, name)
     if not run.rows:
         raise ValueError(f"nothing was measured: {run.skipped}")
+    unfinished = sum(part not in run.done for part in parts)
     run.notes |= {"skipped": run.skipped, "seconds": 60 * float(found["minutes"]) - run.left}
-    bounds = _bounds(run)
+    bounds = [Bound("parts that failed or that the time did not suffice for", unfinished, 0, at_most=True)]
+    bounds += _bounds(run)
     return Result("Partitioned layers on one GPU", run.rows, bounds, lambda figure: _draw(figure, run.rows), run.notes)
+
+
+def _measured(run: _Run, name: str) -> None:
+    """Measure one part: one's failure costs no other its numbers."""
+    run.skipped.pop(name, None)
+    try:
+        run.need(0, name)
+        _MEASURES[name](run)
+        run.done.append(name)
+    except DoesNotFitError as error:  # nor will it when it is tried again
+        run.skipped[name] = str(error)
+        run.done.append(name)
+    except TimeIsUpError as error:
+        run.skipped[name] = str(error)
+    except (RuntimeError, ValueError, MemoryError) as error:
+        run.skipped[name] = f"{type(error).__name__}: {(str(error) or 'none').splitlines()[0]}"
+    if name in run.skipped:
+        logger.warning("%s: %s", name, run.skipped[name])
+    run.machine.cap(None)
+    run.machine.rest(host=True)
+    run.save()
 
 
 def _bounds(run: _Run) -> list[Bound]:
@@ -203,10 +159,11 @@ def _bounds(run: _Run) -> list[Bound]:
     if "exact" in run.notes:
         worst = max(run.notes["exact"].values())
         bounds.append(Bound(f"gradients within {EXACT_BOUND:g} of native's, float64", worst, EXACT_BOUND, at_most=True))
+    bounds += peers_gpu.bounds(run)
     if not run.whole:
         return bounds
     side, cap = run.sizes.image
-    found = {row["over"]: row["ratio"] for row in run.rows if row["part"] == "image" and row["ratio"]}
+    found = {row["over"]: row["ratio"] for row in run.rows if row["part"] in ("image", "paper") and row["ratio"]}
     if "native" in found:
         words = f"{side:,} px under {cap} GiB at most {NATIVE_BOUND} x native on the whole card"
         bounds.append(Bound(words, found["native"], NATIVE_BOUND, at_most=True))
@@ -232,10 +189,6 @@ def _image(machine: Machine, side: int, cap: float | None) -> Tensor:
     return image
 
 
-def _prepare(machine: Machine) -> Callable[[Tensor], Tensor]:
-    return lambda chunk: chunk.to(machine.dtype).sub_(127.5).div_(73.9)
-
-
 def _planner(
     run: _Run, image: Tensor, cap: float | None, *, chunk: int | None, search: str = "auto"
 ) -> tuple[Training, float]:
@@ -248,7 +201,7 @@ def _planner(
             image,
             max(1, budget - run.machine.resident(resnet18(run.machine))),
             chunk=chunk,
-            prepare=_prepare(run.machine),
+            prepare=normaliser(run.machine),
             rates=run.rates,
             search=search,
         )
@@ -296,7 +249,7 @@ def _image_part(run: _Run) -> None:
     # A small image fits as it is: what is tested there is a partition.
     search = run.options["mode"] or ("auto" if run.whole else "lean")
     ours, _ = _planner(run, image, cap, chunk=chunk_of(run.options["chunk"], side), search=search)
-    native: Training | None = build(machine, "native", image, None, prepare=_prepare(machine))
+    native: Training | None = build(machine, "native", image, None, prepare=normaliser(machine))
     seconds: dict[str, list[float]] = {"planner": [], "native": []}
     for _ in range(3):
         _turn(machine, ours, cap, seconds["planner"])
@@ -304,7 +257,7 @@ def _image_part(run: _Run) -> None:
             if native:
                 _turn(machine, native, None, seconds["native"])
         except DoesNotFitError as error:
-            run.skipped["native"] = str(error)
+            run.skipped["image: native"] = str(error)
             native = None
     common = {"part": "image", "case": f"{side} px"}
     if native:
@@ -336,7 +289,7 @@ def _paper_part(run: _Run) -> None:
     run.notes["paper's step"] = "the second" if warm else "the first"
     ours = [row["seconds"] for row in run.rows if row["part"] == "image" and row["mode"] == "planner"]
     compared = {"ratio": seconds / ours[0], "over": "planner"} if ours else {}
-    run.row(training, part="image", case=f"{side} px", mode="paper", cap_gib=cap, seconds=seconds, **compared)
+    run.row(training, part="paper", case=f"{side} px", mode="paper", cap_gib=cap, seconds=seconds, **compared)
 
 
 def _paper(run: _Run, image: Tensor, cap_bytes: int) -> tuple[Training, float]:
@@ -357,7 +310,7 @@ def _paper(run: _Run, image: Tensor, cap_bytes: int) -> tuple[Training, float]:
 
 
 def _paper_once(machine: Machine, image: Tensor, budget: int) -> tuple[Training, float]:
-    training = build(machine, "paper", image, max(1, budget), prepare=_prepare(machine))
+    training = build(machine, "paper", image, max(1, budget), prepare=normaliser(machine))
     training.count(0, refuse=False)
     return training, training.step()
 
@@ -392,17 +345,6 @@ def _one_step(run: _Run, part: str, size: tuple[int, float | None], *, chunk: in
 # -------------------------------------------------------------------------------------------------- bags
 
 
-class _Pooled(nn.Module):
-    """An encoder of tiles and the mean of their features, classified."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(512, 2)
-
-    def forward(self, tiles: Tensor, **options: Any) -> Tensor:
-        return self.head(self.encoder(tiles, **options).mean(0, keepdim=True))
-
-
 def _bags_part(run: _Run) -> None:
     """(c): bags in order of size, until the time is up."""
     machine, sizes = run.machine, run.sizes
@@ -413,26 +355,15 @@ def _bags_part(run: _Run) -> None:
         try:
             _bag(run, count, a_tile)
         except DoesNotFitError as error:
-            run.skipped[f"bag of {count}"] = str(error)
+            run.skipped[f"bags: {count} tiles"] = str(error)
         machine.rest(host=True)
-
-
-def _tiles(machine: Machine, count: int, size: int, *, host: bool) -> Tensor:
-    """uint8 [count, 3, size, size]; in pinned host memory, as a loader gives them, or on the device."""
-    shape = (count, 3, size, size)
-    tiles = torch.empty(shape, dtype=torch.uint8, pin_memory=machine.gpu) if host else None
-    tiles = torch.empty(shape, dtype=torch.uint8, device=machine.device) if tiles is None else tiles
-    torch.manual_seed(0)
-    for part in tiles.split(1024):
-        part.copy_(torch.randint(0, 256, part.shape, dtype=torch.uint8, device=machine.device))
-    return tiles
 
 
 def _native_seconds(run: _Run) -> float:
     """Of a tile, in a native step on as many as fit."""
     machine, sizes = run.machine, run.sizes
-    tiles, prepare = _tiles(machine, sizes.sample, sizes.tile, host=False), _prepare(machine)
-    model = _Pooled(resnet18(machine, 0)).to(machine.device)
+    tiles, prepare = random_tiles(machine, sizes.sample, sizes.tile, host=False), normaliser(machine)
+    model = Pooled(resnet18(machine, 0)).to(machine.device)
     training = Training(machine, model, lambda: model(prepare(tiles)))
     training.count(2**62)
     took = [training.step() for _ in range(5)][2:]
@@ -444,7 +375,7 @@ def _native_seconds(run: _Run) -> float:
 def _bag(run: _Run, count: int, a_tile: float) -> None:
     """One bag: a first step, which also pins host memory, then up to three in what is left of half a minute."""
     machine, sizes = run.machine, run.sizes
-    tiles = _tiles(machine, count, sizes.tile, host=True)
+    tiles = random_tiles(machine, count, sizes.tile, host=True)
     training, first = _fitted(run, sizes.bag_cap, lambda budget: _bag_once(run, tiles, budget), f"{count} tiles")
     took, copied = [first], _copied(training)
     while len(took) < 4 and sum(took) + took[-1] < min(30, run.left):
@@ -468,13 +399,13 @@ def _bag(run: _Run, count: int, a_tile: float) -> None:
 
 def _bag_once(run: _Run, tiles: Tensor, budget: int) -> tuple[Training, float]:
     machine, host = run.machine, run.options["host_gib"]
-    model = _Pooled(resnet18(machine, 0)).to(machine.device)
+    model = Pooled(resnet18(machine, 0)).to(machine.device)
     policy = PartitionPolicy(
         gpu_budget_bytes=max(1, budget - machine.resident(model)),
         host_budget_bytes=int(float(host) * GIB) if host else None,
     )
     plan = planned(machine, model.encoder, tuple(tiles.shape), policy, machine.dtype, run.rates)
-    handle, prepare = partition_layers(model.encoder, plan), _prepare(machine)
+    handle, prepare = partition_layers(model.encoder, plan), normaliser(machine)
     training = Training(machine, model, lambda: model(tiles, prepare=prepare), handle, plan)
     return training, _first_step(run, training, budget)
 
@@ -484,6 +415,11 @@ def _copied(training: Training) -> tuple[int, ...]:
     forward = training.handle.forward if training.handle else None
     store = forward._store if forward else None
     return (store.sent_bytes, store.fetched_bytes) if store else (0, 0)
+
+
+def _peers_part(run: _Run) -> None:
+    for case in peers_gpu.cases(whole=run.whole):
+        peers_gpu.compare(run, case)
 
 
 # --------------------------------------------------------------------------------------------- exactness
@@ -520,7 +456,7 @@ def _draw(figure: Figure, rows: Sequence[dict[str, Any]]) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     names = [f"{row['case']}, {row['mode']}" for row in shown]
     for axes, key, label in ((left, "seconds", "seconds a step"), (right, "peak_gib", "peak memory, GiB")):
-        colors = ["#3b6ea5" if row["mode"] == "planner" else "#888888" for row in shown]
+        colors = ["#3b6ea5" if row["mode"].startswith(("planner", "ours")) else "#888888" for row in shown]
         axes.barh(names, [row[key] or 0.0 for row in shown], color=colors)
         axes.set_xscale("log")
         axes.set_xlabel(label)
@@ -532,6 +468,7 @@ _MEASURES: dict[str, Callable[[_Run], None]] = {
     "image": _image_part,
     "large": _large_part,
     "bags": _bags_part,
+    "peers": _peers_part,
     "paper": _paper_part,
     "largest": _largest_part,
 }

@@ -6,15 +6,19 @@ the gradients are found in the encoder's own parameters.
 
 import copy
 import importlib
+import inspect
 import io
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 Forward = Callable[[Tensor], Tensor]
@@ -52,6 +56,205 @@ def save_on_cpu(encoder: nn.Module) -> Forward:
             return encoder(images)
 
     return forward
+
+
+def deepspeed_cpu_checkpointing(encoder: nn.Module) -> Forward:
+    """DeepSpeed's `cpu_checkpointing`: each block's input goes to host memory, the block is computed again in backward.
+
+    Copies run on a stream of their own on a GPU, from 0.19 on. DeepSpeed leaves autocast out of the second computation;
+    here it is as in the first. As with all peers that wrap blocks, the encoder stays in its present mode (train, eval).
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
+        ValueError: the encoder is on a CPU, where DeepSpeed empties what it saved, or has no repeated blocks; in the
+            forward, a block's input requires no gradient.
+    """
+    device = next(encoder.parameters()).device
+    if device.type == "cpu":
+        raise ValueError("cpu_checkpointing must have the encoder on an accelerator, got cpu. HINT: encoder.cuda().")
+    checkpointing = importlib.import_module("deepspeed.runtime.activation_checkpointing.checkpointing")
+    # As checkpointing.configure() does, which asks for the process group's rank besides, to log it.
+    checkpointing.CPU_CHECKPOINT = True
+    own = _sharing_copy(encoder)
+    for name, block in repeated_blocks(own):
+        own.set_submodule(name, _DeepSpeedBlock(name, block, checkpointing.checkpoint))
+    return own
+
+
+class _DeepSpeedBlock(nn.Module):
+    """A block under DeepSpeed's checkpoint function."""
+
+    def __init__(self, name: str, block: nn.Module, checkpointed: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.name, self.block, self.checkpointed = name, block, checkpointed
+
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
+        if torch.is_grad_enabled() and not x.requires_grad:
+            raise ValueError(
+                f"the input of block {self.name} must require a gradient, or DeepSpeed gives the block none. "
+                "HINT: let what is before it learn."
+            )
+        kind = x.device.type
+        settings = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+
+        def block(*inputs: Any) -> Tensor:
+            with torch.autocast(kind, **settings):
+                return self.block(*inputs)
+
+        return self.checkpointed(block, x, *others)
+
+
+def accelerate_offload(encoder: nn.Module) -> Forward:
+    """Accelerate's `activation_checkpointing_offload` (FSDP2): checkpointed blocks, whose inputs go to host memory.
+
+    What Accelerate does to a model before it shards it, on the blocks' class; nothing is sharded.
+
+    Raises:
+        ImportError: Accelerate is not installed, or has no such option (before 1.15).
+        ValueError: the encoder has no repeated blocks, or draws random numbers: Accelerate draws others in backward.
+    """
+    drawing = [name for name, module in encoder.named_modules() if _draws(module)]
+    if drawing:
+        raise ValueError(
+            f"the encoder must draw no random numbers (Accelerate draws others in backward), got {drawing[0]}. "
+            "HINT: rates of 0."
+        )
+    own = _sharing_copy(encoder)
+    accelerate, fsdp = importlib.import_module("accelerate"), importlib.import_module("accelerate.utils.fsdp_utils")
+    given: dict[str, Any] = {"activation_checkpointing": True, "activation_checkpointing_offload": True}
+    if given.keys() - inspect.signature(accelerate.FullyShardedDataParallelPlugin).parameters.keys():
+        raise ImportError(f"Accelerate must be 1.15 or later, got {accelerate.__version__}. HINT: pip install -U it.")
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=sorted({type(block).__name__ for _, block in repeated_blocks(own)}),
+        **given,
+    )
+    return fsdp.fsdp2_apply_ac(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), own)
+
+
+def _draws(module: nn.Module) -> bool:
+    return module.training and any((getattr(module, rate, None) or 0.0) > 0.0 for rate in ("p", "drop_prob"))
+
+
+def transformers_checkpointing(encoder: nn.Module) -> Forward:
+    """Transformers' checkpoints of the Transformers models in the encoder; their inputs in host memory since 5.24.
+
+    Raises:
+        ValueError: there is no such model in the encoder.
+    """
+    own = _sharing_copy(encoder)
+    models = [module for module in own.modules() if hasattr(module, "gradient_checkpointing_enable")]
+    if not models:
+        raise ValueError(
+            f"the encoder must hold a Transformers model, got {type(encoder).__name__}. HINT: transformers.ViTModel."
+        )
+    for model in models:
+        enable: Any = getattr(model, "activation_checkpointing_enable", None)
+        if enable and "offload" in inspect.signature(enable).parameters:
+            enable(offload=True)
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return own
+
+
+class TransformersViT(nn.Module):
+    """A ViT of Transformers as an encoder: the class token's features of images [N, 3, S, S].
+
+    Args:
+        sizes: of transformers.ViTConfig.
+    """
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        transformers = importlib.import_module("transformers")
+        self.model = transformers.ViTModel(transformers.ViTConfig(**sizes), add_pooling_layer=False)
+        self.num_features: int = self.model.config.hidden_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [N, hidden_size]."""
+        return self.model(images).last_hidden_state[:, 0]
+
+
+def torch_memory_budget(encoder: nn.Module, budget: float, backend: str = "inductor") -> Forward:
+    """torch.compile with `activation_memory_budget`: the share of activations that its partitioner keeps.
+
+    Args:
+        encoder: anything that compiles as one graph.
+        budget: in [0, 1], of what the compiled encoder saves by default; 0 checkpoints the whole.
+        backend: of torch.compile, with a partitioner: "inductor", or "aot_eager", which compiles no kernel.
+
+    Raises:
+        ValueError: in the forward, a dispatch mode is on, and torch.compile would run the encoder as it is.
+    """
+    config = importlib.import_module("torch._functorch.config")
+    torch._dynamo.reset()  # a graph of another budget would be found again
+    compiled = torch.compile(_sharing_copy(encoder), backend=backend, fullgraph=True)
+
+    def forward(images: Tensor) -> Tensor:
+        mode = _get_current_dispatch_mode()
+        if mode is not None:
+            raise ValueError(
+                f"torch.compile must run without a dispatch mode, got {type(mode).__name__}. HINT: leave its context."
+            )
+        with config.patch(activation_memory_budget=budget):
+            return compiled(images)
+
+    return forward
+
+
+def trl_offload(encoder: nn.Module) -> Forward:
+    """TRL's activation offload: what autograd saves goes to host memory and comes back on a stream of its own.
+
+    TRL's trainers have backward within its context too; here it waits for its copies after the forward.
+
+    Raises:
+        ImportError: TRL is not installed.
+        ValueError: there is no accelerator.
+    """
+    try:
+        offloading = importlib.import_module("trl.models.activation_offloading")
+    except ImportError as error:
+        raise ImportError(f"TRL must be installed, got: {error}. HINT: pip install trl.") from error
+    if not torch.accelerator.is_available():
+        raise ValueError("TRL's activation offload must have an accelerator, got none. HINT: another peer.")
+    own = _sharing_copy(encoder)
+    context = offloading.get_act_offloading_ctx_manager(own, warn_if_no_head=False)
+
+    def forward(images: Tensor) -> Tensor:
+        with context:
+            return own(images)
+
+    return forward
+
+
+def repeated_blocks(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of what the encoder repeats: of a class that lists of its modules hold at least twice.
+
+    Raises:
+        ValueError: there are none.
+    """
+    lists = (nn.Sequential, nn.ModuleList)
+    held = Counter(
+        type(child)
+        for parent in encoder.modules()
+        if isinstance(parent, lists)
+        for child in parent
+        if not isinstance(child, lists) and any(True for _ in child.children())
+    )
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in encoder.named_modules():
+        if held[type(module)] > 1 and not any(name.startswith(f"{outer}.") for outer, _ in found):
+            found.append((name, module))
+    if not found:
+        raise ValueError(f"the encoder must repeat a block, {type(encoder).__name__} does not. HINT: torch_checkpoint.")
+    return found
+
+
+def _sharing_copy(encoder: nn.Module) -> nn.Module:
+    """A copy of its own modules and hooks, with the encoder's parameters and buffers."""
+    shared = (*encoder.parameters(), *encoder.buffers())
+    return copy.deepcopy(encoder, {id(tensor): tensor for tensor in shared})
 
 
 def lightstream_module(stages: int = 4) -> nn.Module:

@@ -42,12 +42,34 @@ def _plain() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5))
 
 
-@pytest.mark.parametrize("build", [_resnet, _vit, _plain])
-@pytest.mark.parametrize("peer", [peers.native, peers.torch_checkpoint, peers.save_on_cpu])
+def _of_transformers() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32}
+    return peers.TransformersViT(**sizes, image_size=32, patch_size=8)
+
+
+def _budget(encoder: nn.Module) -> peers.Forward:
+    return peers.torch_memory_budget(encoder, 0.3, "aot_eager")
+
+
+ANY = (peers.native, peers.torch_checkpoint, peers.save_on_cpu)
+
+
+@pytest.mark.parametrize(
+    ("peer", "build"),
+    [(peer, build) for peer in ANY for build in (_resnet, _vit, _plain)]
+    + [(peers.accelerate_offload, build) for build in (_resnet, _vit, _of_transformers)]
+    + [(_budget, _vit), (peers.transformers_checkpointing, _of_transformers)],
+)
 def test_peer_has_native_gradients(peer, build):
     torch.manual_seed(0)
-    encoder = build().double()
-    assert max(_difference(encoder, peer(encoder), torch.randn(2, 3, 32, 32, dtype=torch.float64))) < 1e-12
+    encoder = build().double().train()
+    names = [(name, type(module)) for name, module in encoder.named_modules()]
+    forward, images = peer(encoder), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert max(_difference(encoder, forward, images)) < 1e-12
+    assert [(name, type(module)) for name, module in encoder.named_modules()] == names
+    with torch.no_grad():
+        next(encoder.parameters()).mul_(2)  # as an optimizer's step does
+    assert max(_difference(encoder, forward, images)) < 1e-12
 
 
 def _saved_bytes(forward: peers.Forward, images: Tensor) -> int:

@@ -3,13 +3,16 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 
-from ds_wsi.benchmarks import partition_gpu, sweep
+from ds_wsi.benchmarks import gpu_run, partition_gpu, peers_gpu, sweep
 from ds_wsi.benchmarks.table import write_result
+from ds_wsi.partition.rates import ASSUMED
 from ds_wsi.runtime.memory import DevicePeaks
 
 SMALL = {"sides": "96,160", "cap_gib": "0.047", "repeats": "2", "warmups": "0", "dtype": "float32"}
@@ -62,16 +65,36 @@ def test_wrong_options_are_refused(option):
         sweep.measure(quick=True, options=option)
 
 
+PEERS = peers_gpu.Case(
+    "tiny",
+    lambda: timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=2),
+    (8, 32),
+    share=0.42,
+    slower=1.05,
+    methods=("native", "torch checkpoint", "Accelerate checkpointing offload", "DeepSpeed cpu_checkpointing"),
+)
+NEED_A_GPU = ("DeepSpeed cpu_checkpointing",)
+
+
 def test_all_gpu_numbers_at_small_size(tmp_path, monkeypatch):
     small = replace(partition_gpu.QUICK, image=(64, None), largest=(64, None), bags=(8, 32), exact=40)
     monkeypatch.setattr(partition_gpu, "QUICK", small)
-    result = partition_gpu.measure(quick=True, options={"rows": str(tmp_path / "rows.json")})
-    assert result.notes["skipped"] == {}
+    monkeypatch.setattr(peers_gpu, "cases", lambda whole: [PEERS])
+    options = {"rows": str(tmp_path / "rows.json")}
+    result = partition_gpu.measure(quick=True, options=options)
+    assert set(result.notes["skipped"]) == {f"peers: tiny, 8 tiles: {name}" for name in NEED_A_GPU}
     assert max(result.notes["exact"].values()) < 1e-10
-    assert [bound.holds for bound in result.bounds] == [True]  # of exactness: small sizes claim no times
+    assert [bound.holds for bound in result.bounds] == [True, True]  # all parts, exact: small sizes claim no times
     found = {(row["part"], row["case"], row["mode"]): row for row in result.rows}
     assert found["image", "64 px", "planner"]["over"] == "native"
-    assert found["image", "64 px", "paper"]["over"] == "planner"
+    assert found["paper", "64 px", "paper"]["over"] == "planner"
+    modes = [mode for part, _, mode in found if part == "peers"]
+    assert modes == [*(name for name in PEERS.methods if name not in NEED_A_GPU), "ours", "ours, whole card"]
+    assert found["peers", "tiny, 8 tiles", "ours"]["peak_ratio"] < 0.8
+    assert found["peers", "tiny, 8 tiles", "ours, whole card"]["peak_ratio"] == 1
+    losses = result.notes["peers: loss of the first step"]["tiny, 8 tiles"]
+    assert list(losses) == modes
+    assert list(losses.values()) == pytest.approx([losses["native"]] * len(losses), rel=1e-5)
     assert found["large", "160 px", "planner"]["peak_gib"] <= small.large[1]
     assert found["largest", "64 px", "planner"]["plan"] == "recompute:4"
     bag = result.notes["32 tiles"]
@@ -87,6 +110,8 @@ def test_all_gpu_numbers_at_small_size(tmp_path, monkeypatch):
     assert saved["device"].startswith("cpu")
     write_result("partition_gpu", result, tmp_path)
     assert (tmp_path / "partition_gpu.png").stat().st_size > 0
+    again = partition_gpu.measure(quick=True, options={**options, "resume": "yes"})
+    assert again.rows == result.rows  # seconds and all: nothing was measured again
 
 
 def test_parts_that_fail_or_come_too_late_are_named(tmp_path, monkeypatch):
@@ -103,9 +128,11 @@ def test_parts_that_fail_or_come_too_late_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(partition_gpu, "_MEASURES", {**partition_gpu._MEASURES, **parts})
     result = partition_gpu.measure(quick=True, options={"rows": str(tmp_path / "rows.json")})
     assert [row["part"] for row in result.rows] == ["exact"]
-    assert list(result.notes["skipped"]) == ["image", "bags", "paper", "largest"]
+    assert list(result.notes["skipped"]) == ["image", "bags", "peers", "paper", "largest"]
     assert result.notes["skipped"]["image"] == "RuntimeError: a kernel failed"
     assert "0 s are left" in result.notes["skipped"]["largest"]
+    assert (result.bounds[0].measured, result.bounds[0].holds) == (5, False)
+    assert json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))["done"] == ["exact", "large"]
     with pytest.raises(ValueError, match="nothing was measured"):
         partition_gpu.measure(quick=True, options={"minutes": "0", "rows": str(tmp_path / "rows.json")})
 
@@ -113,20 +140,65 @@ def test_parts_that_fail_or_come_too_late_are_named(tmp_path, monkeypatch):
 def test_bounds_are_of_what_was_measured():
     run = _full_run(
         {"part": "image", "mode": "planner", "ratio": 1.2, "over": "native"},
-        {"part": "image", "mode": "paper", "ratio": 5.0, "over": "planner"},
+        {"part": "paper", "mode": "paper", "ratio": 5.0, "over": "planner"},
     )
     assert [bound.holds for bound in partition_gpu._bounds(run)] == [True, False]
     assert partition_gpu._bounds(_full_run()) == []
     run.deadline = 0
-    with pytest.raises(partition_gpu._TimeIsUpError, match="a step needs about 5 s"):
+    with pytest.raises(gpu_run.TimeIsUpError, match="a step needs about 5 s"):
         run.need(5, "a step")
 
 
 def _full_run(*rows: dict) -> partition_gpu._Run:
     machine = sweep.Machine(torch.device("cpu"), torch.float32)
-    run = partition_gpu._Run(machine, partition_gpu.FULL, None, {}, 0.0)  # type: ignore[arg-type]
+    run = partition_gpu._Run(machine, ASSUMED["cpu"], whole=True, rows_file=Path("rows.json"), deadline=0.0)
     run.rows += rows
     return run
+
+
+def test_peers_claim_bytes_and_seconds_at_full_size():
+    labels = [f"{case.name}, {case.shape[0]} tiles" for case in peers_gpu.cases(whole=True)]
+    rows = [
+        {"part": "peers", "case": label, "mode": mode, "peak_ratio": peak, "ratio": seconds}
+        for label, mode, peak, seconds in (
+            (labels[0], "native", None, None),
+            (labels[0], "ours", 0.41, 1.06),
+            (labels[0], "ours, whole card", 1.0, 1.01),
+            (labels[1], "native", None, None),
+            (labels[1], "ours", 0.26, 1.29),
+            (labels[2], "native", None, None),
+        )
+    ]
+    bounds = peers_gpu.bounds(_full_run(*rows))
+    assert [(bound.limit, bound.holds) for bound in bounds] == [
+        *((0.42, True), (1.05, False)),
+        *((1.0, True), (peers_gpu.FITS_BOUND, True)),
+        *((0.25, False), (1.3, True)),
+        *((1.0, False), (peers_gpu.FITS_BOUND, False)),  # there is no such row
+    ]
+
+
+def test_rows_of_another_device_are_not_taken_over(tmp_path):
+    machine = sweep.Machine(torch.device("cpu"), torch.float32)
+    notes = {"device": "a", "precision": "float32", "quick": True, "torch": "2"}
+
+    def run(device: str) -> gpu_run.Run:
+        made = gpu_run.Run(machine, ASSUMED["cpu"], whole=False, rows_file=tmp_path / "rows.json", deadline=0.0)
+        made.notes |= {**notes, "device": device}
+        return made
+
+    first = run("a")
+    first.resume()  # there is no file yet
+    first.row(None, part="exact", ratio=0.0)
+    first.row(None, part="bags", case="8 tiles")
+    first.skipped = {"exact: one": "why", "bags": "the time was up"}
+    first.done.append("exact")
+    first.save()
+    same, other = run("a"), run("b")
+    same.resume()
+    other.resume()
+    assert ([row["part"] for row in same.rows], same.done, list(same.skipped)) == (["exact"], ["exact"], ["exact: one"])
+    assert (other.rows, other.done, other.skipped) == ([], [], {})
 
 
 @pytest.fixture
