@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ds_wsi.norms.roles import is_shared
 from ds_wsi.partition.aliases import exclusive
 from ds_wsi.partition.arguments import Arguments
+from ds_wsi.partition.beside import inside, watch_children
 from ds_wsi.partition.hooks import is_compiled, refuse_inner_hooks, uncompiled
 from ds_wsi.partition.identity import module_key
 from ds_wsi.partition.outputs import form_of, tensors_of
@@ -94,6 +95,12 @@ class PartitionedForward:
                 parameters; a module that does what no partition may do.
             RuntimeError: called inside a checkpoint.
         """
+        with inside():
+            return self._call(args, kwargs, cu_seqlens, prepare)
+
+    def _call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cu_seqlens: Tensor | None, prepare: Prepare | None
+    ) -> Any:
         _refuse_shards(self.module)
         anchor = None
         if args and is_anchor(args[-1]):
@@ -293,7 +300,7 @@ class _Partitioned(torch.autograd.Function):
             )
         refuse_batched(grad)
         call, parameters, ctx.call, ctx.parameters = ctx.call, ctx.parameters, None, None
-        with _training_as(ctx.flags):
+        with inside(), _training_as(ctx.flags):
             x_grad, found = call.backward(grad)
         gradients = [found.get(id(parameter)) for parameter in parameters]
         if grad.shape[0] == 0:  # a rank without a tile: engines wait for a gradient of every parameter
@@ -422,8 +429,15 @@ def partition_layers(
     forward = PartitionedForward(module, plan_or_policy, spill)
     module.forward = forward
     hook = module.register_forward_pre_hook(_give_anchor)
+    # A compiler would break its graph at hooks.
+    unwatch = (lambda: None) if plan_or_policy.compile else watch_children(module)
+
+    def take_off() -> None:
+        hook.remove()
+        unwatch()
+
     logger.debug("partitioned %s", type(module).__name__)
-    return Handle(module, forward, hook.remove)
+    return Handle(module, forward, take_off)
 
 
 def uniform_plan(

@@ -148,7 +148,8 @@ class Planner:
             f"and {gib(self.host_budget)} on the host: the nearest plan lacks "
             f"{max(0, plan.peak_bytes - self.gpu_budget):,} bytes on the device and "
             f"{max(0, plan.host_bytes - self.host_budget):,} on the host (mode {policy.mode}, chunks of "
-            f"{plan.segments[0].chunk_size}). HINT: raise the budget that lacks them, or give a smaller input."
+            f"{plan.segments[0].chunk_size}; the device's budget holds the parameters' gradients too). "
+            "HINT: raise the budget that lacks them, or give a smaller input."
         )
 
     @cached_property

@@ -504,6 +504,21 @@ def test_a_number_drawn_once_a_call_is_drawn_once(mode):
     assert not torch.allclose(module(same), first), "the next call draws another"
 
 
+def test_a_part_that_is_called_beside_the_partition_is_told_once(caplog):
+    encoder = timm.create_model("resnet10t", num_classes=0)
+    handle = partition_layers(encoder, PartitionPolicy(mode="lean", chunk_size=2))
+    x = torch.randn(3, 3, 32, 32)
+    with caplog.at_level("WARNING", logger="ds_wsi"):
+        encoder(x).sum().backward()
+        assert not caplog.messages
+        encoder.forward_features(x)
+        encoder.forward_features(x)
+    (told,) = caplog.messages
+    assert "a part of a partitioned ResNet (Sequential) was called beside the partition" in told
+    handle.remove()
+    assert not any(part._forward_pre_hooks for part in encoder.modules())
+
+
 GENERATOR = torch.Generator()
 
 
