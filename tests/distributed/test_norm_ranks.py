@@ -202,6 +202,28 @@ def statistics_on_rank(training: str) -> list:
     return found
 
 
+def shared_bags_on_rank() -> list:
+    """Per engine: the same of 100 steps in which both ranks hold a part of one bag."""
+    from ds_wsi.tile_parallel import shard_tiles, tile_mesh
+
+    found = []
+    for engine in ENGINES:
+        model = make_model(torch.float32)
+        accelerator, wrap = start(engine, model, learning_rate=1e-4)
+        mesh = tile_mesh(2)
+        shard_tiles(model, mesh)
+        wrapped, optimizer = wrap()
+        wrapped.train()
+        for number in range(STEPS):
+            loss = stack_loss(wrapped(stack_bags([stained(mesh.tile_rank, number)])), torch.tensor([1]))
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        norm = accelerator.unwrap_model(wrapped).encoder.first
+        found.append([norm.running_mean.double().tolist(), norm.running_var.double().tolist()])
+    return found
+
+
 def stained(rank: int, number: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 * rank + number)
     return torch.randn(3, 3, TILE_PX, TILE_PX, generator=generator) + 10 * rank
@@ -221,10 +243,11 @@ def pooled_statistics(training: str) -> tuple:
     return means.mean(0), variances.mean(0) + means.var(0, correction=0)
 
 
-@pytest.mark.parametrize("training", ["bag", "step"])
+@pytest.mark.parametrize("training", ["bag", "step", "tile-parallel"])
 def test_running_statistics_of_100_steps_are_the_exact_pool(training):
-    by_rank = run_ranks(statistics_on_rank, 2, training)
-    mean, var = pooled_statistics(training)
+    shared = training == "tile-parallel"
+    by_rank = run_ranks(shared_bags_on_rank, 2) if shared else run_ranks(statistics_on_rank, 2, training)
+    mean, var = pooled_statistics("step" if shared else training)  # a bag of both ranks' tiles
     assert 4.9 < mean.min() < mean.max() < 5.1, "not rank 0's"
     assert by_rank[0] == by_rank[1]
     for engine, (found_mean, found_var) in zip(ENGINES, by_rank[0], strict=True):
