@@ -16,6 +16,8 @@ class ZooModel:
         shape: of a tile, [3, H, W], or [3, T, H, W] of a video.
         image: of a large image [3, H, W] for the spatial axis; None where the model is no convolutional one.
         keyword: the tiles' name in `forward`, where the library's users call it by keyword.
+        floor: the error that is rounding in any case: 1e-9 in float64; 1e-6 where the model itself computes in float32,
+            whose rounding chunks do not repeat.
     """
 
     key: str
@@ -23,3 +25,4 @@ class ZooModel:
     shape: tuple[int, ...]
     image: tuple[int, int, int] | None = None
     keyword: str | None = None
+    floor: float = 1e-9

@@ -1,7 +1,8 @@
 """One comparison: a partitioned copy of a module against the plain one, in float64, beside what rounding alone does.
 
-The noise is what the plain module differs from itself when its tiles come in another order. A result is exact where no
-tensor is further from the plain one than `FLOOR` of its size, or `FACTOR` times that tensor's own noise.
+The noise is what the plain module differs from itself when its tiles come in another order, or, if it draws, when the
+last digit of its input is another. A result is exact where no tensor is further from the plain one than the model's
+floor, 1e-9 of its size, or `FACTOR` times that tensor's own noise.
 """
 
 import copy
@@ -26,14 +27,13 @@ from .entry import ZooModel
 
 TILES, CHUNK = 7, 3  # 3 + 3 + 1: the last chunk is short
 IMAGES, BLOCK = 2, 3  # images of the spatial axis, and rows of each segment's output in a block
-ORDERS = (1, 4)  # cyclic orders of the tiles whose differences are the noise
-FLOOR = 1e-9
+ORDERS = {"batch": (1, 4), "spatial": (1,)}  # cyclic orders of the tiles, or images
 FACTOR = 20.0
 BLUR = 1e-5  # a plain module that differs from itself by more cannot show a fault
 SMALL = 1e-6  # a gradient below this part of the largest one is rounding: a bias before a norm
 STEP = 1e-8  # of the differences along a direction that a drawn network's gradient is held against
 SLOPE = 1e-4
-EPSILON = 4e-16
+EPSILON = 4e-16  # of the input: the noise of a network that draws
 PACKAGE = str(Path(ds_wsi.__file__).parent)
 
 STATUSES = ("exact", "refused", "wrong", "crashed", "timed out", "undecided", "not run")
@@ -101,6 +101,7 @@ class Reference:
     module: nn.Module
     x: Tensor
     keyword: str | None
+    floor: float
     found: Found
     noise: dict[str, float]
     seconds: float
@@ -196,10 +197,8 @@ def distances(found: Found, expected: Found) -> Iterator[tuple[str, float]]:
 
     Gradients that are rounding alone are held against `SMALL` of the largest gradient.
     """
-    largest = max(
-        [value.abs().max().item() for name, value in expected.items() if "gradient of" in name and value is not None]
-        or [0.0]
-    )
+    gradients = [value for name, value in expected.items() if "gradient of" in name and value is not None]
+    largest = max((value.abs().max().item() for value in gradients if value.numel()), default=0.0)
     for name in expected.keys() | found.keys():
         if name == "generator":
             continue
@@ -248,16 +247,16 @@ def reference(model: ZooModel, axis: str, *, train: bool, draws: bool) -> Refere
     seconds = time.process_time() - started
     torch.manual_seed(5)
     drawn = not torch.equal(found["generator"], torch.random.get_rng_state())  # type: ignore[arg-type]
+    if drawn:  # another order of tiles is another draw
+        signs = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(7))
+        others = [step(copy.deepcopy(module), x * (1 + EPSILON * signs), model.keyword)]
+    else:
+        others = [step(copy.deepcopy(module), x, model.keyword, order) for order in ORDERS[axis]]
     noise: dict[str, float] = {}
-    for order in ORDERS if axis == "batch" else (1,):
-        if drawn:  # another order of tiles is another draw: what the last digit of the input does is the noise
-            signs = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(order))
-            again = step(copy.deepcopy(module), x * (1 + EPSILON * signs), model.keyword)
-        else:
-            again = step(copy.deepcopy(module), x, model.keyword, order)
-        for name, size in distances(again, found):
+    for other in others:
+        for name, size in distances(other, found):
             noise[name] = max(noise.get(name, 0.0), size)
-    return Reference(module, x, model.keyword, found, noise, seconds, drawn)
+    return Reference(module, x, model.keyword, model.floor, found, noise, seconds, drawn)
 
 
 def measure(plain: Reference, axis: str, mode: str, longest: float = 120.0) -> Outcome:
@@ -347,10 +346,10 @@ def _held(plain: Reference, module: nn.Module, expected: Found, noise: dict[str,
     found = step(module, plain.x, plain.keyword)
     seconds = time.process_time() - started
     sizes = dict(distances(found, expected))
-    worst = max(sizes, key=lambda name: sizes[name] / max(FLOOR, FACTOR * noise.get(name, 0.0)))
+    worst = max(sizes, key=lambda name: sizes[name] / max(plain.floor, FACTOR * noise.get(name, 0.0)))
     loud = max(noise, key=lambda name: noise[name]) if noise else ""
     outcome = Outcome("exact", worst, sizes[worst], noise.get(loud, 0.0), seconds)
-    if sizes[worst] > max(FLOOR, FACTOR * noise.get(worst, 0.0)):
+    if sizes[worst] > max(plain.floor, FACTOR * noise.get(worst, 0.0)):
         return replace(outcome, status="wrong", detail=f"{worst}, of noise {noise.get(worst, 0.0):.1e}")
     if not torch.equal(torch.random.get_rng_state(), found["generator"]):  # type: ignore[arg-type]
         return replace(outcome, status="wrong", detail="backward does not leave the generator as forward left it")

@@ -5,6 +5,7 @@ python -m tests.zoo.sweep --table        # docs/modules.md from the results ther
 """
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import psutil
 import torch
+from torch import nn
 
 from ds_wsi.partition.policy import AXES, MODES
 
@@ -134,6 +136,17 @@ def _cpu_seconds(child: psutil.Process) -> float:
     return times.user + times.system
 
 
+def warm_up(models: list[ZooModel]) -> None:
+    """What every model's process would import for itself: libraries load parts of themselves at their first use."""
+    for library in {model.key.split("/")[0] for model in models}:
+        some = [model for model in models if model.key.startswith(f"{library}/")]
+        for model in some if library == "transformers" else some[:1]:
+            with torch.device("meta"), contextlib.suppress(Exception):
+                model.build(False)  # one that fails is measured, and its failure told, in its own process
+    smallest = ZooModel("own/net", lambda draws: nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)), (3, 2, 2))
+    measure(reference(smallest, "batch", train=True, draws=False), "batch", "lean")
+
+
 def commit() -> str:
     """The commit of the working tree, with a plus sign where files of the package differ."""
     run = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
@@ -182,6 +195,8 @@ def main(words: list[str] | None = None) -> None:
         results = read_results(arguments.results)
         done = {key for key, line in results.items() if "all" not in again and line.outcome.status not in again}
         version = commit()
+        with quiet():
+            warm_up(models)
         parts = [models[first :: arguments.workers] for first in range(arguments.workers)]
         context = multiprocessing.get_context("fork")
         workers = [context.Process(target=sweep, args=(part, arguments, done, version)) for part in parts[1:]]

@@ -28,22 +28,8 @@ SAMPLE = [
     ("transformers/SwinModel", "keep", True),
 ]
 
-# Not exact yet, with the reason: torch.fx traces Python with proxies, and inputs by keyword are not bound.
-OPEN = {
-    "pathology/CTransPath": "refused: torch.fx stops at the stem's assert",
-    "timm/regnet/regnetx_002": "wrong: torch.fx drops drop path's in-place division",
-    "timm/xcit/xcit_nano_12_p16_224": "crashed: a size that is read after a cut",
-    "transformers/ViTModel": "crashed: tiles by keyword",
-    "transformers/ResNetModel": "crashed: tiles by keyword",
-    "transformers/SwinModel": "crashed: tiles by keyword",
-}
-PARAMETERS = [
-    pytest.param(*row, id=row[0], marks=[pytest.mark.xfail(strict=True, reason=OPEN[row[0]])] if row[0] in OPEN else [])
-    for row in SAMPLE
-]
 
-
-@pytest.mark.parametrize(("key", "second", "draws"), PARAMETERS)
+@pytest.mark.parametrize(("key", "second", "draws"), SAMPLE, ids=[key for key, *_ in SAMPLE])
 def test_a_model_of_the_zoo_is_exact(key, second, draws):
     plain = reference(MODELS[key], "batch", train=True, draws=draws)
     assert plain.draws == draws
