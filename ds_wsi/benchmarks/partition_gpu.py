@@ -62,7 +62,7 @@ class _Sizes:
 
 
 FULL = _Sizes((13_824, 24), (32_768, 80), (65_536, None), (2_048, 12_800, 41_000), 24, 256, 224, 512)
-QUICK = _Sizes((96, None), (160, 0.047), (224, None), (8, 16, 32), 0.047, 32, 48, 8)
+QUICK = _Sizes((96, None), (160, 0.047), (224, None), (8, 16, 32), 0.047, 32, 40, 8)
 QUICK_GPU = replace(QUICK, large=(160, 1.0), bag_cap=1.0)  # an allocator's blocks alone exceed less
 
 

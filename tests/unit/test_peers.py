@@ -1,6 +1,7 @@
 """The peers of the partitioned layers give native gradients, in the encoder's own parameters."""
 
 import sys
+from types import ModuleType
 
 import pytest
 import timm
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.benchmarks import peers
+from ds_wsi.runtime.memory import ByteMeter
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
@@ -85,6 +87,46 @@ def test_checkpoint_saves_less_and_leaves_the_encoder_as_it_was(build):
     before = _saved_bytes(encoder, images)
     assert _saved_bytes(peers.torch_checkpoint(encoder), images) < 0.7 * before
     assert _saved_bytes(encoder, images) == before
+
+
+@pytest.mark.parametrize(
+    ("peer", "build", "match"),
+    [
+        (peers.deepspeed_cpu_checkpointing, _vit, "must have the encoder on an accelerator, got cpu"),
+        (peers.accelerate_offload, _plain, "must draw no random numbers .* got 3. HINT"),
+        (peers.accelerate_offload, lambda: _plain().eval(), "must repeat a block, Sequential does not"),
+        (peers.transformers_checkpointing, _vit, "must hold a Transformers model, got VisionTransformer"),
+    ],
+)
+def test_a_peer_refuses_what_it_would_get_wrong(peer, build, match):
+    with pytest.raises(ValueError, match=match):
+        peer(build())
+
+
+def test_trl_says_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl.models.activation_offloading", None)
+    with pytest.raises(ImportError, match="HINT: pip install trl"):
+        peers.trl_offload(_plain())
+    monkeypatch.setitem(sys.modules, "trl", ModuleType("trl"))
+    monkeypatch.setitem(sys.modules, "trl.models", ModuleType("trl.models"))
+    monkeypatch.setitem(sys.modules, "trl.models.activation_offloading", ModuleType("activation_offloading"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="must have an accelerator, got none"):
+        peers.trl_offload(_plain())
+
+
+def test_the_memory_budget_is_of_what_is_saved_and_never_silently_ignored():
+    encoder, images = _vit(), torch.randn(2, 3, 32, 32)
+    saved = [_saved_bytes(peers.torch_memory_budget(encoder, budget, "aot_eager"), images) for budget in (0.0, 1.0)]
+    assert saved[0] < 0.95 * saved[1]  # both count the weights
+    with ByteMeter(), pytest.raises(ValueError, match="must run without a dispatch mode, got ByteMeter"):
+        peers.torch_memory_budget(encoder, 0.5, "aot_eager")(images)
+
+
+def test_blocks_are_what_the_encoder_repeats():
+    names = [name for name, _ in peers.repeated_blocks(_resnet())]
+    assert names == ["layer1.0", "layer2.0", "layer3.0", "layer4.0"]
+    assert [name for name, _ in peers.repeated_blocks(_vit())] == ["blocks.0", "blocks.1"]
 
 
 def test_lightstream_module_has_frozen_norms_and_learning_convolutions():

@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda")
 
 def resnet() -> nn.Module:
     """Of eight blocks, with BatchNorm in training mode."""
-    return timm.create_model("resnet18", num_classes=0, channels=(16,) * 4).train()
+    return timm.create_model("resnet18", num_classes=0, channels=(16,) * 4, zero_init_last=False).train()
 
 
 def vit() -> nn.Module:
@@ -31,8 +31,8 @@ def of_transformers() -> nn.Module:
 
 
 CASES: tuple[tuple[Callable[[], nn.Module], tuple[Callable[[nn.Module], peers.Forward], ...]], ...] = (
-    (resnet, (peers.save_on_cpu, peers.deepspeed_cpu_checkpointing, peers.accelerate_offload)),
-    (vit, (peers.torch_checkpoint, peers.save_on_cpu, peers.deepspeed_cpu_checkpointing, peers.accelerate_offload)),
+    (resnet, (peers.deepspeed_cpu_checkpointing, peers.accelerate_offload)),
+    (vit, (peers.save_on_cpu, peers.deepspeed_cpu_checkpointing, peers.accelerate_offload)),
     (of_transformers, (peers.deepspeed_cpu_checkpointing, peers.transformers_checkpointing)),
 )
 
@@ -51,18 +51,19 @@ def step(encoder: nn.Module, forward: peers.Forward, images: torch.Tensor) -> tu
 
 
 def main() -> None:
-    """Each peer's largest difference of a gradient from native's, and its bytes over native's."""
+    """Each peer's largest difference from native's gradients over their largest, and its bytes over native's."""
     found: dict[str, dict[str, float]] = {}
     for build, tried in CASES:
         torch.manual_seed(0)
         encoder = build().to(DEVICE)
-        images = torch.randn(16, 3, 64, 64, device=DEVICE)
+        images = torch.randn(8, 3, 64, 64, device=DEVICE)
         expected, native = step(encoder, peers.native(encoder), images)
         for peer in tried:
             gradients, peak = step(encoder, peer(encoder), images)
-            differences = [(one - two).norm() / two.norm() for one, two in zip(gradients, expected, strict=True)]
-            name = f"{build.__name__}, {peer.__name__}"
-            found[name] = {"difference": float(max(differences)), "bytes": peak / native}
+            largest = torch.stack([gradient.abs().max() for gradient in expected]).max()
+            pairs = zip(gradients, expected, strict=True)
+            difference = torch.stack([(one - two).abs().max() for one, two in pairs]).max() / largest
+            found[f"{build.__name__}, {peer.__name__}"] = {"difference": float(difference), "bytes": peak / native}
     report(found)
 
 
