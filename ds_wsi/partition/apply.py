@@ -29,7 +29,7 @@ from ds_wsi.partition.surroundings import (
     refuse_saved_tensor_hooks,
     refuse_transforms,
 )
-from ds_wsi.partition.trace import Traced
+from ds_wsi.partition.trace import Traced, stays_whole
 from ds_wsi.partition.values import InputCost, Prepare, prepared
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import ByteMeter, free_host_bytes
@@ -220,7 +220,8 @@ class PartitionedForward:
                 )
                 logger.info("%s", plan)
             else:
-                plan = uniform_plan(self.module, policy, Example(shape, dtype, device, arguments), self.original)
+                example = Example(shape, dtype, device, arguments)
+                plan = uniform_plan(policy, example, lambda: self.traced(policy.axis, example, whole=True))
             self._plans[key] = plan
         return self._plans[key]
 
@@ -253,7 +254,7 @@ class PartitionedForward:
         place = example.shape if axis == "spatial" else example.shape[1:]
         kind = autocast_dtype(example.device)
         seen = place, example.dtype, example.device, kind, example.arguments.key
-        key = module_key(self.module), axis, whole, seen
+        key = module_key(self.module), axis, whole and stays_whole(self.module, axis), seen
         if key not in self._traces:
             traced = Traced(self.module, axis, example, self.original, whole=whole)
             if self.wanted.compile and traced.opaque:
@@ -440,18 +441,16 @@ def partition_layers(
     return Handle(module, forward, take_off)
 
 
-def uniform_plan(
-    module: nn.Module, policy: PartitionPolicy, example: Example, forward: Callable[..., Any] | None = None
-) -> PartitionPlan:
-    """Every segment in the policy's mode, for inputs like the example; `forward` where the module's is another's."""
+def uniform_plan(policy: PartitionPolicy, example: Example, traced: Callable[[], Traced]) -> PartitionPlan:
+    """Every segment in the policy's mode, for inputs like the example; `traced` gives the module's graph for them."""
     size = policy.chunk_size or DEFAULT_CHUNK[policy.axis]
     host = policy.mode == "stream"
     whole = (SegmentPlan("", policy.mode, size, host),)
     segments: tuple[SegmentPlan, ...] = whole
     if policy.mode != "recompute":
-        traced = Traced(module, policy.axis, example, forward)
+        graph = traced()
         specs = tuple(segment.spec for segment in whole)
-        cuts = [] if traced.opaque else Program(traced, specs, policy.axis, example.shape).candidates()
+        cuts = [] if graph.opaque else Program(graph, specs, policy.axis, example.shape).candidates()
         segments = (*(SegmentPlan(node.name, policy.mode, size, host) for node in cuts), *whole)
     return PartitionPlan(segments, policy.axis, policy.bn_population, example.shape, compile=policy.compile)
 

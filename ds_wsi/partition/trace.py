@@ -39,6 +39,11 @@ def needs_image_statistics(module: nn.Module) -> bool:
     return isinstance(module, nn.GroupNorm)
 
 
+def stays_whole(module: nn.Module, axis: str) -> bool:
+    """Whether a chunk can run the module as one operation: nothing couples tiles."""
+    return axis == "batch" and not any(needs_batch_statistics(part) for part in module.modules())
+
+
 class Size:
     """A number that depends on how many tiles there are: `each` a tile, and `more`."""
 
@@ -89,8 +94,7 @@ class Traced:
     ) -> None:
         self.module, self.axis = module, axis
         self.forward = forward or module.forward
-        couples = [needs_batch_statistics(part) for part in module.modules()]
-        self.opaque = whole and axis == "batch" and not any(couples)
+        self.opaque = whole and stays_whole(module, axis)
         self.form: OutputForm | None = None
         self.values: dict[fx.Node, Any] = {}
         self.by_tile: set[fx.Node] = set()
