@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -296,11 +297,28 @@ def _micro_loss(run: Run, step: MicroStep) -> tuple[torch.Tensor, int]:
         return idle_loss(run.model, _blank(run)), 0
     labels = on_device([run.cohort.manifest.slides[bag.slide].label for bag in step.bags], run.device)
     stack = stack_of(run, step)
-    with bag_randomness(step.keys, part=run.mesh.tile_rank):
+    with bag_randomness(step.keys, part=run.mesh.tile_rank), _naming_slides(run, step):
         output = run.model(stack, labels)
     chosen = run.settings.optim.class_weights
     weights = None if chosen is None else torch.tensor(chosen, device=run.device)[labels]
     return stack_loss(output, labels, weights), sum(map(len, step.tiles))
+
+
+@contextmanager
+def _naming_slides(run: Run, step: MicroStep) -> Iterator[None]:
+    """Say of which slides a BatchNorm saw one value a channel: torch's sentence and ours speak of tensors."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error) and "more than one value a channel" not in str(error):
+            raise
+        slides = [run.cohort.manifest.slides[bag.slide].slide_id for bag in step.bags]
+        tiles = sum(map(len, step.tiles))
+        raise ValueError(
+            f"the encoder's BatchNorm must see more than one value a channel in training, got {tiles} tile(s) of "
+            f"{', '.join(slides)}. HINT: leave the slide out, or take --norm_training frozen, --bags_per_step 2 or more, "
+            "a larger --tile_size_px."
+        ) from error
 
 
 def _blank(run: Run) -> torch.Tensor:
