@@ -316,8 +316,8 @@ def _naming_slides(run: Run, step: MicroStep) -> Iterator[None]:
         tiles = sum(map(len, step.tiles))
         raise ValueError(
             f"the encoder's BatchNorm must see more than one value a channel in training, got {tiles} tile(s) of "
-            f"{', '.join(slides)}. HINT: leave the slide out, or take --norm_training frozen, --bags_per_step 2 or more, "
-            "a larger --tile_size_px."
+            f"{', '.join(slides)}. HINT: leave the slide out, or take --norm_training frozen, --bags_per_step 2, or a "
+            "larger --tile_size_px."
         ) from error
 
 
