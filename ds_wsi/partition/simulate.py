@@ -206,7 +206,7 @@ class _Uncompiled(nn.Module):
     """In place of what `torch.compile` made of a part: the part, under the same name."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._orig_mod(*args, **kwargs)
+        return self._modules["_orig_mod"](*args, **kwargs)  # type: ignore[misc]
 
 
 _OF_ENGINES = re.compile(
