@@ -92,8 +92,10 @@ class PartitionedForward:
 
         Raises:
             ValueError: an argument that not all tiles share; a population of one value; an engine's shards in place of
-                parameters; a module that does what no partition may do.
-            RuntimeError: called inside a checkpoint.
+                parameters; a module that does what no partition may do; a hook on a part (`partition.hooks`), or a part
+                that is partitioned itself.
+            RuntimeError: called inside a checkpoint, torch.func, forward mode or hooks on saved tensors. From backward:
+                the input, a parameter or a buffer that is read again was changed in place since.
         """
         with inside():
             return self._call(args, kwargs, cu_seqlens, prepare)
@@ -350,7 +352,11 @@ class Handle:
         self.module, self.forward, self._undo = module, forward, undo
 
     def remove(self) -> None:
-        """Give the module its own forward back."""
+        """Give the module its own forward back.
+
+        Raises:
+            ValueError: another forward was set over the partition's since; nothing is removed.
+        """
         if self.forward is not None:
             present = self.module.__dict__.get("forward", self.forward)
             if present is not self.forward:
@@ -378,7 +384,9 @@ def partition_layers(
 
     The module's forward takes one tensor and returns one. In training mode BatchNorm normalises over all tiles of the
     call; other layers must treat tiles independently. Gradients of parameters are summed in float32 (float64) and
-    handed to autograd once.
+    handed to autograd once, which runs the hooks on them once. Parameters, buffers and the input must not change in
+    place between forward and backward, biases included. Of a module that torch.compile has wrapped, what it has wrapped
+    is partitioned.
 
     Args:
         module: an encoder of tiles [N, ...] -> [N, ...] (axis "batch"), or of images (axis "spatial").
@@ -389,7 +397,8 @@ def partition_layers(
         A handle; `handle.remove()` undoes it.
 
     Raises:
-        ValueError: the module is partitioned already, checkpoints itself, or cannot be traced where that is needed.
+        ValueError: the module or a part of it is partitioned already, checkpoints itself, or cannot be traced where that
+            is needed.
     """
     if is_compiled(module):
         logger.warning(

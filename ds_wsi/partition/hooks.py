@@ -116,9 +116,18 @@ def weight_of(leaf: Any, image: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _refuse_written_weights(name: str, part: nn.Module) -> None:
-    old = [hook for hook in part._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
-    if part.training and (old or isinstance(part, _SpectralNorm)):
-        buffer = f"{old[0].name}_u" if old else "_u"
+    written = [
+        f"{hook.name}_u"
+        for hook in part._forward_pre_hooks.values()
+        if isinstance(hook, SpectralNorm) and part.training
+    ]
+    for key, steps in part._modules.get("parametrizations", nn.ModuleDict()).named_children():  # type: ignore[union-attr]
+        written += [
+            f"parametrizations.{key}.{place}._u"
+            for place, step in steps.named_children()
+            if isinstance(step, _SpectralNorm) and step.training
+        ]
+    for buffer in written:
         raise ValueError(
             f"{name!r} ({type(part).__name__}) must not write its buffer {buffer!r} in forward, got spectral_norm in "
             "training mode. HINT: keep it out of the partition, or call eval() on it."

@@ -21,7 +21,7 @@ from ds_wsi.partition.recompute import Recompute
 from ds_wsi.partition.saved_on_host import SavedOnHost
 from ds_wsi.partition.segment import Random
 from ds_wsi.partition.staging import HostStore
-from ds_wsi.partition.surroundings import without_saved_tensor_hooks
+from ds_wsi.partition.surroundings import undisturbed
 from ds_wsi.partition.values import Extent, Given, Rows, Tiles
 from ds_wsi.partition.versions import Guard, guards_of, name_changed
 
@@ -95,7 +95,7 @@ class Call:
         segments = self.program.segments
         graphs = self.save and any(segment.spec.mode in _KEEP_GRAPHS for segment in segments)
         aliased = self.tensors.in_place() if graphs else nullcontext()
-        with without_saved_tensor_hooks(), self.autocast(), aliased:
+        with undisturbed(), self.autocast(), aliased:
             for index, segment in enumerate(segments):
                 needs = needs or any(parameter.requires_grad for parameter in _parameters(segment))
                 keep = self.save and needs
@@ -121,7 +121,7 @@ class Call:
         above: Extent = Given(grad, 2 if rows else 0, self.device, None)
         ambient = self.random.read()
         self._input.armed = True
-        with without_saved_tensor_hooks(), self.autocast(), self.tensors.in_place():
+        with undisturbed(), self.autocast(), self.tensors.in_place():
             for index in reversed(range(len(self.program.segments))):
                 work, self.saved[index] = self.saved[index], None
                 if work is None:

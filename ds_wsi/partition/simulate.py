@@ -236,7 +236,7 @@ class _Uncompiled(nn.Module):
     _orig_mod: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._orig_mod(*args, **kwargs)
+        return self._modules["_orig_mod"](*args, **kwargs)  # type: ignore[misc]
 
 
 _OF_ENGINES = re.compile(

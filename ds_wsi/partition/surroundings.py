@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
-_ONCE = (
-    "a partitioned module must be differentiated once and in reverse, got {}. "
-    'HINT: mode "native" computes as the plain module does.'
-)
+_ONCE = 'a partitioned module must be differentiated once and in reverse, got {}. HINT: mode "native".'
 
 
 def refuse_transforms(x: Tensor, tensors: list[Tensor], *, save: bool) -> None:
@@ -99,14 +97,20 @@ def refuse_saved_tensor_hooks(modes: set[str]) -> None:
 
 
 @contextmanager
-def without_saved_tensor_hooks() -> Iterator[None]:
-    """No hooks on saved tensors inside: nothing that the caller's autograd would save is made there."""
+def undisturbed() -> Iterator[None]:
+    """Chunks as nobody's but the partition's graphs.
+
+    No hooks on saved tensors: nothing that the caller's autograd would save is made inside. No cache of parametrized
+    weights (`parametrize.cached`): what one chunk has computed belongs to its graph.
+    """
     taken = []
+    caches, parametrize._cache_enabled = parametrize._cache_enabled, 0
     while hooks := torch._C._autograd._top_saved_tensors_default_hooks(True):
         taken.append(hooks)
         torch._C._autograd._pop_saved_tensors_default_hooks()
     try:
         yield
     finally:
+        parametrize._cache_enabled = caches
         for hooks in reversed(taken):
             torch._C._autograd._push_saved_tensors_default_hooks(*hooks)

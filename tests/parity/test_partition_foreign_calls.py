@@ -679,6 +679,17 @@ def test_computed_weights(kind, axis, mode, norm):
     assert_same(plain, parted, x)
 
 
+@every_norm
+@every_mode
+def test_the_cache_of_parametrized_weights_is_not_the_chunks(mode, norm):
+    plain, parted, _ = pair(norm, mode, lambda net: parametrizations.weight_norm(net.c2))
+    for net in (plain, parted):
+        with parametrize.cached():
+            step(net, tiles())
+            assert parametrize._cache_enabled == 1
+    assert_same_state(plain, parted)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
 @pytest.mark.parametrize("apply", [nn.utils.weight_norm, parametrizations.weight_norm])
 @every_mode
@@ -697,7 +708,9 @@ def test_computed_weights_of_the_module_itself(apply, mode):
 @pytest.mark.parametrize("apply", [nn.utils.spectral_norm, parametrizations.spectral_norm])
 def test_spectral_norm_is_refused_in_training_and_exact_in_evaluation(apply, mode, norm):
     plain, parted, _ = pair(norm, mode, lambda net: (torch.manual_seed(3), apply(net.c2), apply(net.c3)))
-    with pytest.raises(ValueError, match=r"'c2.*must not write its buffer '.*_u' in forward, got spectral_norm in"):
+    with pytest.raises(
+        ValueError, match=r"'c2' \(.*Conv2d\) must not write its buffer '.*_u' in forward, got spectral_norm in"
+    ):
         parted(tiles())
     for net in (plain, parted):
         net.c2.eval(), net.c3.eval()
