@@ -263,7 +263,7 @@ def measure(plain: Reference, axis: str, mode: str, longest: float = 120.0) -> O
     """Hold one mode against the plain module."""
     crossed = plain.norms if plain.module.training else 0
     predicted = plain.seconds * crossed * 0.6  # each norm is crossed from the input
-    if mode == "recompute" and predicted > longest / 2:
+    if mode == "recompute" and predicted > longest / 4:
         detail = f"it would recompute across {crossed} norms, for about {predicted:.0f} s"
         return Outcome("not run", detail, plain_seconds=plain.seconds, norms=plain.norms)
     return (_drawn if plain.draws else _fixed)(plain, axis, mode)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .entry import ZooModel
-from .measure import Outcome, Reference, measure, reference
+from .measure import measure, reference
 from .models import MODELS
 from .sweep import cases
 
@@ -67,11 +67,11 @@ class Unscaled(nn.Module):
         return self.norm(x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(0.8).div(0.8) * self.conv(x) + 1).mean((2, 3))
 
 
-def entry(kind: type[nn.Module]) -> ZooModel:
+def entry(kind):
     return ZooModel(f"own/{kind.__name__}", lambda draws: kind(), (3, 2, 2))
 
 
-def outcome(plain: Reference, monkeypatch: pytest.MonkeyPatch, spoilt) -> Outcome:
+def outcome(plain, monkeypatch, spoilt):
     """What the measure says of a module that is `spoilt` in place of being partitioned."""
     monkeypatch.setattr(sys.modules[measure.__module__], "partition_layers", spoilt)
     return measure(plain, "batch", "lean")

@@ -31,7 +31,7 @@ PYRAMID = {
 }
 
 # model class, configuration class, side of a tile in px, whether rows can be tried, configuration, rates of draws
-ROWS: list[tuple[str, str, int, bool, dict[str, Any], dict[str, float]]] = [
+ROWS: list[tuple[str, str, int, bool, dict[str, Any], dict[str, Any]]] = [
     ("ViTModel", "ViTConfig", 32, False, VIT, {"hidden_dropout_prob": 0.1}),
     ("ViTForImageClassification", "ViTConfig", 32, False, VIT, {"hidden_dropout_prob": 0.1}),
     ("DeiTModel", "DeiTConfig", 32, False, VIT, {"hidden_dropout_prob": 0.1}),
