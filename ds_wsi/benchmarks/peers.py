@@ -72,7 +72,7 @@ def deepspeed_cpu_checkpointing(encoder: nn.Module) -> Forward:
     device = next(encoder.parameters()).device
     if device.type == "cpu":
         raise ValueError("cpu_checkpointing must have the encoder on an accelerator, got cpu. HINT: encoder.cuda().")
-    checkpointing = importlib.import_module("deepspeed.runtime.activation_checkpointing.checkpointing")
+    checkpointing: Any = importlib.import_module("deepspeed.runtime.activation_checkpointing.checkpointing")
     # As checkpointing.configure() does, which asks for the process group's rank besides, to log it.
     checkpointing.CPU_CHECKPOINT = True
     own = _sharing_copy(encoder)
@@ -95,7 +95,7 @@ class _DeepSpeedBlock(nn.Module):
                 "HINT: let what is before it learn."
             )
         kind = x.device.type
-        settings = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        settings: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
 
         def block(*inputs: Any) -> Tensor:
             with torch.autocast(kind, **settings):

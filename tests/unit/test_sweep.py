@@ -67,8 +67,10 @@ def test_wrong_options_are_refused(option):
 
 PEERS = peers_gpu.Case(
     "tiny",
-    lambda: timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=2),
-    (8, 32),
+    lambda: timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, embed_dim=32, num_heads=2, depth=2, img_size=32, patch_size=4
+    ),
+    (32, 32),
     share=0.42,
     slower=1.05,
     methods=("native", "torch checkpoint", "Accelerate checkpointing offload", "DeepSpeed cpu_checkpointing"),
@@ -82,7 +84,7 @@ def test_all_gpu_numbers_at_small_size(tmp_path, monkeypatch):
     monkeypatch.setattr(peers_gpu, "cases", lambda whole: [PEERS])
     options = {"rows": str(tmp_path / "rows.json")}
     result = partition_gpu.measure(quick=True, options=options)
-    assert set(result.notes["skipped"]) == {f"peers: tiny, 8 tiles: {name}" for name in NEED_A_GPU}
+    assert set(result.notes["skipped"]) == {f"peers: tiny, 32 tiles: {name}" for name in NEED_A_GPU}
     assert max(result.notes["exact"].values()) < 1e-10
     assert [bound.holds for bound in result.bounds] == [True, True]  # all parts, exact: small sizes claim no times
     found = {(row["part"], row["case"], row["mode"]): row for row in result.rows}
@@ -90,9 +92,9 @@ def test_all_gpu_numbers_at_small_size(tmp_path, monkeypatch):
     assert found["paper", "64 px", "paper"]["over"] == "planner"
     modes = [mode for part, _, mode in found if part == "peers"]
     assert modes == [*(name for name in PEERS.methods if name not in NEED_A_GPU), "ours", "ours, whole card"]
-    assert found["peers", "tiny, 8 tiles", "ours"]["peak_ratio"] < 0.8
-    assert found["peers", "tiny, 8 tiles", "ours, whole card"]["peak_ratio"] == 1
-    losses = result.notes["peers: loss of the first step"]["tiny, 8 tiles"]
+    assert found["peers", "tiny, 32 tiles", "ours"]["peak_ratio"] < 0.8
+    assert found["peers", "tiny, 32 tiles", "ours, whole card"]["peak_ratio"] == 1
+    losses = result.notes["peers: loss of the first step"]["tiny, 32 tiles"]
     assert list(losses) == modes
     assert list(losses.values()) == pytest.approx([losses["native"]] * len(losses), rel=1e-5)
     assert found["large", "160 px", "planner"]["peak_gib"] <= small.large[1]
