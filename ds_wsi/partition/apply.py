@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ds_wsi.norms.roles import is_shared
+from ds_wsi.partition.arguments import Arguments
+from ds_wsi.partition.check import Case, FirstCalls
 from ds_wsi.partition.paper import apply_paper
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan
 from ds_wsi.partition.planner import PAPER_CHUNK, plan_partition
@@ -36,8 +38,16 @@ class PartitionedForward:
     encodes_stacks = True
     takes_host_tiles = True
 
-    def __init__(self, module: nn.Module, wanted: PartitionPlan | PartitionPolicy, spill: Spill | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        wanted: PartitionPlan | PartitionPolicy,
+        spill: Spill | None = None,
+        *,
+        check: bool = False,
+    ) -> None:
         self.module, self.wanted, self.spill = module, wanted, spill
+        self._checked = FirstCalls() if check else None
         self.original = module.forward
         self._traces: dict[Any, Traced] = {}
         self._programs: dict[Any, Program] = {}
@@ -49,11 +59,12 @@ class PartitionedForward:
         """Copies and pickles of the module trace and plan anew."""
         if self.spill is not None:
             raise TypeError(f"a partitioned {type(self.module).__name__} with a disk must not be copied or pickled")
-        return {"module": self.module, "wanted": self.wanted, "original": self.original}
+        check = self._checked is not None
+        return {"module": self.module, "wanted": self.wanted, "original": self.original, "check": check}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See `__getstate__`."""
-        self.__init__(state["module"], state["wanted"])  # type: ignore[misc]
+        self.__init__(state["module"], state["wanted"], check=state["check"])  # type: ignore[misc]
         self.original = state["original"]
 
     def __call__(
@@ -106,6 +117,11 @@ class PartitionedForward:
                 part = part if prepare is None else prepared(prepare, part, first)
                 outs.append(self.original(part, *args, **kwargs))
             return _anchored(outs[0] if len(outs) == 1 else torch.cat(outs), anchor)
+        if self._checked is not None:
+            arguments = Arguments(None, args, kwargs)
+            grad = save and x.requires_grad
+            case = Case(self.module, self.original, self.on_trial, plan, arguments, device, save, grad)
+            self._checked.check(case, x, prepare)
         call = Call(
             self._program(plan, (x.shape[0], *probe.shape[1:]), probe.dtype, device, save),
             x.detach(),
@@ -165,6 +181,12 @@ class PartitionedForward:
         if wanted.mode == "native":
             return PartitionPlan((), wanted.axis, wanted.bn_population, shape, mode="native")
         return PartitionPlan((SegmentPlan("", "recompute", size),), wanted.axis, wanted.bn_population, shape)
+
+    def on_trial(self, plan: PartitionPlan) -> "PartitionedForward":
+        """The same for the check's few tiles."""
+        trial = PartitionedForward(self.module, plan)
+        trial.original = self.original
+        return trial
 
     def _host_store(self, plan: PartitionPlan, tiles: int, device: torch.device) -> HostStore:
         """The store, with as much memory as the plan needs for this many tiles."""
@@ -292,7 +314,11 @@ class Handle:
 
 
 def partition_layers(
-    module: nn.Module, plan_or_policy: PartitionPlan | PartitionPolicy, *, spill: Spill | None = None
+    module: nn.Module,
+    plan_or_policy: PartitionPlan | PartitionPolicy,
+    *,
+    spill: Spill | None = None,
+    check: bool = True,
 ) -> Handle:
     """Compute `module` in chunks, in place: same state_dict, same outputs and gradients, another memory.
 
@@ -304,6 +330,8 @@ def partition_layers(
         module: an encoder of tiles [N, ...] -> [N, ...] (axis "batch"), or of images (axis "spatial").
         plan_or_policy: of `plan_partition`, or what it would be asked: then each call is planned for its size.
         spill: the disk of a policy with `nvme_path`: `ds_wsi.engines.nvme.NvmeSpill(path)`.
+        check: compare the partition with the module alone, on up to 5 tiles, before the first call of each kind
+            (`ds_wsi.partition.check`); a policy's `check` switches it off too.
 
     Returns:
         A handle; `handle.remove()` undoes it.
@@ -339,7 +367,7 @@ def partition_layers(
             undo()
 
         return Handle(module, None, restore)
-    forward = PartitionedForward(module, plan_or_policy, spill)
+    forward = PartitionedForward(module, plan_or_policy, spill, check=check and getattr(plan_or_policy, "check", True))
     module.forward = forward
     hook = module.register_forward_pre_hook(_give_anchor)
     logger.debug("partitioned %s", type(module).__name__)
