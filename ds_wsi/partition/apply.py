@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from ds_wsi.norms.roles import is_shared
 from ds_wsi.partition.arguments import Arguments
-from ds_wsi.partition.check import Case, FirstCalls
+from ds_wsi.partition.case import Case
+from ds_wsi.partition.check import FirstCalls
 from ds_wsi.partition.paper import apply_paper
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan
 from ds_wsi.partition.planner import PAPER_CHUNK, plan_partition

@@ -1,4 +1,4 @@
-"""Whether a plain module's tiles depend on each other, apart from its BatchNorms' statistics, and where they begin to."""
+"""Whether a plain module's tiles depend on each other but for BatchNorm's statistics, and where they begin to."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -79,17 +79,21 @@ class Recorded:
     Attributes:
         given: (name, tensors), in host memory.
         by_name: name -> its records' places.
+        largest: of all values.
     """
 
     given: list[tuple[str, list[Tensor]]] = field(default_factory=list)
     by_name: dict[str, list[int]] = field(default_factory=dict)
+    largest: float = 0.0
     _last: tuple[list[Any], list[Tensor], list[Tensor]] | None = None
 
     def add(self, name: str, caller: str, tensors: list[Tensor]) -> None:
         """Keep copies; what a container only hands on is kept once."""
         key = [(id(tensor), version_of(tensor)) for tensor in tensors]
         if self._last is None or self._last[0] != key:
-            self._last = key, [copied(tensor) for tensor in tensors], tensors  # alive, or an id would come again
+            copies = [copied(tensor) for tensor in tensors]
+            self._last = key, copies, tensors  # these are alive, or an id would come again
+            self.largest = max(self.largest, *map(size, copies))
         self.by_name.setdefault(name, []).append(len(self.given))
         self.given.append((name, self._last[1]))
 
@@ -146,3 +150,11 @@ def copied(tensor: Tensor) -> Tensor:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written to; 0 where nobody counts."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def size(tensor: Tensor) -> float:
+    """The largest finite value."""
+    if not tensor.numel():
+        return 0.0
+    finite = tensor.abs().double().nan_to_num(0.0, 0.0, 0.0)
+    return float(finite.max().item())

@@ -1,4 +1,4 @@
-"""A module tried in every mode of the partition, on an example: what is exact, what is refused and why, what it costs."""
+"""A module tried in every mode of the partition: what is exact, what is refused and why, what it costs."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ds_wsi.partition.apply import PartitionedForward
 from ds_wsi.partition.arguments import Arguments
-from ds_wsi.partition.check import Case, check_case, sample_of
+from ds_wsi.partition.case import Case
+from ds_wsi.partition.check import check_case, sample_of
 from ds_wsi.partition.outputs import tensors_of
 from ds_wsi.partition.plan import gib
 from ds_wsi.partition.policy import MODES, PartitionPolicy

@@ -50,7 +50,7 @@ class Generator:
 
     name: str
     read: Callable[[], Any]
-    write: Callable[[Any], None]
+    write: Callable[[Any], object]
 
 
 class Restored:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ds_wsi.partition.arguments import Arguments
-from ds_wsi.partition.observed import Calls, Draws, Recorded, copied, version_of
+from ds_wsi.partition.observed import Calls, Draws, Recorded, copied, size, version_of
 from ds_wsi.partition.outputs import form_of, tensors_of
 from ds_wsi.partition.restored import Restored
 
 INPUT_AFTER = "input after the call"
 _SMALL = 1e-2  # of the largest gradient: what is smaller is compared with that
+_FAINT = 1e-3  # the same of sub-modules' outputs: a norm of equal tiles is rounding alone
 
 
 @dataclass
@@ -213,7 +214,10 @@ class Trials:
         for call in calls:
             if len(call) != len(tensors):
                 continue
-            pairs = [nearest(one, other.detach(), len(self.tiles)) for one, other in zip(call, tensors, strict=True)]
+            least = _FAINT * self.recorded.largest
+            pairs = [
+                nearest(one, other.detach(), len(self.tiles), least) for one, other in zip(call, tensors, strict=True)
+            ]
             known = [pair for pair in pairs if pair is not None]
             if known and (best is None or max(known) < best):
                 best = max(known)
@@ -267,31 +271,16 @@ def distance(one: Tensor, other: Tensor, least: float = 0.0) -> float:
     return float(gap) / max(size(one), least, 1e-30)
 
 
-def size(tensor: Tensor) -> float:
-    """The largest finite value."""
-    if not tensor.numel():
-        return 0.0
-    finite = tensor.abs().double().nan_to_num(0.0, 0.0, 0.0)
-    return float(finite.max().item())
-
-
-def nearest(whole: Tensor, part: Tensor, tiles: int) -> float | None:
-    """How far a chunk's tensor is from its part of the whole one; None where it has no such part."""
+def nearest(whole: Tensor, part: Tensor, tiles: int, least: float) -> float | None:
+    """How far a chunk's tensor is from its part of the whole one, see `distance`; None where it has no such part."""
     if whole.dim() != part.dim() or whole.dtype != part.dtype:
         return None
     axes = [axis for axis in range(whole.dim()) if whole.shape[axis] != part.shape[axis]]
-    part = part.to(whole.device)
+    part, least = part.to(whole.device), max(least, size(whole))
     if not axes:
-        return distance(whole, part)
-    if len(axes) > 1:
+        return distance(whole, part, least)
+    total, length = whole.shape[axes[0]], part.shape[axes[0]]
+    if len(axes) > 1 or length > total or total % tiles or length % (total // tiles):
         return None
-    (axis,) = axes
-    total, length = whole.shape[axis], part.shape[axis]
-    if length > total or total % tiles or length % (total // tiles):
-        return None
-    least = size(whole)
-    starts = {0, total - length}
-    return min(
-        distance(narrow, part) * max(size(narrow), 1e-30) / max(least, 1e-30)
-        for narrow in (whole.narrow(axis, start, length) for start in starts)
-    )
+    places = {0, total - length}  # the first chunk, or the second
+    return min(distance(whole.narrow(axes[0], start, length), part, least) for start in places)

@@ -112,7 +112,7 @@ def test_the_check_sees_statistics_by_chunk_and_a_missing_correction(monkeypatch
     partition_layers(checked, PartitionPolicy(mode="lean", chunk_size=4))
     partition_layers(partitioned, PartitionPolicy(mode="lean", chunk_size=4), check=False)
     monkeypatch.setattr(NormSite, "correct", lambda self, found, z, grad: grad)
-    with pytest.raises(ValueError, match="ResNet must be computed in a partition as it is alone, got .* gradient"):
+    with pytest.raises(ValueError, match=r"ResNet must be computed in a partition as it is alone, got .* gradient"):
         checked(x.clone().requires_grad_())
     reference = copy.deepcopy(plain)
     wanted, found = step(reference, x), step(partitioned, x)
