@@ -51,14 +51,14 @@ class FirstCalls:
             return
         count = tiles_that_fit(case.plan, len(x)) if case.by_tile else min(2, len(x))
         with self._lock:
-            key = case.key(x)
-            if count <= self._seen.get(key, 0):
+            key, enough = case.key(x), min(count, TILES[0])
+            if enough and enough <= self._seen.get(key, 0):
                 return
             if count == 0:
                 logger.debug("partition check: %s is not checked, a tile does not fit the budget twice", case.owner)
             else:
                 self._within_memory(case, x, prepare, count)
-            self._seen[key] = max(1, count)
+            self._seen[key] = enough
 
     def _within_memory(self, case: Case, x: Tensor, prepare: Prepare | None, count: int) -> None:
         while count:

@@ -13,6 +13,7 @@ from ds_wsi.partition.outputs import form_of
 from ds_wsi.partition.restored import Restored
 from ds_wsi.partition.trace import needs_batch_statistics, needs_image_statistics
 from ds_wsi.partition.trials import INPUT_AFTER, Outcome, Trials, differences, distance, state_differences
+from ds_wsi.runtime.log import logger
 
 CHUNKS = {1: 1, 2: 1, 3: 2, 4: 3, 5: 3, 6: 5, 8: 5}  # tiles of the first of two chunks
 MANY_LEVELS = 20  # of norms: "recompute" computes each of them from the input
@@ -219,7 +220,13 @@ class Verdict:
 
     def _mixing(self) -> Mixing | None:
         arguments, original = self.case.arguments, self.case.original
-        return find_mixing(self.held, lambda tiles: arguments.call(original, tiles), self.tiles)
+        try:
+            return find_mixing(self.held, lambda tiles: arguments.call(original, tiles), self.tiles)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # tiles that no bag holds may be more than the module takes
+            logger.debug("partition check: %s on other tiles: %s: %s", self.case.owner, type(error).__name__, error)
+            return None
 
     def _mixes(self, mixing: Mixing) -> str:
         return (
