@@ -15,6 +15,7 @@ from ds_wsi.partition.restored import Restored
 
 INPUT_AFTER = "input after the call"
 _SMALL = 1e-2  # of the largest gradient: what is smaller is compared with that
+_NOTHING = 1e-4  # gradients of outputs' random sums, and statistics, that are smaller throughout are rounding
 _FAINT = 1e-3  # the same of sub-modules' outputs: a norm of equal tiles is rounding alone
 
 
@@ -103,6 +104,11 @@ class Trials:
         calls = Calls(self.held.names, self.held.module, None, self._compare_reversed)
         outcome = self._run(self.original, self.tiles.flip(0), watch=(calls,), flip=True)
         return outcome
+
+    @property
+    def faint(self) -> float:
+        """A number that is small beside what the sub-modules gave."""
+        return _FAINT * self.recorded.largest
 
     def twice(self) -> tuple[dict[Any, Any], dict[Any, Any]]:
         """Plain attributes after one forward of the module alone, and after a second."""
@@ -214,9 +220,9 @@ class Trials:
         for call in calls:
             if len(call) != len(tensors):
                 continue
-            least = _FAINT * self.recorded.largest
             pairs = [
-                nearest(one, other.detach(), len(self.tiles), least) for one, other in zip(call, tensors, strict=True)
+                nearest(one, other.detach(), len(self.tiles), self.faint)
+                for one, other in zip(call, tensors, strict=True)
             ]
             known = [pair for pair in pairs if pair is not None]
             if known and (best is None or max(known) < best):
@@ -229,8 +235,8 @@ class Trials:
         return [id(item) for item in (*self._adopted, *parts) if isinstance(item, torch.Generator)]
 
 
-def differences(one: Outcome, other: Outcome) -> dict[str, float]:
-    """How far the values of two runs, and their state, are apart, as shares of the largest number of each."""
+def differences(one: Outcome, other: Outcome, faint: float) -> dict[str, float]:
+    """How far the values of two runs are apart, as shares of each one's largest; outputs at least of `faint`."""
     largest = max(
         (size(value) for name, value in one.values.items() if "gradient of" in name and value is not None), default=0.0
     )
@@ -241,7 +247,7 @@ def differences(one: Outcome, other: Outcome) -> dict[str, float]:
             missing = value if value is not None else given
             found[name] = 0.0 if missing is None or not size(missing) else float("inf")
         else:
-            found[name] = distance(value, given, _SMALL * largest if "gradient of" in name else 0.0)
+            found[name] = distance(value, given, max(_SMALL * largest, _NOTHING) if "gradient" in name else faint)
     return found
 
 
@@ -251,7 +257,7 @@ def state_differences(one: Outcome, other: Outcome, start: dict[str, Tensor]) ->
     for name, before in start.items():
         value, given = one.state.get(name), other.state.get(name)
         if value is not None and given is not None and value.shape == given.shape == before.shape:
-            found[name] = distance(value, given)
+            found[name] = distance(value, given, _NOTHING)
     return found
 
 

@@ -116,13 +116,13 @@ class Verdict:
     def _far(self, plain: Outcome, found: Outcome, *, noise: bool) -> tuple[dict[str, float], dict[str, float]]:
         """Values and state, and outputs of sub-modules, that are further apart than rounding."""
         buffers = {f"buffer {k!r}": v for k, v in state_differences(plain, found, self.start).items()}
-        gaps = differences(plain, found) | buffers
+        gaps = differences(plain, found, self.trials.faint) | buffers
         apart = dict(self.trials.apart)
         far = {name: gap for name, gap in gaps.items() if not gap <= self.floor}
         apart = {name: gap for name, gap in apart.items() if not gap <= self.floor}
         if (far or apart) and noise and self.case.by_tile and len(self.tiles) > 1:
             other = self.trials.reversed()
-            noises, inside = differences(plain, other), self.trials.apart
+            noises, inside = differences(plain, other, self.trials.faint), self.trials.apart
             far = {name: gap for name, gap in far.items() if not gap <= self._tolerance(noises.get(name, 0.0))}
             apart = {name: gap for name, gap in apart.items() if not gap <= self._tolerance(inside.get(name, 0.0))}
         return far, apart
