@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.bags.manifest import Manifest, ManifestError, read_manifest
 from ds_wsi.models import SlideModel, SlideOutput, build_aggregator, build_encoder, load_model
-from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
+from ds_wsi.partition import PartitionPlan, PartitionPolicy, check_partition, partition_layers, plan_partition
 from ds_wsi.slides import Slide, SlideError, TileGrid, TilingPolicy, tile_slide
 from ds_wsi.stacking import StackedBags, stack_bags
 from ds_wsi.tile_parallel import TileParallelPolicy, shard_tiles, stream_bag, tile_mesh
@@ -36,6 +36,7 @@ __all__ = [
     "attach",
     "build_aggregator",
     "build_encoder",
+    "check_partition",
     "initialize",
     "load_cohort",
     "load_model",

@@ -11,6 +11,8 @@ from ds_wsi.norms.roles import is_shared
 from ds_wsi.partition.aliases import exclusive
 from ds_wsi.partition.arguments import Arguments
 from ds_wsi.partition.beside import inside, watch_children
+from ds_wsi.partition.case import Case
+from ds_wsi.partition.check import FirstCalls
 from ds_wsi.partition.hooks import is_compiled, refuse_inner_hooks, uncompiled
 from ds_wsi.partition.identity import module_key
 from ds_wsi.partition.outputs import form_of, tensors_of
@@ -49,8 +51,16 @@ class PartitionedForward:
     encodes_stacks = True
     takes_host_tiles = True
 
-    def __init__(self, module: nn.Module, wanted: PartitionPlan | PartitionPolicy, spill: Spill | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        wanted: PartitionPlan | PartitionPolicy,
+        spill: Spill | None = None,
+        *,
+        check: bool = False,
+    ) -> None:
         self.module, self.wanted, self.spill = module, wanted, spill
+        self._checked = FirstCalls() if check else None
         self.original = module.forward
         self._traces: dict[Any, Traced] = {}
         self._programs: dict[Any, Program] = {}
@@ -62,11 +72,12 @@ class PartitionedForward:
         """Copies and pickles of the module trace and plan anew."""
         if self.spill is not None:
             raise TypeError(f"a partitioned {type(self.module).__name__} with a disk must not be copied or pickled")
-        return {"module": self.module, "wanted": self.wanted, "original": self.original}
+        check = self._checked is not None
+        return {"module": self.module, "wanted": self.wanted, "original": self.original, "check": check}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See `__getstate__`."""
-        self.__init__(state["module"], state["wanted"])  # type: ignore[misc]
+        self.__init__(state["module"], state["wanted"], check=state["check"])  # type: ignore[misc]
         self.original = state["original"]
 
     @torch.compiler.disable  # a compiled caller runs the chunks as they are
@@ -135,6 +146,10 @@ class PartitionedForward:
                     self._refuse_what_chunks_cannot(x, save=save)
                 if save:
                     refuse_saved_tensor_hooks({segment.mode for segment in plan.segments})
+                if self._checked is not None:
+                    grad = save and x.requires_grad
+                    case = Case(self.module, self.original, self.on_trial, plan, arguments, device, save, grad)
+                    self._checked.check(case, x, prepare)
                 example = Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments)
                 call = Call(
                     self._program(plan, example),
@@ -236,6 +251,12 @@ class PartitionedForward:
         if wanted.mode == "native":
             return PartitionPlan((), wanted.axis, wanted.bn_population, shape, mode="native")
         return PartitionPlan((SegmentPlan("", "recompute", size),), wanted.axis, wanted.bn_population, shape)
+
+    def on_trial(self, plan: PartitionPlan) -> "PartitionedForward":
+        """The same for the check's few tiles."""
+        trial = PartitionedForward(self.module, plan)
+        trial.original = self.original
+        return trial
 
     def _host_store(self, plan: PartitionPlan, tiles: int, device: torch.device) -> HostStore:
         """The store, with as much memory as the plan needs for this many tiles."""
@@ -378,7 +399,11 @@ class Handle:
 
 
 def partition_layers(
-    module: nn.Module, plan_or_policy: PartitionPlan | PartitionPolicy, *, spill: Spill | None = None
+    module: nn.Module,
+    plan_or_policy: PartitionPlan | PartitionPolicy,
+    *,
+    spill: Spill | None = None,
+    check: bool = True,
 ) -> Handle:
     """Compute `module` in chunks, in place: same state_dict, same outputs and gradients, another memory.
 
@@ -392,13 +417,14 @@ def partition_layers(
         module: an encoder of tiles [N, ...] -> [N, ...] (axis "batch"), or of images (axis "spatial").
         plan_or_policy: of `plan_partition`, or what it would be asked: then each call is planned for its size.
         spill: the disk of a policy with `nvme_path`: `ds_wsi.engines.nvme.NvmeSpill(path)`.
+        check: compare the partition with the module alone, on up to 5 tiles, before the first call of each kind
+            (`ds_wsi.partition.check`); a policy's `check` switches it off too.
 
     Returns:
         A handle; `handle.remove()` undoes it.
 
     Raises:
-        ValueError: the module or a part of it is partitioned already, checkpoints itself, or cannot be traced where that
-            is needed.
+        ValueError: the module or a part of it is partitioned already, or checkpoints itself.
     """
     if is_compiled(module):
         logger.warning(
@@ -436,7 +462,7 @@ def partition_layers(
             undo()
 
         return Handle(module, None, restore)
-    forward = PartitionedForward(module, plan_or_policy, spill)
+    forward = PartitionedForward(module, plan_or_policy, spill, check=check and getattr(plan_or_policy, "check", True))
     module.forward = forward
     hook = module.register_forward_pre_hook(_give_anchor)
     # A compiler would break its graph at hooks.

@@ -111,6 +111,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("augment_blur_probability", "policies.augment.blur_probability", float, "of a slide's being blurred"),
     ("partition", "policies.partition.mode", POLICY_MODES, "how the encoder's activations are partitioned"),
     ("partition_chunk_size", "policies.partition.chunk_size", int, "tiles a chunk"),
+    ("partition_check", "policies.partition.check", SWITCH, "compare it with the encoder alone at the first call"),
     ("gpu_budget", "policies.partition.gpu_budget_bytes", size_in_bytes, "for activations on the device, as 24GiB"),
     ("host_budget", "policies.partition.host_budget_bytes", size_in_bytes, "for activations in host memory"),
     ("nvme_path", "policies.partition.nvme_path", str, "folder on a local disk for what host memory does not hold"),

@@ -276,7 +276,9 @@ def _partition(
             wanted = PartitionPlan.from_section(broadcast_object_list([plan.to_section()])[0])
     elif isinstance(wanted, PartitionPlan):
         logger.info("%s", wanted)
-    partition_layers(module.encoder, wanted, spill=NvmeSpill.of(wanted))
+    # A plan that ranks share is no policy any more.
+    check = getattr(settings.policies.partition, "check", True)
+    partition_layers(module.encoder, wanted, spill=NvmeSpill.of(wanted), check=check)
 
 
 def _choose_kernels(module: SlideModel, settings: TrainSettings, cohort: Cohort, accelerator: Accelerator) -> None:

@@ -108,9 +108,12 @@ def test_the_check_sees_statistics_by_chunk_and_a_missing_correction(monkeypatch
     by_chunk = copy.deepcopy(plain)
     expected = step(copy.deepcopy(plain), x)[0]
     assert relative(torch.cat([by_chunk(part) for part in x.split(4)]).detach(), expected) > 1e-3
-    partitioned = copy.deepcopy(plain)
-    partition_layers(partitioned, PartitionPolicy(mode="lean", chunk_size=4))
+    checked, partitioned = copy.deepcopy(plain), copy.deepcopy(plain)
+    partition_layers(checked, PartitionPolicy(mode="lean", chunk_size=4))
+    partition_layers(partitioned, PartitionPolicy(mode="lean", chunk_size=4), check=False)
     monkeypatch.setattr(NormSite, "correct", lambda self, found, z, grad: grad)
+    with pytest.raises(ValueError, match=r"ResNet must be computed in a partition as it is alone, got .* gradient"):
+        checked(x.clone().requires_grad_())
     reference = copy.deepcopy(plain)
     wanted, found = step(reference, x), step(partitioned, x)
     assert relative(found[0], wanted[0]) <= TOLERANCE
