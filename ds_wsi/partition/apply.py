@@ -351,8 +351,8 @@ def partition_layers(
         A handle; `handle.remove()` undoes it.
 
     Raises:
-        ValueError: the module or a part of it is partitioned already, checkpoints itself, or cannot be traced where that
-            is needed.
+        ValueError: the module or a part of it is partitioned already or checkpoints itself; or the module cannot be
+            traced where that is needed.
     """
     if is_compiled(module):
         logger.warning(
