@@ -7,7 +7,6 @@ reads the new one. Building blocks (torch's own modules, norms) stay whole.
 
 import inspect
 import operator
-import random
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -27,6 +25,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from ds_wsi.partition.arguments import Arguments
 from ds_wsi.partition.hooks import is_compiled, uncompiled
 from ds_wsi.partition.outputs import OutputForm, form_of
+from ds_wsi.partition.restored import (
+    containers_of,
+    foreign_generators,
+    own_generators,
+    plain_attributes,
+    refill,
+)
 from ds_wsi.runtime.numerics import autocast_dtype
 
 _PURE = {  # in place -> the operation that returns a new tensor
@@ -149,6 +154,7 @@ class _Held:
         node: of its value as of `epoch` of its storage.
         parent, hop: that it is a view of, and by which operation; None for the first tensor of a storage.
         fixed: why it must not be written, "" where it may.
+        owner: of a parameter or buffer, the sub-module; None for the one that is running.
     """
 
     tensor: Tensor
@@ -158,6 +164,7 @@ class _Held:
     parent: "_Held | None" = None
     hop: tuple[Callable[..., Any], Any, Any] | None = None
     fixed: str = ""
+    owner: str | None = None
 
 
 class _Recorder(TorchFunctionMode):
@@ -272,7 +279,7 @@ class _Recorder(TorchFunctionMode):
         """`changed` holds `node`'s value from now on, and with it every view of the same memory."""
         held = self.held[id(changed)]
         if held.storage.root.fixed:
-            raise ForbiddenError(self._in_module(held.storage.root.fixed))
+            raise ForbiddenError(self._in_module(held.storage.root.fixed, held.storage.root.owner))
         self.values[node] = changed
         storage, root = held.storage, held.storage.root
         base = self._node_of(root)
@@ -305,12 +312,10 @@ class _Recorder(TorchFunctionMode):
         else:
             raise UnrecordedError(f"{_name(target)} returns a {type(result).__name__}")
         for key, item in items:
-            if isinstance(item, Tensor):
-                part = self._node(operator.getitem, (node, key), {})
-                self.values[part] = item
-                self._hold(item, part, _Item(target, key), args, kwargs)
-            elif _tensors(item):
-                raise UnrecordedError(f"{_name(target)} returns tensors in a {type(item).__name__}")
+            if not _tensors(item):
+                continue
+            part = self._node(operator.getitem, (node, key), {})
+            self._new_values(part, item, _Item(target, key), args, kwargs)
 
     def _hold(self, tensor: Tensor, node: fx.Node, target: Any, args: Any, kwargs: Any) -> None:
         if id(tensor) in self.held:  # a leaf that returns one of its earlier results
@@ -376,9 +381,11 @@ class _Recorder(TorchFunctionMode):
         if known is not None:
             node = self.graph.create_node("get_attr", known[0])
             node.meta["module"] = self._where()
-            what = "buffer" if known[0] in dict(self.module.named_buffers()) else "tensor"
             self.values[node] = tensor
-            held = _Held(tensor, node, None, 0, fixed=f"must not write its {what} {known[0]!r} in forward")  # type: ignore[arg-type]
+            owner, _, key = known[0].rpartition(".")
+            what = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            held = _Held(tensor, node, None, 0)  # type: ignore[arg-type]
+            held.fixed, held.owner = f"must not write its {what} {key!r} in forward", owner
             keys = [tensor.untyped_storage()._cdata]
             if self.pretends is not None and not isinstance(tensor, FakeTensor):
                 self.twins.append(self.pretends.from_tensor(tensor))  # what its views are views of
@@ -402,8 +409,10 @@ class _Recorder(TorchFunctionMode):
     def _where(self) -> str:
         return self.names.get(id(self.stack[-1]), "")
 
-    def _in_module(self, sentence: str) -> str:
-        return f"{self._where()!r} ({type(self.stack[-1]).__name__}) {sentence}. HINT: partition the part without it."
+    def _in_module(self, sentence: str, name: str | None = None) -> str:
+        name = self._where() if name is None else name
+        kind = type(self.module.get_submodule(name)).__name__
+        return f"{name!r} ({kind}) {sentence}. HINT: keep it out of the partition."
 
 
 class _Item:
@@ -508,33 +517,45 @@ def _calls_of(recorder: _Recorder) -> Iterator[None]:
 
 @contextmanager
 def _untouched(module: nn.Module) -> Iterator[None]:
-    """Every part's attributes are afterwards what they were, and Python's and NumPy's generators where they were.
+    """Every part's attributes are afterwards what they were, and all generators but torch's where they were.
 
     Raises:
         ForbiddenError: a number, flag or string has another value, or one of these generators has moved.
     """
-    generators = random.getstate(), np.random.get_state()
+    generators = [*foreign_generators(), *own_generators(module)]
+    states = [generator.read() for generator in generators]
     parts = list(module.named_modules())
-    before = [(dict(part.__dict__), {key: dict(part.__dict__[key]) for key in _TABLES}) for _, part in parts]
+    before = [
+        (
+            dict(part.__dict__),
+            {key: dict(part.__dict__[key]) for key in _TABLES},
+            dict(plain_attributes(part)),
+            containers_of(part),
+        )
+        for _, part in parts
+    ]
     try:
         yield
-        if random.getstate() != generators[0] or not _same(np.random.get_state(), generators[1]):
-            raise ForbiddenError(
-                f"{type(module).__name__} must draw from torch's default generators, got draws of Python's random or "
-                "NumPy's. HINT: torch.rand."
-            )
-        for (name, part), (attributes, _) in zip(parts, before, strict=True):
-            for key, value in part.__dict__.items():
-                old = attributes.get(key)
-                if isinstance(value, (bool, int, float, str)) and old is not None and value != old:
+        for generator, state in zip(generators, states, strict=True):
+            if mark(generator.read()) != mark(state):
+                raise ForbiddenError(
+                    f"{type(module).__name__} must draw from torch's default generators, got draws of {generator.name}. "
+                    "HINT: torch.rand."
+                )
+        for (name, part), (_, _, plain, _) in zip(parts, before, strict=True):
+            for key, value in plain_attributes(part):
+                old = plain.get(key)
+                if old is not None and value is not None and value != old:
                     raise ForbiddenError(
                         f"{name!r} ({type(part).__name__}) must not change its attribute {key!r} in forward, got "
                         f"{old!r} -> {value!r}. HINT: keep it out of the partition."
                     )
     finally:
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])
-        for (_, part), (attributes, tables) in zip(parts, before, strict=True):
+        for generator, state in zip(generators, states, strict=True):
+            generator.write(state)
+        for (_, part), (attributes, tables, _, containers) in zip(parts, before, strict=True):
+            for container, content in containers:
+                refill(container, content)
             for key in set(part.__dict__) - set(attributes):
                 del part.__dict__[key]
             part.__dict__.update(attributes)
@@ -581,10 +602,6 @@ def _tensors(tree: Any) -> list[Tensor]:
     for leaf in pytree.tree_leaves(tree):
         map_aggregate(leaf, look) if isinstance(leaf, slice) else look(leaf)
     return found
-
-
-def _same(one: Any, other: Any) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def _version(tensor: Tensor) -> int:

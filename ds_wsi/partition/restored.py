@@ -69,7 +69,7 @@ class Restored:
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.module, self.device, self.dtype = module, device, dtype
         self.names = {part: name for name, part in module.named_modules()}
-        self.generators = [*default_generators(device), *self._own_generators()]
+        self.generators = [*default_generators(device), *own_generators(module)]
         self._saved: list[tuple[nn.Module, type, dict[str, Any]]] = []
         self._base: dict[nn.Module, dict[str, Any]] = {}
         self._containers: list[tuple[Any, Any]] = []
@@ -86,8 +86,7 @@ class Restored:
                     base[name] = OrderedDict((key, hook) for key, hook in base[name].items() if computes_weight(hook))
             base.pop(GROUP, None)
             self._base[part] = base
-            own = [item for key, item in held.items() if key not in _INTERNAL]
-            self._containers += [(item, item.copy()) for item in own if type(item) in (list, dict, set)]
+            self._containers += containers_of(part)
             if issubclass(kind, nn.SyncBatchNorm):
                 part.__class__ = LocalNorm
         self.rewind()
@@ -152,11 +151,7 @@ class Restored:
 
     def _refill(self) -> None:
         for container, content in self._containers:
-            if type(container) is list:
-                container[:] = content
-            else:
-                container.clear()
-                container.update(content)
+            refill(container, content)
 
     def _parameter(self, parameter: Any, stand_ins: dict[int, Any]) -> Any:
         if parameter is None:
@@ -175,17 +170,6 @@ class Restored:
             wide = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
             copies[id(tensor)] = tensor.detach().to(wide, copy=True)
         return copies[id(tensor)]
-
-    def _own_generators(self) -> Iterator[Generator]:
-        seen: set[int] = set()
-        for part, name in self.names.items():
-            for key, value in part.__dict__.items():
-                items = value if type(value) in (list, tuple) else value.values() if type(value) is dict else (value,)
-                for item in items:
-                    found = _generator(item, f"{name}.{key}" if name else key)
-                    if found is not None and id(item) not in seen:
-                        seen.add(id(item))
-                        yield found
 
 
 def plain_attributes(part: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -208,9 +192,43 @@ def default_generators(device: torch.device) -> list[Generator]:
                 "", lambda: torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device)
             )
         )
-    found.append(Generator("numpy.random", np.random.get_state, np.random.set_state))
-    found.append(Generator("random", random.getstate, random.setstate))
-    return found
+    return [*found, *foreign_generators()]
+
+
+def foreign_generators() -> list[Generator]:
+    """Numpy's and Python's."""
+    return [
+        Generator("numpy.random", np.random.get_state, np.random.set_state),
+        Generator("random", random.getstate, random.setstate),
+    ]
+
+
+def own_generators(module: nn.Module) -> Iterator[Generator]:
+    """Those that are attributes of a module's parts, also in lists, tuples and dicts."""
+    seen: set[int] = set()
+    for name, part in module.named_modules():
+        for key, value in part.__dict__.items():
+            items = value if type(value) in (list, tuple) else value.values() if type(value) is dict else (value,)
+            for item in items:
+                found = _generator(item, f"{name}.{key}" if name else key)
+                if found is not None and id(item) not in seen:
+                    seen.add(id(item))
+                    yield found
+
+
+def containers_of(part: nn.Module) -> list[tuple[Any, Any]]:
+    """Lists, dicts and sets among a part's attributes, each with a copy: see `refill`."""
+    own = [item for key, item in part.__dict__.items() if key not in _INTERNAL]
+    return [(item, item.copy()) for item in own if type(item) in (list, dict, set)]
+
+
+def refill(container: Any, content: Any) -> None:
+    """Give a container its content back."""
+    if type(container) is list:
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
 
 
 def mark(state: Any) -> bytes:

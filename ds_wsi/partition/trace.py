@@ -269,10 +269,14 @@ def _is_leaf(part: nn.Module, name: str) -> bool:
     return home.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(part, CONTAINERS)
 
 
+# The last is a SyncBatchNorm's stand-in while a partition is checked.
+_OWN_FORWARDS = ("torch.nn.modules.batchnorm", "timm.layers.norm_act", "ds_wsi.partition.restored")
+
+
 def has_own_forward(norm: nn.Module) -> bool:
     """Whether a BatchNorm normalises as torch's or timm's class says, by forward of the class itself."""
     home = getattr(inspect.unwrap(type(norm).forward), "__module__", "")
-    return "forward" not in norm.__dict__ and home in ("torch.nn.modules.batchnorm", "timm.layers.norm_act")
+    return "forward" not in norm.__dict__ and home in _OWN_FORWARDS
 
 
 def _keeps_shape(leaf: nn.Module) -> bool:

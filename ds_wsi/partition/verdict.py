@@ -54,6 +54,13 @@ class Verdict:
         changed = self._counted()
         if changed is not None:
             return "", changed
+        after = self.plain.values[INPUT_AFTER]
+        if after is not None and (gap := distance(self.tiles.cpu(), after)):
+            # Backward reads the tiles again, as they were given.
+            return "", (
+                f"{self._who(self.trials.writer())} must not change the partition's input in place, got an input that "
+                f"changes by {gap:.1e}. HINT: x = x.clone() before it."
+            )
         drawn = bool(self.plain.moved)
         count = len(self.tiles)
         if not self.case.by_tile:
@@ -206,11 +213,6 @@ class Verdict:
         sentence = self._writes(written)
         if sentence is not None:
             return sentence
-        if INPUT_AFTER in far:
-            return (
-                f"{self._who(self.trials.writer())} must not change the partition's input in place, got an input that "
-                f"changes by {far[INPUT_AFTER]:.1e}. HINT: x = x.clone() before it."
-            )
         first = next((name for name, _ in self.trials.recorded.given if name in apart), None)
         what, gap = (f"an output of {self._who(first)}", apart[first]) if first is not None else next(iter(far.items()))
         return (

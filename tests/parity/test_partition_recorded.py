@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -178,9 +179,9 @@ def test_a_test_of_this_kind_fails_without_the_statement():
     [
         (
             lambda net, x: x + net.n1.running_mean.add_(1)[:, None, None] * 0,
-            "must not write its buffer 'n1.running_mean'",
+            "'n1' (BatchNorm2d) must not write its buffer 'running_mean'",
         ),
-        (lambda net, x: x + net.gain.detach().mul_(2) * 0, "must not write its tensor 'gain'"),
+        (lambda net, x: x + net.gain.detach().mul_(2) * 0, "'' (Net) must not write its parameter 'gain'"),
         (lambda net, x: setattr(net, "calls", getattr(net, "calls", 0) + 1) or x, None),
     ],
     ids=["buffer", "parameter", "attribute"],
@@ -190,7 +191,7 @@ def test_state_that_a_forward_writes_is_refused_by_name(statement, sentence):
     module.calls = 1
     sentence = sentence or "must not change its attribute 'calls' in forward, got 1 -> 2"
     partition_layers(module, PartitionPolicy(mode="lean", chunk_size=CHUNK))
-    with pytest.raises(ValueError, match=sentence.replace(".", r"\.")):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         module(images())
     assert module.calls == 1
 
@@ -203,7 +204,7 @@ def test_an_input_that_is_changed_in_place_is_refused():
     module = Normalises(lambda net, x: x).double()
     partition_layers(module, PartitionPolicy(mode="lean", chunk_size=CHUNK))
     x = images()
-    with pytest.raises(ValueError, match=r"'' \(Normalises\) must not change its input in place"):
+    with pytest.raises(ValueError, match=r"'' \(Normalises\) must not change (its|the partition's) input in place"):
         module(x)
     assert torch.equal(x, images())
 
