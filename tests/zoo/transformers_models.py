@@ -88,7 +88,7 @@ ROWS: list[tuple[str, str, int, bool, dict[str, Any], dict[str, Any]]] = [
             "depths": [1, 1, 1],
             "key_dim": [8, 8, 8],
         },
-        {"drop_path_rate": 0.2},
+        {},
     ),
     (
         "CvtModel",
