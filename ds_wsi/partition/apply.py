@@ -255,7 +255,7 @@ class PartitionedForward:
     def on_trial(self, plan: PartitionPlan) -> "PartitionedForward":
         """The same for the check's few tiles."""
         trial = PartitionedForward(self.module, plan)
-        trial.original = self.original
+        trial.original, trial._traces = self.original, self._traces
         return trial
 
     def _host_store(self, plan: PartitionPlan, tiles: int, device: torch.device) -> HostStore:

@@ -28,6 +28,7 @@ from ds_wsi.partition.outputs import OutputForm, form_of
 from ds_wsi.partition.restored import (
     containers_of,
     foreign_generators,
+    mark,
     own_generators,
     plain_attributes,
     refill,
@@ -539,8 +540,8 @@ def _untouched(module: nn.Module) -> Iterator[None]:
         for generator, state in zip(generators, states, strict=True):
             if mark(generator.read()) != mark(state):
                 raise ForbiddenError(
-                    f"{type(module).__name__} must draw from torch's default generators, got draws of {generator.name}. "
-                    "HINT: torch.rand."
+                    f"{type(module).__name__} must draw from torch's default generators, got draws of "
+                    f"{generator.name}. HINT: torch.rand."
                 )
         for (name, part), (_, _, plain, _) in zip(parts, before, strict=True):
             for key, value in plain_attributes(part):

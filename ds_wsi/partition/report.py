@@ -127,7 +127,7 @@ def _mode_report(
         return ModeReport(mode, False, str(error))
     if reason:
         return ModeReport(mode, None, reason)
-    return ModeReport(mode, True, "", *_cost(module, lambda x: forward.on_trial(plan)(x), example, device))
+    return ModeReport(mode, True, "", *_cost(module, forward.on_trial(plan), example, device))
 
 
 def _cost(module: nn.Module, forward: Callable[..., Any], example: Tensor, device: torch.device) -> tuple[float, float]:

@@ -170,7 +170,9 @@ def test_mixing_is_seen_in_evaluation_too(norm):
 def test_evonorm_with_batch_statistics_is_named(kind, dtype, norm):
     torch.manual_seed(0)
     net = Net(norm, first=kind(8)).to(dtype)
-    with pytest.raises(ValueError, match=rf"'n1' \({kind.__name__}\) must treat tiles independently"):
+    # With a train-mode BatchNorm in the module its forward is recorded, and the buffer is seen first.
+    why = "treat tiles independently|not write its buffer 'running_var'"
+    with pytest.raises(ValueError, match=rf"'n1' \({kind.__name__}\) must ({why})"):
         call(net, tiles(dtype=dtype))
 
 
@@ -687,12 +689,9 @@ MODELS = {
 @modes
 @pytest.mark.parametrize("drop", [True, False], ids=["drop", "no_drop"])
 @pytest.mark.parametrize("name", MODELS)
-def test_timm_models_pass_with_dropout_and_drop_path(request, name, drop, mode, checked):
+def test_timm_models_pass_with_dropout_and_drop_path(name, drop, mode, checked):
     if name == "efficientnet_b0" and mode != "lean":
         pytest.skip("49 norm levels: a minute of CPU")
-    if drop and name in ("resnet10t", "efficientnet_b0"):
-        lost = "torch.fx erases what drop path does in place, and the check says so"
-        request.node.add_marker(pytest.mark.xfail(reason=lost, raises=ValueError, strict=False))
     torch.manual_seed(0)
     options = {key: value for key, value in MODELS[name].items() if drop or key == "img_size"}
     exact(timm.create_model(name, num_classes=0, **options), checked, tiles(7, 32, torch.float32), mode=mode)
