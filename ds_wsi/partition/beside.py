@@ -10,13 +10,18 @@ from torch import nn
 
 from ds_wsi.runtime.log import logger
 
-_depth = threading.local()
+
+class _Depth(threading.local):
+    count: int = 0
+
+
+_depth = _Depth()
 
 
 @contextmanager
 def inside() -> Iterator[None]:
     """While a partition runs the module's parts."""
-    _depth.count = getattr(_depth, "count", 0) + 1
+    _depth.count += 1
     try:
         yield
     finally:
@@ -31,7 +36,7 @@ class Beside:
 
     def __call__(self, part: nn.Module, inputs: Any) -> None:
         """See the class."""
-        if self.told or getattr(_depth, "count", 0) or not torch.is_grad_enabled():
+        if self.told or _depth.count or not torch.is_grad_enabled():
             return
         self.told = True
         logger.warning(
