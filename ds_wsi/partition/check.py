@@ -21,7 +21,7 @@ from ds_wsi.partition.values import Prepare, prepared
 from ds_wsi.partition.verdict import Verdict
 from ds_wsi.runtime.log import logger
 
-TILES = (5, 4, 6, 8)  # the first number that the module takes; an odd one is no whole number of pairs
+TILES = (4, 5, 6, 8)  # the first number that the module takes; alone and in chunks of 3 and 1: 8 tiles in all
 _IMAGE = (96, 64)  # rows and columns at most of the images on the spatial axis
 
 

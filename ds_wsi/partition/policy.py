@@ -32,7 +32,7 @@ class PartitionPolicy:
         nvme_budget_bytes: of activations there; None: half of what is free.
         bn_population: what train-mode BatchNorm normalises over: "stack", all tiles of a call; "bag", each bag of it.
         compile: run the chunk's body under `torch.compile`.
-        check: compare the partition with the module alone, on up to 5 tiles, before the first call of each kind.
+        check: compare the partition with the module alone, on up to 4 tiles, before the first call of each kind.
     """
 
     mode: str = "auto"

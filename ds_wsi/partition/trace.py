@@ -7,13 +7,14 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ds_wsi.norms.population import takes_population
-from ds_wsi.partition.outputs import OutputForm
+from ds_wsi.partition.outputs import OutputForm, form_of
 from ds_wsi.partition.record import (
     CONTAINERS,
     Example,
@@ -135,6 +136,8 @@ class Traced:
         return found
 
     def _recorded(self, example: Example) -> fx.Graph:
+        if needs_batch_statistics(self.module) and home_of(self.module) in _OWN_FORWARDS:
+            return self._one_norm(example)
         if self.axis == "spatial":
             recording = self._record(example, None)
         else:
@@ -148,6 +151,15 @@ class Traced:
             }
         self.values, self.form = recording.values, recording.form
         return recording.graph
+
+    def _one_norm(self, example: Example) -> fx.Graph:
+        """A norm is a part of others' graphs, whose forward nobody runs; as the whole module too."""
+        graph = _one_operation()
+        like = torch.empty(example.shape, dtype=example.dtype, device="meta")
+        self.values = {node: like for node in graph.nodes if node.op != "output"}
+        self.by_tile = set(self.values)
+        self.form = form_of(like, max(1, len(like)), type(self.module).__name__)
+        return graph
 
     def _record(self, example: Example, tiles: int | None) -> Recording:
         """The forward recorded; a sub-module that cannot be looked into stays whole, where no barrier is in it."""
@@ -275,8 +287,12 @@ _OWN_FORWARDS = ("torch.nn.modules.batchnorm", "timm.layers.norm_act", "ds_wsi.p
 
 def has_own_forward(norm: nn.Module) -> bool:
     """Whether a BatchNorm normalises as torch's or timm's class says, by forward of the class itself."""
-    home = getattr(inspect.unwrap(type(norm).forward), "__module__", "")
-    return "forward" not in norm.__dict__ and home in _OWN_FORWARDS
+    return "forward" not in norm.__dict__ and home_of(norm) in _OWN_FORWARDS
+
+
+def home_of(norm: nn.Module) -> str:
+    """The Python module that the forward of a module's class is defined in."""
+    return str(getattr(inspect.unwrap(type(norm).forward), "__module__", ""))
 
 
 def _keeps_shape(leaf: nn.Module) -> bool:

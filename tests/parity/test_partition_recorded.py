@@ -434,6 +434,40 @@ def test_an_instance_forward_is_the_module_s():
     assert_same(plain, module, step(plain, images()), step(module, images()))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_norm_as_the_whole_module(mode):
+    for kind in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        norm = kind(3).double() if kind is nn.BatchNorm2d else timm.layers.BatchNormAct2d(3).double()
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        assert_exact(norm, mode)
+
+
+def test_a_forward_that_was_patched_on_a_part():
+    plain = made(lambda net, x: x)
+    module = copy.deepcopy(plain)
+    for net in (plain, module):
+        net.c1.forward = lambda x, conv=net.c1: type(conv).forward(conv, x) * 1.5
+        net.act.forward = lambda x: x * 2
+    for mode in ("lean", "recompute", "keep"):
+        handle = partition_layers(module, PartitionPolicy(mode=mode, chunk_size=CHUNK))
+        for net in (plain, module):
+            net.zero_grad()
+        assert_same(plain, module, step(plain, images()), step(module, images()))
+        handle.remove()
+    module.n1.forward = lambda x: x
+    partition_layers(module, PartitionPolicy(mode="lean", chunk_size=CHUNK))
+    with pytest.raises(ValueError, match=r"must have torch's or timm's own forward, got BatchNorm2d's \(layer 'n1'\)"):
+        module(images())
+
+
+@pytest.mark.parametrize("tiles", [[1.0, 2.0], None, torch.tensor(1.0)], ids=["list", "None", "number"])
+def test_what_are_no_tiles(tiles):
+    module = made(lambda net, x: x)
+    partition_layers(module, PartitionPolicy(mode="lean", chunk_size=CHUNK))
+    with pytest.raises(ValueError, match=r"the tiles of a partitioned Net must be a tensor \[N, ...\], got a "):
+        module(tiles)
+
+
 def test_norms_with_a_forward_of_their_own_are_refused():
     class Scaled(nn.BatchNorm2d):
         def forward(self, x):
@@ -491,6 +525,24 @@ def test_moments_with_timm_s_drop_path_are_the_plain_module_s():
     assert spread[1] == pytest.approx(spread[0], rel=0.15)
     assert plain.std().item() == pytest.approx(found.std().item(), rel=0.05)
     assert abs(without.std().item() - plain.std().item()) > 0.1, "the test must see a mask that is not scaled"
+
+
+@pytest.mark.parametrize("mode", ["keep", "lean", "checkpoint", "offload", "stream"])
+@pytest.mark.parametrize("draws", [0, 1], ids=["kept", "dropped"])
+def test_in_one_chunk_timm_s_drop_path_draws_as_the_plain_module(mode, draws):
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet10t", num_classes=0, drop_path_rate=0.5).double().train()
+    for part in plain.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+    module = copy.deepcopy(plain)
+    partition_layers(module, PartitionPolicy(mode=mode, chunk_size=TILES))
+    x = torch.randn(TILES, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for net in (plain, module):
+        torch.manual_seed(draws)
+        results.append(step(net, x))
+    assert_same(plain, module, *results)
 
 
 @pytest.mark.parametrize("mode", MODES)
