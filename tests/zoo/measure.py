@@ -419,7 +419,10 @@ def failure(error: BaseException) -> Outcome:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename.startswith(PACKAGE)]
     text = " ".join(str(error).split())
-    if own and frames[-1].filename == own[-1].filename and " must " in text:
+    # A refusal may wrap what the model's Python raised, but not a slip of the package's own.
+    cause = traceback.extract_tb(error.__cause__.__traceback__) if error.__cause__ else []
+    slip = bool(cause) and cause[-1].filename.startswith(PACKAGE) and not isinstance(error.__cause__, ValueError)
+    if own and frames[-1].filename == own[-1].filename and " must " in text and not slip:
         return Outcome("refused", text)
     place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
     return Outcome("crashed", f"{type(error).__name__}: {text[:300]}{place}")

@@ -19,7 +19,7 @@ SAMPLE = [
     ("timm/vision_transformer/vit_tiny_patch16_224", "offload", True),
     ("timm/byobnet/test_byobnet", "stream", False),
     ("timm/levit/levit_128s", "keep", False),
-    ("timm/regnet/regnetx_002", "checkpoint", True),
+    ("timm/starnet/starnet_s050", "checkpoint", True),
     ("timm/xcit/xcit_nano_12_p16_224", "stream", False),
     ("torchvision/shufflenet_v2_x0_5", "keep", False),
     ("torchvision/MaxVit", "lean", False),
