@@ -61,10 +61,11 @@ def markdown(lines: Iterable[Line]) -> str:
         norms = max(line.outcome.norms for line in mine)
         cells = [_cell([line for line in mine if _column(line.case) == column], reasons) for column in COLUMNS]
         rows.append(f"| {model} | {norms or ''} | " + " | ".join(cells) + " |")
+    modes = {line.case.mode for line in lines}
     versions = ", ".join(sorted({line.commit for line in lines}))
     parts = [
         f"Commit {versions}, torch {', '.join(sorted({line.torch for line in lines}))}. {len(rows)} models, "
-        f"{len(lines)} comparisons.",
+        f"{len(lines)} comparisons. Modes: {', '.join(mode for mode in MODES if mode in modes)}.",
         _totals(lines),
         f"| model | BatchNorms | {' | '.join(HEADS)} |\n|---|---|{'---|' * len(HEADS)}\n" + "\n".join(rows),
     ]
@@ -95,7 +96,7 @@ def _totals(lines: list[Line]) -> str:
         head = HEADS[COLUMNS.index((axis, setting))]
         rows.append(f"| {head} | {len(models)} | {len(models - bad)} | {numbers} |")
     return (
-        f"| | models | exact in every mode | {' | '.join(CHECKED)} |\n|---|---|---|{'---|' * len(CHECKED)}\n"
+        f"| | models | exact in all that was run | {' | '.join(CHECKED)} |\n|---|---|---|{'---|' * len(CHECKED)}\n"
         + "\n".join(rows)
     )
 
