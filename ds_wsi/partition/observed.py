@@ -102,24 +102,30 @@ class Recorded:
         self._last = None
 
 
-class Draws(TorchDispatchMode):
-    """Sees operations that draw from a generator of their own.
+class Operations(TorchDispatchMode):
+    """Sees operations that draw from a generator of their own, and how coarse the numbers are that are computed.
 
     Args:
         calls: that tells which sub-module runs.
         found: called with the generator and the sub-module's name, before it draws.
+
+    Attributes:
+        coarsest: the largest eps of what an operation gave; a module may compute in float32 what it gets in float64.
     """
 
     def __init__(self, calls: Calls, found: Callable[[torch.Generator, str], None]) -> None:
         super().__init__()
-        self.calls, self.found = calls, found
+        self.calls, self.found, self.coarsest = calls, found, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         generator = kwargs.get("generator")
         if generator is not None:
             self.found(generator, self.calls.innermost)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.coarsest = max(self.coarsest, torch.finfo(result.dtype).eps)
+        return result
 
 
 class SameDraws(TorchDispatchMode):

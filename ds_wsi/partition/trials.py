@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_wsi.partition.arguments import Arguments
-from ds_wsi.partition.observed import Calls, Draws, Recorded, copied, size, version_of
+from ds_wsi.partition.observed import Calls, Operations, Recorded, copied, size, version_of
 from ds_wsi.partition.outputs import form_of, tensors_of
 from ds_wsi.partition.restored import Restored
 
@@ -63,6 +63,7 @@ class Trials:
     by_tile: bool = True
     recorded: Recorded = field(default_factory=Recorded)
     apart: dict[str, float] = field(default_factory=dict)  # of sub-modules, in the last partitioned run
+    coarsest: float = 0.0  # eps of what the module alone computed in
 
     def __post_init__(self) -> None:
         self._adopted: list[torch.Generator] = []
@@ -84,7 +85,9 @@ class Trials:
                 self.held.adopt(generator, f"{name}'s own")
                 self._adopted.append(generator)
 
-        outcome = self._run(self.original, self.tiles, watch=(calls, Draws(calls, own)))
+        operations = Operations(calls, own)
+        outcome = self._run(self.original, self.tiles, watch=(calls, operations))
+        self.coarsest = operations.coarsest
         self.recorded.forget()
         return outcome
 

@@ -31,8 +31,6 @@ class Verdict:
         for parameter in case.module.parameters():
             if parameter.is_floating_point():
                 self.eps = max(self.eps, torch.finfo(parameter.dtype).eps)
-        self.floor = max(1e3 * self.eps, 1e-9)
-        self.ceiling = max(4e4 * self.eps, 1e-5)  # no noise excuses more: the order of tiles may be what matters
         self.start = {name: tensor.clone() for name, tensor in held.tensors().items()}
         self.attributes = held.attributes()
         levels = sum(_is_level(part, case.plan.axis) for part in held.names)
@@ -48,6 +46,9 @@ class Verdict:
             case.by_tile,
         )
         self.plain = self.trials.plain()
+        self.eps = max(self.eps, self.trials.coarsest)
+        self.floor = max(1e3 * self.eps, 1e-9)
+        self.ceiling = max(4e4 * self.eps, 1e-5)  # no noise excuses more: the order of tiles may be what matters
 
     def conclude(self) -> tuple[str, str | None]:
         """(Why nothing can be said, or ""; why the module is refused, or None)."""

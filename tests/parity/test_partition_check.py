@@ -854,3 +854,20 @@ def test_the_report_says_why_a_mode_is_refused(capsys):
         ds_wsi.check_partition(Net(), tiles(), modes=("auto",))
     with pytest.raises(ValueError, match="example must hold tiles"):
         ds_wsi.check_partition(Net(), tiles(0))
+
+
+class Coarse(nn.Module):
+    """Computes in float32 what it is given in float64: a table of positions that is resized, say."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 8, 5, 5))
+
+    def forward(self, x):
+        resized = torch.nn.functional.interpolate(self.table.float(), x.shape[2:], mode="bicubic", antialias=True)
+        return x + resized.to(x.dtype)
+
+
+@both
+def test_rounding_in_a_coarser_dtype_is_no_difference(norm, checked):
+    exact(Net(norm, Coarse()).double(), checked)

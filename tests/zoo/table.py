@@ -14,7 +14,7 @@ BEGIN, END = "<!-- zoo: begin, written by python -m tests.zoo.sweep -->", "<!-- 
 COLUMNS = (("batch", "train"), ("batch", "eval"), ("batch", "draws"), ("spatial", "train"))
 HEADS = ("tiles, training", "evaluation", "dropout and drop path", "rows of an image")
 CHECKED = tuple(status for status in STATUSES if status != "not run")
-NEW_PAGE = "# Modules that nobody here wrote\n\nWhich models a partition computes exactly, and which it refuses.\n"
+NEW_PAGE = "# Modules that nobody here wrote\n\n## What was tried\n"
 
 
 @dataclass(frozen=True)
