@@ -166,7 +166,7 @@ def _ours(run: Run, case: Case, tiles: Tensor, native_gib: float | None) -> tupl
             policy = PartitionPolicy(mode="stream", chunk_size=16)  # searching takes longer than all else
         try:
             plan = planned(machine, model.encoder, tuple(tiles.shape), policy, machine.dtype, run.rates)
-            handle = partition_layers(model.encoder, plan)
+            handle = partition_layers(model.encoder, plan, check=False)
             training = Training(machine, model, partial(model, tiles, prepare=prepare), handle, plan)
             loss = _first_loss(training)
             if size is None or training.peak_bytes <= size or not run.whole:

@@ -337,7 +337,7 @@ def build(
         return Training(machine, model, lambda: model(whole()), handle)
     policy = PartitionPolicy(mode=search, axis="spatial", gpu_budget_bytes=budget, chunk_size=chunk)
     plan = planned(machine, model, tuple(image.shape), policy, image.dtype if prepare is None else machine.dtype, rates)
-    handle = partition_layers(model, plan)
+    handle = partition_layers(model, plan, check=False)
     return Training(machine, model, lambda: model(image, prepare=prepare), handle, plan)
 
 

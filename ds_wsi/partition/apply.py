@@ -13,7 +13,7 @@ from ds_wsi.partition.arguments import Arguments
 from ds_wsi.partition.beside import inside, watch_children
 from ds_wsi.partition.case import Case
 from ds_wsi.partition.check import FirstCalls
-from ds_wsi.partition.hooks import is_compiled, refuse_inner_hooks, uncompiled
+from ds_wsi.partition.hooks import compute_weights, is_compiled, refuse_inner_hooks, uncompiled
 from ds_wsi.partition.identity import module_key
 from ds_wsi.partition.outputs import form_of, tensors_of
 from ds_wsi.partition.paper import apply_paper
@@ -61,6 +61,7 @@ class PartitionedForward:
     ) -> None:
         self.module, self.wanted, self.spill = module, wanted, spill
         self._checked = FirstCalls() if check else None
+        self._alone = self._run_alone  # one object: what was checked is known by it
         self.original = module.forward
         self._traces: dict[Any, Traced] = {}
         self._programs: dict[Any, Program] = {}
@@ -148,7 +149,7 @@ class PartitionedForward:
                     refuse_saved_tensor_hooks({segment.mode for segment in plan.segments})
                 if self._checked is not None:
                     grad = save and x.requires_grad
-                    case = Case(self.module, self.original, self.on_trial, plan, arguments, device, save, grad)
+                    case = Case(self.module, self._alone, self.on_trial, plan, arguments, device, save, grad)
                     self._checked.check(case, x, prepare)
                 example = Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments)
                 call = Call(
@@ -252,6 +253,11 @@ class PartitionedForward:
             return PartitionPlan((), wanted.axis, wanted.bn_population, shape, mode="native")
         return PartitionPlan((SegmentPlan("", "recompute", size),), wanted.axis, wanted.bn_population, shape)
 
+    def _run_alone(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with the weights that hooks on it compute."""
+        compute_weights(self.module, *args)
+        return self.original(*args, **kwargs)
+
     def on_trial(self, plan: PartitionPlan) -> "PartitionedForward":
         """The same for the check's few tiles."""
         trial = PartitionedForward(self.module, plan)
@@ -277,7 +283,8 @@ class PartitionedForward:
         place = example.shape if axis == "spatial" else example.shape[1:]
         kind = autocast_dtype(example.device)
         seen = place, example.dtype, example.device, kind, example.arguments.key
-        key = module_key(self.module), axis, whole and stays_whole(self.module, axis), seen
+        opaque = whole and stays_whole(self.module, axis)
+        key = module_key(self.module), axis, opaque, self.wanted.compile, seen
         if key not in self._traces:
             traced = Traced(self.module, axis, example, self.original, whole=whole)
             if self.wanted.compile and traced.opaque:

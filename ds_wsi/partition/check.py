@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_wsi.partition.case import Case
 from ds_wsi.partition.plan import PartitionPlan
 from ds_wsi.partition.restored import Restored
+from ds_wsi.partition.surroundings import undisturbed
 from ds_wsi.partition.values import Prepare, prepared
 from ds_wsi.partition.verdict import Verdict
 from ds_wsi.runtime.log import logger
@@ -164,6 +165,7 @@ def _dtype(case: Case, sample: Tensor) -> torch.dtype:
 def _quietly(device: torch.device) -> Iterator[None]:
     """Full precision, no compiling, gradients as asked: whatever is in force around the call."""
     with ExitStack() as stack:
+        stack.enter_context(undisturbed())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":

@@ -33,6 +33,7 @@ from ds_wsi.partition.restored import (
     plain_attributes,
     refill,
 )
+from ds_wsi.partition.surroundings import undisturbed
 from ds_wsi.runtime.numerics import autocast_dtype
 
 _PURE = {  # in place -> the operation that returns a new tensor
@@ -453,6 +454,7 @@ def record(
     shape = example.shape if tiles is None else (tiles, *example.shape[1:])
     with _running, ExitStack() as stack:
         stack.enter_context(_untouched(module))
+        stack.enter_context(undisturbed())
         modes = _get_current_dispatch_mode_stack()
         recorder.pretends = next((mode for mode in modes if isinstance(mode, FakeTensorMode)), None)
         if recorder.pretends is None and example.device.type != "meta":
