@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ds_wsi.norms.population import after_norm
 from ds_wsi.partition.observed import Calls, copied
 from ds_wsi.partition.outputs import tensors_of
-from ds_wsi.partition.restored import LocalNorm, Restored
-from ds_wsi.partition.trace import needs_batch_statistics
+from ds_wsi.partition.restored import Restored
+from ds_wsi.partition.trace import has_own_forward, needs_batch_statistics
 from ds_wsi.partition.trials import distance
 
 _ROUNDING = 100  # eps: the two runs have the same shapes, kernels and draws
@@ -58,21 +58,11 @@ def find_mixing(held: Restored, run: Callable[[Tensor], Any], tiles: Tensor) -> 
     return None
 
 
-def has_known_forward(norm: nn.Module) -> bool:
-    """Whether a BatchNorm's forward is torch's, or timm's with its drop and activation."""
-    if "forward" in norm.__dict__:
-        return False
-    kind: Any = type(norm)
-    names = ("_BatchNorm.forward", "SyncBatchNorm.forward", "BatchNormAct2d.forward")
-    known = kind.forward.__qualname__ in names and kind.forward.__module__.startswith(("torch.", "timm."))
-    return known or kind is LocalNorm
-
-
 class _Pinned:
     """Train-mode BatchNorms whose statistics are those of the first run in the second, call by call."""
 
     def __init__(self, held: Restored) -> None:
-        self.norms = [part for part in held.names if needs_batch_statistics(part) and has_known_forward(part)]
+        self.norms = [part for part in held.names if needs_batch_statistics(part) and has_own_forward(part)]
         self.found: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {norm: [] for norm in self.norms}
         self.again = False
 

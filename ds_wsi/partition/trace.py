@@ -3,7 +3,6 @@
 A module without a barrier needs no graph on the batch axis: it is one operation.
 """
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -136,7 +135,7 @@ class Traced:
         return found
 
     def _recorded(self, example: Example) -> fx.Graph:
-        if needs_batch_statistics(self.module) and home_of(self.module) in _OWN_FORWARDS:
+        if needs_batch_statistics(self.module) and is_known_norm(type(self.module)):
             return self._one_norm(example)
         if self.axis == "spatial":
             recording = self._record(example, None)
@@ -286,13 +285,14 @@ _OWN_FORWARDS = ("torch.nn.modules.batchnorm", "timm.layers.norm_act", "ds_wsi.p
 
 
 def has_own_forward(norm: nn.Module) -> bool:
-    """Whether a BatchNorm normalises as torch's or timm's class says, by forward of the class itself."""
-    return "forward" not in norm.__dict__ and home_of(norm) in _OWN_FORWARDS
+    """Whether a BatchNorm normalises as torch's or timm's class says, by the forward of the class itself."""
+    return "forward" not in norm.__dict__ and is_known_norm(type(norm))
 
 
-def home_of(norm: nn.Module) -> str:
-    """The Python module that the forward of a module's class is defined in."""
-    return str(getattr(inspect.unwrap(type(norm).forward), "__module__", ""))
+def is_known_norm(kind: type) -> bool:
+    """Whether a class's forward is that of torch's or timm's BatchNorm, whichever ranks share its population."""
+    homes = [base.__module__ for base in kind.__mro__ if "forward" in base.__dict__]
+    return next(home for home in homes if home != "ds_wsi.norms.shared") in _OWN_FORWARDS
 
 
 def _keeps_shape(leaf: nn.Module) -> bool:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.partition.case import Case
-from ds_wsi.partition.mixing import Mixing, find_mixing, has_known_forward
+from ds_wsi.partition.mixing import Mixing, find_mixing
 from ds_wsi.partition.observed import SameDraws
 from ds_wsi.partition.outputs import form_of
 from ds_wsi.partition.restored import Restored
-from ds_wsi.partition.trace import needs_batch_statistics, needs_image_statistics
+from ds_wsi.partition.trace import has_own_forward, needs_batch_statistics, needs_image_statistics
 from ds_wsi.partition.trials import INPUT_AFTER, Outcome, Trials, differences, distance, state_differences
 from ds_wsi.runtime.log import logger
 
@@ -140,7 +140,7 @@ class Verdict:
 
     def _independent(self) -> str | None:
         """For modules that draw: other tiles, the same draws."""
-        if any(needs_batch_statistics(part) and not has_known_forward(part) for part in self.held.names):
+        if any(needs_batch_statistics(part) and not has_own_forward(part) for part in self.held.names):
             return None
         mixing = self._mixing()
         return None if mixing is None else self._mixes(mixing)
@@ -195,7 +195,7 @@ class Verdict:
         return None
 
     def _explained(self, far: dict[str, float], apart: dict[str, float]) -> str:
-        foreign = [part for part in self.held.names if needs_batch_statistics(part) and not has_known_forward(part)]
+        foreign = [part for part in self.held.names if needs_batch_statistics(part) and not has_own_forward(part)]
         if foreign and self.case.by_tile:
             name = self.held.names[foreign[0]]
             return (
