@@ -141,31 +141,31 @@ class PartitionedForward:
             # In evaluation a norm that has no running statistics to take has those of one bag, whatever was trained.
             by_bag = plan.bn_population == "bag" or not self.module.training
             bags = bag_ranges(cu_seqlens if by_bag else None, x.shape[0], shared=shared)
-            call = None
-            if plan.mode != "native":
-                if not early:
-                    self._refuse_what_chunks_cannot(x, save=save)
-                if save:
-                    refuse_saved_tensor_hooks({segment.mode for segment in plan.segments})
-                if self._checked is not None:
-                    grad = save and x.requires_grad
-                    case = Case(self.module, self._alone, self.on_trial, plan, arguments, device, save, grad)
-                    self._checked.check(case, x, prepare)
-                example = Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments)
-                call = Call(
-                    self._program(plan, example),
-                    x.detach(),
-                    bags,
-                    prepare=prepare,
-                    save=save,
-                    input_grad=save and x.requires_grad,
-                    device=device,
-                    autocast=autocast_now(device),
-                    store=self._host_store(plan, x.shape[0], device),
-                    arguments=arguments,
-                )
-        if call is None:
+            if plan.mode != "native" and not early:
+                self._refuse_what_chunks_cannot(x, save=save)
+        if plan.mode == "native":
             return self._native(x, arguments, bags, prepare, device, anchor)
+        if save:
+            refuse_saved_tensor_hooks({segment.mode for segment in plan.segments})
+        grad = save and x.requires_grad
+        if self._checked is not None:
+            # Not under the lock: on a GPU autograd's own thread takes it in the trial's backward.
+            case = Case(self.module, self._alone, self.on_trial, plan, arguments, device, save, grad)
+            self._checked.check(case, x, prepare)
+        with exclusive(self.module):
+            example = Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments)
+            call = Call(
+                self._program(plan, example),
+                x.detach(),
+                bags,
+                prepare=prepare,
+                save=save,
+                input_grad=grad,
+                device=device,
+                autocast=autocast_now(device),
+                store=self._host_store(plan, x.shape[0], device),
+                arguments=arguments,
+            )
         out = _Partitioned.apply(call, x, anchor, *parameters) if save else call.forward()
         form = call.program.traced.form
         return out if form is None or form.is_plain else form.unpack(out)
