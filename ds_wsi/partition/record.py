@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import node as fx_node
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from ds_wsi.partition.arguments import Arguments
 from ds_wsi.partition.hooks import is_compiled, uncompiled
@@ -456,6 +456,9 @@ def record(
         stack.enter_context(_untouched(module))
         stack.enter_context(undisturbed())
         modes = _get_current_dispatch_mode_stack()
+        if not any(isinstance(mode, FakeTensorMode) for mode in modes) and example.device.type != "meta":
+            stack.enter_context(_disable_current_modes())  # a meter would count what takes no memory
+            modes = []
         recorder.pretends = next((mode for mode in modes if isinstance(mode, FakeTensorMode)), None)
         if recorder.pretends is None and example.device.type != "meta":
             recorder.pretends = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
