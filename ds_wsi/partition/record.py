@@ -185,7 +185,7 @@ class _Recorder(TorchFunctionMode):
         self.storages: dict[int, _Storage] = {}
         self.stack: list[nn.Module] = [module]
         self.pretends: FakeTensorMode | None = None  # in which tensors with numbers are used without them
-        self.twins: list[Tensor] = []
+        self.twins: dict[int, Tensor] = {}  # of each parameter, buffer and attribute
         self.paused = False
         self.thread = threading.get_ident()
 
@@ -224,6 +224,21 @@ class _Recorder(TorchFunctionMode):
             return call(leaf, *args, **kwargs)
         finally:
             self.paused = False
+
+    def make_twins(self) -> None:
+        """Put parameters and buffers without their numbers into the module, until `_untouched` ends.
+
+        The mode would compute with those that have some: a cast of a weight, say, on the device.
+        """
+        if self.pretends is None:
+            return
+        for key, (name, tensor) in list(self.state.items()):
+            if not isinstance(tensor, FakeTensor):
+                self.twins[key] = twin = self.pretends.from_tensor(tensor)
+                self.state[id(twin)] = name, twin
+        for part in self.module.modules():
+            for table in (part._parameters, part._buffers):
+                table.update((name, self.twins[id(item)]) for name, item in table.items() if id(item) in self.twins)  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------- how it is held
 
@@ -389,9 +404,8 @@ class _Recorder(TorchFunctionMode):
             held = _Held(tensor, node, None, 0)  # type: ignore[arg-type]
             held.fixed, held.owner = f"must not write its {what} {key!r} in forward", owner
             keys = [tensor.untyped_storage()._cdata]
-            if self.pretends is not None and not isinstance(tensor, FakeTensor):
-                self.twins.append(self.pretends.from_tensor(tensor))  # what its views are views of
-                keys.append(self.twins[-1].untyped_storage()._cdata)
+            if id(tensor) in self.twins:  # what its views are views of
+                keys.append(self.twins[id(tensor)].untyped_storage()._cdata)
             held.storage = next((self.storages[key] for key in keys if key in self.storages), None) or _Storage(held)
             self.storages.update(dict.fromkeys(keys, held.storage))
             self.held[id(tensor)] = held
@@ -462,6 +476,7 @@ def record(
         recorder.pretends = next((mode for mode in modes if isinstance(mode, FakeTensorMode)), None)
         if recorder.pretends is None and example.device.type != "meta":
             recorder.pretends = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        recorder.make_twins()
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         kind = example.device.type if example.device.type != "meta" else "cpu"
