@@ -100,7 +100,8 @@ def test_all_gpu_numbers_at_small_size(tmp_path, monkeypatch):
     assert found["large", "160 px", "planner"]["peak_gib"] <= small.large[1]
     assert found["largest", "64 px", "planner"]["plan"] == "recompute:4"
     bag = result.notes["32 tiles"]
-    assert bag["fetched_bytes"] + bag["sent_bytes"] > 0
+    plan = found["bags", "32 tiles", "planner"]["plan"]
+    assert (bag["fetched_bytes"] + bag["sent_bytes"] > 0) == ("offload" in plan or "stream" in plan), plan
     seconds = found["bags", "32 tiles", "planner"]["seconds"]
     ratio = found["bags", "32 tiles", "planner"]["ratio"]
     assert ratio == pytest.approx(seconds / max(bag["compute_s"], bag["transfer_s"]))
