@@ -1,7 +1,7 @@
 """`partition_layers`: a module that computes in chunks, in place, and back."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -149,9 +149,10 @@ class PartitionedForward:
             refuse_saved_tensor_hooks({segment.mode for segment in plan.segments})
         grad = save and x.requires_grad
         if self._checked is not None:
-            # Not under the lock: on a GPU autograd's own thread takes it in the trial's backward.
-            case = Case(self.module, self._alone, self.on_trial, plan, arguments, device, save, grad)
-            self._checked.check(case, x, prepare)
+            # On a GPU not under the lock, which autograd's own thread takes in the trial's backward.
+            with exclusive(self.module) if device.type == "cpu" else nullcontext():
+                case = Case(self.module, self._alone, self.on_trial, plan, arguments, device, save, grad)
+                self._checked.check(case, x, prepare)
         with exclusive(self.module):
             example = Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments)
             call = Call(
