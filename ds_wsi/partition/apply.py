@@ -415,11 +415,11 @@ def partition_layers(
 ) -> Handle:
     """Compute `module` in chunks, in place: same state_dict, same outputs and gradients, another memory.
 
-    The module's forward takes one tensor and returns one. In training mode BatchNorm normalises over all tiles of the
-    call; other layers must treat tiles independently. Gradients of parameters are summed in float32 (float64) and
-    handed to autograd once, which runs the hooks on them once. Parameters, buffers and the input must not change in
-    place between forward and backward, biases included. Of a module that torch.compile has wrapped, what it has wrapped
-    is partitioned.
+    The first argument of the module's forward is the tiles; what stands beside them is shared by all. In training mode
+    BatchNorm normalises over all tiles of the call; other layers must treat tiles independently. Gradients of parameters
+    are summed in float32 (float64) and handed to autograd once, which runs the hooks on them once. Parameters, buffers
+    and the input must not change in place between forward and backward, biases included. Of a module that torch.compile
+    has wrapped, what it has wrapped is partitioned.
 
     Args:
         module: an encoder of tiles [N, ...] -> [N, ...] (axis "batch"), or of images (axis "spatial").

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from ds_wsi.partition.arguments import Arguments
 from ds_wsi.partition.hooks import is_compiled, uncompiled
+from ds_wsi.partition.observed import version_of
 from ds_wsi.partition.outputs import OutputForm, form_of
 from ds_wsi.partition.restored import (
     containers_of,
@@ -245,9 +246,9 @@ class _Recorder(TorchFunctionMode):
     def _record(self, target: Any, args: Any, kwargs: Any, compute: Callable[[], Any]) -> Any:
         if any(isinstance(leaf, torch.Generator) for leaf in pytree.tree_leaves((args, kwargs))):
             raise ForbiddenError(self._in_module("must draw from torch's default generators, got one of its own"))
-        before = [(tensor, _version(tensor)) for tensor in _tensors((args, kwargs))]
+        before = [(tensor, version_of(tensor)) for tensor in _tensors((args, kwargs))]
         result = compute()
-        written = {id(tensor): tensor for tensor, version in before if _version(tensor) != version}
+        written = {id(tensor): tensor for tensor, version in before if version_of(tensor) != version}
         found = _tensors(result)
         if not found and not written:
             return result
@@ -278,7 +279,7 @@ class _Recorder(TorchFunctionMode):
             return node
         name = _name(target)
         if name in _PURE and changed is args[0]:
-            others = [other for other in _tensors((args[1:], kwargs))]
+            others = _tensors((args[1:], kwargs))
             if all(torch.promote_types(other.dtype, changed.dtype) == changed.dtype for other in others):
                 target = _PURE[name]
                 return self._node(target, node_args, node_kwargs)
@@ -623,10 +624,6 @@ def _tensors(tree: Any) -> list[Tensor]:
     for leaf in pytree.tree_leaves(tree):
         map_aggregate(leaf, look) if isinstance(leaf, slice) else look(leaf)
     return found
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _name(target: Any) -> str:

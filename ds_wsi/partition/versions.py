@@ -13,21 +13,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ds_wsi.norms.population import takes_population
+from ds_wsi.partition.observed import version_of
 from ds_wsi.partition.program import Segment
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """The tensor's version; None of one that counts none."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def require_version(tensor: Tensor, expected: int | None, name: str | None) -> None:
+def require_version(tensor: Tensor, expected: int, name: str | None) -> None:
     """Refuse a tensor that was changed in place since it had the expected version.
 
     Raises:
         RuntimeError: autograd's own sentence, with the tensor's name where there is one.
     """
-    if expected is None or version_of(tensor) == expected:
+    if version_of(tensor) == expected:
         return
     known = "" if name is None else f" which is {name},"
     raise RuntimeError(
