@@ -416,7 +416,7 @@ def partition_layers(
     """Compute `module` in chunks, in place: same state_dict, same outputs and gradients, another memory.
 
     The first argument of the module's forward is the tiles; what stands beside them is shared by all. In training mode
-    BatchNorm normalises over all tiles of the call; other layers must treat tiles independently. Gradients of parameters
+    BatchNorm normalises over all tiles of the call; other layers must treat tiles independently. Parameters' gradients
     are summed in float32 (float64) and handed to autograd once, which runs the hooks on them once. Parameters, buffers
     and the input must not change in place between forward and backward, biases included. Of a module that torch.compile
     has wrapped, what it has wrapped is partitioned.
