@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from peft import LoraConfig, get_peft_model
 from timm.data.mixup import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -456,3 +457,13 @@ def test_a_model_that_is_saved_whole_and_read_again():
         return again
 
     both(network(), loop)
+
+
+def test_convolutions_with_low_rank_adapters_of_peft():
+    net = network()
+    names = [name for name, part in net.named_modules() if isinstance(part, nn.Conv2d)][1:4]
+    adapted = get_peft_model(net, LoraConfig(r=2, lora_alpha=4, target_modules=names)).double().train()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)  # zero by default, and then the adapters' inputs have no gradient
+    both(adapted, lambda model: learn(model, sgd(model)))

@@ -6,7 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from timm.layers import Conv2dSame
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
+from torch.nn import functional as F
 
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.partition.policy import MODES
@@ -223,3 +226,38 @@ def test_a_layer_norm_over_whole_images_in_a_class_of_another_name():
     partitioned = copy.deepcopy(plain)
     partition_layers(partitioned, PartitionPolicy(mode="lean", axis="spatial", chunk_size=3))
     assert_same_step(plain, partitioned, torch.randn(1, 3, 20, 20, dtype=torch.float64))
+
+
+class Padded(nn.Module):
+    def forward(self, x):
+        return F.pad(x, (1, 1, 2, 0))
+
+
+class Computed(nn.Module):
+    """A convolution whose weight no layer holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * 2, padding=1)
+
+
+WITHOUT_A_RULE = {
+    "convolution": lambda: Conv2dSame(4, 4, 3, stride=2),
+    "maximum": lambda: MaxPool2dSame(3, 2),
+    "mean": lambda: AvgPool2dSame(3, 2),
+    "padding": Padded,
+    "computed weight": Computed,
+}
+
+
+@pytest.mark.parametrize("layer", WITHOUT_A_RULE)
+def test_a_layer_whose_rows_follow_no_rule_gets_the_whole_image(layer):
+    torch.manual_seed(0)
+    for norm in (nn.BatchNorm2d(4), nn.GroupNorm(1, 4)):
+        plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm, WITHOUT_A_RULE[layer](), nn.Conv2d(4, 4, 1)).double()
+        partitioned = copy.deepcopy(plain)
+        partition_layers(partitioned, PartitionPolicy(mode="lean", axis="spatial", chunk_size=3))
+        assert_same_step(plain, partitioned, torch.randn(1, 3, 21, 12, dtype=torch.float64))
