@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.partition.arguments import Arguments
+from ds_wsi.partition.identity import module_key
 from ds_wsi.partition.plan import PartitionPlan, SegmentPlan
-from ds_wsi.partition.restored import plain_attributes
 from ds_wsi.runtime.numerics import autocast_dtype
 
 
@@ -54,17 +54,19 @@ class Case:
 
     def key(self, tiles: Tensor) -> int:
         """Equal for calls of which one check is enough."""
-        parts = tuple(
-            (
-                *(id(part), type(part), id(getattr(part.forward, "__func__", part.forward))),
-                tuple((name, type(value), value) for name, value in plain_attributes(part)),
-                tuple((name, p is not None and p.requires_grad) for name, p in part._parameters.items()),
-            )
-            for part in self.module.modules()
-        )
         kind = str(tiles.dtype), str(autocast_dtype(self.device)), str(self.device), tuple(tiles.shape[1:])
         modes = self.plan.axis, *sorted({part.mode for part in self.plan.segments})
-        return hash((id(self.original), parts, kind, modes, self.arguments.key, self.backward, self.input_grad))
+        return hash(
+            (
+                id(self.original),
+                module_key(self.module),
+                kind,
+                modes,
+                self.arguments.key,
+                self.backward,
+                self.input_grad,
+            )
+        )
 
     def with_chunks(self, size: int, tiles: Tensor, *, lean: bool) -> Callable[..., Any]:
         """The forward of a trial on these tiles: the plan's segments and modes, other chunks.

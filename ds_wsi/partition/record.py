@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from ds_wsi.partition.arguments import Arguments
 from ds_wsi.partition.hooks import is_compiled, uncompiled
+from ds_wsi.partition.identity import plain_attributes
 from ds_wsi.partition.observed import version_of
 from ds_wsi.partition.outputs import OutputForm, form_of
 from ds_wsi.partition.restored import (
@@ -31,7 +32,6 @@ from ds_wsi.partition.restored import (
     foreign_generators,
     mark,
     own_generators,
-    plain_attributes,
     refill,
 )
 from ds_wsi.partition.surroundings import undisturbed

@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.norms.population import after_norm
 from ds_wsi.norms.roles import GROUP
+from ds_wsi.partition.identity import plain_attributes
 
-PLAIN = (bool, int, float, complex, str, type(None))
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -170,17 +170,6 @@ class Restored:
             wide = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
             copies[id(tensor)] = tensor.detach().to(wide, copy=True)
         return copies[id(tensor)]
-
-
-def plain_attributes(part: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Numbers, flags, strings and None in a part's attributes; short lists and dicts of such values as tuples."""
-    for key, value in part.__dict__.items():
-        if type(value) in PLAIN:
-            yield key, value
-        elif type(value) in (list, tuple, dict) and len(value) <= 64:
-            items = tuple(value.items()) if type(value) is dict else tuple((item,) for item in value)
-            if all(type(part) in PLAIN for item in items for part in item):
-                yield key, items
 
 
 def default_generators(device: torch.device) -> list[Generator]:

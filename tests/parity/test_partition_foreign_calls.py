@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import os
 import threading
 
 import pytest
@@ -23,6 +24,12 @@ KEEPS_GRAPHS = ("keep", "offload")
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_norm = pytest.mark.parametrize("norm", NORMS)
+# Without BatchNorm a module is one operation, which is held as a graph or run again: a mode of each kind is enough.
+EVERYTHING = os.environ.get("DS_WSI_ALL_LAYOUTS") == "1"
+MODES_AND_NORMS = [
+    (mode, norm) for norm in NORMS for mode in MODES if EVERYTHING or norm == "bn" or mode in ("keep", "lean")
+]
+every_mode_and_norm = pytest.mark.parametrize(("mode", "norm"), MODES_AND_NORMS)
 
 
 class Net(nn.Module):
@@ -109,8 +116,7 @@ TENSOR_HOOKS = {
 }
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 @pytest.mark.parametrize("hook", TENSOR_HOOKS)
 def test_a_parameters_hook_runs_once_on_the_whole_gradient(hook, mode, norm):
     calls = []
@@ -149,8 +155,7 @@ class Tied(Net):
         return self.c3(self.act(self.n2(self.c2(x)) + self.c4(x) * self.scale)).mean((2, 3))
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 def test_tied_weights_have_one_alias_and_one_gradient(mode, norm):
     plain, parted, _ = pair(norm, mode, lambda net: net.c2.weight.register_hook(lambda grad: grad * 0.1), kind=Tied)
     assert parted.c4.weight is parted.c2.weight
@@ -192,8 +197,7 @@ def test_a_hook_that_runs_on_every_chunk_is_seen():
     assert differs(expected.c2.weight.grad, plain.c2.weight.grad.clamp(-1e-2, 1e-2)) > 1e-3
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 def test_functional_call_gives_its_tensors_their_gradients(mode, norm):
     plain, parted, _ = pair(norm, mode)
     found = {}
@@ -221,8 +225,7 @@ def test_functional_call_gives_its_buffers_to_backward(mode):
     assert_same(plain, parted, call=lambda module, x: torch.func.functional_call(module, given, x))
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 def test_a_parameter_that_is_replaced_before_backward_is_not_the_calls(mode, norm):
     plain, parted, _ = pair(norm, mode)
     for net in (plain, parted):
@@ -273,8 +276,7 @@ def _options(kind):
 CHANGED = "modified by an inplace operation"
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 @pytest.mark.parametrize("what", ["input", "weight", "normed"])
 def test_what_backward_reads_again_must_not_change(what, mode, norm):
     _, parted, _ = pair(norm, mode)
@@ -338,8 +340,7 @@ def test_a_buffer_that_backward_reads_again(mode):
             out.backward(gradient_of(out))
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 def test_what_backward_does_not_read_may_change(mode, norm):
     """Two calls in flight, whose norms write running statistics; an input that nothing trainable reads; .data."""
     plain, parted, _ = pair(norm, mode)
@@ -404,8 +405,7 @@ def test_a_wrapper_over_a_layer_of_the_papers_mode_is_not_lost():
     assert "forward" not in net[1].__dict__
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 def test_a_part_that_is_partitioned_is_named(mode, norm):
     class Blocks(nn.Module):
         def __init__(self):
@@ -441,8 +441,7 @@ def test_a_part_that_is_partitioned_is_named(mode, norm):
 ONCE = "must be differentiated once and in reverse, got "
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 @pytest.mark.parametrize("through", ["grad", "loss"])
 def test_a_gradient_has_no_gradient(through, mode, norm):
     _, parted, _ = pair(norm, mode)
@@ -456,8 +455,7 @@ def test_a_gradient_has_no_gradient(through, mode, norm):
         grad.square().sum().backward()
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 def test_a_first_gradient_under_create_graph_is_exact(mode, norm):
     plain, parted, _ = pair(norm, mode)
     for net in (plain, parted):
@@ -468,8 +466,7 @@ def test_a_first_gradient_under_create_graph_is_exact(mode, norm):
         net.zero_grad()  # or they would keep their graphs
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 def test_transforms_of_torch_func_are_refused(mode, norm):
     _, parted, _ = pair(norm, mode)
     x = tiles()
@@ -515,8 +512,7 @@ def _identity_hooks():
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor)
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 @pytest.mark.parametrize("hooks", [_save_on_cpu, _identity_hooks])
 def test_hooks_on_saved_tensors_around_a_call(hooks, mode, norm):
     plain, parted, _ = pair(norm, mode)
@@ -536,8 +532,7 @@ def test_hooks_on_saved_tensors_around_a_call(hooks, mode, norm):
     )
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 def test_hooks_on_saved_tensors_where_nothing_is_saved(mode, norm):
     plain, parted, _ = pair(norm, mode)
     with torch.no_grad(), _save_on_cpu():
@@ -549,8 +544,7 @@ def test_hooks_on_saved_tensors_where_nothing_is_saved(mode, norm):
     assert_same_state(plain, parted)
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpoint_around_it_keeps_its_own_sentence(reentrant, mode, norm):
     _, parted, _ = pair(norm, mode)
@@ -569,8 +563,7 @@ INNER_HOOKS = {
 }
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", INNER_HOOKS)
 def test_a_hook_inside_is_refused_by_name(kind, when, mode, norm):
@@ -626,8 +619,7 @@ def test_native_runs_hooks_as_they_are(norm):
     assert calls == [7, 7]
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 def test_hooks_on_the_module_itself_run_as_in_the_plain_one(mode, norm):
     calls = []
 
@@ -653,8 +645,7 @@ def test_a_profiler_may_look():
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
-@every_norm
-@every_mode
+@every_mode_and_norm
 @pytest.mark.parametrize("axis", ["batch", "spatial"])
 @pytest.mark.parametrize("kind", ["parametrized", "hook", "orthogonal", "pruned"])
 def test_computed_weights(kind, axis, mode, norm):
@@ -679,8 +670,7 @@ def test_computed_weights(kind, axis, mode, norm):
     assert_same(plain, parted, x)
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 def test_the_cache_of_parametrized_weights_is_not_the_chunks(mode, norm):
     plain, parted, _ = pair(norm, mode, lambda net: parametrizations.weight_norm(net.c2))
     for net in (plain, parted):
@@ -703,8 +693,7 @@ def test_computed_weights_of_the_module_itself(apply, mode):
 
 
 @pytest.mark.filterwarnings("ignore:.*spectral_norm.*")
-@every_norm
-@every_mode
+@every_mode_and_norm
 @pytest.mark.parametrize("apply", [nn.utils.spectral_norm, parametrizations.spectral_norm])
 def test_spectral_norm_is_refused_in_training_and_exact_in_evaluation(apply, mode, norm):
     plain, parted, _ = pair(norm, mode, lambda net: (torch.manual_seed(3), apply(net.c2), apply(net.c3)))
@@ -725,8 +714,7 @@ def test_a_hook_that_computes_a_norms_weight_is_refused():
     parted.eval()(tiles())
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_convolution_with_a_forward_of_its_own(when, mode, norm):
     """The last one too, whose result backward does not need; patched before the partition or after a call."""
@@ -856,8 +844,7 @@ COMPILED = {
 }
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 @pytest.mark.parametrize("what", COMPILED)
 def test_compiled_parts(what, mode, norm):
     torch._dynamo.reset()
@@ -871,8 +858,7 @@ def test_compiled_parts(what, mode, norm):
         assert (one.grad - other.grad).abs().max() <= 1e-9
 
 
-@every_norm
-@every_mode
+@every_mode_and_norm
 def test_a_compiled_module_is_partitioned_through(mode, norm):
     torch._dynamo.reset()
     plain = build(norm)

@@ -400,8 +400,8 @@ def test_outputs_without_tiles_are_refused(how, sentence, norm):
 
 @pytest.mark.parametrize("mode", ["lean", "recompute", "keep"])
 def test_a_changed_module_is_looked_at_again(mode):
-    plain = made(lambda net, x: x * 2 if net.flag else net.act(x))
-    plain.flag = False
+    plain = made(lambda net, x: x * (2 + net.held[0] + net.named["by"]) if net.flag else net.act(x))
+    plain.flag, plain.held, plain.named = False, [0], {"by": 0.0}
     module = copy.deepcopy(plain)
     partition_layers(module, PartitionPolicy(mode=mode, chunk_size=CHUNK))
 
@@ -417,8 +417,12 @@ def test_a_changed_module_is_looked_at_again(mode):
             net.n1.eval()
         elif number == 5:
             net.c1.requires_grad_(False)
+        elif number == 6:
+            net.held[0] = 3
+        elif number == 7:
+            net.named["by"] = 0.5
 
-    for number in range(6):
+    for number in range(8):
         for net in (plain, module):
             change(net, number)
             net.zero_grad()
