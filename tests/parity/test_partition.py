@@ -72,12 +72,13 @@ NETWORKS = {
     "convnext_tiny": {},
     "vit_tiny_patch16_224": {"img_size": 32},
 }
+LARGE = ("resnet50", "convnext_tiny")
 DEEP = 12  # tiles: with fewer, BatchNorm over the last stage's one pixel a tile is ill-conditioned
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in NETWORKS])
 def test_every_mode_equals_the_plain_encoder(name, mode, train):
     plain = build(name, **NETWORKS[name]).train(train)
     x = tiles(DEEP if name == "resnet18" else 6)

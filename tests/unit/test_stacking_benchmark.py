@@ -1,5 +1,6 @@
 """The benchmark of stacking: its bags, its frameworks, its bounds."""
 
+import pytest
 import torch
 
 from ds_wsi.benchmarks.stacking import (
@@ -37,6 +38,7 @@ def test_digit_bags_are_positive_with_a_nine_in_them_and_share_no_digit_with_the
     assert not rows & {tuple(row.tolist()) for bag in test.features for row in bag}
 
 
+@pytest.mark.slow
 def test_every_framework_learns_and_dpgs_takes_the_steps_of_a_mean():
     train, held_out = digit_bags(120, 0, CPU), digit_bags(200, 1, CPU, test=True)
     found = {}

@@ -26,6 +26,7 @@ def threads():
     torch.set_num_threads(count)
 
 
+@pytest.mark.slow
 def test_sweep_says_what_fits_and_how_long_it_takes(tmp_path):
     result = sweep.measure(quick=True, options=SMALL)
     rows = {(row["side"], row["mode"]): row for row in result.rows}
@@ -78,6 +79,7 @@ PEERS = peers_gpu.Case(
 NEED_A_GPU = ("DeepSpeed cpu_checkpointing",)
 
 
+@pytest.mark.slow
 def test_all_gpu_numbers_at_small_size(tmp_path, monkeypatch):
     small = replace(partition_gpu.QUICK, image=(64, None), largest=(64, None), bags=(8, 32), exact=40)
     monkeypatch.setattr(partition_gpu, "QUICK", small)
