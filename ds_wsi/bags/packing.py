@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.manifest import ManifestError, SlideEntry
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tile_store import QUALITY, StoredSlide, pack_slide, store_path, store_problem
 from ds_wsi.slides.tiling import TileGrid
@@ -52,6 +53,7 @@ def pack_cohort(
             logger.warning("slide %s: %d of %d tiles could not be read", entry.slide_id, n_failed, len(grid))
         return PackedSlide(path, written, n_failed)
 
+    remove_left_behind(Path(directory))
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         results = list(pool.map(pack, cohort.manifest.slides, cohort.tile_grids))
     problems = [str(result) for result in results if isinstance(result, SlideError)]

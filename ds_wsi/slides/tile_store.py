@@ -84,8 +84,6 @@ def pack_slide(
     whole = path.exists() and store_problem(path, grid, slide.path, quality) is None
     if whole and not (verify and damaged_rows(path)):
         return False
-    for left in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
-        left.unlink()  # of a process that was killed
     header = _header(grid, slide.path, quality)
     schema = SCHEMA.with_metadata({"ds_wsi": json.dumps(header)})
     with (

@@ -1,7 +1,6 @@
 """What the parts of a run share, and how it is prepared: folder, cohort, model, engine."""
 
 import math
-import shutil
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +46,7 @@ from ds_wsi.training.device_budget import with_budget
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.model import build_slide_model
 from ds_wsi.training.optim import WeightAverage, set_beta
+from ds_wsi.training.run_folder import begin, require_run_folder
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import require_metric
 
@@ -339,13 +339,11 @@ def _output_dir(settings: TrainSettings, accelerator: Accelerator) -> Path:
             f"--output_dir must be a new folder, got {path}, which holds {list_checkpoints(path)[0].name}. "
             "HINT: add --resume_from_checkpoint to go on with that run, or give another folder."
         )
-    # Before any rank writes to it, for the check above must see the same folder on every rank.
+    require_run_folder(path)
+    # Before any rank writes to it, for the checks above must see the same folder on every rank.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        path.mkdir(parents=True, exist_ok=True)
-        # Half-written under temporary names by a process that was killed; no other process writes here yet.
-        for left in path.rglob(".*.tmp*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        begin(path)
     return path
 
 
