@@ -171,8 +171,8 @@ def _tell_kept(slides: Sequence[_TiledSlide], tiles_dir: str | Path | None) -> N
         (_REPLACED, "grids were of another policy or another slide file: these slides are tiled anew"),
         (
             _TAKEN_BY_NAME,
-            "grids are of an earlier version, which recorded no fingerprint of the slide: they are taken by the slide's "
-            "size and resolution. HINT: delete those whose slide was replaced since",
+            "grids are of an earlier version, which recorded no fingerprint: they are taken by the slide's size and "
+            "resolution. HINT: delete those whose slide was replaced since",
         ),
     ):
         ids = [slide.entry.slide_id for slide in slides if slide.kept == kind]
