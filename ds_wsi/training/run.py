@@ -41,12 +41,13 @@ from ds_wsi.stacking.packs import pack_bags
 from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
 from ds_wsi.tile_parallel.shard import Handle
-from ds_wsi.training.checkpoint import list_checkpoints
+from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints
 from ds_wsi.training.device_budget import with_budget
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.model import build_slide_model
 from ds_wsi.training.optim import WeightAverage, set_beta
 from ds_wsi.training.run_folder import begin, require_run_folder
+from ds_wsi.training.same_run import known_early, require_same
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import require_metric
 
@@ -85,6 +86,7 @@ class Run:
     reads_host_tiles: bool  # the encoder takes stacks that lie on the host, and reads chunks of them
     comm: CommHandle | None = None
     average: WeightAverage | None = None
+    checkpoint: Path | None = None  # to go on from
 
     @property
     def device(self) -> torch.device:
@@ -152,6 +154,9 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     output_dir = _output_dir(settings, accelerator)
     accelerator.project_configuration.set_directories(str(output_dir))
     accelerator.project_configuration.logging_dir = str(output_dir)
+    checkpoint = _checkpoint(settings, accelerator, output_dir)
+    if checkpoint is not None:
+        require_same(known_early(settings, accelerator.num_processes), checkpoint)  # before hours of tiling
     cohort = _load_cohort(settings, accelerator, output_dir)
     _require_splits(cohort)
     require_metric(settings.run, cohort)
@@ -210,6 +215,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         bool(getattr(module.encoder.forward, "takes_host_tiles", False)),
         comm,
         _average(accelerator, accelerator.unwrap_model(model), settings.optim.ema_decay),
+        checkpoint,
     )
     if batch_norms(module.encoder) and not module.encoder_is_frozen:
         warn_of_few_bags(training, 1 if training == "bag" else run.bags_per_step)
@@ -347,6 +353,17 @@ def _output_dir(settings: TrainSettings, accelerator: Accelerator) -> Path:
     return path
 
 
+def _checkpoint(settings: TrainSettings, accelerator: Accelerator, output_dir: Path) -> Path | None:
+    """The checkpoint that the settings ask for, where there is one. Collective."""
+    wanted = settings.run.resume_from_checkpoint
+    if wanted is None:
+        return None
+    # Chosen by one process: another could find a checkpoint torn that this one has not finished reading.
+    found = [find_checkpoint(output_dir, wanted) if accelerator.is_main_process else None]
+    chosen: Path | None = broadcast_object_list(found)[0]
+    return chosen
+
+
 def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: Path) -> Cohort:
     data, policies = settings.data, settings.policies
     # The main process tiles and writes the grids, the others then read them.
@@ -359,7 +376,7 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
                 check=data.check_features,
                 record_dir=data.tiles_dir or output_dir / "tiles",
                 classes=data.classes,
-                seed=settings.run.seed,
+                seed=data.split_seed,
                 workers=max(1, policies.reading.workers),
             )
         return load_cohort(
@@ -368,7 +385,7 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
             tiles_dir=data.tiles_dir or output_dir / "tiles",
             classes=data.classes,
             slide_mpp=data.slide_mpp,
-            seed=settings.run.seed,
+            seed=data.split_seed,
             workers=max(1, policies.reading.workers),
         )
 
