@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ds_wsi.bags.bag import FailureLog
 from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.bags.feature_cohort import load_feature_cohort
 from ds_wsi.bags.packing import require_store
+from ds_wsi.bags.run_splits import write_splits
 from ds_wsi.engines.accelerate import (
     Accelerator,
     CommHandle,
@@ -123,8 +125,20 @@ class Run:
         return [-(-min(length, wanted or length) // self.mesh.tile_size) for length in lengths]
 
 
-def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> Run:
+def prepare_run(
+    settings: TrainSettings,
+    deepspeed_config: dict[str, Any] | None,
+    *,
+    on_folder: Callable[[Path], object] | None = None,
+    write_grids: bool = True,
+) -> Run:
     """Start the engine, check the cohort, build and wrap the model. Collective.
+
+    Args:
+        settings: of the run.
+        deepspeed_config: the DeepSpeed JSON, or None for DDP or one process.
+        on_folder: called on the main process with the run's folder as soon as it is there.
+        write_grids: False writes nothing to the folder of the grids, see `load_cohort`.
 
     Raises:
         ManifestError: lists everything that is wrong with the cohort.
@@ -154,11 +168,15 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     output_dir = _output_dir(settings, accelerator)
     accelerator.project_configuration.set_directories(str(output_dir))
     accelerator.project_configuration.logging_dir = str(output_dir)
+    if accelerator.is_main_process and on_folder is not None:
+        on_folder(output_dir)
     checkpoint = _checkpoint(settings, accelerator, output_dir)
     if checkpoint is not None:
         require_same(known_early(settings, accelerator.num_processes), checkpoint)  # before hours of tiling
-    cohort = _load_cohort(settings, accelerator, output_dir)
+    cohort = _load_cohort(settings, accelerator, output_dir, write_grids)
     _require_splits(cohort)
+    if accelerator.is_main_process:
+        write_splits(cohort.manifest, output_dir)
     require_metric(settings.run, cohort)
     weights = settings.optim.class_weights
     if weights is not None and len(weights) != len(cohort.manifest.classes):
@@ -364,7 +382,7 @@ def _checkpoint(settings: TrainSettings, accelerator: Accelerator, output_dir: P
     return chosen
 
 
-def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: Path) -> Cohort:
+def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: Path, write_grids: bool) -> Cohort:
     data, policies = settings.data, settings.policies
     # The main process tiles and writes the grids, the others then read them.
     with accelerator.main_process_first():
@@ -378,6 +396,7 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
                 classes=data.classes,
                 seed=data.split_seed,
                 workers=max(1, policies.reading.workers),
+                write_record=write_grids,
             )
         return load_cohort(
             manifest,
@@ -387,6 +406,7 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
             slide_mpp=data.slide_mpp,
             seed=data.split_seed,
             workers=max(1, policies.reading.workers),
+            write_grids=write_grids,
         )
 
 

@@ -81,6 +81,12 @@ def logging_to(path: Path) -> Iterator[None]:
         logger.addHandler(handler)
         try:
             yield
+        except BaseException as error:
+            record = logger.makeRecord(
+                logger.name, logging.ERROR, __file__, 0, "ended by %s: %s", (type(error).__name__, error), None
+            )
+            handler.handle(record)
+            raise
         finally:
             logger.removeHandler(handler)
 

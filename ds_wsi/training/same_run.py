@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 NEW = ("classes", "slides", "encoder_weights", "pretrained", "slide_files", "grids")
 EPOCHS = "num_train_epochs"
 DRAW = "split_seed"
+TEST_FILES = "test_files"  # they decide the results, not the weights: another file is tested anew, and not refused
 SHOWN = 3
 
 
@@ -52,8 +53,9 @@ def fingerprint(run: "Run") -> dict[str, Any]:
         "aggregator": run.config.aggregator,
         "features": None if in_dim is None else features_digest(run.cohort, run.cohort.rows("train")),
         "tiling": run.config.tiling,
-        "slide_files": _slide_files(run.cohort) if in_dim is None else None,
+        "slide_files": _slide_files(run.cohort, _trained_rows(run.cohort)) if in_dim is None else None,
         "grids": _grids(run.cohort) if in_dim is None else None,
+        TEST_FILES: _test_files(run.cohort),
         "training_slides": len(run.cohort.rows("train")),
         "training_tiles": sum(run.cohort.lengths[row] for row in run.cohort.rows("train")),
     }
@@ -164,7 +166,7 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     lines = []
     for key, value in ours.items():
         given = theirs.get(key)
-        if given == value or (key == EPOCHS and _is_longer_exactly(ours, theirs)):
+        if given == value or key == TEST_FILES or (key == EPOCHS and _is_longer_exactly(ours, theirs)):
             continue
         if key == "slides" and given is not None:
             lines += _slide_differences(value, given)
@@ -247,10 +249,15 @@ def _trained_rows(cohort: "Cohort") -> list[int]:
     return [*cohort.rows("train"), *cohort.rows("validation")]
 
 
-def _slide_files(cohort: "Cohort") -> str:
-    """Of the slides that decide the weights, by their content."""
+def _test_files(cohort: "Cohort") -> str:
+    rows = cohort.rows("test")
+    return _slide_files(cohort, rows) if cohort.in_dim is None else features_digest(cohort, rows)
+
+
+def _slide_files(cohort: "Cohort", rows: Sequence[int]) -> str:
+    """Of these rows' slides, by their content."""
     digest = hashlib.sha256()
-    for row in _trained_rows(cohort):
+    for row in rows:
         digest.update(slide_fingerprint(cohort.manifest.slides[row].path).sha256.encode())
     return digest.hexdigest()[:16]
 
