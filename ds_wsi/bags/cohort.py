@@ -1,16 +1,21 @@
 """A cohort ready to train on: its manifest with splits, and the tile grid (or the file of features) of each slide."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import SLIDE_ID_RULE, SPLITS, Manifest, ManifestError, SlideEntry, parse_manifest
+from ds_wsi.bags.same_files import files_across_splits, fingerprint_of, require_files_apart, warn_of_shared_files
 from ds_wsi.bags.splits import assign_splits
+from ds_wsi.runtime.fingerprint import Fingerprint
 from ds_wsi.runtime.log import logger
-from ds_wsi.slides.coords import read_grid, write_grid
+from ds_wsi.runtime.temporary import remove_left_behind
+from ds_wsi.slides.coords import read_grid, read_slide_fingerprint, write_grid
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import MPP_TOLERANCE, TileGrid, TilingPolicy, tile_slide
 
@@ -55,28 +60,37 @@ def load_cohort(
     seed: int = 0,
     workers: int = 1,
     need_splits: bool = True,
+    write_grids: bool = True,
 ) -> Cohort:
     """Read and check a whole cohort before anything is trained on it.
 
     Args:
         manifest_path: as `read_manifest` takes it.
         policy: how slides are tiled.
-        tiles_dir: grids are kept there, one file a slide, and read again where policy and slide still match.
+        tiles_dir: grids are kept there, one file a slide, and read again where policy and slide still match: the slide
+            by its content (`slide_fingerprint`).
         classes: class names in the order of the logits.
         slide_mpp: um/px of the slides for which neither manifest nor file gives a plausible one.
         seed: of the splits, where the manifest has none.
         workers: threads that tile.
         need_splits: whether splits are drawn where the manifest has none.
+        write_grids: False reads the grids of `tiles_dir` and writes none.
 
     Raises:
         ManifestError: lists every problem of the manifest AND of the slide files at once.
     """
     manifest, problems = parse_manifest(manifest_path, classes)
     cohort = tile_manifest(
-        manifest, policy, tiles_dir=tiles_dir, slide_mpp=slide_mpp, workers=workers, problems=problems
+        *(manifest, policy),
+        tiles_dir=tiles_dir,
+        slide_mpp=slide_mpp,
+        workers=workers,
+        problems=problems,
+        write_grids=write_grids,
     )
     if need_splits:
         cohort = replace(cohort, manifest=assign_splits(cohort.manifest, seed=seed))
+        require_files_apart(cohort.manifest)
     log_splits(cohort)
     return cohort
 
@@ -89,16 +103,17 @@ def tile_manifest(
     slide_mpp: float | None = None,
     workers: int = 1,
     problems: Sequence[str] = (),
+    write_grids: bool = True,
 ) -> Cohort:
     """Open and tile every slide of a manifest; its splits stay as they are.
 
     Args:
         manifest: of the slides; files that are missing must be among `problems`.
-        policy, tiles_dir, slide_mpp, workers: as of `load_cohort`.
+        policy, tiles_dir, slide_mpp, workers, write_grids: as of `load_cohort`.
         problems: found so far, listed before the slides'.
 
     Raises:
-        ManifestError: lists those problems and every slide's.
+        ManifestError: lists those problems and every slide's, and the files that are on both sides of a split.
     """
     readable = [slide for slide in manifest.slides if slide.path.is_file()]
     # Slides of one name would write one file at once; a name that is none for a file could lead out of the folder.
@@ -107,13 +122,24 @@ def tile_manifest(
         tiles_dir if names[slide.slide_id] == 1 and SLIDE_ID_RULE.fullmatch(slide.slide_id) else None
         for slide in readable
     ]
+    if tiles_dir is not None and write_grids:
+        remove_left_behind(Path(tiles_dir))
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = list(pool.map(lambda slide, kept: _tile(slide, policy, kept, slide_mpp), readable, kept_in))
+        prints = list(pool.map(fingerprint_of, readable))
+        problems = [*problems, *files_across_splits(readable, prints)]
+        warn_of_shared_files(readable, prints)
+        results = list(
+            pool.map(
+                lambda slide, kept, found: _tile(slide, policy, kept, slide_mpp, found, write_grids),
+                *(readable, kept_in, prints),
+            )
+        )
     problems = [*problems, *(str(result) for result in results if isinstance(result, SlideError))]
     if problems:
         raise ManifestError(manifest.source, problems)
-    entries, grids = zip(*(result for result in results if not isinstance(result, SlideError)))
-    return Cohort(replace(manifest, slides=entries), grids)
+    tiled = [result for result in results if not isinstance(result, SlideError)]
+    _tell_kept(tiled, tiles_dir)
+    return Cohort(replace(manifest, slides=tuple(slide.entry for slide in tiled)), tuple(slide.grid for slide in tiled))
 
 
 def log_splits(cohort: Cohort) -> None:
@@ -127,10 +153,43 @@ def log_splits(cohort: Cohort) -> None:
             )
 
 
+class _TiledSlide(NamedTuple):
+    """The slide with the mpp to read it at, its grid, and what became of the grid that was kept."""
+
+    entry: SlideEntry
+    grid: TileGrid
+    kept: str
+
+
+# What becomes of the grid's file in `tiles_dir`.
+_NEW, _TAKEN, _TAKEN_BY_NAME, _REPLACED = "new", "taken", "taken by name", "replaced"
+
+
+def _tell_kept(slides: Sequence[_TiledSlide], tiles_dir: str | Path | None) -> None:
+    """One line a kind, with its count."""
+    for kind, words in (
+        (_REPLACED, "grids were of another policy or another slide file: these slides are tiled anew"),
+        (
+            _TAKEN_BY_NAME,
+            "grids are of an earlier version, which recorded no fingerprint: they are taken by the slide's size and "
+            "resolution. HINT: delete those whose slide was replaced since",
+        ),
+    ):
+        ids = [slide.entry.slide_id for slide in slides if slide.kept == kind]
+        if ids:
+            shown = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
+            logger.warning("%s: %d of %d %s (%s)", tiles_dir, len(ids), len(slides), words, shown)
+
+
 def _tile(
-    entry: SlideEntry, policy: TilingPolicy, tiles_dir: str | Path | None, slide_mpp: float | None
-) -> tuple[SlideEntry, TileGrid] | SlideError:
-    """The slide with the mpp to read it at, and its grid; an error is returned, so that all can be listed."""
+    entry: SlideEntry,
+    policy: TilingPolicy,
+    tiles_dir: str | Path | None,
+    slide_mpp: float | None,
+    found: Fingerprint | None,
+    write_grids: bool,
+) -> _TiledSlide | SlideError:
+    """The tiled slide; an error is returned, so that all can be listed."""
     try:
         with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
             try:
@@ -138,30 +197,34 @@ def _tile(
             except SlideError:
                 if slide_mpp is None:
                     raise
-                return _tile(replace(entry, mpp=slide_mpp), policy, tiles_dir, None)
+                return _tile(replace(entry, mpp=slide_mpp), policy, tiles_dir, None, found, write_grids)
             path = None if tiles_dir is None else Path(tiles_dir) / f"{entry.slide_id}.safetensors"
-            grid = _kept_grid(path, slide, own, policy) if path else None
+            grid, kept = _kept_grid(path, slide, own, policy, found) if path else (None, _NEW)
             if grid is None:
                 grid = tile_slide(slide, policy)
-                if path:
-                    write_grid(grid, path)
-            return entry, grid
+                if path and write_grids:
+                    write_grid(grid, path, found)
+            return _TiledSlide(entry, grid, kept)
     except SlideError as error:
         return error
 
 
-def _kept_grid(path: Path, slide: Slide, mpp: float, policy: TilingPolicy) -> TileGrid | None:
-    if not path.exists():
-        return None
-    grid = read_grid(path)
+def _kept_grid(
+    path: Path, slide: Slide, mpp: float, policy: TilingPolicy, found: Fingerprint | None
+) -> tuple[TileGrid | None, str]:
+    """The grid of the file at `path` where it is this slide's, and what becomes of the file."""
+    if not os.path.lexists(path):
+        return None, _NEW
+    grid, of_slide = read_grid(path), read_slide_fingerprint(path)
+    same_file = of_slide is None or of_slide == found
+    same_size = (grid.slide_width_px, grid.slide_height_px) == (slide.width_px, slide.height_px)
     if grid.source != "ds_wsi":
         _require_imported_fits(grid, policy, path)
-        return grid
-    same_slide = (grid.slide_width_px, grid.slide_height_px) == (slide.width_px, slide.height_px)
-    if same_slide and grid.slide_mpp == mpp and grid.policy == policy:
-        return grid
-    logger.warning("%s: tiled with another policy or from another slide file, tiled anew", path)
-    return None
+        _require_imported_of(grid, slide, path, same_size and same_file)
+        return grid, _TAKEN if of_slide else _TAKEN_BY_NAME
+    if same_size and same_file and grid.slide_mpp == mpp and grid.policy == policy:
+        return grid, _TAKEN if of_slide else _TAKEN_BY_NAME
+    return None, _REPLACED
 
 
 def _require_imported_fits(grid: TileGrid, policy: TilingPolicy, path: Path) -> None:
@@ -171,4 +234,13 @@ def _require_imported_fits(grid: TileGrid, policy: TilingPolicy, path: Path) -> 
             f"the tile grid imported from {grid.source} must have the run's tiles, {policy.tile_size_px} px at "
             f"{policy.mpp:g} um/px, got {grid.tile_size_px} px at {grid.mpp:.4g} (slide {grid.slide_id}, {path}). "
             "HINT: give --tile_size_px and --mpp its values."
+        )
+
+
+def _require_imported_of(grid: TileGrid, slide: Slide, path: Path, is_same: bool) -> None:
+    if not is_same:
+        raise SlideError(
+            f"the tile grid imported from {grid.source} must be of the slide's present file, {slide.width_px} x "
+            f"{slide.height_px} px, got one of another file, {grid.slide_width_px} x {grid.slide_height_px} px "
+            f"(slide {grid.slide_id}, {slide.path}, {path}). HINT: import it again, or delete {path.name}."
         )

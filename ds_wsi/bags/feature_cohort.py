@@ -12,9 +12,12 @@ from typing import Any
 from ds_wsi.bags.cohort import Cohort, log_splits
 from ds_wsi.bags.features import FeatureFile, FeatureFileError, find_features, read_features, read_shape
 from ds_wsi.bags.manifest import SLIDE_ID_RULE, ManifestError, SlideEntry, parse_manifest
+from ds_wsi.bags.same_files import files_across_splits, require_files_apart, warn_of_shared_files
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.temporary import remove_left_behind
 
 CHECKS = ("full", "shapes")
 RECORD = "features.json"  # what was found in files that have been read, so that they need not be read again
@@ -31,6 +34,7 @@ def load_feature_cohort(
     seed: int = 0,
     workers: int = 1,
     need_splits: bool = True,
+    write_record: bool = True,
 ) -> Cohort:
     """Read and check a cohort whose bags are files of features; its slides need not be there.
 
@@ -39,11 +43,13 @@ def load_feature_cohort(
         features_dir: with one file `<slide_id>.h5`, `.pt` or `.safetensors` a slide.
         in_dim: the width that the features must have; by default that of most of the files.
         check: "full" reads every file once, also for values that are not finite; "shapes" reads their heads.
-        record_dir: what was read whole is recorded there, and unchanged files (by size and time) are not read again.
+        record_dir: what was read whole is recorded there, and unchanged files (by size, time and fingerprint) are not
+            read again.
         classes: class names in the order of the logits.
         seed: of the splits, where the manifest has none.
         workers: threads that read.
         need_splits: whether splits are drawn where the manifest has none.
+        write_record: False reads the record of `record_dir` and writes none.
 
     Raises:
         ManifestError: lists every problem of the manifest AND of the files at once.
@@ -62,11 +68,18 @@ def load_feature_cohort(
     problems += [str(result) for result in results if isinstance(result, FeatureFileError)]
     files = tuple(result for result in results if isinstance(result, FeatureFile))
     problems += _width_problems(files, in_dim)
-    if record_dir is not None and check == "full":
+    if record_dir is not None and check == "full" and write_record:
+        remove_left_behind(Path(record_dir))
         _write_record(record_dir, files)
+    by_id = _known_by(files)
+    known_by = [by_id.get(slide.slide_id) for slide in manifest.slides]
+    problems += files_across_splits(manifest.slides, known_by)
     if problems:
         raise ManifestError(manifest.source, problems)
+    warn_of_shared_files(manifest.slides, known_by)
     cohort = Cohort(assign_splits(manifest, seed=seed) if need_splits else manifest, files)
+    if need_splits:
+        require_files_apart(cohort.manifest, known_by)
     logger.info("features of width %d from %s", files[0].width, features_dir)
     log_splits(cohort)
     return cohort
@@ -92,7 +105,11 @@ def _examine(
         path = find_features(features_dir, slide.slide_id)
         state = _state(path)
         known = record.get(str(path.absolute()))
-        if known is not None and tuple(known["state"]) == state:
+        if (
+            known is not None
+            and tuple(known["state"]) == state
+            and known.get("sha256") == file_fingerprint(path).sha256
+        ):
             n_rows, width, checksum = (known[name] for name in ("n_rows", "width", "checksum"))
         elif check == "shapes":
             (n_rows, width), checksum = read_shape(path), None
@@ -103,6 +120,30 @@ def _examine(
         return FeatureFile(slide.slide_id, path, n_rows, width, *state, checksum)
     except FeatureFileError as error:
         return error
+
+
+def _known_by(files: Sequence[FeatureFile]) -> dict[str, tuple[int, ...] | None]:
+    """Slide id -> what is the same for files of one content: their features where they were read, else their place.
+
+    Features that are the same in every row say nothing of their slide (glass, or a broken encoder): None.
+    """
+    known = {file.slide_id: _content_of(file) for file in files}
+    counts = Counter(known.values())
+    path_of = {known[file.slide_id]: file.path for file in files if counts[known[file.slide_id]] > 1}
+    empty = {content for content, path in path_of.items() if _is_constant(path)}
+    return {slide_id: None if content in empty else content for slide_id, content in known.items()}
+
+
+def _content_of(file: FeatureFile) -> tuple[int, ...]:
+    if file.checksum is not None:
+        return file.checksum, file.n_rows, file.width
+    found = file.path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _is_constant(path: Path) -> bool:
+    features = read_features(path).features
+    return bool((features == features[:1]).all()) and (len(features) > 1 or bool((features == features[0, 0]).all()))
 
 
 def _width_problems(files: Sequence[FeatureFile], in_dim: int | None) -> list[str]:
@@ -135,6 +176,7 @@ def _write_record(record_dir: str | Path, files: Sequence[FeatureFile]) -> None:
     found = {
         str(file.path.absolute()): {
             "state": [file.n_bytes, file.modified_ns],
+            "sha256": file_fingerprint(file.path).sha256,
             "n_rows": file.n_rows,
             "width": file.width,
             "checksum": file.checksum,

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.manifest import ManifestError, SlideEntry
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.slides.slide import Slide, SlideError
-from ds_wsi.slides.tile_store import QUALITY, StoredSlide, pack_slide, store_path, store_problem
+from ds_wsi.slides.tile_store import QUALITY, StoredSlide, lacks_fingerprint, pack_slide, store_path, store_problem
 from ds_wsi.slides.tiling import TileGrid
 
 
@@ -52,11 +53,13 @@ def pack_cohort(
             logger.warning("slide %s: %d of %d tiles could not be read", entry.slide_id, n_failed, len(grid))
         return PackedSlide(path, written, n_failed)
 
+    remove_left_behind(Path(directory))
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         results = list(pool.map(pack, cohort.manifest.slides, cohort.tile_grids))
     problems = [str(result) for result in results if isinstance(result, SlideError)]
     if problems:
         raise ManifestError(cohort.manifest.source, problems)
+    _tell_unrecorded(directory, cohort.manifest.slides)
     return tuple(result for result in results if isinstance(result, PackedSlide))
 
 
@@ -75,3 +78,15 @@ def require_store(directory: str, slides: Sequence[SlideEntry], grids: Sequence[
     problems = [problem for problem in found if problem]
     if problems:
         raise ManifestError(f"tile store {directory}", problems)
+    _tell_unrecorded(directory, slides)
+
+
+def _tell_unrecorded(directory: str | Path, slides: Sequence[SlideEntry]) -> None:
+    """One line where files are of a version that knew a slide by its size alone: they are kept, for packing is long."""
+    count = sum(lacks_fingerprint(store_path(directory, entry.slide_id)) for entry in slides)
+    if count:
+        logger.warning(
+            "%s: %d of %d packed slides are of an earlier version, which knew the slide by its size alone: kept. HINT: "
+            "delete those whose slide was replaced since.",
+            *(directory, count, len(slides)),
+        )

@@ -12,12 +12,12 @@ LEVELS = ("patient", "slide")
 
 
 def assign_splits(
-    manifest: Manifest, fractions: tuple[float, float, float] = (0.6, 0.2, 0.2), seed: int = 0
+    manifest: Manifest, fractions: tuple[float, float, float] = (0.6, 0.2, 0.2), seed: int = 0, *, tell: bool = True
 ) -> Manifest:
     """Keep the manifest's own splits; where it has none, draw train, validation and test by patient.
 
     Patients are stratified by their most frequent label and drawn with `seed`; within a label each goes to the split
-    that is furthest below its share.
+    that is furthest below its share. With `tell` the draw is logged.
 
     Raises:
         ManifestError: too few patients to give every split one.
@@ -25,7 +25,8 @@ def assign_splits(
     if manifest.slides[0].split is not None:
         return manifest
     split_of = _draw(manifest, dict(zip(SPLITS, fractions, strict=True)), str(seed))
-    logger.info("splits drawn by patient with seed %d: %s patients", seed, dict(Counter(split_of.values())))
+    if tell:
+        logger.info("splits drawn by patient with seed %d: %s patients", seed, dict(Counter(split_of.values())))
     return _with_splits(manifest, split_of)
 
 

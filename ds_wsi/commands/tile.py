@@ -88,6 +88,7 @@ def _import_grids(options: argparse.Namespace) -> None:
     """Write our grids from another project's: every slide's file must be there, all that is wrong is listed."""
     from ds_wsi.bags.manifest import ManifestError, read_manifest
     from ds_wsi.slides.coords import import_clam, import_trident, write_grid
+    from ds_wsi.slides.fingerprint import slide_fingerprint
     from ds_wsi.slides.slide import Slide, SlideError
 
     importer, folder, suffix = (
@@ -105,6 +106,8 @@ def _import_grids(options: argparse.Namespace) -> None:
             problems.append(str(error))
     if problems:
         raise ManifestError(manifest.source, problems)
+    paths = {entry.slide_id: entry.path for entry in manifest.slides}
     for grid in grids:
-        write_grid(grid, Path(options.output_dir) / f"{grid.slide_id}.safetensors")
+        path = Path(options.output_dir) / f"{grid.slide_id}.safetensors"
+        write_grid(grid, path, slide_fingerprint(paths[grid.slide_id]))
         print(f"{grid.slide_id}\t{len(grid)} tiles from {grid.source}")

@@ -38,7 +38,7 @@ def add_protocol(subparsers: argparse._SubParsersAction) -> None:
             datasets, dataset, run_protocol, f"the papers' experiments on {dataset}: see --list_presets"
         )
         add_protocol_options(parser, dataset)
-        add_train_options(parser)
+        add_train_options(parser, without=("split_seed",))
         _add_dry_run(parser)
 
 

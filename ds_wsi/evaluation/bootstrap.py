@@ -7,6 +7,7 @@ matrix product gives the confusion matrices, a sum over the sorted scores gives 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -223,6 +224,19 @@ def metrics_to_json(intervals: Mapping[str, MetricInterval]) -> dict[str, dict[s
             "n_resamples_used": interval.n_resamples_used,
         }
         for name, interval in intervals.items()
+    }
+
+
+def metrics_from_json(values: Mapping[str, Mapping[str, Any]]) -> dict[str, MetricInterval]:
+    """What `metrics_to_json` was given."""
+    numbers = ("value", "low", "high")
+    return {
+        name: MetricInterval(
+            *(math.nan if entry[key] is None else float(entry[key]) for key in numbers),
+            n_resamples_used=int(entry["n_resamples_used"]),
+            confidence=float(entry["confidence"]),
+        )
+        for name, entry in values.items()
     }
 
 

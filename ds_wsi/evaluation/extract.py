@@ -1,6 +1,7 @@
 """Features of a cohort's slides written to disk, to train aggregators on them alone."""
 
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -11,11 +12,17 @@ import torch
 
 from ds_wsi.bags.bag import FailureLog, ReadPolicy
 from ds_wsi.bags.cohort import Cohort
-from ds_wsi.bags.features import SUFFIXES, FeatureFileError, read_about, read_shape, write_features
+from ds_wsi.bags.features import FORMAT, SUFFIXES, FeatureFileError, read_about, read_shape, write_features
 from ds_wsi.evaluation.predict import encode_slides
 from ds_wsi.models import ModelConfig, SlideModel, build_model, resolve_encoder
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.temporary import remove_left_behind
+from ds_wsi.slides.fingerprint import slide_fingerprint
+from ds_wsi.slides.tile_store import StoredSlide, store_path
 from ds_wsi.slides.tiling import TileGrid, TilingPolicy
+
+RECORDED_SINCE = ("slide", "pixels")  # files of earlier versions do not have them
+HEAD_BYTES = 2**16
 
 
 class ExtractedSlide(NamedTuple):
@@ -68,7 +75,10 @@ def extract_features(
     policy: ReadPolicy,
     failures: FailureLog,
 ) -> Iterator[ExtractedSlide]:
-    """Encode every slide and write `<slide_id>.safetensors`; whole files of the same encoder and tiles are kept.
+    """Encode every slide and write `<slide_id>.safetensors`; whole files of the same encoder, tiles and slide are kept.
+
+    The slide is known by its content: see `slide_fingerprint`. Files of an earlier version, which did not record it,
+    are kept with one line: they cost hours.
 
     Each file is written at once, so that a killed call goes on where it was. Memory is that of `encode_slides`. A tile
     that cannot be read has no row. One call at a time may write to a folder.
@@ -82,11 +92,21 @@ def extract_features(
         failures: where unreadable tiles are recorded.
 
     Raises:
-        ValueError: lists every file in the way: of another encoder, weights, tiles or program.
+        ValueError: lists every file in the way: of another encoder, weights, tiles, slide or program.
     """
     directory = Path(directory)
+    remove_left_behind(directory)
     made_with = {"encoder": _encoder_words(model, config), "mean_and_std": f"{config.mean}, {config.std}"}
-    about = [{"slide_id": grid.slide_id, **made_with, "tiles": _tiles_words(grid)} for grid in cohort.tile_grids]
+    about = [
+        {
+            "slide_id": grid.slide_id,
+            **made_with,
+            "tiles": _tiles_words(grid),
+            "slide": str(slide_fingerprint(entry.path)),
+            "pixels": _pixels_words(policy, grid.slide_id),
+        }
+        for entry, grid in zip(cohort.manifest.slides, cohort.tile_grids, strict=True)
+    ]
     kept = _kept(directory, about)
     for entry in cohort.manifest.slides:
         if entry.slide_id in kept:
@@ -108,30 +128,41 @@ def _place(directory: Path, slide_id: str) -> Path:
 
 def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
     """The rows of each slide whose file is there and whole; files of another encoder or program are an error."""
-    found, problems = {}, []
+    found, problems, unrecorded = {}, [], 0
     for wanted in about:
         slide_id = wanted["slide_id"]
         for suffix in SUFFIXES:
             path = directory / f"{slide_id}{suffix}"
-            if not path.is_file():
+            if not os.path.lexists(path):
                 continue
             theirs: dict[str, str] = {}
-            if path == _place(directory, slide_id):
+            if path == _place(directory, slide_id) and path.is_file():
                 try:
                     theirs, n_rows = read_about(path), read_shape(path)[0]
                 except FeatureFileError as error:
+                    if not _was_ours(path):
+                        problems.append(f"features must be a whole file of `ds-wsi features`, got another: {error}")
+                        continue
                     logger.warning("written anew: %s", error)
                     continue
-            if theirs == wanted:
+            of_before = {name: value for name, value in wanted.items() if name not in RECORDED_SINCE}
+            if theirs in (wanted, of_before):
+                unrecorded += theirs == of_before
                 found[slide_id] = n_rows
                 continue
             other = next(name for name in wanted if theirs.get(name) != wanted[name])
             got = theirs.get(other, "a file that `ds-wsi features` did not write")
             problems.append(f"{other} must be {wanted[other]}, got {got} ({path})")
+    if unrecorded:
+        logger.warning(
+            "%s: %d of the features files are of an earlier version, which recorded no fingerprint: kept. HINT: "
+            "delete those whose slide was replaced since.",
+            *(directory, unrecorded),
+        )
     if problems:
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
         raise ValueError(
-            f"--output_dir must hold features of this encoder and these tiles alone, got {len(problems)} other "
+            f"--output_dir must hold features of this encoder and these slides alone, got {len(problems)} other "
             f"file(s):\n{lines}\nHINT: give another folder, or delete them."
         )
     return found
@@ -150,6 +181,20 @@ def _encoder_words(model: SlideModel, config: ModelConfig) -> str:
     precision = "" if model.evaluation_precision == "no" else f"in {model.evaluation_precision}"
     words = (config.encoder, leaves, options, norms, f"with weights {checksum:08x}", precision)
     return " ".join(word for word in words if word)
+
+
+def _pixels_words(policy: ReadPolicy, slide_id: str) -> str:
+    """Where tiles are read: those of a store that were encoded anew differ by a grey level."""
+    if not policy.tile_store:
+        return "of the slide"
+    with StoredSlide(store_path(policy.tile_store, slide_id)) as stored:
+        return f"of a tile store, JPEG quality {stored.header['quality']}"
+
+
+def _was_ours(path: Path) -> bool:
+    """Whether a file that cannot be read has the head of one that `write_features` wrote: then it is torn."""
+    with path.open("rb") as file:
+        return FORMAT.encode() in file.read(HEAD_BYTES)
 
 
 def _tiles_words(grid: TileGrid) -> str:

@@ -25,6 +25,7 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import TileGrid
 
+REPORT = "report.html"
 OVERVIEW_SIDE_PX = 900  # of the thumbnails under the heat maps
 
 
@@ -42,10 +43,12 @@ def write_results(
     seed: int = 0,
     protocol: EvaluationProtocol = ALL_TILES,
     norms: Mapping[str, Any] | None = None,
+    split: str = "test",
 ) -> dict[str, MetricInterval]:
     """Write everything about a set of predictions below `directory`, and return the metrics with their intervals.
 
-    Of several runs of the protocol, metrics are the mean of the runs', and predictions hold the mean probabilities.
+    `split` names the slides in the log, "all" those of all splits. Of several runs of the protocol, metrics are the
+    mean of the runs', and predictions hold the mean probabilities.
     """
     slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
     labels, patients = np.array([slide.label for slide in slides]), [slide.patient_id for slide in slides]
@@ -73,7 +76,7 @@ def write_results(
         draw_curves([dict(entry) for entry in history], curves, best_epoch=best_epoch, metric=metric)
     heatmaps = draw_heatmaps(directory / "heatmaps", cohort, predictions)
     write_report(
-        directory / "report.html",
+        directory / REPORT,
         title=title,
         summary=dict(summary),
         intervals=intervals,
@@ -84,7 +87,9 @@ def write_results(
         resampled="slides" if n_patients == len(rows) else f"the {n_patients} patients",
         sections={"Evaluation": _protocol_words(protocol, runs)} if protocol.tiles else None,
     )
-    logger.info("test metrics of %d slides:\n%s", len(rows), format_table(intervals))
+    words = f"metrics of {len(rows)} slides"
+    words = f"{words} of all splits" if split == "all" else f"{split} {words}"
+    logger.info("%s:\n%s", words, format_table(intervals))
     return intervals
 
 

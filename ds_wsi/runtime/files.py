@@ -9,25 +9,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ds_wsi.runtime.temporary import temporary_folder, usual_mode
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error.
+    """Yield a temporary path of the same name in a folder beside; move it to `path` when the block ends well.
 
-    A process killed inside the block leaves `path` as it was. The temporary name carries the process id, so that
-    processes writing the same file do not share it; it is removed when the block raises.
+    A process killed inside the block leaves `path` as it was. A symbolic link at `path` is replaced, not followed. The
+    file's permissions are those that the umask leaves, whatever its writer chose: some keep a file to its owner.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix is kept last: writers such as matplotlib choose the format by it.
-    temporary = final.with_name(f".{final.stem}.{os.getpid()}.tmp{final.suffix}")
-    try:
+    with temporary_folder(final.parent) as folder:
+        temporary = folder / final.name
         yield temporary
+        temporary.chmod(usual_mode(folder))
         sync_file(temporary)
         os.replace(temporary, final)
         sync_directory(final.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:

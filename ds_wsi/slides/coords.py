@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ds_wsi.runtime.files import atomic_path
+from ds_wsi.runtime.fingerprint import Fingerprint
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import TileGrid, TilingPolicy, plan_level
 
@@ -22,14 +23,21 @@ CLAM_ATTRIBUTES = ("patch_size", "patch_level")
 TRIDENT_ATTRIBUTES = ("patch_size", "patch_size_level0")
 
 
-def write_grid(grid: TileGrid, path: str | Path) -> None:
-    """Write a grid atomically: `coords` as a tensor, everything else as JSON in the metadata."""
+def write_grid(grid: TileGrid, path: str | Path, slide: Fingerprint | None = None) -> None:
+    """Write a grid atomically: `coords` as a tensor, everything else as JSON in the metadata.
+
+    Args:
+        grid: to write.
+        path: of the file.
+        slide: fingerprint of the slide's file, by which the grid is known again.
+    """
     values = {field.name: getattr(grid, field.name) for field in fields(grid) if field.name not in ("coords", "policy")}
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "grid": json.dumps(values),
         "policy": json.dumps(asdict(grid.policy)),
+        **({} if slide is None else {"slide": json.dumps(slide._asdict())}),
     }
     with atomic_path(path) as temporary:
         save_file({"coords": np.ascontiguousarray(grid.coords)}, temporary, metadata)
@@ -60,6 +68,22 @@ def read_grid(path: str | Path) -> TileGrid:
     except (KeyError, TypeError, ValueError) as error:
         raise SlideError(
             f"tile grid must have the fields of {FORMAT}, got {error!r} ({path}). HINT: delete it."
+        ) from error
+
+
+def read_slide_fingerprint(path: str | Path) -> Fingerprint | None:
+    """Of which slide file a grid that `read_grid` reads was made; None where an earlier version wrote it.
+
+    Raises:
+        SlideError: it is written there, and torn.
+    """
+    with safe_open(path, framework="numpy") as file:
+        text = (file.metadata() or {}).get("slide")
+    try:
+        return None if text is None else Fingerprint(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise SlideError(
+            f"tile grid must tell its slide's fingerprint, got {text!r} ({path}). HINT: delete it."
         ) from error
 
 

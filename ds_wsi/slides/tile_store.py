@@ -9,6 +9,7 @@ each reading.
 import hashlib
 import io
 import json
+import os
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
@@ -23,11 +24,14 @@ import pyarrow as pa
 from PIL import Image
 
 from ds_wsi.runtime.files import atomic_path
+from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.slides.jpeg_tiles import JpegTiles
 from ds_wsi.slides.slide import Slide, SlideError, TileReadError
 from ds_wsi.slides.tiling import TileGrid
 
 FORMAT, VERSION = "ds_wsi.TileStore", "1"
+FINGERPRINT = "slide_sha256"
+HEAD_BYTES = 2**16
 QUALITY = 90  # with chroma at full resolution: a mean error of about one grey level on stained tissue
 BATCH_TILES, BATCH_BYTES = 256, 2**25  # whichever is reached first; Arrow's offsets end at 2 GiB
 HINT = "HINT: pack it again with `ds-wsi tile --store DIR --verify`."
@@ -66,6 +70,8 @@ def pack_slide(
 ) -> bool:
     """Write a slide's tiles, atomically; a whole file of the same grid, slide and quality is kept.
 
+    The slide is known by its content: see `slide_fingerprint`. A file of that name that is no store's is not touched.
+
     A process that is killed leaves no file, or a whole one: the next call begins the slide again, or keeps it.
 
     Args:
@@ -77,6 +83,9 @@ def pack_slide(
 
     Returns:
         Whether the file was written now.
+
+    Raises:
+        StoreError: a file of another program has the name.
     """
     if not 1 <= quality <= 100:
         raise ValueError(f"JPEG quality must be in [1, 100], got {quality}. HINT: 90 is the default.")
@@ -84,8 +93,7 @@ def pack_slide(
     whole = path.exists() and store_problem(path, grid, slide.path, quality) is None
     if whole and not (verify and damaged_rows(path)):
         return False
-    for left in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
-        left.unlink()  # of a process that was killed
+    _require_ours(path, grid.slide_id)
     header = _header(grid, slide.path, quality)
     schema = SCHEMA.with_metadata({"ds_wsi": json.dumps(header)})
     with (
@@ -139,15 +147,29 @@ def _encode(tile: np.ndarray, quality: int) -> bytes:
     return buffer.getvalue()
 
 
+def _require_ours(path: Path, slide_id: str) -> None:
+    """Only a file that a store's own head begins, whole or torn, is packed anew."""
+    if not os.path.lexists(path):
+        return
+    head = path.open("rb").read(HEAD_BYTES) if path.is_file() and not path.is_symlink() else b""
+    if FORMAT.encode() not in head:
+        raise StoreError(
+            f"tile store must be a folder without files of other programs, got {path} (slide {slide_id}). HINT: give "
+            "another folder, or take the file away."
+        )
+
+
 def _header(grid: TileGrid, slide_path: Path, quality: int) -> dict[str, Any]:
     """What a store is known by: another grid, slide file or quality is another store."""
+    found = slide_fingerprint(slide_path)
     names = [field.name for field in fields(grid) if field.name not in ("coords", "policy", "source")]
     return {
         "format": FORMAT,
         "version": VERSION,
         "n_tiles": len(grid),
         "coords_sha256": hashlib.sha256(np.ascontiguousarray(grid.coords, dtype="<i8").tobytes()).hexdigest(),
-        "slide_bytes": slide_path.stat().st_size,
+        "slide_bytes": found.n_bytes,
+        FINGERPRINT: found.sha256,
         "quality": quality,
         **{name: getattr(grid, name) for name in names},
     }
@@ -172,9 +194,17 @@ def store_problem(path: Path, grid: TileGrid, slide_path: Path, quality: int | N
         return str(error)
     wanted = _header(grid, slide_path, header["quality"] if quality is None else quality)
     for name, value in wanted.items():
+        if name == FINGERPRINT and name not in header:
+            continue  # of an earlier version: see `lacks_fingerprint`
         if header.get(name) != value:
             return f"tile store's {name} must be that of the cohort, {value}, got {header.get(name)} {where}"
     return None
+
+
+def lacks_fingerprint(path: Path) -> bool:
+    """Whether a whole store's file was written by a version that knew its slide by the file's size alone."""
+    with StoredSlide(path) as stored:
+        return FINGERPRINT not in stored.header
 
 
 class StoredSlide:

@@ -1,19 +1,22 @@
 """Checkpoints that are whole or absent, and known to be whole before they are loaded.
 
 A checkpoint is written under a temporary name, listed file by file with size and SHA-256, synced and renamed. One whose
-files do not match the list is named, passed over and kept; the one before it is used.
+files do not match the list is named, passed over and kept; the one before it is used. An old one is deleted by its
+list: what else lies in its folder stays.
 """
 
 import hashlib
 import json
+import os
 import re
-import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ds_wsi.engines.accelerate import Accelerator, CommHandle
+from ds_wsi.engines.accelerate import Accelerator, CommHandle, broadcast_object_list
 from ds_wsi.runtime.files import link_or_copy, sync_directory, sync_file, write_json
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.temporary import temporary_folder, usual_mode
 
 FILE_LIST = "files.json"
 STATE = "state.json"
@@ -48,27 +51,73 @@ def save_checkpoint(
     Collective: every rank calls it; the ranks write their shards side by side.
     """
     final = output_dir / checkpoint_name(step)
-    temporary = output_dir / f".{final.name}.tmp"
-    if accelerator.is_main_process and temporary.exists():
-        shutil.rmtree(temporary)  # of a process that was killed while it wrote
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    if comm is not None:
-        comm.save(temporary)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(temporary / STATE, state)
-        if pending is not None:
-            link_or_copy(pending, temporary / PENDING_WEIGHTS)
-        seal(temporary)
-        if final.exists():
-            shutil.rmtree(final)  # a torn one that was passed over, now reached again
-        temporary.rename(final)
-        sync_directory(output_dir)
-        for old in list_checkpoints(output_dir)[keep:]:
-            shutil.rmtree(old)
+    with ExitStack() as scope:
+        made: list[Path | None] = [None]
+        if accelerator.is_main_process:
+            made = [scope.enter_context(temporary_folder(output_dir)) / final.name]
+        temporary: Path = broadcast_object_list(made)[0]  # its name is random: the ranks write into one folder
+        accelerator.save_state(str(temporary))
+        if comm is not None:
+            comm.save(temporary)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_json(temporary / STATE, state)
+            if pending is not None:
+                link_or_copy(pending, temporary / PENDING_WEIGHTS)
+            _use_mode(temporary, usual_mode(temporary.parent))
+            seal(temporary)
+            _make_way(final)
+            temporary.rename(final)
+            sync_directory(output_dir)
+            whole = [path for path in list_checkpoints(output_dir) if (path / FILE_LIST).is_file()]
+            for old in whole[keep:]:
+                remove_checkpoint(old)
     accelerator.wait_for_everyone()
     return final
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Delete the files that a checkpoint's list names, the list, and folders that are empty then.
+
+    What the list does not name was not written by the run: it stays, with the folder, and a warning names it. Symbolic
+    links are not followed.
+    """
+    try:
+        listed = json.loads((directory / FILE_LIST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        listed = None
+    names = {*listed, FILE_LIST} if isinstance(listed, dict) else set()
+    for folder, _, files in os.walk(directory, topdown=False):
+        for name in sorted(
+            files, key=lambda name: name == FILE_LIST
+        ):  # the list last: a kill leaves what names the rest
+            path = Path(folder) / name
+            if path.relative_to(directory).as_posix() in names:
+                path.unlink()
+        if not os.listdir(folder):
+            os.rmdir(folder)
+    if directory.exists():
+        logger.warning("%s is kept: it holds what is not in its %s", directory, FILE_LIST)
+
+
+def _make_way(final: Path) -> None:
+    """Clear a checkpoint's name: of a torn one that was passed over, and is now reached again."""
+    if final.is_dir() and not final.is_symlink():
+        remove_checkpoint(final)
+    if not os.path.lexists(final):
+        return
+    number = 1
+    while os.path.lexists(aside := final.with_name(f"not-{final.name}-{number}")):
+        number += 1
+    final.rename(aside)
+    logger.warning("%s was not written by this run as it is: moved to %s", final, aside.name)
+
+
+def _use_mode(directory: Path, mode: int) -> None:
+    """Give every file the usual permissions: the engine's writers keep some to their owner."""
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, comm: CommHandle | None = None) -> dict[str, Any]:

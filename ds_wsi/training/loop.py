@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -29,9 +29,10 @@ from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
 from ds_wsi.training.micro_step import MicroStep, MicroSteps, on_device, stack_of
 from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta
 from ds_wsi.training.out_of_memory import with_retry
-from ds_wsi.training.outcome import finish
+from ds_wsi.training.outcome import finish, finished_results, is_finished
 from ds_wsi.training.resume import resume, save
 from ds_wsi.training.run import Run, prepare_run
+from ds_wsi.training.run_folder import logging_to
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.step import bag_weight, blank_tile, idle_loss
 from ds_wsi.training.stopping import stop_reason
@@ -64,14 +65,19 @@ def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = Non
 def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> dict[str, Any]:
     """In a frame of its own: when it is left nothing holds the run, and the scope can free its memory."""
     started = time.perf_counter()
-    run = prepare_run(settings, deepspeed_config)
-    with closing_trackers(run.accelerator), watch_ranks():
+    with ExitStack() as scope:
+        run = prepare_run(settings, deepspeed_config, on_folder=lambda path: scope.enter_context(logging_to(path)))
+        scope.enter_context(closing_trackers(run.accelerator))
+        scope.enter_context(watch_ranks())
         resume(run)
-        if run.accelerator.is_main_process:
-            # Of an earlier end in this folder: from here until it ends anew, the run is unfinished.
-            (run.output_dir / RECORD_FILE).unlink(missing_ok=True)
-        _train_epochs(run)
-        results = finish(run, started)
+        if is_finished(run):
+            results = finished_results(run, started)
+        else:
+            if run.accelerator.is_main_process:
+                # Of an earlier end in this folder: from here until it ends anew, the run is unfinished.
+                (run.output_dir / RECORD_FILE).unlink(missing_ok=True)
+            _train_epochs(run)
+            results = finish(run, started)
     run.accelerator.free_memory()
     return results
 

@@ -92,6 +92,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("slide_mpp", "data.slide_mpp", float, "um/px of slides that do not tell theirs"),
     ("dataset_name", "data.dataset_name", str, "in tables of runs (default: the manifest's, without its suffix)"),
     ("split_name", "data.split_name", str, "which split or fold of the dataset the manifest holds, in tables of runs"),
+    ("split_seed", "data.split_seed", int, "of the draw of splits, where the manifest has none; not --seed"),
     ("tile_size_px", "policies.tiling.tile_size_px", int, "side of a tile"),
     ("mpp", "policies.tiling.mpp", float, "um/px at which tiles are read (0.5 is 20x)"),
     ("min_tissue_fraction", "policies.tiling.min_tissue_fraction", float, "of a tile's area"),
@@ -204,10 +205,17 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
 OPTION_OF = {place: name for name, place, _, _ in OPTIONS}
 
 
-def add_train_options(parser: argparse.ArgumentParser) -> None:
-    """Add every option, with underscores or dashes; what is not given is absent from the namespace."""
+def add_train_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Add every option, with underscores or dashes; what is not given is absent from the namespace.
+
+    Args:
+        parser: to add to.
+        without: names of options that the parser has already, in another sense.
+    """
     defaults = TrainSettings()
     for name, place, kind, text in OPTIONS:
+        if name in without:
+            continue
         group, *_, leaf = place.split(".")
         holder = getattr(defaults.policies, place.split(".")[1]) if group == "policies" else getattr(defaults, group)
         default = getattr(holder, leaf)

@@ -1,5 +1,6 @@
 """Validation while training, and what a finished run leaves behind."""
 
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -12,21 +13,27 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from ds_wsi.bags.sampler import deal_by_cost
-from ds_wsi.engines.accelerate import CommHandle, gather_object
+from ds_wsi.engines.accelerate import CommHandle, broadcast_object_list, gather_object
+from ds_wsi.evaluation.bootstrap import metrics_from_json
+from ds_wsi.evaluation.curves import draw_curves
 from ds_wsi.evaluation.norm_choice import GAP_NATS, GAP_RATIO, NormChoice, NormGap, Ranks, choose_norms
 from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction, predict_slides
 from ds_wsi.evaluation.protocol import EvaluationProtocol
-from ds_wsi.evaluation.results import write_results
+from ds_wsi.evaluation.record import RunFolderError, RunRecord
+from ds_wsi.evaluation.results import REPORT, write_results
 from ds_wsi.models import SlideModel, build_model, load_model, save_model
 from ds_wsi.norms.policy import CANDIDATES, POPULATIONS
 from ds_wsi.runtime.environment import environment
-from ds_wsi.runtime.files import sync_directory, write_json
+from ds_wsi.runtime.files import json_number, sync_directory, write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import precision_words
+from ds_wsi.training.checkpoint import read_state
 from ds_wsi.training.norm_plan import norm_plan
 from ds_wsi.training.record import run_record
 from ds_wsi.training.run import Run
+from ds_wsi.training.same_run import TEST_FILES, fingerprint
 from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.stopping import stop_reason
 
 
 def _plain_copy(run: Run, state: dict[str, torch.Tensor]) -> SlideModel:
@@ -137,7 +144,7 @@ def finish(run: Run, started: float) -> dict[str, Any]:
         return {}
     progress, settings = run.progress, run.settings
     seconds = time.perf_counter() - started
-    write_json(run.output_dir / "history.json", progress.history)
+    keep_history(run)
     write_json(run.output_dir / "failed_tiles.json", run.failures.rows())
     intervals = write_results(
         run.output_dir,
@@ -155,8 +162,64 @@ def finish(run: Run, started: float) -> dict[str, Any]:
     )
     run_record(run).write(run.output_dir)  # last: a folder without it is unfinished
     seconds = time.perf_counter() - started
-    logger.info("finished in %.0f s: %s", seconds, run.output_dir / "report.html")
+    logger.info("finished in %.0f s: %s", seconds, run.output_dir / REPORT)
     return {"output_dir": str(run.output_dir), "metrics": intervals, "seconds": seconds}
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the checkpoint that was loaded is a finished run's, with whole results for these settings. Collective.
+
+    The same: what `require_same` compares, how the model is tested, and the test slides.
+    """
+    answer = [_has_results(run) if run.accelerator.is_main_process else None]
+    return bool(broadcast_object_list(answer)[0])
+
+
+def _has_results(run: Run) -> bool:
+    progress, settings = run.progress, run.settings.run
+    if run.checkpoint is None or progress.pending:
+        return False
+    metric = f"eval_{settings.metric_for_best_model}"
+    stopped = stop_reason(progress.history, metric, settings.early_stopping_patience) is not None
+    if progress.epoch < run.settings.optim.num_train_epochs and not stopped:
+        return False
+    if read_state(run.checkpoint)["fingerprint"].get(TEST_FILES) != fingerprint(run)[TEST_FILES]:
+        return False
+    try:
+        same = RunRecord.read(run.output_dir) == run_record(run)
+    except RunFolderError:
+        return False
+    return same and all((run.output_dir / name).is_file() for name in ("model.safetensors", REPORT))
+
+
+def finished_results(run: Run, started: float) -> dict[str, Any]:
+    """What `finish` returned when the run ended, read from its folder; see there."""
+    if not run.accelerator.is_main_process:
+        return {}
+    report = run.output_dir / REPORT
+    logger.info("finished already: report %s, nothing is trained or tested again", report)
+    metrics = json.loads((run.output_dir / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+    seconds = time.perf_counter() - started
+    return {"output_dir": str(run.output_dir), "metrics": metrics_from_json(metrics), "seconds": seconds}
+
+
+def keep_history(run: Run) -> None:
+    """Write history.json and the curves as they are so far; a value that is no number is null."""
+    history = run.progress.history
+    write_json(
+        run.output_dir / "history.json",
+        [
+            {name: json_number(value) if isinstance(value, float) else value for name, value in entry.items()}
+            for entry in history
+        ],
+    )
+
+
+def draw_history(run: Run) -> None:
+    """Draw curves.png of the epochs so far."""
+    progress, metric = run.progress, run.settings.run.metric_for_best_model
+    history = [dict(entry) for entry in progress.history]
+    draw_curves(history, run.output_dir / "curves.png", best_epoch=progress.best_epoch, metric=metric)
 
 
 def _model_words(run: Run) -> str:

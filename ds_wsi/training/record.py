@@ -28,7 +28,7 @@ def run_record(run: Run) -> RunRecord:
         aggregator=run.config.aggregator,
         training=training_name(run.module),
         seed=settings.run.seed,
-        split=settings.data.split_name,
+        split=split_name(settings.data),
         test_split="test",
         evaluation=settings.run.evaluation,
         settings=json.loads(json.dumps(_group_settings(run))),  # as the file has it: tuples are lists
@@ -45,6 +45,11 @@ def _encoder_name(run: Run) -> str:
 def dataset_name(data: DataSettings) -> str:
     """The name given, or the manifest's without its suffix; a demo cohort's own."""
     return data.dataset_name or (Path(data.manifest).stem if data.manifest else DEMO_NAMES[data.demo])
+
+
+def split_name(data: DataSettings) -> str:
+    """The name given; without one, a draw of splits with another seed than the usual is a split of its own."""
+    return data.split_name or (f"split_seed {data.split_seed}" if data.split_seed else "")
 
 
 def training_name(module: SlideModel) -> str:

@@ -1,8 +1,8 @@
 """What the parts of a run share, and how it is prepared: folder, cohort, model, engine."""
 
 import math
-import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ds_wsi.bags.bag import FailureLog
 from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.bags.feature_cohort import load_feature_cohort
 from ds_wsi.bags.packing import require_store
+from ds_wsi.bags.run_splits import write_splits
 from ds_wsi.engines.accelerate import (
     Accelerator,
     CommHandle,
@@ -42,11 +43,13 @@ from ds_wsi.stacking.packs import pack_bags
 from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
 from ds_wsi.tile_parallel.shard import Handle
-from ds_wsi.training.checkpoint import list_checkpoints
+from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints
 from ds_wsi.training.device_budget import with_budget
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.model import build_slide_model
 from ds_wsi.training.optim import WeightAverage, set_beta
+from ds_wsi.training.run_folder import begin, require_run_folder
+from ds_wsi.training.same_run import known_early, require_same
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import require_metric
 
@@ -85,6 +88,7 @@ class Run:
     reads_host_tiles: bool  # the encoder takes stacks that lie on the host, and reads chunks of them
     comm: CommHandle | None = None
     average: WeightAverage | None = None
+    checkpoint: Path | None = None  # to go on from
 
     @property
     def device(self) -> torch.device:
@@ -121,8 +125,20 @@ class Run:
         return [-(-min(length, wanted or length) // self.mesh.tile_size) for length in lengths]
 
 
-def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> Run:
+def prepare_run(
+    settings: TrainSettings,
+    deepspeed_config: dict[str, Any] | None,
+    *,
+    on_folder: Callable[[Path], object] | None = None,
+    write_grids: bool = True,
+) -> Run:
     """Start the engine, check the cohort, build and wrap the model. Collective.
+
+    Args:
+        settings: of the run.
+        deepspeed_config: the DeepSpeed JSON, or None for DDP or one process.
+        on_folder: called on the main process with the run's folder as soon as it is there.
+        write_grids: False writes nothing to the folder of the grids, see `load_cohort`.
 
     Raises:
         ManifestError: lists everything that is wrong with the cohort.
@@ -152,8 +168,15 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     output_dir = _output_dir(settings, accelerator)
     accelerator.project_configuration.set_directories(str(output_dir))
     accelerator.project_configuration.logging_dir = str(output_dir)
-    cohort = _load_cohort(settings, accelerator, output_dir)
+    if accelerator.is_main_process and on_folder is not None:
+        on_folder(output_dir)
+    checkpoint = _checkpoint(settings, accelerator, output_dir)
+    if checkpoint is not None:
+        require_same(known_early(settings, accelerator.num_processes), checkpoint)  # before hours of tiling
+    cohort = _load_cohort(settings, accelerator, output_dir, write_grids)
     _require_splits(cohort)
+    if accelerator.is_main_process:
+        write_splits(cohort.manifest, output_dir)
     require_metric(settings.run, cohort)
     weights = settings.optim.class_weights
     if weights is not None and len(weights) != len(cohort.manifest.classes):
@@ -210,6 +233,7 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
         bool(getattr(module.encoder.forward, "takes_host_tiles", False)),
         comm,
         _average(accelerator, accelerator.unwrap_model(model), settings.optim.ema_decay),
+        checkpoint,
     )
     if batch_norms(module.encoder) and not module.encoder_is_frozen:
         warn_of_few_bags(training, 1 if training == "bag" else run.bags_per_step)
@@ -339,17 +363,26 @@ def _output_dir(settings: TrainSettings, accelerator: Accelerator) -> Path:
             f"--output_dir must be a new folder, got {path}, which holds {list_checkpoints(path)[0].name}. "
             "HINT: add --resume_from_checkpoint to go on with that run, or give another folder."
         )
-    # Before any rank writes to it, for the check above must see the same folder on every rank.
+    require_run_folder(path)
+    # Before any rank writes to it, for the checks above must see the same folder on every rank.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        path.mkdir(parents=True, exist_ok=True)
-        # Half-written under temporary names by a process that was killed; no other process writes here yet.
-        for left in path.rglob(".*.tmp*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        begin(path)
     return path
 
 
-def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: Path) -> Cohort:
+def _checkpoint(settings: TrainSettings, accelerator: Accelerator, output_dir: Path) -> Path | None:
+    """The checkpoint that the settings ask for, where there is one. Collective."""
+    wanted = settings.run.resume_from_checkpoint
+    if wanted is None:
+        return None
+    # Chosen by one process: another could find a checkpoint torn that this one has not finished reading.
+    found = [find_checkpoint(output_dir, wanted) if accelerator.is_main_process else None]
+    chosen: Path | None = broadcast_object_list(found)[0]
+    return chosen
+
+
+def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: Path, write_grids: bool) -> Cohort:
     data, policies = settings.data, settings.policies
     # The main process tiles and writes the grids, the others then read them.
     with accelerator.main_process_first():
@@ -361,8 +394,9 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
                 check=data.check_features,
                 record_dir=data.tiles_dir or output_dir / "tiles",
                 classes=data.classes,
-                seed=settings.run.seed,
+                seed=data.split_seed,
                 workers=max(1, policies.reading.workers),
+                write_record=write_grids,
             )
         return load_cohort(
             manifest,
@@ -370,8 +404,9 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
             tiles_dir=data.tiles_dir or output_dir / "tiles",
             classes=data.classes,
             slide_mpp=data.slide_mpp,
-            seed=settings.run.seed,
+            seed=data.split_seed,
             workers=max(1, policies.reading.workers),
+            write_grids=write_grids,
         )
 
 

@@ -11,6 +11,9 @@ from ds_wsi.config import SECTION, write_section
 from ds_wsi.evaluation.record import FILE_NAME as RECORD
 from ds_wsi.evaluation.record import MARK_NAME, RunFolderError, RunRecord
 from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.fingerprint import file_fingerprint
+from ds_wsi.runtime.log import logger
+from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.training.checkpoint import list_checkpoints
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import stopping_words
@@ -30,7 +33,12 @@ _BEFORE = {
     "run.tf32": "torch",
     "run.memory_format": "auto",
     "optim.encoder_learning_rate": None,
+    "data.split_seed": 0,
 }
+
+# What files hold. Marks of earlier versions do not have it: it is not compared then.
+HINT = "HINT: give the data and options of the first start, or another --output_dir."
+CONTENTS = ("slide_files", "encoder_weights_sha256")
 
 
 def identity(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> dict[str, Any]:
@@ -45,6 +53,9 @@ def identity(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -
     found |= {f"{policy}.{name}": value for policy, values in section.items() for name, value in values.items()}
     found["early_stopping"] = stopping_words(settings.run)  # beside training it comes an epoch later
     found["manifest"] = _slides_digest(Path(str(settings.data.manifest)))
+    found["slide_files"] = _contents_digest(Path(str(settings.data.manifest)))
+    weights = settings.model.encoder_weights
+    found["encoder_weights_sha256"] = file_fingerprint(weights).sha256 if weights and Path(weights).is_file() else None
     found["deepspeed"] = {key: value for key, value in (deepspeed_config or {}).items() if key != SECTION}
     as_json: dict[str, Any] = json.loads(json.dumps(found))
     return as_json
@@ -57,13 +68,21 @@ def _slides_digest(manifest: Path) -> str:
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
+def _contents_digest(manifest: Path) -> str:
+    """Of the slides that a manifest names, by what their files hold."""
+    _, rows = read_delimited(manifest)
+    paths = [manifest.parent / row.values["path"] for row in rows]
+    known = [slide_fingerprint(path).sha256 if path.is_file() else "missing" for path in paths]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
 def require_same(folder: Path, wanted: dict[str, Any]) -> None:
     """Refuse a folder that another run was begun in; a new or an empty one is fine.
 
     So is one that holds nothing to go on with: options that were refused after the mark was written can be corrected.
 
     Raises:
-        ValueError: names the first setting that differs, with both values.
+        ValueError: names every setting that differs, with both values.
     """
     mark = folder / MARK_NAME
     if not mark.exists():
@@ -75,18 +94,25 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
     if not list_checkpoints(folder) and not (folder / RECORD).exists():
         return
     begun = _BEFORE | json.loads(mark.read_text(encoding="utf-8"))
-    for name in sorted({*begun, *wanted}):
-        if begun.get(name) == wanted.get(name):
-            continue
-        if name == "manifest":
-            raise ValueError(
-                f"slides, labels and splits must be what the run was begun with, got others than {mark} remembers. "
-                "HINT: give the same data and options of splitting, or another --output_dir."
-            )
-        raise ValueError(
-            f"{name} must be what the run was begun with, {begun.get(name)}, got {wanted.get(name)} ({mark}). "
-            "HINT: give the options of the first start, or another --output_dir."
-        )
+    unknown = [name for name in CONTENTS if name not in begun]
+    if unknown:
+        logger.warning("%s is of an earlier version, which did not record %s: not compared", mark, ", ".join(unknown))
+    left_out = {*unknown} if "encoder_weights_sha256" in unknown else {*unknown, "model.encoder_weights"}
+    names = [name for name in sorted({*begun, *wanted}) if name not in left_out and begun.get(name) != wanted.get(name)]
+    found = [_difference(name, begun.get(name), wanted.get(name)) for name in names]
+    if len(found) == 1:
+        raise ValueError(f"{found[0]} ({mark}). {HINT}")
+    if found:
+        lines = "\n".join(f"  {number}. {line}" for number, line in enumerate(found, 1))
+        raise ValueError(f"{folder} was begun with other settings, {len(found)} differ ({mark}):\n{lines}\n{HINT}")
+
+
+def _difference(name: str, begun: Any, wanted: Any) -> str:
+    if name == "manifest":
+        return "slides, labels and splits must be what the run was begun with, got others"
+    if name == "slide_files":
+        return "the slides' files must be what the run was begun with, got files of other content"
+    return f"{name} must be what the run was begun with, {begun}, got {wanted}"
 
 
 def mark_started(folder: Path, wanted: dict[str, Any]) -> None:

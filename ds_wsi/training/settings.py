@@ -20,6 +20,7 @@ class DataSettings:
         classes: class names in the order of the logits.
         slide_mpp: um/px of slides that do not tell theirs.
         dataset_name: in tables of runs; by default the manifest's name without its suffix.
+        split_seed: of the draw of splits, where the manifest has none; `run.seed` has no part in it.
         split_name: which of the dataset's splits or folds the manifest holds, in tables of runs.
         features_dir: train the aggregator alone, on the files of features there; None trains on slides.
         check_features: before training, read every file of features ("full") or its head alone ("shapes").
@@ -32,6 +33,7 @@ class DataSettings:
     classes: tuple[str, ...] | None = None
     slide_mpp: float | None = None
     dataset_name: str | None = None
+    split_seed: int = 0
     split_name: str = ""
     features_dir: str | None = None
     check_features: str = "full"

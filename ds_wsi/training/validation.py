@@ -14,7 +14,16 @@ from ds_wsi.models import save_weights
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.checkpoint import PENDING_WEIGHTS
 from ds_wsi.training.norm_plan import has_moving_norms, norm_plan
-from ds_wsi.training.outcome import best_entry, export, export_file, norm_words, share_failures, validate
+from ds_wsi.training.outcome import (
+    best_entry,
+    draw_history,
+    export,
+    export_file,
+    keep_history,
+    norm_words,
+    share_failures,
+    validate,
+)
 from ds_wsi.training.run import Run
 
 
@@ -154,6 +163,9 @@ def record(run: Run, choice: NormChoice, export_weights: Callable[[], None]) -> 
     shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items() if key != "peak_memory_bytes")
     logger.info("epoch %d: %s%s", entry["epoch"], shown, " (best so far)" if best else "")
     _tell_norms(run, choice, entry)
+    if run.accelerator.is_main_process:
+        keep_history(run)
+        draw_history(run)
     evaluated = {f"eval/{key[5:]}": value for key, value in entry.items() if key.startswith("eval_")}
     run.accelerator.log({**evaluated, "epoch": entry["epoch"]}, step=progress.global_step - progress.step_in_epoch)
 

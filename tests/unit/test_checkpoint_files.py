@@ -1,11 +1,20 @@
 import hashlib
 import json
 import logging
+from pathlib import Path
 
 import pytest
 
 from ds_wsi.runtime.log import logger
-from ds_wsi.training.checkpoint import FILE_LIST, find_checkpoint, list_checkpoints, seal, verify
+from ds_wsi.training.checkpoint import (
+    FILE_LIST,
+    find_checkpoint,
+    list_checkpoints,
+    remove_checkpoint,
+    save_checkpoint,
+    seal,
+    verify,
+)
 
 
 def write_checkpoint(folder):
@@ -135,3 +144,61 @@ def test_no_checkpoint_yet_is_none(tmp_path, messages):
     assert find_checkpoint(tmp_path / "none", "latest") is None
     assert len(messages) == 2
     assert "no checkpoint" in messages[0]
+
+
+def test_a_checkpoint_is_deleted_by_its_list_alone(run, tmp_path_factory, messages):
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "state.json").write_text("theirs")
+    folder = run / "checkpoint-5"
+    (folder / "shards" / "notes.txt").write_text("the user's")
+    (folder / "linked").symlink_to(outside)
+    listed = json.loads((folder / FILE_LIST).read_text())
+    strangers = {"linked/state.json", "../checkpoint-10/state.json", str(outside / "state.json")}
+    (folder / FILE_LIST).write_text(json.dumps(listed | {name: {} for name in strangers}))
+    remove_checkpoint(folder)
+    left = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    assert left == ["linked", "shards", "shards/notes.txt"]
+    assert (outside / "state.json").read_text() == "theirs"
+    assert verify(run / "checkpoint-10") is None
+    assert "checkpoint-5 is kept" in messages[0]
+    remove_checkpoint(run / "checkpoint-10")
+    assert not (run / "checkpoint-10").exists()
+
+
+def test_a_folder_without_a_list_is_not_deleted(run):
+    (run / "checkpoint-5" / FILE_LIST).write_text("[")
+    before = sorted(path.name for path in (run / "checkpoint-5").iterdir())
+    remove_checkpoint(run / "checkpoint-5")
+    assert sorted(path.name for path in (run / "checkpoint-5").iterdir()) == before
+
+
+class OneProcess:
+    """What `save_checkpoint` needs of an Accelerator."""
+
+    is_main_process = True
+
+    def wait_for_everyone(self):
+        """One process waits for nobody."""
+
+    def save_state(self, folder):
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / "model.bin").write_bytes(b"model")
+        (Path(folder) / "model.bin").chmod(0o600)
+
+
+def test_saving_deletes_only_checkpoints_that_were_written_here(tmp_path, messages):
+    for step in (1, 2):
+        save_checkpoint(OneProcess(), tmp_path, step, {}, 2)
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "weights.bin").write_text("another program's")
+    (tmp_path / "checkpoint-old").mkdir()
+    (tmp_path / "checkpoint-4").symlink_to(tmp_path / "checkpoint-old")
+    for step in (3, 4):
+        save_checkpoint(OneProcess(), tmp_path, step, {}, 2)
+    names = ["checkpoint-3", "checkpoint-4", "checkpoint-old", "not-checkpoint-3-1", "not-checkpoint-4-1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "not-checkpoint-3-1" / "weights.bin").read_text() == "another program's"
+    assert (tmp_path / "not-checkpoint-4-1").is_symlink()
+    assert all(verify(tmp_path / f"checkpoint-{step}") is None for step in (3, 4))
+    assert (tmp_path / "checkpoint-4" / "model.bin").stat().st_mode & 0o077 == 0o044
+    assert len(messages) == 3

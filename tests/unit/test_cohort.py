@@ -1,4 +1,6 @@
 import csv
+import os
+import shutil
 from dataclasses import fields, replace
 
 import numpy as np
@@ -9,6 +11,7 @@ from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.manifest import SPLITS, ManifestError
 from ds_wsi.slides.coords import export_trident, import_trident, read_grid, write_grid
 from ds_wsi.slides.demo import write_pyramid
+from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.slides.slide import Slide
 from ds_wsi.slides.tiling import TilingPolicy, tile_slide
 
@@ -103,8 +106,9 @@ def test_every_problem_of_manifest_and_slides_is_listed_together(slides, tmp_pat
         f"tiles (slide blank, {slides / 'blank.tiff'})",
     ):
         assert expected in text, expected
+    assert "one side of a split, got the same content under several ids: twice (train, good.tiff) and label" in text
     # "lost" is listed once: the file is not opened
-    assert len(caught.value.problems) == 11, text
+    assert len(caught.value.problems) == 12, text
 
 
 def test_one_class_only_is_refused(slides, tmp_path):
@@ -203,7 +207,9 @@ def test_an_imported_grid_is_taken_as_it_is_or_refused(slides, tmp_path):
 
 
 def test_splits_are_drawn_where_they_are_needed(slides, tmp_path):
-    rows = [row(slides, f"s{number}", "good.tiff", "ab"[number % 2]) for number in range(10)]
+    for number in range(10):
+        write_pyramid(tmp_path / f"{number}.tiff", picture(256 + number), mpp=0.5)
+    rows = [row(tmp_path, f"s{number}", f"{number}.tiff", "ab"[number % 2]) for number in range(10)]
     path = write_manifest(tmp_path, rows)
     assert {slide.split for slide in load_cohort(path, POLICY, need_splits=False).manifest.slides} == {None}
     cohort = load_cohort(path, POLICY, seed=3)
@@ -211,3 +217,115 @@ def test_splits_are_drawn_where_they_are_needed(slides, tmp_path):
     assert all(cohort.rows(split) for split in SPLITS)
     again = load_cohort(path, POLICY, seed=3)
     assert again.manifest == cohort.manifest
+
+
+def messages(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def copy_to(path, source, touch=False):
+    path.unlink(missing_ok=True)
+    path.write_bytes(source.read_bytes())
+    if touch:
+        os.utime(path, (1, 1))
+    return path
+
+
+def one_slide(folder, path):
+    return [{"slide_id": "one", "path": str(path), "label": "a"}, row(folder, "two", "other.tiff", "b")]
+
+
+@pytest.mark.parametrize("keeps_size_and_time", [False, True])
+def test_a_grid_is_known_by_its_slides_content_not_by_name_size_or_time(slides, tmp_path, caplog, keeps_size_and_time):
+    tiles, path = tmp_path / "tiles", copy_to(tmp_path / "slide.tiff", slides / "good.tiff", touch=True)
+    load(tmp_path, one_slide(slides, path), tiles_dir=tiles)
+    before = read_grid(tiles / "one.safetensors")
+    written = (tiles / "one.safetensors").stat().st_mtime_ns
+    # the same bytes as another file, at another time, under another name, by a link: the grid is kept
+    for same in (copy_to(tmp_path / "copy.tiff", path), copy_to(tmp_path / "slide.tiff", slides / "good.tiff")):
+        load(tmp_path, one_slide(slides, same), tiles_dir=tiles)
+    (tmp_path / "link.tiff").symlink_to(path)
+    load(tmp_path, one_slide(slides, tmp_path / "link.tiff"), tiles_dir=tiles)
+    assert (tiles / "one.safetensors").stat().st_mtime_ns == written
+    assert messages(caplog) == []
+    # another picture of the same size in px, written without compression: perhaps of the same bytes and time
+    other = picture()
+    other[32:128] = 243
+    write_pyramid(tmp_path / "new.tiff", other, mpp=0.5)
+    n_bytes = (slides / "good.tiff").stat().st_size
+    if keeps_size_and_time:
+        content = (tmp_path / "new.tiff").read_bytes()
+        (tmp_path / "new.tiff").write_bytes(content + b"\0" * (n_bytes - len(content)))
+        assert (tmp_path / "new.tiff").stat().st_size == n_bytes
+    copy_to(path, tmp_path / "new.tiff", touch=True)
+    load(tmp_path, one_slide(slides, path), tiles_dir=tiles)
+    assert read_grid(tiles / "one.safetensors").coords.tolist() != before.coords.tolist()
+    (message,) = messages(caplog)
+    assert "1 of 2 grids were of another policy or another slide file" in message
+
+
+def test_a_grid_of_an_earlier_version_is_taken_with_one_line(slides, tmp_path, caplog):
+    tiles = tmp_path / "tiles"
+    cohort = load(tmp_path, two(slides))
+    for grid in cohort.grids:
+        write_grid(grid, tiles / f"{grid.slide_id}.safetensors")  # without its slide's fingerprint, as they were
+    before = {path.name: path.read_bytes() for path in tiles.iterdir()}
+    load(tmp_path, two(slides), tiles_dir=tiles)
+    assert {path.name: path.read_bytes() for path in tiles.iterdir()} == before
+    (message,) = messages(caplog)
+    assert "2 of 2 grids are of an earlier version" in message
+
+
+@pytest.mark.parametrize("with_fingerprint", [False, True])
+def test_an_imported_grid_of_another_slide_is_refused(slides, tmp_path, with_fingerprint):
+    tiles = tmp_path / "tiles"
+    name = "good.tiff" if with_fingerprint else "other.tiff"  # of the other size in px
+    with Slide(slides / name, slide_id="one") as slide:
+        export_trident(tile_slide(slide, POLICY), tmp_path / "one.h5")
+        found = slide_fingerprint(slides / "other.tiff") if with_fingerprint else None
+        write_grid(import_trident(tmp_path / "one.h5", slide), tiles / "one.safetensors", found)
+    before = (tiles / "one.safetensors").read_bytes()
+    with pytest.raises(
+        ManifestError, match=r"imported from trident must be of the slide's present file.*import it again"
+    ):
+        load(tmp_path, two(slides), tiles_dir=tiles)
+    assert (tiles / "one.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["path", "link", "hard link", "copy"])
+@pytest.mark.parametrize("splits", [("train", "test"), ("train", "validation"), ("train", "train"), ("", "")])
+def test_one_file_under_two_ids_is_named_and_refused_across_splits(slides, tmp_path, caplog, how, splits):
+    path = copy_to(tmp_path / "a.tiff", slides / "good.tiff")
+    if how != "path":
+        {"link": os.symlink, "hard link": os.link, "copy": shutil.copy}[how](path, tmp_path / "b.tiff")
+    second = tmp_path / ("a.tiff" if how == "path" else "b.tiff")
+    rows = [{"slide_id": "one", "path": path, "label": "a"}, {"slide_id": "two", "path": second, "label": "b"}]
+    rows += [{"slide_id": "three", "path": slides / "other.tiff", "label": "b"}]
+    rows = [{**each, "split": split} for each, split in zip(rows, (*splits, splits[0]), strict=True)]
+    if splits[0] != splits[1]:
+        with pytest.raises(ManifestError, match=r"one \(train, a\.tiff\) and two .*HINT"):
+            load(tmp_path, rows)
+    else:
+        load(tmp_path, rows)
+        (message,) = messages(caplog)
+        assert message.startswith("one file under several ids: one (")
+
+
+def test_splits_that_are_drawn_apart_are_refused_and_one_patient_is_the_remedy(slides, tmp_path):
+    for number in range(9):
+        write_pyramid(tmp_path / f"{number}.tiff", picture(256 + number), mpp=0.5)
+    rows = [row(tmp_path, f"s{number}", f"{number % 9}.tiff", "ab"[number % 2]) for number in range(18)]
+    with pytest.raises(ManifestError, match="one patient_id"):
+        load_cohort(write_manifest(tmp_path, rows), POLICY)
+    patients = [{**each, "patient_id": f"p{number % 9}"} for number, each in enumerate(rows)]
+    assert len(load_cohort(write_manifest(tmp_path, patients), POLICY).grids) == 18
+
+
+def test_without_write_grids_nothing_is_written(slides, tmp_path):
+    load(tmp_path, two(slides), tiles_dir=tmp_path / "tiles", write_grids=False)
+    assert not (tmp_path / "tiles").exists()
+    load(tmp_path, two(slides), tiles_dir=tmp_path / "tiles")
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "tiles").iterdir()}
+    small = load(tmp_path, two(slides), TilingPolicy(tile_size_px=32), tiles_dir=tmp_path / "tiles", write_grids=False)
+    assert small.tile_grids[0].tile_size_px == 32
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "tiles").iterdir()} == before

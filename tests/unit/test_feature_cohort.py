@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -274,3 +277,52 @@ def test_a_commands_contradictions_are_refused(tmp_path, messages):
     ):
         assert main([command, *common, *more]) == 2
         assert words in messages[-1]
+
+
+@pytest.mark.parametrize("check", ["full", "shapes"])
+@pytest.mark.parametrize("how", ["link", "hard link", "copy"])
+@pytest.mark.parametrize("splits", [("train", "test"), ("train", "train")])
+def test_one_file_under_two_ids_is_named_and_refused_across_splits(tmp_path, caplog, check, how, splits):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for number, name in enumerate("ac"):
+        save_file({"features": torch.randn(5, 4) + number}, folder / f"{name}.safetensors")
+    copy = {"link": os.symlink, "hard link": os.link, "copy": shutil.copy}[how]
+    copy(folder / "a.safetensors", folder / "b.safetensors")
+    rows = [("slide_id", "label", "split"), ("a", "x", splits[0]), ("b", "y", splits[1]), ("c", "y", "test")]
+    (tmp_path / "m.csv").write_text("\n".join(",".join(row) for row in rows))
+    load = partial(load_feature_cohort, tmp_path / "m.csv", folder, check=check)
+    if how == "copy" and check == "shapes":
+        load()  # their content was not read
+        return
+    if splits[0] == splits[1]:
+        load()
+        assert "one file under several ids: a (train" in caplog.text
+    else:
+        with pytest.raises(ManifestError, match=r"one side of a split.* a \(train.* and b \(test.*HINT"):
+            load()
+
+
+def test_features_that_are_the_same_in_every_row_are_no_copies(tmp_path):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for name in "abc":
+        save_file({"features": torch.ones(5, 4)}, folder / f"{name}.safetensors")
+    (tmp_path / "m.csv").write_text("slide_id,label,split\na,x,train\nb,y,train\nc,y,test\n")
+    assert load_feature_cohort(tmp_path / "m.csv", folder).lengths == (5, 5, 5)
+
+
+def test_a_file_that_was_replaced_with_its_size_and_time_is_read_again(tmp_path):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for name in "ab":
+        save_file({"features": torch.randn(5, 4)}, folder / f"{name}.safetensors")
+    (tmp_path / "m.csv").write_text("slide_id,label,split\na,x,train\nb,y,test\n")
+    load_feature_cohort(tmp_path / "m.csv", folder, record_dir=tmp_path / "record")
+    path = folder / "a.safetensors"
+    before = path.stat()
+    save_file({"features": torch.full((5, 4), torch.nan)}, path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(ManifestError, match="must be finite"):
+        load_feature_cohort(tmp_path / "m.csv", folder, record_dir=tmp_path / "record")

@@ -1,15 +1,19 @@
 """What a run's settings say of it: the name of the training from what is trained, and the settings of a group."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from ds_wsi.bags.cohort import Cohort
+from ds_wsi.bags.features import FeatureFile
+from ds_wsi.bags.manifest import Manifest, SlideEntry
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models import ModelConfig, build_model, freeze
 from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.training.record import dataset_name, run_record, training_name
-from ds_wsi.training.resume import _fingerprint
+from ds_wsi.training.same_run import fingerprint
 from ds_wsi.training.settings import DataSettings, ModelSettings, OptimSettings, RunSettings, TrainSettings
 
 CONFIG = ModelConfig("resnet10t", "abmil", ("a", "b"), {"tile_size_px": 64})
@@ -74,19 +78,20 @@ def test_encoders_of_one_architecture_are_told_apart():
 
 
 def fingerprint_of(settings):
-    slide = SimpleNamespace(rows=lambda split: (0,), lengths=(5,), in_dim=None)
+    slide = SlideEntry("s", Path("s.svs"), 0, "p", "train")
+    cohort = Cohort(Manifest((slide,), ("a", "b")), (FeatureFile("s", Path("s.pt"), 5, 4, 80, 0),))
     layout = {"world_size": 1, "bags_per_rank": 1, "accumulation": 1}
     engine = SimpleNamespace(is_fsdp2=False)
-    parts = {"settings": settings, "config": CONFIG, "cohort": slide, "epoch_layout": layout, "comm": None}
-    return _fingerprint(SimpleNamespace(**parts, accelerator=engine))
+    parts = {"settings": settings, "config": CONFIG, "cohort": cohort, "epoch_layout": layout, "comm": None}
+    return fingerprint(SimpleNamespace(**parts, accelerator=engine))
 
 
 def test_a_resumed_run_must_share_every_setting_that_decides_its_weights():
     plain = fingerprint_of(TrainSettings())
     # In the layout; under one name; in the checkpoint itself.
     elsewhere = {"per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16"}
-    elsewhere |= {"encoder_weights", "pretrained"}
     names = {entry.name for group in (OptimSettings, ModelSettings) for entry in fields(group)}
     assert names - elsewhere <= set(plain)
     assert {"seed", "metric_for_best_model", "early_stopping", "augment", "tiling"} <= set(plain)
     assert {"norm_training", "norm.evaluation", "norm.affine"} <= set(plain)
+    assert (plain["classes"], plain["slides"]) == (["a", "b"], [["s", "train", "a"]])

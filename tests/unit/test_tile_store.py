@@ -241,7 +241,7 @@ def test_a_killed_packing_goes_on_without_a_lost_or_doubled_tile(demo_manifest, 
     process = subprocess.Popen([sys.executable, "-c", SLOWLY, *arguments], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     # Within a slide: one is whole, the next is being written.
-    while not (list(store.glob("[!.]*.arrow")) and list(store.glob(".*.tmp.arrow"))):
+    while not (list(store.glob("[!.]*.arrow")) and list(store.glob(".ds_wsi-*.tmp/*.arrow"))):
         assert process.poll() is None, "the packing ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)

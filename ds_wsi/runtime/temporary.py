@@ -1,0 +1,94 @@
+"""Temporary names: the one place that makes them, knows them again, and removes what a killed process left.
+
+A writer works in a folder of its own beside the final name, `.ds_wsi-<32 random hex digits>.tmp`. `mkdir` makes it
+exclusively: it takes no name that is there, and follows no symbolic link. A record inside names the folder and its
+writer, who holds a lock on it for as long as the process lives. A later start removes a folder only where the name is
+one of ours, the record is of this very folder, and nobody holds the lock. What has another name is never touched.
+"""
+
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PROGRAM = "ds_wsi"
+RECORD = ".ds_wsi-writer.json"
+NAME = re.compile(r"\.ds_wsi-[0-9a-f]{32}\.tmp")
+OTHER_HOST_S = 24 * 3600  # another machine's lock does not show on every file system: its folders are left for a day
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder below `parent` that nobody else has, and remove it with all that is in it at the end.
+
+    Raises:
+        OSError: `parent` is missing, or cannot be written to.
+    """
+    folder = parent / f".ds_wsi-{secrets.token_hex(16)}.tmp"
+    folder.mkdir()
+    record = None
+    try:
+        record = _sign(folder)
+        yield folder
+    finally:
+        if record is not None:
+            os.close(record)
+        # What a network file system keeps for now, a later start removes.
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def usual_mode(folder: Path) -> int:
+    """The permissions that a new file has below this temporary folder: those that the user's umask leaves."""
+    return (folder / RECORD).stat().st_mode & 0o777
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a name is one that `temporary_folder` gives."""
+    return NAME.fullmatch(path.name) is not None
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Remove the temporary folders in `folder` whose writer is dead; other files, and those of writers that live, stay.
+
+    Folders of another machine's writers are left for a day.
+    """
+    if not folder.is_dir():
+        return
+    for path in sorted(path for path in folder.iterdir() if is_temporary(path) and not path.is_symlink()):
+        try:
+            record = os.open(path / RECORD, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:  # no record, or not ours to open
+            continue
+        try:
+            if _is_dead(record, path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(record)
+
+
+def _sign(folder: Path) -> int:
+    """Write the record and return its descriptor, which holds the lock."""
+    descriptor = os.open(folder / RECORD, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with suppress(OSError):  # without locks nothing is ever removed: see `_is_dead`
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    text = json.dumps({"program": PROGRAM, "name": folder.name, "host": socket.gethostname(), "pid": os.getpid()})
+    os.write(descriptor, text.encode())
+    return descriptor
+
+
+def _is_dead(record: int, name: str) -> bool:
+    try:
+        fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = json.loads(os.read(record, 2**16))
+    except (OSError, ValueError):  # the writer lives, or was killed before the record was whole
+        return False
+    if not isinstance(found, dict) or (found.get("program"), found.get("name")) != (PROGRAM, name):
+        return False
+    return found.get("host") == socket.gethostname() or time.time() - os.fstat(record).st_mtime > OTHER_HOST_S

@@ -1,0 +1,102 @@
+"""A run's folder: new, empty, or its own; what marks it, and the files that are kept there as the run goes."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ds_wsi.evaluation.record import MARK_NAME as PROTOCOL_MARK
+from ds_wsi.runtime.files import write_json, write_text
+from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.temporary import is_temporary, remove_left_behind
+from ds_wsi.training.checkpoint import FILE_LIST, list_checkpoints
+
+MARK = "started.json"  # written before anything else: the folder is a run's from its first second on
+FORMAT, VERSION = "ds_wsi.started", 1
+LOG = "train.log"
+SUBFOLDERS = ("tiles", "heatmaps")  # of the files that a run writes
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether training, or a protocol, began a run there; an earlier version's is known by a checkpoint."""
+    if _format_of(path / MARK) == FORMAT or (path / PROTOCOL_MARK).is_file():
+        return True
+    return any((checkpoint / FILE_LIST).is_file() for checkpoint in list_checkpoints(path))
+
+
+def require_run_folder(path: Path) -> None:
+    """Refuse a folder with files in it that is no run's.
+
+    Raises:
+        ValueError: names some of what is there.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"--output_dir must be a folder, got {path}, a file. HINT: give a new folder.")
+    found = sorted(entry.name for entry in path.iterdir() if not is_temporary(entry))
+    if found and not is_run_folder(path):
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ValueError(
+            f"--output_dir must be a new folder, an empty one or a run's own, got {path}, which holds {len(found)} "
+            f"other {'entry' if len(found) == 1 else 'entries'} ({shown}). HINT: give a new folder, such as "
+            f"{path / 'run'}."
+        )
+
+
+def begin(path: Path) -> None:
+    """Make the folder, mark it, and remove what a killed process of the program left there under temporary names."""
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in (path, *(path / name for name in SUBFOLDERS)):
+        remove_left_behind(folder)
+    if _format_of(path / MARK) != FORMAT:
+        write_json(path / MARK, {"format": FORMAT, "version": VERSION})
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Append the program's messages to the folder's train.log too, as they come; after what earlier starts wrote there.
+
+    A file of that name that the program did not begin, or a symbolic link, is left alone, with a warning.
+    """
+    head = f"# {FORMAT}: what the run said\n"
+    place = path / LOG
+    try:
+        if not os.path.lexists(place):
+            write_text(place, head)
+        descriptor = os.open(place, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        logger.warning("%s is not written: %s", place, error.strerror)
+        yield
+        return
+    with os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace") as file:
+        if file.readline() != head:
+            logger.warning("%s is not written: the file that is there is not this program's", place)
+            yield
+            return
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+        try:
+            yield
+        except BaseException as error:
+            record = logger.makeRecord(
+                logger.name, logging.ERROR, __file__, 0, "ended by %s: %s", (type(error).__name__, error), None
+            )
+            handler.handle(record)
+            raise
+        finally:
+            logger.removeHandler(handler)
+
+
+def _format_of(path: Path) -> str | None:
+    """The `format` of a JSON file that is there, whole, and no link."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return found.get("format") if isinstance(found, dict) else None

@@ -1,0 +1,272 @@
+"""What a resumed run must share with the one it continues, to end with the same weights and the same results.
+
+Most of it is known from the settings and the manifest, before a slide is opened: `known_early`. The rest needs the
+tiles and the engine: `fingerprint`, which holds both.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ds_wsi.bags.feature_cohort import features_digest
+from ds_wsi.bags.manifest import Manifest, ManifestError, parse_manifest
+from ds_wsi.bags.splits import assign_splits
+from ds_wsi.runtime.fingerprint import file_fingerprint
+from ds_wsi.runtime.log import logger
+from ds_wsi.slides.fingerprint import slide_fingerprint
+from ds_wsi.training.checkpoint import read_state
+from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.stopping import stopping_words
+
+if TYPE_CHECKING:
+    from ds_wsi.bags.cohort import Cohort
+    from ds_wsi.training.run import Run
+
+# Keys that checkpoints of earlier versions do not have.
+NEW = ("classes", "slides", "encoder_weights", "pretrained", "slide_files", "grids")
+EPOCHS = "num_train_epochs"
+DRAW = "split_seed"
+TEST_FILES = "test_files"  # they decide the results, not the weights: another file is tested anew, and not refused
+SHOWN = 3
+
+
+def fingerprint(run: "Run") -> dict[str, Any]:
+    """Name -> value of everything that a resumed run must share, as JSON has it."""
+    in_dim = run.cohort.in_dim
+    found = {
+        **of_settings(run.settings),
+        **run.epoch_layout,
+        **of_manifest(run.cohort.manifest),
+        "fsdp": run.accelerator.is_fsdp2,  # its checkpoints are other files
+        # The hook that is in use, for "auto" may find another link.
+        "comm_hook": None if run.comm is None else f"{run.comm.name}, keep {run.settings.policies.compression.keep:g}",
+        "encoder": run.config.encoder and run.settings.model.encoder,
+        "dropout": run.config.dropout,
+        "aggregator_options": run.config.aggregator_options,
+        "norm_training": run.config.norm_training,
+        "encoder_features": run.config.encoder_features,
+        "aggregator": run.config.aggregator,
+        "features": None if in_dim is None else features_digest(run.cohort, run.cohort.rows("train")),
+        "tiling": run.config.tiling,
+        "slide_files": _slide_files(run.cohort, _trained_rows(run.cohort)) if in_dim is None else None,
+        "grids": _grids(run.cohort) if in_dim is None else None,
+        TEST_FILES: _test_files(run.cohort),
+        "training_slides": len(run.cohort.rows("train")),
+        "training_tiles": sum(run.cohort.lengths[row] for row in run.cohort.rows("train")),
+    }
+    as_json: dict[str, Any] = json.loads(json.dumps(found))  # as the checkpoint has it: tuples are lists
+    return as_json
+
+
+def of_settings(settings: TrainSettings) -> dict[str, Any]:
+    """The part that settings alone decide."""
+    optim, model, policies = settings.optim, settings.model, settings.policies
+    return {
+        "seed": settings.run.seed,
+        "stacking": asdict(policies.stacking),
+        "from_tile_store": bool(policies.reading.tile_store),  # its JPEG differs by a grey level
+        "tiles_per_slide": policies.reading.tiles_per_slide,
+        EPOCHS: optim.num_train_epochs,
+        "learning_rate": optim.learning_rate,
+        "lr_scheduler_type": optim.lr_scheduler_type,
+        "warmup_steps": optim.warmup_steps,
+        "mixed_precision": optim.mixed_precision,
+        "optim": optim.optim,
+        "weight_decay": optim.weight_decay,
+        "max_grad_norm": optim.max_grad_norm,
+        "demon": optim.demon,
+        "class_weights": None if optim.class_weights is None else list(optim.class_weights),
+        "ema_decay": optim.ema_decay,
+        **{
+            name: getattr(model, name)
+            for name in ("freeze_encoder", "freeze_until", "freeze_encoder_epochs", "lora_rank", "lora_alpha")
+        },
+        "lora_targets": list(model.lora_targets),
+        "pretrained": model.pretrained,
+        "encoder_weights": _weights(model.encoder_weights),
+        "augment": asdict(policies.augment),
+        **{f"norm.{name}": getattr(policies.norm, name) for name in ("evaluation", "affine")},
+        "metric_for_best_model": settings.run.metric_for_best_model,
+        "encoder_learning_rate": optim.learning_rate * settings.encoder_factor,
+        "eval_precision": settings.run.eval_precision,
+        "early_stopping": stopping_words(settings.run),
+    }
+
+
+def of_manifest(manifest: Manifest) -> dict[str, Any]:
+    """The part of the manifest with its splits: classes in their order, and each row's slide, split and label."""
+    classes = manifest.classes
+    return {
+        "classes": list(classes),
+        "slides": [[slide.slide_id, slide.split, classes[slide.label]] for slide in manifest.slides],
+    }
+
+
+def known_early(settings: TrainSettings, world_size: int) -> dict[str, Any]:
+    """What is known before a slide is opened; of a manifest with faults, which are told later, the settings alone."""
+    data, model = settings.data, settings.model
+    on_slides = data.features_dir is None
+    found = {
+        **of_settings(settings),
+        "world_size": world_size // settings.policies.tile_parallel.size,
+        "bags_per_rank": settings.optim.per_device_train_batch_size,
+        "aggregator": model.aggregator,
+        "aggregator_options": dict(model.aggregator_options),
+        "dropout": model.dropout,
+        "encoder": model.encoder if on_slides else None,
+        "tiling": asdict(settings.policies.tiling) if on_slides else {},
+    }
+    if data.manifest is not None and Path(data.manifest).exists():
+        try:
+            manifest, problems = parse_manifest(data.manifest, data.classes, need_slides=on_slides)
+            if not problems:
+                found |= {} if manifest.slides[0].split else {DRAW: data.split_seed}
+                found |= of_manifest(assign_splits(manifest, seed=data.split_seed, tell=False))
+        except ManifestError:
+            pass
+    as_json: dict[str, Any] = json.loads(json.dumps(found))
+    return as_json
+
+
+def require_same(ours: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse to continue a checkpoint of a run that differs.
+
+    Args:
+        ours: of `known_early` or `fingerprint`.
+        checkpoint: to continue.
+
+    Raises:
+        ValueError: names every difference, with both values.
+    """
+    theirs = _of_checkpoint(checkpoint)
+    if "slides" in theirs:  # each slide's split is compared
+        ours = {name: value for name, value in ours.items() if name != DRAW}
+    unknown = [name for name in NEW if name in ours and name not in theirs]
+    if unknown:
+        logger.warning(
+            "%s is of an earlier version, which did not record %s: not compared", checkpoint, ", ".join(unknown)
+        )
+    found = differences({name: value for name, value in ours.items() if name not in unknown}, theirs)
+    if not found:
+        return
+    hint = "HINT: give the options and data of the first start, or another --output_dir."
+    if len(found) == 1:
+        raise ValueError(f"{found[0]} ({checkpoint}). {hint}")
+    lines = "\n".join(f"  {number}. {line}" for number, line in enumerate(found, 1))
+    raise ValueError(f"{checkpoint} cannot be continued exactly, {len(found)} things differ:\n{lines}\n{hint}")
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """A line for each value of `ours` that is another in the checkpoint."""
+    lines = []
+    for key, value in ours.items():
+        given = theirs.get(key)
+        if given == value or key == TEST_FILES or (key == EPOCHS and _is_longer_exactly(ours, theirs)):
+            continue
+        if key == "slides" and given is not None:
+            lines += _slide_differences(value, given)
+            continue
+        line = f"{key} must be the checkpoint's, {_shown(given)}, to continue it exactly, got {_shown(value)}"
+        if key == EPOCHS:
+            line += ", for a longer run is the same with --lr_scheduler_type constant and without --demon alone"
+        lines.append(line)
+    return lines
+
+
+def _is_longer_exactly(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Whether more epochs do not change those that are done: only where nothing depends on the run's length."""
+    has_no_end = ours["lr_scheduler_type"] == "constant" and not ours["demon"]
+    return bool(has_no_end and ours[EPOCHS] > theirs.get(EPOCHS, ours[EPOCHS]))
+
+
+def _slide_differences(ours: Sequence[Sequence[Any]], theirs: Sequence[Sequence[Any]]) -> list[str]:
+    """What differs between two lists of [slide_id, split, label]."""
+    mine, past = ({row[0]: row[1:] for row in rows} for rows in (ours, theirs))
+    common = [name for name in past if name in mine]
+    lines = []
+    for place, what in ((1, "label"), (0, "split")):
+        changed = [name for name in common if past[name][place] != mine[name][place]]
+        if changed:
+            shown = [f"{name}: {past[name][place]}, got {mine[name][place]}" for name in changed[:SHOWN]]
+            lines.append(f"{what} must be the checkpoint's, got another of {_count(changed)} ({_list(shown, changed)})")
+    for names, words in (
+        ([name for name in mine if name not in past], "has not"),
+        ([name for name in past if name not in mine], "has besides"),
+    ):
+        if names:
+            lines.append(
+                f"slides must be the checkpoint's, which {words} {_count(names)} ({_list(names[:SHOWN], names)})"
+            )
+    if not lines:
+        first = next(number for number, pair in enumerate(zip(ours, theirs, strict=True), 1) if pair[0] != pair[1])
+        lines.append(
+            f"the order of the slides must be the checkpoint's, got {ours[first - 1][0]} in place {first} in place of "
+            f"{theirs[first - 1][0]}: steps are drawn by place"
+        )
+    return lines
+
+
+def _count(names: Sequence[str]) -> str:
+    return "1 slide" if len(names) == 1 else f"{len(names)} slides"
+
+
+def _list(shown: Sequence[str], names: Sequence[str]) -> str:
+    return "; ".join(shown) + ("; ..." if len(names) > len(shown) else "")
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _of_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Its fingerprint, with what earlier versions did without a choice."""
+    theirs: dict[str, Any] = read_state(checkpoint)["fingerprint"]
+    # `seed` drew the splits, too.
+    theirs = {
+        DRAW: theirs.get("seed"),
+        "eval_precision": "no",
+        "encoder_learning_rate": theirs.get("learning_rate"),
+    } | theirs
+    if "bn_population" in theirs:  # of a checkpoint before there was a policy: what it trained and exported then
+        theirs = {"norm.evaluation": "running", "norm.affine": True, "norm_training": theirs["bn_population"]} | theirs
+    return theirs
+
+
+def _weights(path: str | None) -> str | None:
+    """The weights that the encoder starts from, by their content; a file that is missing is told when it is loaded."""
+    if path is None:
+        return None
+    return file_fingerprint(path).sha256 if Path(path).is_file() else f"{path} (missing)"
+
+
+def _trained_rows(cohort: "Cohort") -> list[int]:
+    return [*cohort.rows("train"), *cohort.rows("validation")]
+
+
+def _test_files(cohort: "Cohort") -> str:
+    rows = cohort.rows("test")
+    return _slide_files(cohort, rows) if cohort.in_dim is None else features_digest(cohort, rows)
+
+
+def _slide_files(cohort: "Cohort", rows: Sequence[int]) -> str:
+    """Of these rows' slides, by their content."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(slide_fingerprint(cohort.manifest.slides[row].path).sha256.encode())
+    return digest.hexdigest()[:16]
+
+
+def _grids(cohort: "Cohort") -> str:
+    """Of the tiles of the slides that decide the weights."""
+    digest = hashlib.sha256()
+    for row in _trained_rows(cohort):
+        grid = cohort.tile_grids[row]
+        digest.update(f"{grid.level} {grid.read_size_px} {len(grid)}\n".encode())
+        digest.update(np.ascontiguousarray(grid.coords, dtype="<i8").tobytes())
+    return digest.hexdigest()[:16]
