@@ -1,14 +1,15 @@
 """A cohort ready to train on: its manifest with splits, and the tile grid (or the file of features) of each slide."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ds_wsi.bags.features import FeatureFile
-from ds_wsi.bags.manifest import SLIDE_ID_RULE, SPLITS, Manifest, ManifestError, SlideEntry, parse_manifest
+from ds_wsi.bags.manifest import SLIDE_ID_RULE, Manifest, ManifestError, SlideEntry, parse_manifest
 from ds_wsi.bags.splits import assign_splits
+from ds_wsi.bags.summary import log_cohort
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.coords import read_grid, write_grid
 from ds_wsi.slides.slide import Slide, SlideError
@@ -55,8 +56,10 @@ def load_cohort(
     seed: int = 0,
     workers: int = 1,
     need_splits: bool = True,
+    labels: str = "required",
+    choose: Callable[[Manifest], Manifest] | None = None,
 ) -> Cohort:
-    """Read and check a whole cohort before anything is trained on it.
+    """Read and check a whole cohort before anything is trained on it: the table first, then the slides.
 
     Args:
         manifest_path: as `read_manifest` takes it.
@@ -67,17 +70,20 @@ def load_cohort(
         seed: of the splits, where the manifest has none.
         workers: threads that tile.
         need_splits: whether splits are drawn where the manifest has none.
+        labels: as of `parse_manifest`.
+        choose: takes the slides that are wanted, before any is opened.
 
     Raises:
-        ManifestError: lists every problem of the manifest AND of the slide files at once.
+        ManifestError: lists every problem of the manifest, before a slide is opened; else every problem of the slides.
     """
-    manifest, problems = parse_manifest(manifest_path, classes)
-    cohort = tile_manifest(
-        manifest, policy, tiles_dir=tiles_dir, slide_mpp=slide_mpp, workers=workers, problems=problems
-    )
+    manifest, problems = parse_manifest(manifest_path, classes, labels=labels)
+    if problems:
+        raise ManifestError(manifest.source, problems)
+    manifest = manifest if choose is None else choose(manifest)
+    cohort = tile_manifest(manifest, policy, tiles_dir=tiles_dir, slide_mpp=slide_mpp, workers=workers)
     if need_splits:
         cohort = replace(cohort, manifest=assign_splits(cohort.manifest, seed=seed))
-    log_splits(cohort)
+    log_cohort(cohort.manifest, cohort.lengths)
     return cohort
 
 
@@ -114,17 +120,6 @@ def tile_manifest(
         raise ManifestError(manifest.source, problems)
     entries, grids = zip(*(result for result in results if not isinstance(result, SlideError)))
     return Cohort(replace(manifest, slides=entries), grids)
-
-
-def log_splits(cohort: Cohort) -> None:
-    """Log how many slides and tiles each split has."""
-    for split in SPLITS:
-        lengths = [cohort.lengths[row] for row in cohort.rows(split)]
-        if lengths:
-            logger.info(
-                "%s: %d slides, %d tiles (%d to %d a slide)",
-                *(split, len(lengths), sum(lengths), min(lengths), max(lengths)),
-            )
 
 
 def _tile(

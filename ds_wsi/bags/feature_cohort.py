@@ -4,15 +4,16 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ds_wsi.bags.cohort import Cohort, log_splits
+from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.features import FeatureFile, FeatureFileError, find_features, read_features, read_shape
-from ds_wsi.bags.manifest import SLIDE_ID_RULE, ManifestError, SlideEntry, parse_manifest
+from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry, parse_manifest
 from ds_wsi.bags.splits import assign_splits
+from ds_wsi.bags.summary import log_cohort
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
 
@@ -31,8 +32,10 @@ def load_feature_cohort(
     seed: int = 0,
     workers: int = 1,
     need_splits: bool = True,
+    labels: str = "required",
+    choose: Callable[[Manifest], Manifest] | None = None,
 ) -> Cohort:
-    """Read and check a cohort whose bags are files of features; its slides need not be there.
+    """Read and check a cohort whose bags are files of features: the table, then the files; slides need not be there.
 
     Args:
         manifest_path: as `read_manifest` takes it; the column `path` may be empty or absent.
@@ -44,22 +47,26 @@ def load_feature_cohort(
         seed: of the splits, where the manifest has none.
         workers: threads that read.
         need_splits: whether splits are drawn where the manifest has none.
+        labels: as of `parse_manifest`.
+        choose: takes the slides that are wanted, before their files are read.
 
     Raises:
-        ManifestError: lists every problem of the manifest AND of the files at once.
+        ManifestError: lists every problem of the manifest, before a file is read; else every problem of the files.
     """
     if check not in CHECKS:
         raise ValueError(f"--check_features must be one of {', '.join(CHECKS)}, got {check!r}")
     features_dir = Path(features_dir)
-    manifest, problems = parse_manifest(manifest_path, classes, need_slides=False)
+    manifest, problems = parse_manifest(manifest_path, classes, need_slides=False, labels=labels)
     if not features_dir.is_dir():
-        raise ManifestError(manifest.source, [*problems, f"--features_dir must be a folder, got {features_dir}"])
+        hint = "HINT: give the folder with one file a slide."
+        problems.append(f"--features_dir must be a folder, got {features_dir}. {hint}")
+    if problems:
+        raise ManifestError(manifest.source, problems)
+    manifest = manifest if choose is None else choose(manifest)
     record = _read_record(record_dir) if check == "full" else {}
-    # A name that is none for a file, listed above, could lead out of the folder.
-    named = [slide for slide in manifest.slides if SLIDE_ID_RULE.fullmatch(slide.slide_id)]
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = list(pool.map(lambda slide: _examine(slide, features_dir, check, record), named))
-    problems += [str(result) for result in results if isinstance(result, FeatureFileError)]
+        results = list(pool.map(lambda slide: _examine(slide, features_dir, check, record), manifest.slides))
+    problems = [str(result) for result in results if isinstance(result, FeatureFileError)]
     files = tuple(result for result in results if isinstance(result, FeatureFile))
     problems += _width_problems(files, in_dim)
     if record_dir is not None and check == "full":
@@ -68,7 +75,7 @@ def load_feature_cohort(
         raise ManifestError(manifest.source, problems)
     cohort = Cohort(assign_splits(manifest, seed=seed) if need_splits else manifest, files)
     logger.info("features of width %d from %s", files[0].width, features_dir)
-    log_splits(cohort)
+    log_cohort(cohort.manifest, cohort.lengths)
     return cohort
 
 
