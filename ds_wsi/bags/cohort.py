@@ -1,13 +1,12 @@
 """A cohort ready to train on: its manifest with splits, and the tile grid (or the file of features) of each slide."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ds_wsi.bags.features import FeatureFile
-from ds_wsi.bags.manifest import SLIDE_ID_RULE, Manifest, ManifestError, SlideEntry, parse_manifest
+from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry, parse_manifest
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.bags.summary import log_cohort
 from ds_wsi.runtime.log import logger
@@ -94,28 +93,19 @@ def tile_manifest(
     tiles_dir: str | Path | None = None,
     slide_mpp: float | None = None,
     workers: int = 1,
-    problems: Sequence[str] = (),
 ) -> Cohort:
     """Open and tile every slide of a manifest; its splits stay as they are.
 
     Args:
-        manifest: of the slides; files that are missing must be among `problems`.
+        manifest: of the slides, checked: each name is there once, and fit for a file.
         policy, tiles_dir, slide_mpp, workers: as of `load_cohort`.
-        problems: found so far, listed before the slides'.
 
     Raises:
-        ManifestError: lists those problems and every slide's.
+        ManifestError: lists every slide's problem.
     """
-    readable = [slide for slide in manifest.slides if slide.path.is_file()]
-    # Slides of one name would write one file at once; a name that is none for a file could lead out of the folder.
-    names = Counter(slide.slide_id for slide in readable)
-    kept_in = [
-        tiles_dir if names[slide.slide_id] == 1 and SLIDE_ID_RULE.fullmatch(slide.slide_id) else None
-        for slide in readable
-    ]
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = list(pool.map(lambda slide, kept: _tile(slide, policy, kept, slide_mpp), readable, kept_in))
-    problems = [*problems, *(str(result) for result in results if isinstance(result, SlideError))]
+        results = list(pool.map(lambda slide: _tile(slide, policy, tiles_dir, slide_mpp), manifest.slides))
+    problems = [str(result) for result in results if isinstance(result, SlideError)]
     if problems:
         raise ManifestError(manifest.source, problems)
     entries, grids = zip(*(result for result in results if not isinstance(result, SlideError)))

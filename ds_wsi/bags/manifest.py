@@ -10,7 +10,7 @@ from ds_wsi.bags.problems import ManifestError
 from ds_wsi.bags.tables.formats import joined, recognised
 from ds_wsi.bags.tables.headings import heading_problems, missing_hint, unused
 from ds_wsi.bags.tables.labels import label_problems, sorted_labels
-from ds_wsi.bags.tables.names import SLIDE_ID_RULE, is_slide_id
+from ds_wsi.bags.tables.names import is_slide_id
 from ds_wsi.bags.tables.paths import path_problem
 from ds_wsi.bags.tables.read import Table, TableRow, read_table_file
 from ds_wsi.bags.tables.values import (
@@ -26,7 +26,6 @@ from ds_wsi.runtime.files import atomic_path
 from ds_wsi.runtime.log import logger
 
 __all__ = [
-    "SLIDE_ID_RULE",
     "SPLITS",
     "Manifest",
     "ManifestError",

@@ -3,10 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from ds_wsi.bags.manifest import SlideEntry
+from typing import NamedTuple
 
 SHOWN = 5  # examples of one kind of problem
 _HINT = re.compile(r"\.? HINT: ")
@@ -19,11 +16,10 @@ class ManifestError(ValueError):
 
     Attributes:
         problems: one entry each.
-        slides: those that could be read from a label file all the same, whose files can be checked too.
     """
 
-    def __init__(self, source: str, problems: Sequence[str], slides: "Sequence[SlideEntry]" = ()) -> None:
-        self.source, self.problems, self.slides = source, tuple(problems), tuple(slides)
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.source, self.problems = source, tuple(problems)
         lines = "\n".join(f"  {number}. {line}" for number, line in enumerate(condensed(self.problems), 1))
         count = len(self.problems)
         super().__init__(f"{source} has {count:,} problem{'' if count == 1 else 's'}:\n{lines}")

@@ -205,5 +205,5 @@ class CohortBuilder:
             found = ", ".join(sorted({self.classes[slide.class_index] for slide in self.slides})) or "none"
             problems.append(f"labels must take at least two values, got {found}. HINT: give the whole label file.")
         if problems:
-            raise ManifestError(self.source, problems, self.slides)
+            raise ManifestError(self.source, problems)
         return Manifest(tuple(self.slides), self.classes, self.source)
