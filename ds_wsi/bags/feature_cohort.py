@@ -118,7 +118,8 @@ def _width_problems(files: Sequence[FeatureFile], in_dim: int | None) -> list[st
     (commonest, count), *_ = Counter(file.width for file in files).most_common(1)
     wanted, whose = (in_dim, "the model's") if in_dim else (commonest, f"those of {count} of {len(files)} slides")
     return [
-        f"features must be of width {wanted}, {whose}, got {file.width} (slide {file.slide_id}, {file.path})"
+        f"features must be of width {wanted}, {whose}, got {file.width} (slide {file.slide_id}, {file.path}). "
+        "HINT: extract them with the same encoder."
         for file in files
         if file.width != wanted
     ]

@@ -40,7 +40,7 @@ __all__ = [
 LABELS = ("required", "optional", "unused")
 SHOWN_COLUMNS = 12  # in the log
 # What else can be done about labels, where classes are a model's, and where they are the cohort's own.
-_MAP = ", or say which of the model's classes it is with --map_labels"
+_MAP = ", or say which of the model's classes it is with --map_labels LABEL=CLASS"
 _NAME = ", or name it among --classes"
 _APART = ", or give --classes with all of them where they are different classes"
 
@@ -307,7 +307,8 @@ def _split_problems(slides: Sequence[SlideEntry]) -> list[str]:
             "HINT: fill the column in, or leave it out and splits are drawn by patient."
         )
     hint = "HINT: move them to one side, or leave the column split out and splits are drawn by patient."
-    return problems + [f"{problem}. {hint}" for problem in patient_problems(assigned)]
+    named = [slide for slide in assigned if slide.split in SPLITS]
+    return problems + [f"{problem}. {hint}" for problem in patient_problems(named)]
 
 
 def patient_problems(slides: Sequence[SlideEntry]) -> list[str]:

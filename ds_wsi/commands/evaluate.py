@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -273,7 +274,9 @@ def _chosen(options: argparse.Namespace, manifest: "Manifest", split: str, label
         ids = comma_separated(wanted)
         unknown = set(ids) - {slide.slide_id for slide in slides}
         if unknown:
-            raise ValueError(f"--slide_ids must be of the manifest, got {', '.join(sorted(unknown))}")
+            near = {name for wrong in unknown for name in get_close_matches(wrong, [s.slide_id for s in slides], 1)}
+            hint = f"did you mean {', '.join(sorted(near))}?" if near else "the manifest's column slide_id has them."
+            raise ValueError(f"--slide_ids must be of the manifest, got {', '.join(sorted(unknown))}. HINT: {hint}")
         return replace(manifest, slides=tuple(slide for slide in slides if slide.slide_id in ids))
     chosen = tuple(slide for slide in slides if split in ("all", slide.split))
     if not chosen:

@@ -45,7 +45,7 @@ from ds_wsi.tile_parallel.shard import Handle
 from ds_wsi.training.checkpoint import list_checkpoints
 from ds_wsi.training.device_budget import with_budget
 from ds_wsi.training.features import check_feature_settings
-from ds_wsi.training.model import build_slide_model
+from ds_wsi.training.model import build_slide_model, check_encoder
 from ds_wsi.training.optim import WeightAverage, set_beta
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import require_metric
@@ -152,13 +152,15 @@ def prepare_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None
     output_dir = _output_dir(settings, accelerator)
     accelerator.project_configuration.set_directories(str(output_dir))
     accelerator.project_configuration.logging_dir = str(output_dir)
+    check_encoder(settings, accelerator)
     cohort = _load_cohort(settings, accelerator, output_dir)
     _require_splits(cohort)
     require_metric(settings.run, cohort)
     weights = settings.optim.class_weights
     if weights is not None and len(weights) != len(cohort.manifest.classes):
         raise ValueError(
-            f"--class_weights must be one for each of {', '.join(cohort.manifest.classes)}, got {len(weights)}"
+            f"--class_weights must be one for each of {', '.join(cohort.manifest.classes)}, got {len(weights)}. "
+            "HINT: one number a class, in this order."
         )
     if cohort.in_dim is None:
         require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.tile_grids)
@@ -378,7 +380,10 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
 def _require_splits(cohort: Cohort) -> None:
     for split in ("train", "test"):
         if not cohort.rows(split):
-            raise ValueError(f"the {split} split must hold at least one slide, got none ({cohort.manifest.source})")
+            raise ValueError(
+                f"the {split} split must hold at least one slide, got none ({cohort.manifest.source}). "
+                "HINT: give some slides this split, or leave the column out and splits are drawn by patient."
+            )
     if not cohort.rows("validation"):
         logger.warning("no validation split: the last epoch's weights are exported")
 

@@ -91,7 +91,7 @@ def heading_problems(headings: Sequence[str], used: Collection[str]) -> list[str
     problems = []
     for heading in headings:
         joined = _JOINED.fullmatch(heading)
-        beside = joined[1] if joined and joined[1] in COLUMNS else None
+        beside = joined[1] if joined and joined[1] in COLUMNS and joined[1] != "mpp" else None  # mpp_x is an axis'
         if beside is None and plain(heading) in map(plain, COLUMNS) and heading not in COLUMNS:
             beside = next(known for known in COLUMNS if plain(known) == plain(heading))
         if beside in headings and beside in used and beside != heading:
@@ -110,7 +110,9 @@ def heading_problems(headings: Sequence[str], used: Collection[str]) -> list[str
 
 def missing_hint(column: str, headings: Sequence[str]) -> str:
     """What to do about a column that is not there."""
-    likely = [heading for heading in headings if meant(heading) == column]
+    likely = [heading for heading in headings if meant(heading) == column or plain(heading) == plain(column)]
+    if column == "slide_id" and not likely:  # a file's name can name the slide
+        likely = [heading for heading in headings if meant(heading) == "path"]
     if likely:
         return f"rename {likely[0]!r} to {column}"
     if column == "path":
