@@ -1,17 +1,17 @@
 """A cohort ready to train on: its manifest with splits, and the tile grid (or the file of features) of each slide."""
 
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from ds_wsi.bags.features import FeatureFile
-from ds_wsi.bags.manifest import SLIDE_ID_RULE, SPLITS, Manifest, ManifestError, SlideEntry, parse_manifest
+from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry, parse_manifest
 from ds_wsi.bags.same_files import files_across_splits, fingerprint_of, require_files_apart, warn_of_shared_files
 from ds_wsi.bags.splits import assign_splits
+from ds_wsi.bags.summary import log_cohort
 from ds_wsi.runtime.fingerprint import Fingerprint
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import remove_left_behind
@@ -61,8 +61,10 @@ def load_cohort(
     workers: int = 1,
     need_splits: bool = True,
     write_grids: bool = True,
+    labels: str = "required",
+    choose: Callable[[Manifest], Manifest] | None = None,
 ) -> Cohort:
-    """Read and check a whole cohort before anything is trained on it.
+    """Read and check a whole cohort before anything is trained on it: the table first, then the slides.
 
     Args:
         manifest_path: as `read_manifest` takes it.
@@ -75,23 +77,23 @@ def load_cohort(
         workers: threads that tile.
         need_splits: whether splits are drawn where the manifest has none.
         write_grids: False reads the grids of `tiles_dir` and writes none.
+        labels: as of `parse_manifest`.
+        choose: takes the slides that are wanted, before any is opened.
 
     Raises:
-        ManifestError: lists every problem of the manifest AND of the slide files at once.
+        ManifestError: lists every problem of the manifest, before a slide is opened; else every problem of the slides.
     """
-    manifest, problems = parse_manifest(manifest_path, classes)
+    manifest, problems = parse_manifest(manifest_path, classes, labels=labels)
+    if problems:
+        raise ManifestError(manifest.source, problems)
+    manifest = manifest if choose is None else choose(manifest)
     cohort = tile_manifest(
-        *(manifest, policy),
-        tiles_dir=tiles_dir,
-        slide_mpp=slide_mpp,
-        workers=workers,
-        problems=problems,
-        write_grids=write_grids,
+        *(manifest, policy), tiles_dir=tiles_dir, slide_mpp=slide_mpp, workers=workers, write_grids=write_grids
     )
     if need_splits:
         cohort = replace(cohort, manifest=assign_splits(cohort.manifest, seed=seed))
         require_files_apart(cohort.manifest)
-    log_splits(cohort)
+    log_cohort(cohort.manifest, cohort.lengths)
     return cohort
 
 
@@ -102,55 +104,35 @@ def tile_manifest(
     tiles_dir: str | Path | None = None,
     slide_mpp: float | None = None,
     workers: int = 1,
-    problems: Sequence[str] = (),
     write_grids: bool = True,
 ) -> Cohort:
     """Open and tile every slide of a manifest; its splits stay as they are.
 
     Args:
-        manifest: of the slides; files that are missing must be among `problems`.
+        manifest: of the slides, checked: each name is there once, and fit for a file.
         policy, tiles_dir, slide_mpp, workers, write_grids: as of `load_cohort`.
-        problems: found so far, listed before the slides'.
 
     Raises:
-        ManifestError: lists those problems and every slide's, and the files that are on both sides of a split.
+        ManifestError: lists every slide's problem, and the files that are on both sides of a split.
     """
-    readable = [slide for slide in manifest.slides if slide.path.is_file()]
-    # Slides of one name would write one file at once; a name that is none for a file could lead out of the folder.
-    names = Counter(slide.slide_id for slide in readable)
-    kept_in = [
-        tiles_dir if names[slide.slide_id] == 1 and SLIDE_ID_RULE.fullmatch(slide.slide_id) else None
-        for slide in readable
-    ]
     if tiles_dir is not None and write_grids:
         remove_left_behind(Path(tiles_dir))
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        prints = list(pool.map(fingerprint_of, readable))
-        problems = [*problems, *files_across_splits(readable, prints)]
-        warn_of_shared_files(readable, prints)
+        prints = list(pool.map(fingerprint_of, manifest.slides))
+        problems = files_across_splits(manifest.slides, prints)
+        warn_of_shared_files(manifest.slides, prints)
         results = list(
             pool.map(
-                lambda slide, kept, found: _tile(slide, policy, kept, slide_mpp, found, write_grids),
-                *(readable, kept_in, prints),
+                lambda slide, found: _tile(slide, policy, tiles_dir, slide_mpp, found, write_grids),
+                *(manifest.slides, prints),
             )
         )
-    problems = [*problems, *(str(result) for result in results if isinstance(result, SlideError))]
+    problems += [str(result) for result in results if isinstance(result, SlideError)]
     if problems:
         raise ManifestError(manifest.source, problems)
     tiled = [result for result in results if not isinstance(result, SlideError)]
     _tell_kept(tiled, tiles_dir)
     return Cohort(replace(manifest, slides=tuple(slide.entry for slide in tiled)), tuple(slide.grid for slide in tiled))
-
-
-def log_splits(cohort: Cohort) -> None:
-    """Log how many slides and tiles each split has."""
-    for split in SPLITS:
-        lengths = [cohort.lengths[row] for row in cohort.rows(split)]
-        if lengths:
-            logger.info(
-                "%s: %d slides, %d tiles (%d to %d a slide)",
-                *(split, len(lengths), sum(lengths), min(lengths), max(lengths)),
-            )
 
 
 class _TiledSlide(NamedTuple):

@@ -4,16 +4,17 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ds_wsi.bags.cohort import Cohort, log_splits
+from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.features import FeatureFile, FeatureFileError, find_features, read_features, read_shape
-from ds_wsi.bags.manifest import SLIDE_ID_RULE, ManifestError, SlideEntry, parse_manifest
+from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry, parse_manifest
 from ds_wsi.bags.same_files import files_across_splits, require_files_apart, warn_of_shared_files
 from ds_wsi.bags.splits import assign_splits
+from ds_wsi.bags.summary import log_cohort
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
@@ -35,8 +36,10 @@ def load_feature_cohort(
     workers: int = 1,
     need_splits: bool = True,
     write_record: bool = True,
+    labels: str = "required",
+    choose: Callable[[Manifest], Manifest] | None = None,
 ) -> Cohort:
-    """Read and check a cohort whose bags are files of features; its slides need not be there.
+    """Read and check a cohort whose bags are files of features: the table, then the files; slides need not be there.
 
     Args:
         manifest_path: as `read_manifest` takes it; the column `path` may be empty or absent.
@@ -50,22 +53,26 @@ def load_feature_cohort(
         workers: threads that read.
         need_splits: whether splits are drawn where the manifest has none.
         write_record: False reads the record of `record_dir` and writes none.
+        labels: as of `parse_manifest`.
+        choose: takes the slides that are wanted, before their files are read.
 
     Raises:
-        ManifestError: lists every problem of the manifest AND of the files at once.
+        ManifestError: lists every problem of the manifest, before a file is read; else every problem of the files.
     """
     if check not in CHECKS:
         raise ValueError(f"--check_features must be one of {', '.join(CHECKS)}, got {check!r}")
     features_dir = Path(features_dir)
-    manifest, problems = parse_manifest(manifest_path, classes, need_slides=False)
+    manifest, problems = parse_manifest(manifest_path, classes, need_slides=False, labels=labels)
     if not features_dir.is_dir():
-        raise ManifestError(manifest.source, [*problems, f"--features_dir must be a folder, got {features_dir}"])
+        hint = "HINT: give the folder with one file a slide."
+        problems.append(f"--features_dir must be a folder, got {features_dir}. {hint}")
+    if problems:
+        raise ManifestError(manifest.source, problems)
+    manifest = manifest if choose is None else choose(manifest)
     record = _read_record(record_dir) if check == "full" else {}
-    # A name that is none for a file, listed above, could lead out of the folder.
-    named = [slide for slide in manifest.slides if SLIDE_ID_RULE.fullmatch(slide.slide_id)]
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = list(pool.map(lambda slide: _examine(slide, features_dir, check, record), named))
-    problems += [str(result) for result in results if isinstance(result, FeatureFileError)]
+        results = list(pool.map(lambda slide: _examine(slide, features_dir, check, record), manifest.slides))
+    problems = [str(result) for result in results if isinstance(result, FeatureFileError)]
     files = tuple(result for result in results if isinstance(result, FeatureFile))
     problems += _width_problems(files, in_dim)
     if record_dir is not None and check == "full" and write_record:
@@ -81,7 +88,7 @@ def load_feature_cohort(
     if need_splits:
         require_files_apart(cohort.manifest, known_by)
     logger.info("features of width %d from %s", files[0].width, features_dir)
-    log_splits(cohort)
+    log_cohort(cohort.manifest, cohort.lengths)
     return cohort
 
 
@@ -152,7 +159,8 @@ def _width_problems(files: Sequence[FeatureFile], in_dim: int | None) -> list[st
     (commonest, count), *_ = Counter(file.width for file in files).most_common(1)
     wanted, whose = (in_dim, "the model's") if in_dim else (commonest, f"those of {count} of {len(files)} slides")
     return [
-        f"features must be of width {wanted}, {whose}, got {file.width} (slide {file.slide_id}, {file.path})"
+        f"features must be of width {wanted}, {whose}, got {file.width} (slide {file.slide_id}, {file.path}). "
+        "HINT: extract them with the same encoder."
         for file in files
         if file.width != wanted
     ]

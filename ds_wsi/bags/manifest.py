@@ -1,33 +1,48 @@
 """The cohort: one row a slide, checked as a whole before anything is trained."""
 
 import csv
-import re
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_wsi.bags.delimited import read_delimited
+from ds_wsi.bags.problems import ManifestError
+from ds_wsi.bags.tables.formats import joined, recognised
+from ds_wsi.bags.tables.headings import heading_problems, missing_hint, unused
+from ds_wsi.bags.tables.labels import label_problems, sorted_labels
+from ds_wsi.bags.tables.names import is_slide_id
+from ds_wsi.bags.tables.paths import path_problem
+from ds_wsi.bags.tables.read import Table, TableRow, read_table_file
+from ds_wsi.bags.tables.values import (
+    SPLITS,
+    mpp_of,
+    number_of,
+    says_missing,
+    spelled_several_ways,
+    split_hint,
+    split_of,
+)
 from ds_wsi.runtime.files import atomic_path
+from ds_wsi.runtime.log import logger
 
-SPLITS = ("train", "validation", "test")
-REQUIRED = ("slide_id", "path", "label")
-SPLIT_ALIASES = {"val": "validation", "valid": "validation"}
-# A slide_id names files: coordinates, heat maps.
-SLIDE_ID_RULE = re.compile(r"[\w.()+=@ -]+")
+__all__ = [
+    "SPLITS",
+    "Manifest",
+    "ManifestError",
+    "SlideEntry",
+    "parse_manifest",
+    "patient_problems",
+    "read_manifest",
+    "write_manifest",
+]
 
-
-class ManifestError(ValueError):
-    """Everything that is wrong with a cohort, in one message.
-
-    Attributes:
-        problems: one line each.
-        slides: those that could be read from a label file all the same, whose files can be checked too.
-    """
-
-    def __init__(self, source: str, problems: Sequence[str], slides: "Sequence[SlideEntry]" = ()) -> None:
-        self.source, self.problems, self.slides = source, tuple(problems), tuple(slides)
-        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
-        super().__init__(f"{source} has {len(self.problems)} problem(s):\n{lines}")
+# What a command does with labels (and patients and splits): it needs every one; takes what is there; has no use.
+LABELS = ("required", "optional", "unused")
+SHOWN_COLUMNS = 12  # in the log
+# What else can be done about labels, where classes are a model's, and where they are the cohort's own.
+_MAP = ", or say which of the model's classes it is with --map_labels LABEL=CLASS"
+_NAME = ", or name it among --classes"
+_APART = ", or give --classes with all of them where they are different classes"
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class SlideEntry:
     Attributes:
         slide_id: unique; names the slide in every output.
         path: of the slide file; in a cohort of features it need not be there.
-        label: index into the manifest's classes.
+        label: index into the manifest's classes; None where the slide has none.
         patient_id: the slide's own id where the manifest has no patients.
         split: train, validation, test, or None where not yet assigned.
         mpp: overrides the file's own, um/px.
@@ -46,11 +61,17 @@ class SlideEntry:
 
     slide_id: str
     path: Path
-    label: int
+    label: int | None
     patient_id: str
     split: str | None = None
     mpp: float | None = None
     center: str | None = None
+
+    @property
+    def class_index(self) -> int:
+        """The label of a slide that has one."""
+        assert self.label is not None, self.slide_id
+        return self.label
 
 
 @dataclass(frozen=True)
@@ -65,16 +86,23 @@ class Manifest:
         """The slides of one split, in the manifest's order."""
         return tuple(slide for slide in self.slides if slide.split == split)
 
+    def label_name(self, slide: SlideEntry) -> str:
+        """The name of a slide's class; "" where it has no label."""
+        return "" if slide.label is None else self.classes[slide.label]
+
 
 def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Manifest:
-    """Read a cohort from CSV or TSV, or from anything that `datasets` loads (JSON, Parquet, a saved dataset).
+    """Read a cohort from CSV or TSV, from JSON, Parquet or Arrow, or from a dataset that `datasets` saved.
 
     Columns: slide_id, path (relative to the manifest's folder, or absolute), label, and optionally patient_id,
-    split (train, validation or val, test), mpp (um/px), center.
+    split (train, validation or val, test), mpp (um/px), center. Tables of CLAM, TRIDENT, slideflow and STAMP are
+    recognised by their headings (docs/tables.md).
 
     Args:
-        path: the file, or the folder of a dataset written by `datasets`' save_to_disk.
-        classes: class names in the order of the logits; by default the labels found, numbers by value.
+        path: the file, the folder of a dataset written by `datasets`' save_to_disk, or STAMP's two tables, divided by
+            a comma.
+        classes: class names in the order of the logits; by default the names of a ClassLabel, else the labels found,
+            numbers by value.
 
     Raises:
         ManifestError: lists every problem of every row at once; missing files are among them.
@@ -86,32 +114,46 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Man
 
 
 def parse_manifest(
-    path: str | Path, classes: Sequence[str] | None = None, *, need_slides: bool = True
+    path: str | Path, classes: Sequence[str] | None = None, *, need_slides: bool = True, labels: str = "required"
 ) -> tuple[Manifest, list[str]]:
     """As `read_manifest`, but returns the rows' problems beside the manifest, to be listed with those of the slides.
 
-    Without `need_slides` neither the column `path` nor the files that it names need be there.
+    Args:
+        path, classes: as of `read_manifest`.
+        need_slides: without, neither the column `path` nor the files that it names need be there.
+        labels: "required": every slide has one, of at least two classes. "optional": there may be none; those that are
+            there are checked. "unused": nothing is said of labels, patients and splits.
+
+    Raises:
+        ManifestError: the table cannot be read, or lacks a column.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ManifestError(f"manifest {path}", ["file must exist, got none. HINT: check --manifest."])
-    rows = _read_rows(path)
-    if not rows:
-        raise ManifestError(f"manifest {path}", ["must hold at least one slide, got none"])
-    required = [name for name in REQUIRED if need_slides or name != "path"]
-    missing = [name for name in required if name not in rows[0]]
-    if missing:
-        raise ManifestError(
-            f"manifest {path}",
-            [f"must have the columns {', '.join(required)}; {', '.join(missing)} missing, got {', '.join(rows[0])}"],
+    assert labels in LABELS
+    source = f"manifest {path}"
+    table, folder = _read(path)
+    if not table.rows:
+        raise ManifestError(source, ["must hold at least one slide, got none. HINT: write one row a slide."])
+    _require_columns(table, source, need_slides=need_slides, need_labels=labels == "required")
+    used = {"slide_id", "mpp", *(["path"] if need_slides else [])}
+    used |= {"label", "patient_id", "split"} if labels != "unused" else set()
+    problems = heading_problems(table.headings, used)
+    _log_unused(table, source)
+    names = _classes(table, classes, source)
+    if labels != "unused":
+        given = bool(classes) or "label" in table.names
+        problems += _label_problems(table, names, given=given, empty_ok=labels == "optional")
+    uses_splits = labels != "unused"
+    slides = tuple(_parse_row(row, table, folder, names, problems, need_slides, uses_splits) for row in table.rows)
+    problems += _repeated_ids([slide.slide_id for slide in slides], [row.place for row in table.rows])
+    if uses_splits:
+        problems += _split_problems(slides) + _same_files(slides)
+        _tell_patients(slides, table, source)
+    _tell_same_files(slides, source)
+    if labels == "required" and len(names) < 2:
+        problems.append(
+            f"label must take at least two values, got {', '.join(names) or 'none'}. "
+            "HINT: give the whole table, or name all classes with --classes."
         )
-    names = tuple(classes) if classes else sorted_labels(row["label"] for row in rows)
-    problems: list[str] = []
-    slides = tuple(
-        _parse_row(row, number, path.parent, names, problems, need_slides) for number, row in enumerate(rows, 2)
-    )
-    problems += _cohort_problems(slides, names)
-    return Manifest(slides, names, f"manifest {path}"), problems
+    return Manifest(slides, names, source), problems
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
@@ -124,82 +166,149 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
         writer = csv.writer(file)
         writer.writerow(names)
         for slide in manifest.slides:
-            values = vars(slide) | {"path": slide.path.absolute(), "label": manifest.classes[slide.label]}
+            values = vars(slide) | {"path": slide.path.absolute(), "label": manifest.label_name(slide)}
             writer.writerow(["" if values[name] is None else values[name] for name in names])
 
 
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    if path.suffix.lower() in (".csv", ".tsv"):
-        # Not through `datasets`: its type inference turns the slide_id "007" into the number 7.
-        return [row.values for row in read_delimited(path)[1]]
-    import datasets  # here, for it takes a second that a CSV does not need
-
-    kinds = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
-    if path.is_dir():
-        table = datasets.load_from_disk(str(path))
-    elif path.suffix.lower() in kinds:
-        table = datasets.load_dataset(kinds[path.suffix.lower()], data_files=str(path), split="train")
+def _read(path: str | Path) -> tuple[Table, Path]:
+    """The table in our headings, and the folder where its paths start; of two files, STAMP's, joined by patient."""
+    parts = [Path(part.strip()) for part in str(path).split(",")]
+    if len(parts) == 2 and not Path(path).exists() and all(part.exists() for part in parts):
+        tables = [read_table_file(part) for part in parts]
+        slides = [number for number, table in enumerate(tables) if {"PATIENT", "FILENAME"} <= set(table.headings)]
+        if len(slides) != 1 or "PATIENT" not in tables[1 - slides[0]].headings:
+            raise ManifestError(
+                f"manifest {path}",
+                [
+                    "two tables must be STAMP's, one with PATIENT, one with PATIENT and FILENAME, got "
+                    f"{' and '.join(', '.join(table.headings) for table in tables)}. HINT: give one table."
+                ],
+            )
+        table, folder = joined(tables[1 - slides[0]], tables[slides[0]]), parts[slides[0]].parent
     else:
+        table, folder = read_table_file(path), Path(path).parent
+    table, words = recognised(table)
+    if words is not None:
+        logger.info("%s: read as %s", path, words)
+    return table, folder
+
+
+def _require_columns(table: Table, source: str, *, need_slides: bool, need_labels: bool) -> None:
+    required = ["slide_id", *(["path"] if need_slides else []), *(["label"] if need_labels else [])]
+    missing = [name for name in required if name not in table.headings]
+    if missing:
+        hints = "; ".join(missing_hint(name, table.headings) for name in missing)
         raise ManifestError(
-            f"manifest {path}", [f"must be .csv, .tsv, {', '.join(kinds)} or a dataset's folder, got {path.suffix!r}"]
+            source,
+            [
+                f"must have the columns {', '.join(required)}; {', '.join(missing)} missing, got "
+                f"{', '.join(table.headings)}. HINT: {hints}."
+            ],
         )
-    return [{key: "" if value is None else str(value).strip() for key, value in row.items()} for row in table]
 
 
-def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """The labels that occur, each once, empty ones left out: sorted, by value where all are whole numbers."""
-    found = {label for label in labels if label}
-    numeric = all(re.fullmatch(r"-?\d+", label) for label in found)
-    return tuple(sorted(found, key=int) if numeric else sorted(found))
+def _log_unused(table: Table, source: str) -> None:
+    others = unused(table.headings)
+    if others:
+        more = f" and {len(others) - SHOWN_COLUMNS} more" if len(others) > SHOWN_COLUMNS else ""
+        logger.info("%s: columns that are not used: %s%s", source, ", ".join(others[:SHOWN_COLUMNS]), more)
+
+
+def _classes(table: Table, classes: Sequence[str] | None, source: str) -> tuple[str, ...]:
+    """Those given, else a ClassLabel's names, else the labels found; a word for none is no class unless it is given."""
+    if classes:
+        twice = sorted({name for name in classes if list(classes).count(name) > 1})
+        if twice:
+            raise ManifestError(source, [f"classes must be named once, got {', '.join(twice)} again. HINT: --classes."])
+        return tuple(classes)
+    if "label" in table.names:
+        return table.names["label"]
+    return sorted_labels(row["label"] for row in table.rows if not says_missing(row["label"]))
+
+
+def _label_problems(table: Table, classes: tuple[str, ...], *, given: bool, empty_ok: bool) -> list[str]:
+    labels = [row["label"] for row in table.rows]
+    values = [number_of(name) for name in classes]
+    if not given and -1 in values and all(value is not None and value >= -1 for value in values):
+        logger.warning(
+            "label -1 is taken as a class, in %d rows. HINT: leave the label empty where there is none",
+            labels.count("-1"),
+        )
+    places = [_place(row) for row in table.rows]
+    if empty_ok:
+        return label_problems(labels, places, classes, given=given, empty_ok=True, remedy=_MAP, apart="")
+    return label_problems(labels, places, classes, given=given, empty_ok=False, remedy=_NAME, apart=_APART)
+
+
+def _place(row: TableRow) -> str:
+    return f"slide {row['slide_id']}, {row.place}"
 
 
 def _parse_row(
-    row: dict[str, str], number: int, folder: Path, classes: tuple[str, ...], problems: list[str], need_slides: bool
+    row: TableRow,
+    table: Table,
+    folder: Path,
+    classes: tuple[str, ...],
+    problems: list[str],
+    need_slides: bool,
+    uses_splits: bool,
 ) -> SlideEntry:
-    slide_id, where = row["slide_id"], f"row {number}"
-    if not SLIDE_ID_RULE.fullmatch(slide_id):
-        problems.append(f"slide_id must be non-empty and fit for a file name, got {slide_id!r} ({where})")
-    place = f"slide {slide_id}, {where}"
-    if row["label"] not in classes:
-        problems.append(f"label must be one of {', '.join(classes)}, got {row['label']!r} ({place})")
-    path = folder / row.get("path", "")
-    if need_slides and (not row["path"] or not path.is_file()):
-        problems.append(f"path must be a file, got {row['path']!r}, which is none under {folder} ({place})")
-    split = row.get("split") or None
-    split = SPLIT_ALIASES.get(split, split) if split else None
-    if split not in (*SPLITS, None):
-        problems.append(f"split must be one of {', '.join(SPLITS)}, got {split!r} ({place})")
-    label = classes.index(row["label"]) if row["label"] in classes else -1
-    mpp = _parse_mpp(row.get("mpp", ""), place, problems)
-    return SlideEntry(slide_id, path, label, row.get("patient_id") or slide_id, split, mpp, row.get("center") or None)
-
-
-def _parse_mpp(text: str, place: str, problems: list[str]) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError:
-        problems.append(f"mpp must be a number of um/px, got {text!r} ({place})")
-        return None
-
-
-def _cohort_problems(slides: Sequence[SlideEntry], classes: Sequence[str]) -> list[str]:
-    problems = []
-    if len(classes) < 2:
-        problems.append(f"label must take at least two values, got {', '.join(classes) or 'none'}")
-    seen: dict[str, int] = {}
-    for number, slide in enumerate(slides, 2):
-        if slide.slide_id in seen:
+    slide_id, place = row["slide_id"], _place(row)
+    if not is_slide_id(slide_id):
+        hint = "letters, digits, blanks and ._-+=@() are; at most 200"
+        shown = slide_id if len(slide_id) <= 60 else f"{slide_id[:57]}..."
+        problems.append(
+            f"slide_id must be non-empty and fit for a file name, got {shown!r} ({row.place}). HINT: {hint}."
+        )
+    problem = path_problem(row["path"], folder, place) if need_slides else None
+    if problem is not None:
+        problems.append(f"{problem}.")
+    mpp, problem = mpp_of(row["mpp"], table.decimal_comma, place)
+    if problem is not None:
+        problems.append(problem)
+    split, patient = split_of(row["split"]), row["patient_id"]
+    if uses_splits:
+        if row["split"] and split is None:
+            hint = "leave it empty" if says_missing(row["split"]) else split_hint(row["split"])
+            problems.append(f"split must be one of {', '.join(SPLITS)}, got {row['split']!r} ({place}). HINT: {hint}.")
+            split = row["split"]
+        if says_missing(patient):
             problems.append(
-                f"slide_id must be unique, got {slide.slide_id!r} in rows {seen[slide.slide_id]} and {number}"
+                f"patient_id must name the patient, got {patient!r} ({place}). "
+                "HINT: leave it empty where it is unknown, the slide is then a patient of its own."
             )
-        seen.setdefault(slide.slide_id, number)
+    label = classes.index(row["label"]) if row["label"] in classes else None
+    return SlideEntry(slide_id, folder / row["path"], label, patient or slide_id, split, mpp, row["center"] or None)
+
+
+def _repeated_ids(slide_ids: Sequence[str], places: Sequence[str]) -> list[str]:
+    first: dict[str, str] = {}
+    problems = []
+    for slide_id, place in zip(slide_ids, places, strict=True):
+        if slide_id in first:
+            pair = (first[slide_id], place)
+            plain = all(each.startswith("row ") for each in pair)
+            where = "rows " + " and ".join(each[4:] for each in pair) if plain else " and ".join(pair)
+            problems.append(
+                f"slide_id must be unique, got {slide_id!r} in {where}. "
+                "HINT: take one out, or name the slides by folder and file."
+            )
+        first.setdefault(slide_id, place)
+    return problems
+
+
+def _split_problems(slides: Sequence[SlideEntry]) -> list[str]:
+    problems = []
     assigned = [slide for slide in slides if slide.split]
     if assigned and len(assigned) < len(slides):
         left = [slide.slide_id for slide in slides if not slide.split]
         problems.append(
-            f"split must be given for every slide or for none, got {len(left)} without ({', '.join(left[:5])})"
+            f"split must be given for every slide or for none, got {len(left)} without ({', '.join(left[:5])}). "
+            "HINT: fill the column in, or leave it out and splits are drawn by patient."
         )
-    return problems + patient_problems(assigned)
+    hint = "HINT: move them to one side, or leave the column split out and splits are drawn by patient."
+    named = [slide for slide in assigned if slide.split in SPLITS]
+    return problems + [f"{problem}. {hint}" for problem in patient_problems(named)]
 
 
 def patient_problems(slides: Sequence[SlideEntry]) -> list[str]:
@@ -213,3 +322,41 @@ def patient_problems(slides: Sequence[SlideEntry]) -> list[str]:
         for patient, splits in places.items()
         if len(splits) > 1
     ]
+
+
+def _files_of_several(slides: Sequence[SlideEntry]) -> Iterator[tuple[Path, list[SlideEntry]]]:
+    """Each file that several slides name, links followed."""
+    owners: dict[Path, list[SlideEntry]] = defaultdict(list)
+    for slide in slides:
+        if slide.path.is_file():
+            owners[slide.path.resolve()].append(slide)
+    yield from ((path, own) for path, own in owners.items() if len({slide.slide_id for slide in own}) > 1)
+
+
+def _same_files(slides: Sequence[SlideEntry]) -> list[str]:
+    return [
+        f"a slide's file must be in one split, got {path} in "
+        f"{' and '.join(f'{slide.split} (slide {slide.slide_id})' for slide in own)}. HINT: take all but one row out."
+        for path, own in _files_of_several(slides)
+        if len({slide.split for slide in own if slide.split}) > 1
+    ]
+
+
+def _tell_same_files(slides: Sequence[SlideEntry], source: str) -> None:
+    found = [f"{path} ({', '.join(slide.slide_id for slide in own)})" for path, own in _files_of_several(slides)]
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        logger.warning("%s: files that several slides name: %s%s", source, "; ".join(found[:5]), more)
+
+
+def _tell_patients(slides: Sequence[SlideEntry], table: Table, source: str) -> None:
+    """Tell what is taken of patients that are missing, or that are perhaps one."""
+    if "patient_id" not in table.headings:
+        return
+    missing = sum(not row["patient_id"] for row in table.rows)
+    if missing:
+        logger.info("%s: %d slides without a patient_id are patients of their own", source, missing)
+    alike = spelled_several_ways(row["patient_id"] for row in table.rows if row["patient_id"])
+    if alike:
+        shown = "; ".join(" and ".join(group) for group in alike[:5]) + ("; ..." if len(alike) > 5 else "")
+        logger.warning("%s: patients that differ in spelling alone are taken as different ones: %s", source, shown)

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ds_wsi.bags.datasets.table import read_table, slide_name
+from ds_wsi.bags.datasets.table import read_table
 from ds_wsi.bags.delimited import read_delimited
-from ds_wsi.bags.manifest import SPLIT_ALIASES, Manifest, ManifestError, patient_problems
+from ds_wsi.bags.manifest import Manifest, ManifestError, patient_problems
 from ds_wsi.bags.splits import at_level
+from ds_wsi.bags.tables.names import path_name, slide_name
+from ds_wsi.bags.tables.values import number_of, split_of
 from ds_wsi.runtime.log import logger
 
 CLAM_COLUMNS = ("train", "val", "test")
@@ -89,8 +91,8 @@ def apply_split(
     Raises:
         ManifestError: lists every problem at once.
     """
-    rows = list(_read(Path(split), test))
     known = {slide.slide_id: slide for slide in manifest.slides}
+    rows = _with_ids(list(_read(Path(split), test)), tuple(known), split)
     problems = _row_problems(rows, manifest)
     listed = {row.slide: row for row in rows}
     left = [name for name in known if name not in listed]
@@ -118,6 +120,31 @@ def apply_split(
     return out
 
 
+def _with_ids(rows: Sequence[PublishedRow], known: Sequence[str], split: str | Path) -> list[PublishedRow]:
+    """The rows with the cohort's names for their slides, which the files give as names, paths, or numbers.
+
+    pandas writes a column of whole numbers that is shorter than the longest as floats: 7.0 is slide 7. A number is
+    taken for the one slide of the cohort whose name has its value.
+    """
+    named = set(known)
+    by_value: dict[float, list[str]] = defaultdict(list)
+    for slide in known:
+        value = number_of(slide)
+        if value is not None:
+            by_value[value].append(slide)
+    found, as_numbers = [], []
+    for row in rows:
+        slide = next((name for name in (slide_name(row.slide), path_name(row.slide)) if name in named), "")
+        value = None if slide else number_of(row.slide, decimal_comma=True)
+        if value is not None and len(by_value[value]) == 1:
+            slide = by_value[value][0]
+            as_numbers.append(f"{row.slide} is {slide}")
+        found.append(replace(row, slide=slide or slide_name(row.slide)))
+    if as_numbers:
+        logger.info("%s: %d slides are read as numbers (%s ...)", split, len(as_numbers), as_numbers[0])
+    return found
+
+
 def _row_problems(rows: Sequence[PublishedRow], manifest: Manifest) -> list[str]:
     known = {slide.slide_id: slide for slide in manifest.slides}
     problems = []
@@ -130,9 +157,9 @@ def _row_problems(rows: Sequence[PublishedRow], manifest: Manifest) -> list[str]
                 f"slide of the split must be in the cohort, got {row.slide!r} ({row.place}). "
                 "HINT: is it the split of this dataset?"
             )
-        elif row.label and row.label in manifest.classes and row.label != manifest.classes[slide.label]:
+        elif row.label and row.label in manifest.classes and row.label != manifest.label_name(slide):
             problems.append(
-                f"label must be the cohort's, {manifest.classes[slide.label]}, got {row.label} "
+                f"label must be the cohort's, {manifest.label_name(slide)}, got {row.label} "
                 f"(slide {row.slide}, {row.place}). HINT: is it the split of this dataset?"
             )
     problems += [
@@ -161,9 +188,9 @@ def _panther(folder: Path, test: str) -> Iterator[PublishedRow]:
     for name in ("train", "val", test):
         if name == "val" and not (folder / "val.csv").exists():
             continue
-        split = SPLIT_ALIASES.get(name, "test" if name == test else name)
+        split = "test" if name == test else split_of(name) or name
         for row in read_table(folder / f"{name}.csv", PANTHER_COLUMNS, ("slide",)):
-            yield PublishedRow(slide_name(row["slide"]), split, row.place, row["patient"], row["label"])
+            yield PublishedRow(row["slide"], split, row.place, row["patient"], row["label"])
 
 
 def _clam(path: Path) -> Iterator[PublishedRow]:
@@ -175,5 +202,4 @@ def _clam(path: Path) -> Iterator[PublishedRow]:
             if value.lower() in NOT_THERE:
                 continue
             slide = row[headings[0]] if value.lower() == "true" else value
-            split = SPLIT_ALIASES.get(name, name)
-            yield PublishedRow(slide_name(slide), split, f"{path.name}, row {row.line}")
+            yield PublishedRow(slide, split_of(name) or name, f"{path.name}, row {row.line}")

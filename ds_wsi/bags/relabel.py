@@ -24,7 +24,7 @@ def map_labels(manifest: Manifest, classes: Sequence[str], mapping: Mapping[str,
     unknown += [name for name in mapping.values() if name not in classes]
     if unknown:
         raise ValueError(f"--map_labels must map the cohort's classes to the model's, got {unknown[0]!r}: {both}.")
-    occurring = sorted({slide.label for slide in manifest.slides})
+    occurring = sorted({slide.label for slide in manifest.slides if slide.label is not None})
     lost = [name for name in (manifest.classes[label] for label in occurring) if mapping.get(name, name) not in classes]
     if lost:
         example = ",".join(f"{name}=..." for name in lost)
@@ -33,7 +33,9 @@ def map_labels(manifest: Manifest, classes: Sequence[str], mapping: Mapping[str,
             f"HINT: say which of the model's each is, with --map_labels {example}."
         )
     index = {label: classes.index(mapping.get(manifest.classes[label], manifest.classes[label])) for label in occurring}
-    slides = tuple(replace(slide, label=index[slide.label]) for slide in manifest.slides)
+    slides = tuple(
+        slide if slide.label is None else replace(slide, label=index[slide.label]) for slide in manifest.slides
+    )
     return replace(manifest, slides=slides, classes=tuple(classes))
 
 

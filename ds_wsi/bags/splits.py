@@ -26,7 +26,9 @@ def assign_splits(
         return manifest
     split_of = _draw(manifest, dict(zip(SPLITS, fractions, strict=True)), str(seed))
     if tell:
-        logger.info("splits drawn by patient with seed %d: %s patients", seed, dict(Counter(split_of.values())))
+        counts = Counter(split_of.values())
+        words = ", ".join(f"{split} {counts[split]}" for split in SPLITS if counts[split])
+        logger.info("splits drawn by patient with seed %d: patients in %s", seed, words)
     return _with_splits(manifest, split_of)
 
 
@@ -167,5 +169,5 @@ def _draw(manifest: Manifest, shares: Mapping[str, float], seed: str) -> dict[st
 def _labels_by_patient(manifest: Manifest) -> dict[str, Counter[int]]:
     labels: dict[str, Counter[int]] = defaultdict(Counter)
     for slide in manifest.slides:
-        labels[slide.patient_id][slide.label] += 1
+        labels[slide.patient_id][-1 if slide.label is None else slide.label] += 1  # those without are a stratum
     return labels

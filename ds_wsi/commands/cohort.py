@@ -1,7 +1,7 @@
 """The cohort that a command works on: the options that name it, and what they name."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ds_wsi.bags.bag import FailureLog
     from ds_wsi.bags.cohort import Cohort
+    from ds_wsi.bags.manifest import Manifest
     from ds_wsi.models import SlideModel
 
 TILING_OPTIONS = ("tile_size_px", "mpp", "min_tissue_fraction")
@@ -24,7 +25,9 @@ TILING_OPTIONS = ("tile_size_px", "mpp", "min_tissue_fraction")
 
 def add_cohort_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add what names the slides: their manifest, its classes, and what their files do not tell."""
-    parser.add_argument("--manifest", required=required, help="CSV (or JSON, Parquet, saved dataset) of slides")
+    parser.add_argument(
+        "--manifest", required=required, help="CSV (or JSON, Parquet, saved dataset) of slides: see docs/tables.md"
+    )
     parser.add_argument("--classes", help="class names in the order of the logits, comma-separated")
     parser.add_argument(*spellings("slide_mpp"), type=float, help="um/px of slides that do not tell theirs")
 
@@ -46,8 +49,19 @@ def classes_of(options: argparse.Namespace) -> tuple[str, ...] | None:
     return comma_separated(options.classes) if options.classes else None
 
 
-def slides_of(options: argparse.Namespace, tiling: TilingPolicy, classes: Sequence[str] | None) -> "Cohort":
-    """The cohort of slides that the options name.
+def labels_of(options: argparse.Namespace) -> str:
+    """What a command that works on slides alone does with labels: none, unless --classes asks for their check."""
+    return "required" if options.classes else "unused"
+
+
+def slides_of(
+    options: argparse.Namespace,
+    tiling: TilingPolicy,
+    classes: Sequence[str] | None,
+    labels: str,
+    choose: "Callable[[Manifest], Manifest] | None" = None,
+) -> "Cohort":
+    """The cohort of slides that the options name; `classes`, `labels` and `choose` as of `load_cohort`.
 
     Raises:
         ManifestError: lists everything that is wrong with it.
@@ -61,6 +75,8 @@ def slides_of(options: argparse.Namespace, tiling: TilingPolicy, classes: Sequen
         classes=classes,
         slide_mpp=options.slide_mpp,
         need_splits=False,
+        labels=labels,
+        choose=choose,
     )
 
 

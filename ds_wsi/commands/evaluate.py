@@ -1,6 +1,8 @@
 """`ds-wsi evaluate` and `ds-wsi heatmap`: what an exported model says of a cohort."""
 
 import argparse
+from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from ds_wsi.bags.bag import FailureLog, ReadPolicy
     from ds_wsi.bags.cohort import Cohort
+    from ds_wsi.bags.manifest import Manifest
     from ds_wsi.engines.scope import Processes
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.models import SlideModel
@@ -51,7 +54,7 @@ def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
     from ds_wsi.evaluation.record import RunFolderError, RunRecord
-    from ds_wsi.evaluation.results import write_results
+    from ds_wsi.evaluation.results import write_predictions, write_results
 
     options.manifest = processes.on_main(partial(_manifest_of, options))
     protocol = EvaluationProtocol(options.eval_tiles, options.eval_runs, options.eval_seed)
@@ -63,8 +66,11 @@ def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
         except RunFolderError as error:
             logger.warning("%s: %s. `ds-wsi report` will have no place for this evaluation.", options.model, error)
         (directory / RECORD_FILE).unlink(missing_ok=True)  # of an earlier evaluation: until this one ends, it has none
-    cohort, predictions, failures = _predictions(options, options.split, protocol, processes)
+    cohort, predictions, failures = _predictions(options, options.split, protocol, processes, "optional")
     if not processes.is_main:
+        return
+    if all(slide.label is None for slide in cohort.manifest.slides):
+        write_predictions(directory, cohort, predictions)
         return
     write_results(
         directory,
@@ -100,7 +106,7 @@ def run_heatmap(options: argparse.Namespace) -> None:
     from ds_wsi.evaluation.results import draw_heatmaps
 
     options.manifest = _manifest_of(options)
-    cohort, predictions, _ = _predictions(options, "all", EvaluationProtocol(), Processes(0, 1))
+    cohort, predictions, _ = _predictions(options, "all", EvaluationProtocol(), Processes(0, 1), "unused")
     for _, path in draw_heatmaps(Path(options.output_dir), cohort, predictions):
         print(path)
 
@@ -110,7 +116,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=sorted(DATASETS), help="an external set as distributed, for --manifest")
     parser.add_argument(*spellings("data_dir"), help="the folder into which it was unpacked")
     parser.add_argument(
-        *spellings("map_labels"), type=_pairs, help="its classes in the model's words: tumor=1,normal=0"
+        *spellings("map_labels"), type=_pairs, help="the cohort's classes in the model's words: tumor=1,normal=0"
     )
     parser.add_argument(
         *spellings("norm_evaluation"),
@@ -140,7 +146,7 @@ def _manifest_of(options: argparse.Namespace) -> str:
     if (options.manifest is None) == (options.dataset is None):
         raise ValueError("one of --manifest and --dataset must be given. HINT: --dataset NAME --data_dir FOLDER.")
     if options.dataset is None:
-        extra = [name for name in (*reading_of(vars(options)), "data_dir", "map_labels") if vars(options).get(name)]
+        extra = [name for name in (*reading_of(vars(options)), "data_dir") if vars(options).get(name)]
         if extra:
             raise ValueError(f"--{extra[0]} must come with --dataset, got a manifest. HINT: leave it out.")
         return str(options.manifest)
@@ -156,13 +162,15 @@ def _manifest_of(options: argparse.Namespace) -> str:
 
 
 def _predictions(
-    options: argparse.Namespace, split: str, protocol: "EvaluationProtocol", processes: "Processes"
+    options: argparse.Namespace, split: str, protocol: "EvaluationProtocol", processes: "Processes", labels: str
 ) -> tuple:
     """Predict the slides that the options choose with an exported model, on the tiles it was trained on. Collective.
 
-    The processes share the slides by their tiles, and each has all predictions, in the cohort's order.
+    The processes share the slides by their tiles, and each has all predictions, in the cohort's order, which is of
+    those slides alone. `labels` is as of `parse_manifest`.
     """
     from ds_wsi.bags.feature_cohort import load_feature_cohort
+    from ds_wsi.bags.relabel import map_labels
     from ds_wsi.bags.sampler import deal_by_cost
     from ds_wsi.evaluation.predict import predict_slides
     from ds_wsi.models import load_model
@@ -170,7 +178,7 @@ def _predictions(
 
     model, config = load_model(options.model)
     model.set_norms(evaluation=options.norm_evaluation)
-    classes = classes_of(options) or config.classes
+    _require_own_classes(classes_of(options), config.classes, options.model)
     if config.encoder is None and not options.features_dir:
         raise ValueError(f"--features_dir must be given for a model of features, got none ({options.model})")
     if config.encoder is not None and options.features_dir:
@@ -179,9 +187,18 @@ def _predictions(
             f"({options.model}, {config.encoder}). HINT: leave it out, the model reads slides."
         )
 
+    # What --dataset wrote is in the model's classes.
+    mapping = options.map_labels if options.dataset is None else None
+    classes = None if mapping else config.classes
+
+    def choose(manifest: "Manifest") -> "Manifest":
+        manifest = map_labels(manifest, config.classes, mapping) if mapping else manifest
+        return _chosen(options, manifest, split, labels)
+
     def load() -> "Cohort":
         if config.encoder is not None:
-            return slides_of(options, read_section({"tiling": config.tiling}).tiling, classes)
+            tiling = read_section({"tiling": config.tiling}).tiling
+            return slides_of(options, tiling, classes, labels, choose)
         return load_feature_cohort(
             options.manifest,
             options.features_dir,
@@ -190,12 +207,13 @@ def _predictions(
             classes=classes,
             workers=max(1, options.dataloader_num_workers),
             need_splits=False,
+            labels=labels,
+            choose=choose,
         )
 
     cohort = processes.main_first(load)  # which tiles the slides
-    rows = _chosen_rows(options, cohort, split)
-    shares = deal_by_cost([cohort.lengths[row] for row in rows], processes.world_size)
-    own = [rows[index] for index in shares[processes.rank]]
+    rows = range(len(cohort.grids))
+    own = deal_by_cost(cohort.lengths, processes.world_size)[processes.rank]
     policy, failures = tile_reading_of(options, cohort)
     slides = cohort.manifest.slides
     stream = predict_slides(placed(model, options), slides, cohort.grids, own, policy, failures, protocol)
@@ -235,16 +253,40 @@ def _check_norms(
         )
 
 
-def _chosen_rows(options: argparse.Namespace, cohort: "Cohort", split: str) -> tuple[int, ...]:
-    slides = cohort.manifest.slides
+def _require_own_classes(given: "Sequence[str] | None", classes: "Sequence[str]", model: str) -> None:
+    """Refuse names of classes, or an order of them, that are not the model's: its logits would get others' names."""
+    if given is not None and tuple(given) != tuple(classes):
+        raise ValueError(
+            f"--classes must be the model's, in their order, {', '.join(classes)}, got {', '.join(given)} ({model}). "
+            "HINT: leave it out; --map_labels says which of them the cohort's labels are."
+        )
+
+
+def _chosen(options: argparse.Namespace, manifest: "Manifest", split: str, labels: str) -> "Manifest":
+    """The manifest of the slides that the options choose.
+
+    Raises:
+        ValueError: --slide_ids or --split names none; or, where labels are used, some of the slides have none.
+    """
+    slides = manifest.slides
     wanted = getattr(options, "slide_ids", None)
     if wanted:
         ids = comma_separated(wanted)
         unknown = set(ids) - {slide.slide_id for slide in slides}
         if unknown:
-            raise ValueError(f"--slide_ids must be of the manifest, got {', '.join(sorted(unknown))}")
-        return tuple(row for row, slide in enumerate(slides) if slide.slide_id in ids)
-    rows = tuple(row for row, slide in enumerate(slides) if split in ("all", slide.split))
-    if not rows:
+            near = {name for wrong in unknown for name in get_close_matches(wrong, [s.slide_id for s in slides], 1)}
+            hint = f"did you mean {', '.join(sorted(near))}?" if near else "the manifest's column slide_id has them."
+            raise ValueError(f"--slide_ids must be of the manifest, got {', '.join(sorted(unknown))}. HINT: {hint}")
+        return replace(manifest, slides=tuple(slide for slide in slides if slide.slide_id in ids))
+    chosen = tuple(slide for slide in slides if split in ("all", slide.split))
+    if not chosen:
         raise ValueError(f"--split must name slides of the manifest, got {split!r}, which has none. HINT: --split all.")
-    return rows
+    without = [slide.slide_id for slide in chosen if slide.label is None]
+    if labels == "optional" and 0 < len(without) < len(chosen):
+        shown = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")
+        raise ValueError(
+            f"labels must be there for all slides of a metric, got none for {len(without)} of {len(chosen)} "
+            f"({shown}; {manifest.source}). HINT: fill them in, take the rows out, or leave the column out: all slides "
+            "are then predicted, without metrics."
+        )
+    return replace(manifest, slides=chosen)

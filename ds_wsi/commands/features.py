@@ -7,6 +7,7 @@ from ds_wsi.commands.cohort import (
     TILING_OPTIONS,
     add_prediction_options,
     classes_of,
+    labels_of,
     placed,
     slides_of,
     tile_reading_of,
@@ -61,7 +62,7 @@ def run_features(options: argparse.Namespace) -> None:
             pretrained=options.pretrained,
             features=options.encoder_features,
         )
-    cohort = slides_of(options, tiling, classes_of(options))
+    cohort = slides_of(options, tiling, classes_of(options), labels_of(options))
     policy, failures = tile_reading_of(options, cohort)
     for slide in extract_features(placed(model, options), config, cohort, options.output_dir, policy, failures):
         print(f"{slide.slide_id}\t{slide.n_rows} rows\t{'written' if slide.written else 'kept'}\t{slide.path}")

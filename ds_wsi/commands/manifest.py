@@ -21,10 +21,11 @@ def add_manifest(subparsers: argparse._SubParsersAction) -> None:
 def run_manifest(options: argparse.Namespace) -> None:
     """`ds-wsi manifest`."""
     from ds_wsi.bags.prepare import read_dataset, split_dataset, write_manifests
+    from ds_wsi.bags.summary import cohort_table
 
     given = vars(options)
     manifest = read_dataset(options.dataset, options.data_dir, reading_of(given))
     manifests = split_dataset(manifest, **splitting_of(given))
     for path, written in zip(write_manifests(manifests, options.output), manifests, strict=True):
-        counts = {split: len(written.in_split(split)) for split in ("train", "validation", "test")}
-        print(f"{path}\t{len(written.slides)} slides\t{counts}\t--classes {','.join(written.classes)}")
+        print(f"{path}\t{len(written.slides)} slides\t--classes {','.join(written.classes)}")
+        print(cohort_table(written))

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_wsi.commands.cohort import TILING_OPTIONS, add_cohort_options, classes_of
+from ds_wsi.commands.cohort import TILING_OPTIONS, add_cohort_options, classes_of, labels_of
 from ds_wsi.commands.parser import add_command
 from ds_wsi.slides.tiling import TilingPolicy
 from ds_wsi.training.options import spellings
@@ -57,6 +57,7 @@ def run_tile(options: argparse.Namespace) -> None:
         slide_mpp=options.slide_mpp,
         workers=options.workers,
         need_splits=False,
+        labels=labels_of(options),
     )
     exporters = {"clam": export_clam, "trident": export_trident}
     for grid in cohort.tile_grids:
@@ -86,7 +87,7 @@ def _pack(cohort: "Cohort", options: argparse.Namespace) -> None:
 
 def _import_grids(options: argparse.Namespace) -> None:
     """Write our grids from another project's: every slide's file must be there, all that is wrong is listed."""
-    from ds_wsi.bags.manifest import ManifestError, read_manifest
+    from ds_wsi.bags.manifest import ManifestError, parse_manifest
     from ds_wsi.slides.coords import import_clam, import_trident, write_grid
     from ds_wsi.slides.fingerprint import slide_fingerprint
     from ds_wsi.slides.slide import Slide, SlideError
@@ -96,8 +97,10 @@ def _import_grids(options: argparse.Namespace) -> None:
         if options.import_clam
         else (import_trident, options.import_trident, "_patches.h5")
     )
-    manifest = read_manifest(options.manifest, classes_of(options))
-    grids, problems = [], []
+    manifest, problems = parse_manifest(options.manifest, classes_of(options), labels=labels_of(options))
+    if problems:
+        raise ManifestError(manifest.source, problems)
+    grids = []
     for entry in manifest.slides:
         try:
             with Slide(entry.path, entry.mpp or options.slide_mpp, entry.slide_id) as slide:

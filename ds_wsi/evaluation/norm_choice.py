@@ -218,7 +218,7 @@ def norm_gap(
             trained = encode.together(tiles)
             shown = _exported_features(encode, tiles, exported)
             for (slide, _), *features in zip(waiting, trained, shown, strict=True):
-                label = torch.tensor([slides[slide].label], device=encode.device)
+                label = torch.tensor([slides[slide].class_index], device=encode.device)
                 for place, own in enumerate(features):
                     logits = model.aggregate(stack_bags([own.to(encode.device)])).logits
                     sums[place] += cross_entropy(logits.double(), label).item()

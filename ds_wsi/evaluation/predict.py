@@ -204,7 +204,7 @@ def prediction_metrics(predictions: Sequence[SlidePrediction], slides: Sequence[
         slides: of the cohort, row by row.
     """
     predictions = sorted(predictions, key=lambda prediction: prediction.slide)
-    labels = torch.tensor([slides[prediction.slide].label for prediction in predictions])
+    labels = torch.tensor([slides[prediction.slide].class_index for prediction in predictions])
     logits = torch.stack([prediction.logits for prediction in predictions]).double()
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     metrics = slide_metrics(labels.numpy(), logits.softmax(-1).numpy())

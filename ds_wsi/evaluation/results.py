@@ -51,7 +51,7 @@ def write_results(
     mean of the runs', and predictions hold the mean probabilities.
     """
     slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
-    labels, patients = np.array([slide.label for slide in slides]), [slide.patient_id for slide in slides]
+    labels, patients = np.array([slide.class_index for slide in slides]), [slide.patient_id for slide in slides]
     logits = torch.stack([prediction.run_logits for prediction in predictions], dim=1).double()  # [R, N, C]
     probabilities = logits.softmax(-1).numpy()
     intervals = bootstrap_metrics(labels, probabilities, seed=seed, patients=patients)
@@ -91,6 +91,19 @@ def write_results(
     words = f"{words} of all splits" if split == "all" else f"{split} {words}"
     logger.info("%s:\n%s", words, format_table(intervals))
     return intervals
+
+
+def write_predictions(directory: Path, cohort: Cohort, predictions: Sequence[SlidePrediction]) -> None:
+    """Write what can be told of slides without labels: predictions.csv, without the column label, and heat maps."""
+    logits = torch.stack([prediction.run_logits for prediction in predictions], dim=1).double()  # [R, N, C]
+    rows = _prediction_rows(cohort, predictions, logits.softmax(-1).mean(dim=0).numpy())
+    path = directory / "predictions.csv"
+    _write_predictions(path, rows)
+    drawn = draw_heatmaps(directory / "heatmaps", cohort, predictions)
+    logger.info(
+        "no labels in %s: %d slides are predicted, without metrics and report: %s, %d heat maps",
+        *(cohort.manifest.source, len(rows), path, len(drawn)),
+    )
 
 
 def _finite(value: Any) -> Any:
@@ -140,7 +153,8 @@ def draw_heatmaps(directory: Path, cohort: Cohort, predictions: Sequence[SlidePr
             return []
         entry, grid = cohort.manifest.slides[prediction.slide], cohort.grids[prediction.slide]
         path = directory / f"{entry.slide_id}.png"
-        title = f"{entry.slide_id} (label: {cohort.manifest.classes[entry.label]})"
+        label = cohort.manifest.label_name(entry)
+        title = f"{entry.slide_id} (label: {label})" if label else entry.slide_id
         if isinstance(grid, TileGrid):
             coords = grid.coords[prediction.kept.numpy()]
             _draw(entry, coords, grid.tile_size_level0_px, prediction.attention, path, title)
@@ -197,7 +211,7 @@ def _prediction_rows(
             {
                 "slide_id": entry.slide_id,
                 "patient_id": entry.patient_id,
-                "label": classes[entry.label],
+                "label": cohort.manifest.label_name(entry),
                 "predicted": classes[predicted],
                 "probabilities": dict(zip(classes, (float(chance) for chance in chances), strict=True)),
                 "n_tiles": len(prediction.kept),
@@ -209,9 +223,10 @@ def _prediction_rows(
 
 def _write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     classes = list(rows[0]["probabilities"])
+    label = ["label"] if any(row["label"] for row in rows) else []
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        names = ("slide_id", "patient_id", "label", "predicted", "n_tiles")
+        names = ("slide_id", "patient_id", *label, "predicted", "n_tiles")
         writer.writerow([*names, *(f"probability_{name}" for name in classes)])
         for row in rows:
             # Every digit: rounded, confident slides would tie, and a comparison find another AUC than metrics.json.

@@ -62,8 +62,7 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
         ValueError: the file is missing, lacks parameters of the encoder, or holds them in other shapes.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"encoder weights must be a file, got {path} (missing). HINT: check --encoder_weights.")
+    require_weights_file(path)
     state = _read_state(path)
     wanted = encoder.state_dict()
     missing = [key for key in wanted if key not in state]
@@ -82,6 +81,12 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
     if unused:
         logger.info("%s: %d tensors are not the encoder's and were left out (%s)", path, len(unused), unused[:3])
     encoder.load_state_dict({key: state[key] for key in wanted})
+
+
+def require_weights_file(path: str | Path) -> None:
+    """Raise ValueError where there is no such file."""
+    if not Path(path).is_file():
+        raise ValueError(f"encoder weights must be a file, got {path} (missing). HINT: check --encoder_weights.")
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -301,7 +301,7 @@ def _micro_loss(run: Run, step: MicroStep) -> tuple[torch.Tensor, int]:
     _require_tiles(run, step.bags)
     if not step.bags:
         return idle_loss(run.model, _blank(run)), 0
-    labels = on_device([run.cohort.manifest.slides[bag.slide].label for bag in step.bags], run.device)
+    labels = on_device([run.cohort.manifest.slides[bag.slide].class_index for bag in step.bags], run.device)
     stack = stack_of(run, step)
     with bag_randomness(step.keys, part=run.mesh.tile_rank), _naming_slides(run, step):
         output = run.model(stack, labels)

@@ -16,8 +16,24 @@ from ds_wsi.models import (
     freeze_until,
     resolve_encoder,
 )
+from ds_wsi.models.encoder import require_weights_file
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.settings import TrainSettings
+
+
+def check_encoder(settings: TrainSettings, accelerator: Accelerator) -> None:
+    """Refuse an encoder, or a file of its weights, that cannot be had: before slides are tiled, which can take hours.
+
+    Raises:
+        ValueError: no encoder of this name, or no such file.
+    """
+    wanted = settings.model
+    if settings.data.features_dir is not None:
+        return
+    with accelerator.main_process_first() if ":" in wanted.encoder else nullcontext():
+        resolve_encoder(wanted.encoder)
+    if wanted.encoder_weights is not None:
+        require_weights_file(wanted.encoder_weights)
 
 
 def build_slide_model(

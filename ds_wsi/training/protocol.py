@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_wsi.bags.cohort import Cohort, tile_manifest
-from ds_wsi.bags.manifest import SPLITS, Manifest, ManifestError, write_manifest
+from ds_wsi.bags.manifest import SPLITS, write_manifest
 from ds_wsi.bags.prepare import read_dataset, split_dataset
 from ds_wsi.bags.relabel import order_classes
 from ds_wsi.engines.scope import Processes, launched
@@ -117,21 +117,14 @@ def read_cohort(protocol: Protocol, settings: TrainSettings, tiles_dir: Path | N
         tiles_dir: where grids are kept, or None.
 
     Raises:
-        ManifestError: lists everything that is wrong with the label files and with the slides.
+        ManifestError: lists everything that is wrong with the label files; else with the slides.
     """
-    problems: Sequence[str] = ()
-    try:
-        manifest = read_dataset(protocol.dataset, protocol.data_dir, protocol.reading)
-    except ManifestError as error:
-        # The slides of the rows that are right are checked before all is told.
-        manifest, problems = Manifest(error.slides, (), error.source), error.problems
     cohort = tile_manifest(
-        manifest,
+        read_dataset(protocol.dataset, protocol.data_dir, protocol.reading),
         settings.policies.tiling,
         tiles_dir=tiles_dir,
         slide_mpp=settings.data.slide_mpp,
         workers=max(1, settings.policies.reading.workers),
-        problems=problems,
     )
     return replace(cohort, manifest=order_classes(cohort.manifest, settings.data.classes))
 

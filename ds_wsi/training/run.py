@@ -46,7 +46,7 @@ from ds_wsi.tile_parallel.shard import Handle
 from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints
 from ds_wsi.training.device_budget import with_budget
 from ds_wsi.training.features import check_feature_settings
-from ds_wsi.training.model import build_slide_model
+from ds_wsi.training.model import build_slide_model, check_encoder
 from ds_wsi.training.optim import WeightAverage, set_beta
 from ds_wsi.training.run_folder import begin, require_run_folder
 from ds_wsi.training.same_run import known_early, require_same
@@ -173,6 +173,7 @@ def prepare_run(
     checkpoint = _checkpoint(settings, accelerator, output_dir)
     if checkpoint is not None:
         require_same(known_early(settings, accelerator.num_processes), checkpoint)  # before hours of tiling
+    check_encoder(settings, accelerator)
     cohort = _load_cohort(settings, accelerator, output_dir, write_grids)
     _require_splits(cohort)
     if accelerator.is_main_process:
@@ -181,7 +182,8 @@ def prepare_run(
     weights = settings.optim.class_weights
     if weights is not None and len(weights) != len(cohort.manifest.classes):
         raise ValueError(
-            f"--class_weights must be one for each of {', '.join(cohort.manifest.classes)}, got {len(weights)}"
+            f"--class_weights must be one for each of {', '.join(cohort.manifest.classes)}, got {len(weights)}. "
+            "HINT: one number a class, in this order."
         )
     if cohort.in_dim is None:
         require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.tile_grids)
@@ -413,7 +415,10 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
 def _require_splits(cohort: Cohort) -> None:
     for split in ("train", "test"):
         if not cohort.rows(split):
-            raise ValueError(f"the {split} split must hold at least one slide, got none ({cohort.manifest.source})")
+            raise ValueError(
+                f"the {split} split must hold at least one slide, got none ({cohort.manifest.source}). "
+                "HINT: give some slides this split, or leave the column out and splits are drawn by patient."
+            )
     if not cohort.rows("validation"):
         logger.warning("no validation split: the last epoch's weights are exported")
 

@@ -46,7 +46,7 @@ def require_metric(settings: RunSettings, cohort: Cohort) -> None:
         ValueError: without a validation split, or with one that leaves the metric undefined.
     """
     given = f"--early_stopping_patience {settings.early_stopping_patience}"
-    labels = np.array([cohort.manifest.slides[row].label for row in cohort.rows("validation")], dtype=np.int64)
+    labels = np.array([cohort.manifest.slides[row].class_index for row in cohort.rows("validation")], dtype=np.int64)
     if not len(labels):
         if settings.early_stopping_patience:
             raise ValueError(f"{given} must be given with a validation split, got none ({cohort.manifest.source})")

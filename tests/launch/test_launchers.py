@@ -85,7 +85,7 @@ def test_mistakes_are_one_message_without_a_traceback(demo_manifest, tmp_path):
         run(["python", SCRIPT, *train_arguments(broken, tmp_path / "run")])
     printed = str(caught.value)
     assert "exited with 2" in printed
-    assert "2 problem(s)" in printed
+    assert "2 problems" in printed
     assert "slide_id must be unique, got 'demo_000' in rows 2 and 3" in printed
     assert "gone.tiff" in printed
     assert "Traceback" not in printed

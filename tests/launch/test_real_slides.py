@@ -34,14 +34,13 @@ def test_the_pipeline_trains_and_reports_on_real_slides(shared_data, tmp_path):
 def test_broken_files_are_listed_together_before_training(shared_data, tmp_path):
     manifest = tmp_path / "broken.csv"
     rows = [f"{path.stem},{path},{index % 2}" for index, path in enumerate(sorted((shared_data / "broken").iterdir()))]
-    manifest.write_text("slide_id,path,label\n" + "\n".join([*rows, "gone,gone.svs,1"]) + "\n")
+    manifest.write_text("slide_id,path,label\n" + "\n".join(rows) + "\n")
     with pytest.raises(AssertionError) as caught:
         run(["ds-wsi", "train", *train_arguments(manifest, tmp_path / "run")])
     printed = str(caught.value)
     assert "exited with 2" in printed
-    assert "5 problem(s)" in printed
+    assert "4 problems" in printed
     for words in (
-        "gone.svs",
         "none of them (slide broken",
         "got 352.778",
         "16 x 16 px",

@@ -74,19 +74,16 @@ def test_the_demo_cohort(demo_manifest):
     assert min(cohort.lengths) >= 1
 
 
-def test_every_problem_of_manifest_and_slides_is_listed_together(slides, tmp_path):
+def test_every_problem_of_the_table_is_listed_before_a_slide_is_opened(slides, tmp_path, monkeypatch):
+    monkeypatch.setattr("ds_wsi.bags.cohort.Slide", None)
     rows = [
         row(slides, "twice", "good.tiff", "a", split="train", patient_id="p"),
         row(slides, "twice", "good.tiff", "b", split="test", patient_id="p"),
         row(slides, "lost", "none.tiff", "a", split="train"),
         row(slides, "label", "good.tiff", "c", split="train"),
-        row(slides, "split", "good.tiff", "a", split="dev"),
+        row(slides, "split", "good.tiff", "a", split="tset"),
         row(slides, "mpp", "good.tiff", "a", split="train", mpp="x"),
         row(slides, "text", "text.svs", "a", split="train"),
-        row(slides, "plain", "plain.tiff", "a", split="train"),
-        row(slides, "dpi72", "dpi72.tiff", "a", split="train"),
-        row(slides, "tiny", "tiny.tiff", "a", split="train"),
-        row(slides, "blank", "blank.tiff", "a", split="train"),
     ]
     with pytest.raises(ManifestError) as caught:
         load_cohort(write_manifest(tmp_path, rows), POLICY, classes=("a", "b"), tiles_dir=tmp_path / "t", workers=2)
@@ -96,8 +93,28 @@ def test_every_problem_of_manifest_and_slides_is_listed_together(slides, tmp_pat
         "patient p must be in one split, got train (twice) and test (twice)",
         "(slide lost, row 4)",
         "label must be one of a, b, got 'c' (slide label, row 5)",
-        "got 'dev' (slide split, row 6)",
+        "got 'tset' (slide split, row 6). HINT: did you mean test?",
         "mpp must be a number of um/px, got 'x' (slide mpp, row 7)",
+        f"file must be in one split, got {slides / 'good.tiff'} in train (slide twice) and test (slide twice)",
+    ):
+        assert expected in text, expected
+    assert len(caught.value.problems) == 7, text
+    assert not (tmp_path / "t").exists()
+
+
+def test_every_problem_of_the_slides_is_listed_together(slides, tmp_path):
+    rows = [
+        row(slides, "good", "good.tiff", "b"),
+        row(slides, "text", "text.svs", "a"),
+        row(slides, "plain", "plain.tiff", "a"),
+        row(slides, "dpi72", "dpi72.tiff", "a"),
+        row(slides, "tiny", "tiny.tiff", "a"),
+        row(slides, "blank", "blank.tiff", "a"),
+    ]
+    with pytest.raises(ManifestError) as caught:
+        load(tmp_path, rows, tiles_dir=tmp_path / "t", workers=2)
+    text = str(caught.value)
+    for expected in (
         f"format of OpenSlide's, got none of them (slide text, {slides / 'text.svs'})",
         f"got no mpp (slide plain, {slides / 'plain.tiff'})",
         "got 352.78 from",
@@ -106,9 +123,7 @@ def test_every_problem_of_manifest_and_slides_is_listed_together(slides, tmp_pat
         f"tiles (slide blank, {slides / 'blank.tiff'})",
     ):
         assert expected in text, expected
-    assert "one side of a split, got the same content under several ids: twice (train, good.tiff) and label" in text
-    # "lost" is listed once: the file is not opened
-    assert len(caught.value.problems) == 12, text
+    assert len(caught.value.problems) == 5, text
 
 
 def test_one_class_only_is_refused(slides, tmp_path):
@@ -123,8 +138,7 @@ def test_slides_of_one_name_or_of_no_files_name_write_no_grid(slides, tmp_path, 
     with pytest.raises(ManifestError) as caught:
         load(tmp_path, rows, tiles_dir=tmp_path / "tiles", workers=workers)
     assert len(caught.value.problems) == 8  # seven repeats and one name
-    assert [path.name for path in (tmp_path / "tiles").iterdir()] == ["own.safetensors"]
-    assert not (tmp_path / "out.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.csv"]
 
 
 def test_slide_mpp_is_for_slides_that_tell_none_and_changes_no_other(slides, tmp_path):

@@ -64,7 +64,7 @@ def test_every_problem_of_a_csv_is_listed(tmp_path):
     rows = [
         ("case_0", "wt", "P0", "train", ""),
         ("scans/case_1.svs", "", "P0", "train", "fine"),
-        ("case_2", "wt", "", "dev", "0.5"),
+        ("case_2", "wt", "", "deb", "0.5"),
         ("case_99", "mutant", "P9", "test", ""),
     ]
     labels = table(tmp_path / "l.csv", ("slide_id", "label", "who", "part", "um"), rows)
@@ -75,8 +75,8 @@ def test_every_problem_of_a_csv_is_listed(tmp_path):
         "label must be given, got none (slide case_1, l.csv, row 3)",
         "mpp must be a number of um/px, got 'fine' (l.csv, row 3)",
         "who must name the patient, got nothing (l.csv, row 4)",
-        "part must be one of train, validation, test, got 'dev' (l.csv, row 4)",
-        "image must be a file, got none at the folder (slide case_99, l.csv, row 5)",
+        "part must be one of train, validation, test, got 'deb' (l.csv, row 4)",
+        "image must be a file, got none of that name in the folder (slide case_99, l.csv, row 5)",
     ]
     table(
         tmp_path / "l.csv", ("slide_id", "label", "who", "part", "um"), [("scans/case_0.svs", "wt", "P0", "train", "")]

@@ -68,13 +68,21 @@ def test_every_problem_is_listed_at_once(tmp_path):
     save_file({"features": torch.full((2, WIDTH), torch.inf)}, features / "s3.safetensors")
     torch.save(torch.ones(2, WIDTH), features / "s4.pt")
     torch.save(torch.ones(2, WIDTH), features / "s6.pt")
-    with manifest.open("a") as file:
-        file.write("\ns6,,test\ns7/x,a,test")
+    table = manifest.read_text()
+    manifest.write_text(f"{table}\ns6,,test\ns7/x,a,test")
     with pytest.raises(ManifestError) as caught:
-        load_feature_cohort(manifest, features, classes=("a", "b"), record_dir=tmp_path / "record", workers=2)
+        load_feature_cohort(manifest, features, classes=("a", "b"))
     expected = (
         "label must be one of a, b, got '' (slide s6, row 8)",
         "slide_id must be non-empty and fit for a file name, got 's7/x'",
+    )
+    for words in expected:
+        assert words in str(caught.value), words
+    assert len(caught.value.problems) == len(expected), "no file is read before the table is right"
+    manifest.write_text(f"{table}\ns6,a,test")
+    with pytest.raises(ManifestError) as caught:
+        load_feature_cohort(manifest, features, record_dir=tmp_path / "record", workers=2)
+    expected = (
         "slide s0 must have one file of features, .h5, .pt, .safetensors, got none",
         f"({torn}). HINT: extract them again",
         "features must be finite, got 2 rows that are not, of 2",

@@ -139,7 +139,7 @@ def test_validation_has_aliases(folder, alias):
         ((2, "path", ""), "path must be a file, got '', which is none under {folder} (slide 9e1, row 4)"),
         ((2, "path", "sub"), "path must be a file, got 'sub', which is none under {folder} (slide 9e1, row 4)"),
         ((2, "label", ""), "label must be one of normal, tumor, got '' (slide 9e1, row 4)"),
-        ((2, "split", "dev"), "split must be one of train, validation, test, got 'dev' (slide 9e1, row 4)"),
+        ((2, "split", "dve"), "split must be one of train, validation, test, got 'dve' (slide 9e1, row 4)"),
         ((2, "split", ""), "split must be given for every slide or for none, got 1 without (9e1)"),
         ((0, "mpp", "0,25"), "mpp must be a number of um/px, got '0,25' (slide 007, row 2)"),
         ((0, "label", "normal"), "label must take at least two values, got normal"),
@@ -148,7 +148,8 @@ def test_validation_has_aliases(folder, alias):
 )
 def test_each_problem_alone(folder, change, problem):
     _, problems = parse_manifest(write(folder, "csv", edited(change)))
-    assert problems == [problem.format(folder=folder)]
+    assert [text.split(". HINT: ")[0] for text in problems] == [problem.format(folder=folder)]
+    assert all(text.endswith(".") and text.split(". HINT: ")[1] for text in problems)
 
 
 def test_a_label_that_is_no_class_is_named(folder):
@@ -158,9 +159,9 @@ def test_a_label_that_is_no_class_is_named(folder):
 
 def test_all_problems_are_listed_together_and_numbered(folder):
     rows = edited(
-        (0, "mpp", "x"), (1, "slide_id", "007"), (1, "path", "none"), (2, "split", "dev"), (1, "patient_id", "p1")
+        (0, "mpp", "x"), (1, "slide_id", "007"), (1, "path", "none"), (2, "split", "dve"), (1, "patient_id", "p1")
     )
-    with pytest.raises(ManifestError, match=r"manifest .*cohort\.csv has 5 problem\(s\)") as caught:
+    with pytest.raises(ManifestError, match=r"manifest .*cohort\.csv has 5 problems:") as caught:
         read_manifest(write(folder, "csv", rows))
     assert len(caught.value.problems) == 5
     for number, words in enumerate(("mpp must", "path must", "split must", "slide_id must", "patient p1 must"), 1):

@@ -181,18 +181,21 @@ def test_a_dry_run_of_one_training(demo_manifest, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_problems_of_rows_and_of_slides_are_listed_together(data, tmp_path, capsys):
+def test_problems_of_rows_are_listed_and_then_those_of_slides(data, tmp_path, capsys):
     bad = draw(custom(tmp_path / "bad"))
     (bad / "scans" / "case_3.svs").write_text("no slide")
     text = (data / "labels.csv").read_text()
+    (bad / "labels.csv").write_text(text)
+    assert main(["protocol", "custom", *arguments(bad, tmp_path / "out")]) == 2
+    assert "slide must be in a format of OpenSlide's" in capsys.readouterr().err
     (bad / "labels.csv").write_text(text.replace("case_0,wt", "case_0,").replace("case_1,", "case_77,"))
     for more in ((), ("--dry_run",)):
         assert main(["protocol", "custom", *arguments(bad, tmp_path / "out", *more)]) == 2
         printed = capsys.readouterr().err
-        assert "has 3 problem(s)" in printed
+        assert "has 2 problems" in printed
         assert "label must be given, got none (slide case_0" in printed
-        assert "image must be a file, got none at the folder (slide case_77" in printed
-        assert "slide must be in a format of OpenSlide's" in printed
+        assert "image must be a file, got none of that name in the folder (slide case_77" in printed
+        assert "OpenSlide" not in printed
     assert not (tmp_path / "out" / SEED_0).exists()
 
 

@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 from ds_wsi.bags.datasets.corrections import REMOVE, as_target, classes_of, read_corrections, unknown_slides
-from ds_wsi.bags.datasets.table import CohortBuilder, LabelRow, read_table, require_folder, slide_name
+from ds_wsi.bags.datasets.table import CohortBuilder, LabelRow, read_table, require_folder
 from ds_wsi.bags.manifest import Manifest
+from ds_wsi.bags.tables.names import slide_name
 from ds_wsi.runtime.log import logger
 
 COLUMNS = {name: (name,) for name in ("image", "type", "class", "center")}

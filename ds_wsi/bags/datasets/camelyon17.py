@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ds_wsi.bags.datasets.corrections import REMOVE, STAGES, as_target, classes_of, read_corrections, unknown_slides
-from ds_wsi.bags.datasets.table import CohortBuilder, LabelRow, read_table, require_folder, slide_name
+from ds_wsi.bags.datasets.table import CohortBuilder, LabelRow, read_table, require_folder
 from ds_wsi.bags.manifest import Manifest
+from ds_wsi.bags.tables.names import slide_name
 from ds_wsi.runtime.log import logger
 
 COLUMNS = {"name": ("patient",), "stage": ("stage",)}

@@ -7,7 +7,8 @@ is not the label: normal_034 holds a tumour, tumor_012 none.
 
 from pathlib import Path
 
-from ds_wsi.bags.datasets.table import CohortBuilder, LabelRow, read_table, slide_name
+from ds_wsi.bags.datasets.table import CohortBuilder, LabelRow, read_table
+from ds_wsi.bags.tables.names import slide_name
 
 STAGES = ("negative", "itc", "micro", "macro")
 BINARY = ("normal", "tumor")

@@ -1,17 +1,20 @@
 """Any cohort with a label file: a CSV or TSV whose headings are told, slides anywhere below a folder."""
 
-from collections import defaultdict
+import difflib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ds_wsi.bags.datasets.table import (
-    IMAGE_SUFFIXES,
-    CohortBuilder,
-    LabelRow,
-    read_table,
-    slide_name,
-)
+from ds_wsi.bags.datasets.table import CohortBuilder, LabelRow, classes_in, read_table
 from ds_wsi.bags.delimited import read_delimited
-from ds_wsi.bags.manifest import SPLIT_ALIASES, SPLITS, Manifest, ManifestError, sorted_labels
+from ds_wsi.bags.manifest import SPLITS, Manifest, ManifestError
+from ds_wsi.bags.tables.headings import meant, plain
+from ds_wsi.bags.tables.names import IMAGE_SUFFIXES, path_name, slide_name
+from ds_wsi.bags.tables.values import mpp_of, says_missing, split_hint, split_of
+from ds_wsi.runtime.log import logger
+
+# Column that a heading means -> the option that names it.
+OPTIONAL = {"patient_id": "patient", "split": "split", "mpp": "mpp"}
 
 
 def read_custom(
@@ -25,6 +28,9 @@ def read_custom(
     mpp_column: str | None = None,
 ) -> Manifest:
     """Read a cohort from a label file of your own; classes are the labels found, sorted, numbers by value.
+
+    A slide is named by its file; where names repeat, by its path below the folder (P1/1.svs is P1_1). Columns that are
+    not used are named in the log, with a warning where one looks like the patient, the split or the resolution.
 
     Args:
         root: slides lie anywhere below it.
@@ -62,35 +68,37 @@ def read_custom(
                 for name in absent
             ],
         )
+    _tell_unused(table, present, wanted)
     rows = read_table(table, columns, tuple(columns))
-    builder = CohortBuilder(f"{table.name} with slides in {root}", sorted_labels(row["label"] for row in rows))
+    builder = CohortBuilder(f"{table.name} with slides in {root}", classes_in(rows))
+    builder.check_spellings(rows)
     places = _index(root)
+    several = _named_by_path(rows, table)
     for row in rows:
         slide_id = slide_name(row["slide"])
         candidates = places[slide_id]
         if len(candidates) > 1:
             # A path in the table tells files of one name apart.
-            parts = Path(row["slide"]).parts
-            candidates = [path for path in candidates if path.parts[-len(parts) :] == parts] or candidates
+            parts = Path(row["slide"].replace("\\", "/")).parts
+            candidates = [path for path in candidates if _ends_with(path, parts)] or candidates
         if len(candidates) > 1:
             builder.problems.append(
                 f"slide must be one file, got {', '.join(map(str, candidates))} (slide {slide_id}, {row.place}). "
                 "HINT: write the path below the folder in the label file."
             )
             continue
-        if not row["label"]:
-            builder.problems.append(
-                f"label must be given, got none (slide {slide_id}, {row.place}). HINT: fill it in, or take the row out."
-            )
-        builder.add(
-            row,
-            slide_id,
-            candidates,
-            row["label"],
-            patient_id=_patient(builder, row, patient_column),
-            split=_split(builder, row, split_column),
-            mpp=_mpp(builder, row),
+        builder.check_label(row, slide_id)
+        patient, split, mpp = (
+            _patient(builder, row, patient_column),
+            _split(builder, row, split_column),
+            _mpp(builder, row),
         )
+        if not candidates:
+            builder.problems.append(_no_file(slide_id, row, places))
+            continue
+        if slide_id in several:
+            slide_id = path_name(str(candidates[0].relative_to(root)))
+        builder.add(row, slide_id, candidates, row["label"], patient_id=patient, split=split, mpp=mpp)
     return builder.finish()
 
 
@@ -102,27 +110,65 @@ def _index(root: Path) -> dict[str, list[Path]]:
     return found
 
 
+def _ends_with(path: Path, parts: Sequence[str]) -> bool:
+    """Whether a file's path ends with these parts; the last may lack the suffix."""
+    *folders, name = parts
+    return (name in (path.name, slide_name(path.name))) and path.parts[-len(parts) : -1] == tuple(folders)
+
+
+def _named_by_path(rows: Sequence[LabelRow], table: Path) -> set[str]:
+    """The files' names that rows with different paths share."""
+    paths = {(slide_name(row["slide"]), row["slide"].replace("\\", "/")) for row in rows}
+    several = {name for name, count in Counter(name for name, _ in paths).items() if count > 1}
+    if several:
+        logger.info("%s: %d names of files repeat: these slides are named by path", table.name, len(several))
+    return several
+
+
+def _tell_unused(table: Path, present: Sequence[str], wanted: Mapping[str, str | None]) -> None:
+    others = [heading for heading in present if heading and heading not in wanted.values()]
+    if others:
+        logger.info("%s: columns that are not used: %s", table.name, ", ".join(others))
+    for heading in others:
+        column = meant(heading) or next((known for known in OPTIONAL if plain(known) == plain(heading)), "")
+        name = OPTIONAL.get(column)
+        if name and not wanted[name]:
+            logger.warning(
+                "%s: column %r looks like the %s. HINT: --%s_column %r", table.name, heading, name, name, heading
+            )
+
+
+def _no_file(slide_id: str, row: LabelRow, places: Mapping[str, list[Path]]) -> str:
+    begin = [name for name in places if slide_id and name.startswith(slide_id)]
+    near = (begin + difflib.get_close_matches(slide_id, places, 3, 0.7))[:3]
+    nearest = f"nearest are {', '.join(dict.fromkeys(near))}; " if near else ""
+    return (
+        f"image must be a file, got none of that name in the folder (slide {slide_id}, {row.place}). HINT: {nearest}"
+        "--slide_column names the column with the file; or fetch it, or take the row out of the label file."
+    )
+
+
 def _patient(builder: CohortBuilder, row: LabelRow, column: str | None) -> str:
-    if column and not row["patient"]:
+    patient = row["patient"]
+    if column and (not patient or says_missing(patient)):
         builder.problems.append(
-            f"{column} must name the patient, got nothing ({row.place}). HINT: fill it in, or take the row out."
+            f"{column} must name the patient, got {repr(patient) if patient else 'nothing'} ({row.place}). "
+            "HINT: fill it in, or take the row out."
         )
-    return row["patient"]
+    return patient
 
 
 def _split(builder: CohortBuilder, row: LabelRow, column: str | None) -> str | None:
     if column is None:
         return None
-    split = SPLIT_ALIASES.get(row["split"], row["split"])
-    builder.require(row, column, split, SPLITS, "every slide has a split, or the column is left out")
+    split = split_of(row["split"]) or row["split"]
+    every = "every slide has a split, or the column is left out"
+    builder.require(row, column, split, SPLITS, split_hint(split) if split and not says_missing(split) else every)
     return split
 
 
 def _mpp(builder: CohortBuilder, row: LabelRow) -> float | None:
-    try:
-        return float(row["mpp"]) if row["mpp"] else None
-    except ValueError:
-        builder.problems.append(
-            f"mpp must be a number of um/px, got {row['mpp']!r} ({row.place}). HINT: leave it empty where unknown."
-        )
-        return None
+    mpp, problem = mpp_of(row["mpp"], row.decimal_comma, row.place)
+    if problem is not None:
+        builder.problems.append(problem)
+    return mpp

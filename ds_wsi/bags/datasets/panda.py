@@ -7,8 +7,9 @@ cohort's check lists every slide whose tags say nothing plausible.
 import re
 from pathlib import Path
 
-from ds_wsi.bags.datasets.table import CohortBuilder, LabelRow, read_names, read_table, require_folder, slide_name
+from ds_wsi.bags.datasets.table import CohortBuilder, LabelRow, read_names, read_table, require_folder
 from ds_wsi.bags.manifest import Manifest
+from ds_wsi.bags.tables.names import slide_name
 from ds_wsi.runtime.log import logger
 
 GRADES = ("0", "1", "2", "3", "4", "5")

@@ -5,22 +5,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ds_wsi.bags.delimited import read_delimited
-from ds_wsi.bags.manifest import SLIDE_ID_RULE, Manifest, ManifestError, SlideEntry, patient_problems
-
-# Of the formats that OpenSlide reads.
-IMAGE_SUFFIXES = (
-    *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".czi", ".dcm"),
-)
-# Files in which other projects keep what they computed of a slide, named like it.
-DERIVED_SUFFIXES = (".h5", ".pt")
+from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry, patient_problems
+from ds_wsi.bags.tables.labels import sorted_labels, spelling_problems
+from ds_wsi.bags.tables.names import is_slide_id, slide_name
+from ds_wsi.bags.tables.values import says_missing
 
 
 @dataclass(frozen=True)
 class LabelRow:
-    """One row of a label file: its values by column name, and where it is ("train.csv, row 3")."""
+    """One row of a label file: its values by column name, and where it is ("train.csv, row 3").
+
+    In a file with `decimal_comma` 0,25 is a number.
+    """
 
     values: Mapping[str, str]
     place: str
+    decimal_comma: bool = False
 
     def __getitem__(self, name: str) -> str:
         return self.values.get(name, "")
@@ -63,6 +63,7 @@ def read_table(path: str | Path, columns: Mapping[str, Sequence[str]], required:
         LabelRow(
             {name: line[heading] for name, heading in found.items() if heading is not None},
             f"{path.name}, row {line.line}",
+            line.decimal_comma,
         )
         for line in lines
     ]
@@ -71,13 +72,6 @@ def read_table(path: str | Path, columns: Mapping[str, Sequence[str]], required:
             f"labels {path}", [f"labels must hold at least one row, got none ({path.name}). HINT: fetch the file anew."]
         )
     return rows
-
-
-def slide_name(text: str) -> str:
-    """A slide's id from a file's name or path; barcodes hold dots, so that only known suffixes are cut."""
-    name = text.replace("\\", "/").rsplit("/", 1)[-1]
-    suffix = next((end for end in (*IMAGE_SUFFIXES, *DERIVED_SUFFIXES) if name.lower().endswith(end)), "")
-    return name[: len(name) - len(suffix)] if suffix else name
 
 
 def read_names(path: str | Path, columns: Sequence[str]) -> list[tuple[str, str]]:
@@ -91,6 +85,11 @@ def read_names(path: str | Path, columns: Sequence[str]) -> list[tuple[str, str]
         )
     lines = path.read_text(encoding="utf-8-sig").splitlines()
     return [(slide_name(line.strip()), f"{path.name}, row {n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def classes_in(rows: Iterable[LabelRow]) -> tuple[str, ...]:
+    """The labels found, sorted, numbers by value; a word for none (NA, unknown) is no class."""
+    return sorted_labels(row["label"] for row in rows if not says_missing(row["label"]))
 
 
 def require_folder(root: str | Path, one_of: Sequence[str], dataset: str) -> Path:
@@ -135,6 +134,19 @@ class CohortBuilder:
         self.problems.append(f"{name} must be one of {', '.join(known)}, got {value!r} ({row.place}). HINT: {hint}.")
         return False
 
+    def check_label(self, row: LabelRow, slide_id: str) -> None:
+        """Note a row without a label, or with a word that says so."""
+        label = row["label"]
+        if not label or says_missing(label):
+            self.problems.append(
+                f"label must be given, got {repr(label) if label else 'none'} (slide {slide_id}, {row.place}). "
+                "HINT: fill it in, or take the row out."
+            )
+
+    def check_spellings(self, rows: Iterable[LabelRow]) -> None:
+        """Note each class that the rows spell in several ways."""
+        self.problems += spelling_problems([row["label"] for row in rows])
+
     def add(
         self,
         row: LabelRow,
@@ -157,7 +169,7 @@ class CohortBuilder:
             patient_id: the slide's own id where left out.
             split, mpp, center: as of `SlideEntry`.
         """
-        if not SLIDE_ID_RULE.fullmatch(slide_id):
+        if not is_slide_id(slide_id):
             self.problems.append(
                 f"slide's name must be non-empty and fit for a file name, got {slide_id!r} ({row.place}). "
                 "HINT: correct the row."
@@ -190,8 +202,8 @@ class CohortBuilder:
         """
         problems = self.problems + patient_problems([slide for slide in self.slides if slide.split])
         if not problems and len({slide.label for slide in self.slides}) < 2:
-            found = ", ".join(sorted({self.classes[slide.label] for slide in self.slides})) or "none"
+            found = ", ".join(sorted({self.classes[slide.class_index] for slide in self.slides})) or "none"
             problems.append(f"labels must take at least two values, got {found}. HINT: give the whole label file.")
         if problems:
-            raise ManifestError(self.source, problems, self.slides)
+            raise ManifestError(self.source, problems)
         return Manifest(tuple(self.slides), self.classes, self.source)

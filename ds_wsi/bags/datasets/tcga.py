@@ -7,8 +7,9 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from ds_wsi.bags.datasets.table import IMAGE_SUFFIXES, CohortBuilder, LabelRow, has_column, read_table, slide_name
-from ds_wsi.bags.manifest import Manifest, ManifestError, sorted_labels
+from ds_wsi.bags.datasets.table import CohortBuilder, LabelRow, classes_in, has_column, read_table
+from ds_wsi.bags.manifest import Manifest, ManifestError
+from ds_wsi.bags.tables.names import IMAGE_SUFFIXES, slide_name
 from ds_wsi.runtime.log import logger
 
 BARCODE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(-.+)?")
@@ -51,8 +52,8 @@ def read_tcga(
         kept = {row["slide"][:PATIENT_CHARACTERS]: row for row in sorted(rows, key=lambda row: row["slide"])[::-1]}
         logger.info("TCGA: %d further slides of a patient left out", len(rows) - len(kept))
         rows = [row for row in rows if kept[row["slide"][:PATIENT_CHARACTERS]] is row]
-    classes = sorted_labels(row["label"] for row in rows)
-    builder = CohortBuilder(f"TCGA in {root}", classes)
+    builder = CohortBuilder(f"TCGA in {root}", classes_in(rows))
+    builder.check_spellings(rows)
     for row in rows:
         slide_id = slide_name(row["slide"])
         _check(builder, row)
@@ -120,10 +121,7 @@ def _folders(root: Path, places: dict[str, list[Path]]) -> list[LabelRow]:
 
 def _check(builder: CohortBuilder, row: LabelRow) -> None:
     slide_id = slide_name(row["slide"])
-    if not row["label"]:
-        builder.problems.append(
-            f"label must be given, got none (slide {slide_id}, {row.place}). HINT: fill it in, or take the row out."
-        )
+    builder.check_label(row, slide_id)
     if not BARCODE.fullmatch(slide_id):
         builder.problems.append(
             f"slide must be named by its barcode, TCGA-XX-XXXX-..., got {slide_id!r} ({row.place}). "

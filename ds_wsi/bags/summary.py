@@ -1,0 +1,74 @@
+"""A cohort told in one block: slides, patients, labels and tiles of each split; and the classes a split lacks."""
+
+from collections.abc import Sequence
+
+from ds_wsi.bags.manifest import Manifest, SlideEntry
+from ds_wsi.bags.tables.values import SPLITS
+from ds_wsi.runtime.log import logger
+
+SHOWN_CLASSES = 30
+
+
+def log_cohort(manifest: Manifest, lengths: Sequence[int] = ()) -> None:
+    """Log the block, and warn of classes that training or test lacks.
+
+    Args:
+        manifest: with its splits, where it has some.
+        lengths: tiles of each slide, where they are known.
+    """
+    logger.info("%s:\n%s", manifest.source, cohort_table(manifest, lengths))
+    for problem in class_warnings(manifest):
+        logger.warning("%s: %s", manifest.source, problem)
+
+
+def cohort_table(manifest: Manifest, lengths: Sequence[int] = ()) -> str:
+    """The block: a column a split and one of all, aligned; see `log_cohort`."""
+    slides = manifest.slides
+    rows_of = {split: [row for row, slide in enumerate(slides) if slide.split == split] for split in SPLITS}
+    columns = {split: rows for split, rows in rows_of.items() if rows}
+    # Several columns add up to it; of one split alone it would be that again.
+    if len(columns) != 1 or len(next(iter(columns.values()))) < len(slides):
+        columns["all"] = list(range(len(slides)))
+    lines = [("", *columns)]
+    lines.append(("slides", *(str(len(rows)) for rows in columns.values())))
+    lines.append(("patients", *(str(len({slides[row].patient_id for row in rows})) for rows in columns.values())))
+    for index, name in enumerate(manifest.classes[:SHOWN_CLASSES]):
+        lines.append((f"label {name}", *(_count(slides, rows, index) for rows in columns.values())))
+    if len(manifest.classes) > SHOWN_CLASSES:
+        lines.append((f"({len(manifest.classes) - SHOWN_CLASSES} more labels)", *("" for _ in columns)))
+    if any(slide.label is None for slide in slides):
+        lines.append(("no label", *(_count(slides, rows, None) for rows in columns.values())))
+    if lengths:
+        taken = [[lengths[row] for row in rows] for rows in columns.values()]
+        lines.append(("tiles", *(str(sum(own)) for own in taken)))
+        lines.append(("tiles a slide", *(f"{min(own)} to {max(own)}" for own in taken)))
+    return _aligned(lines)
+
+
+def class_warnings(manifest: Manifest) -> list[str]:
+    """Classes without slides to train on, which are not learned, or to test on, which are not measured."""
+    train, test = manifest.in_split("train"), manifest.in_split("test")
+    if not train:
+        return []
+    found = []
+    trained, tested = ({slide.label for slide in part} for part in (train, test))
+    for index, name in enumerate(manifest.classes):
+        if index not in trained:
+            others = [split for split in SPLITS[1:] if any(s.label == index for s in manifest.in_split(split))]
+            where = f"occurs in {' and '.join(others)} alone" if others else "has no slide"
+            found.append(f"class {name} {where}: nothing is learned of it. HINT: another split, or take its rows out")
+        elif test and index not in tested:
+            found.append(f"class {name} has no slide in the test split, which leaves its metrics undefined")
+    return found
+
+
+def _count(slides: Sequence[SlideEntry], rows: Sequence[int], label: int | None) -> str:
+    return str(sum(slides[row].label == label for row in rows))
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  " + "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )

@@ -1,0 +1,59 @@
+"""Paths of slides in a table: where they start, and what to do about those that lead nowhere."""
+
+import os
+import re
+from pathlib import Path
+
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def path_problem(text: str, folder: Path, place: str) -> str | None:
+    """What is wrong with a slide's path, and what to write; None where it is a file's.
+
+    Args:
+        text: as the table has it.
+        folder: where relative paths start.
+        place: for the message.
+    """
+    path = folder / text
+    if text and path.is_file():
+        return None
+    start = f"relative paths start at the manifest's folder, {folder}"
+    rule = f"path must be a file, got {text!r}, which is none under {folder} ({place})"
+    if not text:
+        return f"{rule}. HINT: {start}"
+    if os.sep == "/" and (_DRIVE.match(text) or "\\" in text):
+        return f"path must be written with /, got {text!r} ({place}). HINT: {_of_windows(text, folder)}"
+    if _ELSEWHERE.match(text):
+        return f"path must be a file of this machine, got {text!r} ({place}). HINT: fetch the slides first"
+    if text.startswith(("~", "$")):
+        return f"path must be written out, got {text!r} ({place}). HINT: write {_written_out(text)}"
+    if path.is_dir():
+        return f"{rule}. HINT: it is a folder; write the slide's file in it"
+    if not Path(text).is_absolute() and Path(text).is_file():
+        instead = os.path.relpath(Path.cwd() / text, folder.absolute())
+        return f"{rule}. HINT: {start}; in the present folder it exists: write {instead}"
+    near = _other_case(path)
+    if near is not None:
+        return f"{rule}. HINT: there is {near.name}, of which case counts"
+    return f"{rule}. HINT: {start}" if not Path(text).is_absolute() else f"{rule}. HINT: correct the path"
+
+
+def _of_windows(text: str, folder: Path) -> str:
+    if _DRIVE.match(text):
+        return "it is a path of Windows; write where the file is on this machine"
+    slashes = text.replace("\\", "/")
+    return f"write {slashes}" + ("" if (folder / slashes).is_file() else f", starting at {folder}")
+
+
+def _written_out(text: str) -> str:
+    found = os.path.expandvars(os.path.expanduser(text))
+    return found if found != text else "the whole path"
+
+
+def _other_case(path: Path) -> Path | None:
+    """The file whose name differs in case alone."""
+    if not path.parent.is_dir():
+        return None
+    return next((entry for entry in path.parent.iterdir() if entry.name.lower() == path.name.lower()), None)
