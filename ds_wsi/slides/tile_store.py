@@ -141,7 +141,7 @@ def _encode(tile: np.ndarray, quality: int) -> bytes:
 
 def _header(grid: TileGrid, slide_path: Path, quality: int) -> dict[str, Any]:
     """What a store is known by: another grid, slide file or quality is another store."""
-    names = [field.name for field in fields(grid) if field.name not in ("coords", "policy", "source")]
+    names = [field.name for field in fields(grid) if field.name not in ("coords", "policy", "source", "tissue")]
     return {
         "format": FORMAT,
         "version": VERSION,
