@@ -11,7 +11,7 @@ from ds_wsi.norms import NormPolicy
 from ds_wsi.partition.plan import PartitionPlan
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.units import parse_bytes
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.tiling import TilingPolicy, stored_tiling
 from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.tile_parallel.policy import TileParallelPolicy
 
@@ -72,6 +72,8 @@ def _policy(kind: Any, values: Any, key: str) -> Any:
         raise ValueError(f"{key} must be an object, got {values!r}")
     if kind is PartitionPolicy and "plan" in values:
         return _plan(values, key)
+    if kind is TilingPolicy:
+        values = stored_tiling(values, key)
     defaults = kind()
     known = {entry.name: getattr(defaults, entry.name) for entry in fields(kind)}
     _require_known(values, known, key)

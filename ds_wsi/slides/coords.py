@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from ds_wsi.runtime.files import atomic_path
 from ds_wsi.runtime.fingerprint import Fingerprint
 from ds_wsi.slides.slide import Slide, SlideError
-from ds_wsi.slides.tiling import TileGrid, TilingPolicy, plan_level
+from ds_wsi.slides.tiling import TileGrid, TilingPolicy, TissueFound, plan_level, stored_tiling
 
 FORMAT, VERSION = "ds_wsi.TileGrid", "1"
 # (um/px below which a slide has it, magnification), as TRIDENT names them.
@@ -31,7 +31,9 @@ def write_grid(grid: TileGrid, path: str | Path, slide: Fingerprint | None = Non
         path: of the file.
         slide: fingerprint of the slide's file, by which the grid is known again.
     """
-    values = {field.name: getattr(grid, field.name) for field in fields(grid) if field.name not in ("coords", "policy")}
+    apart = ("coords", "policy", "tissue")
+    values = {field.name: getattr(grid, field.name) for field in fields(grid) if field.name not in apart}
+    values["tissue"] = None if grid.tissue is None else asdict(grid.tissue)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -62,9 +64,11 @@ def read_grid(path: str | Path) -> TileGrid:
         found = f"{metadata.get('format')} {metadata.get('version')}"
         raise SlideError(f"tile grid must be of format {FORMAT} {VERSION}, got {found} ({path}). HINT: delete it.")
     try:
-        policy = json.loads(metadata["policy"])
+        policy, values = stored_tiling(json.loads(metadata["policy"])), json.loads(metadata["grid"])
         policy["grey_range"] = tuple(policy["grey_range"])
-        return TileGrid(coords=coords, policy=TilingPolicy(**policy), **json.loads(metadata["grid"]))
+        found = values.pop("tissue", None)
+        tissue = None if found is None else TissueFound(**found)
+        return TileGrid(coords=coords, policy=TilingPolicy(**policy), tissue=tissue, **values)
     except (KeyError, TypeError, ValueError) as error:
         raise SlideError(
             f"tile grid must have the fields of {FORMAT}, got {error!r} ({path}). HINT: delete it."

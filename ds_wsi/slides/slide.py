@@ -1,40 +1,46 @@
-"""A slide file, opened with OpenSlide: its geometry, its resolution, its tiles."""
+"""A slide file: its geometry, its resolution, its tiles."""
 
 import math
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import openslide
 from PIL import Image
 
-PLAUSIBLE_MPP = (0.05, 10.0)  # um/px at level 0: from 100x oil immersion to a macro camera
+from ds_wsi.runtime.log import logger
+from ds_wsi.slides.errors import SlideError, TileReadError
+from ds_wsi.slides.plain import RESOLUTION_SOURCE
+from ds_wsi.slides.readers import READ_ERRORS, open_handle
+
+__all__ = ["Slide", "SlideCache", "SlideError", "TileReadError"]
+
+# um/px at level 0 that a file is believed: scanners have 0.12 (80x) to 2 (5x), and converters wrote values 10 times too
+# small (0.05 for 0.5, 0.1 for 1) and too large (2.5 for 0.25, 5 for 0.5).
+PLAUSIBLE_MPP = (0.11, 2.1)
+POSSIBLE_MPP = (0.05, 10.0)  # that a user may say: from 100x oil immersion to a macro camera
+SAME_MPP = 0.05  # mpp-x and mpp-y may differ by: square tiles are squares of tissue
 MPP_HINT = "HINT: give the true value in the manifest's `mpp` column, or with --slide_mpp."
 CM_IN_UM, INCH_IN_UM = 10_000.0, 25_400.0
 OVERVIEW_BLOCK_PX = 2048  # of the level read at a time: bounds the memory of an overview
+GAP_PX = 256  # of level 0: an unreadable part of an overview is narrowed down to this
+MAX_FAILED_READS = 500  # of an overview: after them, unreadable parts are no longer narrowed down
 
 
-class SlideError(ValueError):
-    """A slide that cannot be used; the message names it, the reason and the remedy."""
-
-
-class TileReadError(SlideError):
-    """A tile that could not be read.
+class Overview(NamedTuple):
+    """A slide as a picture.
 
     Attributes:
-        slide_id, x, y: which, level-0 px.
-        cause: the error below.
+        pixels: uint8 [H, W, 3].
+        downsample: level-0 px a pixel.
+        unreadable: bool [H, W], the pixels of which the file could not be read, which are in the background's colour.
     """
 
-    def __init__(self, slide_id: str, x: int, y: int, cause: Exception) -> None:
-        self.slide_id, self.x, self.y, self.cause = slide_id, x, y, cause
-        super().__init__(f"tile at ({x}, {y}) of slide {slide_id} must be readable, got {cause}")
-
-    def __reduce__(self) -> tuple[type, tuple[str, int, int, Exception]]:
-        # An exception is pickled with its message as the only argument, which this class could not be made from.
-        return type(self), (self.slide_id, self.x, self.y, self.cause)
+    pixels: np.ndarray
+    downsample: float
+    unreadable: np.ndarray
 
 
 class Slide:
@@ -42,20 +48,26 @@ class Slide:
 
     Args:
         path: of the file.
-        mpp: um/px at level 0, where the file's own is missing or wrong.
+        mpp: um/px at level 0, which goes before the file's own.
         slide_id: names the slide in messages; by default the file's stem.
         cache_bytes: of decoded data that OpenSlide keeps for this slide.
+        fallback_mpp: um/px at level 0 where the file tells none that can be used.
 
     Raises:
-        SlideError: no file, no slide, or a slide that OpenSlide cannot open.
+        SlideError: no file, no slide, or a slide that cannot be opened.
     """
 
     def __init__(
-        self, path: str | Path, mpp: float | None = None, slide_id: str | None = None, cache_bytes: int = 2**25
+        self,
+        path: str | Path,
+        mpp: float | None = None,
+        slide_id: str | None = None,
+        cache_bytes: int = 2**25,
+        fallback_mpp: float | None = None,
     ) -> None:
         self.path = Path(path)
         self.slide_id = slide_id or self.path.stem
-        self._mpp = mpp
+        self._mpp, self._fallback_mpp = mpp, fallback_mpp
         self._cache_bytes = cache_bytes
         self._handle: Any = None
         handle = self._open()
@@ -80,15 +92,7 @@ class Slide:
     def _open(self) -> Any:
         if self._handle is not None:
             return self._handle
-        where = f"(slide {self.slide_id}, {self.path})"
-        if not self.path.is_file():
-            raise SlideError(f"slide must be a file, got none {where}. HINT: check the manifest's `path`.")
-        try:
-            self._handle = openslide.OpenSlide(str(self.path))
-        except openslide.OpenSlideUnsupportedFormatError as error:
-            raise SlideError(f"slide must be in a format of OpenSlide's, got none of them {where}") from error
-        except openslide.OpenSlideError as error:
-            raise SlideError(f"slide must be readable by OpenSlide, got {error} {where}") from error
+        self._handle = open_handle(self.path, self.slide_id)
         self._handle.set_cache(openslide.OpenSlideCache(self._cache_bytes))
         return self._handle
 
@@ -104,22 +108,15 @@ class Slide:
 
     @property
     def mpp(self) -> float:
-        """Resolution of level 0, um/px.
+        """Resolution of level 0, um/px: the override's, else the file's own, else the fallback's.
 
         Raises:
-            SlideError: the file names none and no override was given, or the value is implausible.
+            SlideError: there is none, or it is implausible, or the file's pixels are no squares.
         """
-        value, source = self._found_mpp()
-        low, high = PLAUSIBLE_MPP
-        if value is None:
-            raise SlideError(
-                f"slide must tell its resolution, got no mpp (slide {self.slide_id}, {self.path}). {MPP_HINT}"
-            )
-        if not low <= value <= high:
-            raise SlideError(
-                f"mpp must be in [{low}, {high}] um/px to be plausible, got {value:g} from {source} "
-                f"(slide {self.slide_id}, {self.path}). {MPP_HINT}"
-            )
+        value, source, problem = self._found_mpp()
+        if problem:
+            raise SlideError(f"{problem} (slide {self.slide_id}, {self.path}). {MPP_HINT}")
+        assert value is not None, source
         return value
 
     @property
@@ -127,17 +124,37 @@ class Slide:
         """Where the resolution comes from."""
         return self._found_mpp()[1]
 
-    def _found_mpp(self) -> tuple[float | None, str]:
+    @property
+    def uses_fallback_mpp(self) -> bool:
+        """Whether the file tells no resolution that can be used, and the fallback serves."""
+        return self.mpp_source == FALLBACK
+
+    def _found_mpp(self) -> tuple[float | None, str, str]:
+        """The value, its source, and what is wrong with it, or an empty string."""
         if self._mpp is not None:
-            return self._mpp, "the override"
-        found = [_number(self._properties.get(f"openslide.mpp-{axis}")) for axis in "xy"]
-        if found[0] and found[1]:
-            return (found[0] + found[1]) / 2, "openslide.mpp-x and -y"
+            return self._mpp, OVERRIDE, _mpp_problem(self._mpp, self._mpp, OVERRIDE, POSSIBLE_MPP)
+        x, y, source = self._told_mpp()
+        problem = "slide must tell its resolution, got no mpp"
+        if x is not None and y is not None:
+            problem = _mpp_problem(x, y, source, PLAUSIBLE_MPP)
+            if not problem:
+                return (x + y) / 2, source, ""
+        given = self._fallback_mpp
+        if given is not None:
+            return given, FALLBACK, _mpp_problem(given, given, FALLBACK, POSSIBLE_MPP)
+        return x, source, problem
+
+    def _told_mpp(self) -> tuple[float | None, float | None, str]:
+        """What the file tells along x and y, and where."""
+        x, y = (_number(self._properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
+        if x and y:
+            return x, y, "openslide.mpp-x and -y"
         unit = {"centimeter": CM_IN_UM, "inch": INCH_IN_UM}.get(self._properties.get("tiff.ResolutionUnit", ""))
-        per_unit = _number(self._properties.get("tiff.XResolution"))
-        if unit and per_unit:
-            return unit / per_unit, "the TIFF resolution tags"
-        return None, "nothing"
+        a_unit = _number(self._properties.get("tiff.XResolution"))
+        if unit and a_unit:
+            along_y = _number(self._properties.get("tiff.YResolution")) or a_unit
+            return unit / a_unit, unit / along_y, self._properties.get(RESOLUTION_SOURCE, "the TIFF resolution tags")
+        return None, None, "nothing"
 
     def read_tile(
         self, x: int, y: int, level: int, read_size_px: int, tile_size_px: int, out: np.ndarray | None = None
@@ -155,7 +172,7 @@ class Slide:
             uint8 [tile_size_px, tile_size_px, 3], transparent pixels in the slide's background colour.
 
         Raises:
-            TileReadError: OpenSlide failed; the next read opens the file anew, for the old handle is dead.
+            TileReadError: the reader failed; the next read opens the file anew, for the old handle is dead.
         """
         shape = (tile_size_px, tile_size_px, 3)
         if out is None:
@@ -169,7 +186,7 @@ class Slide:
             )
         try:
             region = self._open().read_region((int(x), int(y)), level, (read_size_px, read_size_px))
-        except (openslide.OpenSlideError, SlideError) as error:
+        except (*READ_ERRORS, SlideError) as error:
             self.close()
             raise TileReadError(self.slide_id, x, y, error) from error
         tile = self._opaque(region)
@@ -192,7 +209,7 @@ class Slide:
         return self.read_overview_downsampled(max(1.0, mpp / self.mpp))
 
     def read_overview_downsampled(self, downsample: float) -> tuple[np.ndarray, float]:
-        """The whole slide, box-averaged, in bounded memory whatever its levels are.
+        """The whole slide, box-averaged, in bounded memory whatever its levels are; warns of unreadable parts.
 
         Args:
             downsample: level-0 px a pixel of the overview, at least 1.
@@ -200,38 +217,118 @@ class Slide:
         Returns:
             uint8 [ceil(height / downsample), ceil(width / downsample), 3], whose pixel (i, j) covers level-0 rows
             from i * downsample and columns from j * downsample; and the downsample.
+
+        Raises:
+            SlideError: no part of it can be read.
+        """
+        pixels, downsample, _ = self.read_overview_with_gaps(downsample)
+        return pixels, downsample
+
+    def read_overview_with_gaps(self, downsample: float) -> Overview:
+        """As `read_overview_downsampled`, and which pixels could not be read.
+
+        Where a part of a level is broken, the levels above it are tried; what none of them has is narrowed down to
+        pieces of 256 px.
         """
         handle = self._open()
         level = handle.get_best_level_for_downsample(downsample + 1e-6)
-        shrink = downsample / self.level_downsamples[level]
-        step = max(1, int(OVERVIEW_BLOCK_PX / shrink))
+        step = max(1, int(OVERVIEW_BLOCK_PX * self.level_downsamples[level] / downsample))
         height, width = math.ceil(self.height_px / downsample), math.ceil(self.width_px / downsample)
         overview = np.empty((height, width, 3), dtype=np.uint8)
+        overview[:] = self._background.astype(np.uint8)
+        reader = _OverviewReader(self, downsample, overview)
         for top in range(0, height, step):
             for left in range(0, width, step):
-                rows, columns = min(step, height - top), min(step, width - left)
-                overview[top : top + rows, left : left + columns] = self._block(
-                    left * downsample, top * downsample, level, shrink, rows, columns
-                )
-        return overview, downsample
+                reader.fill(top, left, min(step, height - top), min(step, width - left), level)
+        if reader.unreadable.any():
+            self._tell_gaps(reader)
+        return Overview(overview, downsample, reader.unreadable)
 
-    def _block(self, x: float, y: float, level: int, shrink: float, rows: int, columns: int) -> np.ndarray:
-        """Box-average the level's pixels from (x, y) (level-0 px) to [rows, columns, 3]."""
-        size = (math.ceil(columns * shrink) + 1, math.ceil(rows * shrink) + 1)
-        try:
-            region = self._open().read_region((int(x), int(y)), level, size)
-        except openslide.OpenSlideError as error:
-            self.close()
+    def _tell_gaps(self, reader: "_OverviewReader") -> None:
+        where = f"(slide {self.slide_id}, {self.path})"
+        if reader.unreadable.all():
             raise SlideError(
-                f"slide must be readable for its overview, got {error} near ({int(x)}, {int(y)}) "
-                f"(slide {self.slide_id}, {self.path})"
-            ) from error
+                f"slide must be readable for its overview, got {reader.reason} {where}. HINT: replace the file; "
+                "--skip_bad_slides leaves it out."
+            )
+        y, x = (int(place[0] * reader.downsample) for place in reader.unreadable.nonzero())
+        logger.warning(
+            "slide %s: %.2g%% of it could not be read for its overview, the first near (%d, %d): %s (%s)",
+            *(self.slide_id, 100 * reader.unreadable.mean(), x, y, reader.reason, self.path),
+        )
+
+    def _block(self, x: float, y: float, level: int, downsample: float, rows: int, columns: int) -> np.ndarray:
+        """Box-average the level's pixels from (x, y) (level-0 px) to [rows, columns, 3]; READ_ERRORS pass through."""
+        shrink = downsample / self.level_downsamples[level]
+        size = (math.ceil(columns * shrink) + 1, math.ceil(rows * shrink) + 1)
+        region = self._open().read_region((int(x), int(y)), level, size)
         # The read starts on a whole level-0 pixel; the box starts where the overview's pixel does.
         offset = [(value - int(value)) / self.level_downsamples[level] for value in (x, y)]
         box = (offset[0], offset[1], offset[0] + columns * shrink, offset[1] + rows * shrink)
         box = (box[0], box[1], min(box[2], size[0]), min(box[3], size[1]))
         picture = Image.fromarray(np.ascontiguousarray(self._opaque(region)))
         return np.asarray(picture.resize((columns, rows), Image.Resampling.BOX, box=box))
+
+
+class _OverviewReader:
+    """Fills an overview block by block, and marks what cannot be read.
+
+    Args:
+        slide: to read.
+        downsample: of the overview.
+        overview: uint8 [H, W, 3], written to.
+    """
+
+    def __init__(self, slide: Slide, downsample: float, overview: np.ndarray) -> None:
+        self.slide, self.downsample, self.overview = slide, downsample, overview
+        self.unreadable = np.zeros(overview.shape[:2], dtype=bool)
+        self.n_failed, self.reason = 0, ""
+
+    def fill(self, top: int, left: int, rows: int, columns: int, level: int) -> None:
+        """Read a block from a level, and where it is broken its quarters, and in the end those of finer levels."""
+        place = slice(top, top + rows), slice(left, left + columns)
+        side_px = max(rows, columns) * self.downsample / self.slide.level_downsamples[level]
+        # Of a finer level a block may be large: it is divided before it is read.
+        if side_px <= 2 * OVERVIEW_BLOCK_PX:
+            x, y = left * self.downsample, top * self.downsample
+            try:
+                self.overview[place] = self.slide._block(x, y, level, self.downsample, rows, columns)
+                return
+            except READ_ERRORS as error:
+                self.slide.close()  # the handle is dead
+                self.n_failed, self.reason = self.n_failed + 1, str(error)
+            if self.n_failed > MAX_FAILED_READS:
+                self.unreadable[place] = True
+                return
+        if side_px > GAP_PX and max(rows, columns) > 1:
+            self._fill_quarters(top, left, rows, columns, level)
+        elif level > 0:
+            self.fill(top, left, rows, columns, level - 1)
+        else:
+            self.unreadable[place] = True
+
+    def _fill_quarters(self, top: int, left: int, rows: int, columns: int, level: int) -> None:
+        upper, first = max(1, rows // 2), max(1, columns // 2)
+        for start, n_rows in ((0, upper), (upper, rows - upper)):
+            for begin, n_columns in ((0, first), (first, columns - first)):
+                if n_rows and n_columns:
+                    self.fill(top + start, left + begin, n_rows, n_columns, level)
+
+
+OVERRIDE, FALLBACK = "the override", "--slide_mpp"
+
+
+def _mpp_problem(x: float, y: float, source: str, bounds: tuple[float, float]) -> str:
+    """What is wrong with a resolution, or an empty string."""
+    low, high = bounds
+    if abs(x - y) > SAME_MPP * abs(min(x, y)):
+        return f"pixels must be square, within {SAME_MPP:.0%}, got {x:g} x {y:g} um from {source}"
+    value = (x + y) / 2
+    if low <= value <= high:
+        return ""
+    words = f"mpp must be in [{low}, {high}] um/px to be plausible, got {value:g} from {source}"
+    near = next((value * factor for factor in (10, 0.1) if 0.2 <= value * factor <= 1.05), None)
+    return f"{words}; is {near:g} meant?" if near and bounds == PLAUSIBLE_MPP else words
 
 
 def _number(text: str | None) -> float | None:

@@ -162,7 +162,7 @@ def _require_ours(path: Path, slide_id: str) -> None:
 def _header(grid: TileGrid, slide_path: Path, quality: int) -> dict[str, Any]:
     """What a store is known by: another grid, slide file or quality is another store."""
     found = slide_fingerprint(slide_path)
-    names = [field.name for field in fields(grid) if field.name not in ("coords", "policy", "source")]
+    names = [field.name for field in fields(grid) if field.name not in ("coords", "policy", "source", "tissue")]
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -1,18 +1,21 @@
 """Which tiles a slide has: a grid at a requested resolution, kept where there is tissue."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ds_wsi.runtime.log import logger
+from ds_wsi.slides.masks import mask_name, read_mask
 from ds_wsi.slides.slide import Slide, SlideError
-from ds_wsi.slides.tissue import tile_fractions, tissue_mask
+from ds_wsi.slides.tissue import TISSUE_RULES, TISSUE_VERSION, grey_mask, tile_fractions, tissue_mask
 
 MPP_TOLERANCE = 0.02  # scanners call 0.499 um/px "20x": nearer than this, pixels are taken as they are
 MASK_CELLS_PER_TILE = 16  # along a side, at least: the mask resolves a tile however small it is
+MAX_UNREADABLE = 0.5  # of a slide's tiles
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,11 @@ class TilingPolicy:
         min_tissue_fraction: of a tile's area that must be tissue, in [0, 1].
         overview_mpp: resolution of the tissue mask, um/px; finer where a tile has fewer than 16 of its pixels a side.
         grey_range: grey values that can be tissue, both ends included.
-        use_saturation: whether tissue must also be above Otsu's threshold on saturation.
+        tissue: the rule that finds tissue: "auto", by the colour of the slide's own glass (see `auto_mask`); "grey", by
+            the grey range alone; "otsu", in the grey range and above Otsu's threshold on saturation; "none", every tile
+            is taken.
+        tissue_version: of the rule "auto": a model's tiles stay what they were when a later version changes it.
+        use_saturation: as earlier versions had it: True is "otsu", False is "grey".
     """
 
     tile_size_px: int = 256
@@ -33,10 +40,21 @@ class TilingPolicy:
     min_tissue_fraction: float = 0.6
     overview_mpp: float = 8.0
     grey_range: tuple[int, int] = (3, 230)
-    use_saturation: bool = True
+    tissue: str = "auto"
+    tissue_version: int = TISSUE_VERSION
+    use_saturation: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, use_saturation: bool | None) -> None:
         """Refuse what cannot be tiled with."""
+        if use_saturation is not None:
+            object.__setattr__(self, "tissue", "otsu" if use_saturation else "grey")
+        if self.tissue not in TISSUE_RULES:
+            raise ValueError(f"tissue must be one of {', '.join(TISSUE_RULES)}, got {self.tissue!r}")
+        if self.tissue_version != TISSUE_VERSION:
+            raise ValueError(
+                f"tissue_version must be {TISSUE_VERSION}, got {self.tissue_version}. HINT: install the version of "
+                "ds_wsi that made it."
+            )
         if self.tile_size_px < 1:
             raise ValueError(f"tile_size_px must be at least 1, got {self.tile_size_px}")
         for name in ("mpp", "overview_mpp"):
@@ -46,6 +64,40 @@ class TilingPolicy:
             raise ValueError(f"min_tissue_fraction must be in [0, 1], got {self.min_tissue_fraction}")
         if len(self.grey_range) != 2 or not 0 <= self.grey_range[0] <= self.grey_range[1] <= 255:
             raise ValueError(f"grey_range must be two rising values in [0, 255], got {self.grey_range}")
+
+
+def stored_tiling(values: Mapping[str, Any], key: str = "tiling") -> dict[str, Any]:
+    """A policy's fields as a file has them, in today's names: `use_saturation` of earlier versions becomes `tissue`.
+
+    Raises:
+        ValueError: `use_saturation` is no truth value; names it below `key`.
+    """
+    found = dict(values)
+    if "use_saturation" in found:
+        used = found.pop("use_saturation")
+        if not isinstance(used, bool):
+            raise ValueError(f"{key}.use_saturation must be of type bool, got {used!r}")
+        found.setdefault("tissue", "otsu" if used else "grey")
+    return found
+
+
+@dataclass(frozen=True)
+class TissueFound:
+    """What a slide was found to hold.
+
+    Attributes:
+        share: of the scanned area that is tissue.
+        grey_share: of the scanned area that is in the grey range; what a mask from outside is not measured against.
+        n_whole: whole tiles of the scanned area, of which the grid's are those with enough tissue.
+        n_unreadable: tiles of the grid that are there only because their part of the overview could not be read.
+        mask: the file that said what is tissue, with its checksum, or empty.
+    """
+
+    share: float
+    grey_share: float | None
+    n_whole: int
+    n_unreadable: int = 0
+    mask: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +115,7 @@ class TileGrid:
         slide_width_px, slide_height_px: of level 0.
         policy: that chose them.
         source: ds_wsi, or whose coordinates were imported.
+        tissue: what was found; None of imported grids, and of those that earlier versions wrote.
     """
 
     slide_id: str
@@ -77,6 +130,7 @@ class TileGrid:
     slide_height_px: int
     policy: TilingPolicy
     source: str = "ds_wsi"
+    tissue: TissueFound | None = None
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -120,11 +174,19 @@ def plan_coords(bounds: tuple[int, int, int, int], tile_size_level0_px: float) -
     return grid.reshape(-1, 2)
 
 
-def tile_slide(slide: Slide, policy: TilingPolicy) -> TileGrid:
+def tile_slide(slide: Slide, policy: TilingPolicy, mask: Path | None = None) -> TileGrid:
     """Tile a slide: the whole tiles of the scanned area with enough tissue.
 
+    A tile whose part of the overview could not be read may be tissue: it is kept, and fails when it is read.
+
+    Args:
+        slide: open.
+        policy: how.
+        mask: a file that says where tissue is, in place of the policy's rule; see `read_mask`.
+
     Raises:
-        SlideError: no resolution, smaller than a tile, or no tile with enough tissue.
+        SlideError: no resolution, smaller than a tile, no tile with enough tissue, most of it unreadable, or a mask
+            that is none of this slide's.
     """
     plan = plan_level(slide.mpp, slide.level_downsamples, policy.mpp, policy.tile_size_px)
     if policy.mpp < slide.mpp / (1 + MPP_TOLERANCE):
@@ -137,15 +199,10 @@ def tile_slide(slide: Slide, policy: TilingPolicy) -> TileGrid:
     if not len(coords):
         raise SlideError(
             f"slide must hold a tile of {plan.tile_size_level0_px:g} px at level 0, got {slide.width_px} x "
-            f"{slide.height_px} px {where}. HINT: a smaller --tile_size_px, or take it out of the manifest."
+            f"{slide.height_px} px {where}. HINT: take it out of the manifest, or leave it out with --skip_bad_slides; "
+            "a smaller tile_size_px fits."
         )
-    fractions = _fractions(slide, policy, plan, coords)
-    kept = coords[fractions >= policy.min_tissue_fraction]
-    if not len(kept):
-        raise SlideError(
-            f"slide must have a tile with {policy.min_tissue_fraction:.0%} tissue, got at most {fractions.max():.1%} "
-            f"in {len(coords)} tiles {where}. HINT: a lower --min_tissue_fraction, or take it out of the manifest."
-        )
+    kept, found = _with_tissue(slide, policy, plan, coords, mask, where)
     return TileGrid(
         slide_id=slide.slide_id,
         coords=kept,
@@ -158,11 +215,81 @@ def tile_slide(slide: Slide, policy: TilingPolicy) -> TileGrid:
         slide_width_px=slide.width_px,
         slide_height_px=slide.height_px,
         policy=policy,
+        tissue=found,
     )
 
 
-def _fractions(slide: Slide, policy: TilingPolicy, plan: LevelPlan, coords: np.ndarray) -> np.ndarray:
-    finest = plan.tile_size_level0_px * slide.mpp / MASK_CELLS_PER_TILE
-    overview, downsample = slide.read_overview(min(policy.overview_mpp, finest))
-    mask = tissue_mask(overview, policy.grey_range, policy.use_saturation)
-    return tile_fractions(mask, coords / downsample, plan.tile_size_level0_px / downsample)
+def _with_tissue(
+    slide: Slide, policy: TilingPolicy, plan: LevelPlan, coords: np.ndarray, mask: Path | None, where: str
+) -> tuple[np.ndarray, TissueFound]:
+    """The tiles with enough tissue, and what was found."""
+    if policy.tissue == "none" and mask is None:
+        return coords, TissueFound(1.0, None, len(coords))
+    tissue = find_tissue(slide, policy, mask, plan.tile_size_level0_px)
+    corners, side = coords / tissue.downsample, plan.tile_size_level0_px / tissue.downsample
+    fractions = tile_fractions(tissue.mask, corners, side)
+    enough = fractions >= policy.min_tissue_fraction
+    maybe = tile_fractions(tissue.mask | tissue.unreadable, corners, side) >= policy.min_tissue_fraction
+    if not maybe.any():
+        raise SlideError(
+            f"slide must have a tile with {policy.min_tissue_fraction:.0%} tissue, got at most {fractions.max():.1%} "
+            f"in {len(coords)} tiles {where}. HINT: a lower --min_tissue_fraction, another --tissue, a mask of your "
+            "own with --tissue_masks, or take it out of the manifest."
+        )
+    n_unreadable = int((maybe & ~enough).sum())
+    if n_unreadable > MAX_UNREADABLE * maybe.sum():
+        raise SlideError(
+            f"slide must be readable for its overview in most tiles, got {n_unreadable} of {maybe.sum()} that are not "
+            f"{where}. HINT: replace the file; --skip_bad_slides leaves it out."
+        )
+    share, grey_share = tissue.shares(slide)
+    return coords[maybe], TissueFound(
+        share, grey_share, len(coords), n_unreadable, "" if mask is None else mask_name(mask)
+    )
+
+
+class SlideTissue(NamedTuple):
+    """A slide's tissue.
+
+    Attributes:
+        mask: bool [H, W].
+        grey: bool [H, W], the pixels in the grey range; None where a mask from outside says what is tissue.
+        unreadable: bool [H, W], what could not be read.
+        downsample: level-0 px a pixel.
+    """
+
+    mask: np.ndarray
+    grey: np.ndarray | None
+    unreadable: np.ndarray
+    downsample: float
+
+    def shares(self, slide: Slide) -> tuple[float, float | None]:
+        """The shares of the scanned area that are tissue, and in the grey range."""
+        x, y, width, height = (value / self.downsample for value in slide.bounds)
+        area = slice(int(y), math.ceil(y + height)), slice(int(x), math.ceil(x + width))
+        return float(self.mask[area].mean()), None if self.grey is None else float(self.grey[area].mean())
+
+
+def find_tissue(
+    slide: Slide, policy: TilingPolicy, mask: Path | None = None, tile_size_level0_px: float | None = None
+) -> SlideTissue:
+    """Find a slide's tissue: by the policy's rule in its overview, or as a mask from outside has it.
+
+    Args:
+        slide: open.
+        policy: its rule and the resolution of the overview.
+        mask: a file that says where tissue is.
+        tile_size_level0_px: of a tile that the overview resolves; by default as the policy's tiles are.
+    """
+    if tile_size_level0_px is None:
+        plan = plan_level(slide.mpp, slide.level_downsamples, policy.mpp, policy.tile_size_px)
+        tile_size_level0_px = plan.tile_size_level0_px
+    finest = tile_size_level0_px * slide.mpp / MASK_CELLS_PER_TILE
+    downsample = max(1.0, min(policy.overview_mpp, finest) / slide.mpp)
+    if mask is not None:
+        found = read_mask(mask, slide, downsample)
+        return SlideTissue(found, None, np.zeros_like(found), downsample)
+    overview = slide.read_overview_with_gaps(downsample)
+    grey = grey_mask(overview.pixels, policy.grey_range)
+    found = tissue_mask(overview.pixels, policy.tissue, slide.mpp * downsample, policy.grey_range)
+    return SlideTissue(found & ~overview.unreadable, grey & ~overview.unreadable, overview.unreadable, downsample)

@@ -41,9 +41,9 @@ def one_rate(rate: float) -> dict[str, float]:
 
 
 # Grey values in [3, 230] in at least 60% of a tile, nothing else (4.2).
-GREY = {"policies.tiling.grey_range": (3, 230), "policies.tiling.use_saturation": False}
+GREY = {"policies.tiling.grey_range": (3, 230), "policies.tiling.tissue": "grey"}
 # Tissue by Otsu's threshold (4.2), here on saturation, and in at least 60% of a tile (ours).
-OTSU = {"policies.tiling.grey_range": (0, 255), "policies.tiling.use_saturation": True}
+OTSU = {"policies.tiling.grey_range": (0, 255), "policies.tiling.tissue": "otsu"}
 TILES = {  # 4.2: non-overlapping, 256 px; 20x
     "policies.tiling.tile_size_px": 256,
     "policies.tiling.mpp": 0.5,

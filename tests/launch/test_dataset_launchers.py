@@ -73,13 +73,13 @@ def make_custom(root):
 CASES = {
     "panda": (
         *(make_panda, TORCHRUN, ["published0_seed0", "published0_seed1"]),
-        {"tiling.use_saturation": False, "stacking.bags_per_step": 32, "optim.optim": "adam"},
+        {"tiling.tissue": "grey", "stacking.bags_per_step": 32, "optim.optim": "adam"},
     ),
     "camelyon16": (
         make_camelyon16,
         ["accelerate", "launch", "--config_file", str(ROOT / "launch" / "accelerate" / "zero3.yaml")],
         ["official_seed0"],
-        {"model.freeze_encoder": True, "tiling.use_saturation": True},
+        {"model.freeze_encoder": True, "tiling.tissue": "otsu"},
     ),
     "camelyon17": (
         *(make_camelyon17, ["deepspeed", "--num_gpus", "2"], ["official_seed0", "official_seed1"]),

@@ -90,7 +90,7 @@ def test_the_papers_values(name):
     assert (tiling.tile_size_px, tiling.mpp, settings.model.encoder) == (256, 0.5, "resnet18")
     panda = name.startswith("panda")
     assert settings.run.metric_for_best_model == ("quadratic_weighted_kappa" if panda else "accuracy")
-    assert tiling.use_saturation is not panda
+    assert tiling.tissue == ("grey" if panda else "otsu")
     assert tiling.grey_range == ((3, 230) if panda else (0, 255))
     assert tiling.min_tissue_fraction == 0.6
     assert settings.model.encoder_features == "flattened"  # section 4.2.3, of all models
@@ -109,7 +109,7 @@ def test_the_command_line_overrides_the_json_and_the_json_the_preset(tmp_path, c
     assert settings.optim.num_train_epochs == 3
     assert settings.policies.reading.tiles_per_slide == 32
     assert settings.policies.tiling.mpp == 1.0
-    assert settings.policies.tiling.use_saturation is False  # the preset's, beside the JSON's other value
+    assert settings.policies.tiling.tissue == "grey"  # the preset's, beside the JSON's other value
     assert (settings.optim.optim, settings.optim.learning_rate, settings.optim.max_grad_norm) == ("adamw", 3e-4, 1.0)
     assert settings.optim.weight_decay == 1e-4
     assert "optim.optim is adamw as the DeepSpeed JSON has it, the preset has adam" in caplog.text

@@ -182,7 +182,7 @@ def test_slide_smaller_than_a_tile_is_refused(tmp_path):
     with (
         Slide(write_slide(tmp_path / "s.tiff", draw(520, 63, (0, 0, 520, 63)), mpp=0.5)) as slide,
         pytest.raises(
-            SlideError, match=r"hold a tile of 64 px at level 0, got 520 x 63 px \(slide s,.*HINT.*--tile_size_px"
+            SlideError, match=r"hold a tile of 64 px at level 0, got 520 x 63 px \(slide s,.*HINT.*smaller tile_size_px"
         ),
     ):
         tile_slide(slide, POLICY)

@@ -63,9 +63,10 @@ def test_saturation_keeps_colour():
 def test_tissue_is_both_unless_the_policy_says_otherwise():
     vivid_light = (255, 255, 120)  # coloured, but lighter than tissue is
     image = pixels(WHITE, GREY, PINK, vivid_light)
-    assert tissue_mask(image).tolist() == [[False, False, True, False]]
-    assert tissue_mask(image, use_saturation=False).tolist() == [[False, True, True, False]]
-    assert tissue_mask(image, (0, 255)).tolist() == [[False, False, True, True]]
+    assert tissue_mask(image, "otsu", 8.0).tolist() == [[False, False, True, False]]
+    assert tissue_mask(image, "grey", 8.0).tolist() == [[False, True, True, False]]
+    assert tissue_mask(image, "none", 8.0).tolist() == [[True] * 4]
+    assert tissue_mask(image, "otsu", 8.0, (0, 255)).tolist() == [[False, False, True, True]]
 
 
 def test_fractions_of_whole_and_cut_pixels():
