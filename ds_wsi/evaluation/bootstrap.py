@@ -6,7 +6,7 @@ matrix product gives the confusion matrices, a sum over the sorted scores gives 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,23 @@ from ds_wsi.evaluation.metrics import (
 )
 from ds_wsi.runtime.files import json_number
 
+# An interval is a percentile bootstrap's. Where all resamples agree, as they do for twenty slides of twenty right, a
+# bootstrap would give an interval of no width: the accuracy's is then exact, the others' is not told.
+SAME = 1e-12  # resamples that differ by less agree: they differ by rounding
+METHODS = ("bootstrap", "exact", "undetermined")
 CHUNK_ELEMENTS = 2**20  # counts held at once: 8 MiB an array, whatever the number of slides and resamples
 
 
 @dataclass(frozen=True)
 class MetricInterval:
-    """A metric of the test slides and its bootstrap interval.
+    """A metric of the test slides and its interval.
 
     Attributes:
         value: on the slides themselves; NaN where undefined.
-        low, high: the interval's ends; NaN where no resample defines the metric.
+        low, high: the interval's ends; NaN where no resample defines the metric, and where all resamples agree.
         n_resamples_used: resamples on which the metric is defined.
         confidence: the interval's level, in (0, 1).
+        method: one of METHODS.
     """
 
     value: float
@@ -40,6 +45,7 @@ class MetricInterval:
     high: float
     n_resamples_used: int
     confidence: float = 0.95
+    method: str = "bootstrap"
 
 
 def bootstrap_metrics(
@@ -50,7 +56,10 @@ def bootstrap_metrics(
     seed: int = 0,
     patients: Sequence[str] | None = None,
 ) -> dict[str, MetricInterval]:
-    """Compute `slide_metrics` with a percentile bootstrap interval for each.
+    """Compute `slide_metrics` with an interval for each: a percentile bootstrap's wherever the resamples differ.
+
+    Where every slide is right, or none, the accuracy's interval is Clopper and Pearson's of the number of patients,
+    because slides of one patient are not independent; the other metrics' is not determined.
 
     Patients, each with all its slides, are drawn with replacement, as many as there are: slides of one patient are
     not independent. A resample on which a metric is undefined (one class drawn only) is left out of its interval.
@@ -71,7 +80,8 @@ def bootstrap_metrics(
     Raises:
         ValueError: n_resamples or confidence out of range; see also `slide_metrics`.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; Clopper and Pearson, Biometrika
+    26 (1934), 404.
     """
     if n_resamples < 1:
         raise ValueError(f"n_resamples must be at least 1, got {n_resamples}. HINT: 2000 is usual.")
@@ -83,7 +93,11 @@ def bootstrap_metrics(
     each = [slide_metrics(label_array, run) for run in runs]
     values = {name: float(np.mean([metrics[name] for metrics in each])) for name in METRIC_NAMES}
     samples = resample_metrics(label_array, runs, patients, n_resamples, seed)
-    return {name: percentile_interval(values[name], samples[name], confidence) for name in METRIC_NAMES}
+    found = {name: percentile_interval(values[name], samples[name], confidence) for name in METRIC_NAMES}
+    if values["accuracy"] in (0.0, 1.0):
+        drawn = len(label_array) if patients is None else len(set(patients))
+        found["accuracy"] = _exact_at_an_end(values["accuracy"], drawn, found["accuracy"])
+    return found
 
 
 def resample_metrics(
@@ -204,16 +218,23 @@ def _mean_where(values: FloatArray, chosen: npt.NDArray[np.bool_]) -> FloatArray
 
 
 def percentile_interval(value: float, samples: FloatArray, confidence: float) -> MetricInterval:
-    """The interval between the samples' quantiles; what is not finite is left out."""
+    """The interval between the samples' quantiles; what is not finite is left out. Where all agree there is none."""
     defined = samples[np.isfinite(samples)]
-    if not defined.size:
-        return MetricInterval(value, math.nan, math.nan, 0, confidence)
+    if not defined.size or np.ptp(defined) < SAME:
+        return MetricInterval(value, math.nan, math.nan, int(defined.size), confidence, "undetermined")
     tail = (1 - confidence) / 2
     low, high = np.quantile(defined, (tail, 1 - tail))
     return MetricInterval(value, float(low), float(high), int(defined.size), confidence)
 
 
-def metrics_to_json(intervals: Mapping[str, MetricInterval]) -> dict[str, dict[str, float | int | None]]:
+def _exact_at_an_end(value: float, count: int, found: MetricInterval) -> MetricInterval:
+    """Of a share of 0 or 1 among `count`: up to where none, or all, still has a probability of (1 - confidence) / 2."""
+    bound = ((1 - found.confidence) / 2) ** (1 / count)
+    low, high = (bound, 1.0) if value == 1 else (0.0, 1 - bound)
+    return replace(found, low=low, high=high, method="exact")
+
+
+def metrics_to_json(intervals: Mapping[str, MetricInterval]) -> dict[str, dict[str, float | int | str | None]]:
     """Return the intervals as plain values for a JSON file; what is undefined is None, since JSON has no NaN."""
     return {
         name: {
@@ -222,6 +243,7 @@ def metrics_to_json(intervals: Mapping[str, MetricInterval]) -> dict[str, dict[s
             "high": json_number(interval.high),
             "confidence": interval.confidence,
             "n_resamples_used": interval.n_resamples_used,
+            "method": interval.method,
         }
         for name, interval in intervals.items()
     }
@@ -235,6 +257,7 @@ def metrics_from_json(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Metr
             *(math.nan if entry[key] is None else float(entry[key]) for key in numbers),
             n_resamples_used=int(entry["n_resamples_used"]),
             confidence=float(entry["confidence"]),
+            method=str(entry.get("method", "bootstrap")),  # absent in files of earlier versions
         )
         for name, entry in values.items()
     }
@@ -257,4 +280,11 @@ def _number(value: float) -> str:
 
 
 def _range(interval: MetricInterval) -> str:
-    return "undefined" if interval.n_resamples_used == 0 else f"[{interval.low:.3f}, {interval.high:.3f}]"
+    return range_words(interval) or f"[{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def range_words(interval: MetricInterval) -> str:
+    """What stands in the place of an interval that is none; "" where there is one."""
+    if interval.n_resamples_used == 0:
+        return "undefined"
+    return "not told: all resamples agree" if math.isnan(interval.low) else ""

@@ -1,4 +1,4 @@
-"""Two models on the same slides: DeLong's test of their AUCs, and a paired bootstrap of every metric."""
+"""Two models on the same slides: DeLong's test of the AUCs; a paired bootstrap and an exchange test of every metric."""
 
 import csv
 import json
@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ds_wsi.evaluation.bootstrap import percentile_interval, resample_metrics
+from ds_wsi.evaluation.bootstrap import SAME, percentile_interval, resample_metrics, weighted_metrics
 from ds_wsi.evaluation.metrics import METRIC_NAMES, FloatArray, IntArray, check_predictions, slide_metrics
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.runtime.files import json_number
 
 SHOWN_SLIDES = 5  # in messages
+MAX_EXACT = 12  # patients that differ: up to 4,096 exchanges are tried one by one, more are drawn
 COLUMNS = ("slide_id", "patient_id", "label")
 PREFIX = "probability_"
 
@@ -73,8 +74,8 @@ class Difference:
 
     Attributes:
         a, b, difference: on the slides themselves; NaN where undefined.
-        low, high: the difference's percentile interval.
-        p_value: two-sided: twice the smaller share of resamples on either side of zero, each count with one added.
+        low, high: the difference's percentile interval; NaN where all resamples agree.
+        p_value: two-sided, of an exchange test: see `exchange_test`.
         n_resamples_used: resamples on which both are defined.
     """
 
@@ -89,11 +90,18 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_runs` found; `protocols` are A's and B's, `delong` is None for more than two classes."""
+    """What `compare_runs` found; `protocols` are A's and B's, `delong` is None for more than two classes.
+
+    Attributes:
+        n_differing: patients of whom the two models' probabilities differ.
+        smallest_p: the smallest p-value that so few exchanges can give.
+    """
 
     protocols: tuple[str, str]
     n_slides: int
     n_patients: int
+    n_differing: int
+    smallest_p: float
     confidence: float
     metrics: Mapping[str, Difference]
     delong: DeLong | None
@@ -164,12 +172,63 @@ def compare_predictions(
     scores = (a.probabilities, b.probabilities[order])
     values = [slide_metrics(a.labels, each) for each in scores]
     samples = [resample_metrics(a.labels, [each], a.patient_ids, n_resamples, seed) for each in scores]
+    p_values, n_differing, smallest_p = exchange_test(a.labels, scores, a.patient_ids, n_resamples, seed)
     metrics = {
-        name: _difference(values[0][name], values[1][name], samples[1][name] - samples[0][name], confidence)
+        name: _difference(
+            values[0][name], values[1][name], samples[1][name] - samples[0][name], p_values[name], confidence
+        )
         for name in METRIC_NAMES
     }
     test = delong(a.labels == 1, scores[0][:, 1], scores[1][:, 1], confidence) if len(a.classes) == 2 else None
-    return Comparison((a.protocol, b.protocol), len(a.labels), len(set(a.patient_ids)), confidence, metrics, test)
+    counts = len(a.labels), len(set(a.patient_ids)), n_differing
+    return Comparison((a.protocol, b.protocol), *counts, smallest_p, confidence, metrics, test)
+
+
+def exchange_test(
+    labels: IntArray, scores: tuple[FloatArray, FloatArray], patients: Sequence[str], n_drawn: int = 2000, seed: int = 0
+) -> tuple[dict[str, float], int, float]:
+    """Test whether it matters which of two models is which: a permutation test of each metric's difference.
+
+    Were the models alike, each patient's two sets of predictions could be exchanged. All exchanges are tried of up to
+    MAX_EXACT patients whose predictions differ, and then the test is exact; of more, `n_drawn` are drawn. The p-value
+    is the share of exchanges, the one at hand among them, whose difference is as large. Resampling slides would give
+    p-values below 0.01 for four of them.
+
+    Args:
+        labels: int64 [N].
+        scores: two of float64 [N, C].
+        patients: N names; a patient's slides are exchanged together.
+        n_drawn, seed: of the exchanges that are drawn.
+
+    Returns:
+        METRIC_NAMES -> p-value, NaN where a metric is undefined; how many patients differ; the smallest p-value that
+        any difference could have had.
+
+    Source: Good, Permutation, Parametric and Bootstrap Tests of Hypotheses (2005), chapter 3; Phipson and Smyth,
+    Statistical Applications in Genetics and Molecular Biology 9 (2010), for the share of drawn ones.
+    """
+    differs = (scores[0] != scores[1]).any(axis=1)
+    names = list(dict.fromkeys(name for name, is_one in zip(patients, differs, strict=True) if is_one))
+    exact = len(names) <= MAX_EXACT
+    if exact:  # row 0 exchanges nobody
+        exchanged = (np.arange(2 ** len(names))[:, None] >> np.arange(len(names))) & 1
+    else:
+        drawn = np.random.default_rng(seed).integers(2, size=(n_drawn, len(names)))
+        exchanged = np.concatenate([np.zeros((1, len(names)), dtype=drawn.dtype), drawn])
+    number = {name: column for column, name in enumerate(names)}
+    columns = np.array([number.get(name, len(names)) for name in patients])
+    padded = np.concatenate([exchanged, np.zeros((len(exchanged), 1), dtype=exchanged.dtype)], axis=1)
+    of_second = padded[:, columns].astype(np.int64)  # [exchanges, N]: which rows the first model gets from the second
+    both = np.concatenate(scores)
+    twice = np.concatenate([labels, labels])
+    first = weighted_metrics(twice, both, np.concatenate([1 - of_second, of_second], axis=1))
+    second = weighted_metrics(twice, both, np.concatenate([of_second, 1 - of_second], axis=1))
+    p_values = {}
+    for name in METRIC_NAMES:
+        found = np.abs(second[name] - first[name])
+        defined = found[np.isfinite(found)]
+        p_values[name] = math.nan if math.isnan(found[0]) else float(np.mean(defined >= found[0] - SAME))
+    return p_values, len(names), 2 / 2 ** len(names) if exact and names else 1.0 if exact else 1 / len(exchanged)
 
 
 def _matching_rows(a: Predictions, b: Predictions) -> IntArray:
@@ -205,13 +264,8 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN_SLIDES]) + more
 
 
-def _difference(a: float, b: float, samples: FloatArray, confidence: float) -> Difference:
+def _difference(a: float, b: float, samples: FloatArray, p_value: float, confidence: float) -> Difference:
     interval = percentile_interval(b - a, samples, confidence)
-    defined = samples[np.isfinite(samples)]
-    p_value = math.nan
-    if defined.size:
-        smaller = min(np.count_nonzero(defined <= 0), np.count_nonzero(defined >= 0))
-        p_value = min(1.0, 2 * (smaller + 1) / (defined.size + 1))
     return Difference(a, b, b - a, interval.low, interval.high, p_value, interval.n_resamples_used)
 
 
@@ -242,7 +296,8 @@ def delong(positive: np.ndarray, scores_a: FloatArray, scores_b: FloatArray, con
     z = difference / error
     width = NormalDist().inv_cdf((1 + confidence) / 2) * error
     p_value = math.erfc(abs(z) / math.sqrt(2))
-    return DeLong(auc_a, auc_b, difference, covariance, error, z, p_value, difference - width, difference + width)
+    low, high = max(-1.0, difference - width), min(1.0, difference + width)  # no two areas differ by more
+    return DeLong(auc_a, auc_b, difference, covariance, error, z, p_value, low, high)
 
 
 def _components(positive: np.ndarray, scores: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -273,6 +328,8 @@ def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
         "tiles_b": comparison.protocols[1],
         "n_slides": comparison.n_slides,
         "n_patients": comparison.n_patients,
+        "n_patients_that_differ": comparison.n_differing,
+        "smallest_p_value_possible": comparison.smallest_p,
         "confidence": comparison.confidence,
         "difference": "b - a",
         "paired_bootstrap": {
@@ -296,13 +353,19 @@ def format_comparison(comparison: Comparison) -> str:
     width = max(map(len, METRIC_NAMES))
     lines = [
         f"A on {comparison.protocols[0]}; B on {comparison.protocols[1]}",
-        f"{comparison.n_slides} slides of {comparison.n_patients} patients; paired bootstrap over patients, B - A",
+        f"{comparison.n_slides} slides of {comparison.n_patients} patients. B - A: interval by a paired bootstrap over "
+        "patients, p by exchanging a patient's predictions",
         f"{'metric':<{width}}       A       B    B - A  {percent} interval      p",
     ]
     for name, found in comparison.metrics.items():
         lines.append(
             f"{name:<{width}}  {_number(found.a):>6}  {_number(found.b):>6}  {_signed(found.difference):>7}  "
             f"[{_signed(found.low)}, {_signed(found.high)}]  {_p(found.p_value)}"
+        )
+    if comparison.smallest_p > 1 - comparison.confidence:
+        lines.append(
+            f"too few slides to tell: the models differ on {comparison.n_differing} patients, and no p below "
+            f"{comparison.smallest_p:.2g} is possible"
         )
     return "\n".join([*lines, *_delong_lines(comparison, percent)])
 

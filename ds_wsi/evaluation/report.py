@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from ds_wsi.evaluation.bootstrap import MetricInterval
+from ds_wsi.evaluation.bootstrap import MetricInterval, range_words
 from ds_wsi.evaluation.page import head_cell, page, section, table
 from ds_wsi.runtime.files import write_text
 
@@ -80,21 +80,22 @@ def _metrics_section(intervals: Mapping[str, MetricInterval], slides: int, resam
     if not intervals:
         return section("Metrics", "<p>No metric was computed.</p>")
     confidence = next(iter(intervals.values())).confidence
-    lowest = -1.0 if any(min(interval.low, interval.value) < 0 for interval in intervals.values()) else 0.0
+    lowest = -1.0 if any(min(interval.value, interval.low) < 0 for interval in intervals.values()) else 0.0
     axis = f"{lowest:g} to 1"
     head = [head_cell("Metric"), head_cell("Value", True), head_cell(f"{100 * confidence:g}% interval", True)]
     head += [f'<th scope="col" class="bar">{axis}</th>', head_cell("Resamples", True)]
     rows = [_metric_row(name, interval, lowest) for name, interval in intervals.items()]
     note = (
         f'<p class="note">Over {slides} slides. Intervals: percentile bootstrap over {escape(resampled)}; '
-        "resamples on which a metric is undefined are left out of its interval.</p>"
+        "resamples on which a metric is undefined are left out of its interval. Where every slide is right, or none, "
+        "the accuracy's interval is exact (Clopper and Pearson), and a bootstrap cannot tell the others'.</p>"
     )
     return section("Metrics", note + "\n" + table(head, rows, "headline"))
 
 
 def _metric_row(name: str, interval: MetricInterval, lowest: float) -> str:
     value = "undefined" if math.isnan(interval.value) else f"{interval.value:.3f}"
-    ends = "undefined" if math.isnan(interval.low) else f"{interval.low:.3f} to {interval.high:.3f}"
+    ends = range_words(interval) or f"{interval.low:.3f} to {interval.high:.3f}"
     return (
         f'<tr><th scope="row">{escape(METRIC_TITLES.get(name, name))}</th><td class="number value">{value}</td>'
         f'<td class="number">{ends}</td><td class="bar">{_interval_bar(interval, lowest)}</td>'

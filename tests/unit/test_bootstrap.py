@@ -5,12 +5,14 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from ds_wsi.evaluation import bootstrap
 from ds_wsi.evaluation.bootstrap import (
     MetricInterval,
     bootstrap_metrics,
     format_table,
+    metrics_from_json,
     metrics_to_json,
     resample_counts,
     weighted_metrics,
@@ -99,7 +101,8 @@ def test_undefined_resamples_are_left_out_and_counted():
     intervals = bootstrap_metrics([0, 0, 1], probabilities, 2000)
     # Both classes are drawn in 1 - (2/3)^3 - (1/3)^3 = 2/3 of the resamples.
     assert intervals["auc"].n_resamples_used == pytest.approx(2000 * 2 / 3, abs=5 * math.sqrt(2000 * 2 / 9))
-    assert (intervals["auc"].low, intervals["auc"].high) == (1.0, 1.0)
+    assert intervals["auc"].method == "undetermined"
+    assert math.isnan(intervals["auc"].low)
     assert intervals["accuracy"].n_resamples_used == 2000
 
 
@@ -107,8 +110,39 @@ def test_one_class_has_no_interval_and_json_has_no_nan():
     intervals = bootstrap_metrics([0, 0], [[0.9, 0.1], [0.8, 0.2]], 50)
     assert intervals["auc"].n_resamples_used == 0
     plain = json.loads(json.dumps(metrics_to_json(intervals), allow_nan=False))
-    assert plain["auc"] == {"value": None, "low": None, "high": None, "confidence": 0.95, "n_resamples_used": 0}
+    assert plain["auc"] == {"value": None, "low": None, "high": None, "confidence": 0.95} | {
+        "n_resamples_used": 0,
+        "method": "undetermined",
+    }
     assert plain["accuracy"]["value"] == 1.0
+    assert metrics_from_json(plain)["accuracy"] == intervals["accuracy"]
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize(("slides", "patients"), [(20, 20), (20, 8), (3, 3)])
+def test_where_all_are_right_or_wrong_the_accuracy_has_an_exact_interval(slides, patients, right):
+    labels = np.arange(slides) % 2
+    probabilities = np.eye(2)[labels if right else 1 - labels]
+    names = [f"p{row % patients}" for row in range(slides)]
+    intervals = bootstrap_metrics(labels, probabilities, 200, patients=names)
+    found = intervals["accuracy"]
+    exact = binomtest(patients if right else 0, patients).proportion_ci(0.95, method="exact")
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-9)
+    assert found.method == "exact"
+    assert intervals["balanced_accuracy"].method == "undetermined"
+    table = format_table(intervals)
+    assert f"[{exact.low:.3f}, {exact.high:.3f}]" in table
+    assert "not told: all resamples agree" in table
+    assert "[1.000, 1.000]" not in table
+
+
+def test_one_error_is_enough_for_a_bootstrap():
+    labels = np.arange(20) % 2
+    probabilities = np.eye(2)[labels]
+    probabilities[3] = probabilities[3, ::-1]
+    found = bootstrap_metrics(labels, probabilities, 500)["accuracy"]
+    assert found.method == "bootstrap"
+    assert found.low < 0.95 < found.high <= 1
 
 
 def test_table_for_the_terminal():

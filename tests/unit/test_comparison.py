@@ -1,6 +1,7 @@
 """DeLong against the formula with all pairs written out, the paired bootstrap against draws by hand, and mismatches."""
 
 import csv
+import itertools
 import json
 import math
 
@@ -14,6 +15,7 @@ from ds_wsi.evaluation.comparison import (
     compare_predictions,
     comparison_to_json,
     delong,
+    exchange_test,
     format_comparison,
     read_predictions,
 )
@@ -55,7 +57,8 @@ def test_delong_equals_the_formula_over_all_pairs(n, decimals):
     np.testing.assert_allclose([found.auc_a, found.auc_b, found.difference], [*areas, areas[1] - areas[0]], atol=1e-13)
     error = math.sqrt(expected[0, 0] + expected[1, 1] - 2 * expected[0, 1])
     assert found.z == pytest.approx((areas[1] - areas[0]) / error, rel=1e-10, abs=1e-12)
-    assert found.high - found.low == pytest.approx(2 * 1.959963984540054 * error, rel=1e-12)
+    ends = (areas[1] - areas[0]) + np.array([-1, 1]) * 1.959963984540054 * error
+    np.testing.assert_allclose([found.low, found.high], ends.clip(-1, 1), rtol=1e-12)
     # The normal's tail, from another formula than erfc.
     assert found.p_value == pytest.approx(2 * (1 - 0.5 * (1 + math.erf(abs(found.z) / math.sqrt(2)))), abs=1e-12)
 
@@ -124,8 +127,6 @@ def test_the_paired_bootstrap_draws_patients_the_same_for_both(tmp_path, classes
         metric = found.metrics[name]
         assert metric.n_resamples_used == len(defined)
         np.testing.assert_allclose([metric.low, metric.high], np.quantile(defined, [0.025, 0.975]), atol=1e-12)
-        tail = min((defined <= 1e-15).sum(), (defined >= -1e-15).sum())
-        assert metric.p_value == pytest.approx(min(1, 2 * (tail + 1) / (len(defined) + 1)))
     assert (found.delong is None) == (classes == 3)
     assert "B - A" in format_comparison(found)
     json.dumps(comparison_to_json(found), allow_nan=False)
@@ -135,8 +136,63 @@ def test_a_run_compared_with_itself_differs_in_nothing(tmp_path):
     labels, (one, _) = random_runs(12, 2)
     run = read_predictions(write_run(tmp_path / "a", labels, one))
     found = compare_predictions(run, run, n_resamples=40)
-    assert all((each.difference, each.low, each.high, each.p_value) == (0, 0, 0, 1) for each in found.metrics.values())
+    assert all((each.difference, each.p_value) == (0, 1) for each in found.metrics.values())
+    assert all(math.isnan(each.low) for each in found.metrics.values())
     assert math.isnan(found.delong.p_value)
+    assert "too few slides to tell: the models differ on 0 patients" in format_comparison(found)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_p_values_are_the_share_of_exchanges_with_as_large_a_difference(classes):
+    labels, scores = random_runs(11, classes)
+    patients = [f"p{row % 6}" for row in range(11)]
+    scores[1][0] = scores[0][0]  # p0 has one slide with two predictions that differ, and one without
+    scores[1][5] = scores[0][5]  # p5 differs in nothing
+    found, differing, smallest = exchange_test(labels, tuple(scores), patients)
+    assert (differing, smallest) == (5, 2 / 2**5)
+    differences = {name: [] for name in METRIC_NAMES}
+    for exchanged in itertools.product([False, True], repeat=5):
+        swap = np.array([patient != "p5" and exchanged[int(patient[1])] for patient in patients])[:, None]
+        each = [slide_metrics(labels, np.where(swap, scores[1 - k], scores[k])) for k in (0, 1)]
+        for name in METRIC_NAMES:
+            differences[name].append(abs(each[1][name] - each[0][name]))
+    for name, values in differences.items():
+        defined = np.array(values)[np.isfinite(values)]
+        assert found[name] == pytest.approx(np.mean(defined >= values[0] - 1e-9)), name
+
+
+def test_four_slides_of_which_two_differ_prove_nothing(tmp_path):
+    labels = np.array([0, 0, 1, 1])
+    one = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.1, 0.9]])
+    two = np.eye(2)[labels] * 0.8 + 0.1
+    two[[0, 3]] = one[[0, 3]]
+    runs = [read_predictions(write_run(tmp_path / name, labels, run)) for name, run in (("a", one), ("b", two))]
+    found = compare_predictions(*runs)
+    assert found.n_differing == 2
+    assert min(each.p_value for each in found.metrics.values()) >= 0.5
+    assert "too few slides to tell: the models differ on 2 patients, and no p below 0.5 is possible" in (
+        format_comparison(found)
+    )
+
+
+@pytest.mark.parametrize("n", [10, 40])  # all exchanges, and drawn ones
+def test_the_exchange_test_rejects_a_true_null_no_more_often_than_it_says(n):
+    rejected = []
+    for seed in range(300):
+        generator = np.random.default_rng(seed)
+        labels = np.arange(n) % 2
+        right = [np.where(generator.random(n) < 0.75, labels, 1 - labels) for _ in range(2)]
+        scores = tuple(np.eye(2)[each] * 0.8 + 0.1 for each in right)
+        rejected.append(exchange_test(labels, scores, [str(row) for row in range(n)], 200, seed)[0]["accuracy"] <= 0.05)
+    assert np.mean(rejected) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
+    assert n < 20 or np.mean(rejected) > 0.005, "it rejects sometimes"
+
+
+def test_a_large_difference_of_many_slides_is_seen():
+    labels, scores = random_runs(60, 2)
+    p_values, _, smallest = exchange_test(labels, tuple(scores), [str(row) for row in range(60)], 1000)
+    assert p_values["auc"] < 0.02
+    assert smallest == 1 / 1001
 
 
 def changed(tmp_path, **options):
