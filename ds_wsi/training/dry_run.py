@@ -18,11 +18,13 @@ from ds_wsi.partition import PartitionPlan
 from ds_wsi.partition.apply import PartitionedForward
 from ds_wsi.slides.coords import write_grid
 from ds_wsi.slides.demo import DEMOS, is_drawn
+from ds_wsi.training.checkpoint import find_checkpoint
 from ds_wsi.training.loop import TimedSteps, count_steps, time_micro_steps
 from ds_wsi.training.norm_plan import norm_plan
 from ds_wsi.training.protocol import Protocol, plan_runs, read_cohort, split_cohort
 from ds_wsi.training.run import Run, engine_settings, prepare_run
 from ds_wsi.training.run_folder import require_run_folder
+from ds_wsi.training.same_run import known_early, require_same
 from ds_wsi.training.settings import TrainSettings
 
 # Of a training step's time: a backward is about two forwards.
@@ -42,6 +44,7 @@ def dry_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = N
         ValueError: settings that contradict each other.
     """
     with launched(engine_settings(settings), deepspeed_config) as processes, _scratch(processes) as folder:
+        _require_place(settings, processes.world_size)
         own = settings
         if settings.data.manifest is None and not is_drawn(settings.data.demo_folder, DEMOS[settings.data.demo]()):
             own = replace(settings, data=replace(settings.data, demo_dir=str(folder / "demo")))
@@ -76,6 +79,18 @@ def dry_protocol(protocol: Protocol, settings: TrainSettings, deepspeed_config: 
         return "\n".join([*lines, f"each run, as {runs[0].name}:", text])
 
 
+def _require_place(settings: TrainSettings, world_size: int) -> None:
+    """Refuse, as the run itself would, its folder and the checkpoint that it is to go on from."""
+    output_dir, wanted = settings.run.output_dir, settings.run.resume_from_checkpoint
+    if output_dir:
+        require_run_folder(Path(output_dir), resumes=wanted is not None)
+    if wanted is None or (wanted == "latest" and not output_dir):
+        return
+    checkpoint = find_checkpoint(Path(output_dir or Path(wanted).parent), wanted)
+    if checkpoint is not None:
+        require_same(known_early(settings, world_size), checkpoint)
+
+
 @contextmanager
 def _scratch(processes: Processes) -> Iterator[Path]:
     """A folder that all processes use and the main one deletes; of several machines, below a TMPDIR they share."""
@@ -91,8 +106,6 @@ def _dry_run(
     settings: TrainSettings, shown: TrainSettings, deepspeed_config: dict[str, Any] | None, folder: Path
 ) -> str:
     """Of `settings`, whose paths can be the scratch folder's; `shown` are the user's."""
-    if shown.run.output_dir:
-        require_run_folder(Path(shown.run.output_dir))
     own = replace(settings.run, output_dir=str(folder / "run"), resume_from_checkpoint=None)
     run = prepare_run(replace(settings, run=own), deepspeed_config, write_grids=False)
     with closing_trackers(run.accelerator):
