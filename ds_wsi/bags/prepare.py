@@ -10,6 +10,9 @@ from ds_wsi.bags.manifest import Manifest, write_manifest
 from ds_wsi.bags.published import apply_split, find_folds
 from ds_wsi.bags.relabel import map_labels
 from ds_wsi.bags.splits import at_level, fold_splits, hold_out_validation, monte_carlo_splits
+from ds_wsi.runtime.own_files import begins_with, require_ours
+
+MANIFEST_HEAD = "slide_id,path,label,patient_id,split,mpp,center"  # with which `write_manifest` begins
 
 
 def read_dataset(dataset: str, root: str | Path, reading: Mapping[str, Any]) -> Manifest:
@@ -89,13 +92,28 @@ def _published(split: str | Path) -> Sequence[Path]:
 
 
 def write_manifests(manifests: Sequence[Manifest], path: str | Path) -> tuple[Path, ...]:
-    """Write a single manifest to `path`, several to it with _0, _1, ... before the suffix."""
+    """Write a single manifest to `path`, several to it with _0, _1, ... before the suffix.
+
+    Raises:
+        ValueError: a file that `write_manifest` did not write has one of the names.
+    """
     path = Path(path)
     several = [path.with_name(f"{path.stem}_{number}{path.suffix}") for number in range(len(manifests))]
     paths = several if len(manifests) > 1 else [path]
+    for place in paths:
+        require_own_manifest(place)
     for manifest, place in zip(manifests, paths, strict=True):
         write_manifest(manifest, place)
     return tuple(paths)
+
+
+def require_own_manifest(path: str | Path) -> None:
+    """Refuse to write a manifest over another table, such as the label file that it is made of.
+
+    Raises:
+        ValueError: a file that `write_manifest` did not write has the name.
+    """
+    require_ours(Path(path), lambda place: begins_with(place, MANIFEST_HEAD), "the manifest's name")
 
 
 def write_external(
@@ -115,6 +133,7 @@ def write_external(
 
     Raises:
         ManifestError: lists every problem of the dataset at once.
-        ValueError: the classes disagree; names both.
+        ValueError: the classes disagree; names both. Or a file that `write_manifest` did not write has the name.
     """
+    require_own_manifest(path)
     write_manifest(map_labels(read_dataset(dataset, root, reading), classes, mapping), path)

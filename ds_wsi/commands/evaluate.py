@@ -16,10 +16,11 @@ from ds_wsi.runtime.numerics import precision_words
 from ds_wsi.training.dataset_options import add_reading_options, reading_of
 from ds_wsi.training.options import add_local_rank, comma_separated, spellings, tiles_or_all
 
+MODEL_FILES = ("config.json", "model.safetensors")
 CHECKED_SLIDES, CHECKED_TILES = 8, 64  # of a model of an earlier version
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ds_wsi.bags.bag import FailureLog, ReadPolicy
     from ds_wsi.bags.cohort import Cohort
@@ -51,24 +52,38 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
+    from ds_wsi.bags.run_splits import read_splits, warn_of_overlap
+    from ds_wsi.evaluation.folder import mark, require_no_run, require_same_evaluation
     from ds_wsi.evaluation.protocol import EvaluationProtocol
-    from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
     from ds_wsi.evaluation.record import RunFolderError, RunRecord
     from ds_wsi.evaluation.results import write_predictions, write_results
+    from ds_wsi.runtime.temporary import remove_left_behind
+    from ds_wsi.training.run_folder import is_run_folder
 
+    directory = Path(options.output_dir)
+    processes.on_main(lambda: require_no_run(directory, is_run_folder(directory)))
     options.manifest = processes.on_main(partial(_manifest_of, options))
     protocol = EvaluationProtocol(options.eval_tiles, options.eval_runs, options.eval_seed)
-    directory = Path(options.output_dir)
+    made_of = processes.on_main(partial(_made_of, options, protocol))
+    processes.on_main(lambda: require_same_evaluation(directory, made_of))
     record = None
     if processes.is_main:
         try:
             record = RunRecord.read(Path(options.model))
         except RunFolderError as error:
             logger.warning("%s: %s. `ds-wsi report` will have no place for this evaluation.", options.model, error)
-        (directory / RECORD_FILE).unlink(missing_ok=True)  # of an earlier evaluation: until this one ends, it has none
-    cohort, predictions, failures = _predictions(options, options.split, protocol, processes, "optional")
+        for folder in (directory, directory / "tiles", directory / "heatmaps"):
+            remove_left_behind(folder)
+
+    def check(cohort: "Cohort") -> None:
+        made_of["slides"] = _slides_digest(cohort, range(len(cohort.grids)))
+        require_same_evaluation(directory, made_of)
+        warn_of_overlap(cohort.manifest.slides, read_splits(Path(options.model)))
+
+    cohort, predictions, failures = _predictions(options, options.split, protocol, processes, "optional", check)
     if not processes.is_main:
         return
+    mark(directory, made_of)
     if all(slide.label is None for slide in cohort.manifest.slides):
         write_predictions(directory, cohort, predictions)
         return
@@ -85,10 +100,52 @@ def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
         },
         failures=failures,
         protocol=protocol,
+        split=options.split,
     )
     if record is not None:
         dataset = options.dataset_name or Path(options.manifest).stem
         record.evaluated_on(dataset, options.split, protocol, options.precision).write(directory)
+
+
+def _made_of(options: argparse.Namespace, protocol: "EvaluationProtocol") -> dict[str, object]:
+    """What an evaluation's results are made of, as far as it is known before the cohort is read."""
+    from dataclasses import asdict
+
+    from ds_wsi.runtime.fingerprint import file_fingerprint
+
+    model, manifest = Path(options.model), Path(options.manifest)
+    digests = [file_fingerprint(path).sha256 for name in MODEL_FILES if (path := model / name).is_file()]
+    return {
+        "model_sha256": digests,
+        "manifest_sha256": file_fingerprint(manifest).sha256 if manifest.is_file() else None,
+        "split": options.split,
+        "evaluation": asdict(protocol),
+        "precision": options.precision,
+        "norm_evaluation": options.norm_evaluation,
+        "from_tile_store": bool(options.tile_store),
+    }
+
+
+def _slides_digest(cohort: "Cohort", rows: "Sequence[int]") -> str:
+    """Of the evaluated slides, their labels, and what is read of them."""
+    import hashlib
+    import json
+
+    from ds_wsi.bags.feature_cohort import features_digest
+    from ds_wsi.slides.fingerprint import slide_fingerprint
+
+    manifest = cohort.manifest
+    slides = [manifest.slides[row] for row in rows]
+    named = [[slide.slide_id, slide.patient_id, manifest.classes[slide.label]] for slide in slides]
+    if cohort.in_dim is None:
+        grids = [cohort.tile_grids[row] for row in rows]
+        content: object = [
+            [slide_fingerprint(slide.path).sha256, grid.level, hashlib.sha256(grid.coords.tobytes()).hexdigest()]
+            for slide, grid in zip(slides, grids, strict=True)
+        ]
+    else:
+        content = features_digest(cohort, rows)
+    return hashlib.sha256(json.dumps([named, content]).encode()).hexdigest()[:16]
 
 
 def add_heatmap(subparsers: argparse._SubParsersAction) -> None:
@@ -102,12 +159,20 @@ def add_heatmap(subparsers: argparse._SubParsersAction) -> None:
 def run_heatmap(options: argparse.Namespace) -> None:
     """`ds-wsi heatmap`."""
     from ds_wsi.engines.scope import Processes
+    from ds_wsi.evaluation.heatmap import is_heat_map
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.results import draw_heatmaps
+    from ds_wsi.runtime.own_files import require_ours
 
     options.manifest = _manifest_of(options)
-    cohort, predictions, _ = _predictions(options, "all", EvaluationProtocol(), Processes(0, 1), "unused")
-    for _, path in draw_heatmaps(Path(options.output_dir), cohort, predictions):
+    directory = Path(options.output_dir)
+
+    def check(cohort: "Cohort") -> None:
+        for slide in cohort.manifest.slides:
+            require_ours(directory / f"{slide.slide_id}.png", is_heat_map, "--output_dir")
+
+    cohort, predictions, _ = _predictions(options, "all", EvaluationProtocol(), Processes(0, 1), "unused", check)
+    for _, path in draw_heatmaps(directory, cohort, predictions):
         print(path)
 
 
@@ -162,15 +227,22 @@ def _manifest_of(options: argparse.Namespace) -> str:
 
 
 def _predictions(
-    options: argparse.Namespace, split: str, protocol: "EvaluationProtocol", processes: "Processes", labels: str
+    options: argparse.Namespace,
+    split: str,
+    protocol: "EvaluationProtocol",
+    processes: "Processes",
+    labels: str,
+    check: "Callable[[Cohort], None]",
 ) -> tuple:
     """Predict the slides that the options choose with an exported model, on the tiles it was trained on. Collective.
 
     The processes share the slides by their tiles, and each has all predictions, in the cohort's order, which is of
-    those slides alone. `labels` is as of `parse_manifest`.
+    those slides alone. `labels` is as of `parse_manifest`. `check` is called with the cohort on the main process before
+    the first slide is read.
     """
     from ds_wsi.bags.feature_cohort import load_feature_cohort
     from ds_wsi.bags.relabel import map_labels
+    from ds_wsi.bags.run_splits import read_splits, with_run_splits
     from ds_wsi.bags.sampler import deal_by_cost
     from ds_wsi.evaluation.predict import predict_slides
     from ds_wsi.models import load_model
@@ -193,6 +265,8 @@ def _predictions(
 
     def choose(manifest: "Manifest") -> "Manifest":
         manifest = map_labels(manifest, config.classes, mapping) if mapping else manifest
+        if split != "all":
+            manifest = with_run_splits(manifest, read_splits(Path(options.model)))
         return _chosen(options, manifest, split, labels)
 
     def load() -> "Cohort":
@@ -212,6 +286,7 @@ def _predictions(
         )
 
     cohort = processes.main_first(load)  # which tiles the slides
+    processes.on_main(lambda: check(cohort))
     rows = range(len(cohort.grids))
     own = deal_by_cost(cohort.lengths, processes.world_size)[processes.rank]
     policy, failures = tile_reading_of(options, cohort)

@@ -6,6 +6,7 @@ from pathlib import Path
 from ds_wsi.commands.parser import add_command
 from ds_wsi.partition.policy import POLICY_MODES, PartitionPolicy
 from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.own_files import begins_with, require_ours
 from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.training.options import spellings
 
@@ -45,6 +46,9 @@ def run_plan(options: argparse.Namespace) -> None:
             f"{device_key(device)}: {found.flops / 1e12:.3g} TFLOP/s, memory {found.memory / 1e9:.3g} GB/s, "
             f"link {found.link / 1e9:.3g} GB/s, {found.launch * 1e6:.3g} us an operation (kept in {cache_path()})"
         )
+    if options.output_dir:
+        for name in ("plan.json", "plan.png"):
+            require_ours(Path(options.output_dir) / name, _is_ours, "--output_dir")
     if options.tiles is None and options.image_px is None:
         if options.probe:
             return
@@ -71,3 +75,8 @@ def run_plan(options: argparse.Namespace) -> None:
         write_json(folder / "plan.json", {"ds_wsi": {"partition": {"plan": plan.to_section()}}})
         draw_plan(plan, folder / "plan.png")
         print(f"written: {folder / 'plan.json'}, {folder / 'plan.png'}")
+
+
+def _is_ours(path: Path) -> bool:
+    """The picture is known by the JSON beside it."""
+    return begins_with(path.with_suffix(".json"), '{\n  "ds_wsi": {\n    "partition": {')

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ds_wsi.commands.parser import add_command
 from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.own_files import begins_with, require_ours
 from ds_wsi.training.options import comma_separated, spellings
 
 
@@ -22,10 +23,12 @@ def run_compare(options: argparse.Namespace) -> None:
     """`ds-wsi compare`."""
     from ds_wsi.evaluation.comparison import compare_runs, comparison_to_json, format_comparison
 
+    place = Path(options.output_dir) / "comparison.json"
+    require_ours(place, lambda path: begins_with(path, '{\n  "a": '), "--output_dir")
     comparison = compare_runs(options.run_a, options.run_b, options.n_resamples, options.seed)
     print(f"A: {options.run_a}\nB: {options.run_b}\n{format_comparison(comparison)}")
     found = {"a": options.run_a, "b": options.run_b, **comparison_to_json(comparison)}
-    write_json(Path(options.output_dir) / "comparison.json", found)
+    write_json(place, found)
 
 
 def add_report(subparsers: argparse._SubParsersAction) -> None:

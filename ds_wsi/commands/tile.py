@@ -1,6 +1,7 @@
 """`ds-wsi tile`: tile coordinates, from and to other projects' files, and packed tiles."""
 
 import argparse
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,7 +89,7 @@ def _pack(cohort: "Cohort", options: argparse.Namespace) -> None:
 def _import_grids(options: argparse.Namespace) -> None:
     """Write our grids from another project's: every slide's file must be there, all that is wrong is listed."""
     from ds_wsi.bags.manifest import ManifestError, parse_manifest
-    from ds_wsi.slides.coords import import_clam, import_trident, write_grid
+    from ds_wsi.slides.coords import import_clam, import_trident, read_grid, write_grid
     from ds_wsi.slides.fingerprint import slide_fingerprint
     from ds_wsi.slides.slide import Slide, SlideError
 
@@ -103,6 +104,9 @@ def _import_grids(options: argparse.Namespace) -> None:
     grids = []
     for entry in manifest.slides:
         try:
+            place = Path(options.output_dir) / f"{entry.slide_id}.safetensors"
+            if os.path.lexists(place):
+                read_grid(place)  # what is no grid is not written over
             with Slide(entry.path, entry.mpp or options.slide_mpp, entry.slide_id) as slide:
                 grids.append(importer(Path(folder) / f"{entry.slide_id}{suffix}", slide))
         except SlideError as error:

@@ -251,16 +251,21 @@ def metrics_to_json(intervals: Mapping[str, MetricInterval]) -> dict[str, dict[s
 
 def metrics_from_json(values: Mapping[str, Mapping[str, Any]]) -> dict[str, MetricInterval]:
     """What `metrics_to_json` was given."""
-    numbers = ("value", "low", "high")
     return {
         name: MetricInterval(
-            *(math.nan if entry[key] is None else float(entry[key]) for key in numbers),
+            value=_from_json(entry["value"]),
+            low=_from_json(entry["low"]),
+            high=_from_json(entry["high"]),
             n_resamples_used=int(entry["n_resamples_used"]),
             confidence=float(entry["confidence"]),
             method=str(entry.get("method", "bootstrap")),  # absent in files of earlier versions
         )
         for name, entry in values.items()
     }
+
+
+def _from_json(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def format_table(intervals: Mapping[str, MetricInterval]) -> str:

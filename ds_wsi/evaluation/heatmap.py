@@ -1,6 +1,7 @@
 """Attention over the slide's thumbnail."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ds_wsi.runtime.files import atomic_path
 
@@ -17,6 +19,7 @@ OPACITY = 0.6  # nuclei stay visible below the colour
 PANEL_INCHES = 4.5  # the longer side of a panel
 MIN_PANEL_WIDTH_INCHES = 2.1  # the colour bar's label fits below two of them
 DPI = 200
+SOFTWARE = "ds_wsi heat map"  # in the file, by which it is known
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -61,7 +64,18 @@ def draw_attention(
     figure.suptitle(title, fontsize=10, parse_math=False, wrap=True)
     _color_bar(figure, [left, right])
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, facecolor="white")
+        figure.savefig(temporary, dpi=DPI, facecolor="white", metadata={"Software": SOFTWARE})
+
+
+def is_heat_map(path: Path) -> bool:
+    """Whether a file, no link, is a heat map that `draw_attention` drew."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except OSError:
+        return False
 
 
 def attention_rgba(

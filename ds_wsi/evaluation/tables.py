@@ -9,10 +9,13 @@ from pathlib import Path
 from ds_wsi.evaluation.grouping import FinishedRun, build_tables
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.evaluation.record import FILE_NAME, MARK_NAME, RunFolderError, RunRecord
-from ds_wsi.evaluation.table_formats import to_csv, to_html, to_latex, to_markdown
+from ds_wsi.evaluation.table_formats import CSV_COLUMNS, to_csv, to_html, to_latex, to_markdown
 from ds_wsi.runtime.files import write_text
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.own_files import begins_with, require_ours
+from ds_wsi.runtime.temporary import remove_left_behind
 
+FILES = ("results.csv", "results.md", "results.tex", "results.html")
 DEFAULT_METRICS = ("quadratic_weighted_kappa", "auc", "accuracy")
 
 
@@ -67,7 +70,8 @@ def write_tables(run_dirs: Sequence[Path], output_dir: Path, metrics: Sequence[s
         metrics: of METRIC_NAMES, in the order of the columns; by default QWK, AUC and accuracy.
 
     Raises:
-        ValueError: an unknown metric, no finished run at all, or two runs with the same seed and split in one cell.
+        ValueError: an unknown metric, no finished run at all, two runs with the same seed and split in one cell, or
+            files of these names that this program did not write.
     """
     chosen = tuple(metrics or DEFAULT_METRICS)
     unknown = [name for name in chosen if name not in METRIC_NAMES]
@@ -79,9 +83,16 @@ def write_tables(run_dirs: Sequence[Path], output_dir: Path, metrics: Sequence[s
         raise ValueError(f"at least one run must be finished, got none ({reasons})")
     tables = build_tables(collected.runs, chosen)
     output_dir = Path(output_dir)
+    for name in FILES:  # all of them are written together, and the CSV's heading is ours alone
+        require_ours(output_dir / name, lambda path: _is_csv_of_ours(path.with_name(FILES[0])), "the tables' folder")
+    remove_left_behind(output_dir)
     markdown = to_markdown(tables, collected.skipped)
     write_text(output_dir / "results.csv", to_csv(tables))
     write_text(output_dir / "results.md", markdown)
     write_text(output_dir / "results.tex", to_latex(tables, collected.skipped))
     write_text(output_dir / "results.html", to_html(tables, collected.skipped))
     return markdown
+
+
+def _is_csv_of_ours(path: Path) -> bool:
+    return begins_with(path, ",".join(CSV_COLUMNS) + "\n")

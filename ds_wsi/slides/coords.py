@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from ds_wsi.runtime.files import atomic_path
 from ds_wsi.runtime.fingerprint import Fingerprint
+from ds_wsi.runtime.own_files import require_ours
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import TileGrid, TilingPolicy, TissueFound, plan_level, stored_tiling
 
@@ -19,6 +20,7 @@ FORMAT, VERSION = "ds_wsi.TileGrid", "1"
 # (um/px below which a slide has it, magnification), as TRIDENT names them.
 MAGNIFICATIONS = ((0.16, 80), (0.2, 60), (0.3, 40), (0.6, 20), (1.2, 10), (2.4, 5))
 SAME_RATIO = 0.01  # levels of one file differ by a factor of 2 or more, rounding by far less
+WRITTEN_BY = "written_by"
 CLAM_ATTRIBUTES = ("patch_size", "patch_level")
 TRIDENT_ATTRIBUTES = ("patch_size", "patch_size_level0")
 
@@ -139,9 +141,22 @@ def _whole(value: float) -> float:
 
 
 def _write_h5(grid: TileGrid, path: str | Path, attributes: dict[str, Any]) -> None:
+    require_ours(Path(path), _is_exported, "the folder of exported coordinates")
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         coords = file.create_dataset("coords", data=grid.coords.astype(np.int64))
         coords.attrs.update(attributes)
+        file.attrs[WRITTEN_BY] = "ds_wsi"
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether an h5 file, no link, is an export of ours; those of earlier versions do not tell."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        with h5py.File(path, "r") as file:
+            return bool(file.attrs.get(WRITTEN_BY) == "ds_wsi")
+    except OSError:
+        return False
 
 
 def import_clam(path: str | Path, slide: Slide) -> TileGrid:

@@ -24,6 +24,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ds_wsi.runtime.files import atomic_path, write_text
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.own_files import require_ours
+from ds_wsi.runtime.temporary import remove_left_behind
 
 CLASSES = ("normal", "tumor")
 BASE_MPP = 0.5  # um/px at which tissue is drawn
@@ -184,6 +186,8 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
         )
     if manifest.exists() and stamp.exists():
         return manifest
+    remove_left_behind(directory / "slides")
+    require_ours(manifest, lambda _: stamp.exists(), "the demo's folder")
     write_text(stamp, json.dumps(wanted))
     rows = list(_rows(policy))
     logger.info("drawing %d demo slides in %s", len(rows), directory)
@@ -201,6 +205,14 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return manifest
+
+
+def is_drawn(directory: str | Path, policy: DemoPolicy) -> bool:
+    """Whether a folder holds the whole demo cohort of this policy, so that `make_demo` would write nothing."""
+    stamp = Path(directory) / "demo.json"
+    if not (stamp.is_file() and (Path(directory) / "manifest.csv").is_file()):
+        return False
+    return bool(json.loads(stamp.read_text()) == {"format_version": policy.format_version, **asdict(policy)})
 
 
 def _rows(policy: DemoPolicy) -> Iterator[dict[str, str]]:

@@ -10,15 +10,21 @@ from typing import Any
 
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.manifest import SPLITS, write_manifest
+from ds_wsi.bags.same_files import fingerprint_of
 from ds_wsi.config import write_section
 from ds_wsi.engines.accelerate import gather_object
 from ds_wsi.engines.scope import Processes, closing_trackers, launched
 from ds_wsi.partition import PartitionPlan
 from ds_wsi.partition.apply import PartitionedForward
+from ds_wsi.slides.coords import write_grid
+from ds_wsi.slides.demo import DEMOS, is_drawn
+from ds_wsi.training.checkpoint import find_checkpoint
 from ds_wsi.training.loop import TimedSteps, count_steps, time_micro_steps
 from ds_wsi.training.norm_plan import norm_plan
 from ds_wsi.training.protocol import Protocol, plan_runs, read_cohort, split_cohort
 from ds_wsi.training.run import Run, engine_settings, prepare_run
+from ds_wsi.training.run_folder import require_run_folder
+from ds_wsi.training.same_run import known_early, require_same
 from ds_wsi.training.settings import TrainSettings
 
 # Of a training step's time: a backward is about two forwards.
@@ -28,7 +34,7 @@ FORWARD_SHARE = 1 / 3
 def dry_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None) -> str:
     """Check everything about a run, take two micro-steps of it, and tell what it would be. Collective.
 
-    No run's folder is written; tile grids are kept where --tiles_dir names a folder.
+    Nothing is written: grids of --tiles_dir are read where they fit, and others are tiled for this call alone.
 
     Returns:
         On the main process the text; elsewhere an empty string.
@@ -38,16 +44,24 @@ def dry_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = N
         ValueError: settings that contradict each other.
     """
     with launched(engine_settings(settings), deepspeed_config) as processes, _scratch(processes) as folder:
-        return _dry_run(settings, settings, deepspeed_config, folder)
+        _require_place(settings, processes.world_size)
+        own = settings
+        if settings.data.manifest is None and not is_drawn(settings.data.demo_folder, DEMOS[settings.data.demo]()):
+            own = replace(settings, data=replace(settings.data, demo_dir=str(folder / "demo")))
+        return _dry_run(own, settings, deepspeed_config, folder)
 
 
 def dry_protocol(protocol: Protocol, settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None) -> str:
     """As `dry_run`, of a protocol: all its splits are checked and counted, its first run is timed. Collective."""
     with launched(engine_settings(settings), deepspeed_config) as processes, _scratch(processes) as folder:
-        tiles_dir = Path(settings.data.tiles_dir or folder / "tiles")
+        tiles_dir = folder / "tiles"
 
         def prepare() -> tuple[dict[str, str], tuple[str, ...]]:
-            splits = split_cohort(protocol, read_cohort(protocol, settings, tiles_dir))
+            given = None if settings.data.tiles_dir is None else Path(settings.data.tiles_dir)
+            whole = read_cohort(protocol, settings, given, write_grids=False)
+            for entry, grid in zip(whole.manifest.slides, whole.tile_grids, strict=True):
+                write_grid(grid, tiles_dir / f"{grid.slide_id}.safetensors", fingerprint_of(entry))
+            splits = split_cohort(protocol, whole)
             first = next(iter(splits.values()))
             write_manifest(first.manifest, folder / "cohort.csv")
             return {name: count_slides(cohort) for name, cohort in splits.items()}, first.manifest.classes
@@ -63,6 +77,18 @@ def dry_protocol(protocol: Protocol, settings: TrainSettings, deepspeed_config: 
         lines += [f"  {', '.join(run.name for run in runs)}"]
         lines += [f"split {name}:\n{table}" for name, table in counts.items()]
         return "\n".join([*lines, f"each run, as {runs[0].name}:", text])
+
+
+def _require_place(settings: TrainSettings, world_size: int) -> None:
+    """Refuse, as the run itself would, its folder and the checkpoint that it is to go on from."""
+    output_dir, wanted = settings.run.output_dir, settings.run.resume_from_checkpoint
+    if output_dir:
+        require_run_folder(Path(output_dir), resumes=wanted is not None)
+    if wanted is None or (wanted == "latest" and not output_dir):
+        return
+    checkpoint = find_checkpoint(Path(output_dir or Path(wanted).parent), wanted)
+    if checkpoint is not None:
+        require_same(known_early(settings, world_size), checkpoint)
 
 
 @contextmanager
@@ -81,7 +107,7 @@ def _dry_run(
 ) -> str:
     """Of `settings`, whose paths can be the scratch folder's; `shown` are the user's."""
     own = replace(settings.run, output_dir=str(folder / "run"), resume_from_checkpoint=None)
-    run = prepare_run(replace(settings, run=own), deepspeed_config)
+    run = prepare_run(replace(settings, run=own), deepspeed_config, write_grids=False)
     with closing_trackers(run.accelerator):
         measured = [time_micro_steps(run)]
         if run.accelerator.num_processes > 1:

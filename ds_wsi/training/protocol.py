@@ -14,8 +14,9 @@ from typing import Any
 
 from ds_wsi.bags.cohort import Cohort, tile_manifest
 from ds_wsi.bags.manifest import SPLITS, write_manifest
-from ds_wsi.bags.prepare import read_dataset, split_dataset
+from ds_wsi.bags.prepare import read_dataset, require_own_manifest, split_dataset
 from ds_wsi.bags.relabel import order_classes
+from ds_wsi.bags.same_files import require_files_apart
 from ds_wsi.engines.scope import Processes, launched
 from ds_wsi.evaluation.tables import write_tables
 from ds_wsi.runtime.log import logger
@@ -109,12 +110,15 @@ def protocol_from(
     return protocol, settings, config, preset
 
 
-def read_cohort(protocol: Protocol, settings: TrainSettings, tiles_dir: Path | None) -> Cohort:
+def read_cohort(
+    protocol: Protocol, settings: TrainSettings, tiles_dir: Path | None, *, write_grids: bool = True
+) -> Cohort:
     """The protocol's cohort, read, with every slide opened and tiled.
 
     Args:
         protocol, settings: of `protocol_from`.
         tiles_dir: where grids are kept, or None.
+        write_grids: False reads the grids there and writes none.
 
     Raises:
         ManifestError: lists everything that is wrong with the label files; else with the slides.
@@ -125,6 +129,7 @@ def read_cohort(protocol: Protocol, settings: TrainSettings, tiles_dir: Path | N
         tiles_dir=tiles_dir,
         slide_mpp=settings.data.slide_mpp,
         workers=max(1, settings.policies.reading.workers),
+        write_grids=write_grids,
     )
     return replace(cohort, manifest=order_classes(cohort.manifest, settings.data.classes))
 
@@ -151,6 +156,7 @@ def split_cohort(protocol: Protocol, cohort: Cohort) -> dict[str, Cohort]:
         counts = {split: len(manifest.in_split(split)) for split in SPLITS}
         if not counts["train"] or not counts["test"]:
             raise ValueError(f"split {name} must have slides to train and to test on, got {counts}")
+        require_files_apart(manifest)
         found[name] = Cohort(manifest, tuple(grids[slide.slide_id] for slide in manifest.slides))
     return found
 
@@ -191,6 +197,8 @@ def run_protocol(
                 pretrained,
             )
         splits = split_cohort(protocol, read_cohort(protocol, settings, tiles_dir))
+        for name in splits:
+            require_own_manifest(_manifest_path(output_dir, name))
         for name, cohort in splits.items():
             write_manifest(cohort.manifest, _manifest_path(output_dir, name))
         return {name: cohort.manifest.classes for name, cohort in splits.items()}

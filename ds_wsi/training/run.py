@@ -43,7 +43,7 @@ from ds_wsi.stacking.packs import pack_bags
 from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
 from ds_wsi.tile_parallel.shard import Handle
-from ds_wsi.training.checkpoint import find_checkpoint, list_checkpoints
+from ds_wsi.training.checkpoint import find_checkpoint
 from ds_wsi.training.device_budget import with_budget
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.model import build_slide_model, check_encoder
@@ -360,12 +360,7 @@ def _output_dir(settings: TrainSettings, accelerator: Accelerator) -> Path:
     else:
         name = [f"runs/{time.strftime('%Y%m%d-%H%M%S')}"]
         path = Path(broadcast_object_list(name)[0])
-    if run.resume_from_checkpoint is None and list_checkpoints(path):
-        raise ValueError(
-            f"--output_dir must be a new folder, got {path}, which holds {list_checkpoints(path)[0].name}. "
-            "HINT: add --resume_from_checkpoint to go on with that run, or give another folder."
-        )
-    require_run_folder(path)
+    require_run_folder(path, resumes=run.resume_from_checkpoint is not None)
     # Before any rank writes to it, for the checks above must see the same folder on every rank.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -26,12 +26,17 @@ def is_run_folder(path: Path) -> bool:
     return any((checkpoint / FILE_LIST).is_file() for checkpoint in list_checkpoints(path))
 
 
-def require_run_folder(path: Path) -> None:
-    """Refuse a folder with files in it that is no run's.
+def require_run_folder(path: Path, *, resumes: bool) -> None:
+    """Refuse a folder with files in it that is no run's, and one of a run that is not to be resumed.
 
     Raises:
         ValueError: names some of what is there.
     """
+    if not resumes and (checkpoints := list_checkpoints(path)):
+        raise ValueError(
+            f"--output_dir must be a new folder, got {path}, which holds {checkpoints[0].name}. "
+            "HINT: add --resume_from_checkpoint to go on with that run, or give another folder."
+        )
     if not path.exists():
         return
     if not path.is_dir():

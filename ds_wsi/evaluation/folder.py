@@ -1,0 +1,81 @@
+"""An evaluation's folder: it may be new, hold other files, or an earlier evaluation of the very same."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_wsi.evaluation.record import FILE_NAME as RECORD
+from ds_wsi.evaluation.record import RESULTS
+from ds_wsi.evaluation.results import REPORT
+from ds_wsi.runtime.files import write_json
+
+MARK = "evaluation.json"
+FORMAT, VERSION = "ds_wsi.evaluation", 1
+NAMES = (*RESULTS, REPORT, RECORD, "heatmaps", MARK)  # that an evaluation writes
+OF_MODELS = ("config.json", "model.safetensors")
+HINT = "HINT: give a new folder."
+
+
+def require_no_run(folder: Path, is_run: bool) -> None:
+    """Refuse the folder of a run or of an exported model.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if is_run or any(os.path.lexists(folder / name) for name in OF_MODELS):
+        raise ValueError(
+            "--output_dir must not be the folder of a run or a model, whose results would be written over, got "
+            f"{folder}. HINT: give a new folder, such as {folder / 'evaluation'}."
+        )
+
+
+def require_same_evaluation(folder: Path, made_of: Mapping[str, Any]) -> None:
+    """Refuse a folder with results of something else, or of nobody knows what.
+
+    Args:
+        folder: of the results.
+        made_of: name -> value of what this evaluation is made of, as JSON has it; names that the earlier one did not
+            record, and names that are not known yet, are not compared.
+
+    Raises:
+        ValueError: names what differs, or the files that are in the way.
+    """
+    found = [name for name in NAMES if os.path.lexists(folder / name)]
+    if not found:
+        return
+    theirs = _read(folder / MARK)
+    if theirs is None:
+        raise ValueError(
+            f"--output_dir must not hold other files under the names of an evaluation's, got {', '.join(found)} "
+            f"without a whole {MARK} ({folder}). {HINT}"
+        )
+    lines = [
+        f"{name} {theirs[name]}, now {value}"
+        for name, value in made_of.items()
+        if name in theirs and theirs[name] != value
+    ]
+    if lines:
+        raise ValueError(
+            f"--output_dir must not hold an evaluation of something else, got one with {'; '.join(lines)} ({folder}). "
+            f"{HINT}"
+        )
+
+
+def mark(folder: Path, made_of: Mapping[str, Any]) -> None:
+    """Write what the results that follow are made of."""
+    write_json(folder / MARK, {"format": FORMAT, "version": VERSION, "made_of": dict(made_of)})
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if path.is_symlink() or not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+        return None
+    made_of = values.get("made_of")
+    return made_of if isinstance(made_of, dict) else None
