@@ -14,6 +14,7 @@ from ds_wsi.bags.tables.headings import COLUMNS, meant
 from ds_wsi.bags.tables.labels import sorted_labels
 from ds_wsi.bags.tables.names import is_slide_id, slide_names
 from ds_wsi.bags.tables.values import MISSING_WORDS, number_of, split_of
+from ds_wsi.cli import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
 
@@ -581,3 +582,22 @@ class TestMessages:
             "class y has no slide in the test split, which leaves its metrics undefined",
             "class z occurs in test alone: nothing is learned of it. HINT: another split, or take its rows out",
         ]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--encoder", "resnet19"), "encoder must be a timm model's name, .* got 'resnet19'. HINT: did you mean"),
+        (
+            ("--encoder", "resnet10t", "--encoder_weights", "none.safetensors"),
+            r"encoder weights must be a file, got none",
+        ),
+        (("--encoder", "local-dir:none"), "none"),
+    ],
+)
+def test_an_encoder_that_cannot_be_had_is_told_before_a_table_is_read(tmp_path, capsys, more, message):
+    given = ["train", "--manifest", tmp_path / "none.csv", "--output_dir", tmp_path / "out", *more]
+    assert main([str(word) for word in given]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert "none.csv" not in said
