@@ -1,8 +1,7 @@
 """The cohort: one row a slide, checked as a whole before anything is trained."""
 
 import csv
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,9 +144,8 @@ def parse_manifest(
     slides = tuple(_parse_row(row, table, folder, names, problems, need_slides, uses_splits) for row in table.rows)
     problems += _repeated_ids([slide.slide_id for slide in slides], [row.place for row in table.rows])
     if uses_splits:
-        problems += _split_problems(slides) + _same_files(slides)
+        problems += _split_problems(slides)
         _tell_patients(slides, table, source)
-    _tell_same_files(slides, source)
     if labels == "required" and len(names) < 2:
         problems.append(
             f"label must take at least two values, got {', '.join(names) or 'none'}. "
@@ -322,31 +320,6 @@ def patient_problems(slides: Sequence[SlideEntry]) -> list[str]:
         for patient, splits in places.items()
         if len(splits) > 1
     ]
-
-
-def _files_of_several(slides: Sequence[SlideEntry]) -> Iterator[tuple[Path, list[SlideEntry]]]:
-    """Each file that several slides name, links followed."""
-    owners: dict[Path, list[SlideEntry]] = defaultdict(list)
-    for slide in slides:
-        if slide.path.is_file():
-            owners[slide.path.resolve()].append(slide)
-    yield from ((path, own) for path, own in owners.items() if len({slide.slide_id for slide in own}) > 1)
-
-
-def _same_files(slides: Sequence[SlideEntry]) -> list[str]:
-    return [
-        f"a slide's file must be in one split, got {path} in "
-        f"{' and '.join(f'{slide.split} (slide {slide.slide_id})' for slide in own)}. HINT: take all but one row out."
-        for path, own in _files_of_several(slides)
-        if len({slide.split for slide in own if slide.split}) > 1
-    ]
-
-
-def _tell_same_files(slides: Sequence[SlideEntry], source: str) -> None:
-    found = [f"{path} ({', '.join(slide.slide_id for slide in own)})" for path, own in _files_of_several(slides)]
-    if found:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        logger.warning("%s: files that several slides name: %s%s", source, "; ".join(found[:5]), more)
 
 
 def _tell_patients(slides: Sequence[SlideEntry], table: Table, source: str) -> None:

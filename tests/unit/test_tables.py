@@ -350,16 +350,6 @@ class TestPaths:
         assert "it is a folder" in self.told(tmp_path, "folder")
         assert "there is A.svs, of which case counts" in self.told(tmp_path, "a.svs")
 
-    def test_one_file_in_two_splits_is_refused_and_under_two_names_warned_of(self, tmp_path, caplog):
-        for name in ("a.svs", "b.svs"):
-            (tmp_path / name).touch()
-        (tmp_path / "link.svs").symlink_to("a.svs")
-        rows = [("a", "a.svs", "x", "train"), ("c", "link.svs", "y", "test"), ("b", "b.svs", "x", "train")]
-        (problem,) = problems_of(write(tmp_path, ("slide_id", "path", "label", "split"), *rows), need_slides=True)
-        assert f"got {tmp_path / 'a.svs'} in train (slide a) and test (slide c). HINT" in problem
-        parse_manifest(write(tmp_path, ("slide_id", "path", "label"), *[row[:3] for row in rows]))
-        assert f"files that several slides name: {tmp_path / 'a.svs'} (a, c)" in caplog.text
-
 
 class TestFiles:
     def test_what_spreadsheets_leave_is_read_right(self, tmp_path):

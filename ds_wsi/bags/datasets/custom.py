@@ -113,7 +113,7 @@ def _index(root: Path) -> dict[str, list[Path]]:
 def _ends_with(path: Path, parts: Sequence[str]) -> bool:
     """Whether a file's path ends with these parts; the last may lack the suffix."""
     *folders, name = parts
-    return (name in (path.name, slide_name(path.name))) and path.parts[-len(parts) : -1] == tuple(folders)
+    return name in (path.name, slide_name(path.name)) and path.absolute().parts[-len(parts) : -1] == tuple(folders)
 
 
 def _named_by_path(rows: Sequence[LabelRow], table: Path) -> set[str]:

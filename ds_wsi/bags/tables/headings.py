@@ -118,7 +118,7 @@ def missing_hint(column: str, headings: Sequence[str]) -> str:
     if column == "path":
         return (
             "add a column path with each slide's file; `ds-wsi manifest custom --data_dir FOLDER --labels TABLE` finds "
-            "the files and writes it"
+            "the files and writes it (--slide_column, --label_column and --patient_column name its headings)"
         )
     return f"add the column {column}, or rename the one that holds it"
 
