@@ -195,7 +195,7 @@ def _require_columns(table: Table, source: str, *, need_slides: bool, need_label
     required = ["slide_id", *(["path"] if need_slides else []), *(["label"] if need_labels else [])]
     missing = [name for name in required if name not in table.headings]
     if missing:
-        hints = "; ".join(missing_hint(name, table.headings) for name in missing)
+        hints = "; ".join(dict.fromkeys(missing_hint(name, table.headings) for name in missing))
         raise ManifestError(
             source,
             [
