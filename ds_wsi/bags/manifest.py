@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_wsi.bags.problems import ManifestError
-from ds_wsi.bags.same_files import files_across_splits, real_paths
 from ds_wsi.bags.tables.formats import joined, recognised
 from ds_wsi.bags.tables.headings import heading_problems, missing_hint, unused
 from ds_wsi.bags.tables.labels import label_problems, sorted_labels
@@ -145,7 +144,7 @@ def parse_manifest(
     slides = tuple(_parse_row(row, table, folder, names, problems, need_slides, uses_splits) for row in table.rows)
     problems += _repeated_ids([slide.slide_id for slide in slides], [row.place for row in table.rows])
     if uses_splits:
-        problems += _split_problems(slides) + files_across_splits(slides, real_paths(slides))
+        problems += _split_problems(slides)
         _tell_patients(slides, table, source)
     if labels == "required" and len(names) < 2:
         problems.append(
@@ -196,7 +195,7 @@ def _require_columns(table: Table, source: str, *, need_slides: bool, need_label
     required = ["slide_id", *(["path"] if need_slides else []), *(["label"] if need_labels else [])]
     missing = [name for name in required if name not in table.headings]
     if missing:
-        hints = "; ".join(missing_hint(name, table.headings) for name in missing)
+        hints = "; ".join(dict.fromkeys(missing_hint(name, table.headings) for name in missing))
         raise ManifestError(
             source,
             [

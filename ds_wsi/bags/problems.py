@@ -1,7 +1,7 @@
 """What is wrong with a cohort, all of it in one message: like problems on one line, with their count and examples."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -39,9 +39,16 @@ class _Parts(NamedTuple):
 
 
 def condensed(problems: Sequence[str]) -> list[str]:
-    """The problems as lines, in their order: more than five of one kind become one line, with count and examples."""
+    """The problems as lines, in their order: more than five of one kind become one line, with count and examples.
+
+    Of a kind with a few values (labels, say) each value is a kind of its own.
+    """
     parts = [_parts(problem) for problem in problems]
-    kinds = [_NAMED.sub(r"\1", each.rule) for each in parts]
+    rules = [_NAMED.sub(r"\1", each.rule) for each in parts]
+    values: dict[str, set[str]] = defaultdict(set)
+    for rule, each in zip(rules, parts, strict=True):
+        values[rule].add(each.value)
+    kinds = [(rule, each.value if len(values[rule]) <= SHOWN else "") for rule, each in zip(rules, parts, strict=True)]
     counts = Counter(kinds)
     lines: list[str] = []
     told = set()

@@ -2,31 +2,21 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ds_wsi.bags.problems import ManifestError
+from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry
 from ds_wsi.runtime.fingerprint import Fingerprint
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.fingerprint import slide_fingerprint
 
-if TYPE_CHECKING:  # the manifest asks for shared files itself
-    from ds_wsi.bags.manifest import Manifest, SlideEntry
-
 SHOWN = 3
 
 
-def real_paths(slides: "Iterable[SlideEntry]") -> list[Path | None]:
-    """Each slide's file with links followed, which needs no reading; None where there is none."""
-    return [slide.path.resolve() if slide.path.is_file() else None for slide in slides]
-
-
-def slide_fingerprints(slides: "Iterable[SlideEntry]") -> list[Fingerprint | None]:
+def slide_fingerprints(slides: Iterable[SlideEntry]) -> list[Fingerprint | None]:
     """Of each slide's file; None where it cannot be read, which opening it will say."""
     return [fingerprint_of(slide) for slide in slides]
 
 
-def fingerprint_of(slide: "SlideEntry") -> Fingerprint | None:
+def fingerprint_of(slide: SlideEntry) -> Fingerprint | None:
     """Of the slide's file; None where it cannot be read."""
     try:
         return slide_fingerprint(slide.path)
@@ -34,7 +24,7 @@ def fingerprint_of(slide: "SlideEntry") -> Fingerprint | None:
         return None
 
 
-def files_across_splits(slides: "Sequence[SlideEntry]", known_by: Sequence[object | None]) -> list[str]:
+def files_across_splits(slides: Sequence[SlideEntry], known_by: Sequence[object | None]) -> list[str]:
     """A line for each file that stands under several ids in different splits.
 
     Args:
@@ -49,7 +39,7 @@ def files_across_splits(slides: "Sequence[SlideEntry]", known_by: Sequence[objec
     ]
 
 
-def warn_of_shared_files(slides: "Sequence[SlideEntry]", known_by: Sequence[object | None]) -> None:
+def warn_of_shared_files(slides: Sequence[SlideEntry], known_by: Sequence[object | None]) -> None:
     """Name the files that stand under several ids of one split, or of none yet, in one line; args as above."""
     within = [same for same in _shared(slides, known_by) if len({slide.split for slide in same}) == 1]
     if within:
@@ -57,7 +47,7 @@ def warn_of_shared_files(slides: "Sequence[SlideEntry]", known_by: Sequence[obje
         logger.warning("one file under several ids: %s%s", "; ".join(map(_named, within[:SHOWN])), more)
 
 
-def require_files_apart(manifest: "Manifest", known_by: Sequence[object | None] | None = None) -> None:
+def require_files_apart(manifest: Manifest, known_by: Sequence[object | None] | None = None) -> None:
     """Refuse splits that have one file on two sides; for splits that were drawn or read after the files were opened.
 
     Args:
@@ -72,7 +62,7 @@ def require_files_apart(manifest: "Manifest", known_by: Sequence[object | None] 
         raise ManifestError(manifest.source, problems)
 
 
-def _shared(slides: "Sequence[SlideEntry]", known_by: Sequence[object | None]) -> "list[list[SlideEntry]]":
+def _shared(slides: Sequence[SlideEntry], known_by: Sequence[object | None]) -> list[list[SlideEntry]]:
     """The slides of each file that several ids name."""
     found: dict[object, dict[str, SlideEntry]] = defaultdict(dict)
     for slide, known in zip(slides, known_by, strict=True):
@@ -81,6 +71,6 @@ def _shared(slides: "Sequence[SlideEntry]", known_by: Sequence[object | None]) -
     return [list(same.values()) for same in found.values() if len(same) > 1]
 
 
-def _named(same: "Sequence[SlideEntry]") -> str:
+def _named(same: Sequence[SlideEntry]) -> str:
     shown = [f"{slide.slide_id} ({slide.split or 'no split yet'}, {slide.path.name})" for slide in same[:SHOWN]]
     return " and ".join(shown) + (f" and {len(same) - SHOWN} more" if len(same) > SHOWN else "")

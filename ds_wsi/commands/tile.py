@@ -89,6 +89,7 @@ def _pack(cohort: "Cohort", options: argparse.Namespace) -> None:
 def _import_grids(options: argparse.Namespace) -> None:
     """Write our grids from another project's: every slide's file must be there, all that is wrong is listed."""
     from ds_wsi.bags.manifest import ManifestError, parse_manifest
+    from ds_wsi.bags.summary import log_cohort
     from ds_wsi.slides.coords import import_clam, import_trident, read_grid, write_grid
     from ds_wsi.slides.fingerprint import slide_fingerprint
     from ds_wsi.slides.slide import Slide, SlideError
@@ -113,6 +114,7 @@ def _import_grids(options: argparse.Namespace) -> None:
             problems.append(str(error))
     if problems:
         raise ManifestError(manifest.source, problems)
+    log_cohort(manifest, [len(grid) for grid in grids])
     paths = {entry.slide_id: entry.path for entry in manifest.slides}
     for grid in grids:
         path = Path(options.output_dir) / f"{grid.slide_id}.safetensors"

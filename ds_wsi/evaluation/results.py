@@ -56,6 +56,8 @@ def write_results(
     probabilities = logits.softmax(-1).numpy()
     intervals = bootstrap_metrics(labels, probabilities, seed=seed, patients=patients)
     rows = _prediction_rows(cohort, predictions, probabilities.mean(axis=0))
+    # Of more classes f1 is the mean of all.
+    positive = cohort.manifest.classes[1] if len(cohort.manifest.classes) == 2 else None
     n_patients = len(set(patients))
     runs = _metrics_of_runs(labels, probabilities)
     write_json(
@@ -64,6 +66,7 @@ def write_results(
             "n_slides": len(rows),
             "n_patients": n_patients,
             "evaluation": asdict(protocol),
+            "positive_class": positive,
             "metrics": metrics_to_json(intervals),
             "runs": runs,
             **({} if norms is None else {"norms": _finite(norms)}),
@@ -78,7 +81,7 @@ def write_results(
     write_report(
         directory / REPORT,
         title=title,
-        summary=dict(summary),
+        summary=dict(summary) | ({} if positive is None else {"positive class": positive}),
         intervals=intervals,
         predictions=rows,
         curves_png=curves,
@@ -90,6 +93,8 @@ def write_results(
     words = f"metrics of {len(rows)} slides"
     words = f"{words} of all splits" if split == "all" else f"{split} {words}"
     logger.info("%s:\n%s", words, format_table(intervals))
+    if positive is not None:
+        logger.info("f1 is that of class %s, the second", positive)
     return intervals
 
 

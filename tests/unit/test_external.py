@@ -125,3 +125,65 @@ def test_the_order_of_the_classes_can_be_given(tmp_path):
     assert order_classes(cohort, None) is cohort
     with pytest.raises(ValueError, match=r"--classes must be the cohort's .*, mutant, wt, got a, b"):
         order_classes(cohort, ("a", "b"))
+
+
+def test_files_of_one_name_are_slides_of_their_folders(tmp_path, caplog):
+    """A folder a patient, and in each 1.svs and 2.svs; a name that is there once stays."""
+    for name in ("P0/1.svs", "P0/2.svs", "P1/1.svs", "P1/2.svs", "P1/3.svs"):
+        touch(tmp_path, name)
+    rows = [("P0/1.svs", "x"), ("P0\\2.svs", "y"), ("P1/1", "x"), ("P1/2.svs", "y"), ("3", "x")]
+    table(tmp_path / "labels.csv", ("slide_id", "label"), rows)
+    with caplog.at_level("INFO", "ds_wsi"):
+        manifest = read_custom(tmp_path)
+    assert [(slide.slide_id, str(slide.path.relative_to(tmp_path))) for slide in manifest.slides] == [
+        ("P0_1", "P0/1.svs"),
+        ("P0_2", "P0/2.svs"),
+        ("P1_1", "P1/1.svs"),
+        ("P1_2", "P1/2.svs"),
+        ("3", "P1/3.svs"),
+    ]
+    assert "2 names of files repeat: these slides are named by path" in caplog.text
+    touch(tmp_path, "P0/1_1.svs", "P0_1/1.svs")
+    table(tmp_path / "labels.csv", ("slide_id", "label"), [("1", "x"), ("P1/2.svs", "y")])
+    assert problems_of(read_custom, tmp_path)[0].startswith("slide must be one file, got")
+
+
+def test_columns_that_look_like_others_are_told(tmp_path, caplog):
+    labels = table(
+        custom(tmp_path) / "l.csv",
+        ("slide_id", "label", "case", "Split", "age"),
+        [("case_0", "x", 1, 2, 3), ("case_1", "y", 1, 2, 3)],
+    )
+    with caplog.at_level("INFO", "ds_wsi"):
+        read_custom(tmp_path, labels)
+    assert "columns that are not used: case, Split, age" in caplog.text
+    assert "column 'case' looks like the patient. HINT: --patient_column 'case'" in caplog.text
+    assert "column 'Split' looks like the split. HINT: --split_column 'Split'" in caplog.text
+    caplog.clear()
+    read_custom(tmp_path, labels, patient_column="case")
+    assert "looks like the patient" not in caplog.text
+
+
+def test_words_for_none_and_spellings_are_refused_in_label_files_too(tmp_path):
+    rows = [("case_0", "x", "P"), ("case_1", "NA", "?"), ("case_2", "y", "Q"), ("case_3", "Y", "R")]
+    labels = table(custom(tmp_path) / "l.csv", ("slide_id", "label", "who"), rows)
+    assert problems_of(read_custom, tmp_path, labels, patient_column="who") == [
+        "label must be spelled one way for a class, got 'Y' in 1, 'y' in 1 rows",
+        "label must be given, got 'NA' (slide case_1, l.csv, row 3)",
+        "who must name the patient, got '?' (l.csv, row 3)",
+    ]
+
+
+def test_a_file_that_is_not_there_is_told_with_the_nearest(tmp_path):
+    labels = table(custom(tmp_path) / "l.csv", ("slide_id", "label"), [("case_00", "x"), ("case_1", "y")])
+    with pytest.raises(
+        ManifestError, match=r"slide case_00, l.csv, row 2\). HINT: nearest are case_0, .*--slide_column"
+    ):
+        read_custom(tmp_path, labels)
+
+
+def test_numbers_of_a_spreadsheet_with_decimal_commas(tmp_path):
+    labels = table(
+        custom(tmp_path) / "l.csv", ("slide_id", "label", "um"), [("case_0", "x", "0,25"), ("case_1", "y", "")], ";"
+    )
+    assert [slide.mpp for slide in read_custom(tmp_path, labels, mpp_column="um").slides] == [0.25, None]

@@ -1,5 +1,6 @@
 import csv
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,41 @@ def test_clams_ragged_columns(tmp_path):
     path.write_text(text.replace(",", ";"))
     assert "nan;NaN" in path.read_text()
     assert split_of(apply_split(cohort(), path)) == WANTED
+
+
+def renamed(manifest, name):
+    """The cohort of six patients with other names for its twelve slides, by number."""
+    slides = [replace(slide, slide_id=name(number)) for number, slide in enumerate(manifest.slides, 1)]
+    return replace(manifest, slides=tuple(slides))
+
+
+@pytest.mark.parametrize("written", ["{}.0", "{}", "{},0", "0{}"])
+def test_slides_with_numbers_for_names_are_found_in_clams_columns_of_floats(tmp_path, caplog, written):
+    """Pandas writes a column of whole numbers that is shorter than the others as floats."""
+    path = tmp_path / "splits_0.csv"
+    parts = (range(1, 9), range(9, 11), range(11, 13))
+    clam(path, *[[written.format(number) for number in part] for part in parts])
+    with caplog.at_level("INFO", "ds_wsi"):
+        manifest = apply_split(renamed(cohort(), str), path)
+    found = {split: [slide.slide_id for slide in manifest.in_split(split)] for split in SPLITS}
+    assert found == {split: list(map(str, part)) for split, part in zip(SPLITS, parts)}
+    assert ("12 slides are read as numbers" in caplog.text) == (written != "{}")
+    apply_split(renamed(cohort(), "{:03d}".format), path)
+
+
+def test_a_number_that_several_slides_have_for_a_name_is_none_of_them(tmp_path):
+    path = clam(tmp_path / "splits_0.csv", ["1.0"], [], ["2.0"])
+    slides = renamed(cohort(1, 2), lambda number: ("1", "01")[number - 1])
+    with pytest.raises(ManifestError, match=r"slide of the split must be in the cohort, got '1\.0'"):
+        apply_split(slides, path)
+
+
+def test_slides_that_are_named_by_their_path_are_found_by_it(tmp_path):
+    path = clam(tmp_path / "splits_0.csv", [f"P{n}/1.svs" for n in range(1, 11)], [], ["data\\P11\\1", "P12/1.tif"])
+    with pytest.raises(ManifestError, match=r"must be in the cohort, got '1'"):
+        apply_split(renamed(cohort(), "P{}_1".format), path)
+    path.write_text(path.read_text().replace("data\\", ""))
+    assert len(apply_split(renamed(cohort(), "P{}_1".format), path).in_split("test")) == 2
 
 
 def test_clams_boolean_table(tmp_path):

@@ -14,6 +14,7 @@ from ds_wsi.bags.tables.headings import COLUMNS, meant
 from ds_wsi.bags.tables.labels import sorted_labels
 from ds_wsi.bags.tables.names import is_slide_id, slide_names
 from ds_wsi.bags.tables.values import MISSING_WORDS, number_of, split_of
+from ds_wsi.cli import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
 
@@ -130,6 +131,10 @@ class TestFormats:
         slides.write_text(slides.read_text() + "TCGA-AA-0009,x.h5\n")
         assert "got '' (slide x, row 5)" in problems_of(f"{clini},{slides}")[0]
 
+    def test_one_of_stamps_tables_alone_is_told_to_need_the_other(self, tmp_path):
+        with pytest.raises(ManifestError, match=r"clini table needs its slide table: clini\.csv,slide\.csv"):
+            parse_manifest(example("stamp_clini.csv", tmp_path), need_slides=False)
+
     def test_stamps_tables_that_contradict_are_refused(self, tmp_path):
         clini, slides = example("stamp_clini.csv", tmp_path), example("stamp_slide.csv", tmp_path)
         text = clini.read_text()
@@ -173,6 +178,11 @@ class TestHeadings:
         path = write(tmp_path, tuple(columns.values()), *[(n, n % 2) for n in range(4)])
         with pytest.raises(ManifestError, match=rf"{column} missing.*HINT: rename '{heading}' to {column}"):
             parse_manifest(path, need_slides=False)
+
+    @pytest.mark.parametrize("heading", ["s0", "slide_id|label"])
+    def test_a_file_without_headings_is_told_so(self, tmp_path, heading):
+        with pytest.raises(ManifestError, match="HINT: the first row must hold the headings, divided by commas"):
+            parse_manifest(write(tmp_path, (heading, "x"), ("s1", "y")), need_slides=False)
 
     @pytest.mark.parametrize("heading", ["Label", "label.1", "label_x", "LABEL"])
     def test_a_column_beside_another_spelling_of_it_is_refused(self, tmp_path, heading):
@@ -348,14 +358,6 @@ class TestPaths:
         assert f"HINT: write {Path.home()}/a.svs." in self.told(tmp_path, "~/a.svs")
         assert "it is a folder" in self.told(tmp_path, "folder")
         assert "there is A.svs, of which case counts" in self.told(tmp_path, "a.svs")
-
-    def test_one_file_in_two_splits_is_refused(self, tmp_path):
-        for name in ("a.svs", "b.svs"):
-            (tmp_path / name).touch()
-        (tmp_path / "link.svs").symlink_to("a.svs")
-        rows = [("a", "a.svs", "x", "train"), ("c", "link.svs", "y", "test"), ("b", "b.svs", "x", "train")]
-        (problem,) = problems_of(write(tmp_path, ("slide_id", "path", "label", "split"), *rows), need_slides=True)
-        assert "got one file under several ids: a (train, a.svs) and c (test, link.svs). HINT" in problem
 
 
 class TestFiles:
@@ -552,6 +554,16 @@ class TestMessages:
         assert line.startswith("14 times: slide s0 must have one file of features, got none (folder); slide s1 must")
         assert line.endswith("; and 9 more")
 
+    def test_each_of_a_few_values_is_a_kind_with_its_own_remedy(self, tmp_path):
+        rows = [(f"s{n}", ("Normal", "TUMOR")[n % 2]) for n in range(20)]
+        lines = condensed(problems_of(write(tmp_path, ("slide_id", "label"), *rows), ("normal", "tumor")))
+        assert len(lines) == 2
+        assert lines[0].startswith("10 times: label must be one of normal, tumor, got 'Normal' (slide s0, row 2; ")
+        assert [line[-22:] for line in lines] == [
+            "5 more). HINT: write 'normal'."[-22:],
+            "5 more). HINT: write 'tumor'."[-22:],
+        ]
+
     def test_few_problems_are_whole_lines_in_their_order(self):
         problems = [f"a must be {n}, got x (row {n}). HINT: y." for n in range(SHOWN)] + ["b must be c"]
         assert condensed(problems) == problems
@@ -579,3 +591,22 @@ class TestMessages:
             "class y has no slide in the test split, which leaves its metrics undefined",
             "class z occurs in test alone: nothing is learned of it. HINT: another split, or take its rows out",
         ]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--encoder", "resnet19"), "encoder must be a timm model's name, .* got 'resnet19'. HINT: did you mean"),
+        (
+            ("--encoder", "resnet10t", "--encoder_weights", "none.safetensors"),
+            r"encoder weights must be a file, got none",
+        ),
+        (("--encoder", "local-dir:none"), "none"),
+    ],
+)
+def test_an_encoder_that_cannot_be_had_is_told_before_a_table_is_read(tmp_path, capsys, more, message):
+    given = ["train", "--manifest", tmp_path / "none.csv", "--output_dir", tmp_path / "out", *more]
+    assert main([str(word) for word in given]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert "none.csv" not in said

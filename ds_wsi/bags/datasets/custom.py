@@ -76,7 +76,7 @@ def read_custom(
     several = _named_by_path(rows, table)
     for row in rows:
         slide_id = slide_name(row["slide"])
-        candidates = places[slide_id]
+        candidates = places.get(slide_id, [])
         if len(candidates) > 1:
             # A path in the table tells files of one name apart.
             parts = Path(row["slide"].replace("\\", "/")).parts
@@ -107,13 +107,13 @@ def _index(root: Path) -> dict[str, list[Path]]:
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             found[slide_name(path.name)].append(path)
-    return found
+    return dict(found)
 
 
 def _ends_with(path: Path, parts: Sequence[str]) -> bool:
     """Whether a file's path ends with these parts; the last may lack the suffix."""
     *folders, name = parts
-    return (name in (path.name, slide_name(path.name))) and path.parts[-len(parts) : -1] == tuple(folders)
+    return name in (path.name, slide_name(path.name)) and path.absolute().parts[-len(parts) : -1] == tuple(folders)
 
 
 def _named_by_path(rows: Sequence[LabelRow], table: Path) -> set[str]:

@@ -200,7 +200,9 @@ class CohortBuilder:
         Raises:
             ManifestError: everything that was noted, and patients in several splits.
         """
-        problems = self.problems + patient_problems([slide for slide in self.slides if slide.split])
+        hint = "HINT: correct the patient, or move the slides to one side."
+        split = [slide for slide in self.slides if slide.split]
+        problems = self.problems + [f"{problem}. {hint}" for problem in patient_problems(split)]
         if not problems and len({slide.label for slide in self.slides}) < 2:
             found = ", ".join(sorted({self.classes[slide.class_index] for slide in self.slides})) or "none"
             problems.append(f"labels must take at least two values, got {found}. HINT: give the whole label file.")

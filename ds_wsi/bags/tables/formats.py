@@ -86,13 +86,13 @@ def _slideflow(table: Table) -> tuple[Table, str]:
     if "dataset" in table.headings and "split" not in table.headings:
         parts = [SLIDEFLOW_SPLITS.get(row["dataset"].casefold(), row["dataset"]) for row in table.rows]
         if parts and all(split_of(part) for part in parts):
-            table = table.with_column("split", parts)
+            table = _without(table.with_column("split", parts), "dataset")
             words.append("dataset is the split (eval is test)")
     return _without(table.renamed(renamed), "slide"), f"slideflow's annotations: {', '.join(words)}"
 
 
 def _is_stamp(headings: set[str]) -> bool:
-    return {"PATIENT", "FILENAME"} <= headings
+    return {"PATIENT", "FILENAME"} <= headings and not headings & {"slide_id", "patient_id"}
 
 
 def _stamp(table: Table) -> tuple[Table, str]:

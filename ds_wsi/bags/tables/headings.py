@@ -115,10 +115,14 @@ def missing_hint(column: str, headings: Sequence[str]) -> str:
         likely = [heading for heading in headings if meant(heading) == "path"]
     if likely:
         return f"rename {likely[0]!r} to {column}"
+    if column == "slide_id" and "PATIENT" in headings:
+        return "STAMP's clini table needs its slide table: clini.csv,slide.csv"
+    if not any(heading in COLUMNS or meant(heading) for heading in headings):
+        return "the first row must hold the headings, divided by commas, semicolons or tabs"
     if column == "path":
         return (
             "add a column path with each slide's file; `ds-wsi manifest custom --data_dir FOLDER --labels TABLE` finds "
-            "the files and writes it"
+            "the files and writes it (--slide_column, --label_column and --patient_column name its headings)"
         )
     return f"add the column {column}, or rename the one that holds it"
 
