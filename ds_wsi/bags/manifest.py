@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ds_wsi.bags.delimited import read_delimited
 from ds_wsi.runtime.files import atomic_path
+from ds_wsi.slides.readers import slide_exists
 
 SPLITS = ("train", "validation", "test")
 REQUIRED = ("slide_id", "path", "label")
@@ -163,7 +164,7 @@ def _parse_row(
     if row["label"] not in classes:
         problems.append(f"label must be one of {', '.join(classes)}, got {row['label']!r} ({place})")
     path = folder / row.get("path", "")
-    if need_slides and (not row["path"] or not path.is_file()):
+    if need_slides and (not row["path"] or not slide_exists(path)):
         problems.append(f"path must be a file, got {row['path']!r}, which is none under {folder} ({place})")
     split = row.get("split") or None
     split = SPLIT_ALIASES.get(split, split) if split else None

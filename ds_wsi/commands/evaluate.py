@@ -6,13 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_wsi.bags.datasets import DATASETS
-from ds_wsi.commands.cohort import add_prediction_options, classes_of, placed, slides_of, tile_reading_of
+from ds_wsi.commands.cohort import (
+    OF_EVALUATION,
+    add_prediction_options,
+    classes_of,
+    placed,
+    slides_of,
+    tell_left_out,
+    tile_reading_of,
+    tiling_of,
+)
 from ds_wsi.commands.parser import add_command
 from ds_wsi.config import read_section
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import precision_words
 from ds_wsi.training.dataset_options import add_reading_options, reading_of
-from ds_wsi.training.options import add_local_rank, comma_separated, spellings, tiles_or_all
+from ds_wsi.training.options import add_local_rank, add_shared_options, comma_separated, spellings, tiles_or_all
 
 CHECKED_SLIDES, CHECKED_TILES = 8, 64  # of a model of an earlier version
 
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
 
     from ds_wsi.bags.bag import FailureLog, ReadPolicy
     from ds_wsi.bags.cohort import Cohort
+    from ds_wsi.bags.slide_policy import SkippedSlide
     from ds_wsi.engines.scope import Processes
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.models import SlideModel
@@ -48,6 +58,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
+    from ds_wsi.bags.slide_policy import skipped_words
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
     from ds_wsi.evaluation.record import RunFolderError, RunRecord
@@ -75,6 +86,7 @@ def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
             "model": options.model,
             "cohort": options.manifest,
             "split": options.split,
+            **skipped_words(cohort.skipped),
             "evaluation": f"{protocol}, encoder in {precision_words(options.precision)}",
         },
         failures=failures,
@@ -83,6 +95,7 @@ def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
     if record is not None:
         dataset = options.dataset_name or Path(options.manifest).stem
         record.evaluated_on(dataset, options.split, protocol, options.precision).write(directory)
+    tell_left_out(cohort, directory)
 
 
 def add_heatmap(subparsers: argparse._SubParsersAction) -> None:
@@ -103,6 +116,7 @@ def run_heatmap(options: argparse.Namespace) -> None:
     cohort, predictions, _ = _predictions(options, "all", EvaluationProtocol(), Processes(0, 1))
     for _, path in draw_heatmaps(Path(options.output_dir), cohort, predictions):
         print(path)
+    tell_left_out(cohort, options.output_dir)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +133,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add_reading_options(parser)
     add_prediction_options(parser, need_manifest=False)
+    add_shared_options(parser, OF_EVALUATION, default="as the model was trained")
 
 
 def _add_features_dir(parser: argparse.ArgumentParser) -> None:
@@ -179,9 +194,10 @@ def _predictions(
             f"({options.model}, {config.encoder}). HINT: leave it out, the model reads slides."
         )
 
-    def load() -> "Cohort":
+    def load(skipped: "tuple[SkippedSlide, ...] | None") -> "Cohort":
         if config.encoder is not None:
-            return slides_of(options, read_section({"tiling": config.tiling}).tiling, classes)
+            tiling = tiling_of(options, read_section({"tiling": config.tiling}).tiling)
+            return slides_of(options, tiling, classes, skipped)
         return load_feature_cohort(
             options.manifest,
             options.features_dir,
@@ -192,7 +208,8 @@ def _predictions(
             need_splits=False,
         )
 
-    cohort = processes.main_first(load)  # which tiles the slides
+    # The main process tiles the slides, and says which of them are left out.
+    cohort = processes.main_first(load, lambda found: found.skipped)
     rows = _chosen_rows(options, cohort, split)
     shares = deal_by_cost([cohort.lengths[row] for row in rows], processes.world_size)
     own = [rows[index] for index in shares[processes.rank]]

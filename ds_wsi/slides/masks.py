@@ -84,7 +84,7 @@ def read_mask(path: Path, slide: Slide, downsample: float) -> np.ndarray:
     if low[0] >= slide.width_px or low[1] >= slide.height_px or high[0] <= 0 or high[1] <= 0 or not mask.any():
         raise SlideError(
             f"mask must lie on its slide of {slide.width_px} x {slide.height_px} px, got regions from "
-            f"({low[0]:g}, {low[1]:g}) to ({high[0]:g}, {high[1]:g}) {where}. HINT: is it of another slide, or "
+            f"({low[0]:g}, {low[1]:g}) to ({high[0]:g}, {high[1]:g}) {where}. HINT: is it of another slide or "
             "level?"
         )
     if (high > 1.05 * np.array([slide.width_px, slide.height_px]) + downsample).any():

@@ -16,6 +16,7 @@ from ds_wsi.bags.cohort import Cohort, tile_manifest
 from ds_wsi.bags.manifest import SPLITS, Manifest, ManifestError, write_manifest
 from ds_wsi.bags.prepare import read_dataset, split_dataset
 from ds_wsi.bags.relabel import order_classes
+from ds_wsi.bags.slide_policy import SlidePolicy, write_skipped
 from ds_wsi.engines.scope import Processes, launched
 from ds_wsi.evaluation.tables import write_tables
 from ds_wsi.runtime.log import logger
@@ -132,7 +133,10 @@ def read_cohort(protocol: Protocol, settings: TrainSettings, tiles_dir: Path | N
         slide_mpp=settings.data.slide_mpp,
         workers=max(1, settings.policies.reading.workers),
         problems=problems,
+        slides=SlidePolicy(settings.data.tissue_masks, settings.data.skip_bad_slides),
     )
+    if tiles_dir is not None:
+        write_skipped(tiles_dir.parent, cohort.skipped)
     return replace(cohort, manifest=order_classes(cohort.manifest, settings.data.classes))
 
 

@@ -30,6 +30,8 @@ _BEFORE = {
     "run.tf32": "torch",
     "run.memory_format": "auto",
     "optim.encoder_learning_rate": None,
+    "data.tissue_masks": None,
+    "data.skip_bad_slides": False,
 }
 
 

@@ -19,6 +19,8 @@ class DataSettings:
         tiles_dir: where tile grids, and what was found in files of features, are kept; by default in the run's folder.
         classes: class names in the order of the logits.
         slide_mpp: um/px of slides that do not tell theirs.
+        tissue_masks: folder of masks that say where tissue is, named after the slides.
+        skip_bad_slides: leave out slides that cannot be used, where they would be refused.
         dataset_name: in tables of runs; by default the manifest's name without its suffix.
         split_name: which of the dataset's splits or folds the manifest holds, in tables of runs.
         features_dir: train the aggregator alone, on the files of features there; None trains on slides.
@@ -31,6 +33,8 @@ class DataSettings:
     tiles_dir: str | None = None
     classes: tuple[str, ...] | None = None
     slide_mpp: float | None = None
+    tissue_masks: str | None = None
+    skip_bad_slides: bool = False
     dataset_name: str | None = None
     split_name: str = ""
     features_dir: str | None = None

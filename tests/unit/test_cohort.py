@@ -140,7 +140,7 @@ def test_slide_mpp_is_for_slides_that_tell_none_and_changes_no_other(slides, tmp
 
 
 def test_an_implausible_slide_mpp_is_refused(slides, tmp_path):
-    with pytest.raises(ManifestError, match="got 352 from the override"):
+    with pytest.raises(ManifestError, match="got 352 from --slide_mpp"):
         load(tmp_path, two(slides, "plain.tiff"), slide_mpp=352.0)
 
 
