@@ -12,7 +12,7 @@ from ds_wsi.bags.slide_policy import AS_THEY_ARE, SkippedSlide, SlidePolicy, tel
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.coords import read_grid, write_grid
-from ds_wsi.slides.masks import mask_name
+from ds_wsi.slides.masks import MaskFile
 from ds_wsi.slides.readers import slide_exists
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import MPP_TOLERANCE, TileGrid, TilingPolicy, tile_slide
@@ -184,7 +184,7 @@ def _tile(
         return error
 
 
-def _kept_grid(path: Path, slide: Slide, mpp: float, policy: TilingPolicy, mask: Path | None) -> TileGrid | None:
+def _kept_grid(path: Path, slide: Slide, mpp: float, policy: TilingPolicy, mask: MaskFile | None) -> TileGrid | None:
     if not path.exists():
         return None
     grid = read_grid(path)
@@ -192,7 +192,7 @@ def _kept_grid(path: Path, slide: Slide, mpp: float, policy: TilingPolicy, mask:
         _require_imported_fits(grid, policy, path)
         return grid
     same_slide = (grid.slide_width_px, grid.slide_height_px) == (slide.width_px, slide.height_px)
-    same_mask = (grid.tissue.mask if grid.tissue else "") == (mask_name(mask) if mask else "")
+    same_mask = (grid.tissue.mask if grid.tissue else "") == (mask.name if mask else "")
     if same_slide and same_mask and grid.slide_mpp == mpp and grid.policy == policy:
         return grid
     logger.warning("%s: tiled with another policy, mask or from another slide file, tiled anew", path)

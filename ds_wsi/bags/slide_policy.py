@@ -10,7 +10,7 @@ from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.runtime.files import atomic_path
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.errors import SlideError
-from ds_wsi.slides.masks import SUFFIXES, find_mask
+from ds_wsi.slides.masks import SUFFIXES, MaskFile, find_mask
 from ds_wsi.slides.tiling import TileGrid
 
 SKIPPED_FILE = "skipped_slides.csv"
@@ -34,11 +34,13 @@ class SlidePolicy:
     Args:
         tissue_masks: folder of `<slide_id>.geojson` or `.png` that say where tissue is; slides without one are tiled by
             the policy's rule.
+        masks_in_bounds: as of `MaskFile.in_bounds`.
         skip_bad_slides: leave out slides that cannot be used, where they would be refused.
         skipped: exactly the slides that another process has left out; None decides here.
     """
 
     tissue_masks: str | Path | None = None
+    masks_in_bounds: bool = False
     skip_bad_slides: bool = False
     skipped: tuple[SkippedSlide, ...] | None = None
 
@@ -47,13 +49,14 @@ class SlidePolicy:
         left_out = {slide.slide_id for slide in self.skipped or ()}
         return tuple(slide for slide in slides if slide.slide_id not in left_out)
 
-    def mask_of(self, entry: SlideEntry) -> Path | None:
+    def mask_of(self, entry: SlideEntry) -> MaskFile | None:
         """The slide's mask, where it has one.
 
         Raises:
             SlideError: it has two.
         """
-        return find_mask(self.tissue_masks, entry.slide_id) if self.tissue_masks else None
+        path = find_mask(self.tissue_masks, entry.slide_id) if self.tissue_masks else None
+        return None if path is None else MaskFile(path, self.masks_in_bounds)
 
     def masks_problem(self, slides: Sequence[SlideEntry]) -> str | None:
         """Why the folder of masks cannot be meant for these slides, or None."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TILING_OPTIONS = ("tile_size_px", "mpp", "min_tissue_fraction", "tissue")
 OF_EVALUATION = ("min_tissue_fraction", "tissue")  # those that may differ from a model's own
-SLIDE_OPTIONS = ("slide_mpp", "tissue_masks", "skip_bad_slides")
+SLIDE_OPTIONS = ("slide_mpp", "tissue_masks", "masks_in_bounds", "skip_bad_slides")
 
 
 def add_cohort_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -76,7 +76,7 @@ def slides_of(
         classes=classes,
         slide_mpp=options.slide_mpp,
         need_splits=False,
-        slides=SlidePolicy(options.tissue_masks, options.skip_bad_slides, skipped),
+        slides=SlidePolicy(options.tissue_masks, options.masks_in_bounds, options.skip_bad_slides, skipped),
     )
 
 

@@ -45,7 +45,7 @@ def run_tile(options: argparse.Namespace) -> None:
     from ds_wsi.bags.slide_policy import SlidePolicy
 
     policy = tiling_of(options, TilingPolicy())
-    slides = SlidePolicy(options.tissue_masks, options.skip_bad_slides)
+    slides = SlidePolicy(options.tissue_masks, options.masks_in_bounds, options.skip_bad_slides)
     if options.import_clam or options.import_trident:
         _import_grids(options)
         return
@@ -132,7 +132,7 @@ def _export_masks(cohort: "Cohort", options: argparse.Namespace, policy: TilingP
             else:
                 with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
                     tissue = find_tissue(slide, policy, slides.mask_of(entry))
-                    write_mask(path, tissue.mask, tissue.downsample, slide)
+                    write_mask(path, tissue.mask, tissue.downsample, slide, options.masks_in_bounds)
             progress.step()
     print(f"{folder}\t{len(cohort.grids) - len(left)} masks written, as GeoJSON for QuPath")
     if left:

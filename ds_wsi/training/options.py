@@ -97,6 +97,12 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         str,
         "folder of <slide_id>.geojson (QuPath's) or .png that say where tissue is; slides without one go by --tissue",
     ),
+    (
+        "masks_in_bounds",
+        "data.masks_in_bounds",
+        FLAG,
+        "the masks' places count from the scanned area's corner, as QuPath's do, and not from level 0's",
+    ),
     ("skip_bad_slides", "data.skip_bad_slides", FLAG, "leave out slides that cannot be used, and list them"),
     ("dataset_name", "data.dataset_name", str, "in tables of runs (default: the manifest's, without its suffix)"),
     ("split_name", "data.split_name", str, "which split or fold of the dataset the manifest holds, in tables of runs"),

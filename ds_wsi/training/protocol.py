@@ -133,7 +133,7 @@ def read_cohort(protocol: Protocol, settings: TrainSettings, tiles_dir: Path | N
         slide_mpp=settings.data.slide_mpp,
         workers=max(1, settings.policies.reading.workers),
         problems=problems,
-        slides=SlidePolicy(settings.data.tissue_masks, settings.data.skip_bad_slides),
+        slides=SlidePolicy(settings.data.tissue_masks, settings.data.masks_in_bounds, settings.data.skip_bad_slides),
     )
     if tiles_dir is not None:
         write_skipped(tiles_dir.parent, cohort.skipped)

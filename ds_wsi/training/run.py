@@ -375,7 +375,7 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
             slide_mpp=data.slide_mpp,
             seed=settings.run.seed,
             workers=max(1, policies.reading.workers),
-            slides=SlidePolicy(data.tissue_masks, data.skip_bad_slides, skipped),
+            slides=SlidePolicy(data.tissue_masks, data.masks_in_bounds, data.skip_bad_slides, skipped),
         )
 
     # Which slides are left out is the main process's to say: another could find another file unreadable.

@@ -31,6 +31,7 @@ _BEFORE = {
     "run.memory_format": "auto",
     "optim.encoder_learning_rate": None,
     "data.tissue_masks": None,
+    "data.masks_in_bounds": False,
     "data.skip_bad_slides": False,
 }
 

@@ -20,6 +20,7 @@ class DataSettings:
         classes: class names in the order of the logits.
         slide_mpp: um/px of slides that do not tell theirs.
         tissue_masks: folder of masks that say where tissue is, named after the slides.
+        masks_in_bounds: their places count from the scanned area's corner, as QuPath's do.
         skip_bad_slides: leave out slides that cannot be used, where they would be refused.
         dataset_name: in tables of runs; by default the manifest's name without its suffix.
         split_name: which of the dataset's splits or folds the manifest holds, in tables of runs.
@@ -34,6 +35,7 @@ class DataSettings:
     classes: tuple[str, ...] | None = None
     slide_mpp: float | None = None
     tissue_masks: str | None = None
+    masks_in_bounds: bool = False
     skip_bad_slides: bool = False
     dataset_name: str | None = None
     split_name: str = ""
