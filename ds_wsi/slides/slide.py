@@ -260,12 +260,13 @@ class Slide:
     def _block(self, x: float, y: float, level: int, downsample: float, rows: int, columns: int) -> np.ndarray:
         """Box-average the level's pixels from (x, y) (level-0 px) to [rows, columns, 3]; READ_ERRORS pass through."""
         shrink = downsample / self.level_downsamples[level]
-        size = (math.ceil(columns * shrink) + 1, math.ceil(rows * shrink) + 1)
-        region = self._open().read_region((int(x), int(y)), level, size)
-        # The read starts on a whole level-0 pixel; the box starts where the overview's pixel does.
+        # The read starts on a whole level-0 pixel; the box starts where the overview's pixel does. Not a pixel more is
+        # read: it could lie in a part that is broken.
         offset = [(value - int(value)) / self.level_downsamples[level] for value in (x, y)]
-        box = (offset[0], offset[1], offset[0] + columns * shrink, offset[1] + rows * shrink)
-        box = (box[0], box[1], min(box[2], size[0]), min(box[3], size[1]))
+        ends = (offset[0] + columns * shrink, offset[1] + rows * shrink)
+        size = (max(1, math.ceil(ends[0] - 1e-6)), max(1, math.ceil(ends[1] - 1e-6)))
+        region = self._open().read_region((int(x), int(y)), level, size)
+        box = (offset[0], offset[1], min(ends[0], size[0]), min(ends[1], size[1]))
         picture = Image.fromarray(np.ascontiguousarray(self._opaque(region)))
         return np.asarray(picture.resize((columns, rows), Image.Resampling.BOX, box=box))
 
