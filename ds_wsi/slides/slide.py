@@ -25,7 +25,7 @@ SAME_MPP = 0.05  # mpp-x and mpp-y may differ by: square tiles are squares of ti
 MPP_HINT = "HINT: give the true value in the manifest's `mpp` column, or with --slide_mpp."
 CM_IN_UM, INCH_IN_UM = 10_000.0, 25_400.0
 OVERVIEW_BLOCK_PX = 2048  # of the level read at a time: bounds the memory of an overview
-GAP_PX = 256  # of level 0: an unreadable part of an overview is narrowed down to this
+GAP_PX = 64  # of level 0: an unreadable part of an overview is narrowed down to this
 MAX_FAILED_READS = 500  # of an overview: after them, unreadable parts are no longer narrowed down
 
 
@@ -228,7 +228,7 @@ class Slide:
         """As `read_overview_downsampled`, and which pixels could not be read.
 
         Where a part of a level is broken, the levels above it are tried; what none of them has is narrowed down to
-        pieces of 256 px.
+        pieces of 64 px.
         """
         handle = self._open()
         level = handle.get_best_level_for_downsample(downsample + 1e-6)

@@ -386,8 +386,8 @@ def test_a_broken_part_of_an_overview_is_narrowed_down_and_told(tmp_path, monkey
     low, high = np.array([rows.min(), columns.min()]), np.array([rows.max(), columns.max()]) + 1
     assert (low * downsample <= 512 + downsample).all()  # the broken tile is in it
     assert (high * downsample >= 768 - downsample).all()
-    assert (low * downsample >= 512 - 256 - downsample).all()  # and not much more
-    assert (high * downsample <= 768 + 256 + downsample).all()
+    assert (low * downsample >= 512 - 64 - 2 * downsample).all()  # and not much more
+    assert (high * downsample <= 768 + 64 + 2 * downsample).all()
 
 
 def test_a_broken_part_is_read_from_a_finer_level(tmp_path):
