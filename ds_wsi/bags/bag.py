@@ -6,6 +6,7 @@ chunks, and training has the next bag ready while it computes.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from ds_wsi.bags.features import FeatureFile, FeatureFileError, read_features
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.runtime.log import logger
-from ds_wsi.slides.slide import SlideCache, TileReadError
+from ds_wsi.slides.slide import SlideCache, SlideError, TileReadError
 from ds_wsi.slides.tile_store import TileStore
 from ds_wsi.slides.tiling import TileGrid
 
@@ -306,8 +307,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.permute(0, 2, 3, 1) for part in parts]).permute(0, 3, 1, 2)
 
 
-class ReadFailureError(RuntimeError):
-    """More tiles failed to read than the policy allows."""
+class ReadFailureError(SlideError):
+    """More tiles failed to read than the policy allows; of the files, not of the program."""
 
 
 @dataclass
@@ -342,10 +343,13 @@ class FailureLog:
         """Raise ReadFailureError where the recorded failures exceed the threshold."""
         total = sum(len(grid) for grid in self.grids)
         if len(self.reasons) > self.max_failed_fraction * total:
-            worst = "; ".join(f"{slide} at ({x}, {y})" for slide, x, y in list(self.reasons)[:5])
+            counts = Counter(slide for slide, _, _ in self.reasons).most_common(5)
+            most = ", ".join(f"{name} ({count})" for name, count in counts)
+            (slide, x, y), reason = next(iter(self.reasons.items()))
             raise ReadFailureError(
                 f"failed tiles must be at most {self.max_failed_fraction:.2%} of the cohort's {total}, got "
-                f"{len(self.reasons)} (first: {worst}). HINT: replace the broken files, or raise --max_failed_fraction."
+                f"{len(self.reasons)} (first: {slide} at ({x}, {y})): {reason}. Most are of {most}. "
+                "HINT: replace the broken files, take them out of the manifest, or raise --max_failed_fraction."
             )
 
     def require_tiles(self, slide: int, n_tiles: int) -> None:

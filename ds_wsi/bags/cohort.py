@@ -10,22 +10,28 @@ from typing import NamedTuple
 from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry, parse_manifest
 from ds_wsi.bags.same_files import files_across_splits, fingerprint_of, require_files_apart, warn_of_shared_files
+from ds_wsi.bags.slide_policy import AS_THEY_ARE, SkippedSlide, SlidePolicy, tell_skipped, tell_tissue
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.bags.summary import log_cohort
 from ds_wsi.runtime.fingerprint import Fingerprint
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.slides.coords import read_grid, read_slide_fingerprint, write_grid
+from ds_wsi.slides.masks import MaskFile
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import MPP_TOLERANCE, TileGrid, TilingPolicy, tile_slide
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Slides and their grids, row by row; in a cohort of features (`load_feature_cohort`) their files."""
+    """Slides and their grids, row by row; in a cohort of features (`load_feature_cohort`) their files.
+
+    `skipped` are the slides that were left out of both.
+    """
 
     manifest: Manifest
     grids: tuple[TileGrid, ...] | tuple[FeatureFile, ...]
+    skipped: tuple[SkippedSlide, ...] = ()
 
     def rows(self, split: str) -> tuple[int, ...]:
         """The rows of one split."""
@@ -63,6 +69,8 @@ def load_cohort(
     write_grids: bool = True,
     labels: str = "required",
     choose: Callable[[Manifest], Manifest] | None = None,
+    slides: SlidePolicy = AS_THEY_ARE,
+    on_slide: Callable[[int], None] = lambda n_slides: None,
 ) -> Cohort:
     """Read and check a whole cohort before anything is trained on it: the table first, then the slides.
 
@@ -79,16 +87,25 @@ def load_cohort(
         write_grids: False reads the grids of `tiles_dir` and writes none.
         labels: as of `parse_manifest`.
         choose: takes the slides that are wanted, before any is opened.
+        slides: how they are opened: masks from outside, and whether bad ones are left out.
+        on_slide: called with the number of slides whenever one is done.
 
     Raises:
         ManifestError: lists every problem of the manifest, before a slide is opened; else every problem of the slides.
     """
-    manifest, problems = parse_manifest(manifest_path, classes, labels=labels)
+    # A file that is missing is a bad slide like another: it is found when it is opened.
+    manifest, problems = parse_manifest(manifest_path, classes, labels=labels, need_slides=not slides.skip_bad_slides)
     if problems:
         raise ManifestError(manifest.source, problems)
     manifest = manifest if choose is None else choose(manifest)
     cohort = tile_manifest(
-        *(manifest, policy), tiles_dir=tiles_dir, slide_mpp=slide_mpp, workers=workers, write_grids=write_grids
+        *(manifest, policy),
+        tiles_dir=tiles_dir,
+        slide_mpp=slide_mpp,
+        workers=workers,
+        write_grids=write_grids,
+        slides=slides,
+        on_slide=on_slide,
     )
     if need_splits:
         cohort = replace(cohort, manifest=assign_splits(cohort.manifest, seed=seed))
@@ -105,34 +122,45 @@ def tile_manifest(
     slide_mpp: float | None = None,
     workers: int = 1,
     write_grids: bool = True,
+    slides: SlidePolicy = AS_THEY_ARE,
+    on_slide: Callable[[int], None] = lambda n_slides: None,
 ) -> Cohort:
     """Open and tile every slide of a manifest; its splits stay as they are.
 
     Args:
         manifest: of the slides, checked: each name is there once, and fit for a file.
-        policy, tiles_dir, slide_mpp, workers, write_grids: as of `load_cohort`.
+        policy, tiles_dir, slide_mpp, workers, write_grids, slides, on_slide: as of `load_cohort`.
 
     Raises:
         ManifestError: lists every slide's problem, and the files that are on both sides of a split.
     """
+    wanted = slides.wanted(manifest.slides)
     if tiles_dir is not None and write_grids:
         remove_left_behind(Path(tiles_dir))
+
+    def tile(slide: SlideEntry, found: Fingerprint | None) -> _TiledSlide | SlideError:
+        result = _tile(slide, policy, tiles_dir, slide_mpp, found, write_grids, slides)
+        on_slide(len(wanted))
+        return result
+
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        prints = list(pool.map(fingerprint_of, manifest.slides))
-        problems = files_across_splits(manifest.slides, prints)
-        warn_of_shared_files(manifest.slides, prints)
-        results = list(
-            pool.map(
-                lambda slide, found: _tile(slide, policy, tiles_dir, slide_mpp, found, write_grids),
-                *(manifest.slides, prints),
-            )
-        )
-    problems += [str(result) for result in results if isinstance(result, SlideError)]
+        prints = list(pool.map(fingerprint_of, wanted))
+        problems = files_across_splits(wanted, prints)
+        warn_of_shared_files(wanted, prints)
+        if masks := slides.masks_problem(wanted):
+            problems.append(masks)
+        results = list(pool.map(tile, wanted, prints))
+    skipped, bad = slides.leave_out(wanted, results)
+    problems += bad
     if problems:
         raise ManifestError(manifest.source, problems)
     tiled = [result for result in results if not isinstance(result, SlideError)]
     _tell_kept(tiled, tiles_dir)
-    return Cohort(replace(manifest, slides=tuple(slide.entry for slide in tiled)), tuple(slide.grid for slide in tiled))
+    entries, grids = tuple(slide.entry for slide in tiled), tuple(slide.grid for slide in tiled)
+    if slides.skipped is None:  # else another process has told it
+        tell_skipped(skipped, len(manifest.slides))
+        tell_tissue(grids, with_masks=bool(slides.tissue_masks))
+    return Cohort(replace(manifest, slides=entries), grids, skipped)
 
 
 class _TiledSlide(NamedTuple):
@@ -150,7 +178,7 @@ _NEW, _TAKEN, _TAKEN_BY_NAME, _REPLACED = "new", "taken", "taken by name", "repl
 def _tell_kept(slides: Sequence[_TiledSlide], tiles_dir: str | Path | None) -> None:
     """One line a kind, with its count."""
     for kind, words in (
-        (_REPLACED, "grids were of another policy or another slide file: these slides are tiled anew"),
+        (_REPLACED, "grids were of another policy, mask or slide file: these slides are tiled anew"),
         (
             _TAKEN_BY_NAME,
             "grids are of an earlier version, which recorded no fingerprint: they are taken by the slide's size and "
@@ -170,20 +198,19 @@ def _tile(
     slide_mpp: float | None,
     found: Fingerprint | None,
     write_grids: bool,
+    slides: SlidePolicy,
 ) -> _TiledSlide | SlideError:
     """The tiled slide; an error is returned, so that all can be listed."""
     try:
-        with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
-            try:
-                own = slide.mpp
-            except SlideError:
-                if slide_mpp is None:
-                    raise
-                return _tile(replace(entry, mpp=slide_mpp), policy, tiles_dir, None, found, write_grids)
+        mask = slides.mask_of(entry)
+        with Slide(entry.path, entry.mpp, entry.slide_id, fallback_mpp=slide_mpp) as slide:
+            own = slide.mpp
+            if slide.uses_fallback_mpp:
+                entry = replace(entry, mpp=own)
             path = None if tiles_dir is None else Path(tiles_dir) / f"{entry.slide_id}.safetensors"
-            grid, kept = _kept_grid(path, slide, own, policy, found) if path else (None, _NEW)
+            grid, kept = _kept_grid(path, slide, own, policy, found, mask) if path else (None, _NEW)
             if grid is None:
-                grid = tile_slide(slide, policy)
+                grid = tile_slide(slide, policy, mask)
                 if path and write_grids:
                     write_grid(grid, path, found)
             return _TiledSlide(entry, grid, kept)
@@ -192,7 +219,7 @@ def _tile(
 
 
 def _kept_grid(
-    path: Path, slide: Slide, mpp: float, policy: TilingPolicy, found: Fingerprint | None
+    path: Path, slide: Slide, mpp: float, policy: TilingPolicy, found: Fingerprint | None, mask: MaskFile | None
 ) -> tuple[TileGrid | None, str]:
     """The grid of the file at `path` where it is this slide's, and what becomes of the file."""
     if not os.path.lexists(path):
@@ -204,7 +231,8 @@ def _kept_grid(
         _require_imported_fits(grid, policy, path)
         _require_imported_of(grid, slide, path, same_size and same_file)
         return grid, _TAKEN if of_slide else _TAKEN_BY_NAME
-    if same_size and same_file and grid.slide_mpp == mpp and grid.policy == policy:
+    same_mask = (grid.tissue.mask if grid.tissue else "") == (mask.name if mask else "")
+    if same_size and same_file and same_mask and grid.slide_mpp == mpp and grid.policy == policy:
         return grid, _TAKEN if of_slide else _TAKEN_BY_NAME
     return None, _REPLACED
 

@@ -19,6 +19,8 @@ from ds_wsi.runtime.files import atomic_path
 from ds_wsi.stacking.stacked_bags import StackedBags, stack_bags
 
 SUFFIXES = (".h5", ".pt", ".safetensors")
+MAX_GUESSED_SIDE = 2048  # level-0 px: 256 px at 5x of a slide of 40x
+SOLID = 0.5  # share of the tiles with a neighbour, from which their distance is their side
 FORMAT, VERSION = "ds_wsi.features", "1"
 
 
@@ -124,8 +126,8 @@ def read_shape(path: str | Path) -> tuple[int, int]:
 def read_places(path: str | Path) -> tuple[np.ndarray, float] | None:
     """Where a file's tiles lie: coords int64 [N, 2] and a tile's side, both level-0 px; None where it does not tell.
 
-    The side is the file's own (ours, TRIDENT's `patch_size_level0`); where it has none, as CLAM's, it is the commonest
-    distance of neighbours along a row or a column, for tiles that do not overlap.
+    The side is the file's own (ours, TRIDENT's `patch_size_level0`); where it has none, as CLAM's, it is that of tiles
+    which lie side by side. Scattered tiles do not tell it.
 
     Raises:
         FeatureFileError: as `read_features`.
@@ -148,19 +150,43 @@ def read_places(path: str | Path) -> tuple[np.ndarray, float] | None:
     if coords is None:
         return None
     coords = coords.reshape(-1, 2).astype(np.int64)
-    side = side or _commonest_step(coords)
+    side = side or _side_of(coords)
     return None if side is None else (coords, side)
 
 
-def _commonest_step(coords: np.ndarray) -> float | None:
+def _side_of(coords: np.ndarray) -> float | None:
+    """The side of square tiles that do not overlap, from their places; None where these do not tell it.
+
+    The distances of neighbours along rows and along columns are whole multiples of the side, and where tissue is solid
+    most are the side itself. It is taken where both directions agree on it and half of the tiles have a neighbour at
+    it; tiles that are scattered, of which no two may lie side by side, tell nothing. One row or column of tiles has one
+    direction only, and must be unbroken.
+    """
     steps: list[np.ndarray] = []
     for along, across in ((0, 1), (1, 0)):
         ordered = coords[np.lexsort((coords[:, along], coords[:, across]))]
         beside = np.diff(ordered[:, across]) == 0
-        steps.append(np.diff(ordered[:, along])[beside])
-    values, counts = np.unique(np.concatenate(steps), return_counts=True)
-    counts[values <= 0] = 0
-    return float(values[counts.argmax()]) if counts.any() else None
+        found = np.diff(ordered[:, along])[beside]
+        steps.append(found[found > 0])
+    smallest = [int(_commonest(found)) for found in steps if len(found)]
+    if not smallest or min(smallest) > MAX_GUESSED_SIDE or max(smallest) != min(smallest):
+        return None
+    side = smallest[0]
+    if len(smallest) == 1:
+        (line,) = (found for found in steps if len(found))
+        return float(side) if len(line) > 1 and (line == side).all() else None
+    return float(side) if _share_with_neighbour(coords, side) >= SOLID else None
+
+
+def _commonest(values: np.ndarray) -> int:
+    found, counts = np.unique(values, return_counts=True)
+    return int(found[counts.argmax()])
+
+
+def _share_with_neighbour(coords: np.ndarray, side: int) -> float:
+    places = {tuple(place) for place in coords.tolist()}
+    around = ((side, 0), (-side, 0), (0, side), (0, -side))
+    return sum(any((x + dx, y + dy) in places for dx, dy in around) for x, y in places) / len(places)
 
 
 def write_features(

@@ -1,6 +1,6 @@
 """A cohort's tiles packed into a store, and the check that a store holds a cohort."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,13 @@ class PackedSlide(NamedTuple):
 
 
 def pack_cohort(
-    cohort: Cohort, directory: str | Path, *, quality: int = QUALITY, workers: int = 1, verify: bool = False
+    cohort: Cohort,
+    directory: str | Path,
+    *,
+    quality: int = QUALITY,
+    workers: int = 1,
+    verify: bool = False,
+    on_slide: Callable[[], None] = lambda: None,
 ) -> tuple[PackedSlide, ...]:
     """Pack every slide's tiles; slides that are whole in the store already are kept, so that a killed call goes on.
 
@@ -35,6 +41,7 @@ def pack_cohort(
         quality: of JPEG, of tiles that cannot be copied from the slide.
         workers: threads, a slide each.
         verify: of `pack_slide`.
+        on_slide: called whenever a slide is done.
 
     Raises:
         ManifestError: lists every slide that could not be opened, after the others are packed.
@@ -51,6 +58,7 @@ def pack_cohort(
             return error
         if n_failed:
             logger.warning("slide %s: %d of %d tiles could not be read", entry.slide_id, n_failed, len(grid))
+        on_slide()
         return PackedSlide(path, written, n_failed)
 
     remove_left_behind(Path(directory))

@@ -10,7 +10,7 @@ from ds_wsi.bags.bag import ReadPolicy
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import PRECISIONS, precision_words
 from ds_wsi.slides.tiling import TilingPolicy
-from ds_wsi.training.options import comma_separated, spellings
+from ds_wsi.training.options import add_shared_options, comma_separated, spellings
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from ds_wsi.bags.bag import FailureLog
     from ds_wsi.bags.cohort import Cohort
     from ds_wsi.bags.manifest import Manifest
+    from ds_wsi.bags.slide_policy import SkippedSlide
     from ds_wsi.models import SlideModel
 
-TILING_OPTIONS = ("tile_size_px", "mpp", "min_tissue_fraction")
+TILING_OPTIONS = ("tile_size_px", "mpp", "min_tissue_fraction", "tissue")
+OF_EVALUATION = ("min_tissue_fraction", "tissue")  # those that may differ from a model's own
+SLIDE_OPTIONS = ("slide_mpp", "tissue_masks", "masks_in_bounds", "skip_bad_slides")
 
 
 def add_cohort_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -29,7 +32,7 @@ def add_cohort_options(parser: argparse.ArgumentParser, *, required: bool = True
         "--manifest", required=required, help="CSV (or JSON, Parquet, saved dataset) of slides: see docs/tables.md"
     )
     parser.add_argument("--classes", help="class names in the order of the logits, comma-separated")
-    parser.add_argument(*spellings("slide_mpp"), type=float, help="um/px of slides that do not tell theirs")
+    add_shared_options(parser, SLIDE_OPTIONS)
 
 
 def add_prediction_options(parser: argparse.ArgumentParser, *, need_manifest: bool) -> None:
@@ -39,6 +42,7 @@ def add_prediction_options(parser: argparse.ArgumentParser, *, need_manifest: bo
     parser.add_argument(*spellings("tiles_dir"), help="where tile grids are kept (default: in output_dir)")
     parser.add_argument(*spellings("tile_store"), default="", help="folder that `ds-wsi tile --store` wrote")
     parser.add_argument(*spellings("dataloader_num_workers"), type=int, default=1, help="processes that read tiles")
+    add_shared_options(parser, ("max_failed_fraction",))
     parser.add_argument("--device", help="cuda, cpu (default: cuda where there is one)")
     text = "mixed precision of the encoder (default: no, float32)"
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="no", help=text)
@@ -54,19 +58,32 @@ def labels_of(options: argparse.Namespace) -> str:
     return "required" if options.classes else "unused"
 
 
+def tiling_of(options: argparse.Namespace, tiling: TilingPolicy) -> TilingPolicy:
+    """The policy with what the options say of it."""
+    return replace(tiling, **{name: value for name, value in vars(options).items() if name in TILING_OPTIONS})
+
+
 def slides_of(
     options: argparse.Namespace,
     tiling: TilingPolicy,
     classes: Sequence[str] | None,
     labels: str,
     choose: "Callable[[Manifest], Manifest] | None" = None,
+    skipped: "tuple[SkippedSlide, ...] | None" = None,
 ) -> "Cohort":
-    """The cohort of slides that the options name; `classes`, `labels` and `choose` as of `load_cohort`.
+    """The cohort of slides that the options name.
+
+    Args:
+        options: parsed.
+        tiling: the policy.
+        classes, labels, choose: as of `load_cohort`.
+        skipped: as of `SlidePolicy`.
 
     Raises:
         ManifestError: lists everything that is wrong with it.
     """
     from ds_wsi.bags.cohort import load_cohort
+    from ds_wsi.bags.slide_policy import SlidePolicy
 
     return load_cohort(
         options.manifest,
@@ -77,7 +94,16 @@ def slides_of(
         need_splits=False,
         labels=labels,
         choose=choose,
+        slides=SlidePolicy(options.tissue_masks, options.masks_in_bounds, options.skip_bad_slides, skipped),
     )
+
+
+def tell_left_out(cohort: "Cohort", directory: str | Path) -> None:
+    """List the slides that were left out, on the screen and in the folder of the results."""
+    from ds_wsi.bags.slide_policy import tell_skipped, write_skipped
+
+    write_skipped(directory, cohort.skipped)
+    tell_skipped(cohort.skipped, len(cohort.grids) + len(cohort.skipped))
 
 
 def tile_reading_of(options: argparse.Namespace, cohort: "Cohort") -> "tuple[ReadPolicy, FailureLog]":
@@ -89,7 +115,12 @@ def tile_reading_of(options: argparse.Namespace, cohort: "Cohort") -> "tuple[Rea
     from ds_wsi.bags.bag import FailureLog
     from ds_wsi.bags.packing import require_store
 
-    policy = replace(ReadPolicy(), workers=options.dataloader_num_workers, tile_store=options.tile_store)
+    policy = replace(
+        ReadPolicy(),
+        workers=options.dataloader_num_workers,
+        tile_store=options.tile_store,
+        max_failed_fraction=options.max_failed_fraction,
+    )
     if policy.tile_store and cohort.in_dim is not None:
         raise ValueError(f"--tile_store must not be given with --features_dir, got {policy.tile_store}")
     if policy.tile_store:

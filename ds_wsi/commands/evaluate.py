@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_wsi.bags.datasets import DATASETS
-from ds_wsi.commands.cohort import add_prediction_options, classes_of, placed, slides_of, tile_reading_of
+from ds_wsi.commands.cohort import (
+    OF_EVALUATION,
+    add_prediction_options,
+    classes_of,
+    placed,
+    slides_of,
+    tell_left_out,
+    tile_reading_of,
+    tiling_of,
+)
 from ds_wsi.commands.parser import add_command
 from ds_wsi.config import read_section
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import precision_words
 from ds_wsi.training.dataset_options import add_reading_options, reading_of
-from ds_wsi.training.options import add_local_rank, comma_separated, spellings, tiles_or_all
+from ds_wsi.training.options import add_local_rank, add_shared_options, comma_separated, spellings, tiles_or_all
 
 MODEL_FILES = ("config.json", "model.safetensors")
 CHECKED_SLIDES, CHECKED_TILES = 8, 64  # of a model of an earlier version
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
     from ds_wsi.bags.bag import FailureLog, ReadPolicy
     from ds_wsi.bags.cohort import Cohort
     from ds_wsi.bags.manifest import Manifest
+    from ds_wsi.bags.slide_policy import SkippedSlide
     from ds_wsi.engines.scope import Processes
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.models import SlideModel
@@ -53,6 +63,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
     from ds_wsi.bags.run_splits import read_splits, warn_of_overlap
+    from ds_wsi.bags.slide_policy import skipped_words
     from ds_wsi.evaluation.folder import mark, require_no_run, require_same_evaluation
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.record import RunFolderError, RunRecord
@@ -96,6 +107,7 @@ def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
             "model": options.model,
             "cohort": options.manifest,
             "split": options.split,
+            **skipped_words(cohort.skipped),
             "evaluation": f"{protocol}, encoder in {precision_words(options.precision)}",
         },
         failures=failures,
@@ -105,6 +117,7 @@ def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
     if record is not None:
         dataset = options.dataset_name or Path(options.manifest).stem
         record.evaluated_on(dataset, options.split, protocol, options.precision).write(directory)
+    tell_left_out(cohort, directory)
 
 
 def _made_of(options: argparse.Namespace, protocol: "EvaluationProtocol") -> dict[str, object]:
@@ -174,6 +187,7 @@ def run_heatmap(options: argparse.Namespace) -> None:
     cohort, predictions, _ = _predictions(options, "all", EvaluationProtocol(), Processes(0, 1), "unused", check)
     for _, path in draw_heatmaps(directory, cohort, predictions):
         print(path)
+    tell_left_out(cohort, options.output_dir)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -190,6 +204,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add_reading_options(parser)
     add_prediction_options(parser, need_manifest=False)
+    add_shared_options(parser, OF_EVALUATION, default="as the model was trained")
 
 
 def _add_features_dir(parser: argparse.ArgumentParser) -> None:
@@ -269,10 +284,10 @@ def _predictions(
             manifest = with_run_splits(manifest, read_splits(Path(options.model)))
         return _chosen(options, manifest, split, labels)
 
-    def load() -> "Cohort":
+    def load(skipped: "tuple[SkippedSlide, ...] | None") -> "Cohort":
         if config.encoder is not None:
-            tiling = read_section({"tiling": config.tiling}).tiling
-            return slides_of(options, tiling, classes, labels, choose)
+            tiling = tiling_of(options, read_section({"tiling": config.tiling}).tiling)
+            return slides_of(options, tiling, classes, labels, choose, skipped)
         return load_feature_cohort(
             options.manifest,
             options.features_dir,
@@ -285,7 +300,8 @@ def _predictions(
             choose=choose,
         )
 
-    cohort = processes.main_first(load)  # which tiles the slides
+    # The main process tiles the slides, and says which of them are left out.
+    cohort = processes.main_first(load, lambda found: found.skipped)
     processes.on_main(lambda: check(cohort))
     rows = range(len(cohort.grids))
     own = deal_by_cost(cohort.lengths, processes.world_size)[processes.rank]

@@ -1,22 +1,24 @@
 """`ds-wsi features`: each slide's features, for training without an encoder."""
 
 import argparse
-from dataclasses import fields
 
 from ds_wsi.commands.cohort import (
+    OF_EVALUATION,
     TILING_OPTIONS,
     add_prediction_options,
     classes_of,
     labels_of,
     placed,
     slides_of,
+    tell_left_out,
     tile_reading_of,
+    tiling_of,
 )
 from ds_wsi.commands.parser import add_command
 from ds_wsi.config import read_section
 from ds_wsi.models.features import FEATURES
 from ds_wsi.slides.tiling import TilingPolicy
-from ds_wsi.training.options import spellings
+from ds_wsi.training.options import add_shared_options, spellings
 
 
 def add_features(subparsers: argparse._SubParsersAction) -> None:
@@ -30,10 +32,8 @@ def add_features(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         *spellings("encoder_features"), choices=FEATURES, help="what leaves --encoder (default: as its authors do)"
     )
-    for entry in fields(TilingPolicy):
-        if entry.name in TILING_OPTIONS:
-            text = f"with --encoder (default: {entry.default})"
-            parser.add_argument(*spellings(entry.name), type=type(entry.default), default=argparse.SUPPRESS, help=text)
+    for name in TILING_OPTIONS:
+        add_shared_options(parser, (name,), default=f"{getattr(TilingPolicy(), name)}; with --model, the model's own")
     add_prediction_options(parser, need_manifest=True)
 
 
@@ -45,14 +45,15 @@ def run_features(options: argparse.Namespace) -> None:
     of_tiles = {name: value for name, value in vars(options).items() if name in TILING_OPTIONS}
     if options.model:
         of_encoder = ("encoder_weights", "pretrained", "encoder_features")
-        given = [*of_tiles, *(name for name in of_encoder if getattr(options, name))]
+        given = [name for name in of_tiles if name not in OF_EVALUATION]
+        given += [name for name in of_encoder if getattr(options, name)]
         if given:
             names = ", ".join(f"--{name}" for name in given)
             raise ValueError(f"{names} must be given with --encoder alone, got --model, which has its own")
         model, config = load_model(options.model)
         if config.encoder is None:
             raise ValueError(f"--model must have an encoder, got {options.model}, a model of features")
-        tiling = read_section({"tiling": config.tiling}).tiling
+        tiling = tiling_of(options, read_section({"tiling": config.tiling}).tiling)
     else:
         tiling = TilingPolicy(**of_tiles)
         model, config = build_extractor(
@@ -67,3 +68,4 @@ def run_features(options: argparse.Namespace) -> None:
     for slide in extract_features(placed(model, options), config, cohort, options.output_dir, policy, failures):
         print(f"{slide.slide_id}\t{slide.n_rows} rows\t{'written' if slide.written else 'kept'}\t{slide.path}")
     print(f"{options.output_dir}\twidth {model.encoder.num_features}, {len(failures.reasons)} tiles unreadable")
+    tell_left_out(cohort, options.output_dir)

@@ -1,32 +1,40 @@
-"""`ds-wsi tile`: tile coordinates, from and to other projects' files, and packed tiles."""
+"""`ds-wsi tile`: tile coordinates, from and to other projects' files, tissue masks, and packed tiles."""
 
 import argparse
 import os
-from dataclasses import fields
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_wsi.commands.cohort import TILING_OPTIONS, add_cohort_options, classes_of, labels_of
+from ds_wsi.commands.cohort import (
+    TILING_OPTIONS,
+    add_cohort_options,
+    classes_of,
+    labels_of,
+    tell_left_out,
+    tiling_of,
+)
 from ds_wsi.commands.parser import add_command
+from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.progress import Progress, duration
 from ds_wsi.slides.tiling import TilingPolicy
-from ds_wsi.training.options import spellings
+from ds_wsi.training.options import add_shared_options, spellings
 
 if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort
+    from ds_wsi.bags.slide_policy import SlidePolicy
 
 
 def add_tile(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi tile`."""
     parser = add_command(subparsers, "tile", run_tile, "write each slide's tile coordinates")
     add_cohort_options(parser)
-    for entry in fields(TilingPolicy):
-        if entry.name in TILING_OPTIONS:
-            kind = type(entry.default)
-            parser.add_argument(
-                *spellings(entry.name), type=kind, default=entry.default, help=f"(default: {entry.default})"
-            )
+    add_shared_options(parser, TILING_OPTIONS)
     parser.add_argument(*spellings("output_dir"), required=True, help="one file a slide is written there")
     parser.add_argument("--export", choices=("clam", "trident"), help="write that project's h5 files beside ours")
+    parser.add_argument(
+        *spellings("export_masks"), metavar="DIR", help="write each slide's tissue there, as GeoJSON that QuPath opens"
+    )
     for project in ("clam", "trident"):
         parser.add_argument(
             *spellings(f"import_{project}"), metavar="DIR", help=f"take coordinates from {project.upper()}'s h5 files"
@@ -36,53 +44,131 @@ def add_tile(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="check the tiles that are packed, pack damaged slides anew"
     )
-    parser.add_argument("--workers", type=int, default=1, help="threads")
+    parser.add_argument("--workers", type=int, default=1, help="threads, a slide each (default: 1)")
 
 
 def run_tile(options: argparse.Namespace) -> None:
     """`ds-wsi tile`."""
     from ds_wsi.bags.cohort import load_cohort
-    from ds_wsi.slides.coords import export_clam, export_trident
+    from ds_wsi.bags.slide_policy import SlidePolicy
 
-    policy = TilingPolicy(
-        tile_size_px=options.tile_size_px, mpp=options.mpp, min_tissue_fraction=options.min_tissue_fraction
-    )
+    policy = tiling_of(options, TilingPolicy())
+    slides = SlidePolicy(options.tissue_masks, options.masks_in_bounds, options.skip_bad_slides)
     if options.import_clam or options.import_trident:
         _import_grids(options)
         return
-    cohort = load_cohort(
-        options.manifest,
-        policy,
-        tiles_dir=options.output_dir,
-        classes=classes_of(options),
-        slide_mpp=options.slide_mpp,
-        workers=options.workers,
-        need_splits=False,
-        labels=labels_of(options),
-    )
-    exporters = {"clam": export_clam, "trident": export_trident}
+    if options.export_masks:
+        _require_apart(options)
+    with Progress("tiling", "slide") as progress:
+        cohort = load_cohort(
+            options.manifest,
+            policy,
+            tiles_dir=options.output_dir,
+            classes=classes_of(options),
+            slide_mpp=options.slide_mpp,
+            workers=options.workers,
+            need_splits=False,
+            labels=labels_of(options),
+            slides=slides,
+            on_slide=progress.step,
+        )
     for grid in cohort.tile_grids:
-        print(f"{grid.slide_id}\t{len(grid)} tiles")
-        if options.export:
-            suffix = "_patches.h5" if options.export == "trident" else ".h5"
-            exporters[options.export](
-                grid, Path(options.output_dir) / options.export / "patches" / f"{grid.slide_id}{suffix}"
-            )
+        share = "" if grid.tissue is None else f"\t{grid.tissue.share:.0%} tissue"
+        print(f"{grid.slide_id}\t{len(grid)} tiles{share}")
+    print(f"{options.output_dir}\t{_summary(cohort)}, {duration(progress.seconds)}")
+    if options.export:
+        _export(cohort, options)
+    if options.export_masks:
+        _export_masks(cohort, options, policy, slides)
     if options.store:
         _pack(cohort, options)
+    tell_left_out(cohort, options.output_dir)
+
+
+def _summary(cohort: "Cohort") -> str:
+    grids = cohort.tile_grids
+    words = [f"{len(grids)} slides", f"{sum(cohort.lengths)} tiles of {grids[0].tile_size_px} px"]
+    found = [grid.tissue for grid in grids if grid.tissue is not None]
+    if found:
+        kept, whole = sum(cohort.lengths), sum(tissue.n_whole for tissue in found)
+        words[-1] += f" of {whole} ({kept / whole:.0%} kept)" if len(found) == len(grids) else ""
+        words.append(f"{sum(tissue.share for tissue in found) / len(found):.0%} of the area is tissue")
+    levels = Counter(f"level {grid.level}" + _resampled(grid.read_size_px, grid.tile_size_px) for grid in grids)
+    shown = "; ".join(
+        f"{words} ({count} slides)" if len(levels) > 1 else words for words, count in levels.most_common(4)
+    )
+    low, high = min(grid.mpp for grid in grids), max(grid.mpp for grid in grids)
+    mpp = f"{low:.4g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.4g} to {high:.4g}"
+    return ", ".join([*words, f"read at {shown}, {mpp} um/px"])
+
+
+def _resampled(read_size_px: int, tile_size_px: int) -> str:
+    return "" if read_size_px == tile_size_px else f" ({read_size_px} px resampled)"
+
+
+def _export(cohort: "Cohort", options: argparse.Namespace) -> None:
+    from ds_wsi.slides.coords import export_clam, export_trident
+
+    exporter, suffix = (export_clam, ".h5") if options.export == "clam" else (export_trident, "_patches.h5")
+    folder = Path(options.output_dir) / options.export / "patches"
+    for grid in cohort.tile_grids:
+        exporter(grid, folder / f"{grid.slide_id}{suffix}")
+    print(f"{folder}\tcoordinates of {len(cohort.grids)} slides as {options.export.upper()} has them")
+
+
+def _require_apart(options: argparse.Namespace) -> None:
+    """Masks that were corrected by hand must not be written over by ours."""
+    if options.tissue_masks and Path(options.tissue_masks).resolve() == Path(options.export_masks).resolve():
+        raise ValueError(
+            f"--export_masks must be another folder than --tissue_masks, got {options.export_masks} for both. HINT: "
+            "give another folder; masks that were corrected are kept apart."
+        )
+
+
+def _export_masks(cohort: "Cohort", options: argparse.Namespace, policy: TilingPolicy, slides: "SlidePolicy") -> None:
+    """Write the masks; a file that is there already and is another stays: it may have been corrected."""
+    from ds_wsi.slides.masks import write_mask
+    from ds_wsi.slides.slide import Slide
+    from ds_wsi.slides.tiling import find_tissue
+
+    folder = Path(options.export_masks)
+    left: list[str] = []
+    with Progress("masks", "slide", len(cohort.grids)) as progress:
+        for entry in cohort.manifest.slides:
+            path = folder / f"{entry.slide_id}.geojson"
+            if path.exists():
+                left.append(entry.slide_id)
+            else:
+                with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
+                    tissue = find_tissue(slide, policy, slides.mask_of(entry))
+                    write_mask(path, tissue.mask, tissue.downsample, slide, options.masks_in_bounds)
+            progress.step()
+    print(f"{folder}\t{len(cohort.grids) - len(left)} masks written, as GeoJSON for QuPath")
+    if left:
+        shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+        logger.warning(
+            "%d masks were there already and were left as they are (%s). HINT: delete those to be written anew",
+            *(len(left), shown),
+        )
 
 
 def _pack(cohort: "Cohort", options: argparse.Namespace) -> None:
     from ds_wsi.bags.packing import pack_cohort
 
-    packed = pack_cohort(
-        cohort, options.store, quality=options.jpeg_quality, workers=options.workers, verify=options.verify
-    )
+    with Progress("packing", "slide", len(cohort.grids)) as progress:
+        packed = pack_cohort(
+            cohort,
+            options.store,
+            quality=options.jpeg_quality,
+            workers=options.workers,
+            verify=options.verify,
+            on_slide=progress.step,
+        )
     n_bytes = sum(slide.path.stat().st_size for slide in packed)
     print(
         f"{options.store}\t{sum(cohort.lengths)} tiles of {len(packed)} slides, {n_bytes / 2**20:.1f} MiB, "
         f"{sum(slide.written for slide in packed)} slides packed now, "
-        f"{sum(slide.n_failed for slide in packed)} tiles unreadable"
+        f"{sum(slide.n_failed for slide in packed)} tiles unreadable, {duration(progress.seconds)}"
     )
 
 
@@ -94,6 +180,7 @@ def _import_grids(options: argparse.Namespace) -> None:
     from ds_wsi.slides.fingerprint import slide_fingerprint
     from ds_wsi.slides.slide import Slide, SlideError
 
+    _require_imports(options)
     importer, folder, suffix = (
         (import_clam, options.import_clam, ".h5")
         if options.import_clam
@@ -108,7 +195,7 @@ def _import_grids(options: argparse.Namespace) -> None:
             place = Path(options.output_dir) / f"{entry.slide_id}.safetensors"
             if os.path.lexists(place):
                 read_grid(place)  # what is no grid is not written over
-            with Slide(entry.path, entry.mpp or options.slide_mpp, entry.slide_id) as slide:
+            with Slide(entry.path, entry.mpp, entry.slide_id, fallback_mpp=options.slide_mpp) as slide:
                 grids.append(importer(Path(folder) / f"{entry.slide_id}{suffix}", slide))
         except SlideError as error:
             problems.append(str(error))
@@ -120,3 +207,21 @@ def _import_grids(options: argparse.Namespace) -> None:
         path = Path(options.output_dir) / f"{grid.slide_id}.safetensors"
         write_grid(grid, path, slide_fingerprint(paths[grid.slide_id]))
         print(f"{grid.slide_id}\t{len(grid)} tiles from {grid.source}")
+    print(f"{options.output_dir}\t{len(grids)} grids, {sum(map(len, grids))} tiles imported from {folder}")
+
+
+def _require_imports(options: argparse.Namespace) -> None:
+    """Refuse what has no effect on coordinates that another project chose."""
+    given = [
+        name
+        for name in ("tissue_masks", "skip_bad_slides", "export", "export_masks", "store")
+        if getattr(options, name)
+    ]
+    if options.import_clam and options.import_trident:
+        given.append("import_trident")
+    if given:
+        raise ValueError(
+            f"--{given[0]} must not be given with --import_{'clam' if options.import_clam else 'trident'}, which takes "
+            "coordinates as they are. HINT: leave it out; `ds-wsi tile` with the imported folder as --output_dir, and "
+            "the tile size and mpp of its grids, goes on from them."
+        )

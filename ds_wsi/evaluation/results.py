@@ -191,7 +191,10 @@ def _draw_features(
         return "the manifest names no slide file that is there"
     places = read_places(file.path)
     if places is None:
-        return "the features have no coordinates, or one tile alone"
+        return (
+            "the features have no coordinates, or do not tell the side of their tiles, which lie too scattered to show "
+            "it. HINT: an attribute patch_size_level0 of `coords`, as TRIDENT writes it, tells it"
+        )
     coords, side = places
     try:
         _draw(entry, coords[prediction.kept.numpy()], side, prediction.attention, path, title)

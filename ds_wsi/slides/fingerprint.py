@@ -7,18 +7,24 @@ from ds_wsi.runtime.fingerprint import Fingerprint, file_fingerprint
 
 
 def slide_fingerprint(path: str | Path) -> Fingerprint:
-    """The fingerprint of a slide's file; of MIRAX also of the files beside it that hold its pixels.
+    """The fingerprint of a slide's file, or of all files of its folder; of MIRAX also of those that hold its pixels.
 
-    Of formats that spread a slide over other files beside the one that is named (DICOM, VMS), that one alone counts.
+    Of other formats that spread a slide over files beside the one that is named (VMS), that one alone counts.
 
     Raises:
-        OSError: no such file, or not readable.
+        OSError: no such file or folder, or not readable.
     """
     path = Path(path)
+    if path.is_dir():
+        return _of_files(path, Fingerprint(0, ""))
     own = file_fingerprint(path)
     folder = path.with_suffix("")
     if path.suffix.lower() != ".mrxs" or not folder.is_dir():
         return own
+    return _of_files(folder, own)
+
+
+def _of_files(folder: Path, own: Fingerprint) -> Fingerprint:
     digest = hashlib.sha256(own.sha256.encode())
     n_bytes = own.n_bytes
     for part in sorted(entry for entry in folder.iterdir() if entry.is_file()):

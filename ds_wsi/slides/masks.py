@@ -6,7 +6,7 @@ import math
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,25 @@ NAMESPACE = uuid.UUID("9a3c1f5e-5a0b-4f0e-9d7a-5d3f6f0b7c11")  # of the ids of o
 Ring = np.ndarray  # float64 [K, 2], corners (x, y)
 
 
+class MaskFile(NamedTuple):
+    """A file that says where a slide's tissue is.
+
+    Attributes:
+        path: `.geojson` or `.png`.
+        in_bounds: its places count from the scanned area's corner, as in QuPath, and not from level 0's. The two differ
+            where a file names its scanned area (MRXS, SCN).
+    """
+
+    path: Path
+    in_bounds: bool = False
+
+    @property
+    def name(self) -> str:
+        """The file's name and a checksum of what is in it: grids made with another mask are another's."""
+        words = f"{self.path.name} {hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]}"
+        return f"{words} in bounds" if self.in_bounds else words
+
+
 def find_mask(folder: str | Path, slide_id: str) -> Path | None:
     """The mask `<slide_id>.geojson` or `<slide_id>.png` of a folder; None where it has none.
 
@@ -41,19 +60,14 @@ def find_mask(folder: str | Path, slide_id: str) -> Path | None:
     return found[0] if found else None
 
 
-def mask_name(path: Path) -> str:
-    """The file's name and a checksum of what is in it: grids made with another mask are another's."""
-    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-
-
-def read_mask(path: Path, slide: Slide, downsample: float) -> np.ndarray:
+def read_mask(file: MaskFile, slide: Slide, downsample: float) -> np.ndarray:
     """Read where a slide's tissue is.
 
     GeoJSON: annotations (Polygon or MultiPolygon, with holes) in level-0 px; those of a class that is called Ignore,
     Artifact, Background, Exclude or Pen are taken away from the others. PNG: of any scale, anything but 0 is tissue.
 
     Args:
-        path: `.geojson` or `.png`.
+        file: `.geojson` or `.png`.
         slide: whose it is.
         downsample: level-0 px a pixel of the mask that is returned.
 
@@ -63,9 +77,16 @@ def read_mask(path: Path, slide: Slide, downsample: float) -> np.ndarray:
     Raises:
         SlideError: no such file, another format, without a region, or of another slide.
     """
-    shape = math.ceil(slide.height_px / downsample), math.ceil(slide.width_px / downsample)
+    path, shape = file.path, (math.ceil(slide.height_px / downsample), math.ceil(slide.width_px / downsample))
+    area = slide.bounds if file.in_bounds else (0, 0, slide.width_px, slide.height_px)
+    if slide.bounds[:2] != (0, 0) and not file.in_bounds:
+        logger.warning(
+            "slide %s names its scanned area, which begins at (%d, %d): QuPath counts places from there, its mask is "
+            "taken to count from level 0's corner. HINT: --masks_in_bounds for masks from QuPath.",
+            *(slide.slide_id, *slide.bounds[:2]),
+        )
     if path.suffix.lower() == ".png":
-        return _read_png(path, slide, shape, downsample)
+        return _read_png(path, slide, shape, downsample, area)
     where = f"(slide {slide.slide_id}, {path})"
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -79,12 +100,12 @@ def read_mask(path: Path, slide: Slide, downsample: float) -> np.ndarray:
         raise SlideError(f"mask must hold a region of tissue, got none {where}. HINT: draw an annotation.")
     mask = np.zeros(shape, dtype=bool)
     for rings, value in [*((rings, True) for rings in drawn), *((rings, False) for rings in taken_away)]:
-        _fill(mask, [ring / downsample for ring in rings], value)
-    low, high = _extent(drawn)
+        _fill(mask, [(ring + area[:2]) / downsample for ring in rings], value)
+    low, high = (corner + area[:2] for corner in _extent(drawn))
     if low[0] >= slide.width_px or low[1] >= slide.height_px or high[0] <= 0 or high[1] <= 0 or not mask.any():
         raise SlideError(
             f"mask must lie on its slide of {slide.width_px} x {slide.height_px} px, got regions from "
-            f"({low[0]:g}, {low[1]:g}) to ({high[0]:g}, {high[1]:g}) {where}. HINT: is it of another slide, or "
+            f"({low[0]:g}, {low[1]:g}) to ({high[0]:g}, {high[1]:g}) {where}. HINT: is it of another slide or "
             "level?"
         )
     if (high > 1.05 * np.array([slide.width_px, slide.height_px]) + downsample).any():
@@ -100,7 +121,10 @@ def _extent(regions: Sequence[Sequence[Ring]]) -> tuple[np.ndarray, np.ndarray]:
     return corners.min(axis=0), corners.max(axis=0)
 
 
-def _read_png(path: Path, slide: Slide, shape: tuple[int, int], downsample: float) -> np.ndarray:
+def _read_png(
+    path: Path, slide: Slide, shape: tuple[int, int], downsample: float, area: tuple[int, int, int, int]
+) -> np.ndarray:
+    """The pixels of a mask of the area (x, y, width, height)."""
     where = f"(slide {slide.slide_id}, {path})"
     try:
         with Image.open(path) as image:
@@ -111,25 +135,30 @@ def _read_png(path: Path, slide: Slide, shape: tuple[int, int], downsample: floa
     if values.ndim == 3:
         colours = [index for index, name in enumerate(names) if name != "A"]
         values = values[..., colours].any(-1)
-    mask = values != 0
-    ratio = (mask.shape[1] / mask.shape[0]) / (slide.width_px / slide.height_px)
+    mask: np.ndarray = np.asarray(values != 0)
+    ratio = (mask.shape[1] / mask.shape[0]) / (area[2] / area[3])
     # Rounding to whole pixels changes the shape of small masks.
     allowed = SAME_SHAPE + 1 / min(mask.shape)
     if abs(ratio - 1) > allowed:
         raise SlideError(
-            f"mask must have the shape of its slide, {slide.width_px} x {slide.height_px} px, at any scale, got "
+            f"mask must have the shape of its slide, {area[2]} x {area[3]} px, at any scale, got "
             f"{mask.shape[1]} x {mask.shape[0]} {where}. HINT: is it the mask of another slide?"
         )
     if not mask.any():
         raise SlideError(f"mask must hold tissue, values other than 0, got none {where}. HINT: correct it.")
-    rows = _nearest(shape[0], downsample / slide.height_px * mask.shape[0], mask.shape[0])
-    columns = _nearest(shape[1], downsample / slide.width_px * mask.shape[1], mask.shape[1])
-    return mask[rows][:, columns]
+    # The last pixel's centre may lie beyond the slide's edge.
+    y = np.minimum((np.arange(shape[0]) + 0.5) * downsample, slide.height_px - 0.5)
+    x = np.minimum((np.arange(shape[1]) + 0.5) * downsample, slide.width_px - 0.5)
+    rows = _indices(y - area[1], area[3], mask.shape[0])
+    columns = _indices(x - area[0], area[2], mask.shape[1])
+    inside = (rows >= 0)[:, None] & (columns >= 0)
+    return mask[rows][:, columns] & inside
 
 
-def _nearest(count: int, scale: float, limit: int) -> np.ndarray:
-    """The source pixels in which the centres of `count` pixels lie."""
-    return np.minimum(((np.arange(count) + 0.5) * scale).astype(int), limit - 1)
+def _indices(places: np.ndarray, length: float, count: int) -> np.ndarray:
+    """In which of `count` pixels along a length each place lies; -1 outside."""
+    found = np.floor(places * count / length).astype(int)
+    return np.where((found >= 0) & (found < count), found, -1)
 
 
 def _regions(found: Any) -> tuple[list[list[Ring]], list[list[Ring]]]:
@@ -211,7 +240,7 @@ def _fill(mask: np.ndarray, rings: Sequence[Ring], value: bool) -> None:
     mask[top:bottom, left:right][inside] = value
 
 
-def write_mask(path: str | Path, mask: np.ndarray, downsample: float, slide: Slide) -> None:
+def write_mask(path: str | Path, mask: np.ndarray, downsample: float, slide: Slide, in_bounds: bool = False) -> None:
     """Write a mask as GeoJSON that QuPath opens, atomically: an annotation for each connected piece, holes as rings.
 
     `read_mask` at the same downsample gives the mask back, pixel for pixel.
@@ -221,10 +250,12 @@ def write_mask(path: str | Path, mask: np.ndarray, downsample: float, slide: Sli
         mask: bool [H, W].
         downsample: level-0 px a pixel.
         slide: whose it is.
+        in_bounds: as of `MaskFile`.
     """
+    origin = np.array(slide.bounds[:2] if in_bounds else (0, 0))
     features = []
     for number, rings in enumerate(_outlines(mask)):
-        corners = [_closed(ring * downsample) for ring in rings]
+        corners = [_closed(ring * downsample - origin) for ring in rings]
         features.append(
             {
                 "type": "Feature",

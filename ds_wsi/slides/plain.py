@@ -220,7 +220,7 @@ def _require_colours(page: Any) -> None:
 def _require_one_image(file: tifffile.TiffFile) -> None:
     first: Any = file.pages[0]
     size = (first.imagewidth, first.imagelength)
-    others = [page for page in list(file.pages)[1:] if (page.imagewidth, page.imagelength) == size]  # type: ignore[union-attr]
+    others = [page for page in list(file.pages)[1:] if (page.imagewidth, page.imagelength) == size]
     if others:
         raise PlainImageError(
             f"TIFF must hold one image of its size, got {len(others) + 1} of {size[0]} x {size[1]} px", ONE_IMAGE

@@ -25,7 +25,7 @@ SAME_MPP = 0.05  # mpp-x and mpp-y may differ by: square tiles are squares of ti
 MPP_HINT = "HINT: give the true value in the manifest's `mpp` column, or with --slide_mpp."
 CM_IN_UM, INCH_IN_UM = 10_000.0, 25_400.0
 OVERVIEW_BLOCK_PX = 2048  # of the level read at a time: bounds the memory of an overview
-GAP_PX = 256  # of level 0: an unreadable part of an overview is narrowed down to this
+GAP_PX = 64  # of level 0: an unreadable part of an overview is narrowed down to this
 MAX_FAILED_READS = 500  # of an overview: after them, unreadable parts are no longer narrowed down
 
 
@@ -228,7 +228,7 @@ class Slide:
         """As `read_overview_downsampled`, and which pixels could not be read.
 
         Where a part of a level is broken, the levels above it are tried; what none of them has is narrowed down to
-        pieces of 256 px.
+        pieces of 64 px.
         """
         handle = self._open()
         level = handle.get_best_level_for_downsample(downsample + 1e-6)
@@ -260,12 +260,13 @@ class Slide:
     def _block(self, x: float, y: float, level: int, downsample: float, rows: int, columns: int) -> np.ndarray:
         """Box-average the level's pixels from (x, y) (level-0 px) to [rows, columns, 3]; READ_ERRORS pass through."""
         shrink = downsample / self.level_downsamples[level]
-        size = (math.ceil(columns * shrink) + 1, math.ceil(rows * shrink) + 1)
-        region = self._open().read_region((int(x), int(y)), level, size)
-        # The read starts on a whole level-0 pixel; the box starts where the overview's pixel does.
+        # The read starts on a whole level-0 pixel; the box starts where the overview's pixel does. Not a pixel more is
+        # read: it could lie in a part that is broken.
         offset = [(value - int(value)) / self.level_downsamples[level] for value in (x, y)]
-        box = (offset[0], offset[1], offset[0] + columns * shrink, offset[1] + rows * shrink)
-        box = (box[0], box[1], min(box[2], size[0]), min(box[3], size[1]))
+        ends = (offset[0] + columns * shrink, offset[1] + rows * shrink)
+        size = (max(1, math.ceil(ends[0] - 1e-6)), max(1, math.ceil(ends[1] - 1e-6)))
+        region = self._open().read_region((int(x), int(y)), level, size)
+        box = (offset[0], offset[1], min(ends[0], size[0]), min(ends[1], size[1]))
         picture = Image.fromarray(np.ascontiguousarray(self._opaque(region)))
         return np.asarray(picture.resize((columns, rows), Image.Resampling.BOX, box=box))
 

@@ -3,18 +3,18 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ds_wsi.runtime.log import logger
-from ds_wsi.slides.masks import mask_name, read_mask
-from ds_wsi.slides.slide import Slide, SlideError
+from ds_wsi.slides.masks import MaskFile, read_mask
+from ds_wsi.slides.slide import Slide, SlideError, TileReadError
 from ds_wsi.slides.tissue import TISSUE_RULES, TISSUE_VERSION, grey_mask, tile_fractions, tissue_mask
 
 MPP_TOLERANCE = 0.02  # scanners call 0.499 um/px "20x": nearer than this, pixels are taken as they are
 MASK_CELLS_PER_TILE = 16  # along a side, at least: the mask resolves a tile however small it is
+TRIED_TILES = 5  # of each slide, before it is taken
 MAX_UNREADABLE = 0.5  # of a slide's tiles
 
 
@@ -174,7 +174,7 @@ def plan_coords(bounds: tuple[int, int, int, int], tile_size_level0_px: float) -
     return grid.reshape(-1, 2)
 
 
-def tile_slide(slide: Slide, policy: TilingPolicy, mask: Path | None = None) -> TileGrid:
+def tile_slide(slide: Slide, policy: TilingPolicy, mask: MaskFile | None = None) -> TileGrid:
     """Tile a slide: the whole tiles of the scanned area with enough tissue.
 
     A tile whose part of the overview could not be read may be tissue: it is kept, and fails when it is read.
@@ -203,6 +203,7 @@ def tile_slide(slide: Slide, policy: TilingPolicy, mask: Path | None = None) -> 
             "a smaller tile_size_px fits."
         )
     kept, found = _with_tissue(slide, policy, plan, coords, mask, where)
+    _require_readable(slide, plan, policy.tile_size_px, kept, where)
     return TileGrid(
         slide_id=slide.slide_id,
         coords=kept,
@@ -219,8 +220,23 @@ def tile_slide(slide: Slide, policy: TilingPolicy, mask: Path | None = None) -> 
     )
 
 
+def _require_readable(slide: Slide, plan: LevelPlan, tile_size_px: int, coords: np.ndarray, where: str) -> None:
+    """Refuse a slide of which some tiles, spread over the grid, all fail: its overview may come from another level."""
+    tried = coords[np.linspace(0, len(coords) - 1, min(TRIED_TILES, len(coords))).astype(int)]
+    for x, y in tried.tolist():
+        try:
+            slide.read_tile(x, y, plan.level, plan.read_size_px, tile_size_px)
+            return
+        except TileReadError as error:
+            reason = str(error.cause)
+    raise SlideError(
+        f"slide must have readable tiles, got {reason} at all {len(tried)} that were tried {where}. HINT: replace the "
+        "file; --skip_bad_slides leaves it out."
+    )
+
+
 def _with_tissue(
-    slide: Slide, policy: TilingPolicy, plan: LevelPlan, coords: np.ndarray, mask: Path | None, where: str
+    slide: Slide, policy: TilingPolicy, plan: LevelPlan, coords: np.ndarray, mask: MaskFile | None, where: str
 ) -> tuple[np.ndarray, TissueFound]:
     """The tiles with enough tissue, and what was found."""
     if policy.tissue == "none" and mask is None:
@@ -243,9 +259,7 @@ def _with_tissue(
             f"{where}. HINT: replace the file; --skip_bad_slides leaves it out."
         )
     share, grey_share = tissue.shares(slide)
-    return coords[maybe], TissueFound(
-        share, grey_share, len(coords), n_unreadable, "" if mask is None else mask_name(mask)
-    )
+    return coords[maybe], TissueFound(share, grey_share, len(coords), n_unreadable, "" if mask is None else mask.name)
 
 
 class SlideTissue(NamedTuple):
@@ -271,7 +285,7 @@ class SlideTissue(NamedTuple):
 
 
 def find_tissue(
-    slide: Slide, policy: TilingPolicy, mask: Path | None = None, tile_size_level0_px: float | None = None
+    slide: Slide, policy: TilingPolicy, mask: MaskFile | None = None, tile_size_level0_px: float | None = None
 ) -> SlideTissue:
     """Find a slide's tissue: by the policy's rule in its overview, or as a mask from outside has it.
 

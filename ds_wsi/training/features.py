@@ -6,6 +6,7 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.training.settings import ModelSettings, TrainSettings
 
 OF_THE_AGGREGATOR = ("aggregator", "dropout", "aggregator_options")
+OF_SLIDES = ("slide_mpp", "tissue_masks", "masks_in_bounds", "skip_bad_slides")  # of the data
 OF_TILES = ("tiling", "augment", "partition", "norm")  # policies
 
 
@@ -30,8 +31,7 @@ def check_feature_settings(settings: TrainSettings) -> None:
             "aggregator without an encoder. HINT: leave them out, or train on slides."
         )
     unused = [name for name in OF_TILES if _differs(settings, name)]
-    if settings.data.slide_mpp is not None:
-        unused.append("slide_mpp")
+    unused += [name for name in OF_SLIDES if getattr(settings.data, name)]
     if settings.run.eval_precision != "no":
         unused.append("eval_precision")
     if unused:

@@ -22,6 +22,7 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import PRECISIONS
 from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.slides.demo import DEMOS
+from ds_wsi.slides.tissue import TISSUE_RULES
 from ds_wsi.stacking.policy import FRAMEWORKS
 from ds_wsi.tile_parallel.policy import EXCHANGES
 from ds_wsi.training.optim import SCHEDULES
@@ -89,13 +90,32 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("features_dir", "data.features_dir", str, "train the aggregator alone, on features there, a file a slide"),
     ("check_features", "data.check_features", CHECKS, "read files of features whole before training, or their heads"),
     ("classes", "data.classes", _names, "class names in the order of the logits, comma-separated"),
-    ("slide_mpp", "data.slide_mpp", float, "um/px of slides that do not tell theirs"),
+    ("slide_mpp", "data.slide_mpp", float, "um/px of slides that do not tell theirs: see docs/tissue.md"),
+    (
+        "tissue_masks",
+        "data.tissue_masks",
+        str,
+        "folder of <slide_id>.geojson (QuPath's) or .png that say where tissue is; slides without one go by --tissue",
+    ),
+    (
+        "masks_in_bounds",
+        "data.masks_in_bounds",
+        FLAG,
+        "the masks' places count from the scanned area's corner, as QuPath's do, and not from level 0's",
+    ),
+    ("skip_bad_slides", "data.skip_bad_slides", FLAG, "leave out slides that cannot be used, and list them"),
     ("dataset_name", "data.dataset_name", str, "in tables of runs (default: the manifest's, without its suffix)"),
     ("split_name", "data.split_name", str, "which split or fold of the dataset the manifest holds, in tables of runs"),
     ("split_seed", "data.split_seed", int, "of the draw of splits, where the manifest has none; not --seed"),
     ("tile_size_px", "policies.tiling.tile_size_px", int, "side of a tile"),
     ("mpp", "policies.tiling.mpp", float, "um/px at which tiles are read (0.5 is 20x)"),
-    ("min_tissue_fraction", "policies.tiling.min_tissue_fraction", float, "of a tile's area"),
+    ("min_tissue_fraction", "policies.tiling.min_tissue_fraction", float, "of a tile's area that must be tissue"),
+    (
+        "tissue",
+        "policies.tiling.tissue",
+        TISSUE_RULES,
+        "what finds tissue: the slide's own glass, a grey range, Otsu's threshold, or nothing (every tile is taken)",
+    ),
     ("dataloader_num_workers", "policies.reading.workers", int, "processes that read tiles"),
     ("tiles_per_slide", "policies.reading.tiles_per_slide", tiles_or_all, "tiles of each training slide, or all"),
     ("tile_store", "policies.reading.tile_store", str, "folder that `ds-wsi tile --store` wrote, in place of slides"),
@@ -212,13 +232,10 @@ def add_train_options(parser: argparse.ArgumentParser, without: Collection[str] 
         parser: to add to.
         without: names of options that the parser has already, in another sense.
     """
-    defaults = TrainSettings()
     for name, place, kind, text in OPTIONS:
         if name in without:
             continue
-        group, *_, leaf = place.split(".")
-        holder = getattr(defaults.policies, place.split(".")[1]) if group == "policies" else getattr(defaults, group)
-        default = getattr(holder, leaf)
+        leaf, default = place.split(".")[-1], default_of(place)
         if default not in (None, ()) and kind != FLAG:
             text = f"{text} (default: {default})"
         how: dict[str, Any] = {"dest": place, "default": argparse.SUPPRESS, "help": text}
@@ -252,6 +269,39 @@ def add_train_options(parser: argparse.ArgumentParser, without: Collection[str] 
         help=f"take Adam's first beta from BETA (without a value {ADAM_BETA}) down to 0 over the run",
     )
     add_local_rank(parser)
+
+
+def add_shared_options(parser: argparse.ArgumentParser, names: Collection[str], default: str | None = None) -> None:
+    """Add options of training to another command, under their own names, with the same help and default.
+
+    Args:
+        parser: of the command.
+        names: of `OPTIONS`.
+        default: what holds where an option is not given, in words; it is then absent from the namespace. None: the
+            default of training.
+    """
+    for name, place, kind, text in OPTIONS:
+        if name not in names:
+            continue
+        value = default_of(place)
+        words = default or ("" if kind == FLAG or value is None else str(value))
+        how: dict[str, Any] = {"default": argparse.SUPPRESS if default else value}
+        how["help"] = f"{text} (default: {words})" if words else text
+        if kind == FLAG:
+            how["action"] = "store_true"
+        elif isinstance(kind, tuple):
+            how["choices"] = kind
+        else:
+            how["type"] = kind
+        parser.add_argument(*spellings(name), **how)
+
+
+def default_of(place: str) -> Any:
+    """The default of a field of the settings, "group.name" or "policies.policy.name"."""
+    value: Any = TrainSettings()
+    for name in place.split("."):
+        value = getattr(value, name)
+    return value
 
 
 def add_local_rank(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from ds_wsi.bags.sampler import deal_by_cost
+from ds_wsi.bags.slide_policy import skipped_words, tell_skipped
 from ds_wsi.engines.accelerate import CommHandle, broadcast_object_list, gather_object
 from ds_wsi.evaluation.bootstrap import metrics_from_json
 from ds_wsi.evaluation.curves import draw_curves
@@ -163,6 +164,7 @@ def finish(run: Run, started: float) -> dict[str, Any]:
     run_record(run).write(run.output_dir)  # last: a folder without it is unfinished
     seconds = time.perf_counter() - started
     logger.info("finished in %.0f s: %s", seconds, run.output_dir / REPORT)
+    tell_skipped(run.cohort.skipped, len(run.cohort.grids) + len(run.cohort.skipped))
     return {"output_dir": str(run.output_dir), "metrics": intervals, "seconds": seconds}
 
 
@@ -307,6 +309,7 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
         "cohort": f"{cohort.manifest.source}: {slides}",
         "classes": ", ".join(cohort.manifest.classes),
         "tiles": _tiles_words(run),
+        **skipped_words(cohort.skipped),
         "model": _model_words(run),
         "optimisation": f"{optim.optim}, learning rate {optim.learning_rate:g} ({optim.lr_scheduler_type}), "
         f"{optim.num_train_epochs} epochs, "

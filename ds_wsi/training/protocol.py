@@ -17,6 +17,7 @@ from ds_wsi.bags.manifest import SPLITS, write_manifest
 from ds_wsi.bags.prepare import read_dataset, require_own_manifest, split_dataset
 from ds_wsi.bags.relabel import order_classes
 from ds_wsi.bags.same_files import require_files_apart
+from ds_wsi.bags.slide_policy import SlidePolicy, write_skipped
 from ds_wsi.engines.scope import Processes, launched
 from ds_wsi.evaluation.tables import write_tables
 from ds_wsi.runtime.log import logger
@@ -130,7 +131,10 @@ def read_cohort(
         slide_mpp=settings.data.slide_mpp,
         workers=max(1, settings.policies.reading.workers),
         write_grids=write_grids,
+        slides=SlidePolicy(settings.data.tissue_masks, settings.data.masks_in_bounds, settings.data.skip_bad_slides),
     )
+    if tiles_dir is not None:
+        write_skipped(tiles_dir.parent, cohort.skipped)
     return replace(cohort, manifest=order_classes(cohort.manifest, settings.data.classes))
 
 

@@ -15,6 +15,7 @@ from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.bags.feature_cohort import load_feature_cohort
 from ds_wsi.bags.packing import require_store
 from ds_wsi.bags.run_splits import write_splits
+from ds_wsi.bags.slide_policy import SkippedSlide, SlidePolicy, write_skipped
 from ds_wsi.engines.accelerate import (
     Accelerator,
     CommHandle,
@@ -395,6 +396,8 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
                 workers=max(1, policies.reading.workers),
                 write_record=write_grids,
             )
+
+    def load(skipped: tuple[SkippedSlide, ...] | None) -> Cohort:
         return load_cohort(
             manifest,
             policies.tiling,
@@ -404,7 +407,16 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
             seed=data.split_seed,
             workers=max(1, policies.reading.workers),
             write_grids=write_grids,
+            slides=SlidePolicy(data.tissue_masks, data.masks_in_bounds, data.skip_bad_slides, skipped),
         )
+
+    # Which slides are left out is the main process's to say: another could find another file unreadable.
+    cohort = load(None) if accelerator.is_main_process else None
+    skipped = broadcast_object_list([None if cohort is None else cohort.skipped])[0]
+    if cohort is None:
+        return load(skipped)
+    write_skipped(output_dir, cohort.skipped)
+    return cohort
 
 
 def _require_splits(cohort: Cohort) -> None:

@@ -34,6 +34,9 @@ _BEFORE = {
     "run.memory_format": "auto",
     "optim.encoder_learning_rate": None,
     "data.split_seed": 0,
+    "data.tissue_masks": None,
+    "data.masks_in_bounds": False,
+    "data.skip_bad_slides": False,
 }
 
 # What files hold. Marks of earlier versions do not have it: it is not compared then.

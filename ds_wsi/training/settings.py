@@ -19,6 +19,9 @@ class DataSettings:
         tiles_dir: where tile grids, and what was found in files of features, are kept; by default in the run's folder.
         classes: class names in the order of the logits.
         slide_mpp: um/px of slides that do not tell theirs.
+        tissue_masks: folder of masks that say where tissue is, named after the slides.
+        masks_in_bounds: their places count from the scanned area's corner, as QuPath's do.
+        skip_bad_slides: leave out slides that cannot be used, where they would be refused.
         dataset_name: in tables of runs; by default the manifest's name without its suffix.
         split_seed: of the draw of splits, where the manifest has none; `run.seed` has no part in it.
         split_name: which of the dataset's splits or folds the manifest holds, in tables of runs.
@@ -32,6 +35,9 @@ class DataSettings:
     tiles_dir: str | None = None
     classes: tuple[str, ...] | None = None
     slide_mpp: float | None = None
+    tissue_masks: str | None = None
+    masks_in_bounds: bool = False
+    skip_bad_slides: bool = False
     dataset_name: str | None = None
     split_seed: int = 0
     split_name: str = ""

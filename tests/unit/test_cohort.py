@@ -6,9 +6,12 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import tifffile
+from dicom_slide import write_dicom
+from PIL import Image
 
 from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.manifest import SPLITS, ManifestError
+from ds_wsi.bags.slide_policy import SKIPPED_FILE, SkippedSlide, SlidePolicy, write_skipped
 from ds_wsi.slides.coords import export_trident, import_trident, read_grid, write_grid
 from ds_wsi.slides.demo import write_pyramid
 from ds_wsi.slides.fingerprint import slide_fingerprint
@@ -157,8 +160,120 @@ def test_slide_mpp_is_for_slides_that_tell_none_and_changes_no_other(slides, tmp
 
 
 def test_an_implausible_slide_mpp_is_refused(slides, tmp_path):
-    with pytest.raises(ManifestError, match="got 352 from the override"):
+    with pytest.raises(ManifestError, match="got 352 from --slide_mpp"):
         load(tmp_path, two(slides, "plain.tiff"), slide_mpp=352.0)
+
+
+BAD = {
+    "lost": ("none.tiff", "slide must be a file, got none"),
+    "text": ("text.svs", "got none of them"),
+    "plain": ("plain.tiff", "got no mpp"),
+    "tiny": ("tiny.tiff", "must hold a tile"),
+    "blank": ("blank.tiff", "tissue, got at most"),
+}
+
+
+def with_bad(slides):
+    return [
+        *two(slides),
+        *(row(slides, name, file, "ab"[n % 2]) for n, (file, _) in enumerate(BAD.values()) for name in [list(BAD)[n]]),
+    ]
+
+
+def test_bad_slides_are_left_out_where_that_is_asked_for_and_listed(slides, tmp_path, caplog):
+    with pytest.raises(ManifestError) as caught:
+        load(tmp_path, with_bad(slides))
+    assert len(caught.value.problems) == len(BAD)
+    cohort = load(tmp_path, with_bad(slides), slides=SlidePolicy(skip_bad_slides=True))
+    assert [slide.slide_id for slide in cohort.manifest.slides] == ["one", "two"]
+    assert [grid.slide_id for grid in cohort.grids] == ["one", "two"]
+    assert [slide.slide_id for slide in cohort.skipped] == list(BAD)
+    for slide, (file, words) in zip(cohort.skipped, BAD.values()):
+        assert words in slide.reason
+        assert slide.path == str(slides / file)
+        assert f"{slide.slide_id}: {slide.reason}" in caplog.text
+    assert "5 of 7 slides left out" in caplog.text
+    write_skipped(tmp_path, cohort.skipped)
+    with (tmp_path / SKIPPED_FILE).open(newline="") as file:
+        assert [entry["slide_id"] for entry in csv.DictReader(file)] == list(BAD)
+    write_skipped(tmp_path, ())
+    assert not (tmp_path / SKIPPED_FILE).exists()
+
+
+def test_other_processes_leave_out_what_the_main_one_did_and_nothing_else(slides, tmp_path, caplog):
+    main = load(tmp_path, with_bad(slides), slides=SlidePolicy(skip_bad_slides=True))
+    caplog.clear()
+    other = load(tmp_path, with_bad(slides), slides=SlidePolicy(skip_bad_slides=True, skipped=main.skipped))
+    assert other.manifest == main.manifest
+    assert other.skipped == main.skipped
+    assert "left out" not in caplog.text  # the main process has told it
+    # A slide that is good here was bad there: it is left out all the same.
+    told = (*main.skipped, SkippedSlide("two", "", "of that machine"))
+    assert [
+        slide.slide_id
+        for slide in load(
+            tmp_path, with_bad(slides), slides=SlidePolicy(skip_bad_slides=True, skipped=told)
+        ).manifest.slides
+    ] == ["one"]
+    # One that is bad here alone is an error: this process cannot train on what the others train on.
+    with pytest.raises(ManifestError, match="slide blank"):
+        load(tmp_path, with_bad(slides), slides=SlidePolicy(skip_bad_slides=True, skipped=main.skipped[:-1]))
+
+
+def test_a_cohort_of_bad_slides_alone_is_refused(slides, tmp_path):
+    rows = [row(slides, "text", "text.svs", "a"), row(slides, "plain", "plain.tiff", "b")]
+    with pytest.raises(ManifestError) as caught:
+        load(tmp_path, rows, slides=SlidePolicy(skip_bad_slides=True))
+    assert len(caught.value.problems) == 2
+
+
+def test_masks_from_outside_make_their_own_grids(slides, tmp_path, caplog):
+    masks, tiles = tmp_path / "masks", tmp_path / "tiles"
+    masks.mkdir()
+    with pytest.raises(ManifestError, match=r"--tissue_masks must hold the mask of a slide.*got 0 other files.*HINT"):
+        load(tmp_path, two(slides), slides=SlidePolicy(masks))
+    mask = np.zeros((4, 4), np.uint8)
+    mask[0, :2] = 255
+    Image.fromarray(mask).save(masks / "one.png")
+    rule = load(tmp_path, two(slides), tiles_dir=tiles)
+    caplog.set_level("INFO", "ds_wsi")
+    masked = load(tmp_path, two(slides), tiles_dir=tiles, slides=SlidePolicy(masks))
+    assert masked.grids[0].coords.tolist() == [[0, 0], [64, 0]]
+    np.testing.assert_array_equal(masked.grids[1].coords, rule.grids[1].coords)
+    assert "1 of 2 slides by their masks, the others by --tissue" in caplog.text
+    kept = (tiles / "one.safetensors").stat().st_mtime_ns
+    load(tmp_path, two(slides), tiles_dir=tiles, slides=SlidePolicy(masks))
+    assert (tiles / "one.safetensors").stat().st_mtime_ns == kept
+    mask[3, 3] = 255
+    Image.fromarray(mask).save(masks / "one.png")  # corrected
+    corrected = load(tmp_path, two(slides), tiles_dir=tiles, slides=SlidePolicy(masks))
+    assert corrected.grids[0].coords.tolist() == [[0, 0], [64, 0], [192, 192]]
+    again = load(tmp_path, two(slides), tiles_dir=tiles)
+    np.testing.assert_array_equal(again.grids[0].coords, rule.grids[0].coords)
+
+
+def test_shares_are_told_and_extremes_are_warned_of_in_one_line_a_kind(tmp_path, caplog):
+    caplog.set_level("INFO", "ds_wsi")
+    for number in range(7):
+        noise = np.random.default_rng(number).integers(-20, 20, (256, 256, 1))
+        write_pyramid(tmp_path / f"{number}.tiff", (np.array([200, 110, 160]) + noise).astype(np.uint8), mpp=0.5)
+    rows = [row(tmp_path, f"s{number}", f"{number}.tiff", "ab"[number % 2]) for number in range(7)]
+    load(tmp_path, rows)
+    (line,) = [message for message in caplog.messages if "nearly everywhere" in message]
+    assert line.startswith("7 slides (s0, s1, s2, s3, s4, ...) are tissue nearly everywhere")
+    assert "tissue: 100% of the scanned area (100% to 100% a slide); 112 of 112 tiles kept (100%)" in caplog.messages
+    caplog.clear()
+    load(tmp_path, rows, replace(POLICY, tissue="none"))
+    assert not [message for message in caplog.messages if "tissue" in message]
+
+
+def test_a_folder_of_dicom_is_a_slide_of_the_manifest(slides, tmp_path):
+    write_dicom(tmp_path / "series" / "0.dcm", picture(), 0.5)
+    cohort = load(tmp_path, [row(tmp_path, "one", "series", "a"), row(slides, "two", "other.tiff", "b")])
+    assert len(cohort.grids[0]) == 9
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ManifestError, match=r"a folder must hold the DICOM files .* \(slide one, "):
+        load(tmp_path, [row(tmp_path, "one", "none", "a"), row(slides, "two", "other.tiff", "b")])
 
 
 def test_the_manifests_mpp_overrides_the_files(slides, tmp_path):

@@ -110,6 +110,33 @@ def test_a_pt_of_the_old_format_has_a_shape_too(tmp_path):
     assert read_shape(tmp_path / "a.pt") == (4, 3)
 
 
+def grid_of(columns, rows, side, start=(0, 0)):
+    return [(start[0] + side * x, start[1] + side * y) for y in range(rows) for x in range(columns)]
+
+
+@pytest.mark.parametrize(
+    ("coords", "side"),
+    [
+        (grid_of(6, 5, 256), 256),
+        (grid_of(6, 5, 1024), 1024),
+        (grid_of(4, 4, 256) + grid_of(5, 3, 256, (5003, 77)), 256),  # contours of CLAM's: each its own grid
+        ([place for index, place in enumerate(grid_of(12, 12, 256)) if index % 5], 256),  # holes
+        (grid_of(7, 1, 224), 224),  # a core's one row
+        (grid_of(1, 7, 224), 224),
+        ([(0, 0), (2560, 0), (0, 5120), (2560, 5120)], None),  # none beside another
+        (grid_of(3, 3, 2560), None),  # larger than tiles are
+        ([(0, 0), (2560, 0), (5120, 0)], None),
+        ([(0, 0), (768, 0), (256, 2560), (2048, 2560), (9984, 5120)], None),
+        ([(0, 0), (256, 0)], None),
+        ([(256 * (37 * i % 101), 256 * (53 * i % 97)) for i in range(60)], None),
+    ],
+)
+def test_the_side_of_tiles_is_told_by_tiles_side_by_side_or_not_at_all(tmp_path, coords, side):
+    places = torch.tensor(coords)
+    found = read_places(write(tmp_path / "a.h5", torch.ones(len(places), 3), places))
+    assert (None if found is None else found[1]) == side
+
+
 def test_places_have_the_files_side_or_the_commonest_step(tmp_path):
     # A row of three, a tile below, and one of another contour, 5 px off the grid.
     coords = torch.tensor([[0, 0], [256, 0], [512, 0], [256, 256], [517, 256]])

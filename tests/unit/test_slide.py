@@ -250,6 +250,44 @@ def test_slide_without_mpp_is_refused_with_the_option(tmp_path):
         assert slide.mpp == 0.5
 
 
+@pytest.mark.parametrize("mpp", [0.025, 0.05, 0.1, 2.2, 2.5, 5.0, 10.0])
+def test_a_file_that_is_wrong_by_a_factor_of_ten_is_asked_about(tmp_path, mpp):
+    path = write_slide(tmp_path / "a.tiff", ramp(128, 96), mpp=mpp)
+    meant = mpp * 10 if mpp < 1 else mpp / 10
+    words = rf"to be plausible, got {mpp:g} from .*is {meant:g} meant\? \(slide a,.*`mpp`.*--slide_mpp"
+    with Slide(path) as slide, pytest.raises(SlideError, match=words):
+        slide.mpp  # noqa: B018
+    for given in ({"mpp": mpp}, {"fallback_mpp": mpp}):  # who knows better says so
+        if mpp >= 0.05:
+            with Slide(path, **given) as slide:
+                assert slide.mpp == mpp
+
+
+@pytest.mark.parametrize("mpp", [0.1213, 0.1725, 0.2199, 0.25, 0.2527, 0.4990, 0.5, 0.65, 1.0, 2.0])
+def test_what_scanners_have_is_believed(tmp_path, mpp):
+    with Slide(write_slide(tmp_path / "a.tiff", ramp(128, 96), mpp=mpp), fallback_mpp=0.3) as slide:
+        assert slide.mpp == pytest.approx(mpp, rel=1e-3)
+        assert not slide.uses_fallback_mpp
+
+
+@pytest.mark.parametrize(("y", "good"), [("0.2505", True), ("0.26", True), ("0.27", False), ("0.5", False)])
+def test_pixels_must_be_square(two_levels, y, good):
+    mean = pytest.approx((0.25 + float(y)) / 2)
+    told = {"openslide.mpp-x": "0.25", "openslide.mpp-y": y}
+    tags = {"tiff.ResolutionUnit": "centimeter", "tiff.XResolution": "40000", "tiff.YResolution": str(1e4 / float(y))}
+    for properties in (told, tags):
+        with Slide(two_levels) as slide, Slide(two_levels, fallback_mpp=0.3) as helped, Slide(two_levels, 0.4) as given:
+            for one in (slide, helped, given):
+                one._properties = properties
+            assert given.mpp == 0.4
+            assert helped.mpp == (mean if good else 0.3)
+            if good:
+                assert slide.mpp == mean
+                continue
+            with pytest.raises(SlideError, match=rf"square, within 5%, got 0.25 x {y} um from .*--slide_mpp"):
+                slide.mpp  # noqa: B018
+
+
 @pytest.mark.parametrize("mpp", [0.00499, 352.78, -0.5, float("nan")])
 def test_implausible_override_is_refused(two_levels, mpp):
     with (
@@ -316,9 +354,63 @@ def test_file_that_vanishes_after_an_error_fails_tile_by_tile(one_bad_tile):
             slide.read_tile(0, 0, 0, 64, 64)
 
 
-def test_overview_of_a_broken_slide_fails_as_its_tiles_do(one_bad_tile):
-    with Slide(one_bad_tile) as slide, pytest.raises(SlideError, match=r"must be readable for its overview.*slide bad"):
+def test_overview_of_a_slide_without_a_readable_part_is_an_error(one_bad_tile):
+    for index in range(4):
+        corrupt_tile(one_bad_tile, index)
+    words = r"must be readable for its overview.*slide bad.*HINT.*--skip_bad_slides"
+    with Slide(one_bad_tile) as slide, pytest.raises(SlideError, match=words):
         slide.read_overview_downsampled(4)
+
+
+def broken_in_the_middle(path):
+    """1024 x 1024 px, deflated, whose TIFF tile at (512, 512) is broken."""
+    write_slide(path, ramp(1024, 1024), compression="zlib", tile_px=256)
+    corrupt_tile(path, 10)
+    return path
+
+
+@pytest.mark.parametrize("downsample", [1, 4, 16, 5.3])
+def test_a_broken_part_of_an_overview_is_narrowed_down_and_told(tmp_path, monkeypatch, caplog, downsample):
+    monkeypatch.setattr(slide_module.logger, "propagate", True)
+    path = broken_in_the_middle(tmp_path / "a.tiff")
+    whole = write_slide(tmp_path / "b.tiff", ramp(1024, 1024), compression="zlib", tile_px=256)
+    with Slide(path) as slide, Slide(whole) as intact:
+        found = slide.read_overview_with_gaps(downsample)
+        expected, _ = intact.read_overview_downsampled(downsample)
+    assert "slide a: " in caplog.text
+    assert str(path) in caplog.text
+    difference = np.abs(found.pixels.astype(int) - expected)[~found.unreadable]
+    assert difference.max() <= (1 if downsample != int(downsample) else 0)  # Pillow's rounding, which is of the block
+    assert (found.pixels[found.unreadable] == 255).all()
+    rows, columns = found.unreadable.nonzero()
+    low, high = np.array([rows.min(), columns.min()]), np.array([rows.max(), columns.max()]) + 1
+    assert (low * downsample <= 512 + downsample).all()  # the broken tile is in it
+    assert (high * downsample >= 768 - downsample).all()
+    assert (low * downsample >= 512 - 64 - 2 * downsample).all()  # and not much more
+    assert (high * downsample <= 768 + 64 + 2 * downsample).all()
+
+
+def test_a_broken_part_is_read_from_a_finer_level(tmp_path):
+    image, half = ramp(1024, 1024), ramp(1024, 1024)[::2, ::2]
+    path = write_slide(tmp_path / "a.tiff", image, half, compression="zlib", tile_px=256)
+    with tifffile.TiffFile(path) as file:
+        offset, size = file.pages[1].dataoffsets[3], file.pages[1].databytecounts[3]
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * size)
+    with Slide(path) as slide:
+        found = slide.read_overview_with_gaps(4)
+    assert not found.unreadable.any()
+    expected = np.asarray(Image.fromarray(image).reduce(4)).astype(float)
+    assert np.abs(found.pixels - expected).max() <= 2
+
+
+def test_the_search_for_broken_parts_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(slide_module, "MAX_FAILED_READS", 3)
+    path = broken_in_the_middle(tmp_path / "a.tiff")
+    with Slide(path) as slide:
+        found = slide.read_overview_with_gaps(16)
+    assert 1 / 16 <= found.unreadable.mean() <= 1 / 4
 
 
 @pytest.fixture

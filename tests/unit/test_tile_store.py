@@ -269,6 +269,7 @@ def test_training_and_evaluation_read_from_a_store(demo_manifest, cohort, tmp_pa
     options += [str(tmp_path / "grids"), "--dataloader_num_workers", "0", "--output_dir", str(tmp_path / "run")]
     assert main(["train", *shared, *options]) == 0
     evaluate = ["evaluate", "--model", str(tmp_path / "run"), "--output_dir", str(tmp_path / "out"), *shared]
+    evaluate += ["--tiles_dir", str(tmp_path / "grids")]  # tiling anew would try some tiles of each slide
     assert main([*evaluate, "--dataloader_num_workers", "0"]) == 0
     store_path(tmp_path / "store", cohort.grids[0].slide_id).unlink()
     assert main(["train", *shared, *options[:-1], str(tmp_path / "other")]) == 2

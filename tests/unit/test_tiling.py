@@ -1,15 +1,26 @@
 import logging
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_slide import write_slide
 
+from ds_wsi.config import read_section
 from ds_wsi.slides import tiling
-from ds_wsi.slides.slide import Slide, SlideError
-from ds_wsi.slides.tiling import LevelPlan, TilingPolicy, plan_coords, plan_level, tile_slide
+from ds_wsi.slides.slide import Slide, SlideError, TileReadError
+from ds_wsi.slides.tiling import (
+    LevelPlan,
+    TilingPolicy,
+    TissueFound,
+    plan_coords,
+    plan_level,
+    stored_tiling,
+    tile_slide,
+)
 
 POLICY = TilingPolicy(tile_size_px=64, mpp=0.5, overview_mpp=2.0)
 
@@ -176,6 +187,92 @@ def test_upsampling_is_told_once(tmp_path, caplog, monkeypatch):
         "slide s has 0.5 um/px, coarser than the requested 0.25: its tiles are enlarged"
     ]
     assert (grid.read_size_px, grid.tile_size_px, grid.mpp) == (32, 64, 0.25)
+
+
+def broken(path, *tiles, levels=1):
+    """1024 x 1024 px, tissue but for glass around; the TIFF tiles (column, row) of 128 px at level 0 are broken."""
+    image = draw(1024, 1024, (128, 128, 896, 896))
+    write_slide(path, image, *([image[::4, ::4]] if levels > 1 else []), mpp=0.5, compression="zlib", tile_px=128)
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        places = [(page.dataoffsets[y * 8 + x], page.databytecounts[y * 8 + x]) for x, y in tiles]
+    with open(path, "r+b") as file:
+        for offset, size in places:
+            file.seek(offset)
+            file.write(b"\xff" * size)
+    return path
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_broken_tile_is_kept_to_be_reported_and_the_others_are_as_before(tmp_path, levels):
+    policy = TilingPolicy(tile_size_px=128)
+    with Slide(broken(tmp_path / "whole.tiff", levels=levels)) as slide:
+        whole = tile_slide(slide, policy)
+    with Slide(broken(tmp_path / "s.tiff", (3, 4), (0, 0), levels=levels)) as slide:
+        grid = tile_slide(slide, policy)
+        unknown = grid.tissue.n_unreadable
+        failed = []
+        for x, y in grid.coords.tolist():
+            try:
+                slide.read_tile(x, y, grid.level, grid.read_size_px, 128)
+            except TileReadError:
+                failed.append((x, y))
+    kept, wanted = {tuple(place) for place in grid.coords.tolist()}, {tuple(place) for place in whole.coords.tolist()}
+    if levels == 2:  # the overview is whole
+        assert (kept, unknown) == (wanted, 0)
+        assert failed == [(384, 512)]
+    else:
+        assert kept == wanted | {(0, 0)}  # glass or tissue, in the broken corner
+        assert unknown == 2
+        assert failed == [(0, 0), (384, 512)]
+
+
+def test_a_slide_that_is_mostly_broken_is_refused(tmp_path):
+    many = [(x, y) for x in range(8) for y in range(8) if (x, y) != (4, 4)]
+    words = r"readable for its overview in most tiles, got \d+ of \d+ .*slide s, .*HINT.*--skip_bad_slides"
+    with Slide(broken(tmp_path / "s.tiff", *many)) as slide, pytest.raises(SlideError, match=words):
+        tile_slide(slide, TilingPolicy(tile_size_px=128))
+
+
+def test_a_slide_whose_level_0_is_dead_is_refused_when_it_is_tiled(tmp_path):
+    every = [(x, y) for x in range(8) for y in range(8)]
+    words = r"must have readable tiles, got .* at all 5 that were tried \(slide s, .*HINT.*--skip_bad_slides"
+    with Slide(broken(tmp_path / "s.tiff", *every, levels=2)) as slide, pytest.raises(SlideError, match=words):
+        tile_slide(slide, TilingPolicy(tile_size_px=128))
+
+
+def test_every_tile_is_taken_without_a_rule(tmp_path):
+    with Slide(write_slide(tmp_path / "s.tiff", draw(520, 390, (128, 64, 320, 192)), mpp=0.5)) as slide:
+        grid = tile_slide(slide, TilingPolicy(64, tissue="none"))
+    np.testing.assert_array_equal(grid.coords, plan_coords((0, 0, 520, 390), 64.0))
+    assert grid.tissue == TissueFound(1.0, None, 48)
+
+
+def test_what_was_found_is_told_of_the_scanned_area(tmp_path):
+    with Slide(write_slide(tmp_path / "s.tiff", draw(512, 384, (128, 64, 320, 192)), mpp=0.5)) as slide:
+        whole = tile_slide(slide, POLICY).tissue
+        bounds = {"x": 128, "y": 64, "width": 192, "height": 256}
+        slide._properties |= {f"openslide.bounds-{name}": str(value) for name, value in bounds.items()}
+        area = tile_slide(slide, POLICY).tissue
+    assert whole == TissueFound(pytest.approx(0.125), pytest.approx(0.125), 48)
+    assert area == TissueFound(pytest.approx(0.5), pytest.approx(0.5), 12)
+
+
+def test_the_rule_of_earlier_versions_is_kept():
+    assert TilingPolicy().tissue == "auto"
+    assert TilingPolicy(use_saturation=True) == TilingPolicy(tissue="otsu")
+    assert TilingPolicy(use_saturation=False) == TilingPolicy(tissue="grey")
+    assert replace(TilingPolicy(use_saturation=False), mpp=1.0).tissue == "grey"
+    stored = {"tile_size_px": 64, "use_saturation": True}  # a model's of an earlier version
+    assert stored_tiling(stored) == {"tile_size_px": 64, "tissue": "otsu"}
+    assert read_section({"tiling": stored}).tiling == TilingPolicy(64, tissue="otsu")
+    assert read_section({"tiling": asdict(TilingPolicy(64))}).tiling == TilingPolicy(64)
+    for words, values in {
+        "tissue must be one of auto, ": {"tissue": "hsv"},
+        "tissue_version must be 1, got 2": {"tissue_version": 2},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            TilingPolicy(**values)
 
 
 def test_slide_smaller_than_a_tile_is_refused(tmp_path):
