@@ -77,9 +77,9 @@ class Compressor:
         n_now = int(torch.stack(now).sum()) if now else 0
         if n_now and not self.divided:
             logger.warning(
-                "gradients beyond float16's range, 65504, at step %d: %d messages were divided by a power of two before "
-                "they were sent, and multiplied by it after; further ones are counted. HINT: hook bf16 has the range "
-                "of float32; the loss may be a sum where a mean is meant.",
+                "gradients beyond float16's range, 65504, at step %d: %d messages were divided by a power of two "
+                "before they were sent, and multiplied by it after; further ones are counted. HINT: hook bf16 has the "
+                "range of float32; the loss may be a sum where a mean is meant.",
                 *(self.step, n_now),
             )
         self.divided += n_now

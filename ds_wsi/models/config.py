@@ -61,7 +61,7 @@ class ModelConfig:
     norm_evaluation: str = "running"
 
     def __post_init__(self) -> None:
-        """Take a policy's fields; refuse both an encoder and features of a given width, or neither, and other values."""
+        """Take a policy's fields; refuse an encoder beside features of a given width, neither, or unknown values."""
         tiling: Any = self.tiling
         if is_dataclass(tiling) and not isinstance(tiling, type):
             object.__setattr__(self, "tiling", asdict(tiling))

@@ -319,6 +319,7 @@ def engine_settings(settings: TrainSettings) -> EngineSettings:
         mixed_precision=optim.mixed_precision,
         timeout_s=settings.run.ddp_timeout,
         fsdp=settings.run.fsdp,
+        momentum=optim.momentum,
     )
 
 
