@@ -36,6 +36,7 @@ from ds_wsi.compression.residual import Residuals, clip_scale, fold
 from ds_wsi.compression.route import Bucket, Route, shards_of, topology_of
 from ds_wsi.compression.selection import Selection, select, select_nonzero, spans_of
 from ds_wsi.compression.wire import ABSOLUTE, Section, round_values
+from ds_wsi.runtime.log import logger
 
 _STEP = "step"
 _ANNOUNCED = 8  # bytes of a length
@@ -57,6 +58,7 @@ class Compressor:
         policy: TopK, DMGC or Cast.
         residuals: of the gradients, by parameter name.
         count: of the bytes.
+        divided: messages of `Cast` so far that float16 would not have held ([Note: range] in exchange.py).
         step: must be the same on all ranks; `next_step` after each optimizer step.
     """
 
@@ -65,10 +67,22 @@ class Compressor:
         self.residuals = Residuals(policy.momentum if isinstance(policy, TopK) else 0.0)
         self.count = ByteCount()
         self.step = 0
+        self.divided = 0
+        self._divided_now: list[Tensor] = []  # on their device: read once a step, not once a bucket
 
     def next_step(self) -> None:
         """The optimizer has stepped."""
         self.step += 1
+        now, self._divided_now = self._divided_now, []
+        n_now = int(torch.stack(now).sum()) if now else 0
+        if n_now and not self.divided:
+            logger.warning(
+                "gradients beyond float16's range, 65504, at step %d: %d messages were divided by a power of two "
+                "before they were sent, and multiplied by it after; further ones are counted. HINT: hook bf16 has the "
+                "range of float32; the loss may be a sum where a mean is meant.",
+                *(self.step, n_now),
+            )
+        self.divided += n_now
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors of this rank only (safetensors takes them): residuals, velocities and the step."""
@@ -140,7 +154,10 @@ def _cast_mean(state: Compressor, bucket: Bucket, dtype: torch.dtype) -> Tensor:
             numels=dict(zip(bucket.names, bucket.numels)),
             by_tensor=by_tensor,
         )
-    return dense_mean(bucket.buffer, ranks, dtype)
+    mean, divided = dense_mean(bucket.buffer, ranks, dtype)
+    if dtype == torch.float16:
+        state._divided_now.append(divided)
+    return mean
 
 
 def push(state: Compressor, bucket: Bucket, bounds: Sequence[int] | None = None) -> Shard | None:

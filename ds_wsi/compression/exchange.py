@@ -71,33 +71,58 @@ class Ranks:
         return found
 
 
-def dense_mean(flat: Tensor, ranks: Ranks, dtype: torch.dtype = torch.float32) -> Tensor:
+def dense_mean(flat: Tensor, ranks: Ranks, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """The mean of a flat tensor over the ranks, sent as `dtype` and summed as float32, in rank order.
 
-    The same bits on every rank. A value too large for `dtype` arrives as infinity, for a loss scaler to find.
-    Shards go to their owners (one all-to-all), their means to everyone: 2 (W-1)/W d values from each rank, as a ring.
+    The same bits on every rank. Shards go to their owners (one all-to-all), their means to everyone: 2 (W-1)/W d values
+    from each rank, as a ring. What is not finite arrives as such, for a loss scaler to find.
+
+    [Note: range] float16 ends at 65504. A part with a finite value beyond it is divided by a power of two before it is
+    cast, and multiplied by it after: 11 bits of each value remain, as of any other. The exponent is one more float16 at
+    the part's end, 0 where nothing is too large: then the bits sent are those of a plain cast.
 
     Returns:
-        [d], of `flat`'s dtype and device.
+        [d], of `flat`'s dtype and device; and how many of this rank's parts were divided, a number on its device.
     """
     bounds = even_bounds(flat.numel(), ranks.size)
-    sizes = [(stop - start) * dtype.itemsize for start, stop in pairwise(bounds)]
-    parts = [_raw(flat[start:stop], dtype) for start, stop in pairwise(bounds)]
+    sizes = [_raw_bytes(stop - start, dtype) for start, stop in pairwise(bounds)]
+    parts, exponents = zip(*(_raw(flat[start:stop], dtype) for start, stop in pairwise(bounds)), strict=True)
     received = ranks.all_to_all(parts, [sizes[ranks.rank]] * ranks.size)
-    total = torch.zeros(len(received[0]) // dtype.itemsize, device=ranks.device)
+    total = torch.zeros(bounds[ranks.rank + 1] - bounds[ranks.rank], device=ranks.device)
     for part in received:
-        total += part.clone().view(dtype)  # a copy: a part may begin where its dtype cannot
-    means = ranks.all_gather(_raw(total / ranks.size, dtype), sizes)
-    return torch.cat(means).view(dtype).to(device=flat.device, dtype=flat.dtype)
+        total += _wide(part, dtype)
+    mean, exponent = _raw(total / ranks.size, dtype)
+    means = torch.cat([_wide(part, dtype) for part in ranks.all_gather(mean, sizes)])
+    divided = torch.stack([part > 0 for part in (*exponents, exponent.to(flat.device))]).sum()
+    return means.to(device=flat.device, dtype=flat.dtype), divided
 
 
-def _raw(part: Tensor, dtype: torch.dtype) -> Tensor:
-    return part.detach().to(dtype).contiguous().view(torch.uint8)
+def _raw(part: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A part's bytes as `dtype`, and the exponent by which it was divided ([Note: range])."""
+    part = part.detach()
+    if dtype != torch.float16:
+        return part.to(dtype).contiguous().view(torch.uint8), torch.zeros((), device=part.device)
+    wide = part.to(torch.promote_types(part.dtype, torch.float32))
+    finite = torch.where(wide.isfinite(), wide.abs(), torch.zeros_like(wide))
+    largest = finite.amax() if len(wide) else wide.new_zeros(())
+    exponent = (largest / torch.finfo(dtype).max).log2().ceil().clamp(min=0)
+    narrow = torch.cat([wide / exponent.exp2(), exponent[None]]).to(dtype)
+    return narrow.contiguous().view(torch.uint8), exponent
+
+
+def _wide(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float32 values of a part's bytes."""
+    values = raw.clone().view(dtype).float()  # a copy: a part may begin where its dtype cannot
+    return values[:-1] * values[-1].exp2() if dtype == torch.float16 else values
+
+
+def _raw_bytes(n_values: int, dtype: torch.dtype) -> int:
+    return (n_values + (dtype == torch.float16)) * dtype.itemsize
 
 
 def dense_mean_bytes(d: int, ranks: Ranks, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of `dense_mean` that this rank sends to owners, and that it receives from them."""
     bounds = even_bounds(d, ranks.size)
-    mine = bounds[ranks.rank + 1] - bounds[ranks.rank]
-    others = (d - mine) * dtype.itemsize
+    sizes = [_raw_bytes(stop - start, dtype) for start, stop in pairwise(bounds)]
+    others = sum(sizes) - sizes[ranks.rank]
     return others, others

@@ -1,5 +1,6 @@
 """Accelerate under every launcher: deepspeed, accelerate launch, torchrun, plain python; with and without a GPU."""
 
+import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.compression.comm import CommPolicy
 from ds_wsi.engines import cpu
+from ds_wsi.engines.auto import fill_rest
 from ds_wsi.engines.deepspeed import fill_auto, gather_as_one, suit_machine
 from ds_wsi.engines.fsdp import build_with_fsdp, fsdp_plugin, is_fsdp2, launched_with_fsdp, shard_model
 from ds_wsi.engines.hooks import CommHandle, attach
@@ -54,6 +56,7 @@ class EngineSettings:
         mixed_precision: "no", "bf16" or "fp16".
         timeout_s: that a collective waits for the other ranks.
         fsdp: shard the model with FSDP2, as under `accelerate launch --use_fsdp` without it.
+        momentum: of "sgd".
     """
 
     learning_rate: float
@@ -65,10 +68,20 @@ class EngineSettings:
     mixed_precision: str = "no"
     timeout_s: int = 1800
     fsdp: bool = False
+    momentum: float = 0.0
 
 
 _ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+# The option that gives a key of the DeepSpeed JSON its value, where the JSON says "auto".
+OPTION_OF = {
+    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "gradient_clipping": "--max_grad_norm",
+    "optimizer.params.lr": "--learning_rate",
+    "optimizer.params.weight_decay": "--weight_decay",
+    "optimizer.params.momentum": "--momentum",
+}
 
 
 def build_accelerator(
@@ -123,6 +136,12 @@ def _deepspeed_plugin(settings: EngineSettings, config: dict[str, Any] | None) -
         raise ValueError(
             "scheduler of the DeepSpeed config must be absent, got one. HINT: --lr_scheduler_type sets the schedule."
         )
+    section = config.get("optimizer") or {}
+    if settings.momentum and section and str(section.get("type", "")).lower() != "sgd":
+        raise ValueError(
+            f"--momentum must be given with SGD, got {settings.momentum} and optimizer.type {section.get('type')} of "
+            'the DeepSpeed config. HINT: "type": "SGD", or leave the section out and give --optim sgd.'
+        )
     cpu.set_single_process_variables()
     cpu.skip_shm_op()
     world_size = int(os.environ["WORLD_SIZE"])
@@ -133,13 +152,13 @@ def _deepspeed_plugin(settings: EngineSettings, config: dict[str, Any] | None) -
         "gradient_clipping": settings.max_grad_norm,
         "optimizer.params.lr": settings.learning_rate,
         "optimizer.params.weight_decay": settings.weight_decay,
-        # Filled where they are "auto": mixed precision is by autocast.
-        "bf16.enabled": False,
-        "fp16.enabled": False,
     }
+    if settings.momentum or section.get("params", {}).get("momentum") == "auto":
+        values["optimizer.params.momentum"] = settings.momentum
     # Accelerate looks for values of its own wherever it reads "auto", and ours has a mode of that name.
-    filled = fill_auto({key: value for key, value in config.items() if key != "ds_wsi"}, values)
+    filled = fill_auto({key: value for key, value in config.items() if key != "ds_wsi"}, values, OPTION_OF)
     _use_autocast(filled, settings.mixed_precision)
+    filled = fill_rest(filled)
     suit_machine(filled)
     return DeepSpeedPlugin(hf_ds_config=filled)
 
@@ -148,10 +167,35 @@ def _use_autocast(config: dict[str, Any], precision: str) -> None:
     """Mixed precision by DeepSpeed's torch_autocast, in place.
 
     Its "bf16" and "fp16" sections halve the parameters and leave the buffers: BatchNorm, with halved weights and
-    float32 running statistics, then fails, and halved statistics would stop following the bags.
+    float32 running statistics, then fails, and halved statistics would stop following the bags. So what they enable is
+    done by autocast too, and must agree with the options.
+
+    Raises:
+        ValueError: a section, or torch_autocast's dtype, that contradicts the precision.
     """
-    if precision != "no" and "torch_autocast" not in config:
-        config["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]}
+    for kind in ("bf16", "fp16"):
+        section = config.get(kind)
+        if section is None:
+            continue
+        enabled, asked = section.get("enabled", "auto"), precision == kind
+        if enabled not in ("auto", asked):
+            remedy = f"give --{kind}" if enabled else f"leave out --{kind}"
+            raise ValueError(
+                f'{kind}.enabled of the DeepSpeed config must be "auto" or the run\'s precision, {precision}, got '
+                f'{json.dumps(enabled)}. HINT: {remedy}, or write "auto".'
+            )
+        if enabled is True:
+            logger.info("%s of the DeepSpeed config: followed by torch_autocast, which BatchNorm stands", kind)
+        config[kind] = {"enabled": False}
+    if precision == "no":
+        return
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+    given = config.setdefault("torch_autocast", {"enabled": True, "dtype": dtype})
+    if given.get("enabled") is not True or given.get("dtype", "bfloat16") not in (dtype, precision):
+        raise ValueError(
+            f"torch_autocast of the DeepSpeed config must be of the run's precision, {precision}, got "
+            f"{json.dumps(given)}. HINT: leave the section out; --{precision} writes it."
+        )
 
 
 def prepare(
@@ -183,9 +227,11 @@ def prepare(
         optimizer: Any = DummyOptim(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     else:
         # One kernel for all parameters; on a CPU torch's own choice is as fast.
-        fused = {"fused": True} if accelerator.device.type == "cuda" else {}
+        more: dict[str, Any] = {"fused": True} if accelerator.device.type == "cuda" else {}
+        if settings.optimizer == "sgd":
+            more["momentum"] = settings.momentum
         optimizer = OPTIMIZERS[settings.optimizer](
-            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, **fused
+            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, **more
         )
     if is_fsdp2(model):
         # Separately, for together Accelerate would look for the parameters by address: see fsdp.py. It has nothing more

@@ -1,7 +1,7 @@
 """The DeepSpeed JSON, its "auto" values filled from the run's settings; whole parameters at any ZeRO stage."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def fill_auto(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def fill_auto(
+    config: dict[str, Any], values: dict[str, Any], options: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Return `config` with the run's settings in place of "auto" and of absent keys.
 
     Args:
         config: of DeepSpeed.
         values: dotted key -> the run's value. Optimizer keys are filled only where the section is there.
+        options: dotted key -> the command line's option, for the remedy.
 
     Raises:
         ValueError: the config fixes a key to another value than the run's; names the key and both.
@@ -59,9 +62,11 @@ def fill_auto(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
             place = place.setdefault(parent, {})
         present = place.get(leaf, "auto")
         if present not in ("auto", value):
+            option = (options or {}).get(key)
+            remedy = f"give {option} {present}" if option else "leave it out"
             raise ValueError(
                 f'{key} of the DeepSpeed config must be "auto" or the run\'s value, {value}, got {present}. '
-                'HINT: write "auto", or give the command-line option the same value.'
+                f'HINT: write "auto", or {remedy}.'
             )
         place[leaf] = value
     return filled

@@ -4,7 +4,8 @@ A hook is `hook(state, bucket) -> mean`: it gets a flat buffer of gradients with
 parameters and the group to exchange with, and returns the mean over the ranks (`ds_wsi.compression.Bucket`).
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 from ds_wsi.compression import DMGC, ByteCount, Cast, Compressor, TopK
 from ds_wsi.compression import hook as compressed_mean
 from ds_wsi.compression.comm import CommPolicy
-from ds_wsi.config import read_section
+from ds_wsi.config import SECTION
 from ds_wsi.engines.hook_state import read_states, write_state
 from ds_wsi.engines.hook_steps import Dense, Hook, Reducer, allreduce
 from ds_wsi.engines.hook_torch import DdpBuckets, hook_ddp, hook_fsdp
+from ds_wsi.engines.section import require_done
 from ds_wsi.runtime.log import logger
 
 _REGISTERED = "_ds_wsi_comm_hook"
 _WINDOW = 100  # messages
+ALONE = "one process"
 HOOKS: dict[str, Callable[[], Any]] = {
     "allreduce": Dense,
     "fp16": lambda: Compressor(Cast(torch.float16)),
@@ -42,7 +45,7 @@ class CommHandle:
     Attributes:
         name: of the hook.
         target: what it was registered with.
-        where: "ddp", "fsdp2" or "zero0" to "zero3".
+        where: "ddp", "fsdp2" or "zero0" to "zero3"; "one process", where nothing is sent.
         state: of the hook.
     """
 
@@ -71,6 +74,8 @@ class CommHandle:
             if way.messages:
                 found[f"comm/{name}_wire_bytes"] = way.wire_bytes
                 found[f"comm/{name}_message_ratio"] = count.message_ratio(name, last=_WINDOW)
+        if isinstance(self.state, Compressor) and self.state.divided:
+            found["comm/divided_messages"] = float(self.state.divided)
         return found
 
     def remove(self) -> None:
@@ -118,8 +123,12 @@ def register_comm_hook(
 ) -> CommHandle:
     """Have a hook reduce the gradients of an engine or a wrapped model, which changes in place.
 
+    On one process a named hook is left out, with a line in the log: there is nobody to send to, and what a hook keeps
+    back would only come late. The handle then does nothing. A callable is called there too, of a wrapped target.
+
     Args:
-        target: a DeepSpeedEngine (ZeRO 0 to 3), a DistributedDataParallel, or an FSDP2 root module.
+        target: a DeepSpeedEngine (ZeRO 0 to 3), a DistributedDataParallel, or an FSDP2 root module; on one process a
+            module that is not wrapped, too.
         hook: "allreduce", "fp16", "bf16", "topk", "powersgd" (DDP), "dmgc", or a callable `hook(state, bucket)` that
             returns the mean over the ranks in a tensor like the bucket's buffer.
         state: of a callable, anything. Of a named one: None, its policy (`TopK`, `DMGC`, `Cast`), a `Compressor`; of
@@ -137,7 +146,13 @@ def register_comm_hook(
     where = _where(target)
     if getattr(target, _REGISTERED, False):
         raise ValueError(f"a target must have one hook, got a second ({where}). HINT: handle.remove() of the first")
-    handle = _register(target, where, hook, state, loss_scale)
+    if where == ALONE or (isinstance(hook, str) and _world_size(target, where) == 1):
+        if isinstance(hook, str):
+            _require_hook(hook)
+        logger.info("communication hook %s: left out, one process has nobody to send to", _name(hook))
+        handle = CommHandle(_name(hook), target, ALONE, None, None, lambda: None)
+    else:
+        handle = _register(target, where, hook, state, loss_scale)
     setattr(target, _REGISTERED, True)
     return handle
 
@@ -162,18 +177,33 @@ def _register(
 def attach(engine: Any, policy: CommPolicy | None = None, **keywords: Any) -> CommHandle | None:
     """Register what the policy says, by default `"ds_wsi": {"compression": {...}}` of the engine's DeepSpeed JSON.
 
+    The section's other keys must have been followed before the engine wrapped the model, and are refused by name where
+    they were not (`ds_wsi.initialize` follows them).
+
     Args:
         engine: as `register_comm_hook`'s target.
+        policy: in the place of the section, which only a DeepSpeedEngine has.
         keywords: of `register_comm_hook`.
 
     Returns:
-        None where the policy's hook is "none", or where "auto" found that compression does not pay.
+        None where there is neither a policy nor a section (which is warned of), where the policy's hook is "none", or
+        where "auto" found that compression does not pay.
+
+    Raises:
+        ValueError: a key of the section that is unknown or not followed, or what the hook cannot serve.
     """
+    where = _where(engine)
     if policy is None:
-        policy = read_section((getattr(engine, "config", None) or {}).get("ds_wsi", {})).compression
+        section = _section(engine)
+        if section is None:
+            _say_nothing_attached(engine, where)
+            return None
+        policy = require_done(section, engine.module).compression
     if policy.hook == "none":
         return None
     hook = policy.hook
+    if where == ALONE or _world_size(engine, where) == 1:
+        return register_comm_hook(engine, "allreduce" if hook == "auto" else hook, **keywords)
     if hook == "auto":
         from ds_wsi.compression.cost import choose
 
@@ -191,17 +221,36 @@ def attach(engine: Any, policy: CommPolicy | None = None, **keywords: Any) -> Co
     return handle
 
 
-def initialize(**keywords: Any) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize`, then `attach`; the handle is the engine's `comm_handle`."""
-    import deepspeed
-
-    engine, *rest = deepspeed.initialize(**keywords)
-    engine.comm_handle = attach(engine)
-    return (engine, *rest)
-
-
 def _name(hook: str | Hook) -> str:
     return hook if isinstance(hook, str) else getattr(hook, "__name__", type(hook).__name__)
+
+
+def _section(target: Any) -> Mapping[str, Any] | None:
+    """The "ds_wsi" section of an engine's DeepSpeed JSON; a model's own `config` is another thing."""
+    if not hasattr(target, "zero_optimization_stage"):
+        return None
+    section: Mapping[str, Any] | None = (getattr(target, "config", None) or {}).get(SECTION)
+    return section
+
+
+def _say_nothing_attached(target: Any, where: str) -> None:
+    if where == ALONE or _world_size(target, where) == 1:
+        logger.info("attach: nothing to do, one process has nobody to send to")
+        return
+    logger.warning(
+        'attach: nothing is attached under %s, for there is no "%s" section of a DeepSpeed JSON. '
+        'HINT: register_comm_hook(model, "dmgc"), or attach(model, ds_wsi.compression.comm.CommPolicy(hook="dmgc")).',
+        *(where, SECTION),
+    )
+
+
+def _world_size(target: Any, where: str) -> int:
+    """Ranks that gradients are averaged over."""
+    if where == "ddp":
+        return dist.get_world_size(target.process_group)
+    if where.startswith("zero"):
+        return int(target.dp_world_size)
+    return dist.get_world_size()
 
 
 def _where(target: Any) -> str:
@@ -212,9 +261,17 @@ def _where(target: Any) -> str:
     stage = getattr(target, "zero_optimization_stage", None)
     if stage is not None:
         return f"zero{int(stage())}"
+    n_ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if n_ranks == 1 and isinstance(target, nn.Module):
+        return ALONE
+    remedy = (
+        "DistributedDataParallel(model), deepspeed.initialize or accelerator.prepare wrap it"
+        if isinstance(target, nn.Module)
+        else "give the model that deepspeed.initialize or accelerator.prepare returned"
+    )
     raise ValueError(
-        f"a hook's target must be a DeepSpeedEngine, DDP or an FSDP2 module, got {type(target).__name__}. "
-        "HINT: give what deepspeed.initialize or accelerator.prepare returned"
+        f"a hook's target must be a DeepSpeedEngine, DDP or an FSDP2 module, got {type(target).__name__} on "
+        f"{n_ranks} processes. HINT: {remedy}"
     )
 
 
@@ -231,8 +288,7 @@ def _body(hook: str | Hook, state: Any, where: str, target: Any) -> tuple[Hook, 
     """The callable and its state."""
     if callable(hook):
         return hook, state
-    if hook not in HOOKS:
-        raise ValueError(f"a hook must be one of {', '.join(HOOKS)}, or a callable, got {hook!r}. HINT: topk")
+    _require_hook(hook)
     if hook == "allreduce":
         return allreduce, Dense()
     if isinstance(state, TopK | Cast):
@@ -245,6 +301,11 @@ def _body(hook: str | Hook, state: Any, where: str, target: Any) -> tuple[Hook, 
         raise ValueError(f"the policy of {hook} must be a {kinds[hook].__name__}, got {state.policy}")
     _require_pull(state, where)
     return compressed_mean, state
+
+
+def _require_hook(hook: str) -> None:
+    if hook not in HOOKS:
+        raise ValueError(f"a hook must be one of {', '.join(HOOKS)}, or a callable, got {hook!r}. HINT: topk")
 
 
 def _pulls_weights(state: Any, where: str, target: Any) -> bool:

@@ -12,6 +12,7 @@ from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.evaluation.metrics import slide_metrics
 from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
 from ds_wsi.evaluation.protocol import EvaluationProtocol
+from ds_wsi.models.encoder import NoEncoder
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.slides.tiling import TileGrid
 from ds_wsi.stacking.stacked_bags import stack_bags
@@ -218,11 +219,12 @@ def _aggregate(
 ) -> SlidePrediction:
     """Predict from each draw of the slide's features."""
     features = features.to(device)
+    predict = model if isinstance(model.encoder, NoEncoder) else model.aggregate
     logits: list[Tensor] = []
     attention = None
     for rows in draws:
         # All rows in their order: the features as they are, without a copy.
-        output = model(stack_bags([features if len(rows) == len(features) else features[rows.to(device)]]))
+        output = predict(stack_bags([features if len(rows) == len(features) else features[rows.to(device)]]))
         if not logits and output.attention is not None:
             attention = output.attention.float().cpu()
         logits.append(output.logits[0].to(torch.promote_types(output.logits.dtype, torch.float32)).cpu())

@@ -2,13 +2,14 @@
 
 from ds_wsi.models.aggregators import AGGREGATORS, build_aggregator
 from ds_wsi.models.config import ModelConfig, build_model, load_model, save_model, save_weights
-from ds_wsi.models.encoder import NoEncoder, build_encoder, load_encoder_weights
+from ds_wsi.models.encoder import NoEncoder, build_encoder
 from ds_wsi.models.features import FEATURES
 from ds_wsi.models.freezing import freeze, freeze_until
 from ds_wsi.models.hub import EncoderSource, resolve_encoder
 from ds_wsi.models.lora import add_lora, merge_lora
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.models.slide_model import SlideModel
+from ds_wsi.models.weights import load_encoder_weights
 
 __all__ = [
     "AGGREGATORS",

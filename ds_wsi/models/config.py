@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ class ModelConfig:
     Args:
         encoder: a timm architecture: nothing is downloaded to build it; None for a model of features.
         aggregator: a key of `AGGREGATORS`.
-        classes: the class names, in the order of the logits.
-        tiling: the fields of the TilingPolicy of the tiles it was trained on; evaluation tiles slides the same way.
+        classes: the class names, in the order of the logits; two or more.
+        tiling: the TilingPolicy of the tiles it was trained on, or its fields; evaluation tiles slides the same way.
             Empty for a model of features.
         mean, std: of the input's channels.
         dropout: of the aggregator; None for its original's.
@@ -49,7 +49,7 @@ class ModelConfig:
     encoder: str | None
     aggregator: str
     classes: tuple[str, ...]
-    tiling: dict[str, Any]
+    tiling: dict[str, Any] = field(default_factory=dict)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     dropout: float | None = None
@@ -61,7 +61,19 @@ class ModelConfig:
     norm_evaluation: str = "running"
 
     def __post_init__(self) -> None:
-        """Refuse a model with both an encoder and features of a given width, or with neither; and unknown norms."""
+        """Take a policy's fields; refuse an encoder beside features of a given width, neither, or unknown values."""
+        tiling: Any = self.tiling
+        if is_dataclass(tiling) and not isinstance(tiling, type):
+            object.__setattr__(self, "tiling", asdict(tiling))
+        if len(self.classes) < 2:
+            raise ValueError(
+                f"classes must be two or more, in the order of the logits, got {list(self.classes)}. "
+                "HINT: build_aggregator(name, in_dim, num_classes=1) has one logit, for a loss of your own."
+            )
+        if self.encoder is not None and "tile_size_px" not in self.tiling:
+            raise ValueError(
+                f"tiling must be given with an encoder, got {self.tiling}. HINT: TilingPolicy(tile_size_px=256)"
+            )
         for name, known in (("norm_training", TRAINING[1:]), ("norm_evaluation", EVALUATION[1:])):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

@@ -1,17 +1,14 @@
 """Tile encoders: any timm model by name, with weights from timm's hub or a local file."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ds_wsi.models.features import set_features
 from ds_wsi.models.hub import build_from_hub, layers_by_name, require_timm_name
+from ds_wsi.models.weights import first_patches, load_encoder_weights
 from ds_wsi.runtime.log import logger
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -49,64 +46,28 @@ def build_encoder(
         encoder = build_from_hub(source, **options)
     else:
         encoder = timm.create_model(name, pretrained=False, num_classes=0, **layers_by_name(options))
-    set_features(encoder, features, tile_size_px or options.get("img_size") or 224)
+    size_px = tile_size_px or options.get("img_size") or 224
+    set_features(encoder, features, size_px)
+    if tile_size_px or "img_size" in options:  # else nobody has said what tiles it will get
+        warn_of_unseen_edges(encoder, size_px)
     if weights is not None:
         load_encoder_weights(encoder, weights)
     return encoder
 
 
-def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
-    """Load a local file's tensors into `encoder`, in place; what the file holds beyond the encoder is logged.
-
-    Raises:
-        ValueError: the file is missing, lacks parameters of the encoder, or holds them in other shapes.
-    """
-    path = Path(path)
-    require_weights_file(path)
-    state = _read_state(path)
-    wanted = encoder.state_dict()
-    missing = [key for key in wanted if key not in state]
-    misfits = [
-        f"{key} {list(state[key].shape)} for {list(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if missing or misfits:
-        raise ValueError(
-            f"encoder weights must fit the encoder, got {path} with {len(missing)} of {len(wanted)} tensors missing "
-            f"({', '.join(missing[:3])}) and {len(misfits)} of another shape ({', '.join(misfits[:3])}). "
-            "HINT: --encoder must name the architecture that the file was saved from."
-        )
-    unused = [key for key in state if key not in wanted]
-    if unused:
-        logger.info("%s: %d tensors are not the encoder's and were left out (%s)", path, len(unused), unused[:3])
-    encoder.load_state_dict({key: state[key] for key in wanted})
-
-
-def require_weights_file(path: str | Path) -> None:
-    """Raise ValueError where there is no such file."""
-    if not Path(path).is_file():
-        raise ValueError(f"encoder weights must be a file, got {path} (missing). HINT: check --encoder_weights.")
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        # Torch's own message advises weights_only=False, which would run code from the file.
-        reason = str(error).splitlines()[0] if isinstance(error, SafetensorError) else type(error).__name__
-        raise ValueError(
-            f"encoder weights must be a whole file of tensors and nothing else, got {reason} ({path}). "
-            "HINT: save them again as .safetensors."
-        ) from error
-    for wrapper in ("state_dict", "model"):  # the names timm and most training scripts nest weights under
-        state = state.get(wrapper, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict):
-        raise ValueError(f"encoder weights must be a dictionary of tensors, got {type(state).__name__} ({path})")
-    # A SlideModel's own export serves as well.
-    prefix = "encoder."
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    return own or state
+def warn_of_unseen_edges(encoder: nn.Module, tile_size_px: int) -> None:
+    """Log where an encoder cuts tiles into patches that do not fill them: it sees nothing of the rest."""
+    patch_px = first_patches(encoder)
+    padded = getattr(getattr(encoder, "patch_embed", None), "dynamic_img_pad", False)
+    if patch_px is None or padded or tile_size_px % patch_px == 0:
+        return
+    seen = tile_size_px // patch_px * patch_px
+    logger.warning(
+        "%s cuts tiles of %d px into patches of %d px and does not see the last %d px of each row and column. "
+        "HINT: --tile_size_px %d or %d, multiples of the patch.",
+        *(type(encoder).__name__, tile_size_px, patch_px, tile_size_px - seen),
+        *(seen or patch_px, seen + patch_px if seen else 2 * patch_px),
+    )
 
 
 class NoEncoder(nn.Module):

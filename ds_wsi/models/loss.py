@@ -19,7 +19,16 @@ def stack_loss(output: SlideOutput, labels: Tensor, weights: Tensor | None = Non
         output: of the stack.
         labels: of its bags.
         weights: [B], the factor w_b of each bag's loss; None: 1. They do not change what the sum is divided by.
+
+    Raises:
+        ValueError: one logit a bag, of which a cross-entropy over classes is zero whatever it is.
     """
+    if output.logits.shape[1] < 2:
+        raise ValueError(
+            f"logits must be of two classes or more for a cross-entropy, got {list(output.logits.shape)}. HINT: "
+            "num_classes=2; or F.binary_cross_entropy_with_logits(logits.squeeze(1), labels.float()) in a loop of "
+            "your own."
+        )
     losses = F.cross_entropy(widened(output.logits), labels, reduction="none", ignore_index=IGNORED_LABEL)
     if output.auxiliary_loss is not None:
         auxiliary = widened(output.auxiliary_loss)

@@ -128,15 +128,22 @@ class SlideModel(nn.Module):
                 part.training = training
 
     def forward(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:
-        """Predict from tiles (uint8 or floating [sum N, 3, S, S]) or from features (floating [sum N, D]).
+        """Predict from tiles (uint8 or floating [sum N, 3, S, S]); without an encoder from features [sum N, D].
 
         Labels, int64 [B], change no prediction: with them an aggregator that needs them has its auxiliary loss.
+
+        Raises:
+            ValueError: features for a model with an encoder, or tiles for one without.
         """
         if isinstance(self.encoder, NoEncoder):
             features = self.encoder(bags.values)
             return self.aggregate(bags.with_values(features.to(self.aggregator_dtype)), labels)
-        if bags.values.dim() == 2:
-            return self.aggregate(bags, labels)
+        if bags.values.dim() != 4:
+            raise ValueError(
+                f"a model with an encoder must be given tiles [sum N, 3, S, S], got {list(bags.values.shape)}. "
+                "HINT: model.aggregate(bags) takes features that are there; build the model with NoEncoder(D) to "
+                "train on them."
+            )
         if self._idle:
             nothing = self._encode_stack(StackedBags(bags.values[:0], bags.cu_seqlens[:1]))
             blank = nothing.new_zeros(len(bags.values), nothing.shape[1]) + nothing.sum() * 0.0

@@ -16,7 +16,7 @@ from ds_wsi.models import (
     freeze_until,
     resolve_encoder,
 )
-from ds_wsi.models.encoder import require_weights_file
+from ds_wsi.models.weights import require_weights_file
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.settings import TrainSettings
 

@@ -185,6 +185,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ),
     ("weight_decay", "optim.weight_decay", float, "of the optimizer"),
     ("optim", "optim.optim", tuple(OPTIMIZERS), "optimizer; the DeepSpeed JSON's section decides where it has one"),
+    ("momentum", "optim.momentum", float, "of --optim sgd"),
     ("lr_scheduler_type", "optim.lr_scheduler_type", SCHEDULES, "schedule after the warm-up"),
     ("warmup_steps", "optim.warmup_steps", int, "optimizer steps of linear warm-up"),
     ("max_grad_norm", "optim.max_grad_norm", float, "0 clips nothing"),

@@ -346,6 +346,7 @@ def engine_settings(settings: TrainSettings) -> EngineSettings:
         mixed_precision=optim.mixed_precision,
         timeout_s=settings.run.ddp_timeout,
         fsdp=settings.run.fsdp,
+        momentum=optim.momentum,
     )
 
 
@@ -415,7 +416,8 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
     skipped = broadcast_object_list([None if cohort is None else cohort.skipped])[0]
     if cohort is None:
         return load(skipped)
-    write_skipped(output_dir, cohort.skipped)
+    if write_grids:
+        write_skipped(output_dir, cohort.skipped)
     return cohort
 
 

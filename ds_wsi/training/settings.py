@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from ds_wsi.config import DsWsiConfig
+from ds_wsi.engines.auto import LEARNING_RATE, WEIGHT_DECAY
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models.aggregators import check_aggregator
 from ds_wsi.slides.demo import DEMO_DIRS
@@ -136,7 +137,8 @@ class OptimSettings:
         learning_rate, weight_decay: of the optimizer.
         encoder_learning_rate: the peak of the encoder's; None: `learning_rate` for one that is new, and at most
             `TUNED_LEARNING_RATE` for one that starts from weights, which one slide a step would else undo.
-        optim: adam or adamw.
+        optim: adam, adamw or sgd.
+        momentum: of sgd.
         lr_scheduler_type: cosine, linear, constant or exponential, after `warmup_steps` of linear warm-up.
         max_grad_norm: 0 clips nothing.
         class_weights: factor of a slide's training loss by class, in the order of the classes; the step's mean is still
@@ -149,10 +151,11 @@ class OptimSettings:
     num_train_epochs: int = 8
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 3e-4
+    learning_rate: float = LEARNING_RATE
     encoder_learning_rate: float | None = None
-    weight_decay: float = 1e-4
+    weight_decay: float = WEIGHT_DECAY
     optim: str = "adamw"
+    momentum: float = 0.0
     lr_scheduler_type: str = "cosine"
     warmup_steps: int = 10
     max_grad_norm: float = 0.0
@@ -170,7 +173,7 @@ class OptimSettings:
         for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("demon", "ema_decay"):
+        for name in ("demon", "ema_decay", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}. HINT: 0 turns it off.")
         if not 0 < self.learning_rate < float("inf"):
@@ -179,6 +182,11 @@ class OptimSettings:
             raise ValueError(f"--encoder_learning_rate must be positive, got {self.encoder_learning_rate}")
         if self.class_weights is not None and not all(0 < weight < float("inf") for weight in self.class_weights):
             raise ValueError(f"--class_weights must be positive, got {self.class_weights}")
+        if self.momentum and self.optim != "sgd":
+            raise ValueError(
+                f"--momentum must be given with --optim sgd, got {self.momentum} and {self.optim}. HINT: --optim sgd; "
+                "Adam's betas are optimizer.params.betas of the DeepSpeed JSON."
+            )
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 must not be given together. HINT: choose one.")
 

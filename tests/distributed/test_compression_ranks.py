@@ -146,6 +146,24 @@ def overflowed(policy, rank):
     return found
 
 
+BEYOND = 3e5  # times a gradient of one: some values are beyond 65504, in some shards of some ranks
+
+
+def beyond(dtype, rank):
+    """Means of gradients that float16 does not hold; at step 1 the last rank's is not finite."""
+    state, found = Compressor(Cast(dtype)), []
+    for step in range(3):
+        gradient = gradient_of(step, rank)
+        if step != 2:
+            gradient[D // 4 :] *= BEYOND * (1 + rank)
+        if step == 1 and rank == dist.get_world_size() - 1:
+            gradient[3], gradient[-1] = float("inf"), float("nan")
+        found.append(hook(state, bucket_of(gradient)))
+        state.next_step()
+        found.append(state.divided)
+    return found
+
+
 def resumed(policy, rank):
     state, found = Compressor(policy), []
     for step in range(STEPS):
@@ -234,6 +252,7 @@ def on_every_rank():
         "hooked": {name: hooked(policy, rank) for name, policy in POLICIES.items()},
         "pulled": {name: pulled(policy, rank) for name, policy in PULLS.items()},
         "cast": {name: hooked(Cast(dtype), rank) for name, dtype in TYPES.items()},
+        "beyond": {name: beyond(TYPES[name], rank) for name in ("fp16", "bf16")},
         "overflowed": {name: overflowed(POLICIES[name], rank) for name in ("top-k", "sharded 0.05 fp16 10")},
         "resumed": {name: resumed(POLICIES[name], rank) for name in ("top-k", "warm-up", "server 0.05 bf16 0")},
         "momentum": hooked(MOMENTUM, rank)["means"],
@@ -392,6 +411,32 @@ def test_a_cast_is_summed_as_float32(ranks):
             parts = [gradient_of(step, rank).to(dtype).float() for rank in range(len(ranks))]
             expected = mean_of(parts).to(dtype).float()
             assert all(torch.equal(found["cast"][name]["means"][step], expected) for found in ranks)
+
+
+def test_a_cast_to_float16_holds_what_is_beyond_its_range(ranks):
+    """Each value to 11 bits of the largest of its part, which is where a plain cast has infinity."""
+    for found in ranks:
+        large, n_large, broken, n_broken, small, n_small = found["beyond"]["fp16"]
+        gradients = [gradient_of(0, rank) for rank in range(len(ranks))]
+        for rank, gradient in enumerate(gradients):
+            gradient[D // 4 :] *= BEYOND * (1 + rank)
+        exact = mean_of(gradients)
+        assert float(exact.abs().max()) > 65504, "the case must overflow"
+        assert large.isfinite().all()
+        largest = max(float(gradient.abs().max()) for gradient in gradients)
+        assert float((large - exact).abs().max()) <= 2 * largest * 2**-11
+        kept = exact.abs() > largest / 100
+        assert float(((large - exact).abs() / exact.abs())[kept].max()) < 0.06
+        assert torch.equal(large, ranks[0]["beyond"]["fp16"][0])
+        # What is not finite stays so, for a loss scaler to find.
+        assert broken[3] == float("inf")
+        assert broken[-1].isnan()
+        assert broken[4:-1].isfinite().all()
+        # Where nothing is too large, the bits are those of a plain cast.
+        parts = [gradient_of(2, rank).half().float() for rank in range(len(ranks))]
+        assert torch.equal(small, mean_of(parts).half().float())
+        assert 0 < n_large < n_broken == n_small
+        assert found["beyond"]["bf16"][1::2] == [0, 0, 0]
 
 
 def cheapest_bytes(values, d, nnz):

@@ -317,3 +317,43 @@ def test_the_weights_rebuild_the_module(name):
 def test_options_out_of_range_are_refused(name, options, words):
     with pytest.raises(ValueError, match=words):
         build(name, **options)
+
+
+@pytest.mark.parametrize("name", ["abmil", "gated_abmil", "mean", "max"])
+def test_one_logit_is_the_difference_of_two(name):
+    """The binary cross-entropy of z is the cross-entropy of (0, z): in value, and in every gradient."""
+    torch.manual_seed(0)
+    one, two = (build_aggregator(name, DIM, n, dropout=0.0).double() for n in (1, 2))
+    state = one.state_dict()
+    two.load_state_dict(
+        {
+            key: torch.cat([torch.zeros_like(state[key]), state[key]]) if key.startswith("classifier.") else state[key]
+            for key in two.state_dict()
+        }
+    )
+    bags, labels = stack_bags(draw_bags()), torch.tensor([0, 1, 1, 0])
+    logits = one(bags).logits
+    assert logits.shape == (4, 1)
+    single = F.binary_cross_entropy_with_logits(logits.squeeze(1), labels.double(), reduction="sum")
+    double = stack_loss(two(bags), labels)
+    assert abs(single - double).item() < TOLERANCE
+    single.backward()
+    double.backward()
+    for (key, first), second in zip(one.named_parameters(), two.parameters(), strict=True):
+        grad = second.grad[1:] if key.startswith("classifier.") else second.grad
+        assert (first.grad is None) == (grad is None), key
+        if grad is not None:
+            assert torch.allclose(first.grad, grad, atol=TOLERANCE, rtol=0), key
+    with pytest.raises(ValueError, match=r"logits must be of two classes or more.*HINT: num_classes=2; or F\.binary"):
+        stack_loss(one(bags), labels)
+
+
+@pytest.mark.parametrize("name", sorted(AGGREGATORS))
+def test_one_logit_is_had_or_refused_by_name(name):
+    if getattr(AGGREGATORS[name], "needs_labels", False):
+        with pytest.raises(ValueError, match=rf"at least 2 for {name}, .*HINT: num_classes=2, or one logit of abmil"):
+            build_aggregator(name, DIM, 1)
+        return
+    output = build_aggregator(name, DIM, 1, **SMALL[name]).double()(stack_bags(draw_bags()))
+    assert output.logits.shape == (len(LENGTHS), 1)
+    output.logits.sum().backward()

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from ds_wsi.config import read_section
 from ds_wsi.models.config import ModelConfig, build_model, load_model
-from ds_wsi.models.encoder import build_encoder, load_encoder_weights
+from ds_wsi.models.encoder import build_encoder
+from ds_wsi.models.weights import load_encoder_weights
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.tiling import TilingPolicy
 

@@ -13,6 +13,7 @@ from ds_wsi.bags.summary import class_warnings, cohort_table
 from ds_wsi.bags.tables.headings import COLUMNS, meant
 from ds_wsi.bags.tables.labels import sorted_labels
 from ds_wsi.bags.tables.names import is_slide_id, slide_names
+from ds_wsi.bags.tables.paths import path_problem
 from ds_wsi.bags.tables.values import MISSING_WORDS, number_of, split_of
 from ds_wsi.cli import main
 

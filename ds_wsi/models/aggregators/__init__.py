@@ -35,6 +35,9 @@ MAY_BE_ZERO = ("masked",)  # of the whole numbers among the options
 def build_aggregator(name: str, in_dim: int, num_classes: int, **options: float | str) -> nn.Module:
     """Build an aggregator by name for features [N, in_dim] and logits [B, num_classes].
 
+    One logit, `num_classes=1`, is for a loss of your own: `F.binary_cross_entropy_with_logits(logits.squeeze(1),
+    labels.float())`, a hazard, a regression. `stack_loss`, and what trains with it, take two classes or more.
+
     Args:
         name: a key of `AGGREGATORS`.
         in_dim: width of the features.
@@ -42,12 +45,18 @@ def build_aggregator(name: str, in_dim: int, num_classes: int, **options: float 
         options: of the aggregator's own constructor, by name; what is not given is its original's.
 
     Raises:
-        ValueError: an unknown name or option, an option of another type than its default, or sizes that are not
-            positive.
+        ValueError: an unknown name or option, an option of another type than its default, sizes that are not
+            positive, or one logit of an aggregator whose own loss is over classes.
     """
     check_aggregator(name, options)
-    if in_dim < 1 or num_classes < 2:
-        raise ValueError(f"in_dim must be >= 1 and num_classes >= 2, got {in_dim} and {num_classes}")
+    if in_dim < 1 or num_classes < 1:
+        raise ValueError(f"in_dim and num_classes must be >= 1, got {in_dim} and {num_classes}")
+    if num_classes == 1 and getattr(AGGREGATORS[name], "needs_labels", False):
+        others = [key for key, kind in AGGREGATORS.items() if not getattr(kind, "needs_labels", False)]
+        raise ValueError(
+            f"num_classes must be at least 2 for {name}, whose own loss is a cross-entropy over classes, got 1. "
+            f"HINT: num_classes=2, or one logit of {', '.join(others)}."
+        )
     return AGGREGATORS[name](in_dim, num_classes, **options)
 
 

@@ -1,0 +1,242 @@
+"""`ds_wsi.initialize` on two ranks: DeepSpeed's arguments, "auto" filled, the section followed or refused by name."""
+
+import argparse
+import base64
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from harness import run_ranks
+
+pytestmark = pytest.mark.distributed
+ROOT = Path(__file__).resolve().parents[2]
+AUTO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto", "loss_scale": "auto"},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "weight_decay": "auto", "betas": "auto", "eps": "auto", "torch_adam": True},
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": "auto",
+        "offload_optimizer": {"device": "auto"},
+    },
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def make_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(7, 33), torch.nn.Tanh(), torch.nn.Linear(33, 3))
+
+
+def make_slide_model():
+    from ds_wsi import SlideModel, build_aggregator, build_encoder
+
+    torch.manual_seed(0)
+    encoder = build_encoder("test_resnet")
+    return SlideModel(encoder, build_aggregator("abmil", encoder.num_features, 2))
+
+
+def first_error(call):
+    try:
+        call()
+    except (ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def step(engine):
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x, y = torch.randn(4, 7, generator=generator), torch.randint(0, 3, (4,), generator=generator)
+    engine.backward(F.cross_entropy(engine(x), y))
+    engine.step()
+
+
+def initialized():
+    import deepspeed
+
+    import ds_wsi
+    from ds_wsi.partition.apply import PartitionedForward
+
+    found = {"parameters": list(inspect.signature(deepspeed.initialize).parameters)}
+
+    # README's line, and the file of its own that it names: every value "auto" but the optimizer's kind.
+    engine, optimizer, loader, schedule = ds_wsi.initialize(
+        model=make_model(), config=str(ROOT / "ds_configs/dmgc.json")
+    )
+    step(engine)
+    found["dmgc"] = {
+        "handle": (engine.comm_handle.name, engine.comm_handle.where, engine.comm_handle.state.policy.keep),
+        "batch": (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()),
+        "lr": engine.get_lr(),
+        "rest": (optimizer is engine.optimizer, loader, schedule),
+    }
+
+    # Every parameter of DeepSpeed's, by its place.
+    model = make_model()
+    plain = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "ds_wsi": {"compression": {"hook": "topk", "keep": 0.5}},
+    }
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    data = torch.utils.data.TensorDataset(torch.randn(8, 7), torch.zeros(8, dtype=torch.long))
+    schedule = torch.optim.lr_scheduler.StepLR(sgd, 1)
+    given = {
+        "args": argparse.Namespace(local_rank=dist.get_rank()),
+        "model": model,
+        "optimizer": sgd,
+        "model_parameters": list(model.parameters()),
+        "training_data": data,
+        "lr_scheduler": schedule,
+        "distributed_port": 29501,
+        "mpu": None,
+        "dist_init_required": None,
+        "collate_fn": torch.utils.data.default_collate,
+        "config": plain,
+        "mesh_param": None,
+        "config_params": None,
+    }
+    assert set(given) >= set(found["parameters"]), "DeepSpeed has a parameter that this test does not know"
+    engine, _, loader, schedule = ds_wsi.initialize(*(given[name] for name in found["parameters"]))
+    found["by place"] = (engine.get_lr(), len(next(iter(loader))[0]), schedule is not None, engine.comm_handle.name)
+    found["unchanged"] = plain["zero_optimization"] == {"stage": 1}
+
+    # The other ways to a config.
+    encoded = base64.urlsafe_b64encode(json.dumps(plain).encode()).decode()
+    for name, more in (
+        ("params", {"config_params": plain}),
+        ("args", {"args": argparse.Namespace(deepspeed_config=plain)}),
+        ("base64", {"config": encoded}),
+    ):
+        model = make_model()
+        engine, *_ = ds_wsi.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **more)
+        found[name] = engine.comm_handle.name
+
+    # Without a section the engine is DeepSpeed's own, with "auto" filled: against it, number by number.
+    engine, *_ = ds_wsi.initialize(model=make_model(), config=AUTO)
+    step(engine)
+    numbers = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "weight_decay": 1e-4, "torch_adam": True}},
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": 33 * 33,
+            "stage3_prefetch_bucket_size": int(0.9 * 33 * 33),
+            "stage3_param_persistence_threshold": 330,
+        },
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    native, *_ = deepspeed.initialize(model=make_model(), config=numbers)
+    step(native)
+    from ds_wsi.engines.deepspeed import full_state_dict
+
+    one, two = full_state_dict(engine.module), full_state_dict(native.module)
+    found["auto"] = (all(torch.equal(one[name], two[name]) for name in two), engine.comm_handle is None)
+
+    # The section's other keys.
+    base = {k: v for k, v in plain.items() if k != "ds_wsi"}
+
+    def begin(section, model=None):
+        model = model or make_slide_model()
+        return ds_wsi.initialize(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=base | {"ds_wsi": section}
+        )[0]
+
+    engine = begin(
+        {
+            "partition": {"mode": "recompute", "chunk_size": 2},
+            "norm": {"training": "stack", "evaluation": "running"},
+            "stacking": {"pack_bytes": 4096},
+        }
+    )
+    bags = ds_wsi.stack_bags([torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8) for n in (3, 2)])
+    engine.backward(engine(bags).logits.logsumexp(1).sum())
+    engine.step()
+    found["followed"] = (
+        type(engine.module.encoder.forward) is PartitionedForward,
+        engine.module.norm_training,
+        type(engine.module.aggregator.forward).__name__,
+    )
+    for name, section in SECTIONS.items():
+        found[f"section {name}"] = first_error(lambda section=section: begin(section))
+    found["section of a plain model"] = first_error(
+        lambda: begin({"norm": {"training": "step"}}, torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
+    )
+    # `attach` on an engine that is there.
+    for name, section in {
+        "partition": {"partition": {"mode": "lean"}},
+        "norm": {"norm": {"training": "stack"}},
+    }.items():
+        model = make_slide_model()
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=base | {"ds_wsi": section}
+        )
+        found[f"attach {name}"] = first_error(lambda engine=engine: ds_wsi.attach(engine))
+    found["attach without a section"] = ds_wsi.attach(torch.nn.parallel.DistributedDataParallel(make_model())) is None
+    found["attach bare"] = first_error(lambda: ds_wsi.attach(make_model()))
+    found["argument"] = first_error(lambda: ds_wsi.initialize(model=make_model(), confg={}))
+    found["two"] = first_error(lambda: ds_wsi.initialize(model=make_model(), config={}, config_params={}))
+    found["none"] = first_error(lambda: ds_wsi.initialize(model=make_model()))
+    found["file"] = first_error(lambda: ds_wsi.initialize(model=make_model(), config="no/such.json"))
+    found["model"] = first_error(lambda: ds_wsi.initialize(config=plain))
+    return found
+
+
+SECTIONS = {
+    "tiling": {"tiling": {"tile_size_px": 64}},
+    "reading": {"reading": {"workers": 3}},
+    "augment": {"augment": {"colour": 0.3}},
+    "stacking.bags_per_step": {"stacking": {"bags_per_step": 8}},
+    "tile_parallel.size": {"tile_parallel": {"size": 2}},
+    "norm.evaluation": {"norm": {"evaluation": "recalibrated"}},
+    "norm.recalibration_tiles": {"norm": {"recalibration_tiles": 4}},
+    "comm": {"comm": {"hook": "dmgc"}},
+    "compression.hok": {"compression": {"hok": "dmgc"}},
+}
+
+
+def test_initialize():
+    for found in run_ranks(initialized, 2):
+        handle, batch = found["dmgc"]["handle"], found["dmgc"]["batch"]
+        assert handle == ("dmgc", "zero1", 0.01)
+        assert batch == (1, 1)
+        assert found["dmgc"]["lr"] == [3e-4]
+        assert found["dmgc"]["rest"] == (True, None, None)
+        assert found["by place"] == ([0.5], 2, True, "topk")
+        assert found["unchanged"]
+        assert [found[name] for name in ("params", "args", "base64")] == ["topk"] * 3
+        assert found["auto"] == (True, True)
+        assert found["followed"] == (True, "stack", "PackedForward")
+        for name in SECTIONS:
+            words = found[f"section {name}"]
+            assert words.startswith(f"ValueError: ds_wsi.{name}"), words
+            assert "HINT" in words
+        assert "ds_wsi.norm must be given with a SlideModel" in found["section of a plain model"]
+        for name in ("partition", "norm"):
+            assert f"ds_wsi.{name}" in found[f"attach {name}"]
+            assert "before" in found[f"attach {name}"]
+            assert "HINT: ds_wsi.initialize does it" in found[f"attach {name}"]
+        assert found["attach without a section"]
+        assert "got Sequential on 2 processes. HINT: DistributedDataParallel(model)" in found["attach bare"]
+        assert found["argument"].startswith("TypeError: got an unexpected keyword argument 'confg'")
+        assert "got config, config_params" in found["two"]
+        assert "got none. HINT: config=" in found["none"]
+        assert "no/such.json (missing)" in found["file"]
+        assert "model must be given" in found["model"]
