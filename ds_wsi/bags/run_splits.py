@@ -34,7 +34,7 @@ def write_splits(manifest: Manifest, folder: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for slide in manifest.slides:
-            writer.writerow([slide.slide_id, slide.patient_id, slide.split, manifest.classes[slide.label]])
+            writer.writerow([slide.slide_id, slide.patient_id, slide.split, manifest.label_name(slide)])
 
 
 def read_splits(folder: Path) -> RunSplits | None:

@@ -149,7 +149,7 @@ def _slides_digest(cohort: "Cohort", rows: "Sequence[int]") -> str:
 
     manifest = cohort.manifest
     slides = [manifest.slides[row] for row in rows]
-    named = [[slide.slide_id, slide.patient_id, manifest.classes[slide.label]] for slide in slides]
+    named = [[slide.slide_id, slide.patient_id, manifest.label_name(slide)] for slide in slides]
     if cohort.in_dim is None:
         grids = [cohort.tile_grids[row] for row in rows]
         content: object = [

@@ -100,10 +100,9 @@ def of_settings(settings: TrainSettings) -> dict[str, Any]:
 
 def of_manifest(manifest: Manifest) -> dict[str, Any]:
     """The part of the manifest with its splits: classes in their order, and each row's slide, split and label."""
-    classes = manifest.classes
     return {
-        "classes": list(classes),
-        "slides": [[slide.slide_id, slide.split, classes[slide.label]] for slide in manifest.slides],
+        "classes": list(manifest.classes),
+        "slides": [[slide.slide_id, slide.split, manifest.label_name(slide)] for slide in manifest.slides],
     }
 
 
