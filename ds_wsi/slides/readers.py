@@ -16,9 +16,15 @@ FORMATS_HINT = (
 )
 
 
-def slide_exists(path: Path) -> bool:
-    """Whether there is something to open: a file, or a folder, which may hold DICOM."""
-    return path.is_file() or path.is_dir()
+def may_be_dicom(path: Path) -> bool:
+    """Whether a path is a folder with a DICOM file."""
+    return path.is_dir() and any(_is_dicom(entry) for entry in path.iterdir() if entry.is_file())
+
+
+def _is_dicom(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(128)
+        return file.read(4) == b"DICM"
 
 
 def open_handle(path: Path, slide_id: str) -> Any:

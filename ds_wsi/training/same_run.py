@@ -80,6 +80,7 @@ def of_settings(settings: TrainSettings) -> dict[str, Any]:
         "weight_decay": optim.weight_decay,
         "max_grad_norm": optim.max_grad_norm,
         "demon": optim.demon,
+        "momentum": optim.momentum,
         "class_weights": None if optim.class_weights is None else list(optim.class_weights),
         "ema_decay": optim.ema_decay,
         **{

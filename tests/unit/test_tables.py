@@ -357,7 +357,9 @@ class TestPaths:
         (tmp_path / "folder").mkdir()
         assert "fetch the slides first" in self.told(tmp_path, "s3://bucket/a.svs")
         assert f"HINT: write {Path.home()}/a.svs." in self.told(tmp_path, "~/a.svs")
-        assert path_problem("folder", tmp_path, "row 2") is None  # it may hold DICOM: opening it tells
+        assert "it is a folder without DICOM" in self.told(tmp_path, "folder")
+        (tmp_path / "folder" / "1").write_bytes(bytes(128) + b"DICM")
+        assert path_problem("folder", tmp_path, "row 2") is None  # whether it is a slide tells its opening
         assert "there is A.svs, of which case counts" in self.told(tmp_path, "a.svs")
 
 

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from ds_wsi.slides.readers import slide_exists
+from ds_wsi.slides.readers import may_be_dicom
 
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -19,7 +19,7 @@ def path_problem(text: str, folder: Path, place: str) -> str | None:
         place: for the message.
     """
     path = folder / text
-    if text and slide_exists(path):
+    if text and (path.is_file() or may_be_dicom(path)):
         return None
     start = f"relative paths start at the manifest's folder, {folder}"
     rule = f"path must be a file, got {text!r}, which is none under {folder} ({place})"
@@ -31,6 +31,8 @@ def path_problem(text: str, folder: Path, place: str) -> str | None:
         return f"path must be a file of this machine, got {text!r} ({place}). HINT: fetch the slides first"
     if text.startswith(("~", "$")):
         return f"path must be written out, got {text!r} ({place}). HINT: write {_written_out(text)}"
+    if path.is_dir():
+        return f"{rule}. HINT: it is a folder without DICOM; write the slide's file in it"
     if not Path(text).is_absolute() and Path(text).is_file():
         instead = os.path.relpath(Path.cwd() / text, folder.absolute())
         return f"{rule}. HINT: {start}; in the present folder it exists: write {instead}"
