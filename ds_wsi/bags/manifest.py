@@ -5,8 +5,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ds_wsi.bags.delimited import read_delimited
+from ds_wsi.bags.records import SUFFIXES, read_records
 from ds_wsi.runtime.files import atomic_path
 
 SPLITS = ("train", "validation", "test")
@@ -132,16 +134,17 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     if path.suffix.lower() in (".csv", ".tsv"):
         # Not through `datasets`: its type inference turns the slide_id "007" into the number 7.
         return [row.values for row in read_delimited(path)[1]]
-    import datasets  # here, for it takes a second that a CSV does not need
-
-    kinds = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+    table: Any
     if path.is_dir():
+        import datasets  # here, for it takes a second that a file does not need
+
         table = datasets.load_from_disk(str(path))
-    elif path.suffix.lower() in kinds:
-        table = datasets.load_dataset(kinds[path.suffix.lower()], data_files=str(path), split="train")
+    elif path.suffix.lower() in SUFFIXES:
+        table = read_records(path)  # not through `datasets`, which keeps a copy below the user's home
     else:
         raise ManifestError(
-            f"manifest {path}", [f"must be .csv, .tsv, {', '.join(kinds)} or a dataset's folder, got {path.suffix!r}"]
+            f"manifest {path}",
+            [f"must be .csv, .tsv, {', '.join(SUFFIXES)} or a dataset's folder, got {path.suffix!r}"],
         )
     return [{key: "" if value is None else str(value).strip() for key, value in row.items()} for row in table]
 
