@@ -6,7 +6,6 @@ tiles a second, and the decoder's own.
 """
 
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.benchmarks.table import Bound, Result
 from ds_wsi.benchmarks.tiles import large_slide, whole_grid
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.temporary import temporary_folder
 from ds_wsi.slides.demo import DemoPolicy, make_demo
 from ds_wsi.slides.slide import Slide
 from ds_wsi.slides.tile_store import StoredSlide, pack_slide, store_path
@@ -48,7 +48,8 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str] | 
     repeats = 3 if quick else 7
     rows, bounds = [], []
     for name, path, size in cases:
-        row, ratio = _measure_case(name, path, size, folder / "store", repeats)
+        with temporary_folder(folder) as scratch:
+            row, ratio = _measure_case(name, path, size, scratch / "store", repeats)
         rows.append(row)
         words = (
             f"{name}: the store over the lowest of {TIMES_SLIDES} x slides, {ENOUGH_TILES_A_SECOND}/s and the decoder"
@@ -59,7 +60,6 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str] | 
 
 def _measure_case(name: str, path: Path, size: int, folder: Path, repeats: int) -> tuple[dict[str, Any], float]:
     grid = whole_grid(path, size)
-    shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
     with Slide(path, mpp=0.5) as slide:
         pack_slide(slide, grid, folder)

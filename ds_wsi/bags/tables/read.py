@@ -129,7 +129,10 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
             raise _error(path, f"each name of a record must be given once, got {', '.join(twice)} twice. HINT: rename")
         return dict(pairs)
 
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _error(path, f"must be JSON in UTF-8, got {error}. HINT: write it anew in UTF-8") from error
     try:
         if path.suffix.lower() == ".json" and text.lstrip()[:1] in ("[", "{"):
             found = _json_of(text, once)
@@ -144,6 +147,9 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
             name: list(values.values()) if isinstance(values, dict) else values for name, values in found.items()
         }
         if all(isinstance(values, list) for values in columns.values()):
+            if len({len(values) for values in columns.values()}) > 1:
+                counts = ", ".join(f"{len(values)} in {name}" for name, values in columns.items())
+                raise _error(path, f"columns must be of one length, got {counts}. HINT: write the table anew")
             found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
         raise _error(path, "must hold records of one slide each, got other values. HINT: a list of objects")
