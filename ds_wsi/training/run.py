@@ -13,7 +13,9 @@ from torch import nn
 from ds_wsi.bags.bag import FailureLog
 from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.bags.feature_cohort import load_feature_cohort
+from ds_wsi.bags.manifest import Manifest
 from ds_wsi.bags.packing import require_store
+from ds_wsi.bags.relabel import with_positive
 from ds_wsi.engines.accelerate import (
     Accelerator,
     CommHandle,
@@ -353,11 +355,16 @@ def _output_dir(settings: TrainSettings, accelerator: Accelerator) -> Path:
 
 def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: Path) -> Cohort:
     data, policies = settings.data, settings.policies
+
+    def checked(manifest: Manifest) -> Manifest:
+        with_positive(manifest, data.positive_class)  # told before slides are tiled
+        return manifest
+
     # The main process tiles and writes the grids, the others then read them.
     with accelerator.main_process_first():
         manifest = data.manifest or make_demo(data.demo_folder, DEMOS[data.demo]())
         if data.features_dir is not None:
-            return load_feature_cohort(
+            cohort = load_feature_cohort(
                 manifest,
                 data.features_dir,
                 check=data.check_features,
@@ -365,16 +372,24 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
                 classes=data.classes,
                 seed=settings.run.seed,
                 workers=max(1, policies.reading.workers),
+                choose=checked,
             )
-        return load_cohort(
-            manifest,
-            policies.tiling,
-            tiles_dir=data.tiles_dir or output_dir / "tiles",
-            classes=data.classes,
-            slide_mpp=data.slide_mpp,
-            seed=settings.run.seed,
-            workers=max(1, policies.reading.workers),
-        )
+        else:
+            cohort = load_cohort(
+                manifest,
+                policies.tiling,
+                tiles_dir=data.tiles_dir or output_dir / "tiles",
+                classes=data.classes,
+                slide_mpp=data.slide_mpp,
+                seed=settings.run.seed,
+                workers=max(1, policies.reading.workers),
+                choose=checked,
+            )
+    # After splits are drawn: those do not depend on it.
+    found = with_positive(cohort.manifest, data.positive_class)
+    if len(found.classes) == 2:
+        logger.info("positive class, whose f1 is told: %s (--positive_class)", found.classes[1])
+    return replace(cohort, manifest=found)
 
 
 def _require_splits(cohort: Cohort) -> None:

@@ -18,6 +18,7 @@ class DataSettings:
         demo_dir: where it is kept; None: in a folder of its own below runs/.
         tiles_dir: where tile grids, and what was found in files of features, are kept; by default in the run's folder.
         classes: class names in the order of the logits.
+        positive_class: of two, the one of which f1 is told: it becomes the second.
         slide_mpp: um/px of slides that do not tell theirs.
         dataset_name: in tables of runs; by default the manifest's name without its suffix.
         split_name: which of the dataset's splits or folds the manifest holds, in tables of runs.
@@ -30,6 +31,7 @@ class DataSettings:
     demo_dir: str | None = None
     tiles_dir: str | None = None
     classes: tuple[str, ...] | None = None
+    positive_class: str | None = None
     slide_mpp: float | None = None
     dataset_name: str | None = None
     split_name: str = ""
