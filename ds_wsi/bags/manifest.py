@@ -253,7 +253,7 @@ def _parse_row(
 ) -> SlideEntry:
     slide_id, place = row["slide_id"], _place(row)
     if not is_slide_id(slide_id):
-        hint = "letters, digits, blanks and ._-+=@() are; at most 200"
+        hint = "letters, digits, blanks and ._-+=@() are; at most 200 bytes"
         shown = slide_id if len(slide_id) <= 60 else f"{slide_id[:57]}..."
         problems.append(
             f"slide_id must be non-empty and fit for a file name, got {shown!r} ({row.place}). HINT: {hint}."
@@ -275,6 +275,7 @@ def _parse_row(
                 f"patient_id must name the patient, got {patient!r} ({place}). "
                 "HINT: leave it empty where it is unknown, the slide is then a patient of its own."
             )
+            patient = ""
     label = classes.index(row["label"]) if row["label"] in classes else None
     return SlideEntry(slide_id, folder / row["path"], label, patient or slide_id, split, mpp, row["center"] or None)
 

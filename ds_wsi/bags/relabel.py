@@ -53,3 +53,19 @@ def order_classes(manifest: Manifest, classes: Sequence[str] | None) -> Manifest
             f"got {', '.join(classes)} ({manifest.source})."
         )
     return map_labels(manifest, classes)
+
+
+def with_positive(manifest: Manifest, positive: str | None) -> Manifest:
+    """The cohort with this class second of its two, which metrics take as the positive one; None leaves it.
+
+    Raises:
+        ValueError: no class of the cohort's, or a cohort of more than two.
+    """
+    if positive is None:
+        return manifest
+    if len(manifest.classes) != 2 or positive not in manifest.classes:
+        raise ValueError(
+            f"--positive_class must be one of two classes, got {positive} of {', '.join(manifest.classes)} "
+            f"({manifest.source}). HINT: leave it out; of more than two classes f1 and auc are means over all."
+        )
+    return map_labels(manifest, tuple(sorted(manifest.classes, key=lambda name: name == positive)))

@@ -17,10 +17,6 @@ def log_cohort(manifest: Manifest, lengths: Sequence[int] = ()) -> None:
         lengths: tiles of each slide, where they are known.
     """
     logger.info("%s:\n%s", manifest.source, cohort_table(manifest, lengths))
-    if len(manifest.classes) == 2 and manifest.in_split("train"):
-        logger.info(
-            "the positive class, of which f1 is, is the second: %s (--classes orders them)", manifest.classes[1]
-        )
     for problem in class_warnings(manifest):
         logger.warning("%s: %s", manifest.source, problem)
 

@@ -90,6 +90,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("features_dir", "data.features_dir", str, "train the aggregator alone, on features there, a file a slide"),
     ("check_features", "data.check_features", CHECKS, "read files of features whole before training, or their heads"),
     ("classes", "data.classes", _names, "class names in the order of the logits, comma-separated"),
+    ("positive_class", "data.positive_class", str, "of two classes, that of which f1 is told (default: the second)"),
     ("slide_mpp", "data.slide_mpp", float, "um/px of slides that do not tell theirs: see docs/tissue.md"),
     (
         "tissue_masks",

@@ -13,7 +13,9 @@ from torch import nn
 from ds_wsi.bags.bag import FailureLog
 from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.bags.feature_cohort import load_feature_cohort
+from ds_wsi.bags.manifest import Manifest
 from ds_wsi.bags.packing import require_store
+from ds_wsi.bags.relabel import with_positive
 from ds_wsi.bags.run_splits import write_splits
 from ds_wsi.bags.slide_policy import SkippedSlide, SlidePolicy, write_skipped
 from ds_wsi.engines.accelerate import (
@@ -382,7 +384,21 @@ def _checkpoint(settings: TrainSettings, accelerator: Accelerator, output_dir: P
 
 
 def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: Path, write_grids: bool) -> Cohort:
+    cohort = _read_cohort(settings, accelerator, output_dir, write_grids)
+    # After splits are drawn: those do not depend on it.
+    found = with_positive(cohort.manifest, settings.data.positive_class)
+    if len(found.classes) == 2:
+        logger.info("positive class, whose f1 is told: %s (--positive_class)", found.classes[1])
+    return replace(cohort, manifest=found)
+
+
+def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: Path, write_grids: bool) -> Cohort:
     data, policies = settings.data, settings.policies
+
+    def checked(manifest: Manifest) -> Manifest:
+        with_positive(manifest, data.positive_class)  # told before slides are tiled
+        return manifest
+
     # The main process tiles and writes the grids, the others then read them.
     with accelerator.main_process_first():
         manifest = data.manifest or make_demo(data.demo_folder, DEMOS[data.demo]())
@@ -396,6 +412,7 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
                 seed=data.split_seed,
                 workers=max(1, policies.reading.workers),
                 write_record=write_grids,
+                choose=checked,
             )
 
     def load(skipped: tuple[SkippedSlide, ...] | None) -> Cohort:
@@ -408,6 +425,7 @@ def _load_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
             seed=data.split_seed,
             workers=max(1, policies.reading.workers),
             write_grids=write_grids,
+            choose=checked,
             slides=SlidePolicy(data.tissue_masks, data.masks_in_bounds, data.skip_bad_slides, skipped),
         )
 

@@ -29,6 +29,7 @@ LEFT_OUT = {
 
 # Settings of marks that were written before there was a choice.
 _BEFORE = {
+    "data.positive_class": None,
     "run.eval_precision": "no",
     "run.tf32": "torch",
     "run.memory_format": "auto",

@@ -19,6 +19,7 @@ class DataSettings:
         demo_dir: where it is kept; None: in a folder of its own below runs/.
         tiles_dir: where tile grids, and what was found in files of features, are kept; by default in the run's folder.
         classes: class names in the order of the logits.
+        positive_class: of two, the one of which f1 is told: it becomes the second.
         slide_mpp: um/px of slides that do not tell theirs.
         tissue_masks: folder of masks that say where tissue is, named after the slides.
         masks_in_bounds: their places count from the scanned area's corner, as QuPath's do.
@@ -35,6 +36,7 @@ class DataSettings:
     demo_dir: str | None = None
     tiles_dir: str | None = None
     classes: tuple[str, ...] | None = None
+    positive_class: str | None = None
     slide_mpp: float | None = None
     tissue_masks: str | None = None
     masks_in_bounds: bool = False

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ LABELLED = [(f"s{number}", CLASSES[number % 3]) for number in range(6)]
 def test_slides_without_labels_are_predicted_without_metrics(evaluate, headings, end):
     code, said, out = evaluate(("slide_id", "label"), LABELLED)
     assert code == 0
+    assert re.search(r"slides +6\n +patients +6\n +label normal +2\n +label tumor +2\n +label other +2\n", said)
     wanted = predictions(out)
     assert {row["label"] for row in wanted} == set(CLASSES)
     for path in out.iterdir():

@@ -3,7 +3,7 @@ import pytest
 from ds_wsi.bags.datasets import read_custom, read_tcga
 from ds_wsi.bags.manifest import ManifestError
 from ds_wsi.bags.prepare import write_external
-from ds_wsi.bags.relabel import map_labels, order_classes
+from ds_wsi.bags.relabel import map_labels, order_classes, with_positive
 from miniatures import CUSTOM, TCGA, camelyon16, custom, table, tcga, touch
 
 
@@ -187,3 +187,18 @@ def test_numbers_of_a_spreadsheet_with_decimal_commas(tmp_path):
         custom(tmp_path) / "l.csv", ("slide_id", "label", "um"), [("case_0", "x", "0,25"), ("case_1", "y", "")], ";"
     )
     assert [slide.mpp for slide in read_custom(tmp_path, labels, mpp_column="um").slides] == [0.25, None]
+
+
+def test_the_positive_class_becomes_the_second_of_two(tmp_path):
+    cohort = read_custom(custom(tmp_path), tmp_path / "mutations.csv", slide_column="image", label_column="egfr")
+    assert cohort.classes == ("mutant", "wt")
+    assert with_positive(cohort, None) is cohort
+    assert with_positive(cohort, "wt") == cohort
+    turned = with_positive(cohort, "mutant")
+    assert turned.classes == ("wt", "mutant")
+    assert found(turned) == found(cohort)
+    assert [slide.label for slide in turned.slides] == [1 - slide.label for slide in cohort.slides]
+    with pytest.raises(ValueError, match=r"must be one of two classes, got other of mutant, wt .*HINT"):
+        with_positive(cohort, "other")
+    with pytest.raises(ValueError, match=r"must be one of two classes, got wt of mutant, wt, x"):
+        with_positive(map_labels(cohort, ("mutant", "wt", "x")), "wt")

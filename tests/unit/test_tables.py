@@ -244,7 +244,15 @@ class TestMissingWords:
 class TestSpellings:
     @pytest.mark.parametrize(
         "labels",
-        [("Tumor", "tumor"), ("1", "1.0"), ("01", "1"), ("1,0", "1"), ("high grade", "high-grade"), ("T 1", "t1")],
+        [
+            ("Tumor", "tumor"),
+            ("1", "1.0"),
+            ("01", "1"),
+            ("1,0", "1"),
+            ("high grade", "high-grade"),
+            ("a\u200b", "a"),
+            ("T 1", "t1"),
+        ],
     )
     def test_two_spellings_of_a_class_are_refused_with_counts(self, tmp_path, labels):
         rows = [("a", labels[0]), ("b", labels[1]), ("c", labels[1]), ("d", "zzz")]
@@ -419,6 +427,8 @@ class TestFiles:
             },
             index=[5, 6, 7],
         )
+        frame["thumbnail"] = [b"x", b"y", b"z"]
+        frame["coords"] = [[1, 2]] * 3
         frame.to_parquet(tmp_path / "m.parquet")
         manifest = parsed(tmp_path / "m.parquet")
         assert [slide.patient_id for slide in manifest.slides] == ["1", "1", "c"]

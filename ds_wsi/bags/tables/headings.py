@@ -7,59 +7,18 @@ from collections.abc import Collection, Mapping, Sequence
 COLUMNS = ("slide_id", "path", "label", "patient_id", "split", "mpp", "center")
 NEAR = 0.8  # of difflib's ratio
 # In lower case, without blanks and signs. What other projects and clinical tables call these columns.
-SYNONYMS: Mapping[str, Collection[str]] = {
-    "slide_id": (
-        "slide",
-        "slides",
-        "slidename",
-        "slideids",
-        "wsi",
-        "wsiid",
-        "wsiname",
-        "image",
-        "imageid",
-        "imagename",
-    ),
-    "path": (
-        *("filename", "file", "filepath", "fullpath", "paths", "slidepath", "wsipath", "imagepath", "slidefile"),
-        *("pathtoslide", "svspath", "location"),
-    ),
-    "label": (
-        *("labels", "class", "classes", "classlabel", "target", "category", "diagnosis", "groundtruth", "outcome", "y"),
-        *("slidelabel", "isupgrade", "subtype"),
-    ),
-    "patient_id": (
-        *("patient", "patients", "case", "caseid", "cases", "caseids", "subject", "subjectid", "patientname"),
-        *("patientcode", "patientbarcode", "bcrpatientbarcode", "casesubmitterid", "participant", "participantid"),
-    ),
-    "split": (
-        "fold",
-        "folds",
-        "splits",
-        "set",
-        "subset",
-        "partition",
-        "phase",
-        "trainvaltest",
-        "traintest",
-        "splitset",
-    ),
-    "mpp": (
-        *(
-            "mppx",
-            "mppy",
-            "resolution",
-            "micronsperpixel",
-            "micronperpixel",
-            "umperpx",
-            "umperpixel",
-            "umpx",
-            "pixelsize",
-        ),
-        *("spacing", "pixelspacing"),
-    ),
-    "center": ("centre",),
+_WORDS = {
+    "slide_id": "slide slides slidename slideids wsi wsiid wsiname image imageid imagename",
+    "path": "filename file filepath fullpath paths slidepath wsipath imagepath slidefile pathtoslide svspath location",
+    "label": "labels class classes classlabel target category diagnosis groundtruth outcome y slidelabel isupgrade "
+    "subtype",
+    "patient_id": "patient patients case caseid cases caseids subject subjectid patientname patientcode patientbarcode "
+    "bcrpatientbarcode casesubmitterid participant participantid",
+    "split": "fold folds splits set subset partition phase trainvaltest traintest splitset",
+    "mpp": "mppx mppy resolution micronsperpixel micronperpixel umperpx umperpixel umpx pixelsize spacing pixelspacing",
+    "center": "centre",
 }
+SYNONYMS: Mapping[str, tuple[str, ...]] = {known: tuple(words.split()) for known, words in _WORDS.items()}
 # As pandas names the columns that a join found twice.
 _JOINED = re.compile(r"(.+?)(?:\.\d+|_x|_y|_left|_right)")
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from ds_wsi.slides.readers import may_be_dicom
@@ -56,6 +57,14 @@ def _written_out(text: str) -> str:
 
 def _other_case(path: Path) -> Path | None:
     """The file whose name differs in case alone."""
-    if not path.parent.is_dir():
+    folder = path.parent
+    if not folder.is_dir():
         return None
-    return next((entry for entry in path.parent.iterdir() if entry.name.lower() == path.name.lower()), None)
+    name = _by_lower_case(folder, folder.stat().st_mtime_ns).get(path.name.lower())
+    return None if name is None else folder / name
+
+
+@lru_cache(maxsize=64)
+def _by_lower_case(folder: Path, modified_ns: int) -> dict[str, str]:
+    """The names of a folder's files by their lower case: a thousand missing slides lie in a few folders."""
+    return {entry.name.lower(): entry.name for entry in folder.iterdir()}

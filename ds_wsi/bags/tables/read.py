@@ -171,10 +171,19 @@ def _read_arrow(path: Path) -> Table:
 
     try:
         if path.suffix.lower() == ".parquet":
-            return _of_arrow(pyarrow.parquet.read_table(path))
+            columns = _plain_columns(pyarrow.parquet.read_schema(path))
+            return _of_arrow(pyarrow.parquet.read_table(path, columns=columns))
         return _of_arrow(_read_ipc(path))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise _error(path, f"must be a whole {path.suffix} file, got {error}. HINT: write it anew") from error
+
+
+def _plain_columns(schema: Any) -> list[str]:
+    """The columns that hold one value a row: not the images or features that a dataset may hold beside."""
+    from pyarrow import types
+
+    large = (types.is_nested, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+    return [field.name for field in schema if not any(is_it(field.type) for is_it in large)]
 
 
 def _read_ipc(path: Path) -> Any:
@@ -248,8 +257,9 @@ def _read_saved(path: Path) -> Table:
 
 
 def _arrow_of(dataset: Any) -> Any:
-    """The rows that the dataset selects; no image or audio is decoded."""
-    found = dataset.with_format("arrow")[:]
+    """The rows that the dataset selects, without what no field of a table holds; no image or audio is decoded."""
+    columns = _plain_columns(dataset.features.arrow_schema)
+    found = dataset.select_columns(columns).with_format("arrow")[:]
     return found.replace_schema_metadata(dataset.features.arrow_schema.metadata)
 
 

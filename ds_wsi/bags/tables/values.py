@@ -86,6 +86,7 @@ def spelling_key(text: str) -> str | float:
     if number is not None:
         return number
     plain = unicodedata.normalize("NFKC", text).casefold()
+    plain = "".join(sign for sign in plain if unicodedata.category(sign) != "Cf")  # of no width
     # Between digits a sign parts two numbers: T1-1 is not T11.
     return re.sub(r"(?<!\d)[\s_\-]+|[\s_\-]+(?!\d)", "", plain) or text
 
