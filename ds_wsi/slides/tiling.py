@@ -10,7 +10,7 @@ import numpy as np
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.masks import MaskFile, read_mask
 from ds_wsi.slides.slide import Slide, SlideError, TileReadError
-from ds_wsi.slides.tissue import TISSUE_RULES, TISSUE_VERSION, grey_mask, tile_fractions, tissue_mask
+from ds_wsi.slides.tissue import TISSUE_RULES, TISSUE_VERSION, grey_mask, tile_fractions, tissue_mask, white_glass
 
 MPP_TOLERANCE = 0.02  # scanners call 0.499 um/px "20x": nearer than this, pixels are taken as they are
 MASK_CELLS_PER_TILE = 16  # along a side, at least: the mask resolves a tile however small it is
@@ -87,7 +87,8 @@ class TissueFound:
 
     Attributes:
         share: of the scanned area that is tissue.
-        grey_share: of the scanned area that is in the grey range; what a mask from outside is not measured against.
+        grey_share: of the scanned area that is in the grey range once its glass is white; what a mask from outside is
+            not measured against.
         n_whole: whole tiles of the scanned area, of which the grid's are those with enough tissue.
         n_unreadable: tiles of the grid that are there only because their part of the overview could not be read.
         mask: the file that said what is tissue, with its checksum, or empty.
@@ -267,7 +268,7 @@ class SlideTissue(NamedTuple):
 
     Attributes:
         mask: bool [H, W].
-        grey: bool [H, W], the pixels in the grey range; None where a mask from outside says what is tissue.
+        grey: bool [H, W], the pixels in the grey range once the glass is white; None where a mask from outside decides.
         unreadable: bool [H, W], what could not be read.
         downsample: level-0 px a pixel.
     """
@@ -304,6 +305,6 @@ def find_tissue(
         found = read_mask(mask, slide, downsample)
         return SlideTissue(found, None, np.zeros_like(found), downsample)
     overview = slide.read_overview_with_gaps(downsample)
-    grey = grey_mask(overview.pixels, policy.grey_range)
+    grey = grey_mask(white_glass(overview.pixels, policy.grey_range), policy.grey_range)
     found = tissue_mask(overview.pixels, policy.tissue, slide.mpp * downsample, policy.grey_range)
     return SlideTissue(found & ~overview.unreadable, grey & ~overview.unreadable, overview.unreadable, downsample)

@@ -83,7 +83,7 @@ def auto_mask(rgb: np.ndarray, mpp: float, grey_range: tuple[int, int] = (3, 230
 
     Args and result: as of `tissue_mask`.
     """
-    rgb = _white_glass(rgb, grey_range)
+    rgb = white_glass(rgb, grey_range)
     hsv = np.asarray(Image.fromarray(rgb).convert("HSV"))
     saturation = hsv[..., 1]
     in_range = grey_mask(rgb, grey_range) & (hsv[..., 2] >= BLACK)
@@ -100,8 +100,8 @@ def auto_mask(rgb: np.ndarray, mpp: float, grey_range: tuple[int, int] = (3, 230
     return _without_specks(mask, mpp)
 
 
-def _white_glass(rgb: np.ndarray, grey_range: tuple[int, int]) -> np.ndarray:
-    """The picture with tinted or dim glass scaled to white, where there is such glass."""
+def white_glass(rgb: np.ndarray, grey_range: tuple[int, int]) -> np.ndarray:
+    """The picture, uint8 [H, W, 3], with tinted or dim glass scaled to white, where there is such glass."""
     colour = glass_colour(rgb, DIM_GLASS, grey_range[1])
     if colour is None:
         colour = glass_colour(rgb, grey_range[1] + 1, 255)
