@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def add_tile(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi tile`."""
-    parser = add_command(subparsers, "tile", run_tile, "write each slide's tile coordinates")
+    parser = add_command(subparsers, "tile", run_tile)
     add_cohort_options(parser)
     for entry in fields(TilingPolicy):
         if entry.name in TILING_OPTIONS:
