@@ -3,8 +3,9 @@
 The public names; each is documented where it is defined.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ds_wsi.runtime.lazy import lazily
 
 if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort, load_cohort
@@ -16,22 +17,6 @@ if TYPE_CHECKING:
     from ds_wsi.slides import Slide, SlideError, TileGrid, TilingPolicy, tile_slide
     from ds_wsi.stacking import StackedBags, stack_bags
     from ds_wsi.tile_parallel import TileParallelPolicy, shard_tiles, stream_bag, tile_mesh
-
-# Imported when they are asked for: `ds-wsi --help` needs none of them, and a user of slides no engine.
-_HOME = {
-    "ds_wsi.bags.cohort": ("Cohort", "load_cohort"),
-    "ds_wsi.bags.manifest": ("Manifest", "ManifestError", "read_manifest"),
-    "ds_wsi.engines.hooks": ("attach", "register_comm_hook"),
-    "ds_wsi.engines.initialize": ("initialize",),
-    "ds_wsi.models": ("SlideModel", "SlideOutput", "build_aggregator", "build_encoder", "load_model"),
-    "ds_wsi.partition": (
-        *("PartitionPlan", "PartitionPolicy", "check_partition", "partition_layers", "plan_partition"),
-    ),
-    "ds_wsi.slides": ("Slide", "SlideError", "TileGrid", "TilingPolicy", "tile_slide"),
-    "ds_wsi.stacking": ("StackedBags", "stack_bags"),
-    "ds_wsi.tile_parallel": ("TileParallelPolicy", "shard_tiles", "stream_bag", "tile_mesh"),
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "Cohort",
@@ -65,12 +50,57 @@ __all__ = [
     "tile_slide",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
-        return value
-    raise AttributeError(f"module 'ds_wsi' has no attribute {name!r}")
+# `ds-wsi --help` needs none of them, and who reads slides no engine.
+__getattr__ = lazily(
+    __name__,
+    {
+        "ds_wsi.bags.cohort": (
+            "Cohort",
+            "load_cohort",
+        ),
+        "ds_wsi.bags.manifest": (
+            "Manifest",
+            "ManifestError",
+            "read_manifest",
+        ),
+        "ds_wsi.engines.hooks": (
+            "attach",
+            "register_comm_hook",
+        ),
+        "ds_wsi.engines.initialize": ("initialize",),
+        "ds_wsi.models": (
+            "SlideModel",
+            "SlideOutput",
+            "build_aggregator",
+            "build_encoder",
+            "load_model",
+        ),
+        "ds_wsi.partition": (
+            "PartitionPlan",
+            "PartitionPolicy",
+            "check_partition",
+            "partition_layers",
+            "plan_partition",
+        ),
+        "ds_wsi.slides": (
+            "Slide",
+            "SlideError",
+            "TileGrid",
+            "TilingPolicy",
+            "tile_slide",
+        ),
+        "ds_wsi.stacking": (
+            "StackedBags",
+            "stack_bags",
+        ),
+        "ds_wsi.tile_parallel": (
+            "TileParallelPolicy",
+            "shard_tiles",
+            "stream_bag",
+            "tile_mesh",
+        ),
+    },
+)
 
 
 def __dir__() -> list[str]:

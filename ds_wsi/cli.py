@@ -1,52 +1,54 @@
-"""The console command `ds-wsi`: parse, then call.
+"""The console command `ds-wsi`: parse, then call. A command's libraries are imported when it is called.
 
-A user's mistake ends with one message and exit status 2; everything else keeps its traceback.
+A user's mistake ends with one message and exit status 2; what is no mistake of the user's, with its traceback and 1.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
-from ds_wsi.commands.demo import add_demo
-from ds_wsi.commands.evaluate import add_evaluate, add_heatmap
-from ds_wsi.commands.features import add_features
-from ds_wsi.commands.manifest import add_manifest
-from ds_wsi.commands.plan import add_plan
-from ds_wsi.commands.report import add_compare, add_report
-from ds_wsi.commands.tile import add_tile
-from ds_wsi.commands.train import add_protocol, add_train
-from ds_wsi.runtime.log import logger, setup_logging
+from ds_wsi.commands import COMMANDS
+from ds_wsi.commands.parser import Parser, first_word
+from ds_wsi.runtime.errors import report
+from ds_wsi.runtime.log import setup_logging
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
     setup_logging()
-    options = build_parser().parse_args(arguments)
+    options = build_parser(first_word(arguments) or "").parse_args(arguments)
     try:
         options.run(options)
-    except ValueError as error:
-        # ManifestError, SlideError and every refused setting are ValueErrors, written for the user.
-        logger.error("%s", error)
-        return 2
+    except Exception as error:
+        return report(error)
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
-    parser = argparse.ArgumentParser("ds-wsi", description="End-to-end training of whole-slide-image models.")
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all subcommands.
+
+    Args:
+        command: the one that is called: of the others the parser has the names alone, and imports nothing; None: all
+            have their options.
+    """
+    parser = Parser("ds-wsi", description="End-to-end training of whole-slide-image models.")
+    parser.add_argument("--version", action="version", version=f"ds-wsi {_version()}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_demo(subparsers)
-    add_manifest(subparsers)
-    add_tile(subparsers)
-    add_plan(subparsers)
-    add_train(subparsers)
-    add_protocol(subparsers)
-    add_evaluate(subparsers)
-    add_heatmap(subparsers)
-    add_compare(subparsers)
-    add_report(subparsers)
-    add_features(subparsers)
+    for name, (module, text) in COMMANDS.items():
+        if command in (None, name):
+            getattr(import_module(f"ds_wsi.commands.{module}"), f"add_{name}")(subparsers)
+        else:
+            subparsers.add_parser(name, help=text)
     return parser
+
+
+def _version() -> str:
+    try:
+        return version("ds_wsi")
+    except PackageNotFoundError:  # run from a folder that was not installed
+        return "of a folder that is not installed"
 
 
 if __name__ == "__main__":

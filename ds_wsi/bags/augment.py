@@ -7,8 +7,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
 from ds_wsi.bags.stain import shift_stains
 from ds_wsi.runtime.seeding import slide_seed
@@ -161,6 +159,9 @@ def _change(tiles: Tensor, policy: AugmentPolicy, draw: _Draw) -> Tensor:
 
 def _jitter(tiles: Tensor, policy: AugmentPolicy, draw: _Draw) -> Tensor:
     """Floating tiles in [0, 1], by torchvision's functions, in one order."""
+    # Here, for its import takes seconds that the policy's does not need.
+    from torchvision.transforms.v2 import functional as transforms
+
     if policy.brightness:
         tiles = transforms.adjust_brightness(tiles, draw.brightness)
     if policy.contrast:
@@ -177,6 +178,9 @@ def _jitter(tiles: Tensor, policy: AugmentPolicy, draw: _Draw) -> Tensor:
 
 def _rotate(tiles: Tensor, angle: float) -> Tensor:
     """Rotate about the centre; what comes from outside a tile is its reflection."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional as transforms
+
     side = tiles.shape[-1]
     margin = math.ceil(side * (math.sqrt(2) - 1) / 2) + 1  # a diagonal reaches as far beyond an edge
     if margin >= side:

@@ -11,9 +11,7 @@ from ds_wsi.training.options import spellings
 
 def add_demo(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi demo`."""
-    parser = add_command(
-        subparsers, "demo", run_demo, "make the demo cohort; --compare trains on it with and without encoder"
-    )
+    parser = add_command(subparsers, "demo", run_demo)
     parser.add_argument("--demo", choices=tuple(DEMOS), default="plain", help="which cohort (default: plain)")
     parser.add_argument(*spellings("demo_dir"), help="where the slides go (default: a folder of theirs below runs/)")
     parser.add_argument(

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 def add_evaluate(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi evaluate`."""
-    parser = add_command(subparsers, "evaluate", run_evaluate, "evaluate an exported model on a cohort")
+    parser = add_command(subparsers, "evaluate", run_evaluate)
     _add_model_options(parser)
     parser.add_argument("--split", default="test", help="of the manifest, or `all` (default: test)")
     parser.add_argument(*spellings("eval_tiles"), type=tiles_or_all, help="random tiles of each slide (default: all)")
@@ -163,7 +163,7 @@ def _slides_digest(cohort: "Cohort", rows: "Sequence[int]") -> str:
 
 def add_heatmap(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi heatmap`."""
-    parser = add_command(subparsers, "heatmap", run_heatmap, "draw an exported model's attention over slides")
+    parser = add_command(subparsers, "heatmap", run_heatmap)
     _add_model_options(parser)
     parser.add_argument(*spellings("slide_ids"), help="comma-separated (default: all of the manifest)")
     _add_features_dir(parser)

@@ -23,7 +23,7 @@ from ds_wsi.training.options import add_shared_options, spellings
 
 def add_features(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi features`."""
-    parser = add_command(subparsers, "features", run_features, "write each slide's features")
+    parser = add_command(subparsers, "features", run_features)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="a run's folder, whose encoder and tiles are taken")
     source.add_argument("--encoder", help="a timm model's name, hf-hub:ORG/NAME or local-dir:PATH")

@@ -13,7 +13,7 @@ from ds_wsi.training.options import spellings
 
 def add_plan(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi plan`."""
-    parser = add_command(subparsers, "plan", run_plan, "plan the partition of an encoder: modes, memory and time")
+    parser = add_command(subparsers, "plan", run_plan)
     parser.add_argument("--encoder", default="resnet18", help="a timm model's name (default: resnet18)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--tiles", type=int, help="of a bag, in chunks of tiles")

@@ -11,7 +11,7 @@ from ds_wsi.training.options import comma_separated, spellings
 
 def add_compare(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi compare`."""
-    parser = add_command(subparsers, "compare", run_compare, "compare two runs' predictions of the same slides")
+    parser = add_command(subparsers, "compare", run_compare)
     parser.add_argument("run_a", metavar="RUN_A", help="a run's folder, the baseline")
     parser.add_argument("run_b", metavar="RUN_B", help="the other's")
     parser.add_argument(*spellings("output_dir"), required=True, help="comparison.json is written there")
@@ -33,7 +33,7 @@ def run_compare(options: argparse.Namespace) -> None:
 
 def add_report(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi report`."""
-    parser = add_command(subparsers, "report", run_report, "tables of many runs, as CSV, Markdown, LaTeX and HTML")
+    parser = add_command(subparsers, "report", run_report)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or of protocols")
     parser.add_argument(
         *spellings("output_dir"), default="tables", help="results.csv, .md, .tex and .html go there (default: tables)"

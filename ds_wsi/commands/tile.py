@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def add_tile(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi tile`."""
-    parser = add_command(subparsers, "tile", run_tile, "write each slide's tile coordinates")
+    parser = add_command(subparsers, "tile", run_tile)
     add_cohort_options(parser)
     add_shared_options(parser, TILING_OPTIONS)
     parser.add_argument(*spellings("output_dir"), required=True, help="one file a slide is written there")

@@ -3,6 +3,7 @@
 import argparse
 
 from ds_wsi.bags.datasets import DATASETS
+from ds_wsi.commands import COMMANDS
 from ds_wsi.commands.parser import add_command
 from ds_wsi.runtime.log import rank
 from ds_wsi.training.dataset_options import add_protocol_options
@@ -11,7 +12,7 @@ from ds_wsi.training.options import add_train_options, settings_from, spellings
 
 def add_train(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi train`."""
-    parser = add_command(subparsers, "train", run_train, "train a slide model")
+    parser = add_command(subparsers, "train", run_train)
     add_train_options(parser)
     _add_dry_run(parser)
 
@@ -31,7 +32,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 def add_protocol(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi protocol`, which has a command for each dataset."""
-    protocol = subparsers.add_parser("protocol", help="train a dataset's splits and seeds, and print their table")
+    protocol = subparsers.add_parser("protocol", help=COMMANDS["protocol"][1])
     datasets = protocol.add_subparsers(required=True, metavar="DATASET", dest="dataset")
     for dataset in DATASETS:
         parser = add_command(

@@ -27,6 +27,7 @@ from ds_wsi.engines.auto import fill_rest
 from ds_wsi.engines.deepspeed import fill_auto, gather_as_one, suit_machine
 from ds_wsi.engines.fsdp import build_with_fsdp, fsdp_plugin, is_fsdp2, launched_with_fsdp, shard_model
 from ds_wsi.engines.hooks import CommHandle, attach
+from ds_wsi.engines.optimizers import OPTIMIZERS
 from ds_wsi.norms.roles import population_group
 from ds_wsi.runtime.log import logger
 
@@ -72,7 +73,6 @@ class EngineSettings:
 
 
 _ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 # The option that gives a key of the DeepSpeed JSON its value, where the JSON says "auto".
 OPTION_OF = {
     "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",

@@ -3,14 +3,16 @@
 import copy
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import autocast_now
+
+if TYPE_CHECKING:
+    from ds_wsi.models.slide_model import SlideModel
 
 TF32 = ("torch", "yes", "no")
 MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
@@ -45,7 +47,7 @@ def search_kernels(device: torch.device, *, one_size: bool) -> None:
 
 
 def choose_memory_format(
-    module: SlideModel,
+    module: "SlideModel",
     wanted: str,
     tile_shape: Sequence[int],
     device: torch.device,

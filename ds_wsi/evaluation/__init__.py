@@ -1,13 +1,19 @@
 """Slide-level metrics, their intervals, comparisons and tables of runs, attention heat maps, curves and the report."""
 
-from ds_wsi.evaluation.bootstrap import MetricInterval, bootstrap_metrics, format_table, metrics_to_json
-from ds_wsi.evaluation.comparison import compare_predictions, compare_runs
-from ds_wsi.evaluation.curves import draw_curves
-from ds_wsi.evaluation.heatmap import attention_rgba, draw_attention
-from ds_wsi.evaluation.metrics import METRIC_NAMES, SlideClassification, slide_metrics
-from ds_wsi.evaluation.protocol import EvaluationProtocol
-from ds_wsi.evaluation.report import write_report
-from ds_wsi.evaluation.tables import collect_runs, write_tables
+from typing import TYPE_CHECKING
+
+from ds_wsi.runtime.lazy import lazily
+
+if TYPE_CHECKING:
+    from ds_wsi.evaluation.bootstrap import MetricInterval, bootstrap_metrics, format_table, metrics_to_json
+    from ds_wsi.evaluation.comparison import compare_predictions, compare_runs
+    from ds_wsi.evaluation.curves import draw_curves
+    from ds_wsi.evaluation.heatmap import attention_rgba, draw_attention
+    from ds_wsi.evaluation.hf_metric import SlideClassification
+    from ds_wsi.evaluation.metrics import METRIC_NAMES, slide_metrics
+    from ds_wsi.evaluation.protocol import EvaluationProtocol
+    from ds_wsi.evaluation.report import write_report
+    from ds_wsi.evaluation.tables import collect_runs, write_tables
 
 __all__ = [
     "METRIC_NAMES",
@@ -27,3 +33,36 @@ __all__ = [
     "write_report",
     "write_tables",
 ]
+
+# The names of the metrics, for options, need no matplotlib and no sklearn.
+__getattr__ = lazily(
+    __name__,
+    {
+        "ds_wsi.evaluation.bootstrap": (
+            "MetricInterval",
+            "bootstrap_metrics",
+            "format_table",
+            "metrics_to_json",
+        ),
+        "ds_wsi.evaluation.comparison": (
+            "compare_predictions",
+            "compare_runs",
+        ),
+        "ds_wsi.evaluation.curves": ("draw_curves",),
+        "ds_wsi.evaluation.heatmap": (
+            "attention_rgba",
+            "draw_attention",
+        ),
+        "ds_wsi.evaluation.hf_metric": ("SlideClassification",),
+        "ds_wsi.evaluation.metrics": (
+            "METRIC_NAMES",
+            "slide_metrics",
+        ),
+        "ds_wsi.evaluation.protocol": ("EvaluationProtocol",),
+        "ds_wsi.evaluation.report": ("write_report",),
+        "ds_wsi.evaluation.tables": (
+            "collect_runs",
+            "write_tables",
+        ),
+    },
+)

@@ -1,15 +1,11 @@
-"""Slide-level classification metrics: one pure function, and the same through Hugging Face evaluate."""
+"""Slide-level classification metrics: one pure function. `hf_metric` has the same for Hugging Face evaluate."""
 
 import math
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import cohen_kappa_score, f1_score, recall_score, roc_auc_score
 
 METRIC_NAMES = ("accuracy", "balanced_accuracy", "auc", "quadratic_weighted_kappa", "f1")
 SUM_TOLERANCE = 1e-3  # of a slide's probabilities: what a float16 softmax over a few classes keeps
@@ -115,6 +111,8 @@ def _slide(row: Any, slide_ids: Sequence[str] | None) -> str:
 
 
 def _balanced_accuracy(labels: IntArray, predicted: IntArray) -> float:
+    from sklearn.metrics import recall_score  # here, for it takes a second that options do not need
+
     present = np.unique(labels)
     if len(present) < 2:
         return math.nan  # the mean would be the one class's recall: accuracy under a better name
@@ -122,6 +120,8 @@ def _balanced_accuracy(labels: IntArray, predicted: IntArray) -> float:
 
 
 def _auc(labels: IntArray, probabilities: FloatArray) -> float:
+    from sklearn.metrics import roc_auc_score  # here, for it takes a second that options do not need
+
     present = np.unique(labels)
     if len(present) < 2:
         return math.nan
@@ -130,6 +130,8 @@ def _auc(labels: IntArray, probabilities: FloatArray) -> float:
 
 
 def _quadratic_weighted_kappa(labels: IntArray, predicted: IntArray, classes: int) -> float:
+    from sklearn.metrics import cohen_kappa_score  # here, for it takes a second that options do not need
+
     if len(np.union1d(labels, predicted)) < 2:
         return math.nan  # no disagreement is expected by chance: 0 / 0
     # All classes are named: left to itself sklearn would close the gap that an absent grade leaves.
@@ -137,41 +139,9 @@ def _quadratic_weighted_kappa(labels: IntArray, predicted: IntArray, classes: in
 
 
 def _f1(labels: IntArray, predicted: IntArray, classes: int) -> float:
+    from sklearn.metrics import f1_score  # here, for it takes a second that options do not need
+
     occurring = np.union1d(labels, predicted)
     if classes > 2:
         return float(f1_score(labels, predicted, labels=occurring, average="macro"))
     return float(f1_score(labels == 1, predicted == 1)) if 1 in occurring else math.nan
-
-
-class SlideClassification(evaluate.Metric):
-    """`slide_metrics` as a metric of Hugging Face evaluate: `add_batch(predictions=, references=)`, then `compute()`.
-
-    Predictions are probabilities [n, C], references are class indices [n]; `compute` takes `slide_ids` for messages.
-    Nothing is read from a hub. What is added stays in this process's memory, and the folder that evaluate asks for is
-    a temporary one of this instance: several processes can not meet. Over several ranks, gather first (Accelerate's
-    `gather_for_metrics`), then add on each rank or on one.
-    """
-
-    def __init__(self) -> None:
-        # evaluate would make its folder under ~/.cache, which all processes share and which may not be writable.
-        # The object is kept: the folder goes when the metric goes.
-        self._folder = tempfile.TemporaryDirectory(prefix="ds_wsi_metrics_")
-        super().__init__(keep_in_memory=True, cache_dir=self._folder.name, seed=0)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Slide-level classification: " + ", ".join(METRIC_NAMES) + ".",
-            citation="",
-            inputs_description="\npredictions: probabilities [n, C]; references: class indices [n].",
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("float64")), "references": datasets.Value("int64")}
-            ),
-        )
-
-    def _compute(
-        self,
-        predictions: Sequence[Sequence[float]],
-        references: Sequence[int],
-        slide_ids: Sequence[str] | None = None,
-    ) -> dict[str, float]:
-        return slide_metrics(np.asarray(references), np.asarray(predictions), slide_ids=slide_ids)

@@ -14,6 +14,7 @@ from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models.encoder import NoEncoder
 from ds_wsi.models.slide_model import SlideModel
+from ds_wsi.runtime.errors import naming
 from ds_wsi.slides.tiling import TileGrid
 from ds_wsi.stacking.stacked_bags import stack_bags
 
@@ -126,7 +127,8 @@ def _encoded(
                     if of_features:
                         own.append(chunk.tiles)
                     elif not norms:
-                        with encode.statistics(variant.statistics):
+                        place = f"slide {slides[chunk.request.slide].slide_id}"
+                        with naming(place), encode.statistics(variant.statistics):
                             own.append(encode(chunk.tiles))
             if not of_features and any(populations):
                 tiles.add(chunk.tiles)
@@ -192,7 +194,9 @@ def predict_variants(
     try:
         for slide, features, kept in _encoded(model, slides, grids, rows, policy, failures, variants):
             draws = [protocol.draw(len(kept), run, slides[slide].slide_id) for run in range(protocol.runs)]
-            yield tuple(_aggregate(model, slide, own, kept, device, draws) for own in features)
+            with naming(f"slide {slides[slide].slide_id}"):
+                predictions = tuple(_aggregate(model, slide, own, kept, device, draws) for own in features)
+            yield predictions
     finally:
         model.train(training)
 

@@ -1,15 +1,20 @@
 """Tile encoders, slide aggregators, and the two together: plain modules, features are applied from outside."""
 
-from ds_wsi.models.aggregators import AGGREGATORS, build_aggregator
-from ds_wsi.models.config import ModelConfig, build_model, load_model, save_model, save_weights
-from ds_wsi.models.encoder import NoEncoder, build_encoder
-from ds_wsi.models.features import FEATURES
-from ds_wsi.models.freezing import freeze, freeze_until
-from ds_wsi.models.hub import EncoderSource, resolve_encoder
-from ds_wsi.models.lora import add_lora, merge_lora
-from ds_wsi.models.output import SlideOutput
-from ds_wsi.models.slide_model import SlideModel
-from ds_wsi.models.weights import load_encoder_weights
+from typing import TYPE_CHECKING
+
+from ds_wsi.runtime.lazy import lazily
+
+if TYPE_CHECKING:
+    from ds_wsi.models.aggregators import AGGREGATORS, build_aggregator
+    from ds_wsi.models.config import ModelConfig, build_model, load_model, save_model, save_weights
+    from ds_wsi.models.encoder import NoEncoder, build_encoder
+    from ds_wsi.models.features import FEATURES
+    from ds_wsi.models.freezing import freeze, freeze_until
+    from ds_wsi.models.hub import EncoderSource, resolve_encoder
+    from ds_wsi.models.lora import add_lora, merge_lora
+    from ds_wsi.models.output import SlideOutput
+    from ds_wsi.models.slide_model import SlideModel
+    from ds_wsi.models.weights import load_encoder_weights
 
 __all__ = [
     "AGGREGATORS",
@@ -32,3 +37,41 @@ __all__ = [
     "save_model",
     "save_weights",
 ]
+
+# The aggregators need no timm.
+__getattr__ = lazily(
+    __name__,
+    {
+        "ds_wsi.models.aggregators": (
+            "AGGREGATORS",
+            "build_aggregator",
+        ),
+        "ds_wsi.models.config": (
+            "ModelConfig",
+            "build_model",
+            "load_model",
+            "save_model",
+            "save_weights",
+        ),
+        "ds_wsi.models.encoder": (
+            "NoEncoder",
+            "build_encoder",
+        ),
+        "ds_wsi.models.features": ("FEATURES",),
+        "ds_wsi.models.freezing": (
+            "freeze",
+            "freeze_until",
+        ),
+        "ds_wsi.models.hub": (
+            "EncoderSource",
+            "resolve_encoder",
+        ),
+        "ds_wsi.models.lora": (
+            "add_lora",
+            "merge_lora",
+        ),
+        "ds_wsi.models.output": ("SlideOutput",),
+        "ds_wsi.models.slide_model": ("SlideModel",),
+        "ds_wsi.models.weights": ("load_encoder_weights",),
+    },
+)

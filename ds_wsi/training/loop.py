@@ -19,6 +19,7 @@ from ds_wsi.engines.scope import closing_trackers, engine_scope
 from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
 from ds_wsi.models import merge_lora
 from ds_wsi.models.loss import stack_loss
+from ds_wsi.runtime.errors import naming
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.runtime.ranks import watch_ranks
@@ -312,13 +313,14 @@ def _micro_loss(run: Run, step: MicroStep) -> tuple[torch.Tensor, int]:
 
 @contextmanager
 def _naming_slides(run: Run, step: MicroStep) -> Iterator[None]:
-    """Say of which slides a BatchNorm saw one value a channel: torch's sentence and ours speak of tensors."""
+    """Say of which slides an error is; of a BatchNorm that saw one value a channel, in our words and not of tensors."""
+    slides = [run.cohort.manifest.slides[bag.slide].slide_id for bag in step.bags]
     try:
-        yield
+        with naming(f"slides {', '.join(slides)}, step {run.progress.global_step}"):
+            yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error) and "more than one value a channel" not in str(error):
             raise
-        slides = [run.cohort.manifest.slides[bag.slide].slide_id for bag in step.bags]
         tiles = sum(map(len, step.tiles))
         raise ValueError(
             f"the encoder's BatchNorm must see more than one value a channel in training, got {tiles} tile(s) of "

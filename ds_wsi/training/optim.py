@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.engines.fsdp import copy_whole, whole
-
 SCHEDULES = ("cosine", "linear", "constant", "exponential")
 DECAY_AN_EPOCH = 0.955  # of the exponential schedule, as the end-to-end papers on PANDA have it
 
@@ -91,6 +89,8 @@ class WeightAverage:
 
     def weights(self) -> dict[str, Tensor]:
         """The averages by parameter name, whole float32 copies on the CPU. Collective under FSDP2."""
+        from ds_wsi.engines.fsdp import whole  # here, for the schedules' names need no engine
+
         return {name: whole(average).to("cpu", copy=True) for name, average in self.averages.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -99,6 +99,8 @@ class WeightAverage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        from ds_wsi.engines.fsdp import copy_whole
+
         self.steps = state["steps"]
         for name, average in self.averages.items():
             copy_whole(average, state["averages"][name])

@@ -9,11 +9,11 @@ from typing import Any
 from ds_wsi.bags.feature_cohort import CHECKS
 from ds_wsi.compression.comm import HOOK_NAMES
 from ds_wsi.config import SECTION, DsWsiConfig, read_section
-from ds_wsi.engines.accelerate import OPTIMIZERS
-from ds_wsi.engines.deepspeed import read_config
 from ds_wsi.engines.kernels import MEMORY_FORMATS, TF32
+from ds_wsi.engines.optimizers import OPTIMIZERS
 from ds_wsi.evaluation.metrics import METRIC_NAMES
-from ds_wsi.models import AGGREGATORS, FEATURES
+from ds_wsi.models.aggregators import AGGREGATORS
+from ds_wsi.models.features import FEATURES
 from ds_wsi.norms.policy import EVALUATION as NORM_EVALUATION
 from ds_wsi.norms.policy import TRAINING as NORM_TRAINING
 from ds_wsi.partition.plan import PartitionPlan
@@ -325,6 +325,8 @@ def settings_from(
         options: of `add_train_options`.
         preset: field ("optim.learning_rate") -> value, in place of the default.
     """
+    from ds_wsi.engines.deepspeed import read_config  # here, for help and misspelt options need no engine
+
     given = {name: value for name, value in vars(options).items() if "." in name}
     asked = frozenset(given)
     config = read_config(given["run.deepspeed"]) if "run.deepspeed" in given else None

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_wsi.evaluation.metrics import METRIC_NAMES, SlideClassification, slide_metrics
+from ds_wsi.evaluation.hf_metric import SlideClassification
+from ds_wsi.evaluation.metrics import METRIC_NAMES, slide_metrics
 
 # 6 slides, 3 grades; predicted 0 0 1 2 2 0.
 GRADES = np.array([0, 0, 1, 1, 2, 2])
@@ -115,7 +116,7 @@ import os, socket, sys
 def refuse(*args, **kwargs):
     raise AssertionError("network")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from ds_wsi.evaluation.metrics import SlideClassification
+from ds_wsi.evaluation.hf_metric import SlideClassification
 metric = SlideClassification()
 for _ in range(20):
     metric.add_batch(predictions=[[0.9, 0.1], [0.3, 0.7]], references=[0, int(sys.argv[1])])
