@@ -30,6 +30,7 @@ from ds_wsi.engines.hooks import CommHandle, attach
 from ds_wsi.engines.optimizers import OPTIMIZERS
 from ds_wsi.norms.roles import population_group
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.numerics import precision_words
 
 __all__ = [
     "Accelerator",
@@ -242,13 +243,7 @@ def prepare(
         )
     else:
         model, optimizer = accelerator.prepare(model, optimizer)
-    logger.info(
-        "engine: %s, %d process(es) on %s, precision %s",
-        _describe(accelerator),
-        accelerator.num_processes,
-        accelerator.device,
-        settings.mixed_precision,
-    )
+    logger.info("engine: %s", describe(accelerator, settings.mixed_precision))
     return model, optimizer
 
 
@@ -331,12 +326,21 @@ def _mean_over_ranks(accelerator: Accelerator, values: list[torch.Tensor]) -> li
     return means
 
 
-def _describe(accelerator: Accelerator) -> str:
+def describe(accelerator: Accelerator, precision: str) -> str:
+    """The engine, its processes, their devices and precision in words."""
+    count = accelerator.num_processes
+    words = [_engine_words(accelerator), "one process" if count == 1 else f"{count} processes"]
+    words += ["CPU" if accelerator.device.type == "cpu" else str(accelerator.device)]
+    return ", ".join([*words, precision_words(precision)])
+
+
+def _engine_words(accelerator: Accelerator) -> str:
     plugin = accelerator.state.deepspeed_plugin
     if accelerator.is_fsdp2:
         return "FSDP2"
     if plugin is None:
-        return accelerator.distributed_type.value.replace("_", " ").lower()
+        backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else ""
+        return f"DDP ({backend})" if accelerator.num_processes > 1 else "plain PyTorch"
     zero = plugin.deepspeed_config.get("zero_optimization", {})
     offload = zero.get("offload_optimizer", {}).get("device", "none")
     return f"DeepSpeed ZeRO stage {zero.get('stage', 0)}, optimizer offload {offload}"

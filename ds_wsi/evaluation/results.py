@@ -22,6 +22,7 @@ from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.report import write_report
 from ds_wsi.runtime.files import atomic_path, json_number, write_json
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.progress import Progress
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import TileGrid
 
@@ -44,11 +45,14 @@ def write_results(
     protocol: EvaluationProtocol = ALL_TILES,
     norms: Mapping[str, Any] | None = None,
     split: str = "test",
+    n_heatmaps: int | None = None,
+    shown: bool = True,
 ) -> dict[str, MetricInterval]:
     """Write everything about a set of predictions below `directory`, and return the metrics with their intervals.
 
     `split` names the slides in the log, "all" those of all splits. Of several runs of the protocol, metrics are the
-    mean of the runs', and predictions hold the mean probabilities.
+    mean of the runs', and predictions hold the mean probabilities. The metrics are logged before heat maps are drawn, of
+    the first `n_heatmaps` slides, of all with None; `shown` is for their bar.
     """
     slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
     labels, patients = np.array([slide.class_index for slide in slides]), [slide.patient_id for slide in slides]
@@ -77,7 +81,12 @@ def write_results(
     if history:
         curves = directory / "curves.png"
         draw_curves([dict(entry) for entry in history], curves, best_epoch=best_epoch, metric=metric)
-    heatmaps = draw_heatmaps(directory / "heatmaps", cohort, predictions)
+    words = f"metrics of {len(rows)} slides"
+    words = f"{words} of all splits" if split == "all" else f"{split} {words}"
+    logger.info("%s:\n%s", words, format_table(intervals))
+    if positive is not None:
+        logger.info("f1 is that of class %s, the second", positive)
+    heatmaps = draw_heatmaps(directory / "heatmaps", cohort, predictions[:n_heatmaps], shown=shown)
     write_report(
         directory / REPORT,
         title=title,
@@ -90,11 +99,6 @@ def write_results(
         resampled="slides" if n_patients == len(rows) else f"the {n_patients} patients",
         sections={"Evaluation": _protocol_words(protocol, runs)} if protocol.tiles else None,
     )
-    words = f"metrics of {len(rows)} slides"
-    words = f"{words} of all splits" if split == "all" else f"{split} {words}"
-    logger.info("%s:\n%s", words, format_table(intervals))
-    if positive is not None:
-        logger.info("f1 is that of class %s, the second", positive)
     return intervals
 
 
@@ -144,7 +148,9 @@ def _protocol_words(protocol: EvaluationProtocol, runs: Mapping[str, Mapping[str
     return f"{words}\n\nMean ± sample standard deviation over the runs: {', '.join(spread)}." if spread else words
 
 
-def draw_heatmaps(directory: Path, cohort: Cohort, predictions: Sequence[SlidePrediction]) -> list[tuple[str, Path]]:
+def draw_heatmaps(
+    directory: Path, cohort: Cohort, predictions: Sequence[SlidePrediction], *, shown: bool = True
+) -> list[tuple[str, Path]]:
     """Draw each slide's attention over its thumbnail.
 
     An aggregator without attention draws none, nor do features without coordinates or without their slide: each reason
@@ -152,7 +158,7 @@ def draw_heatmaps(directory: Path, cohort: Cohort, predictions: Sequence[SlidePr
     """
     drawn = []
     left_out: dict[str, list[str]] = {}
-    for prediction in predictions:
+    for prediction in Progress("heat maps", "slide", len(predictions), shown=shown).over(predictions):
         if prediction.attention is None:
             logger.info("no heat maps: the aggregator has no attention")
             return []
@@ -168,8 +174,8 @@ def draw_heatmaps(directory: Path, cohort: Cohort, predictions: Sequence[SlidePr
             continue
         drawn.append((entry.slide_id, path))
     for reason, slide_ids in left_out.items():
-        shown = ", ".join(slide_ids[:3]) + (", ..." if len(slide_ids) > 3 else "")
-        logger.info("no heat map of %d slides (%s): %s", len(slide_ids), shown, reason)
+        names = ", ".join(slide_ids[:3]) + (", ..." if len(slide_ids) > 3 else "")
+        logger.info("no heat map of %d slides (%s): %s", len(slide_ids), names, reason)
     return drawn
 
 

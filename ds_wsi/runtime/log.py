@@ -18,7 +18,11 @@ class _OnStandardError(logging.Handler):
         if logger.propagate and _set_up_by_user():
             return
         try:
-            sys.stderr.write(self.format(record) + "\n")
+            bars = sys.modules.get("tqdm")
+            if bars is None:
+                sys.stderr.write(self.format(record) + "\n")
+            else:  # above a bar, which is drawn again below
+                bars.tqdm.write(self.format(record), file=sys.stderr)
             sys.stderr.flush()
         except Exception:
             self.handleError(record)

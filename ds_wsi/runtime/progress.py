@@ -3,7 +3,10 @@
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -11,6 +14,7 @@ from ds_wsi.runtime.log import logger
 
 LINE_EVERY = 0.1  # of the whole
 QUIET_SECONDS = 5.0  # what takes less needs no lines
+T = TypeVar("T")
 
 
 class Progress:
@@ -20,13 +24,25 @@ class Progress:
         what: is being done, such as "tiling".
         unit: of what is counted.
         total: of them; it may be told with the first `step`.
+        initial: how many are done already.
+        shown: False counts without a bar and without lines.
+        leave: the bar stays when all is done.
     """
 
-    def __init__(self, what: str, unit: str, total: int | None = None) -> None:
-        self.what, self.unit, self.total = what, unit, total
-        self.done = 0
+    def __init__(
+        self,
+        what: str,
+        unit: str,
+        total: int | None = None,
+        *,
+        initial: int = 0,
+        shown: bool = True,
+        leave: bool = False,
+    ) -> None:
+        self.what, self.unit, self.total, self.shown, self.leave = what, unit, total, shown, leave
+        self.done = self._initial = initial
         self._started = time.monotonic()
-        self._told = 0.0
+        self._told = initial / total if total else 0.0
         self._lock = threading.Lock()
         self._bar: tqdm | None = None
 
@@ -44,26 +60,68 @@ class Progress:
         """Since the start."""
         return time.monotonic() - self._started
 
-    def step(self, total: int | None = None) -> None:
-        """One more is done, of `total`."""
+    def step(self, total: int | None = None, n: int = 1, words: str = "") -> None:
+        """`n` more are done, of `total`; `words` stand at the end of the bar or the line."""
         with self._lock:
             self.total = total or self.total
-            self.done += 1
+            self.done += n
+            if not self.shown:
+                return
             if sys.stderr.isatty():
-                self._bar = self._bar or tqdm(total=self.total, desc=self.what, unit=self.unit, leave=False)
-                self._bar.update()
+                if self._bar is None:
+                    self._bar = tqdm(
+                        total=self.total,
+                        initial=self._initial,
+                        desc=self.what,
+                        unit=self.unit,
+                        leave=self.leave,
+                        mininterval=0.5,
+                    )
+                self._bar.set_postfix_str(words, refresh=False)  # with the bar's own update
+                self._bar.update(n)
             elif self.total and self.seconds > QUIET_SECONDS:
-                self._tell_line(self.done / self.total)
+                self._tell_line(self.done / self.total, words)
 
-    def _tell_line(self, share: float) -> None:
+    def over(self, values: Iterable[T]) -> Iterator[T]:
+        """The values, one step each."""
+        with self:
+            for value in values:
+                yield value
+                self.step()
+
+    def _tell_line(self, share: float, words: str) -> None:
         if share < 1 and share < self._told + LINE_EVERY:
             return
         self._told = share
-        left = self.seconds * (1 - share) / share
+        here = max(share - self._initial / (self.total or 1), 1e-9)
+        left = self.seconds * (1 - share) / here
         logger.info(
-            "%s: %d of %d %ss (%.0f%%), %s; left: about %s",
+            "%s: %d of %d %ss (%.0f%%), %s; left: about %s%s",
             *(self.what, self.done, self.total, self.unit, 100 * share, duration(self.seconds), duration(left)),
+            f"; {words}" if words else "",
         )
+
+
+class PresentRate:
+    """How much is done a second now: of the last half minute or so, which start and planning do not slow.
+
+    The first step, with what is done once, does not count.
+    """
+
+    SECONDS = 30.0
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[float, int]] = deque()
+
+    def after(self, amount: int) -> float:
+        """The rate after one more step of this amount."""
+        now = time.monotonic()
+        self._steps.append((now, amount))
+        while len(self._steps) > 2 and now - self._steps[1][0] > self.SECONDS:
+            self._steps.popleft()
+        first = self._steps[0][0]
+        done = sum(amount for _, amount in self._steps) - self._steps[0][1]
+        return done / (now - first) if now > first else 0.0
 
 
 def duration(seconds: float) -> str:

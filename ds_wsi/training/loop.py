@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from ds_wsi.bags.bag import Bag, BagPart, read_bags
 from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles, steps_per_epoch
@@ -22,6 +21,7 @@ from ds_wsi.models.loss import stack_loss
 from ds_wsi.runtime.errors import naming
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import peak_memory_bytes
+from ds_wsi.runtime.progress import PresentRate, Progress
 from ds_wsi.runtime.ranks import watch_ranks
 from ds_wsi.runtime.seeding import seed_step, step_seed
 from ds_wsi.stacking.balance import OverCapError
@@ -34,6 +34,7 @@ from ds_wsi.training.outcome import finish, finished_results, is_finished
 from ds_wsi.training.resume import resume, save
 from ds_wsi.training.run import Run, prepare_run
 from ds_wsi.training.run_folder import logging_to
+from ds_wsi.training.screen import tell_start
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.step import bag_weight, blank_tile, idle_loss
 from ds_wsi.training.stopping import stop_reason
@@ -77,6 +78,7 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
             if run.accelerator.is_main_process:
                 # Of an earlier end in this folder: from here until it ends anew, the run is unfinished.
                 (run.output_dir / RECORD_FILE).unlink(missing_ok=True)
+            tell_start(run, *count_steps(run))
             _train_epochs(run)
             results = finish(run, started)
     run.accelerator.free_memory()
@@ -145,7 +147,9 @@ def _train_epochs(run: Run) -> None:
     bags = MicroSteps(run, read)
     with validation_of(run) as validation:
         while run.progress.epoch < epochs and not _stops_early(run):
+            began = time.perf_counter()
             entry = _train_epoch(run, bags, validation)
+            run.epoch_seconds = time.perf_counter() - began
             validation.collect()
             average_buffers(run.accelerator, run.module)
             state = full_state_dict(run.module)  # once an epoch, to validate and to export: collective at ZeRO-3
@@ -178,13 +182,14 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
         forget_steps(run.optimizer)
     run.model.train()
     tiles_read, start, rate = 0, time.perf_counter(), 0.0
-    bar = tqdm(
-        total=sum(step.n_bags for step in plan),
+    present = PresentRate()
+    bar = Progress(
+        f"epoch {progress.epoch + 1}/{optim.num_train_epochs}",
+        "slide",
+        sum(step.n_bags for step in plan),
         initial=sum(step.n_bags for step in plan[: progress.step_in_epoch]),
-        desc=f"epoch {progress.epoch + 1}/{optim.num_train_epochs}",
-        unit="slide",
-        mininterval=0.5,
-        disable=not run.accelerator.is_main_process,
+        shown=run.accelerator.is_main_process and not run.settings.run.disable_tqdm,
+        leave=True,
     )
     with bar:
         for step, following in pairwise([*plan[progress.step_in_epoch :], None]):
@@ -208,11 +213,11 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
             progress.bags_seen += step.n_bags
             rate = tiles_read / (time.perf_counter() - start)
             peak = peak_memory_bytes(run.device)
-            bar.set_postfix_str(
-                f"loss {progress.loss_sum / progress.bags_seen:.3f}, {rate:.0f} tiles/s, {peak / 2**30:.2f} GiB",
-                refresh=False,  # with the bar's own update, at most twice a second: a log file holds every refresh
+            words = (
+                f"mean loss {progress.loss_sum / progress.bags_seen:.3f}, {present.after(tiles):.0f} tiles/s, "
+                f"{peak / 2**30:.2f} GiB"
             )
-            bar.update(step.n_bags)
+            bar.step(n=step.n_bags, words=words)
             run.accelerator.log(
                 {
                     "train/loss": loss / step.n_bags,

@@ -219,6 +219,8 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         MEMORY_FORMATS,
         "of tiles; auto takes the faster by a trial on a GPU",
     ),
+    ("heatmaps", "run.heatmaps", int, "test slides that get a heat map, the first ones; 0 draws none (default: all)"),
+    ("disable_tqdm", "run.disable_tqdm", FLAG, "neither bars nor lines of progress"),
     ("fsdp", "run.fsdp", FLAG, "shard the model over the processes with FSDP2"),
     ("deepspeed", "run.deepspeed", str, 'a DeepSpeed JSON; its "ds_wsi" section sets the policies'),
 )

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from ds_wsi.bags.sampler import deal_by_cost
 from ds_wsi.bags.slide_policy import skipped_words, tell_skipped
@@ -28,13 +27,14 @@ from ds_wsi.runtime.environment import environment
 from ds_wsi.runtime.files import json_number, sync_directory, write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import precision_words
+from ds_wsi.runtime.progress import Progress
 from ds_wsi.training.checkpoint import read_state
 from ds_wsi.training.norm_plan import norm_plan
 from ds_wsi.training.record import run_record
 from ds_wsi.training.run import Run
 from ds_wsi.training.same_run import TEST_FILES, fingerprint
-from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import stop_reason
+from ds_wsi.training.words import model_words, tiles_words
 
 
 def _plain_copy(run: Run, state: dict[str, torch.Tensor]) -> SlideModel:
@@ -56,16 +56,10 @@ def _predict(
     stream = predict_slides(
         model, cohort.manifest.slides, cohort.grids, own, run.settings.policies.reading, run.failures, protocol
     )
-    bar = tqdm(
-        stream,
-        total=len(own),
-        desc=split,
-        unit="slide",
-        mininterval=0.5,
-        leave=False,
-        disable=not run.accelerator.is_main_process,
-    )
-    predictions = list(bar)
+    # Of this process's share: the others have as many tiles each.
+    what = f"{split}, {len(rows)} slides" if len(own) < len(rows) else split
+    shown = run.accelerator.is_main_process and not run.settings.run.disable_tqdm
+    predictions = list(Progress(what, "slide", len(own), shown=shown).over(stream))
     if run.accelerator.num_processes > 1:
         predictions = gather_object(predictions)
     share_failures(run)
@@ -151,7 +145,7 @@ def finish(run: Run, started: float) -> dict[str, Any]:
         run.output_dir,
         run.cohort,
         predictions,
-        title=_model_words(run),
+        title=model_words(run),
         summary=_summary(run, seconds),
         failures=run.failures.rows(),
         history=progress.history,
@@ -160,6 +154,8 @@ def finish(run: Run, started: float) -> dict[str, Any]:
         seed=settings.run.seed,
         protocol=protocol,
         norms=norms_measured(run.config.norm_training, _exported_entry(run)),
+        n_heatmaps=settings.run.heatmaps,
+        shown=not settings.run.disable_tqdm,
     )
     run_record(run).write(run.output_dir)  # last: a folder without it is unfinished
     seconds = time.perf_counter() - started
@@ -224,31 +220,6 @@ def draw_history(run: Run) -> None:
     draw_curves(history, run.output_dir / "curves.png", best_epoch=progress.best_epoch, metric=metric)
 
 
-def _model_words(run: Run) -> str:
-    if run.config.in_dim is not None:
-        return f"{run.config.aggregator} on features of width {run.config.in_dim}"
-    return f"{run.settings.model.encoder} + {run.config.aggregator}, {_training_words(run.settings)}"
-
-
-def _training_words(settings: TrainSettings) -> str:
-    model = settings.model
-    if model.freeze_encoder:
-        return "encoder frozen"
-    words = "trained end to end"
-    if model.freeze_until is not None:
-        words = f"trained from {model.freeze_until} on"
-    if model.lora_rank:
-        words = f"trained with LoRA of rank {model.lora_rank} in {', '.join(model.lora_targets)}"
-    return words + (f" after {model.freeze_encoder_epochs} frozen epochs" if model.freeze_encoder_epochs else "")
-
-
-def _tiles_words(run: Run) -> str:
-    total = sum(run.cohort.lengths)
-    if run.config.in_dim is not None:
-        return f"features from {run.settings.data.features_dir}, {total} in all"
-    return f"{run.config.tile_size_px} px at {run.config.tiling['mpp']} um/px, {total} in all"
-
-
 def _exported_entry(run: Run) -> Mapping[str, Any]:
     """Of the epoch whose weights were exported."""
     return next((entry for entry in run.progress.history if entry["epoch"] == run.progress.best_epoch), {})
@@ -308,9 +279,9 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
     return {
         "cohort": f"{cohort.manifest.source}: {slides}",
         "classes": ", ".join(cohort.manifest.classes),
-        "tiles": _tiles_words(run),
+        "tiles": tiles_words(run),
         **skipped_words(cohort.skipped),
-        "model": _model_words(run),
+        "model": model_words(run),
         "optimisation": f"{optim.optim}, learning rate {optim.learning_rate:g} ({optim.lr_scheduler_type}), "
         f"{optim.num_train_epochs} epochs, "
         f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} slides a process and step",

@@ -92,6 +92,7 @@ class Run:
     comm: CommHandle | None = None
     average: WeightAverage | None = None
     checkpoint: Path | None = None  # to go on from
+    epoch_seconds: float | None = None  # that the last epoch trained, in this start
 
     @property
     def device(self) -> torch.device:

@@ -23,7 +23,7 @@ LEFT_OUT = {
     "data": ("manifest", "tiles_dir", "demo_dir"),
     "run": (
         *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "deepspeed", "ddp_timeout"),
-        *("validate_beside", "validation_device"),
+        *("validate_beside", "validation_device", "heatmaps", "disable_tqdm"),
     ),
 }
 

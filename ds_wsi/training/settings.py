@@ -228,6 +228,8 @@ class RunSettings:
         eval_precision: in which the encoder computes in validation and test, of `PRECISIONS`.
         tf32: whether a GPU rounds factors of float32 products to TF32, of `engines.kernels.TF32`.
         memory_format: of the encoder's convolutions, of `engines.kernels.MEMORY_FORMATS`.
+        heatmaps: how many test slides get a heat map; None draws all.
+        disable_tqdm: neither bars nor lines of progress.
     """
 
     output_dir: str | None = None
@@ -248,6 +250,8 @@ class RunSettings:
     eval_precision: str = "no"
     tf32: str = "torch"
     memory_format: str = "auto"
+    heatmaps: int | None = None
+    disable_tqdm: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a limit under which a torn checkpoint would lose the run, and a protocol that tests nothing."""
@@ -272,6 +276,8 @@ class RunSettings:
             raise ValueError(
                 f"--fsdp must not be given with --deepspeed, got {self.deepspeed}. HINT: choose one; ZeRO-3 shards too."
             )
+        if self.heatmaps is not None and self.heatmaps < 0:
+            raise ValueError(f"--heatmaps must be at least 0, got {self.heatmaps}. HINT: 0 draws none.")
         if self.ddp_timeout < 1:
             raise ValueError(f"--ddp_timeout must be at least 1 second, got {self.ddp_timeout}")
 

@@ -25,6 +25,7 @@ from ds_wsi.training.outcome import (
     validate,
 )
 from ds_wsi.training.run import Run
+from ds_wsi.training.screen import epoch_line
 
 
 class AtTheEnd:
@@ -127,11 +128,8 @@ class BesideTraining:
             save_weights(run.output_dir / PENDING_WEIGHTS, state)
             self.validator.submit(run.progress.epoch, run.output_dir / PENDING_WEIGHTS)
         run.progress.pending = True
-        logger.info(
-            "epoch %d: train_loss %.4g, validated from now on",
-            run.progress.epoch,
-            run.progress.history[-1]["train_loss"],
-        )
+        line = epoch_line(run, run.progress.history[-1], chosen=False)
+        logger.info("%s   validated from now on", line)
 
 
 def validation_of(run: Run) -> AtTheEnd | BesideTraining:
@@ -159,9 +157,8 @@ def record(run: Run, choice: NormChoice, export_weights: Callable[[], None]) -> 
         progress.best_epoch = int(entry["epoch"])
         if run.accelerator.is_main_process:
             export_weights()
-    numbers = {key: value for key, value in entry.items() if isinstance(value, float) and not key.startswith("norm_")}
-    shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items() if key != "peak_memory_bytes")
-    logger.info("epoch %d: %s%s", entry["epoch"], shown, " (best so far)" if best else "")
+    validated = norm_plan(run).split == "validation"
+    logger.info("%s", epoch_line(run, entry, chosen=best and validated))
     _tell_norms(run, choice, entry)
     if run.accelerator.is_main_process:
         keep_history(run)

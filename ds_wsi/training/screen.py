@@ -1,0 +1,63 @@
+"""What a run says on the screen: what it is at its start, an epoch's line, the time that is left."""
+
+from typing import Any
+
+from ds_wsi.engines.accelerate import describe
+from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.progress import duration
+from ds_wsi.training.run import Run
+from ds_wsi.training.words import model_words, tiles_words
+
+
+def tell_start(run: Run, steps_an_epoch: int, steps: int) -> None:
+    """Log the run in a block of lines: where, with what, on which model, how many steps."""
+    settings, optim = run.settings, run.settings.optim
+    slides = run.cohort.rows("train")
+    bags = -(-len(slides) // max(1, steps_an_epoch))
+    every = settings.run.save_steps
+    parameters = list(run.module.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in parameters)
+    lines = {
+        "folder": f"{run.output_dir}, with train.log",
+        "engine": describe(run.accelerator, optim.mixed_precision),
+        "classes": ", ".join(run.cohort.manifest.classes),
+        "tiles": tiles_words(run),
+        "model": f"{model_words(run)}; {_count(trained)} of {_count(total)} parameters trained",
+        "steps": f"{steps_an_epoch} an epoch, {steps} in {optim.num_train_epochs}; "
+        f"{bags} slide{'s' if bags > 1 else ''} a step; rate {optim.learning_rate:g} after {optim.warmup_steps} steps, "
+        f"{optim.lr_scheduler_type}",
+        "checkpoints": f"every {every} steps and at each epoch's end" if every else "at each epoch's end",
+    }
+    width = max(map(len, lines))
+    logger.info("the run\n%s", "\n".join(f"  {name:<{width}}  {words}" for name, words in lines.items()))
+
+
+def _count(number: int) -> str:
+    """Of parameters; under ZeRO-3 and FSDP2 of this process's part."""
+    return f"{number / 1e6:.1f} M" if number >= 1e5 else str(number)
+
+
+def epoch_line(run: Run, entry: dict[str, Any], *, chosen: bool) -> str:
+    """An epoch's line: its time, its losses, the metric that chooses the epoch, and the time that is left.
+
+    Args:
+        run: that trains.
+        entry: of the epoch, in the history, which holds everything else.
+        chosen: whether its weights are the best by a validation split so far.
+    """
+    metric = f"eval_{run.settings.run.metric_for_best_model}"
+    epochs = run.settings.optim.num_train_epochs
+    words = [f"epoch {int(entry['epoch'])}/{epochs}"]
+    seconds = run.epoch_seconds
+    if seconds is not None:
+        words.append(duration(seconds))
+    words.append(f"loss {entry['train_loss']:.4g}")
+    if "eval_loss" in entry:
+        words.append(f"validation {entry['eval_loss']:.4g}")
+    if metric in entry:
+        words.append(f"{metric.removeprefix('eval_')} {entry[metric]:.3f}" + (" (best so far)" if chosen else ""))
+    left = epochs - int(entry["epoch"])
+    if seconds is not None and left > 0:
+        words.append(f"left: about {duration(left * seconds)}")
+    return "   ".join(words)

@@ -1,0 +1,31 @@
+"""A run in words, for its screen and its report."""
+
+from ds_wsi.training.run import Run
+from ds_wsi.training.settings import TrainSettings
+
+
+def model_words(run: Run) -> str:
+    """Encoder, aggregator, and what of them is trained."""
+    if run.config.in_dim is not None:
+        return f"{run.config.aggregator} on features of width {run.config.in_dim}"
+    return f"{run.settings.model.encoder} + {run.config.aggregator}, {_training_words(run.settings)}"
+
+
+def _training_words(settings: TrainSettings) -> str:
+    model = settings.model
+    if model.freeze_encoder:
+        return "encoder frozen"
+    words = "trained end to end"
+    if model.freeze_until is not None:
+        words = f"trained from {model.freeze_until} on"
+    if model.lora_rank:
+        words = f"trained with LoRA of rank {model.lora_rank} in {', '.join(model.lora_targets)}"
+    return words + (f" after {model.freeze_encoder_epochs} frozen epochs" if model.freeze_encoder_epochs else "")
+
+
+def tiles_words(run: Run) -> str:
+    """Size, resolution and number of the tiles."""
+    total = sum(run.cohort.lengths)
+    if run.config.in_dim is not None:
+        return f"features from {run.settings.data.features_dir}, {total} in all"
+    return f"{run.config.tile_size_px} px at {run.config.tiling['mpp']} um/px, {total} in all"
