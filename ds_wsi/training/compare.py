@@ -12,11 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from ds_wsi.evaluation.record import RunFolderError, RunRecord
 from ds_wsi.models import AGGREGATORS
 from ds_wsi.models.packaged import ENCODER
-from ds_wsi.runtime.files import write_text
+from ds_wsi.runtime.files import write_json, write_text
+from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.demo import DEMO_DIRS
 
@@ -102,17 +104,50 @@ def compare(runs: Sequence[ComparedRun], output_dir: Path, cohort: ComparedCohor
 
     Raises:
         subprocess.CalledProcessError: a training failed.
+        ValueError: a finished run is of other options or weights; names it.
     """
+    for run in runs:
+        _require_same(run, output_dir, cohort)
     for number, run in enumerate(runs, 1):
         folder = output_dir / run.name
         if _is_finished(folder):
             logger.info("run %d of %d, %s, is finished: skipped", number, len(runs), run.name)
             continue
         logger.info("run %d of %d: %s", number, len(runs), run.name)
+        write_json(_mark(run, output_dir), _made_of(run, cohort))
         subprocess.run(run.command(cohort, folder), check=True)
     text = format_table({run: read_metrics(output_dir / run.name) for run in runs}, cohort.demo)
     write_text(output_dir / "compare.md", text + "\n")
     return text
+
+
+def _mark(run: ComparedRun, output_dir: Path) -> Path:
+    """Beside the run's folder: what it was started with."""
+    return output_dir / f"{run.name}.json"
+
+
+def _made_of(run: ComparedRun, cohort: ComparedCohort) -> dict[str, Any]:
+    weights = cohort.weights
+    return {
+        "options": [word for word in cohort.options(run.aggregator) if word != weights],
+        "weights_sha256": file_fingerprint(weights).sha256 if weights and Path(weights).is_file() else None,
+    }
+
+
+def _require_same(run: ComparedRun, output_dir: Path, cohort: ComparedCohort) -> None:
+    """A finished run is kept where it was made of the same; of an earlier version's nothing is known."""
+    if not _is_finished(output_dir / run.name):
+        return
+    mark = _mark(run, output_dir)
+    if not mark.is_file():
+        logger.warning("%s is of an earlier version, which did not record its options: kept", output_dir / run.name)
+        return
+    begun, wanted = json.loads(mark.read_text(encoding="utf-8")), _made_of(run, cohort)
+    if begun != wanted:
+        raise ValueError(
+            f"a finished run must be of the same options and weights, {wanted}, got {begun} ({mark}). "
+            "HINT: give another --output_dir."
+        )
 
 
 def _is_finished(folder: Path) -> bool:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ds_wsi.evaluation.record import MARK_NAME as PROTOCOL_MARK
 from ds_wsi.runtime.files import write_json, write_text
@@ -21,9 +22,14 @@ SUBFOLDERS = ("tiles", "heatmaps")  # of the files that a run writes
 
 def is_run_folder(path: Path) -> bool:
     """Whether training, or a protocol, began a run there; an earlier version's is known by a checkpoint."""
-    if _format_of(path / MARK) == FORMAT or (path / PROTOCOL_MARK).is_file():
+    if _format_of(path / MARK) == FORMAT or is_protocol_mark(path / PROTOCOL_MARK):
         return True
     return any((checkpoint / FILE_LIST).is_file() for checkpoint in list_checkpoints(path))
+
+
+def is_protocol_mark(path: Path) -> bool:
+    """Whether a file, no link, is one that a protocol marks a run's folder with."""
+    return {"manifest", "optim.learning_rate", "run.seed"} <= _read(path).keys()
 
 
 def require_run_folder(path: Path, *, resumes: bool) -> None:
@@ -96,12 +102,16 @@ def logging_to(path: Path) -> Iterator[None]:
             logger.removeHandler(handler)
 
 
-def _format_of(path: Path) -> str | None:
-    """The `format` of a JSON file that is there, whole, and no link."""
+def _format_of(path: Path) -> object:
+    return _read(path).get("format")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object of a JSON file that is there, whole, and no link; else an empty one."""
     if path.is_symlink() or not path.is_file():
-        return None
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return None
-    return found.get("format") if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -13,8 +13,10 @@ from ds_wsi.evaluation.record import MARK_NAME, RunFolderError, RunRecord
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.temporary import is_temporary
 from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.training.checkpoint import list_checkpoints
+from ds_wsi.training.run_folder import is_protocol_mark
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import stopping_words
 
@@ -89,8 +91,8 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
         ValueError: names every setting that differs, with both values.
     """
     mark = folder / MARK_NAME
-    if not mark.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+    if not is_protocol_mark(mark):
+        if folder.is_dir() and not all(map(is_temporary, folder.iterdir())):
             raise ValueError(
                 f"{folder} must be this protocol's, got a folder without {MARK_NAME}. HINT: another --output_dir."
             )

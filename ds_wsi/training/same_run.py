@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ds_wsi.training.run import Run
 
 # Keys that checkpoints of earlier versions do not have.
-NEW = ("classes", "slides", "encoder_weights", "pretrained", "slide_files", "grids")
+NEW = ("classes", "slides", "encoder_weights", "pretrained", "slide_files", "grids", "validation_features")
 EPOCHS = "num_train_epochs"
 DRAW = "split_seed"
 TEST_FILES = "test_files"  # they decide the results, not the weights: another file is tested anew, and not refused
@@ -53,6 +53,7 @@ def fingerprint(run: "Run") -> dict[str, Any]:
         "aggregator": run.config.aggregator,
         "features": None if in_dim is None else features_digest(run.cohort, run.cohort.rows("train")),
         "tiling": run.config.tiling,
+        "validation_features": None if in_dim is None else features_digest(run.cohort, run.cohort.rows("validation")),
         "slide_files": _slide_files(run.cohort, _trained_rows(run.cohort)) if in_dim is None else None,
         "grids": _grids(run.cohort) if in_dim is None else None,
         TEST_FILES: _test_files(run.cohort),

@@ -56,6 +56,10 @@ def test_one_command_trains_every_aggregator_seed_and_kind_once(commands, tmp_pa
     assert (tmp_path / "compare.md").read_text() in printed
     assert main([*given, "--output_dir", str(tmp_path)]) == 0
     assert len(commands) == 8, "what is finished is not trained again"
+    capsys.readouterr()
+    assert main([*given, "--demo", "stains", "--output_dir", str(tmp_path)]) == 2
+    assert "a finished run must be of the same options and weights" in capsys.readouterr().err
+    assert len(commands) == 8
 
 
 def test_both_arms_are_trained_alike_but_for_the_encoder(commands, tmp_path):

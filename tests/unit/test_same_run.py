@@ -68,12 +68,13 @@ def test_classes_in_another_order_and_every_other_difference_are_named_at_once(s
     assert "features of width" not in printed
 
 
-def test_other_features_under_the_same_names_are_refused(stopped, tmp_path, capsys):
+@pytest.mark.parametrize(("name", "key"), [("s00", "features"), ("s07", "validation_features")])
+def test_other_features_under_the_same_names_are_refused(stopped, tmp_path, name, key, capsys):
     shutil.copytree(stopped, tmp_path / "c")
-    path = tmp_path / "c" / "features" / "s00.safetensors"
+    path = tmp_path / "c" / "features" / f"{name}.safetensors"
     save_file({"features": load_file(path)["features"] + 1}, path)
     assert train(tmp_path / "c", tmp_path / "c" / "run", "--save_steps", "3", "--resume_from_checkpoint", epochs=4) == 2
-    assert "features must be the checkpoint's" in capsys.readouterr().err
+    assert f"ERROR: {key} must be the checkpoint's" in capsys.readouterr().err
 
 
 def test_the_same_table_written_anew_is_the_same(stopped, tmp_path):
@@ -91,6 +92,7 @@ def test_a_checkpoint_of_an_earlier_version_is_continued_with_one_line(stopped, 
     for checkpoint in (tmp_path / "c" / "run").glob("checkpoint-*"):
         state = json.loads((checkpoint / "state.json").read_text())
         old = ("classes", "slides", "slide_files", "grids", "encoder_weights", "pretrained", "test_files")
+        old += ("validation_features",)
         state["fingerprint"] = {name: value for name, value in state["fingerprint"].items() if name not in old}
         (checkpoint / "state.json").write_text(json.dumps(state))
         (checkpoint / FILE_LIST).unlink()
