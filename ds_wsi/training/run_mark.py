@@ -77,8 +77,9 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
         return
     if not list_checkpoints(folder) and not (folder / RECORD).exists():
         return
-    begun = _BEFORE | json.loads(mark.read_text(encoding="utf-8"))
-    for name in sorted({*begun, *wanted}):
+    remembered = json.loads(mark.read_text(encoding="utf-8"))
+    begun = _BEFORE | remembered
+    for name in sorted({*remembered, *wanted}):
         if begun.get(name) == wanted.get(name):
             continue
         if name == "manifest":

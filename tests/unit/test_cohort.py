@@ -255,7 +255,7 @@ def test_a_folder_of_dicom_is_a_slide_of_the_manifest(slides, tmp_path):
     cohort = load(tmp_path, [row(tmp_path, "one", "series", "a"), row(slides, "two", "other.tiff", "b")])
     assert len(cohort.grids[0]) == 9
     (tmp_path / "none").mkdir()
-    with pytest.raises(ManifestError, match=r"a folder must hold the DICOM files .* \(slide one, "):
+    with pytest.raises(ManifestError, match=r"path must be a file, got .*none.* \(slide one, row 2\)"):
         load(tmp_path, [row(tmp_path, "one", "none", "a"), row(slides, "two", "other.tiff", "b")])
 
 

@@ -192,7 +192,7 @@ def test_problems_of_rows_and_of_slides_are_listed_together(data, tmp_path, caps
         assert "has 3 problem(s)" in printed
         assert "label must be given, got none (slide case_0" in printed
         assert "image must be a file, got none at the folder (slide case_77" in printed
-        assert "slide must be in a format of OpenSlide's" in printed
+        assert "in a format of OpenSlide's" in printed
     assert not (tmp_path / "out" / SEED_0).exists()
 
 
