@@ -8,6 +8,7 @@ import openslide
 from ds_wsi.slides.errors import SlideError
 from ds_wsi.slides.plain import NoImageError, PlainImage, PlainImageError
 
+DICOM_MARK = 128, b"DICM"  # place and bytes
 # What a reading of a slide can fail with.
 READ_ERRORS = (openslide.OpenSlideError, OSError)
 FORMATS_HINT = (
@@ -16,15 +17,16 @@ FORMATS_HINT = (
 )
 
 
-def may_be_dicom(path: Path) -> bool:
-    """Whether a path is a folder with a DICOM file."""
-    return path.is_dir() and any(_is_dicom(entry) for entry in path.iterdir() if entry.is_file())
+def slide_exists(path: Path) -> bool:
+    """Whether there is something to open: a file, or a folder with DICOM."""
+    return path.is_file() or (path.is_dir() and any(_is_dicom(file) for file in path.iterdir()))
 
 
 def _is_dicom(path: Path) -> bool:
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
-        file.seek(128)
-        return file.read(4) == b"DICM"
+        return file.read(DICOM_MARK[0] + len(DICOM_MARK[1])).endswith(DICOM_MARK[1])
 
 
 def open_handle(path: Path, slide_id: str) -> Any:
@@ -61,9 +63,7 @@ def _file_of_dicom(folder: Path, where: str) -> Path:
     """A file of the folder's one DICOM series; OpenSlide finds the others, its levels, beside it."""
     series: dict[str, Path] = {}
     reasons = []
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        if openslide.OpenSlide.detect_format(str(path)) != "dicom":
-            continue
+    for path in sorted(path for path in folder.iterdir() if _is_dicom(path)):
         try:
             with openslide.OpenSlide(str(path)) as opened:
                 series.setdefault(opened.properties.get("dicom.SeriesInstanceUID", ""), path)

@@ -99,12 +99,15 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
         return
     if not list_checkpoints(folder) and not (folder / RECORD).exists():
         return
-    begun = _BEFORE | json.loads(mark.read_text(encoding="utf-8"))
+    remembered = json.loads(mark.read_text(encoding="utf-8"))
+    begun = _BEFORE | remembered
     unknown = [name for name in CONTENTS if name not in begun]
     if unknown:
         logger.warning("%s is of an earlier version, which did not record %s: not compared", mark, ", ".join(unknown))
     left_out = {*unknown} if "encoder_weights_sha256" in unknown else {*unknown, "model.encoder_weights"}
-    names = [name for name in sorted({*begun, *wanted}) if name not in left_out and begun.get(name) != wanted.get(name)]
+    names = [
+        name for name in sorted({*remembered, *wanted}) if name not in left_out and begun.get(name) != wanted.get(name)
+    ]
     found = [_difference(name, begun.get(name), wanted.get(name)) for name in names]
     if len(found) == 1:
         raise ValueError(f"{found[0]} ({mark}). {HINT}")

@@ -1,3 +1,4 @@
+import contextlib
 import struct
 
 import numpy as np
@@ -152,6 +153,25 @@ def test_files_that_are_cut_short_fail_by_name(tmp_path, name):
     with pytest.raises(SlideError, match=words) as caught, Slide(path, mpp=0.5) as slide:
         slide.read_tile(64, 6, 0, 64, 64)
     assert isinstance(caught.value, TileReadError) or "HINT" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*WAYS, "a.jpg", "tiled.tif", "a.gif"])
+def test_a_torn_or_damaged_file_is_a_slide_error_or_read(tmp_path, name):
+    """Never a crash with another error, wherever the file is cut or its bytes are wrong."""
+    ways = {**WAYS, "a.jpg": pillow, "a.gif": pillow, "tiled.tif": lambda path, image: tiff(path, image, tile=(64, 64))}
+    data = ways[name](tmp_path / name, np.random.default_rng(0).integers(0, 255, (70, 150, 3), np.uint8)).read_bytes()
+    rng = np.random.default_rng(1)
+    damaged = [data[:length] for length in sorted({0, 1, 7, 8, 30, 60, 128, *rng.integers(0, len(data), 12).tolist()})]
+    for start in (0, 8, *rng.integers(0, min(len(data), 400), 25).tolist()):
+        flipped = bytearray(data)
+        flipped[start : start + 4] = rng.bytes(4)
+        damaged.append(bytes(flipped))
+    for content in damaged:
+        (tmp_path / name).write_bytes(content)
+        with contextlib.suppress(SlideError), Slide(tmp_path / name, mpp=0.5) as slide:
+            if slide.width_px * slide.height_px < 10**7:
+                slide.read_tile(0, 0, 0, 32, 32)
+                slide.read_overview_downsampled(4)
 
 
 def test_the_limit_against_bombs_is_named(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from ds_wsi.slides.readers import may_be_dicom
+from ds_wsi.slides.readers import slide_exists
 
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -20,7 +20,7 @@ def path_problem(text: str, folder: Path, place: str) -> str | None:
         place: for the message.
     """
     path = folder / text
-    if text and (path.is_file() or may_be_dicom(path)):
+    if text and slide_exists(path):
         return None
     start = f"relative paths start at the manifest's folder, {folder}"
     rule = f"path must be a file, got {text!r}, which is none under {folder} ({place})"
