@@ -34,6 +34,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "warmup_steps": optim.warmup_steps,
         "mixed_precision": optim.mixed_precision,
         "optim": optim.optim,
+        "momentum": optim.momentum,
         "weight_decay": optim.weight_decay,
         "max_grad_norm": optim.max_grad_norm,
         "demon": optim.demon,
@@ -82,7 +83,7 @@ def resume(run: Run) -> None:
         return
     ours, theirs = _fingerprint(run), read_state(checkpoint)["fingerprint"]  # before the engine reads its own files
     # Of a checkpoint before there was a choice.
-    theirs = {"eval_precision": "no", "encoder_learning_rate": theirs.get("learning_rate")} | theirs
+    theirs = {"momentum": 0.0, "eval_precision": "no", "encoder_learning_rate": theirs.get("learning_rate")} | theirs
     if "bn_population" in theirs:  # of a checkpoint before there was a policy: what it trained and exported then
         theirs = {"norm.evaluation": "running", "norm.affine": True, "norm_training": theirs["bn_population"]} | theirs
     for key, value in ours.items():
