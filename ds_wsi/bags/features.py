@@ -1,5 +1,6 @@
 """Features on disk as bags: CLAM's and TRIDENT's h5, CLAM's .pt, our safetensors; and the collator that stacks them."""
 
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from ds_wsi.stacking.stacked_bags import StackedBags, stack_bags
 SUFFIXES = (".h5", ".pt", ".safetensors")
 MAX_GUESSED_SIDE = 2048  # level-0 px: 256 px at 5x of a slide of 40x
 SOLID = 0.5  # share of the tiles with a neighbour, from which their distance is their side
+BELOW = ("h5_files", "pt_files", "features")  # where CLAM and others put them below the folder that they name
 FORMAT, VERSION = "ds_wsi.features", "1"
 
 
@@ -74,9 +76,15 @@ def find_features(directory: str | Path, slide_id: str) -> Path:
     if len(found) == 1:
         return found[0]
     names = ", ".join(path.name for path in found) or "none"
+    below = [] if found else [folder for folder in BELOW if _holds(Path(directory) / folder, slide_id)]
+    hint = f". HINT: it is in {below[0]} there: --features_dir {Path(directory) / below[0]}." if below else ""
     raise FeatureFileError(
-        f"slide {slide_id} must have one file of features, {', '.join(SUFFIXES)}, got {names} ({directory})"
+        f"slide {slide_id} must have one file of features, {', '.join(SUFFIXES)}, got {names} ({directory}){hint}"
     )
+
+
+def _holds(directory: Path, slide_id: str) -> bool:
+    return any((directory / f"{slide_id}{suffix}").is_file() for suffix in SUFFIXES)
 
 
 def read_features(path: str | Path) -> FeatureBag:
@@ -116,7 +124,7 @@ def read_shape(path: str | Path) -> tuple[int, int]:
                 shape = _h5_features(file, path).shape
         elif path.suffix == ".safetensors":
             with safe_open(str(path), framework="pt") as file:
-                _require_features(file.keys(), path)
+                _require_features(file, path)
                 shape = file.get_slice("features").get_shape()
         else:
             shape = _pt_tensors(path, mmap=zipfile.is_zipfile(path))[0].shape
@@ -245,8 +253,10 @@ def _named_errors(path: Path) -> Iterator[None]:
     except Exception as error:  # torch's unpickler of weights raises errors of many kinds
         if type(error).__module__ not in ("pickle", "_pickle"):
             raise
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"an object of {named[1]}" if named else str(error).splitlines()[0]
         raise FeatureFileError(
-            f"features in .pt must be tensors alone, got {str(error).splitlines()[0]} ({path}). "
+            f"features in .pt must be tensors alone, got {what} ({path}). "
             "HINT: save them as a tensor; files that run code when they are read are refused."
         ) from error
 
@@ -260,13 +270,39 @@ def _bag_shape(shape: Sequence[int], path: Path) -> tuple[int, int]:
     return own[0], own[1]
 
 
-def _require_features(names: Sequence[str], path: Path) -> None:
-    if "features" not in names:
-        raise FeatureFileError(f"features must be in the file, got {sorted(names)} ({path})")
+def _no_features(found: Mapping[Any, Any], path: Path) -> FeatureFileError:
+    """What is in a file in the place of `features`, and what would make it readable."""
+    entries = [f"{name!r} {_kind(value)}" for name, value in sorted(found.items(), key=lambda item: str(item[0]))]
+    like = [name for name, value in found.items() if len(_shape(value)) in (2, 3) and 0 not in _shape(value)]
+    likely = [name for name in like if str(name) not in ("coords", "coordinates")]
+    write = {
+        ".h5": "file.move({0!r}, 'features') with h5py.File(path, 'a')",
+        ".pt": "torch.save({{**found, 'features': found[{0!r}]}}, path)",
+        ".safetensors": "save_file({{'features': found.pop({0!r}), **found}}, path)",
+    }[path.suffix]
+    remedy = (
+        f"if {likely[0]!r} holds them, name it so: {write.format(likely[0])}"
+        if likely
+        else "write them as a dataset, or a tensor, of that name [N, D]"
+    )
+    return FeatureFileError(
+        f"a file of features must hold 'features', a tensor [N, D], got {', '.join(entries) or 'nothing'} ({path}). "
+        f"HINT: {remedy}."
+    )
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    shape = getattr(value, "shape", ())
+    return tuple(shape) if shape is not None else ()
+
+
+def _kind(value: Any) -> str:
+    return str(list(_shape(value))) if hasattr(value, "shape") else type(value).__name__
 
 
 def _h5_features(file: h5py.File, path: Path) -> Any:
-    _require_features([name for name, entry in file.items() if isinstance(entry, h5py.Dataset)], path)
+    if not isinstance(file.get("features"), h5py.Dataset):
+        raise _no_features(dict(file), path)
     return file["features"]
 
 
@@ -282,21 +318,38 @@ def _read_pt(path: Path) -> tuple[Tensor, Tensor | None]:
 
 def _pt_tensors(path: Path, mmap: bool) -> tuple[Tensor, Tensor | None]:
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    if isinstance(found, dict):
+    if isinstance(found, Mapping):
         features, coords = found.get("features"), found.get("coords")
+        if not isinstance(features, Tensor):
+            raise _no_features(found, path)
     else:
         features, coords = found, None
     if not isinstance(features, Tensor):
+        items = f" of {len(found)} {type(found[0]).__name__}" if isinstance(found, list | tuple) and found else ""
         raise FeatureFileError(
-            f"features in .pt must be a tensor, or a dict with one, got {type(found).__name__} ({path})"
+            f"features in .pt must be a tensor, or a dict with 'features', got {type(found).__name__}{items} ({path}). "
+            "HINT: torch.save(features, path), of one tensor [N, D]."
         )
-    return features, coords if isinstance(coords, Tensor) else None
+    # Saved without no_grad they still ask for a gradient, of a graph that is gone.
+    return features.detach(), coords.detach() if isinstance(coords, Tensor) else None
+
+
+def _require_features(file: Any, path: Path) -> None:
+    """Of a safetensors file that is open."""
+    if "features" not in set(file.keys()):
+        raise _no_features({name: _Head(tuple(file.get_slice(name).get_shape())) for name in file.keys()}, path)  # noqa: SIM118
+
+
+class _Head(NamedTuple):
+    """What is known of a tensor that is not read."""
+
+    shape: tuple[int, ...]
 
 
 def _read_safetensors(path: Path) -> tuple[Tensor, Tensor | None]:
     with safe_open(str(path), framework="pt") as file:
         names = set(file.keys())
-        _require_features(sorted(names), path)
+        _require_features(file, path)
         return file.get_tensor("features"), file.get_tensor("coords") if "coords" in names else None
 
 

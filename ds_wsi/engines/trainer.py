@@ -240,7 +240,9 @@ class SlideTrainer(Trainer):
         if not isinstance(model, SlideModelForSlideClassification):
             raise ValueError(
                 f"model must be a SlideModelForSlideClassification, got {type(model).__name__}. "
-                "HINT: SlideModelForSlideClassification(SlideModelConfig.of(config), slide_model)"
+                "HINT: SlideModelForSlideClassification(SlideModelConfig.of(config), slide_model), with config of "
+                'ModelConfig(encoder, "abmil", classes, tiling), or of features ModelConfig(None, "abmil", classes, '
+                "in_dim=512)"
             )
         _require_arguments(args, keywords)
         _require_precision(model, args)

@@ -28,7 +28,7 @@ from ds_wsi.stacking.balance import OverCapError
 from ds_wsi.stacking.randomness import bag_randomness
 from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
 from ds_wsi.training.micro_step import MicroStep, MicroSteps, on_device, stack_of
-from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta
+from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta, warn_of_warmup
 from ds_wsi.training.out_of_memory import with_retry
 from ds_wsi.training.outcome import finish, finished_results, is_finished
 from ds_wsi.training.resume import resume, save
@@ -145,6 +145,8 @@ def _train_epochs(run: Run) -> None:
         may_be_empty=run.mesh.tile_size > 1,
     )
     bags = MicroSteps(run, read)
+    if run.accelerator.is_main_process:
+        warn_of_warmup(run.settings.optim.warmup_steps, count_steps(run)[1])
     with validation_of(run) as validation:
         while run.progress.epoch < epochs and not _stops_early(run):
             began = time.perf_counter()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_wsi.runtime.log import logger
+
 SCHEDULES = ("cosine", "linear", "constant", "exponential")
 DECAY_AN_EPOCH = 0.955  # of the exponential schedule, as the end-to-end papers on PANDA have it
 
@@ -35,6 +37,16 @@ def learning_rate_at(
         return peak * DECAY_AN_EPOCH ** ((step - warmup_steps) // steps_per_epoch)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return peak * (1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def warn_of_warmup(warmup_steps: int, total_steps: int) -> None:
+    """Say that a run ends before its warm-up, or with it: its rate then only rises."""
+    if warmup_steps and warmup_steps >= total_steps:
+        logger.warning(
+            "--warmup_steps %d: the run has %d optimizer steps, and its learning rate only rises, to %d%% of its peak. "
+            "HINT: --warmup_steps %d, more --num_train_epochs, or fewer --bags_per_step.",
+            *(warmup_steps, total_steps, 100 * total_steps // warmup_steps, total_steps // 10),
+        )
 
 
 def demon_beta(step: int, *, total_steps: int, initial: float) -> float:

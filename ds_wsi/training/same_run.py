@@ -231,6 +231,7 @@ def _of_checkpoint(checkpoint: Path) -> dict[str, Any]:
     # `seed` drew the splits, too.
     theirs = {
         DRAW: theirs.get("seed"),
+        "momentum": 0.0,
         "eval_precision": "no",
         "encoder_learning_rate": theirs.get("learning_rate"),
     } | theirs

@@ -2,11 +2,12 @@
 
 import re
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 
 import ds_wsi
-from ds_wsi.bags.manifest import read_manifest
 from ds_wsi.cli import build_parser
 from ds_wsi.config import read_section
 from runs import ROOT
@@ -18,33 +19,98 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_example_runs(demo_manifest, tmp_path, monkeypatch):
-    code = blocks("python")[0]
-    slide = read_manifest(demo_manifest).slides[0].path
-    (tmp_path / "slide.svs").symlink_to(slide)
+def write_slide(path):
+    """A slide of 16 whole tiles of 256 px at 0.5 um/px, tissue on glass."""
+    generator = np.random.default_rng(0)
+    image = np.full((1536, 1536, 3), 244.0)
+    image[256:1280, 256:1280] = (190, 110, 170, *generator.normal(0, 15, (1024, 1024, 1)))
+    with tifffile.TiffWriter(path) as file:
+        file.write(
+            np.clip(image, 0, 255).astype(np.uint8),
+            tile=(256, 256),
+            photometric="rgb",
+            compression="jpeg",
+            resolution=(2e4, 2e4),
+            resolutionunit="CENTIMETER",
+            metadata=None,
+        )
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A folder of one's own with what the README names, and nothing left of a block's engines."""
     monkeypatch.chdir(tmp_path)
-    # The demo slide is too small for a tile of 256 px and has few of 64.
-    names: dict = {}
-    exec(code.replace("256", "64").replace("bag[:10]", "bag[:2]"), names)
-    assert names["output"].logits.shape == (2, 2)
-    assert names["output"].attention.shape == (len(names["bag"]) + 2,)
-    for slide_id in ("slide_1", "slide_2"):
-        torch.save(torch.randn(5, 1024), tmp_path / f"{slide_id}.pt")
-    exec(blocks("python")[3].replace("folder", repr(str(tmp_path))), names)
-    assert names["logits"].shape == (2, 2)
-    exec(blocks("python")[2], names)  # one bag across ranks: here across one
+    write_slide(tmp_path / "slide.svs")
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what a block sets is undone
+        monkeypatch.delenv(name)
+    yield tmp_path
+    from ds_wsi.engines.scope import forget_engine
+
+    forget_engine()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def seen(names, *found):
+    """The names of a block that ran, of this kind."""
+    return [names[name] for name in found]
+
+
+def is_slide(names):
+    (output, bag) = seen(names, "output", "bag")
+    assert len(bag) == 16
+    assert output.logits.shape == (2, 2)
+    assert output.attention.shape == (len(bag) + 10,)
+
+
+def is_partition(names):
+    plan, features, encoder = seen(names, "plan", "features", "encoder")
+    assert plan.mode == "partitioned"
+    assert plan.peak_bytes <= 40 * 2**20
+    assert features.shape == (64, 512)
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def is_shared(names):
     assert all(parameter.grad is not None for parameter in names["model"].encoder.parameters())
 
 
-def test_the_partition_example_runs_within_its_budget(capsys):
-    code = blocks("python")[1]
+def is_stacked(names):
+    assert names["logits"].shape == (2, 2)
+
+
+def is_hooked(names):
+    handle, engine = seen(names, "handle", "engine")
+    assert (handle.name, handle.where) == ("dmgc", "one process")
+    assert engine.comm_handle.name == "dmgc"
+    stack = ds_wsi.stack_bags([torch.randn(3, 1024)])
+    engine.backward(engine(stack).logits.logsumexp(1).sum())
+    engine.step()
+
+
+def is_trained(names):
+    assert names["trainer"].state.global_step == 3
+    found = names["SlideModelForSlideClassification"].from_pretrained("runs/hf/model")
+    theirs = names["model"].state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in found.state_dict().items())
+
+
+def is_trained_on_features(names):
+    assert names["trainer"].state.global_step == 3
+
+
+CHECKS = (is_slide, is_partition, is_shared, is_stacked, is_hooked, is_trained, is_trained_on_features)
+
+
+@pytest.mark.parametrize(("number", "check"), enumerate(CHECKS), ids=[check.__name__ for check in CHECKS])
+@pytest.mark.usefixtures("alone")
+def test_a_block_runs_as_it_stands(number, check):
+    assert len(blocks("python")) == len(CHECKS)
     names: dict = {}
-    exec(code, names)
-    assert names["plan"].mode == "partitioned"
-    assert names["plan"].peak_bytes <= 80 * 2**20
-    assert names["features"].shape == (256, 512)
-    assert all(parameter.grad is not None for parameter in names["encoder"].parameters())
-    assert "segment up to" in capsys.readouterr().out
+    exec(blocks("python")[number], names)
+    check(names)
 
 
 @pytest.fixture
@@ -54,18 +120,6 @@ def _no_accelerator_left():
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-@pytest.mark.usefixtures("_no_accelerator_left")
-def test_the_trainer_example_runs(tmp_path, monkeypatch):
-    (code,) = [block for block in blocks("python") if "SlideTrainer" in block]
-    monkeypatch.chdir(tmp_path)
-    names: dict = {"bag": torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8)}
-    exec("from ds_wsi import TilingPolicy\n" + code.replace("256", "64").replace("bag[:10]", "bag[:2]"), names)
-    assert names["trainer"].state.global_step == 3
-    found = names["SlideModelForSlideClassification"].from_pretrained(tmp_path / "runs/hf/model")
-    theirs = names["model"].state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in found.state_dict().items())
 
 
 @pytest.mark.usefixtures("_no_accelerator_left")

@@ -14,6 +14,7 @@ from ds_wsi.bags.features import (
     FeatureDataset,
     FeatureFileError,
     collate_bags,
+    find_features,
     read_about,
     read_features,
     read_places,
@@ -69,8 +70,8 @@ def test_what_is_wrong_is_said(tmp_path):
         (tmp_path / "torn.safetensors", r"must be readable.*torn.safetensors"),
         (tmp_path / "torn.pt", r"must be readable.*torn.pt"),
         (tmp_path / "code.pt", r"must be tensors alone.*code.pt.*HINT: save them as a tensor"),
-        (tmp_path / "list.pt", "must be a tensor, or a dict with one, got list"),
-        (tmp_path / "other.h5", r"must be in the file, got \['coords'\]"),
+        (tmp_path / "list.pt", "must be a tensor, or a dict with 'features', got list"),
+        (tmp_path / "other.h5", r"must hold 'features', .* got 'coords' \[2, 2\]"),
         (write(tmp_path / "nan.h5", features=broken), "must be finite, got 1 rows that are not, of 4"),
         (write(tmp_path / "flat.h5", features=FEATURES[0]), r"must be \[N, D\] with N >= 1, got \[3\]"),
         (write(tmp_path / "short.h5", coords=COORDS[:2]), "coords must have a row a feature, 4, got 2"),
@@ -154,3 +155,59 @@ def test_places_have_the_files_side_or_the_commonest_step(tmp_path):
     assert read_places(tmp_path / "d.safetensors")[1] == 200.5
     assert read_about(tmp_path / "d.safetensors") == {"encoder": "x"}
     assert read_about(tmp_path / "a.safetensors") == {}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".h5", ".safetensors"])
+def test_features_of_another_name_are_named_with_the_remedy(tmp_path, suffix):
+    path, value = tmp_path / f"a{suffix}", torch.randn(5, 8)
+    found = {"tile_embeds": value, "coords": torch.zeros(5, 2)}
+    if suffix == ".pt":
+        torch.save({**found, "label": 3}, path)
+    elif suffix == ".safetensors":
+        save_file(found, path)
+    else:
+        with h5py.File(path, "w") as file:
+            for name, tensor in found.items():
+                file[name] = tensor.numpy()
+    for read in (read_features, read_shape):
+        words = r"'coords' \[5, 2\].*'tile_embeds' \[5, 8\].*HINT: if 'tile_embeds'"
+        with pytest.raises(FeatureFileError, match=words) as error:
+            read(path)
+    remedy = str(error.value).split("name it so: ")[1].rstrip(".")
+    names = {"path": path, "found": found, "torch": torch, "save_file": save_file, "h5py": h5py}
+    if suffix == ".h5":
+        call, _, opened = remedy.partition(" with ")
+        with h5py.File(path, "a") as file:
+            eval(call, {"file": file})
+        assert opened == "h5py.File(path, 'a')"
+    else:
+        eval(remedy, names)  # the remedy works
+    assert torch.equal(read_features(path).features, value)
+
+
+def test_features_that_ask_for_a_gradient_are_numbers_like_others(tmp_path):
+    value = torch.randn(5, 8, requires_grad=True) * 1.0
+    torch.save(value, tmp_path / "a.pt")
+    torch.save({"features": torch.nn.Parameter(value.detach()), "coords": torch.zeros(5, 2)}, tmp_path / "b.pt")
+    for name in ("a.pt", "b.pt"):
+        found = read_features(tmp_path / name)
+        assert not found.features.requires_grad
+        assert torch.equal(found.features, value.detach())
+        assert len(found.features.numpy().data) == 5
+        assert read_shape(tmp_path / name) == (5, 8)
+    batch = torch.utils.data.DataLoader(FeatureDataset(tmp_path, [("a", 0), ("b", 1)]), 2, collate_fn=collate_bags)
+    stack, *_ = next(iter(batch))
+    assert not stack.values.requires_grad
+
+
+def test_a_folder_of_clams_names_the_folder_within(tmp_path):
+    (tmp_path / "h5_files").mkdir()
+    torch.save(torch.zeros(1, 2), tmp_path / "h5_files" / "a.pt")
+    with pytest.raises(FeatureFileError, match=r"got none .*HINT: it is in h5_files there: --features_dir .*h5_files"):
+        find_features(tmp_path, "a")
+
+
+def test_an_object_in_a_pt_is_named(tmp_path):
+    torch.save({"features": torch.zeros(1, 2), "label": np.float64(1.0)}, tmp_path / "a.pt")
+    with pytest.raises(FeatureFileError, match=r"got an object of numpy\S+ \(.*HINT: save them as a tensor"):
+        read_features(tmp_path / "a.pt")

@@ -14,7 +14,14 @@ from torch import nn
 
 from ds_wsi.cli import main
 from ds_wsi.training import loop
-from ds_wsi.training.optim import DECAY_AN_EPOCH, WeightAverage, demon_beta, learning_rate_at, set_beta
+from ds_wsi.training.optim import (
+    DECAY_AN_EPOCH,
+    WeightAverage,
+    demon_beta,
+    learning_rate_at,
+    set_beta,
+    warn_of_warmup,
+)
 from ds_wsi.training.settings import OptimSettings
 from ds_wsi.training.warmup import set_rates
 
@@ -210,3 +217,17 @@ def test_the_encoders_group_has_its_own_rate():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.01])
     set_rates(optimizer, 0.1, 0.01, resting=True, encoder_factor=0.1)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.0])
+
+
+@pytest.mark.parametrize(("warmup", "total", "warned"), [(10, 8, True), (8, 8, True), (6, 8, False), (0, 0, False)])
+def test_a_warmup_that_the_run_does_not_leave_is_warned_of(warmup, total, warned, caplog):
+    warn_of_warmup(warmup, total)
+    assert bool(caplog.messages) == warned
+    rates = [
+        learning_rate_at(step, total_steps=total, peak=1.0, schedule="cosine", warmup_steps=warmup)
+        for step in range(total)
+    ]
+    assert (rates == sorted(rates) and total > 0) == warned
+    if warned:
+        assert f"the run has {total} optimizer steps" in caplog.messages[0]
+        assert f"only rises, to {round(100 * rates[-1])}% of its peak" in caplog.messages[0]

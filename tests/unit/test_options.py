@@ -79,6 +79,7 @@ def test_every_option_sets_its_field_with_underscores_or_dashes(name, place, kin
         "nvme_budget": ["--nvme_path", "/"],
         "eval_runs": ["--eval_tiles", "9"],
         "validation_device": ["--validate_beside"],
+        "momentum": ["--optim", "sgd"],
     }.get(name, [])
     settings = settings_of(option, *([] if given is None else [given]), *needed)
     assert value_at(settings, place) == expected
