@@ -51,7 +51,7 @@ def write_results(
     """Write everything about a set of predictions below `directory`, and return the metrics with their intervals.
 
     `split` names the slides in the log, "all" those of all splits. Of several runs of the protocol, metrics are the
-    mean of the runs', and predictions hold the mean probabilities. Metrics are logged before heat maps are drawn, of the
+    mean of the runs', and predictions hold the mean probabilities. Metrics are logged first. Heat maps are drawn of the
     first `n_heatmaps` slides, of all with None; `shown` is for their bar.
     """
     slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
