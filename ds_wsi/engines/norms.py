@@ -73,9 +73,9 @@ def warn_of_few_bags(training: str, bags_in_step: int) -> None:
     """Say that a population of few bags is a poor one, once, where the norms average over it."""
     if training in ("bag", "step", "stack") and bags_in_step < FEW_BAGS:
         logger.warning(
-            "norm.training %s: the encoder's BatchNorm averages over %d slide(s) in training, and takes out of its "
+            "norm.training %s: the encoder's BatchNorm averages over %d slide%s in training, and takes out of its "
             "features what such few have in common. HINT: --bags_per_step 8, or an encoder with weights.",
-            *(training, bags_in_step),
+            *(training, bags_in_step, "" if bags_in_step == 1 else "s"),
         )
 
 

@@ -1,5 +1,6 @@
 """`partition_layers`: a module that computes in chunks, in place, and back."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -237,7 +238,9 @@ class PartitionedForward:
                     source=cost,
                     arguments=arguments,
                 )
-                logger.info("%s", plan)
+                # Of bags that fit as they are there is nothing to say.
+                logger.log(logging.DEBUG if plan.mode == "native" else logging.INFO, "%s", plan.summary)
+                logger.debug("%s", plan)
             else:
                 example = Example(shape, dtype, device, arguments)
                 plan = uniform_plan(policy, example, lambda: self.traced(policy.axis, example, whole=True))

@@ -78,6 +78,11 @@ class PartitionPlan:
         """On the disk at most: of `host_bytes`, what the host budget does not hold."""
         return max(0, self.host_bytes - self.host_budget_bytes) if self.nvme_budget_bytes else 0
 
+    @property
+    def summary(self) -> str:
+        """The plan in one line."""
+        return str(self).splitlines()[0]
+
     def __str__(self) -> str:
         """A table, a line a segment, under a line that sums it up."""
         rates = "measured" if self.rates_measured else "assumed"

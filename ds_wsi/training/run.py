@@ -36,7 +36,7 @@ from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, SlideOutput
 from ds_wsi.norms import batch_norms
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
-from ds_wsi.partition.apply import DEFAULT_CHUNK
+from ds_wsi.partition.apply import DEFAULT_CHUNK, bucket
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import PRECISIONS, precision_words
 from ds_wsi.slides.demo import DEMOS, make_demo
@@ -298,9 +298,12 @@ def _partition(
         tiles = math.ceil(longest * max(shares) / sum(shares))
         size = settings.policies.tiling.tile_size_px
         precision = PRECISIONS[settings.optim.mixed_precision]
-        shape = (tiles * settings.optim.per_device_train_batch_size * together, 3, size, size)
+        tiles *= settings.optim.per_device_train_batch_size * together
+        # As bags of this length are planned, so that what is told is what is used.
+        shape = (bucket(tiles) if wanted.mode == "auto" else tiles, 3, size, size)
         plan = plan_partition(module.encoder, shape, wanted, autocast=precision, device=device)
-        logger.info("%s", plan)
+        logger.info("%s", plan.summary)
+        logger.debug("%s", plan)
         one_plan = mesh.tile_size > 1 or (module.norm_training == "step" and accelerator.num_processes > 1)
         if one_plan and wanted.mode == "auto":
             wanted = PartitionPlan.from_section(broadcast_object_list([plan.to_section()])[0])
