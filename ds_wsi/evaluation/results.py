@@ -13,6 +13,7 @@ import torch
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.features import FeatureFile, read_places
 from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.bags.summary import cohort_lines
 from ds_wsi.evaluation.bootstrap import MetricInterval, bootstrap_metrics, format_table, metrics_to_json
 from ds_wsi.evaluation.curves import draw_curves
 from ds_wsi.evaluation.heatmap import draw_attention
@@ -47,12 +48,14 @@ def write_results(
     split: str = "test",
     n_heatmaps: int | None = None,
     shown: bool = True,
+    dataset: str = "",
+    changed: Mapping[str, Any] | None = None,
 ) -> dict[str, MetricInterval]:
     """Write everything about a set of predictions below `directory`, and return the metrics with their intervals.
 
-    `split` names the slides in the log, "all" those of all splits. Of several runs of the protocol, metrics are the
-    mean of the runs', and predictions hold the mean probabilities. The metrics are logged before heat maps are drawn, of
-    the first `n_heatmaps` slides, of all with None; `shown` is for their bar.
+    `split` and `dataset` name the slides, "all" those of all splits; `changed` is as of `write_report`. Of several runs
+    of the protocol, metrics are the mean of the runs', and predictions hold the mean probabilities. The metrics are
+    logged before heat maps are drawn, of the first `n_heatmaps` slides, of all with None; `shown` is for their bar.
     """
     slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
     labels, patients = np.array([slide.class_index for slide in slides]), [slide.patient_id for slide in slides]
@@ -67,6 +70,9 @@ def write_results(
     write_json(
         directory / "metrics.json",
         {
+            "dataset": dataset,
+            "split": split,
+            "classes": list(cohort.manifest.classes),
             "n_slides": len(rows),
             "n_patients": n_patients,
             "evaluation": asdict(protocol),
@@ -98,6 +104,8 @@ def write_results(
         failures=[dict(failure) for failure in failures],
         resampled="slides" if n_patients == len(rows) else f"the {n_patients} patients",
         sections={"Evaluation": _protocol_words(protocol, runs)} if protocol.tiles else None,
+        cohort=cohort_lines(cohort.manifest, cohort.lengths),
+        changed=changed,
     )
     return intervals
 

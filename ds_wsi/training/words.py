@@ -8,7 +8,8 @@ def model_words(run: Run) -> str:
     """Encoder, aggregator, and what of them is trained."""
     if run.config.in_dim is not None:
         return f"{run.config.aggregator} on features of width {run.config.in_dim}"
-    return f"{run.settings.model.encoder} + {run.config.aggregator}, {_training_words(run.settings)}"
+    random = "" if run.settings.model.has_weights else " (from RANDOM weights)"
+    return f"{run.settings.model.encoder}{random} + {run.config.aggregator}, {_training_words(run.settings)}"
 
 
 def _training_words(settings: TrainSettings) -> str:
