@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ds_wsi.evaluation.report import write_report
 from ds_wsi.runtime.files import atomic_path, json_number, write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress
+from ds_wsi.runtime.words import counted
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import TileGrid
 
@@ -50,12 +51,13 @@ def write_results(
     shown: bool = True,
     dataset: str = "",
     changed: Mapping[str, Any] | None = None,
+    tell: Callable[[str], object] = logger.info,
 ) -> dict[str, MetricInterval]:
     """Write everything about a set of predictions below `directory`, and return the metrics with their intervals.
 
     `split` and `dataset` name the slides, "all" those of all splits; `changed` is as of `write_report`. Of several runs
     of the protocol, metrics are the mean of the runs', and predictions hold the mean probabilities. The metrics are
-    logged before heat maps are drawn, of the first `n_heatmaps` slides, of all with None; `shown` is for their bar.
+    told before heat maps are drawn, of the first `n_heatmaps` slides, of all with None; `shown` is for their bar.
     """
     slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
     labels, patients = np.array([slide.class_index for slide in slides]), [slide.patient_id for slide in slides]
@@ -87,11 +89,11 @@ def write_results(
     if history:
         curves = directory / "curves.png"
         draw_curves([dict(entry) for entry in history], curves, best_epoch=best_epoch, metric=metric)
-    words = f"metrics of {len(rows)} slides"
+    words = f"metrics of {counted(len(rows), 'slide')}"
     words = f"{words} of all splits" if split == "all" else f"{split} {words}"
-    logger.info("%s:\n%s", words, format_table(intervals))
+    tell(f"{words}:\n{format_table(intervals)}")
     if positive is not None:
-        logger.info("f1 is that of class %s, the second", positive)
+        tell(f"f1 is that of class {positive}, the second")
     heatmaps = draw_heatmaps(directory / "heatmaps", cohort, predictions[:n_heatmaps], shown=shown)
     write_report(
         directory / REPORT,
