@@ -23,13 +23,18 @@ def log_cohort(manifest: Manifest, lengths: Sequence[int] = ()) -> None:
 
 def cohort_table(manifest: Manifest, lengths: Sequence[int] = ()) -> str:
     """The block: a column a split and one of all, aligned; see `log_cohort`."""
+    return _aligned(cohort_lines(manifest, lengths))
+
+
+def cohort_lines(manifest: Manifest, lengths: Sequence[int] = ()) -> list[tuple[str, ...]]:
+    """The block's lines: the columns' headings, then slides, patients, labels and tiles, each with its name first."""
     slides = manifest.slides
     rows_of = {split: [row for row, slide in enumerate(slides) if slide.split == split] for split in SPLITS}
     columns = {split: rows for split, rows in rows_of.items() if rows}
     # Several columns add up to it; of one split alone it would be that again.
     if len(columns) != 1 or len(next(iter(columns.values()))) < len(slides):
         columns["all"] = list(range(len(slides)))
-    lines = [("", *columns)]
+    lines: list[tuple[str, ...]] = [("", *columns)]
     lines.append(("slides", *(str(len(rows)) for rows in columns.values())))
     lines.append(("patients", *(str(len({slides[row].patient_id for row in rows})) for rows in columns.values())))
     for index, name in enumerate(manifest.classes[:SHOWN_CLASSES]):
@@ -42,7 +47,7 @@ def cohort_table(manifest: Manifest, lengths: Sequence[int] = ()) -> str:
         taken = [[lengths[row] for row in rows] for rows in columns.values()]
         lines.append(("tiles", *(str(sum(own)) for own in taken)))
         lines.append(("tiles a slide", *(f"{min(own)} to {max(own)}" for own in taken)))
-    return _aligned(lines)
+    return lines
 
 
 def class_warnings(manifest: Manifest) -> list[str]:

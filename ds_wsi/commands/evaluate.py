@@ -67,7 +67,8 @@ def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
     from ds_wsi.evaluation.folder import mark, require_no_run, require_same_evaluation
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.record import RunFolderError, RunRecord
-    from ds_wsi.evaluation.results import write_predictions, write_results
+    from ds_wsi.evaluation.results import REPORT, write_predictions, write_results
+    from ds_wsi.runtime.environment import command_line
     from ds_wsi.runtime.temporary import remove_left_behind
     from ds_wsi.training.run_folder import is_run_folder
 
@@ -104,6 +105,7 @@ def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
         predictions,
         title=f"{options.model} on {options.manifest}",
         summary={
+            "command": command_line(),
             "model": options.model,
             "cohort": options.manifest,
             "split": options.split,
@@ -113,10 +115,13 @@ def _evaluate(options: argparse.Namespace, processes: "Processes") -> None:
         failures=failures,
         protocol=protocol,
         split=options.split,
+        dataset=options.dataset_name or Path(options.manifest).stem,
+        tell=print,
     )
     if record is not None:
         dataset = options.dataset_name or Path(options.manifest).stem
         record.evaluated_on(dataset, options.split, protocol, options.precision).write(directory)
+    logger.info("written: %s, with metrics.json and predictions.csv beside it", directory / REPORT)
     tell_left_out(cohort, directory)
 
 

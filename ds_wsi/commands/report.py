@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 
 from ds_wsi.commands.parser import add_command
+from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.own_files import begins_with, require_ours
 from ds_wsi.training.options import comma_separated, spellings
 
@@ -29,6 +31,7 @@ def run_compare(options: argparse.Namespace) -> None:
     print(f"A: {options.run_a}\nB: {options.run_b}\n{format_comparison(comparison)}")
     found = {"a": options.run_a, "b": options.run_b, **comparison_to_json(comparison)}
     write_json(place, found)
+    logger.info("written: %s", place)
 
 
 def add_report(subparsers: argparse._SubParsersAction) -> None:
@@ -38,12 +41,18 @@ def add_report(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         *spellings("output_dir"), default="tables", help="results.csv, .md, .tex and .html go there (default: tables)"
     )
-    parser.add_argument("--metric", help="comma-separated (default: quadratic_weighted_kappa,auc,accuracy)")
+    parser.add_argument(
+        "--metric",
+        help=f"which of {', '.join(METRIC_NAMES)} are shown, comma-separated (default: the one that chose the models, "
+        "then auc,accuracy,quadratic_weighted_kappa)",
+    )
 
 
 def run_report(options: argparse.Namespace) -> None:
     """`ds-wsi report`."""
-    from ds_wsi.evaluation.tables import write_tables
+    from ds_wsi.evaluation.tables import FILES, write_tables
 
-    metrics = comma_separated(options.metric) if options.metric else None
-    print(write_tables([Path(run) for run in options.runs], Path(options.output_dir), metrics))
+    metrics = comma_separated(options.metric.lower()) if options.metric else None
+    folder = Path(options.output_dir)
+    print(write_tables([Path(run) for run in options.runs], folder, metrics))
+    logger.info("written: %s", ", ".join(str(folder / name) for name in FILES))

@@ -25,7 +25,7 @@ def run_train(options: argparse.Namespace) -> None:
     if options.dry_run:
         from ds_wsi.training.dry_run import dry_run
 
-        _print_some(dry_run(settings, deepspeed_config))
+        _print_some(dry_run(settings, deepspeed_config, all_of_them=options.dry_run == "all"))
         return
     train(settings, deepspeed_config)
 
@@ -59,14 +59,20 @@ def run_protocol(options: argparse.Namespace) -> None:
     if options.dry_run:
         from ds_wsi.training.dry_run import dry_protocol
 
-        _print_some(dry_protocol(protocol, settings, deepspeed_config))
+        _print_some(dry_protocol(protocol, settings, deepspeed_config, all_of_them=options.dry_run == "all"))
         return
     _print_some(run_protocol(protocol, settings, deepspeed_config, preset.pretrained))
 
 
 def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        *spellings("dry_run"), action="store_true", help="check everything, tell slides, steps and time, train nothing"
+        *spellings("dry_run"),
+        nargs="?",
+        const="changed",
+        choices=("changed", "all"),
+        metavar="all",
+        help="check everything, tell slides, steps, time and the settings that differ from the defaults (with `all` "
+        "every setting), and train nothing",
     )
 
 

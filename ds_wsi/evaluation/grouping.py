@@ -18,11 +18,12 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's folder, what it was, and its test metrics (name -> value, NaN where undefined)."""
+    """A run's folder, what it was, its test metrics (name -> value, NaN where undefined), its classes in order."""
 
     path: Path
     record: RunRecord
     metrics: Mapping[str, float]
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Table:
 
 
 def build_tables(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> tuple[Table, ...]:
-    """One table a dataset, in the order of their names; rows by method, evaluation and variant.
+    """One table a dataset, in the order of their names; rows by method, evaluation, order of the classes and variant.
 
     Raises:
         ValueError: two runs with the same seed and split in one cell.
@@ -100,8 +101,13 @@ def build_tables(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> tuple[T
     by_dataset = _grouped(runs, lambda run: run.record.dataset)
     tables = []
     for dataset in sorted(by_dataset):
-        by_row = _grouped(by_dataset[dataset], lambda run: (run.record.method, run.record.protocol))
-        rows = [row for key in sorted(by_row) for row in _rows(*key, by_row[key], metrics)]
+        by_row = _grouped(by_dataset[dataset], lambda run: (run.record.method, run.record.protocol, run.classes))
+        several = len({run.classes for run in by_dataset[dataset]}) > 1
+        rows = [
+            row
+            for (method, protocol, classes), group in sorted(by_row.items(), key=lambda item: item[0])
+            for row in _rows(method, protocol, f"classes {', '.join(classes)}" if several else "", group, metrics)
+        ]
         found = {training for row in rows for training in row.cells}
         trainings = [name for name in TRAININGS if name in found] + sorted(found - set(TRAININGS))
         tables.append(Table(dataset, tuple(metrics), tuple(trainings), tuple(rows)))
@@ -115,8 +121,11 @@ def _grouped(runs: Iterable[FinishedRun], key: Callable[[FinishedRun], Key]) -> 
     return groups
 
 
-def _rows(method: str, protocol: str, runs: list[FinishedRun], metrics: Sequence[str]) -> list[Row]:
-    """A row a variant; a training without variants, such as the one frozen baseline, stands in each."""
+def _rows(method: str, protocol: str, classes: str, runs: list[FinishedRun], metrics: Sequence[str]) -> list[Row]:
+    """A row a variant; a training without variants, such as the one frozen baseline, stands in each.
+
+    `classes` begins the variant's words: kappa and f1 are other metrics where the classes come in another order.
+    """
     by_training = {
         training: _variants(group) for training, group in _grouped(runs, lambda run: run.record.training).items()
     }
@@ -125,7 +134,7 @@ def _rows(method: str, protocol: str, runs: list[FinishedRun], metrics: Sequence
     for name in names or [""]:
         chosen = {training: variants.get(name, variants.get("")) for training, variants in by_training.items()}
         cells = {training: _cell(group, metrics) for training, group in chosen.items() if group}
-        rows.append(Row(method, protocol, name, cells))
+        rows.append(Row(method, protocol, "; ".join(words for words in (classes, name) if words), cells))
     return rows
 
 
@@ -133,7 +142,24 @@ def _variants(runs: list[FinishedRun]) -> dict[str, list[FinishedRun]]:
     """Runs by the settings in which they differ, in words; all under "" where they differ in none."""
     names = sorted({name for run in runs for name in run.record.settings})
     differing = [name for name in names if len({json.dumps(run.record.settings.get(name)) for run in runs}) > 1]
-    return _grouped(runs, lambda run: ", ".join(f"{name} {run.record.settings.get(name)}" for name in differing))
+    return _grouped(
+        runs, lambda run: ", ".join(f"{option_name(name)} {run.record.settings.get(name)}" for name in differing)
+    )
+
+
+_OPTION_NAMES = {
+    "slides_per_step": "bags_per_step",
+    "compression.hook": "comm_hook",
+    "compression.keep": "comm_keep",
+    "early_stopping": "early_stopping_patience",
+    "from_tile_store": "tile_store",
+}
+
+
+def option_name(setting: str) -> str:
+    """A setting of a record under its option's name."""
+    group, _, name = setting.rpartition(".")
+    return _OPTION_NAMES.get(setting, f"augment_{name}" if group == "augment" else name)
 
 
 def _cell(runs: list[FinishedRun], metrics: Sequence[str]) -> Cell:
@@ -141,7 +167,8 @@ def _cell(runs: list[FinishedRun], metrics: Sequence[str]) -> Cell:
         if len(same) > 1:
             raise ValueError(
                 f"runs of one cell must differ in seed or split, got seed {seed}, split {split!r} in "
-                f"{same[0].path} and {same[1].path}. HINT: leave one out, or tell the splits apart with --split_name."
+                f"{same[0].path} and {same[1].path}. HINT: leave one of them out; runs of other splits are told apart "
+                "where they are trained, by `ds-wsi train --split_name`."
             )
     return Cell(tuple(runs), {metric: _statistic([run.metrics[metric] for run in runs]) for metric in metrics})
 

@@ -39,6 +39,9 @@ tbody th { font-weight: 500; }
 thead .bar { text-align: center; }
 .bar svg { display: block; width: 100%; height: .8rem; overflow: visible; }
 .predictions tbody th { white-space: nowrap; }
+.confusion, .cohort { width: auto; }
+.confusion .diagonal { background: var(--wash); font-weight: 650; }
+.roc text { fill: var(--ink); font-size: 13px; }
 body:has(.results) { max-width: 84rem; }
 .results .group { padding-right: 0; border-bottom-color: var(--line); text-align: center; }
 .results td:first-child { white-space: nowrap; }

@@ -26,7 +26,7 @@ class RunRecord:
 
     Args:
         dataset: the name of the test slides' dataset.
-        encoder, aggregator: their names (of features on disk the folder's); together the method.
+        encoder, aggregator: their names (of features on disk their encoder's, or the folder's); together the method.
         training: "frozen", "partly frozen" or "end to end": what was trained of the encoder.
         seed: of the training.
         split: which split or fold of the dataset; empty where there is but one.

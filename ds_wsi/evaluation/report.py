@@ -12,8 +12,10 @@ from typing import Any
 from PIL import Image
 
 from ds_wsi.evaluation.bootstrap import MetricInterval, range_words
+from ds_wsi.evaluation.figures import classes_of, confusion_section, roc_section
 from ds_wsi.evaluation.page import head_cell, page, section, table
 from ds_wsi.runtime.files import write_text
+from ds_wsi.runtime.words import counted
 
 MAX_CURVES_PX = 1800  # the longer side
 # The longer side of a heat map: full size up to 40 of them, then smaller, so that the file stays near 10 MB.
@@ -41,8 +43,12 @@ def write_report(
     failures: Sequence[Mapping[str, Any]],
     sections: Mapping[str, str] | None = None,
     resampled: str = "slides",
+    cohort: Sequence[Sequence[str]] = (),
+    changed: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the report: metrics, settings, curves, predictions, heat maps and failed tiles on one offline page.
+
+    Predictions that are wrong come first, those that the model was surest of at the top.
 
     All text is escaped; images are embedded, heat maps as JPEG and smaller where there are many.
 
@@ -58,6 +64,8 @@ def write_report(
         failures: one a tile that could not be read, such as slide_id, x, y, reason; all of one form.
         sections: heading -> plain text, put after the metrics; blank lines part paragraphs.
         resampled: what the intervals' bootstrap drew.
+        cohort: as `cohort_lines` returns it.
+        changed: settings that differ from the defaults, name -> value; None where there are none to tell of.
 
     Raises:
         FileNotFoundError: an image that is not there.
@@ -67,11 +75,15 @@ def write_report(
         f"<h1>{escape(title)}</h1>",
         _metrics_section(intervals, len(predictions), resampled),
         *(_prose_section(heading, text) for heading, text in (sections or {}).items()),
+        confusion_section(predictions),
+        roc_section(predictions),
         _predictions_section(predictions, anchors),
+        _cohort_section(cohort),
         _curves_section(curves_png),
         _failures_section(failures),
         _heatmaps_section(heatmaps, anchors, predictions),
         _summary_section(summary),
+        _changed_section(changed),
     ]
     write_text(path, page(title, "\n".join(part for part in body if part)))
 
@@ -123,13 +135,19 @@ def _prose_section(heading: str, text: str) -> str:
 def _predictions_section(predictions: Sequence[Mapping[str, Any]], anchors: Mapping[str, str]) -> str:
     if not predictions:
         return section("Predictions", "<p>No slide was predicted.</p>")
-    classes = list(dict.fromkeys(name for row in predictions for name in row["probabilities"]))
+    classes = classes_of(predictions)
     right = sum(bool(row["correct"]) for row in predictions)
     head = [head_cell("Slide"), head_cell("Label"), head_cell("Predicted"), head_cell("Result")]
     head += [*(head_cell(f"P({name})", True) for name in classes), head_cell("Tiles", True)]
-    rows = [_prediction_row(row, classes, anchors) for row in predictions]
-    note = f"<p>{right} of {len(predictions)} slides are predicted correctly.{_link_note(anchors)}</p>"
+    rows = [_prediction_row(row, classes, anchors) for row in sorted(predictions, key=_wrong_first)]
+    order = " The wrong ones come first." if 0 < right < len(predictions) else ""
+    note = f"<p>{right} of {len(predictions)} slides are predicted correctly.{order}{_link_note(anchors)}</p>"
     return section("Predictions", note + "\n" + table(head, rows, "predictions"))
+
+
+def _wrong_first(row: Mapping[str, Any]) -> tuple[bool, float]:
+    """Wrong ones by how sure of them the model was; right ones keep their order."""
+    return (True, 0.0) if row["correct"] else (False, -row["probabilities"].get(row["predicted"], 0.0))
 
 
 def _link_note(anchors: Mapping[str, str]) -> str:
@@ -156,6 +174,21 @@ def _probability(row: Mapping[str, Any], name: str) -> str:
     return f'<td class="{kind}">{"" if math.isnan(value) else f"{value:.3f}"}</td>'
 
 
+def _cohort_section(lines: Sequence[Sequence[str]]) -> str:
+    """A row a line, its name first; the first line has the columns' headings."""
+    if not lines:
+        return ""
+    (_, *names), *rest = lines
+    head = ["<td></td>", *(head_cell(name, True) for name in names)]
+    rows = [
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(f'<td class="number">{escape(cell)}</td>' for cell in cells)
+        + "</tr>"
+        for name, *cells in rest
+    ]
+    return section("Cohort", table(head, rows, "cohort"))
+
+
 def _curves_section(curves_png: Path | None) -> str:
     if curves_png is None:
         return ""
@@ -171,15 +204,8 @@ def _failures_section(failures: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         "<tr>" + "".join(f"<td>{escape(str(row.get(key, '')))}</td>" for key in columns) + "</tr>" for row in failures
     ]
-    note = (
-        f"<p>{len(failures):,} {_plural(len(failures), 'tile')} of {slides:,} {_plural(slides, 'slide')} could not be "
-        "read and took no part.</p>"
-    )
+    note = f"<p>{counted(len(failures), 'tile')} of {counted(slides, 'slide')} could not be read and took no part.</p>"
     return section("Failed tiles", note + "\n" + table([head_cell(key.replace("_", " ")) for key in columns], rows))
-
-
-def _plural(count: int, noun: str) -> str:
-    return noun if count == 1 else noun + "s"
 
 
 def _heatmaps_section(
@@ -214,6 +240,14 @@ def _outcome(row: Mapping[str, Any] | None) -> str:
     kind, result = ("right", "correct") if row["correct"] else ("wrong", "wrong")
     label, predicted = escape(str(row["label"])), escape(str(row["predicted"]))
     return f'<span class="{kind}">{label}, predicted {predicted} <span class="mark">{result}</span></span>'
+
+
+def _changed_section(changed: Mapping[str, Any] | None) -> str:
+    if changed is None:
+        return ""
+    pairs = "\n".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in changed.items())
+    heading = "Settings that differ from the defaults"
+    return section(heading, f"<dl>\n{pairs}\n</dl>" if changed else "<p>None does.</p>")
 
 
 def _summary_section(summary: Mapping[str, str]) -> str:

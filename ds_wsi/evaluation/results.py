@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.features import FeatureFile, read_places
 from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.bags.summary import cohort_lines
 from ds_wsi.evaluation.bootstrap import MetricInterval, bootstrap_metrics, format_table, metrics_to_json
 from ds_wsi.evaluation.curves import draw_curves
 from ds_wsi.evaluation.heatmap import draw_attention
@@ -23,6 +24,7 @@ from ds_wsi.evaluation.report import write_report
 from ds_wsi.runtime.files import atomic_path, json_number, write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress
+from ds_wsi.runtime.words import counted
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import TileGrid
 
@@ -47,12 +49,15 @@ def write_results(
     split: str = "test",
     n_heatmaps: int | None = None,
     shown: bool = True,
+    dataset: str = "",
+    changed: Mapping[str, Any] | None = None,
+    tell: Callable[[str], object] = logger.info,
 ) -> dict[str, MetricInterval]:
     """Write everything about a set of predictions below `directory`, and return the metrics with their intervals.
 
-    `split` names the slides in the log, "all" those of all splits. Of several runs of the protocol, metrics are the
-    mean of the runs', and predictions hold the mean probabilities. Metrics are logged first. Heat maps are drawn of the
-    first `n_heatmaps` slides, of all with None; `shown` is for their bar.
+    `split` and `dataset` name the slides, "all" those of all splits; `changed` is as of `write_report`. Of several runs
+    of the protocol, metrics are the mean of the runs', and predictions hold the mean probabilities. The metrics are
+    told before heat maps are drawn, of the first `n_heatmaps` slides, of all with None; `shown` is for their bar.
     """
     slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
     labels, patients = np.array([slide.class_index for slide in slides]), [slide.patient_id for slide in slides]
@@ -67,6 +72,9 @@ def write_results(
     write_json(
         directory / "metrics.json",
         {
+            "dataset": dataset,
+            "split": split,
+            "classes": list(cohort.manifest.classes),
             "n_slides": len(rows),
             "n_patients": n_patients,
             "evaluation": asdict(protocol),
@@ -81,11 +89,11 @@ def write_results(
     if history:
         curves = directory / "curves.png"
         draw_curves([dict(entry) for entry in history], curves, best_epoch=best_epoch, metric=metric)
-    words = f"metrics of {len(rows)} slides"
+    words = f"metrics of {counted(len(rows), 'slide')}"
     words = f"{words} of all splits" if split == "all" else f"{split} {words}"
-    logger.info("%s:\n%s", words, format_table(intervals))
+    tell(f"{words}:\n{format_table(intervals)}")
     if positive is not None:
-        logger.info("f1 is that of class %s, the second", positive)
+        tell(f"f1 is that of class {positive}, the second")
     heatmaps = draw_heatmaps(directory / "heatmaps", cohort, predictions[:n_heatmaps], shown=shown)
     write_report(
         directory / REPORT,
@@ -98,6 +106,8 @@ def write_results(
         failures=[dict(failure) for failure in failures],
         resampled="slides" if n_patients == len(rows) else f"the {n_patients} patients",
         sections={"Evaluation": _protocol_words(protocol, runs)} if protocol.tiles else None,
+        cohort=cohort_lines(cohort.manifest, cohort.lengths),
+        changed=changed,
     )
     return intervals
 

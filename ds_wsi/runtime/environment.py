@@ -2,7 +2,10 @@
 
 import os
 import platform
+import shlex
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -53,3 +56,10 @@ def _cpu_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "unknown"
+
+
+def command_line() -> str:
+    """The command that this process was started with, ready for a shell."""
+    program, *arguments = sys.argv or [""]
+    name = Path(program).name
+    return shlex.join([name if name == "ds-wsi" else program, *arguments])

@@ -4,25 +4,28 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.manifest import SPLITS, write_manifest
 from ds_wsi.bags.same_files import fingerprint_of
-from ds_wsi.config import write_section
 from ds_wsi.engines.accelerate import gather_object
 from ds_wsi.engines.scope import Processes, closing_trackers, launched
+from ds_wsi.norms import batch_norms
+from ds_wsi.norms.policy import POPULATIONS
 from ds_wsi.partition import PartitionPlan
 from ds_wsi.partition.apply import PartitionedForward
+from ds_wsi.runtime.words import counted
 from ds_wsi.slides.coords import write_grid
 from ds_wsi.slides.demo import DEMOS, is_drawn
+from ds_wsi.training.changed import all_settings, changed_settings, setting_name
 from ds_wsi.training.checkpoint import find_checkpoint
 from ds_wsi.training.loop import TimedSteps, count_steps, time_micro_steps
 from ds_wsi.training.norm_plan import norm_plan
 from ds_wsi.training.protocol import Protocol, plan_runs, read_cohort, split_cohort
-from ds_wsi.training.run import Run, engine_settings, prepare_run
+from ds_wsi.training.run import Run, asked_folder, engine_settings, prepare_run
 from ds_wsi.training.run_folder import require_run_folder
 from ds_wsi.training.same_run import known_early, require_same
 from ds_wsi.training.settings import TrainSettings
@@ -31,10 +34,17 @@ from ds_wsi.training.settings import TrainSettings
 FORWARD_SHARE = 1 / 3
 
 
-def dry_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None) -> str:
+def dry_run(
+    settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None, *, all_of_them: bool = False
+) -> str:
     """Check everything about a run, take two micro-steps of it, and tell what it would be. Collective.
 
     Nothing is written: grids of --tiles_dir are read where they fit, and others are tiled for this call alone.
+
+    Args:
+        settings: of the run.
+        deepspeed_config: the DeepSpeed JSON, or None.
+        all_of_them: tell the settings that are the defaults, too.
 
     Returns:
         On the main process the text; elsewhere an empty string.
@@ -48,10 +58,16 @@ def dry_run(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = N
         own = settings
         if settings.data.manifest is None and not is_drawn(settings.data.demo_folder, DEMOS[settings.data.demo]()):
             own = replace(settings, data=replace(settings.data, demo_dir=str(folder / "demo")))
-        return _dry_run(own, settings, deepspeed_config, folder)
+        return _dry_run(own, settings, deepspeed_config, folder, all_of_them)
 
 
-def dry_protocol(protocol: Protocol, settings: TrainSettings, deepspeed_config: dict[str, Any] | None = None) -> str:
+def dry_protocol(
+    protocol: Protocol,
+    settings: TrainSettings,
+    deepspeed_config: dict[str, Any] | None = None,
+    *,
+    all_of_them: bool = False,
+) -> str:
     """As `dry_run`, of a protocol: all its splits are checked and counted, its first run is timed. Collective."""
     with launched(engine_settings(settings), deepspeed_config) as processes, _scratch(processes) as folder:
         tiles_dir = folder / "tiles"
@@ -70,7 +86,7 @@ def dry_protocol(protocol: Protocol, settings: TrainSettings, deepspeed_config: 
         runs = plan_runs(protocol, tuple(counts))
         data = replace(settings.data, manifest=str(folder / "cohort.csv"), classes=classes, tiles_dir=str(tiles_dir))
         own = replace(settings, data=data, run=replace(settings.run, seed=runs[0].seed))
-        text = _dry_run(own, settings, deepspeed_config, folder)
+        text = _dry_run(own, settings, deepspeed_config, folder, all_of_them)
         if not processes.is_main:
             return ""
         lines = [f"protocol: preset {protocol.preset}, {len(runs)} runs, one after the other:"]
@@ -81,12 +97,11 @@ def dry_protocol(protocol: Protocol, settings: TrainSettings, deepspeed_config: 
 
 def _require_place(settings: TrainSettings, world_size: int) -> None:
     """Refuse, as the run itself would, its folder and the checkpoint that it is to go on from."""
-    output_dir, wanted = settings.run.output_dir, settings.run.resume_from_checkpoint
-    if output_dir:
-        require_run_folder(Path(output_dir), resumes=wanted is not None)
-    if wanted is None or (wanted == "latest" and not output_dir):
+    folder, wanted = asked_folder(settings), settings.run.resume_from_checkpoint
+    if folder is None:
         return
-    checkpoint = find_checkpoint(Path(output_dir or Path(wanted).parent), wanted)
+    require_run_folder(folder, resumes=wanted is not None)
+    checkpoint = None if wanted is None else find_checkpoint(folder, wanted)
     if checkpoint is not None:
         require_same(known_early(settings, world_size), checkpoint)
 
@@ -103,7 +118,11 @@ def _scratch(processes: Processes) -> Iterator[Path]:
 
 
 def _dry_run(
-    settings: TrainSettings, shown: TrainSettings, deepspeed_config: dict[str, Any] | None, folder: Path
+    settings: TrainSettings,
+    shown: TrainSettings,
+    deepspeed_config: dict[str, Any] | None,
+    folder: Path,
+    all_of_them: bool,
 ) -> str:
     """Of `settings`, whose paths can be the scratch folder's; `shown` are the user's."""
     own = replace(settings.run, output_dir=str(folder / "run"), resume_from_checkpoint=None)
@@ -112,7 +131,7 @@ def _dry_run(
         measured = [time_micro_steps(run)]
         if run.accelerator.num_processes > 1:
             measured = gather_object(measured)
-        text = _describe(run, shown, measured) if run.accelerator.is_main_process else ""
+        text = _describe(run, shown, measured, all_of_them) if run.accelerator.is_main_process else ""
     run.accelerator.free_memory()
     return text
 
@@ -136,29 +155,45 @@ def count_slides(cohort: Cohort) -> str:
     return "\n".join(lines)
 
 
-def _describe(run: Run, settings: TrainSettings, measured: Sequence[TimedSteps]) -> str:
+def _describe(run: Run, settings: TrainSettings, measured: Sequence[TimedSteps], all_of_them: bool) -> str:
     an_epoch, total = count_steps(run)
     processes = run.accelerator.num_processes
     return "\n".join(
         [
-            "settings:",
-            *_settings_lines(settings),
+            *_settings_lines(settings, all_of_them),
+            *_norm_lines(run),
             "slides:",
             count_slides(run.cohort),
             _partition_words(run),
-            f"steps: {an_epoch} an epoch, {total} in {settings.optim.num_train_epochs} epochs, {processes} process(es)",
+            f"steps: {an_epoch} an epoch, {total} in {counted(settings.optim.num_train_epochs, 'epoch')}, "
+            f"{counted(processes, 'process')}",
             *_time_lines(run, measured),
         ]
     )
 
 
-def _settings_lines(settings: TrainSettings) -> list[str]:
-    lines = []
-    for group in ("data", "model", "optim", "run"):
-        lines += [f"  {group}.{name} = {value}" for name, value in asdict(getattr(settings, group)).items()]
-    for policy, values in write_section(settings.policies).items():
-        lines += [f"  policies.{policy}.{name} = {value}" for name, value in values.items() if name != "plan"]
-    return lines
+def _settings_lines(settings: TrainSettings, all_of_them: bool) -> list[str]:
+    """Those that were changed, then, marked as defaults, the others or how they are told."""
+    found, changed = all_settings(settings), changed_settings(settings)
+    lines = ["settings that differ from the defaults:", *(f"  * {name} {value}" for name, value in changed.items())]
+    if not changed:
+        lines.append("  none")
+    # What BatchNorm averages over is told below, as the run trains with it.
+    others = [
+        f"  {setting_name(place)} {value}"
+        for place, value in found.items()
+        if setting_name(place) not in changed and place != "policies.partition.bn_population"
+    ]
+    if all_of_them:
+        return [*lines, "settings that are the defaults:", *others]
+    return [*lines, f"settings that are the defaults: {len(others)} more (--dry_run all)"]
+
+
+def _norm_lines(run: Run) -> list[str]:
+    if not batch_norms(run.module.encoder):
+        return []
+    training = run.config.norm_training
+    return [f"norms: BatchNorm averages over {POPULATIONS[training]} in training (norm.training {training})"]
 
 
 def _partition_words(run: Run) -> str:

@@ -2,6 +2,8 @@
 
 from dataclasses import fields
 
+from ds_wsi.bags.cohort import Cohort
+from ds_wsi.bags.features import FeatureFile, read_about
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.settings import ModelSettings, TrainSettings
 
@@ -36,6 +38,18 @@ def check_feature_settings(settings: TrainSettings) -> None:
         unused.append("eval_precision")
     if unused:
         logger.warning("%s: without effect on features", ", ".join(unused))
+
+
+def encoder_of_features(cohort: Cohort) -> str | None:
+    """The encoder, and what tells its weights, as `ds-wsi features` wrote them into every file; else None."""
+    found = set()
+    for file in cohort.grids:
+        assert isinstance(file, FeatureFile)
+        about = read_about(file.path) if file.path.suffix == ".safetensors" else {}
+        found.add(about.get("encoder"))
+        if None in found or len(found) > 1:
+            return None
+    return found.pop() if found else None
 
 
 def _differs(settings: TrainSettings, policy: str) -> bool:

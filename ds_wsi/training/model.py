@@ -80,6 +80,12 @@ def build_slide_model(
                 ", which stay as they are (--freeze_encoder)" if wanted.freeze_encoder else "",
             )
         module = build_model(config, wanted.encoder_weights, named)
+    if not wanted.has_weights:
+        logger.warning(
+            "--encoder_weights is not given: %s starts from RANDOM weights (seed %d). HINT: --encoder_weights FILE, or "
+            "--pretrained.",
+            *(source.name, settings.run.seed),
+        )
     source.warn_of_other_tiles(tiling.tile_size_px, tiling.mpp)
     logger.info(
         "encoder: %s, %d features a tile (%s), normalised with mean %s, std %s",

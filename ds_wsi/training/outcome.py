@@ -23,14 +23,15 @@ from ds_wsi.evaluation.record import RunFolderError, RunRecord
 from ds_wsi.evaluation.results import REPORT, write_results
 from ds_wsi.models import SlideModel, build_model, load_model, save_model
 from ds_wsi.norms.policy import CANDIDATES, POPULATIONS
-from ds_wsi.runtime.environment import environment
+from ds_wsi.runtime.environment import command_line, environment
 from ds_wsi.runtime.files import json_number, sync_directory, write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import precision_words
 from ds_wsi.runtime.progress import Progress
+from ds_wsi.training.changed import changed_settings
 from ds_wsi.training.checkpoint import read_state
 from ds_wsi.training.norm_plan import norm_plan
-from ds_wsi.training.record import run_record
+from ds_wsi.training.record import dataset_name, run_record
 from ds_wsi.training.run import Run
 from ds_wsi.training.same_run import TEST_FILES, fingerprint
 from ds_wsi.training.stopping import stop_reason
@@ -155,6 +156,8 @@ def finish(run: Run, started: float) -> dict[str, Any]:
         protocol=protocol,
         norms=norms_measured(run.config.norm_training, _exported_entry(run)),
         n_heatmaps=settings.run.heatmaps,
+        dataset=dataset_name(settings.data),
+        changed=changed_settings(settings),
         shown=not settings.run.disable_tqdm,
     )
     run_record(run).write(run.output_dir)  # last: a folder without it is unfinished
@@ -275,9 +278,9 @@ def _comm_words(comm: CommHandle) -> str:
 
 def _summary(run: Run, seconds: float) -> dict[str, str]:
     cohort, optim = run.cohort, run.settings.optim
-    slides = {split: len(cohort.rows(split)) for split in ("train", "validation", "test")}
     return {
-        "cohort": f"{cohort.manifest.source}: {slides}",
+        "command": command_line(),
+        "cohort": str(cohort.manifest.source),
         "classes": ", ".join(cohort.manifest.classes),
         "tiles": tiles_words(run),
         **skipped_words(cohort.skipped),

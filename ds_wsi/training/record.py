@@ -7,6 +7,7 @@ from typing import Any
 
 from ds_wsi.evaluation.record import PRECISION, RunRecord
 from ds_wsi.models import SlideModel
+from ds_wsi.training.features import encoder_of_features
 from ds_wsi.training.run import Run
 from ds_wsi.training.settings import DataSettings
 from ds_wsi.training.stopping import stopping_words
@@ -36,10 +37,13 @@ def run_record(run: Run) -> RunRecord:
 
 
 def _encoder_name(run: Run) -> str:
-    """As given, for several of a hub's models have one architecture; of features the folder's."""
-    if run.config.encoder is None:
+    """As given, for several of a hub's models have one architecture; of features what their files or the folder say."""
+    if run.config.encoder is not None:
+        return run.settings.model.encoder
+    encoder = encoder_of_features(run.cohort)
+    if encoder is None:
         return f"features {Path(str(run.settings.data.features_dir)).name}"
-    return run.settings.model.encoder
+    return f"features of {encoder.split()[0]}"
 
 
 def dataset_name(data: DataSettings) -> str:
@@ -79,4 +83,6 @@ def _group_settings(run: Run) -> dict[str, Any]:
     found |= {"norm_evaluation": policies.norm.evaluation, "early_stopping": stopping_words(settings.run)}
     found |= {"sample_tiles": stacking.sample_tiles} if stacking.framework == "sampling" else {}
     found |= {PRECISION: settings.run.eval_precision} if settings.run.eval_precision != "no" else {}
+    if run.config.encoder is None and (encoder := encoder_of_features(run.cohort)) is not None:
+        found["features"] = encoder  # with the checksum of its weights
     return found | {"metric_for_best_model": settings.run.metric_for_best_model}

@@ -356,18 +356,25 @@ def engine_settings(settings: TrainSettings) -> EngineSettings:
     )
 
 
+def asked_folder(settings: TrainSettings) -> Path | None:
+    """The run's folder as given, or the parent of the checkpoint to go on from; None: a new one.
+
+    Raises:
+        ValueError: a run is to be gone on with, and none is named.
+    """
+    run = settings.run
+    if run.output_dir:
+        return Path(run.output_dir)
+    if run.resume_from_checkpoint == "latest":
+        raise ValueError("--resume_from_checkpoint without a path needs --output_dir, the folder of the run, got none")
+    return None if run.resume_from_checkpoint is None else Path(run.resume_from_checkpoint).parent
+
+
 def _output_dir(settings: TrainSettings, accelerator: Accelerator) -> Path:
     """The run's folder, the same on every rank: as given, a checkpoint's parent, or a new one named by the time."""
     run = settings.run
-    if run.output_dir:
-        path = Path(run.output_dir)
-    elif run.resume_from_checkpoint not in (None, "latest"):
-        path = Path(str(run.resume_from_checkpoint)).parent
-    elif run.resume_from_checkpoint:
-        raise ValueError("--resume_from_checkpoint without a path needs --output_dir, the folder of the run, got none")
-    else:
-        name = [f"runs/{time.strftime('%Y%m%d-%H%M%S')}"]
-        path = Path(broadcast_object_list(name)[0])
+    asked = asked_folder(settings)
+    path = asked or Path(broadcast_object_list([f"runs/{time.strftime('%Y%m%d-%H%M%S')}"])[0])
     require_run_folder(path, resumes=run.resume_from_checkpoint is not None)
     # Before any rank writes to it, for the checks above must see the same folder on every rank.
     accelerator.wait_for_everyone()

@@ -1,5 +1,6 @@
 """A run in words, for its screen and its report."""
 
+from ds_wsi.training.features import encoder_of_features
 from ds_wsi.training.run import Run
 from ds_wsi.training.settings import TrainSettings
 
@@ -7,8 +8,11 @@ from ds_wsi.training.settings import TrainSettings
 def model_words(run: Run) -> str:
     """Encoder, aggregator, and what of them is trained."""
     if run.config.in_dim is not None:
-        return f"{run.config.aggregator} on features of width {run.config.in_dim}"
-    return f"{run.settings.model.encoder} + {run.config.aggregator}, {_training_words(run.settings)}"
+        encoder = encoder_of_features(run.cohort)
+        whose = "" if encoder is None else f"{encoder.split()[0]}, "
+        return f"{run.config.aggregator} on features of {whose}width {run.config.in_dim}"
+    random = "" if run.settings.model.has_weights else " (from RANDOM weights)"
+    return f"{run.settings.model.encoder}{random} + {run.config.aggregator}, {_training_words(run.settings)}"
 
 
 def _training_words(settings: TrainSettings) -> str:

@@ -157,8 +157,8 @@ def test_a_dry_run_tells_all_and_writes_nothing(data, tmp_path, monkeypatch, cap
     printed = capsys.readouterr().out
     assert f"2 runs, one after the other:\n  {SEED_0}, {SEED_1}\n" in printed
     assert "split official:\n  train: 4 slides of 4 patients (mutant 2, wt 2)" in printed
-    assert "  optim.num_train_epochs = 2\n" in printed
-    assert "steps: 2 an epoch, 4 in 2 epochs, 1 process(es)" in printed
+    assert "  * --num_train_epochs 2\n" in printed
+    assert "steps: 2 an epoch, 4 in 2 epochs, 1 process\n" in printed
     assert "partition of" in printed
     assert "two micro-steps: 8 tiles read in" in printed  # all bags of a step: the norms average over it
     assert "time, an estimate from them: " in printed
@@ -170,14 +170,40 @@ def test_a_dry_run_of_one_training(demo_manifest, tmp_path, capsys):
     given += ["--encoder", "resnet10t", "--tiles_per_slide", "3", "--dataloader_num_workers", "0", "--freeze_encoder"]
     assert main(["train", *given, "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    assert f"  run.output_dir = {tmp_path / 'out'}\n" in printed
+    assert printed.startswith("settings that differ from the defaults:\n  * --manifest ")
+    assert f"  * --output_dir {tmp_path / 'out'}\n" in printed
+    assert "--seed 0" not in printed
+    assert "more (--dry_run all)" in printed
+    assert "norms: BatchNorm averages over nothing: it takes running statistics in training" in printed
     assert "train: 4 slides of 2 patients (normal 2, tumor 2)" in printed
     assert "steps: 4 an epoch, 32 in 8 epochs" in printed
     assert "partition: none is needed" in printed
     assert "two micro-steps: 3 tiles read in" in printed
+    assert main(["train", *given, "--dry_run", "all"]) == 0
+    printed = capsys.readouterr().out
+    assert "settings that are the defaults:\n" in printed
+    assert "\n  --seed 0\n" in printed
+    assert "bn_population" not in printed, "the norms' line tells it, as the run trains"
     assert main(["train", *given, "--dry_run", "--optim", "sgd", "--demon"]) == 2
     assert "--demon must be given with an optimizer that has betas" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_checks_folder_and_checkpoint_as_training_does(demo_manifest, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    refused = {
+        ("--output_dir", "full"): "must be a new folder, an empty one or a run's own",
+        ("--resume_from_checkpoint",): "without a path needs --output_dir",
+        ("--resume_from_checkpoint", "none/checkpoint-4"): "must be a whole checkpoint",
+        ("--output_dir", "new", "--resume_from_checkpoint", "none/checkpoint-4"): "must be a whole checkpoint",
+    }
+    for more, words in refused.items():
+        given = ["train", "--manifest", str(demo_manifest), "--encoder", "resnet10t", *more]
+        for dry in (["--dry_run"], []):
+            assert main([*given, *dry]) == 2
+            assert words in capsys.readouterr().err, (more, dry)
 
 
 def test_problems_of_rows_are_listed_and_then_those_of_slides(data, tmp_path, capsys):

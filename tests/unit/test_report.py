@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from PIL import Image
 
 from ds_wsi.evaluation.bootstrap import MetricInterval
+from ds_wsi.evaluation.figures import roc_points
+from ds_wsi.evaluation.metrics import slide_metrics
 from ds_wsi.evaluation.report import heatmap_side_px, write_report
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
@@ -75,7 +78,10 @@ def test_numbers_and_names_are_there(tmp_path: Path, png: Path):
         assert text in page.text, text
     for text in ("cannot decode", "Frozen encoder", "AUC 0.61.", "Worse."):
         assert text in page.text, text
-    assert "1 of 2 slides are predicted correctly. A slide's name leads to its heat map." in page.text
+    assert (
+        "1 of 2 slides are predicted correctly. The wrong ones come first. A slide's name leads to its heat map."
+        in page.text
+    )
     assert "1 tile of 1 slide could not be read and took no part." in page.text
     assert len(page.all("img")) == 2
     assert html.startswith("<!DOCTYPE html>")
@@ -85,7 +91,73 @@ def test_wrong_predictions_are_marked_in_words(tmp_path: Path):
     page, _ = report(tmp_path)
     assert page.text.count("correct") == 1
     assert page.text.count("wrong") == 1
-    assert [row.get("class") for row in page.all("tr") if row.get("class")] == ["right", "wrong"]
+    assert [row.get("class") for row in page.all("tr") if row.get("class")] == ["wrong", "right"], "first the wrong"
+
+
+def test_wrong_predictions_come_first_the_surest_at_the_top(tmp_path: Path):
+    rows = [prediction("a"), prediction("b", correct=False, chance=0.6), prediction("c")]
+    rows.append(prediction("d", correct=False, chance=0.9))
+    _, html = report(tmp_path, predictions=rows)
+    listed = re.findall(r'<tr class="(?:right|wrong)"><th scope="row">(\w)<', html)
+    assert listed == ["d", "b", "a", "c"]
+
+
+def test_the_confusion_matrix_counts_every_slide_by_label_and_prediction(tmp_path: Path):
+    rows = [prediction("a"), prediction("b", correct=False), prediction("c", correct=False)]
+    rows.append(prediction("d", label="normal", predicted="normal"))
+    _, html = report(tmp_path, predictions=rows)
+    matrix = html[html.index("Confusion matrix") :].split("</table>")[0]
+    assert [[int(cell) for cell in re.findall(r">(\d+)</td>", line)] for line in matrix.split("<tr>")[2:]] == [
+        [1, 2, 3],
+        [0, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_area_below_the_roc_curve_is_the_auc(tmp_path: Path, classes: int):
+    generator = np.random.default_rng(classes)
+    labels = generator.integers(0, classes, 40)
+    chances = generator.dirichlet(np.ones(classes), 40).round(1)  # with ties
+    chances[:, 0] += 1 - chances.sum(1)
+    areas = []
+    for index in range(classes):
+        points = roc_points(labels == index, chances[:, index])
+        assert points is not None
+        areas.append(np.trapezoid(points[:, 1], points[:, 0]))
+    wanted = slide_metrics(labels, chances.clip(0))["auc"]
+    assert (areas[1] if classes == 2 else np.mean(areas)) == pytest.approx(wanted, abs=1e-12)
+    names = [f"class_{index}" for index in range(classes)]
+    rows = [
+        prediction(
+            *(str(number),),
+            label=names[label],
+            predicted=names[int(chance.argmax())],
+            probabilities=dict(zip(names, map(float, chance), strict=True)),
+            correct=bool(label == chance.argmax()),
+        )
+        for number, (label, chance) in enumerate(zip(labels, chances, strict=True))
+    ]
+    page, html = report(tmp_path, predictions=rows)
+    shown = names[1:] if classes == 2 else names
+    assert [text for text in page.text if ", area " in text] == [
+        f"{name}, area {area:.3f}" for name, area in zip(names, areas, strict=True) if name in shown
+    ]
+    assert html.count("<polyline") == len(shown)
+
+
+def test_one_class_alone_has_no_roc_curve(tmp_path: Path):
+    page, _ = report(tmp_path, predictions=[prediction("a"), prediction("b")])
+    assert "ROC curve" not in page.text
+    assert roc_points([True, True], [0.1, 0.9]) is None
+
+
+def test_cohort_and_changed_settings_are_tables(tmp_path: Path):
+    cohort = [("", "train", "all"), ("slides", "3", "4"), ("label tumor", "1", "2")]
+    page, html = report(tmp_path, cohort=cohort, changed={"--learning_rate": "0.5"})
+    assert {"train", "slides", "label tumor", "--learning_rate", "0.5"} <= set(page.text)
+    assert '<th scope="row">label tumor</th><td class="number">1</td><td class="number">2</td>' in html
+    page, _ = report(tmp_path, changed={})
+    assert "None does." in page.text
 
 
 def test_nothing_comes_from_outside(tmp_path: Path, png: Path):
@@ -122,12 +194,14 @@ def everywhere(text: str, png: Path) -> dict[str, Any]:
         "heatmaps": [(text, png)],
         "failures": [{"slide_id": text, "reason": text, text: 1}],
         "sections": {text: text},
+        "cohort": [("", text), (text, text)],
+        "changed": {text: text},
     }
 
 
 def test_predictions_link_to_their_own_heat_maps(tmp_path: Path, png: Path):
     page, html = report(tmp_path, heatmaps=[("slide_b", png), ("slide_a", png)])
-    assert [link["href"] for link in page.all("a")] == ["#heatmap-1", "#heatmap-0"]
+    assert [link["href"] for link in page.all("a")] == ["#heatmap-0", "#heatmap-1"]
     figures = {part.split('"', 1)[0]: part for part in html.split('<figure id="')[1:]}
     assert "<strong>slide_b</strong>" in figures["heatmap-0"]
     assert "<strong>slide_a</strong>" in figures["heatmap-1"]

@@ -1,0 +1,39 @@
+"""A run's settings in words: all of them, and those that differ from the defaults."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from ds_wsi.config import write_section
+from ds_wsi.training.options import DEMO_TILE_SIZE_PX, OPTION_OF
+from ds_wsi.training.settings import TrainSettings
+
+
+def all_settings(settings: TrainSettings) -> dict[str, Any]:
+    """Field ("optim.learning_rate") -> value, without the layers of a partition plan."""
+    found: dict[str, Any] = {}
+    for group in ("data", "model", "optim", "run"):
+        found |= {f"{group}.{name}": value for name, value in asdict(getattr(settings, group)).items()}
+    for policy, values in write_section(settings.policies).items():
+        found |= {f"policies.{policy}.{name}": value for name, value in values.items() if name != "plan"}
+    return found
+
+
+def changed_settings(settings: TrainSettings) -> dict[str, str]:
+    """Name -> value of the settings that are not the defaults; an option's name where there is one."""
+    usual = TrainSettings()
+    if settings.data.manifest is None:  # the demo's tiles have a size of their own
+        tiling = replace(usual.policies.tiling, tile_size_px=DEMO_TILE_SIZE_PX)
+        usual = replace(usual, policies=replace(usual.policies, tiling=tiling))
+    defaults = all_settings(usual)
+    return {
+        setting_name(place): str(value)
+        for place, value in all_settings(settings).items()
+        if place not in defaults or value != defaults[place]
+    }
+
+
+def setting_name(place: str) -> str:
+    """The option that sets a field, or the field's own name."""
+    name = {"run.resume_from_checkpoint": "resume_from_checkpoint", "optim.demon": "demon"}.get(place)
+    name = name or OPTION_OF.get(place)
+    return f"--{name}" if name else place
