@@ -89,6 +89,7 @@ class Run:
     comm: CommHandle | None = None
     average: WeightAverage | None = None
     checkpoint: Path | None = None  # to go on from
+    made_of: dict[str, Any] | None = None  # see `same_run.fingerprint`
 
     @property
     def device(self) -> torch.device:
