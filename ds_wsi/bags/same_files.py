@@ -17,11 +17,12 @@ def slide_fingerprints(slides: Iterable[SlideEntry]) -> list[Fingerprint | None]
 
 
 def fingerprint_of(slide: SlideEntry) -> Fingerprint | None:
-    """Of the slide's file; None where it cannot be read."""
+    """Of the slide's file; None where it cannot be read, or is empty as failed downloads are."""
     try:
-        return slide_fingerprint(slide.path)
+        found = slide_fingerprint(slide.path)
     except OSError:
         return None
+    return found if found.n_bytes else None
 
 
 def files_across_splits(slides: Sequence[SlideEntry], known_by: Sequence[object | None]) -> list[str]:

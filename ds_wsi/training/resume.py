@@ -14,10 +14,10 @@ def resume(run: Run) -> None:
     Raises:
         ValueError: the checkpoint is of a run with other settings or other data; names every difference.
     """
-    checkpoint = run.checkpoint
+    ours, checkpoint = fingerprint(run), run.checkpoint
     if checkpoint is None:
         return
-    require_same(fingerprint(run), checkpoint)  # before the engine reads its own files
+    require_same(ours, checkpoint)  # before the engine reads its own files
     state = load_checkpoint(run.accelerator, checkpoint, run.comm)
     run.progress = Progress(**state["progress"])
     if run.progress.pending and run.accelerator.is_main_process:

@@ -93,6 +93,7 @@ class Run:
     average: WeightAverage | None = None
     checkpoint: Path | None = None  # to go on from
     epoch_seconds: float | None = None  # that the last epoch trained, in this start
+    made_of: dict[str, Any] | None = None  # see `same_run.fingerprint`
 
     @property
     def device(self) -> torch.device:

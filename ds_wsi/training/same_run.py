@@ -36,7 +36,16 @@ SHOWN = 3
 
 
 def fingerprint(run: "Run") -> dict[str, Any]:
-    """Name -> value of everything that a resumed run must share, as JSON has it."""
+    """Name -> value of everything that a resumed run must share, as JSON has it.
+
+    Made once a run, when it starts: what it was made of is what the files were then.
+    """
+    if run.made_of is None:
+        run.made_of = _made_of(run)
+    return run.made_of
+
+
+def _made_of(run: "Run") -> dict[str, Any]:
     in_dim = run.cohort.in_dim
     found = {
         **of_settings(run.settings),

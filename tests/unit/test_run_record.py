@@ -83,6 +83,7 @@ def fingerprint_of(settings):
     layout = {"world_size": 1, "bags_per_rank": 1, "accumulation": 1}
     engine = SimpleNamespace(is_fsdp2=False)
     parts = {"settings": settings, "config": CONFIG, "cohort": cohort, "epoch_layout": layout, "comm": None}
+    parts["made_of"] = None
     return fingerprint(SimpleNamespace(**parts, accelerator=engine))
 
 
