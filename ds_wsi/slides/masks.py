@@ -134,7 +134,7 @@ def _read_png(
         raise SlideError(f"mask must be a readable PNG, got {error} {where}. HINT: write it again.") from error
     if values.ndim == 3:
         colours = [index for index, name in enumerate(names) if name != "A"]
-        values = values[..., colours].any(-1)
+        values = np.asarray(values[..., colours].any(-1))
     mask: np.ndarray = np.asarray(values != 0)
     ratio = (mask.shape[1] / mask.shape[0]) / (area[2] / area[3])
     # Rounding to whole pixels changes the shape of small masks.
