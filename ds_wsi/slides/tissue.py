@@ -49,7 +49,9 @@ def saturation_mask(rgb: np.ndarray, threshold: int | None = None) -> np.ndarray
     return saturation > (otsu_threshold(saturation) if threshold is None else threshold)
 
 
-def tissue_mask(rgb: np.ndarray, rule: str, mpp: float, grey_range: tuple[int, int] = (3, 230)) -> np.ndarray:
+def tissue_mask(
+    rgb: np.ndarray, rule: str, mpp: float, grey_range: tuple[int, int] = (3, 230), white: np.ndarray | None = None
+) -> np.ndarray:
     """Tissue of an overview.
 
     Args:
@@ -57,6 +59,7 @@ def tissue_mask(rgb: np.ndarray, rule: str, mpp: float, grey_range: tuple[int, i
         rule: of `TISSUE_RULES`.
         mpp: of the overview, um/px, for sizes.
         grey_range: grey values that can be tissue, both ends included.
+        white: the picture as `white_glass` has it, where that is known.
 
     Returns:
         bool [H, W].
@@ -64,16 +67,16 @@ def tissue_mask(rgb: np.ndarray, rule: str, mpp: float, grey_range: tuple[int, i
     if rule == "none":
         return np.ones(rgb.shape[:2], dtype=bool)
     if rule == "auto":
-        return auto_mask(rgb, mpp, grey_range)
+        return auto_mask(white_glass(rgb, grey_range) if white is None else white, mpp, grey_range)
     mask = grey_mask(rgb, grey_range)
     return mask & saturation_mask(rgb) if rule == "otsu" else mask
 
 
 def auto_mask(rgb: np.ndarray, mpp: float, grey_range: tuple[int, int] = (3, 230)) -> np.ndarray:
-    """Tissue by the colour of this overview's own glass: version 1 of the rule "auto".
+    """Tissue of a picture whose glass is white, by what its glass reaches: version 1 of the rule "auto".
 
     1. Glass that is tinted, or so dim that it is within the grey range, is found as a smooth, bright, pale colour; the
-       picture is scaled so that it is white.
+       picture is scaled so that it is white (`white_glass`, before this).
     2. Tissue is in the grey range, and above the smaller of Otsu's threshold on saturation and what glass reaches: the
        99th percentile of its saturation plus 3, at most 30, at least 8 and, of well stained slides, a quarter of the
        tissue's median up to 20 (edges are half glass); 10 where no glass is to be seen. Otsu's alone halves a picture
@@ -83,7 +86,6 @@ def auto_mask(rgb: np.ndarray, mpp: float, grey_range: tuple[int, int] = (3, 230
 
     Args and result: as of `tissue_mask`.
     """
-    rgb = white_glass(rgb, grey_range)
     hsv = np.asarray(Image.fromarray(rgb).convert("HSV"))
     saturation = hsv[..., 1]
     in_range = grey_mask(rgb, grey_range) & (hsv[..., 2] >= BLACK)
@@ -102,25 +104,30 @@ def auto_mask(rgb: np.ndarray, mpp: float, grey_range: tuple[int, int] = (3, 230
 
 def white_glass(rgb: np.ndarray, grey_range: tuple[int, int]) -> np.ndarray:
     """The picture, uint8 [H, W, 3], with tinted or dim glass scaled to white, where there is such glass."""
-    colour = glass_colour(rgb, DIM_GLASS, grey_range[1])
+    smooth = _smooth(rgb)
+    colour = glass_colour(rgb, DIM_GLASS, grey_range[1], smooth)
     if colour is None:
-        colour = glass_colour(rgb, grey_range[1] + 1, 255)
+        colour = glass_colour(rgb, grey_range[1] + 1, 255, smooth)
         if colour is None or np.ptp(colour) <= NEUTRAL:
             return rgb
     return np.clip(np.rint(rgb * (WHITE / colour)), 0, 255).astype(np.uint8)
 
 
-def glass_colour(rgb: np.ndarray, low: int, high: int) -> np.ndarray | None:
+def _smooth(rgb: np.ndarray) -> np.ndarray:
+    """Pixels whose grey value is nearly that of their neighbours: bool [H, W]."""
+    picture = Image.fromarray(rgb).convert("L")
+    if min(picture.size) < 3:
+        return np.zeros(rgb.shape[:2], dtype=bool)
+    spread = np.asarray(picture.filter(ImageFilter.MaxFilter(3))).astype(np.int16)
+    return spread - np.asarray(picture.filter(ImageFilter.MinFilter(3))) <= SMOOTH
+
+
+def glass_colour(rgb: np.ndarray, low: int, high: int, smooth: np.ndarray) -> np.ndarray | None:
     """The colour of glass whose grey value is in [low, high]: float32 [3]; None where there is no such glass.
 
     Glass is smooth, bright and pale; and what has its colour is smooth nearly everywhere, which pale tissue is not.
     """
-    picture = Image.fromarray(rgb).convert("L")
-    if min(picture.size) < 3:
-        return None
-    grey = np.asarray(picture).astype(np.int16)
-    spread = np.asarray(picture.filter(ImageFilter.MaxFilter(3))).astype(np.int16)
-    smooth = spread - np.asarray(picture.filter(ImageFilter.MinFilter(3))) <= SMOOTH
+    grey = np.asarray(Image.fromarray(rgb).convert("L")).astype(np.int16)
     candidates = smooth & (grey >= low) & (grey <= high)
     if candidates.mean() < MIN_TINTED / 2:
         return None

@@ -119,6 +119,29 @@ def test_imported_grids_keep_the_slides_own_resolution(cohort, capsys):
     assert "--tissue_masks must not be given with --import_clam" in capsys.readouterr().err
 
 
+def test_training_and_evaluation_leave_bad_slides_out_and_say_so(tmp_path, capsys):
+    rows = []
+    for number in range(4):
+        write_pyramid(tmp_path / f"{number}.tiff", picture(96 + 16 * number), mpp=0.5)
+        rows.append((f"s{number}", f"{number}.tiff", "ab"[number % 2], ("train", "train", "test", "test")[number]))
+    (tmp_path / "torn.tiff").write_bytes((tmp_path / "0.tiff").read_bytes()[:900])
+    rows += [("torn", "torn.tiff", "a", "train"), ("lost", "lost.tiff", "b", "test")]
+    with (tmp_path / "m.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("slide_id", "path", "label", "split"), *rows])
+    shared = ["--manifest", str(tmp_path / "m.csv"), "--dataloader_num_workers", "0", "--skip_bad_slides"]
+    options = ["--tile_size_px", "32", "--encoder", "resnet10t", "--num_train_epochs", "1"]
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert main(["train", *shared, *options, "--output_dir", str(run)]) == 0
+    assert main(["evaluate", "--model", str(run), *shared, "--output_dir", str(out)]) == 0
+    assert capsys.readouterr().err.rstrip().splitlines()[-1].startswith("  lost: slide must be a file")
+    for folder in (run, out):
+        with (folder / "skipped_slides.csv").open(newline="") as file:
+            assert [row["slide_id"] for row in csv.DictReader(file)] == ["torn", "lost"]
+        assert "2 that could not be used (torn, lost)" in (folder / "report.html").read_text()
+        with (folder / "predictions.csv").open(newline="") as file:
+            assert [row["slide_id"] for row in csv.DictReader(file)] == ["s2", "s3"]
+
+
 def parsers():
     found = build_parser()._subparsers._group_actions[0].choices
     protocol = found["protocol"]._subparsers._group_actions[0].choices
