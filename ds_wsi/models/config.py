@@ -65,6 +65,13 @@ class ModelConfig:
         tiling: Any = self.tiling
         if is_dataclass(tiling) and not isinstance(tiling, type):
             object.__setattr__(self, "tiling", asdict(tiling))
+        for name, known in (("norm_training", TRAINING[1:]), ("norm_evaluation", EVALUATION[1:])):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if (self.encoder is None) == (self.in_dim is None):
+            raise ValueError(
+                f"a model must have either an encoder or in_dim, got encoder {self.encoder!r} and in_dim {self.in_dim}"
+            )
         if len(self.classes) < 2:
             raise ValueError(
                 f"classes must be two or more, in the order of the logits, got {list(self.classes)}. "
@@ -73,13 +80,6 @@ class ModelConfig:
         if self.encoder is not None and "tile_size_px" not in self.tiling:
             raise ValueError(
                 f"tiling must be given with an encoder, got {self.tiling}. HINT: TilingPolicy(tile_size_px=256)"
-            )
-        for name, known in (("norm_training", TRAINING[1:]), ("norm_evaluation", EVALUATION[1:])):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if (self.encoder is None) == (self.in_dim is None):
-            raise ValueError(
-                f"a model must have either an encoder or in_dim, got encoder {self.encoder!r} and in_dim {self.in_dim}"
             )
 
     @classmethod

@@ -23,7 +23,7 @@ def write_slide(path):
     """A slide of 16 whole tiles of 256 px at 0.5 um/px, tissue on glass."""
     generator = np.random.default_rng(0)
     image = np.full((1536, 1536, 3), 244.0)
-    image[256:1280, 256:1280] = (190, 110, 170, *generator.normal(0, 15, (1024, 1024, 1)))
+    image[256:1280, 256:1280] = np.array([190.0, 110.0, 170.0]) + generator.normal(0, 15, (1024, 1024, 1))
     with tifffile.TiffWriter(path) as file:
         file.write(
             np.clip(image, 0, 255).astype(np.uint8),

@@ -162,6 +162,10 @@ def test_a_model_of_features_takes_features_of_its_width_alone():
     ):
         with pytest.raises(ValueError, match=words):
             model(stack_bags([values]))
+    with pytest.raises(ValueError, match=r"must be given tiles .*got \[2, 512\]\. HINT: model\.aggregate"):
+        build_model(ModelConfig("resnet10t", "mean", ("a", "b"), TilingPolicy(tile_size_px=64)))(
+            stack_bags([torch.zeros(2, 512)])
+        )
     # A rank without a bag: a zero gradient for every parameter that is trained.
     idle_loss(model, torch.zeros(1, WIDTH)).backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
@@ -169,6 +173,10 @@ def test_a_model_of_features_takes_features_of_its_width_alone():
     for encoder, in_dim in ((None, None), ("resnet18", 4)):
         with pytest.raises(ValueError, match=r"either an encoder or in_dim, got encoder"):
             ModelConfig(encoder, "mean", ("a", "b"), {}, in_dim=in_dim)
+    with pytest.raises(ValueError, match=r"tiling must be given with an encoder, got \{\}\. HINT: TilingPolicy"):
+        ModelConfig("resnet18", "mean", ("a", "b"))
+    with pytest.raises(ValueError, match=r"classes must be two or more.*HINT: build_aggregator\(.*num_classes=1"):
+        ModelConfig(None, "mean", ("a",), in_dim=4)
 
 
 def test_options_of_tiles_are_refused_or_named(messages):
@@ -238,7 +246,7 @@ def test_extraction_goes_on_where_it_was_and_keeps_to_its_own_files(demo_manifes
     assert places[1] == cohort.grids[0].tile_size_level0_px
     (prediction,) = predict_slides(model, cohort.manifest.slides, cohort.grids, [0], policy, failures)
     with torch.no_grad():
-        logits = model.eval()(stack_bags([read_features(file).features])).logits[0]
+        logits = model.eval().aggregate(stack_bags([read_features(file).features])).logits[0]
     assert torch.equal(prediction.logits, logits)
     before = {name: (tmp_path / f"{name}.safetensors").stat().st_mtime_ns for name in ids}
     (tmp_path / f"{ids[2]}.safetensors").unlink()
