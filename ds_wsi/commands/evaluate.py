@@ -26,6 +26,7 @@ from ds_wsi.training.dataset_options import add_reading_options, reading_of
 from ds_wsi.training.options import add_local_rank, add_shared_options, comma_separated, spellings, tiles_or_all
 
 MODEL_FILES = ("config.json", "model.safetensors")
+TILES = "number of random tiles of each slide, such as 256, or all (default: all)"
 CHECKED_SLIDES, CHECKED_TILES = 8, 64  # of a model of an earlier version
 
 if TYPE_CHECKING:
@@ -44,11 +45,11 @@ def add_evaluate(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi evaluate`."""
     parser = add_command(subparsers, "evaluate", run_evaluate)
     _add_model_options(parser)
-    parser.add_argument("--split", default="test", help="of the manifest, or `all` (default: test)")
-    parser.add_argument(*spellings("eval_tiles"), type=tiles_or_all, help="random tiles of each slide (default: all)")
-    parser.add_argument(*spellings("eval_runs"), type=int, default=1, help="draws of them (default: 1)")
-    parser.add_argument(*spellings("eval_seed"), type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument(*spellings("dataset_name"), help="in tables of runs (default: the manifest's name)")
+    parser.add_argument("--split", default="test", help="split of the manifest, or `all` (default: test)")
+    parser.add_argument(*spellings("eval_tiles"), type=tiles_or_all, help=TILES)
+    parser.add_argument(*spellings("eval_runs"), type=int, default=1, help="draws of --eval_tiles (default: 1)")
+    parser.add_argument(*spellings("eval_seed"), type=int, default=0, help="seed of the draws (default: 0)")
+    parser.add_argument(*spellings("dataset_name"), help="name in tables of runs (default: the manifest's)")
     _add_features_dir(parser)
     add_local_rank(parser)
 
@@ -170,7 +171,7 @@ def add_heatmap(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi heatmap`."""
     parser = add_command(subparsers, "heatmap", run_heatmap)
     _add_model_options(parser)
-    parser.add_argument(*spellings("slide_ids"), help="comma-separated (default: all of the manifest)")
+    parser.add_argument(*spellings("slide_ids"), help="ids of slides, comma-separated (default: all slides)")
     _add_features_dir(parser)
 
 
@@ -213,7 +214,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_features_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(*spellings("features_dir"), help="of a model of features: a file a slide")
+    parser.add_argument(*spellings("features_dir"), help="folder of features, a file a slide, for a model of features")
 
 
 def _pairs(text: str) -> dict[str, str]:

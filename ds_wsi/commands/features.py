@@ -27,7 +27,7 @@ def add_features(subparsers: argparse._SubParsersAction) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="a run's folder, whose encoder and tiles are taken")
     source.add_argument("--encoder", help="a timm model's name, hf-hub:ORG/NAME or local-dir:PATH")
-    parser.add_argument(*spellings("encoder_weights"), help="of --encoder: local .safetensors file or timm checkpoint")
+    parser.add_argument(*spellings("encoder_weights"), help="file that --encoder starts from (default: RANDOM weights)")
     parser.add_argument("--pretrained", action="store_true", help="weights that timm has for --encoder's name")
     parser.add_argument(
         *spellings("encoder_features"), choices=FEATURES, help="what leaves --encoder (default: as its authors do)"

@@ -11,7 +11,7 @@ from ds_wsi.training.options import spellings
 def add_manifest(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi manifest`."""
     parser = add_command(subparsers, "manifest", run_manifest)
-    parser.add_argument("dataset", choices=sorted(DATASETS), help="which")
+    parser.add_argument("dataset", choices=sorted(DATASETS), help="dataset whose slides are listed")
     parser.add_argument(*spellings("data_dir"), required=True, help="the folder into which it was unpacked")
     parser.add_argument("--output", required=True, help="the CSV to write; of several splits one each, numbered")
     add_reading_options(parser)

@@ -10,8 +10,27 @@ from ds_wsi.commands import COMMANDS
 from ds_wsi.commands.foreign_names import FOREIGN_NAMES
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """A help page that shows one spelling of each option, that with underscores; that with dashes is taken too."""
+
+    def __init__(self, prog: str, **how: Any) -> None:
+        super().__init__(prog, max_help_position=28, **how)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        long = [option for option in action.option_strings if option.startswith("--")]
+        shown = vars(action).get("shown") or ", ".join([*(set(action.option_strings) - set(long)), *long[:1]])
+        if action.nargs == 0:
+            return str(shown)
+        return f"{shown} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line and a remedy, not the usage of two hundred options."""
+
+    def __init__(self, *names: Any, **how: Any) -> None:
+        super().__init__(*names, **({"formatter_class": Help} | how))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; what is not known is refused here, by the command whose options are known."""

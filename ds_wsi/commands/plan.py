@@ -16,18 +16,30 @@ def add_plan(subparsers: argparse._SubParsersAction) -> None:
     parser = add_command(subparsers, "plan", run_plan)
     parser.add_argument("--encoder", default="resnet18", help="a timm model's name (default: resnet18)")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--tiles", type=int, help="of a bag, in chunks of tiles")
+    size.add_argument("--tiles", type=int, help="number of tiles of a bag, which is computed in chunks of tiles")
     size.add_argument(*spellings("image_px"), type=int, help="side of one large image instead, in blocks of rows")
     parser.add_argument(*spellings("tile_size_px"), type=int, default=256, help="side of a tile (default: 256)")
-    parser.add_argument("--gpu", type=parse_bytes, default=None, help="budget on the device, such as 24GiB")
-    parser.add_argument("--host", type=parse_bytes, default=None, help="budget in host memory, such as 128GiB")
-    parser.add_argument("--mode", choices=POLICY_MODES, default="auto", help="of every segment (default: auto)")
+    parser.add_argument(
+        "--gpu", type=parse_bytes, default=None, help="its memory, such as 24GiB (default: what it has)"
+    )
+    parser.add_argument("--host", type=parse_bytes, default=None, help="host memory, such as 128GiB (default: free)")
+    parser.add_argument(
+        "--mode",
+        choices=POLICY_MODES,
+        default="auto",
+        help="how every segment is computed (default: auto)",
+    )
     parser.add_argument(*spellings("chunk_size"), type=int, help="tiles, or rows, a chunk (default: the plan chooses)")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of training")
-    parser.add_argument("--eval", action="store_true", help="BatchNorm in evaluation mode")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="precision in which is trained (default: fp32)",
+    )
+    parser.add_argument("--eval", action="store_true", help="BatchNorm takes running statistics (default: a bag's)")
     parser.add_argument("--device", default=None, help="whose rates to assume (default: cuda; cpu without --gpu)")
     parser.add_argument("--probe", action="store_true", help="measure this machine's rates first, and keep them")
-    parser.add_argument(*spellings("output_dir"), help="write plan.json and plan.png there")
+    parser.add_argument(*spellings("output_dir"), help="folder for plan.json and plan.png (default: print alone)")
 
 
 def run_plan(options: argparse.Namespace) -> None:

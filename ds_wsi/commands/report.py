@@ -15,10 +15,10 @@ def add_compare(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi compare`."""
     parser = add_command(subparsers, "compare", run_compare)
     parser.add_argument("run_a", metavar="RUN_A", help="a run's folder, the baseline")
-    parser.add_argument("run_b", metavar="RUN_B", help="the other's")
-    parser.add_argument(*spellings("output_dir"), required=True, help="comparison.json is written there")
-    parser.add_argument(*spellings("n_resamples"), type=int, default=2000, help="of the bootstrap (default: 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument("run_b", metavar="RUN_B", help="the other run's folder")
+    parser.add_argument(*spellings("output_dir"), required=True, help="folder for comparison.json")
+    parser.add_argument(*spellings("n_resamples"), type=int, default=2000, help="bootstrap draws (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
 
 
 def run_compare(options: argparse.Namespace) -> None:

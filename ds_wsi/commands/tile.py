@@ -30,7 +30,7 @@ def add_tile(subparsers: argparse._SubParsersAction) -> None:
     parser = add_command(subparsers, "tile", run_tile)
     add_cohort_options(parser)
     add_shared_options(parser, TILING_OPTIONS)
-    parser.add_argument(*spellings("output_dir"), required=True, help="one file a slide is written there")
+    parser.add_argument(*spellings("output_dir"), required=True, help="folder in which one file a slide is written")
     parser.add_argument("--export", choices=("clam", "trident"), help="write that project's h5 files beside ours")
     parser.add_argument(
         *spellings("export_masks"), metavar="DIR", help="write each slide's tissue there, as GeoJSON that QuPath opens"
@@ -40,11 +40,13 @@ def add_tile(subparsers: argparse._SubParsersAction) -> None:
             *spellings(f"import_{project}"), metavar="DIR", help=f"take coordinates from {project.upper()}'s h5 files"
         )
     parser.add_argument("--store", metavar="DIR", help="also pack the tiles there, for training with --tile_store DIR")
-    parser.add_argument(*spellings("jpeg_quality"), type=int, default=90, help="of packed tiles (default: 90)")
+    parser.add_argument(
+        *spellings("jpeg_quality"), type=int, default=90, help="JPEG quality of packed tiles, 1 to 100 (default: 90)"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="check the tiles that are packed, pack damaged slides anew"
     )
-    parser.add_argument("--workers", type=int, default=1, help="threads, a slide each (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, help="number of threads, a slide each (default: 1)")
 
 
 def run_tile(options: argparse.Namespace) -> None:

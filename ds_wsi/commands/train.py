@@ -9,10 +9,20 @@ from ds_wsi.runtime.log import rank
 from ds_wsi.training.dataset_options import add_protocol_options
 from ds_wsi.training.options import add_train_options, settings_from, spellings
 
+EXAMPLES = """examples:
+  %(prog)s
+      the demo cohort, from random weights
+  %(prog)s --manifest cohort.csv --encoder resnet50 --pretrained --bf16 --output_dir runs/mine
+      end to end; the same command with --resume_from_checkpoint goes on after a stop, with --dry_run it only checks
+  %(prog)s --manifest cohort.csv --features_dir features --aggregator transmil --bags_per_step 32
+      an aggregator on features that `ds-wsi features` wrote
+"""
+
 
 def add_train(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi train`."""
     parser = add_command(subparsers, "train", run_train)
+    parser.epilog = EXAMPLES
     add_train_options(parser)
     _add_dry_run(parser)
 
@@ -33,7 +43,7 @@ def run_train(options: argparse.Namespace) -> None:
 def add_protocol(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi protocol`, which has a command for each dataset."""
     protocol = subparsers.add_parser("protocol", help=COMMANDS["protocol"][1])
-    datasets = protocol.add_subparsers(required=True, metavar="DATASET", dest="dataset")
+    datasets = protocol.add_subparsers(required=True, metavar="DATASET", dest="dataset", help="the dataset")
     for dataset in DATASETS:
         parser = add_command(
             datasets, dataset, run_protocol, f"the papers' experiments on {dataset}: see --list_presets"
@@ -72,7 +82,7 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
         choices=("changed", "all"),
         metavar="all",
         help="check everything, tell slides, steps, time and the settings that differ from the defaults (with `all` "
-        "every setting), and train nothing",
+        "every setting), and train nothing (default: train)",
     )
 
 

@@ -60,8 +60,8 @@ def add_split_options(parser: argparse.ArgumentParser) -> None:
         *spellings("split_level"), choices=LEVELS, help="slide: as some papers split, with leakage (default: patient)"
     )
     group.add_argument(*spellings("keep_listed"), action="store_true", help="drop slides that --split_file names not")
-    group.add_argument(*spellings("validation_fraction"), type=float, help="of the training patients (default: 0)")
-    group.add_argument(*spellings("split_seed"), type=int, help="of what is drawn (default: 0)")
+    group.add_argument(*spellings("validation_fraction"), type=float, help="share of training patients (default: 0)")
+    group.add_argument(*spellings("split_seed"), type=int, help="seed of what is drawn (default: 0)")
 
 
 def reading_of(options: Mapping[str, Any]) -> dict[str, Any]:

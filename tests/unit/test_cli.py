@@ -74,7 +74,7 @@ def test_the_parser_of_one_command_is_that_of_all():
         ("train --num_train_epoch_s 3", r"HINT: did you mean --num_train_epochs\?"),
         ("train --NUM_TRAIN_EPOCHS 3", r"HINT: did you mean --num_train_epochs\?"),
         ("train --learning-rat 1 --foo", r"unrecognized arguments: --foo"),  # argparse's own abbreviation
-        ("train --aggregator ABMIL", r"argument --aggregator: invalid choice: 'ABMIL'\. HINT: did you mean abmil\?"),
+        ("train --aggregator ABMLI", r"argument --aggregator: invalid choice: 'ABMLI'\. HINT: did you mean abmil\?"),
         ("train --aggregator nothing_like", r"HINT: one of abmil, gated_abmil"),
         ("train --adam_beta1 0.9", r"HINT: here it is optimizer\.params\.betas of the DeepSpeed JSON\."),
         ("train --warmup-ratio 0.1", r"HINT: did you mean --warmup_steps"),
