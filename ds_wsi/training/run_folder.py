@@ -29,7 +29,7 @@ def is_run_folder(path: Path) -> bool:
 
 def is_protocol_mark(path: Path) -> bool:
     """Whether a file, no link, is one that a protocol marks a run's folder with."""
-    return {"manifest", "optim.learning_rate", "run.seed"} <= _read(path).keys()
+    return any(name.startswith(("data.", "model.", "optim.", "run.")) for name in _read(path))
 
 
 def require_run_folder(path: Path, *, resumes: bool) -> None:
