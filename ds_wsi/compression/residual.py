@@ -53,6 +53,10 @@ class Residuals:
         self._residual: dict[str, Tensor] = {}
         self._velocity: dict[str, Tensor] = {}
 
+    def owes(self, names: Sequence[str]) -> bool:
+        """Whether anything of these parameters was kept back, or has been in a state that was loaded."""
+        return any(name in self._residual for name in names)
+
     def accumulate(
         self, names: Sequence[str], numels: Sequence[int], gradient: Tensor, *, scale: float | Tensor = 1.0
     ) -> Pending:

@@ -10,13 +10,25 @@ to what they were before it ([Note: overflow] in compressor.py); only where ther
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_wsi.compression import Bucket, ByteCount, Compressor, Shard, push
+from ds_wsi.compression import (
+    DMGC,
+    Bucket,
+    ByteCount,
+    Cast,
+    Compressor,
+    KeepSchedule,
+    Shard,
+    TopK,
+    hook,
+    push,
+)
 
 Hook = Callable[[Any, Bucket], Tensor]
 
@@ -44,6 +56,24 @@ def allreduce(state: Dense, bucket: Bucket) -> Tensor:
             by_tensor=by_tensor,
         )
     return bucket.buffer.div_(world)
+
+
+def whole_policy(policy: TopK | DMGC | Cast) -> TopK | DMGC | Cast:
+    """A policy that keeps nothing back, for one process, which sends nothing."""
+    if isinstance(policy, Cast):
+        return Cast(torch.float32)
+    more = {"pull_keep": None} if isinstance(policy, DMGC) else {}
+    return replace(policy, keep=1.0, values="fp32", schedule=KeepSchedule(), **more)
+
+
+def whole(state: Compressor, bucket: Bucket) -> Tensor:
+    """One process's gradient, as it is; with what more processes owed when they saved their state, where they did."""
+    policy = state.policy
+    if isinstance(policy, Cast):
+        return bucket.buffer
+    if not policy.momentum and policy.clip_norm is None and not state.residuals.owes(bucket.names):
+        return bucket.buffer
+    return hook(state, bucket)
 
 
 class Reducer:

@@ -21,7 +21,7 @@ from ds_wsi.compression import hook as compressed_mean
 from ds_wsi.compression.comm import CommPolicy
 from ds_wsi.config import SECTION
 from ds_wsi.engines.hook_state import read_states, write_state
-from ds_wsi.engines.hook_steps import Dense, Hook, Reducer, allreduce
+from ds_wsi.engines.hook_steps import Dense, Hook, Reducer, allreduce, whole, whole_policy
 from ds_wsi.engines.hook_torch import DdpBuckets, hook_ddp, hook_fsdp
 from ds_wsi.engines.section import require_done
 from ds_wsi.runtime.log import logger
@@ -123,8 +123,9 @@ def register_comm_hook(
 ) -> CommHandle:
     """Have a hook reduce the gradients of an engine or a wrapped model, which changes in place.
 
-    On one process a named hook is left out, with a line in the log: there is nobody to send to, and what a hook keeps
-    back would only come late. The handle then does nothing. A callable is called there too, of a wrapped target.
+    On one process a named hook changes nothing, which the log says: there is nobody to send to, and what a hook keeps
+    back would only come late. What more processes still owed when they saved a state is paid with the next step. A
+    callable is called there too, of a wrapped target.
 
     Args:
         target: a DeepSpeedEngine (ZeRO 0 to 3), a DistributedDataParallel, or an FSDP2 root module; on one process a
@@ -146,10 +147,12 @@ def register_comm_hook(
     where = _where(target)
     if getattr(target, _REGISTERED, False):
         raise ValueError(f"a target must have one hook, got a second ({where}). HINT: handle.remove() of the first")
-    if where == ALONE or (isinstance(hook, str) and _world_size(target, where) == 1):
-        if isinstance(hook, str):
-            _require_hook(hook)
-        logger.info("communication hook %s: left out, one process has nobody to send to", _name(hook))
+    alone = where == ALONE or _world_size(target, where) == 1
+    if isinstance(hook, str):
+        _require_hook(hook)
+        if alone:
+            logger.info("communication hook %s: left out, one process has nobody to send to", hook)
+    if where == ALONE or (alone and hook == "powersgd"):
         handle = CommHandle(_name(hook), target, ALONE, None, None, lambda: None)
     else:
         handle = _register(target, where, hook, state, loss_scale)
@@ -163,11 +166,14 @@ def _register(
     if hook == "powersgd":
         return _powersgd(target, where, state)
     body, state = _body(hook, state, where, target)
+    alone = isinstance(hook, str) and isinstance(state, Compressor) and _world_size(target, where) == 1
+    if alone:
+        body, state.policy = whole, whole_policy(state.policy)
     if where.startswith("zero"):
         from ds_wsi.engines.hook_zero import hook_engine, loss_scale_of
 
         reducer = Reducer(body, state, step_of=lambda: int(target.global_steps), loss_scale=loss_scale_of(target))
-        undo = hook_engine(target, reducer, pull=_pulls_weights(state, where, target))
+        undo = hook_engine(target, reducer, pull=not alone and _pulls_weights(state, where, target))
     else:
         reducer = Reducer(body, state, loss_scale=loss_scale)
         undo = hook_ddp(target, DdpBuckets(target, reducer)) if where == "ddp" else hook_fsdp(target, reducer)

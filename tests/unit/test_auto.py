@@ -210,6 +210,13 @@ def test_ddp_of_one_process_is_the_identity(tmp_path, caplog):
         wrapped(x).square().sum().backward()
         plain = torch.autograd.grad(model(x).square().sum(), model.weight)[0]
         assert torch.equal(model.weight.grad, plain)
+        # What two processes owed when they saved their state is paid with the next step, and nothing after it.
+        owed = {"weight": torch.ones(20, 30), "bias": torch.zeros(20)}
+        handle.load_state_dict({**{f"residual.{n}": t.flatten() for n, t in owed.items()}, "step": torch.tensor([7])})
+        for more in (1.0, 0.0):
+            model.zero_grad()
+            wrapped(x).square().sum().backward()
+            torch.testing.assert_close(model.weight.grad, plain + more, rtol=0, atol=1e-5)
         handle.save(tmp_path / "state")
         handle.load(tmp_path / "state")
     finally:
