@@ -71,6 +71,7 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
         run = prepare_run(settings, deepspeed_config, on_folder=lambda path: scope.enter_context(logging_to(path)))
         scope.enter_context(closing_trackers(run.accelerator))
         scope.enter_context(watch_ranks())
+        run.started = started
         resume(run)
         if is_finished(run):
             results = finished_results(run, started)
@@ -231,7 +232,8 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
                 step=progress.global_step,
             )
             save_steps = run.settings.run.save_steps
-            if save_steps and progress.global_step % save_steps == 0 and progress.step_in_epoch < len(plan):
+            by_step = save_steps and progress.global_step % save_steps == 0
+            if (by_step or run.save_is_due) and progress.step_in_epoch < len(plan):
                 save(run)
     return {
         "epoch": progress.epoch + 1,
@@ -286,7 +288,12 @@ def _train_step(
         run.average.update(run.module)
     if following is not None:
         bags.make_ready(len(following.micro_steps[0][mesh.slide_rank]), run.progress.global_step + 1)
-    totals = accelerator.reduce(torch.stack([loss_sum, torch.tensor(float(tiles), device=run.device)]), "sum")
+    minutes, waited = run.settings.run.save_minutes, time.perf_counter() - run.saved
+    due = float(accelerator.is_main_process and minutes > 0 and waited >= 60 * minutes)
+    totals = accelerator.reduce(
+        torch.cat([loss_sum[None], torch.tensor([float(tiles), due], device=run.device)]), "sum"
+    )
+    run.save_is_due = bool(totals[2] > 0)
     return float(totals[0]) / mesh.tile_size, int(totals[1])
 
 

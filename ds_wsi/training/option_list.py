@@ -115,7 +115,12 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         _names,
         "names of the classes in the order of the model's outputs, comma-separated, such as normal,tumor",
     ),
-    ("positive_class", "data.positive_class", str, "of two classes, the one whose F1 is told; it becomes the second"),
+    (
+        "positive_class",
+        "data.positive_class",
+        str,
+        "class whose F1 is told, where there are two; it becomes the second",
+    ),
     (
         "slide_mpp",
         "data.slide_mpp",
@@ -468,7 +473,13 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         "save_steps",
         "run.save_steps",
         int,
-        "number of optimizer steps between checkpoints within an epoch; 0 saves at the ends of epochs only",
+        "number of optimizer steps between checkpoints within an epoch; 0 leaves them to --save_minutes",
+    ),
+    (
+        "save_minutes",
+        "run.save_minutes",
+        float,
+        "minutes after which a checkpoint is written within an epoch too; 0 saves at the ends of epochs only",
     ),
     ("save_total_limit", "run.save_total_limit", int, "number of checkpoints that are kept, the newest"),
     (

@@ -276,6 +276,12 @@ def _comm_words(comm: CommHandle) -> str:
     return ", ".join([f"{comm.name} hook under {comm.where}", *words])
 
 
+def _time_words(run: Run, seconds: float) -> str:
+    if run.progress.starts == 1:
+        return f"{seconds:.0f} s"
+    return f"{run.seconds_before + seconds:.0f} s in {run.progress.starts} starts, {seconds:.0f} s in the last"
+
+
 def _summary(run: Run, seconds: float) -> dict[str, str]:
     cohort, optim = run.cohort, run.settings.optim
     return {
@@ -299,6 +305,6 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
             else {}
         ),
         "seed": str(run.settings.run.seed),
-        "time": f"{seconds:.0f} s",
+        "time": _time_words(run, seconds),
         **{key: str(value) for key, value in environment().items()},
     }

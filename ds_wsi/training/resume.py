@@ -1,5 +1,7 @@
 """A run's checkpoints: where it stands is saved, and a run that shares what decides its end goes on from there."""
 
+import time
+
 from ds_wsi.engines.accelerate import average_buffers
 from ds_wsi.runtime.files import link_or_copy
 from ds_wsi.runtime.log import logger
@@ -20,6 +22,8 @@ def resume(run: Run) -> None:
     require_same(ours, checkpoint)  # before the engine reads its own files
     state = load_checkpoint(run.accelerator, checkpoint, run.comm)
     run.progress = Progress(**state["progress"])
+    run.seconds_before = run.progress.seconds
+    run.progress.starts += 1
     if run.progress.pending and run.accelerator.is_main_process:
         link_or_copy(checkpoint / PENDING_WEIGHTS, run.output_dir / PENDING_WEIGHTS)
     run.accelerator.wait_for_everyone()
@@ -29,7 +33,10 @@ def resume(run: Run) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint of where the run stands. Collective."""
     average_buffers(run.accelerator, run.module)
+    run.progress.seconds = run.seconds
     state = {"progress": vars(run.progress), "fingerprint": fingerprint(run)}
     limit = run.settings.run.save_total_limit
     pending = run.output_dir / PENDING_WEIGHTS if run.progress.pending else None
-    save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit, run.comm, pending)
+    path = save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit, run.comm, pending)
+    run.saved = time.perf_counter()
+    logger.info("checkpoint: %s", path)

@@ -69,6 +69,8 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int | None = None
     pending: bool = False  # the last finished epoch is not validated yet
+    seconds: float = 0.0  # of all starts together, up to the checkpoint
+    starts: int = 1
 
 
 @dataclass
@@ -94,6 +96,10 @@ class Run:
     checkpoint: Path | None = None  # to go on from
     epoch_seconds: float | None = None  # that the last epoch trained, in this start
     made_of: dict[str, Any] | None = None  # see `same_run.fingerprint`
+    started: float = field(default_factory=time.perf_counter)  # of this start
+    seconds_before: float = 0.0  # of earlier starts
+    saved: float = field(default_factory=time.perf_counter)  # when the last checkpoint was written
+    save_is_due: bool = False  # by the time since then, as the main process has it: the same on all ranks
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +127,11 @@ class Run:
         layout = self.epoch_layout
         whole = layout["world_size"] * layout["bags_per_rank"] * layout["accumulation"]
         return self.settings.policies.stacking.bags_per_step or whole
+
+    @property
+    def seconds(self) -> float:
+        """Of all starts together, until now."""
+        return self.seconds_before + time.perf_counter() - self.started
 
     @property
     def training_tiles(self) -> list[int]:

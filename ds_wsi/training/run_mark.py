@@ -24,7 +24,15 @@ from ds_wsi.training.stopping import stopping_words
 LEFT_OUT = {
     "data": ("manifest", "tiles_dir", "demo_dir"),
     "run": (
-        *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "deepspeed", "ddp_timeout"),
+        *(
+            "output_dir",
+            "resume_from_checkpoint",
+            "save_steps",
+            "save_minutes",
+            "save_total_limit",
+            "deepspeed",
+            "ddp_timeout",
+        ),
         *("validate_beside", "validation_device", "heatmaps", "disable_tqdm"),
     ),
 }

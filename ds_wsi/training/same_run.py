@@ -182,8 +182,11 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
             lines += _slide_differences(value, given)
             continue
         line = f"{key} must be the checkpoint's, {_shown(given)}, to continue it exactly, got {_shown(value)}"
-        if key == EPOCHS:
-            line += ", for a longer run is the same with --lr_scheduler_type constant and without --demon alone"
+        if key == EPOCHS and value > (given or value):
+            line += (
+                ": with more epochs those that are done would have had other learning rates. A run can be made longer "
+                "that was started with --lr_scheduler_type constant and without --demon"
+            )
         lines.append(line)
     return lines
 

@@ -5,7 +5,9 @@ from typing import Any
 from ds_wsi.engines.accelerate import describe
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import duration
+from ds_wsi.runtime.words import counted
 from ds_wsi.training.run import Run
+from ds_wsi.training.settings import RunSettings
 from ds_wsi.training.words import model_words, tiles_words
 
 
@@ -14,7 +16,6 @@ def tell_start(run: Run, steps_an_epoch: int, steps: int) -> None:
     settings, optim = run.settings, run.settings.optim
     slides = run.cohort.rows("train")
     bags = -(-len(slides) // max(1, steps_an_epoch))
-    every = settings.run.save_steps
     parameters = list(run.module.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in parameters)
@@ -25,12 +26,18 @@ def tell_start(run: Run, steps_an_epoch: int, steps: int) -> None:
         "tiles": tiles_words(run),
         "model": f"{model_words(run)}; {_count(trained)} of {_count(total)} parameters trained",
         "steps": f"{steps_an_epoch} an epoch, {steps} in {optim.num_train_epochs}; "
-        f"{bags} slide{'s' if bags > 1 else ''} a step; rate {optim.learning_rate:g} after {optim.warmup_steps} steps, "
+        f"{counted(bags, 'slide')} a step; rate {optim.learning_rate:g} after {optim.warmup_steps} steps, "
         f"{optim.lr_scheduler_type}",
-        "checkpoints": f"every {every} steps and at each epoch's end" if every else "at each epoch's end",
+        "checkpoints": _checkpoint_words(settings.run),
     }
     width = max(map(len, lines))
     logger.info("the run\n%s", "\n".join(f"  {name:<{width}}  {words}" for name, words in lines.items()))
+
+
+def _checkpoint_words(run: RunSettings) -> str:
+    every = [f"every {counted(run.save_steps, 'step')}"] if run.save_steps else []
+    every += [f"every {run.save_minutes:g} minutes"] if run.save_minutes else []
+    return ", ".join([*every, "at each epoch's end"])
 
 
 def _count(number: int) -> str:

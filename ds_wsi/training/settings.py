@@ -213,7 +213,8 @@ class RunSettings:
         output_dir: the run's folder; by default a new one below runs/, named by the time.
         seed: of everything random.
         resume_from_checkpoint: a checkpoint's folder, "latest" of output_dir, or None.
-        save_steps: optimizer steps between checkpoints within an epoch; 0 saves at the ends of epochs only.
+        save_steps: optimizer steps between checkpoints within an epoch; 0 leaves them to `save_minutes`.
+        save_minutes: minutes after which a checkpoint is written within an epoch; 0 saves at the ends of epochs only.
         save_total_limit: checkpoints kept, at least 2, for a torn one is passed over for the one before it.
         metric_for_best_model: validation metric by which the exported epoch is chosen; eval_loss breaks ties.
         validate_beside: validate each epoch in a process of its own while the next one trains.
@@ -236,6 +237,7 @@ class RunSettings:
     seed: int = 0
     resume_from_checkpoint: str | None = None
     save_steps: int = 0
+    save_minutes: float = 15.0
     save_total_limit: int = 2
     metric_for_best_model: str = "auc"
     validate_beside: bool = False
@@ -263,6 +265,8 @@ class RunSettings:
             )
         if self.save_steps < 0:
             raise ValueError(f"--save_steps must be at least 0, got {self.save_steps}")
+        if not 0 <= self.save_minutes < float("inf"):
+            raise ValueError(f"--save_minutes must be at least 0, got {self.save_minutes}. HINT: 0 turns it off.")
         if self.early_stopping_patience < 0:
             raise ValueError(
                 f"--early_stopping_patience must be at least 0, got {self.early_stopping_patience}. "

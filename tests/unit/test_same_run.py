@@ -118,7 +118,11 @@ def test_more_epochs_are_exact_or_refused(stopped, tmp_path, schedule, capsys):
     longer = train(stopped, tmp_path / "short", *more, "--resume_from_checkpoint", epochs=3)
     if schedule == "cosine":
         assert longer == 2
-        assert "with --lr_scheduler_type constant" in capsys.readouterr().err
+        assert (
+            "num_train_epochs must be the checkpoint's, 2, to continue it exactly, got 3: with more epochs those that "
+            "are done would have had other learning rates. A run can be made longer that was started with "
+            "--lr_scheduler_type constant and without --demon"
+        ) in capsys.readouterr().err
         return
     assert longer == 0
     assert train(stopped, tmp_path / "long", *more, epochs=3) == 0
@@ -128,6 +132,42 @@ def test_more_epochs_are_exact_or_refused(stopped, tmp_path, schedule, capsys):
     losses = [[entry["train_loss"] for entry in history] for history in histories]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
+
+
+def test_checkpoints_by_time_within_an_epoch_and_the_time_of_all_starts(tmp_path, monkeypatch, capsys):
+    from ds_wsi.training import loop
+
+    folder = write_cohort(tmp_path / "c")
+    assert train(folder, folder / "never", "--save_minutes", "0", epochs=1) == 0
+    assert [path.name for path in (folder / "never").glob("checkpoint-*")] == ["checkpoint-6"]
+    capsys.readouterr()
+    more = ("--save_minutes", "1e-9", "--save_total_limit", "9")
+    steps, step = [], loop._train_step
+
+    def stop(*given):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    monkeypatch.setattr(loop, "_train_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, folder / "run", *more, epochs=1)
+    names = sorted(path.name for path in (folder / "run").glob("checkpoint-*"))
+    assert names == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    printed = capsys.readouterr().err
+    assert f"checkpoint: {folder / 'run' / 'checkpoint-3'}" in printed
+    assert "every 1e-09 minutes, at each epoch's end" in printed
+    path = folder / "run" / "checkpoint-3" / "state.json"
+    state = json.loads(path.read_text())
+    assert 0 < state["progress"]["seconds"] < 600
+    monkeypatch.setattr(loop, "_train_step", step)
+    assert train(folder, folder / "run", *more, "--resume_from_checkpoint", epochs=1) == 0
+    page = (folder / "run" / "report.html").read_text()
+    total, last = map(int, re.search(r"<dd>(\d+) s in 2 starts, (\d+) s in the last</dd>", page).groups())
+    assert total >= last
+    ours, theirs = (load_file(folder / name / "model.safetensors") for name in ("run", "never"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_finished_run_says_so_and_tests_nothing_again(stopped, tmp_path, capsys):
