@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ds_wsi.bags.datasets import DATASETS
 from ds_wsi.commands.cohort import (
     OF_EVALUATION,
+    SLIDE_OPTIONS,
     add_prediction_options,
     classes_of,
     placed,
@@ -279,6 +280,11 @@ def _predictions(
             f"--features_dir must not be given for a model with an encoder, got {options.features_dir} "
             f"({options.model}, {config.encoder}). HINT: leave it out, the model reads slides."
         )
+
+    if config.encoder is None:
+        unused = [name for name in (*SLIDE_OPTIONS, *OF_EVALUATION) if vars(options).get(name)]
+        if unused:
+            logger.warning("%s: without effect on features", ", ".join(f"--{name}" for name in unused))
 
     # What --dataset wrote is in the model's classes.
     mapping = options.map_labels if options.dataset is None else None
