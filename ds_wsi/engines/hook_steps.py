@@ -62,8 +62,9 @@ def whole_policy(policy: TopK | DMGC | Cast) -> TopK | DMGC | Cast:
     """A policy that keeps nothing back, for one process, which sends nothing."""
     if isinstance(policy, Cast):
         return Cast(torch.float32)
-    more = {"pull_keep": None} if isinstance(policy, DMGC) else {}
-    return replace(policy, keep=1.0, values="fp32", schedule=KeepSchedule(), **more)
+    if isinstance(policy, DMGC):
+        policy = replace(policy, pull_keep=None)
+    return replace(policy, keep=1.0, values="fp32", schedule=KeepSchedule())
 
 
 def whole(state: Compressor, bucket: Bucket) -> Tensor:

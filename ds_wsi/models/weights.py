@@ -11,6 +11,7 @@ scale) is no such thing: the file is of another architecture, whose features the
 """
 
 import pickle
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -83,9 +84,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         # Torch's own message advises weights_only=False, which would run code from the file.
         reason = str(error).splitlines()[0] if isinstance(error, SafetensorError) else type(error).__name__
+        remedy = "copy or download it again; or save the weights again as .safetensors"
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named:
+            reason += f" at an object of {named[1]}"
+            remedy = (
+                "of a file that you trust, and whose classes are installed, save the tensors alone: "
+                'torch.save(torch.load(PATH, "cpu", weights_only=False)["state_dict"], FILE)'
+            )
         raise ValueError(
-            f"encoder weights must be a whole file of tensors and nothing else, got {reason} ({path}). "
-            "HINT: save them again as .safetensors."
+            f"encoder weights must be a whole file of tensors and nothing else, got {reason} ({path}). HINT: {remedy}."
         ) from error
     if not isinstance(found, Mapping):
         raise ValueError(

@@ -1,5 +1,6 @@
 """Encoder weights under the names that training scripts give them, and what is no encoder's."""
 
+import argparse
 import logging
 from collections import OrderedDict
 
@@ -173,3 +174,17 @@ def test_edges_that_no_patch_covers_are_told(told, name, side, unseen):
         assert f"the last {unseen} px" in words[0]
         side_seen = int(words[0].split("--tile_size_px ")[1].split(" ")[0])
         assert side_seen == side - unseen
+
+
+def test_objects_beside_the_weights_are_named_and_the_remedy_works(source, tmp_path):
+    """Lightning's checkpoints hold callbacks and arguments."""
+    path, fixed = tmp_path / "w.ckpt", tmp_path / "fixed.pth"
+    torch.save({"state_dict": source.state_dict(), "hparams": argparse.Namespace(lr=1)}, path)
+    with pytest.raises(ValueError, match=r"got UnpicklingError at an object of argparse\.Namespace .*w\.ckpt") as error:
+        build_encoder("resnet10t", path)
+    remedy = str(error.value).split("tensors alone: ")[1].rstrip(".")
+    eval(remedy, {"torch": torch, "PATH": path, "FILE": fixed})
+    assert same(build_encoder("resnet10t", fixed), source.state_dict())
+    path.write_bytes(fixed.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"whole file of tensors .*HINT: copy or download it again"):
+        build_encoder("resnet10t", path)
