@@ -1,6 +1,7 @@
 """`ds-wsi evaluate` and `heatmap` on cohorts with other labels than the model's, with some, and with none."""
 
 import csv
+import itertools
 import json
 import re
 
@@ -33,15 +34,17 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def evaluate(folder, tmp_path, capsys):
     """Run the command on rows of a manifest: its exit status, what it says, and the folder of results."""
+    numbers = itertools.count()
 
     def run(headings, rows, *more, command="evaluate"):
         lines = [",".join(headings), *(",".join(row) for row in rows)]
         (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
         given = [command, "--model", folder / "model", "--features_dir", folder / "f", "--manifest", tmp_path / "m.csv"]
-        given += ["--output_dir", tmp_path / "out", "--dataloader_num_workers", 0, *more]
+        out = tmp_path / f"out{next(numbers)}"  # a folder of another evaluation is refused
+        given += ["--output_dir", out, "--dataloader_num_workers", 0, *more]
         given += ["--split", "all"] if command == "evaluate" and "--split" not in more else []
         code = main([str(word) for word in given])
-        return code, capsys.readouterr().err, tmp_path / "out"
+        return code, capsys.readouterr().err, out
 
     return run
 
@@ -61,13 +64,11 @@ def test_slides_without_labels_are_predicted_without_metrics(evaluate, headings,
     assert re.search(r"slides +6\n +patients +6\n +label normal +2\n +label tumor +2\n +label other +2\n", said)
     wanted = predictions(out)
     assert {row["label"] for row in wanted} == set(CLASSES)
-    for path in out.iterdir():
-        path.unlink()
     code, said, out = evaluate(headings, [(name, *end) for name, _ in LABELLED])
     assert code == 0
     assert "no labels in" in said
     assert "6 slides are predicted, without metrics and report" in said
-    assert [path.name for path in out.iterdir()] == ["predictions.csv"]
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "predictions.csv"]
     assert predictions(out) == [{key: value for key, value in row.items() if key != "label"} for row in wanted]
 
 
