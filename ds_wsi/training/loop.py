@@ -336,9 +336,9 @@ def _naming_slides(run: Run, step: MicroStep) -> Iterator[None]:
             raise
         tiles = sum(map(len, step.tiles))
         raise ValueError(
-            f"the encoder's BatchNorm must see more than one value a channel in training, got "
-            f"{counted(tiles, 'tile')} of {', '.join(slides)}. HINT: leave the slide out, or take --norm_training frozen, --bags_per_step 2, or a "
-            "larger --tile_size_px."
+            "the encoder's BatchNorm must see more than one value a channel in training, got "
+            f"{counted(tiles, 'tile')} of {', '.join(slides)}. HINT: leave the slide out, or take --norm_training "
+            "frozen, --bags_per_step 2, or a larger --tile_size_px."
         ) from error
 
 
