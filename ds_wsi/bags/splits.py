@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ds_wsi.bags.manifest import SPLITS, Manifest, ManifestError
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.words import counted
 
 LEVELS = ("patient", "slide")
 
@@ -159,7 +160,7 @@ def _draw(manifest: Manifest, shares: Mapping[str, float], seed: str) -> dict[st
             manifest.source,
             [
                 f"{len(shares)} splits need at least one patient each, got none for {', '.join(empty[:3])}"
-                f"{', ...' if len(empty) > 3 else ''} out of {len(part_of)} patient(s). "
+                f"{', ...' if len(empty) > 3 else ''} out of {counted(len(part_of), 'patient')}. "
                 "HINT: add a `split` column to the manifest, or draw fewer parts."
             ],
         )

@@ -17,6 +17,7 @@ from ds_wsi.commands.cohort import (
 from ds_wsi.commands.parser import add_command
 from ds_wsi.config import read_section
 from ds_wsi.models.features import FEATURES
+from ds_wsi.runtime.words import counted
 from ds_wsi.slides.tiling import TilingPolicy
 from ds_wsi.training.options import add_shared_options, spellings
 
@@ -66,6 +67,10 @@ def run_features(options: argparse.Namespace) -> None:
     cohort = slides_of(options, tiling, classes_of(options), labels_of(options))
     policy, failures = tile_reading_of(options, cohort)
     for slide in extract_features(placed(model, options), config, cohort, options.output_dir, policy, failures):
-        print(f"{slide.slide_id}\t{slide.n_rows} rows\t{'written' if slide.written else 'kept'}\t{slide.path}")
-    print(f"{options.output_dir}\twidth {model.encoder.num_features}, {len(failures.reasons)} tiles unreadable")
+        print(
+            f"{slide.slide_id}\t{counted(slide.n_rows, 'row')}\t{'written' if slide.written else 'kept'}\t{slide.path}"
+        )
+    print(
+        f"{options.output_dir}\twidth {model.encoder.num_features}, {counted(len(failures.reasons), 'tile')} unreadable"
+    )
     tell_left_out(cohort, options.output_dir)

@@ -17,6 +17,7 @@ from ds_wsi.commands.cohort import (
 from ds_wsi.commands.parser import add_command
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress, duration
+from ds_wsi.runtime.words import counted
 from ds_wsi.slides.tiling import TilingPolicy
 from ds_wsi.training.options import add_shared_options, spellings
 
@@ -76,7 +77,7 @@ def run_tile(options: argparse.Namespace) -> None:
         )
     for grid in cohort.tile_grids:
         share = "" if grid.tissue is None else f"\t{grid.tissue.share:.0%} tissue"
-        print(f"{grid.slide_id}\t{len(grid)} tiles{share}")
+        print(f"{grid.slide_id}\t{counted(len(grid), 'tile')}{share}")
     print(f"{options.output_dir}\t{_summary(cohort)}, {duration(progress.seconds)}")
     if options.export:
         _export(cohort, options)
@@ -89,7 +90,7 @@ def run_tile(options: argparse.Namespace) -> None:
 
 def _summary(cohort: "Cohort") -> str:
     grids = cohort.tile_grids
-    words = [f"{len(grids)} slides", f"{sum(cohort.lengths)} tiles of {grids[0].tile_size_px} px"]
+    words = [counted(len(grids), "slide"), f"{counted(sum(cohort.lengths), 'tile')} of {grids[0].tile_size_px} px"]
     found = [grid.tissue for grid in grids if grid.tissue is not None]
     if found:
         kept, whole = sum(cohort.lengths), sum(tissue.n_whole for tissue in found)
@@ -115,7 +116,7 @@ def _export(cohort: "Cohort", options: argparse.Namespace) -> None:
     folder = Path(options.output_dir) / options.export / "patches"
     for grid in cohort.tile_grids:
         exporter(grid, folder / f"{grid.slide_id}{suffix}")
-    print(f"{folder}\tcoordinates of {len(cohort.grids)} slides as {options.export.upper()} has them")
+    print(f"{folder}\tcoordinates of {counted(len(cohort.grids), 'slide')} as {options.export.upper()} has them")
 
 
 def _require_apart(options: argparse.Namespace) -> None:
@@ -168,8 +169,8 @@ def _pack(cohort: "Cohort", options: argparse.Namespace) -> None:
         )
     n_bytes = sum(slide.path.stat().st_size for slide in packed)
     print(
-        f"{options.store}\t{sum(cohort.lengths)} tiles of {len(packed)} slides, {n_bytes / 2**20:.1f} MiB, "
-        f"{sum(slide.written for slide in packed)} slides packed now, "
+        f"{options.store}\t{counted(sum(cohort.lengths), 'tile')} of {counted(len(packed), 'slide')}, "
+        f"{n_bytes / 2**20:.1f} MiB, {sum(slide.written for slide in packed)} slides packed now, "
         f"{sum(slide.n_failed for slide in packed)} tiles unreadable, {duration(progress.seconds)}"
     )
 
@@ -208,7 +209,7 @@ def _import_grids(options: argparse.Namespace) -> None:
     for grid in grids:
         path = Path(options.output_dir) / f"{grid.slide_id}.safetensors"
         write_grid(grid, path, slide_fingerprint(paths[grid.slide_id]))
-        print(f"{grid.slide_id}\t{len(grid)} tiles from {grid.source}")
+        print(f"{grid.slide_id}\t{counted(len(grid), 'tile')} from {grid.source}")
     print(f"{options.output_dir}\t{len(grids)} grids, {sum(map(len, grids))} tiles imported from {folder}")
 
 

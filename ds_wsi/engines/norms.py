@@ -10,6 +10,7 @@ from ds_wsi.norms import NormPolicy, batch_norms, starts_fresh
 from ds_wsi.norms.shared import share_norms
 from ds_wsi.partition import PartitionPlan, PartitionPolicy
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.words import counted
 
 # A norm needs other bags beside a bag to see what tells it from them; the papers' tables have two, ours eight.
 FEW_BAGS = 4
@@ -73,9 +74,9 @@ def warn_of_few_bags(training: str, bags_in_step: int) -> None:
     """Say that a population of few bags is a poor one, once, where the norms average over it."""
     if training in ("bag", "step", "stack") and bags_in_step < FEW_BAGS:
         logger.warning(
-            "norm.training %s: the encoder's BatchNorm averages over %d slide%s in training, and takes out of its "
+            "norm.training %s: the encoder's BatchNorm averages over %s in training, and takes out of its "
             "features what such few have in common. HINT: --bags_per_step 8, or an encoder with weights.",
-            *(training, bags_in_step, "" if bags_in_step == 1 else "s"),
+            *(training, counted(bags_in_step, "slide")),
         )
 
 

@@ -13,10 +13,12 @@ import torch
 from ds_wsi.bags.bag import FailureLog, ReadPolicy
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.features import FORMAT, SUFFIXES, FeatureFileError, read_about, read_shape, write_features
+from ds_wsi.bags.problems import condensed
 from ds_wsi.evaluation.predict import encode_slides
 from ds_wsi.models import ModelConfig, SlideModel, build_model, resolve_encoder
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import remove_left_behind
+from ds_wsi.runtime.words import counted
 from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.slides.tile_store import StoredSlide, store_path
 from ds_wsi.slides.tiling import TileGrid, TilingPolicy
@@ -129,6 +131,7 @@ def _place(directory: Path, slide_id: str) -> Path:
 def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
     """The rows of each slide whose file is there and whole; files of another encoder or program are an error."""
     found, problems, unrecorded = {}, [], 0
+    made_alike = ("encoder", "mean_and_std", "pixels")  # mostly, of all slides
     for wanted in about:
         slide_id = wanted["slide_id"]
         for suffix in SUFFIXES:
@@ -151,8 +154,13 @@ def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
                 found[slide_id] = n_rows
                 continue
             other = next(name for name in wanted if theirs.get(name) != wanted[name])
-            got = theirs.get(other, "a file that `ds-wsi features` did not write")
-            problems.append(f"{other} must be {wanted[other]}, got {got} ({path})")
+            if not theirs:
+                problems.append(f"features must be a file that `ds-wsi features` wrote, got another ({path})")
+                continue
+            # What differs from slide to slide stands behind: files of one kind are then told on one line.
+            own = f"{path}; of this command: {wanted[other]}" if other not in made_alike else str(path)
+            rule = f"{other} must be {wanted[other]}" if other in made_alike else f"{other} must be this command's"
+            problems.append(f"{rule}, got {theirs.get(other, 'none')} ({own})")
     if unrecorded:
         logger.warning(
             "%s: %d of the features files are of an earlier version, which recorded no fingerprint: kept. HINT: "
@@ -160,10 +168,10 @@ def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
             *(directory, unrecorded),
         )
     if problems:
-        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
+        lines = "\n".join(f"  {number}. {line}" for number, line in enumerate(condensed(problems), 1))
         raise ValueError(
-            f"--output_dir must hold features of this encoder and these slides alone, got {len(problems)} other "
-            f"file(s):\n{lines}\nHINT: give another folder, or delete them."
+            f"--output_dir must hold features of this encoder and these slides alone, got "
+            f"{counted(len(problems), 'other file')}:\n{lines}\nHINT: give another folder, or delete them."
         )
     return found
 

@@ -120,8 +120,9 @@ def write_predictions(directory: Path, cohort: Cohort, predictions: Sequence[Sli
     _write_predictions(path, rows)
     drawn = draw_heatmaps(directory / "heatmaps", cohort, predictions)
     logger.info(
-        "no labels in %s: %d slides are predicted, without metrics and report: %s, %d heat maps",
-        *(cohort.manifest.source, len(rows), path, len(drawn)),
+        "no labels in %s: %s predicted, without metrics and report: %s, %s",
+        *(cohort.manifest.source, f"{counted(len(rows), 'slide')} {'is' if len(rows) == 1 else 'are'}", path),
+        counted(len(drawn), "heat map"),
     )
 
 
@@ -185,7 +186,7 @@ def draw_heatmaps(
         drawn.append((entry.slide_id, path))
     for reason, slide_ids in left_out.items():
         names = ", ".join(slide_ids[:3]) + (", ..." if len(slide_ids) > 3 else "")
-        logger.info("no heat map of %d slides (%s): %s", len(slide_ids), names, reason)
+        logger.info("no heat map of %s (%s): %s", counted(len(slide_ids), "slide"), names, reason)
     return drawn
 
 

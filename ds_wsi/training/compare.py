@@ -20,6 +20,7 @@ from ds_wsi.models.packaged import ENCODER
 from ds_wsi.runtime.files import write_json, write_text
 from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.words import counted
 from ds_wsi.slides.demo import DEMO_DIRS
 
 COMPARED = "gated_abmil"
@@ -171,8 +172,8 @@ def format_table(results: Mapping[ComparedRun, Mapping[str, float]], demo: str =
     """
     seeds = sorted({run.seed for run in results})
     lines = [
-        f"demo cohort{'' if demo == 'plain' else ' ' + demo}, test split, %, {len(seeds)} seed(s) from {seeds[0]}"
-        + (", mean ± standard deviation" if len(seeds) > 1 else ""),
+        f"demo cohort{'' if demo == 'plain' else ' ' + demo}, test split, %, "
+        f"{counted(len(seeds), 'seed')} from {seeds[0]}" + (", mean ± standard deviation" if len(seeds) > 1 else ""),
         "",
         "| aggregator | metric | frozen encoder | end to end | difference |",
         "|---|---|---|---|---|",

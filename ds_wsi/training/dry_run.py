@@ -149,7 +149,8 @@ def count_slides(cohort: Cohort) -> str:
         labels = [sum(slide.label == label for slide in slides) for label in range(len(cohort.manifest.classes))]
         classes = ", ".join(f"{name} {count}" for name, count in zip(cohort.manifest.classes, labels, strict=True))
         lines.append(
-            f"  {split}: {len(slides)} slides of {len({slide.patient_id for slide in slides})} patients ({classes}), "
+            f"  {split}: {counted(len(slides), 'slide')} of "
+            f"{counted(len({slide.patient_id for slide in slides}), 'patient')} ({classes}), "
             f"{sum(lengths)} tiles, {min(lengths)} to {max(lengths)} a slide"
         )
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.runtime.progress import PresentRate, Progress
 from ds_wsi.runtime.ranks import watch_ranks
 from ds_wsi.runtime.seeding import seed_step, step_seed
+from ds_wsi.runtime.words import counted
 from ds_wsi.stacking.balance import OverCapError
 from ds_wsi.stacking.randomness import bag_randomness
 from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
@@ -337,9 +338,9 @@ def _naming_slides(run: Run, step: MicroStep) -> Iterator[None]:
             raise
         tiles = sum(map(len, step.tiles))
         raise ValueError(
-            f"the encoder's BatchNorm must see more than one value a channel in training, got {tiles} tile(s) of "
-            f"{', '.join(slides)}. HINT: leave the slide out, or take --norm_training frozen, --bags_per_step 2, or a "
-            "larger --tile_size_px."
+            "the encoder's BatchNorm must see more than one value a channel in training, got "
+            f"{counted(tiles, 'tile')} of {', '.join(slides)}. HINT: leave the slide out, or take --norm_training "
+            "frozen, --bags_per_step 2, or a larger --tile_size_px."
         ) from error
 
 

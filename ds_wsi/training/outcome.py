@@ -277,9 +277,9 @@ def _comm_words(comm: CommHandle) -> str:
 
 
 def _time_words(run: Run, seconds: float) -> str:
-    if run.progress.starts == 1:
+    if run.starts == 1:
         return f"{seconds:.0f} s"
-    return f"{run.seconds_before + seconds:.0f} s in {run.progress.starts} starts, {seconds:.0f} s in the last"
+    return f"{run.seconds_before + seconds:.0f} s in {run.starts} starts, {seconds:.0f} s in the last"
 
 
 def _summary(run: Run, seconds: float) -> dict[str, str]:

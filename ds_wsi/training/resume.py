@@ -22,8 +22,8 @@ def resume(run: Run) -> None:
     require_same(ours, checkpoint)  # before the engine reads its own files
     state = load_checkpoint(run.accelerator, checkpoint, run.comm)
     run.progress = Progress(**state["progress"])
-    run.seconds_before = run.progress.seconds
-    run.progress.starts += 1
+    earlier = state.get("time", {"seconds": 0.0, "starts": 1})  # earlier versions did not keep it
+    run.seconds_before, run.starts = earlier["seconds"], earlier["starts"] + 1
     if run.progress.pending and run.accelerator.is_main_process:
         link_or_copy(checkpoint / PENDING_WEIGHTS, run.output_dir / PENDING_WEIGHTS)
     run.accelerator.wait_for_everyone()
@@ -33,8 +33,8 @@ def resume(run: Run) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint of where the run stands. Collective."""
     average_buffers(run.accelerator, run.module)
-    run.progress.seconds = run.seconds
-    state = {"progress": vars(run.progress), "fingerprint": fingerprint(run)}
+    spent = {"seconds": run.seconds, "starts": run.starts}
+    state = {"progress": vars(run.progress), "fingerprint": fingerprint(run), "time": spent}
     limit = run.settings.run.save_total_limit
     pending = run.output_dir / PENDING_WEIGHTS if run.progress.pending else None
     path = save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit, run.comm, pending)

@@ -69,8 +69,6 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int | None = None
     pending: bool = False  # the last finished epoch is not validated yet
-    seconds: float = 0.0  # of all starts together, up to the checkpoint
-    starts: int = 1
 
 
 @dataclass
@@ -97,7 +95,8 @@ class Run:
     epoch_seconds: float | None = None  # that the last epoch trained, in this start
     made_of: dict[str, Any] | None = None  # see `same_run.fingerprint`
     started: float = field(default_factory=time.perf_counter)  # of this start
-    seconds_before: float = 0.0  # of earlier starts
+    seconds_before: float = 0.0  # of earlier starts, up to the checkpoint of each
+    starts: int = 1
     saved: float = field(default_factory=time.perf_counter)  # when the last checkpoint was written
     save_is_due: bool = False  # by the time since then, as the main process has it: the same on all ranks
 

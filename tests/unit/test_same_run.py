@@ -160,7 +160,7 @@ def test_checkpoints_by_time_within_an_epoch_and_the_time_of_all_starts(tmp_path
     assert "every 1e-09 minutes, at each epoch's end" in printed
     path = folder / "run" / "checkpoint-3" / "state.json"
     state = json.loads(path.read_text())
-    assert 0 < state["progress"]["seconds"] < 600
+    assert 0 < state["time"]["seconds"] < 600
     monkeypatch.setattr(loop, "_train_step", step)
     assert train(folder, folder / "run", *more, "--resume_from_checkpoint", epochs=1) == 0
     page = (folder / "run" / "report.html").read_text()
