@@ -22,7 +22,7 @@ from types import TracebackType
 
 from ds_wsi.runtime.log import logger
 
-USER, FAULT = 2, 1
+USER_ERROR = 2
 SHOW_ALL = "DS_WSI_TRACEBACK"
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 _OF_OURS = (ValueError, RuntimeError, OSError)  # what we raise for users; an assertion is no such
@@ -49,19 +49,22 @@ def naming(place: str) -> Iterator[None]:
 
 
 def report(error: Exception) -> int:
-    """Print an error as [Note: whose error] says; returns the exit status."""
+    """Print an error as [Note: whose error] says; returns the exit status.
+
+    Raises:
+        Exception: the error, where it is a fault, with a note where to report it: Python prints both.
+    """
     words = _words(error)
-    if words is None or os.environ.get(SHOW_ALL):
-        logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
     if words is None:
-        logger.error(
-            "this is a fault of ds_wsi (%s), not of what it was given. HINT: report it in the project's issue tracker, "
-            "with the command, the lines above and what `ds-wsi --version` prints.",
-            type(error).__name__,
+        error.add_note(
+            "This is a fault of ds_wsi, not of what it was given. HINT: report it in the project's issue tracker, with "
+            "the command, the lines above and what `ds-wsi --version` prints."
         )
-        return FAULT
+        raise error
+    if os.environ.get(SHOW_ALL):
+        logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
     logger.error("%s", words)
-    return USER
+    return USER_ERROR
 
 
 def is_ours(error: BaseException) -> bool:

@@ -199,10 +199,11 @@ def test_a_system_error_has_its_path_and_a_remedy(printed, tmp_path):
 
 def test_a_fault_of_ours_has_its_traceback_and_where_to_report_it(printed):
     for error in (raised(bug), raised(lambda: {}["key"]), NotImplementedError("x"), AssertionError("x")):
-        printed.clear()
-        assert report(error) == 1
-        assert type(error).__name__ in printed[0]
-        assert "report it in the project's issue tracker" in printed[1]
+        with pytest.raises(type(error)) as left:
+            report(error)
+        assert left.value is error
+        assert "report it in the project's issue tracker" in error.__notes__[-1]
+        assert not printed
 
 
 def test_every_traceback_can_be_had(printed, monkeypatch):
@@ -229,23 +230,38 @@ def test_an_error_of_ours_in_a_worker_is_printed_as_it_is(printed, tmp_path):
     assert "Original Traceback" in str(error)
     assert report(error) == 2
     assert printed == [f"features must be a file, got {path} (missing)"]
-    error = raised(in_worker(lambda: int("x")).reraise)
-    assert report(error) == 1
+    with pytest.raises(ValueError, match="Original Traceback"):
+        report(raised(in_worker(lambda: int("x")).reraise))
 
 
 def test_a_command_ends_with_the_status_of_its_error(monkeypatch, capsys):
     from ds_wsi.commands import report as command
 
-    for error, status in ((OSError(errno.EACCES, "Permission denied", "x"), 2), (KeyError("x"), 1)):
-
-        def run(options, error=error):
+    def ending_with(error):
+        def run(options):
             raise error
 
         monkeypatch.setattr(command, "run_report", run)
-        assert main(["report", "run"]) == status
-    printed = capsys.readouterr().err
-    assert "Permission denied: x" in printed
-    assert "KeyError: 'x'" in printed
+        return main(["report", "run"])
+
+    assert ending_with(OSError(errno.EACCES, "Permission denied", "x")) == 2
+    assert "Permission denied: x" in capsys.readouterr().err
+    with pytest.raises(KeyError):
+        ending_with(KeyError("x"))
+
+
+def test_a_fault_is_printed_with_its_note(tmp_path):
+    code = (
+        "from ds_wsi.commands import report\n"
+        "report.run_report = lambda options: {}['x']\n"
+        "from ds_wsi.cli import main\nmain(['report', 'run'])"
+    )
+    done = python(code)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert "Traceback (most recent call last):" in lines
+    assert lines[-2] == "KeyError: 'x'"
+    assert "report it in the project's issue tracker" in lines[-1]
 
 
 # --- logging in a user's own script ---
