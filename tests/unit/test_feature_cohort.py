@@ -212,7 +212,7 @@ def test_heat_maps_need_coordinates_and_a_slide_and_say_so_once(demo_manifest, t
     first = cohort.manifest.slides[0].slide_id
     assert drawn == [(first, tmp_path / f"{first}.png")]
     assert len(messages) == 2
-    assert "no heat map of 1 slides" in messages[0]
+    assert "no heat map of 1 slide " in messages[0]
     assert "coordinates do not lie on the slide" in messages[0]
     assert "no heat map of 2 slides" in messages[1]
     assert "no coordinates" in messages[1]

@@ -18,7 +18,7 @@ SPLITTING = (*WAYS, "split_level", "keep_listed", "validation_fraction", "split_
 def parse(dataset, *arguments):
     parser = argparse.ArgumentParser()
     add_protocol_options(parser, dataset)
-    add_train_options(parser)
+    add_train_options(parser, without=("split_seed",))
     given = ["--data_dir", "data", *(str(argument) for argument in arguments)]
     return protocol_from(parser.parse_args(given), dataset)
 

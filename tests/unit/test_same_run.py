@@ -200,7 +200,7 @@ def test_history_curves_and_log_are_kept_after_each_epoch(tmp_path, monkeypatch)
         save(run)
         history = json.loads((run.output_dir / "history.json").read_text())
         seen.append((len(history), (run.output_dir / "curves.png").is_file()))
-        assert f"epoch {len(history)}: train_loss" in (run.output_dir / "train.log").read_text()
+        assert f"epoch {len(history)}/" in (run.output_dir / "train.log").read_text()
 
     monkeypatch.setattr(loop, "save", look)
     assert train(folder, folder / "run") == 0
