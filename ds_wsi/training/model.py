@@ -73,18 +73,13 @@ def build_slide_model(
         )
         torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
         named = source.weights_name(wanted.pretrained, wanted.encoder_weights)
-        if wanted.encoder_weights is None and named is None:
-            logger.warning(
-                "--encoder_weights is not given: %s starts from random weights (seed %d)%s",
-                *(wanted.encoder, settings.run.seed),
-                ", which stay as they are (--freeze_encoder)" if wanted.freeze_encoder else "",
-            )
         module = build_model(config, wanted.encoder_weights, named)
     if not wanted.has_weights:
         logger.warning(
-            "--encoder_weights is not given: %s starts from RANDOM weights (seed %d). HINT: --encoder_weights FILE, or "
+            "--encoder_weights is not given: %s starts from RANDOM weights (seed %d)%s. HINT: --encoder_weights FILE, or "
             "--pretrained.",
             *(source.name, settings.run.seed),
+            ", which stay as they are (--freeze_encoder)" if wanted.freeze_encoder else "",
         )
     source.warn_of_other_tiles(tiling.tile_size_px, tiling.mpp)
     logger.info(
