@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from ds_wsi.runtime.files import atomic_path, write_text
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.own_files import require_ours
+from ds_wsi.runtime.progress import Progress
 from ds_wsi.runtime.temporary import remove_left_behind
 
 CLASSES = ("normal", "tumor")
@@ -191,7 +192,7 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
     write_text(stamp, json.dumps(wanted))
     rows = list(_rows(policy))
     logger.info("drawing %d demo slides in %s", len(rows), directory)
-    for index, row in enumerate(rows):
+    for index, row in Progress("demo slides", "slide", len(rows)).over(enumerate(rows)):
         path = directory / row["path"]
         if not path.exists():
             rng = np.random.default_rng([policy.seed, policy.format_version, index])

@@ -76,8 +76,8 @@ def build_slide_model(
         module = build_model(config, wanted.encoder_weights, named)
     if not wanted.has_weights:
         logger.warning(
-            "--encoder_weights is not given: %s starts from RANDOM weights (seed %d)%s. HINT: --encoder_weights FILE, or "
-            "--pretrained.",
+            "--encoder_weights is not given: %s starts from RANDOM weights (seed %d)%s. HINT: --encoder_weights FILE, "
+            "or --pretrained.",
             *(source.name, settings.run.seed),
             ", which stay as they are (--freeze_encoder)" if wanted.freeze_encoder else "",
         )

@@ -39,6 +39,7 @@ from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, p
 from ds_wsi.partition.apply import DEFAULT_CHUNK, bucket
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import PRECISIONS, precision_words
+from ds_wsi.runtime.progress import Progress as Bar
 from ds_wsi.slides.demo import DEMOS, make_demo
 from ds_wsi.stacking.frameworks import pad_bags
 from ds_wsi.stacking.host_tiles import HostStacks
@@ -438,18 +439,21 @@ def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
             )
 
     def load(skipped: tuple[SkippedSlide, ...] | None) -> Cohort:
-        return load_cohort(
-            manifest,
-            policies.tiling,
-            tiles_dir=data.tiles_dir or output_dir / "tiles",
-            classes=data.classes,
-            slide_mpp=data.slide_mpp,
-            seed=data.split_seed,
-            workers=max(1, policies.reading.workers),
-            write_grids=write_grids,
-            choose=checked,
-            slides=SlidePolicy(data.tissue_masks, data.masks_in_bounds, data.skip_bad_slides, skipped),
-        )
+        shown = accelerator.is_main_process and not settings.run.disable_tqdm
+        with Bar("opening and tiling", "slide", shown=shown) as bar:
+            return load_cohort(
+                manifest,
+                policies.tiling,
+                tiles_dir=data.tiles_dir or output_dir / "tiles",
+                classes=data.classes,
+                slide_mpp=data.slide_mpp,
+                seed=data.split_seed,
+                workers=max(1, policies.reading.workers),
+                write_grids=write_grids,
+                choose=checked,
+                slides=SlidePolicy(data.tissue_masks, data.masks_in_bounds, data.skip_bad_slides, skipped),
+                on_slide=bar.step,
+            )
 
     # Which slides are left out is the main process's to say: another could find another file unreadable.
     cohort = load(None) if accelerator.is_main_process else None

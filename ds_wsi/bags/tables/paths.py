@@ -19,6 +19,7 @@ def path_problem(text: str, folder: Path, place: str) -> str | None:
         folder: where relative paths start.
         place: for the message.
     """
+    folder = folder.absolute()  # in messages "." says nothing
     path = folder / text
     if text and slide_exists(path):
         return None
