@@ -21,7 +21,7 @@ from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.runtime.words import counted
 from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.slides.tile_store import StoredSlide, store_path
-from ds_wsi.slides.tiling import TileGrid, TilingPolicy
+from ds_wsi.slides.tiling import TileGrid, TilingPolicy, stored_tiling
 
 RECORDED_SINCE = ("slide", "pixels")  # files of earlier versions do not have them
 HEAD_BYTES = 2**16
@@ -141,7 +141,7 @@ def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
             theirs: dict[str, str] = {}
             if path == _place(directory, slide_id) and path.is_file():
                 try:
-                    theirs, n_rows = read_about(path), read_shape(path)[0]
+                    theirs, n_rows = _in_todays_words(read_about(path)), read_shape(path)[0]
                 except FeatureFileError as error:
                     if not _was_ours(path):
                         problems.append(f"features must be a whole file of `ds-wsi features`, got another: {error}")
@@ -174,6 +174,16 @@ def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
             f"{counted(len(problems), 'other file')}:\n{lines}\nHINT: give another folder, or delete them."
         )
     return found
+
+
+def _in_todays_words(about: dict[str, str]) -> dict[str, str]:
+    """What a file says of itself, with the policy of its tiles as `_tiles_words` writes it now."""
+    tiles, _, policy = about.get("tiles", "").partition(", {")
+    try:
+        today = asdict(TilingPolicy(**stored_tiling(json.loads("{" + policy))))
+    except (TypeError, ValueError):  # no policy that is known: it will differ
+        return about
+    return {**about, "tiles": f"{tiles}, {json.dumps(today, sort_keys=True)}"}
 
 
 def _encoder_words(model: SlideModel, config: ModelConfig) -> str:

@@ -19,6 +19,7 @@ from ds_wsi.bags.splits import assign_splits
 from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.fingerprint import slide_fingerprint
+from ds_wsi.slides.tiling import TilingPolicy, stored_tiling
 from ds_wsi.training.checkpoint import read_state
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import stopping_words
@@ -247,6 +248,8 @@ def _of_checkpoint(checkpoint: Path) -> dict[str, Any]:
         "eval_precision": "no",
         "encoder_learning_rate": theirs.get("learning_rate"),
     } | theirs
+    if theirs.get("tiling"):  # in today's words
+        theirs["tiling"] = json.loads(json.dumps(asdict(TilingPolicy(**stored_tiling(theirs["tiling"])))))
     if "bn_population" in theirs:  # of a checkpoint before there was a policy: what it trained and exported then
         theirs = {"norm.evaluation": "running", "norm.affine": True, "norm_training": theirs["bn_population"]} | theirs
     return theirs

@@ -100,6 +100,22 @@ def test_features_of_an_earlier_version_are_kept_with_one_line_but_not_another_e
     assert contents(cohort / "f").keys() == before.keys()
 
 
+def test_features_of_the_tissue_rule_by_its_earlier_name_are_kept(cohort, capsys):
+    assert features(cohort, "--tissue", "otsu") == 0
+    for name in ("one", "two"):
+        path = cohort / "f" / f"{name}.safetensors"
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tiles, _, policy = metadata["tiles"].partition(", {")
+        then = {key: value for key, value in json.loads("{" + policy).items() if not key.startswith("tissue")}
+        metadata["tiles"] = f"{tiles}, {json.dumps(then | {'use_saturation': True}, sort_keys=True)}"
+        save_file(tensors, path, metadata)
+    before = contents(cohort / "f")
+    assert features(cohort, "--tissue", "otsu") == 0
+    assert contents(cohort / "f") == before
+    assert features(cohort, "--tissue", "grey") == 2
+
+
 @pytest.mark.parametrize("content", [b"", b"theirs", b"PK\x03\x04"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".h5"])
 def test_a_users_file_of_a_slides_name_is_not_written_over(cohort, suffix, content):

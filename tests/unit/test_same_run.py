@@ -4,12 +4,16 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import rows_of, train, write_cohort, write_table
 
+from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.training import same_run
 from ds_wsi.training.same_run import DRAW, differences
 
 
@@ -108,6 +112,14 @@ def test_splits_of_an_earlier_version_were_drawn_with_the_seed():
     assert differences(ours, {DRAW: 3, "seed": 3}) == [
         "split_seed must be the checkpoint's, 3, to continue it exactly, got 0"
     ]
+
+
+@pytest.mark.parametrize(("used", "rule"), [(True, "otsu"), (False, "grey")])
+def test_the_tissue_rule_of_an_earlier_version_has_its_name_of_today(monkeypatch, used, rule):
+    now = json.loads(json.dumps(asdict(TilingPolicy(tissue=rule))))
+    then = {name: value for name, value in now.items() if not name.startswith("tissue")} | {"use_saturation": used}
+    monkeypatch.setattr(same_run, "read_state", lambda checkpoint: {"fingerprint": {"seed": 0, "tiling": then}})
+    assert same_run._of_checkpoint(Path("checkpoint-1"))["tiling"] == now
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
