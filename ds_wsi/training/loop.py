@@ -29,6 +29,7 @@ from ds_wsi.stacking.balance import OverCapError
 from ds_wsi.stacking.randomness import bag_randomness
 from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
 from ds_wsi.training.micro_step import MicroStep, MicroSteps, on_device, stack_of
+from ds_wsi.training.norm_plan import minutes_between_saves
 from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta, warn_of_warmup
 from ds_wsi.training.out_of_memory import with_retry
 from ds_wsi.training.outcome import finish, finished_results, is_finished
@@ -289,7 +290,7 @@ def _train_step(
         run.average.update(run.module)
     if following is not None:
         bags.make_ready(len(following.micro_steps[0][mesh.slide_rank]), run.progress.global_step + 1)
-    minutes, waited = run.settings.run.save_minutes, time.perf_counter() - run.saved
+    minutes, waited = minutes_between_saves(run), time.perf_counter() - run.saved
     due = float(accelerator.is_main_process and minutes > 0 and waited >= 60 * minutes)
     totals = accelerator.reduce(
         torch.cat([loss_sum[None], torch.tensor([float(tiles), due], device=run.device)]), "sum"

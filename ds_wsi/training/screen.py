@@ -6,14 +6,14 @@ from ds_wsi.engines.accelerate import describe
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import duration
 from ds_wsi.runtime.words import counted
+from ds_wsi.training.norm_plan import minutes_between_saves
 from ds_wsi.training.run import Run
-from ds_wsi.training.settings import RunSettings
 from ds_wsi.training.words import model_words, tiles_words
 
 
 def tell_start(run: Run, steps_an_epoch: int, steps: int) -> None:
     """Log the run in a block of lines: where, with what, on which model, how many steps."""
-    settings, optim = run.settings, run.settings.optim
+    optim = run.settings.optim
     slides = run.cohort.rows("train")
     bags = -(-len(slides) // max(1, steps_an_epoch))
     parameters = list(run.module.parameters())
@@ -28,15 +28,16 @@ def tell_start(run: Run, steps_an_epoch: int, steps: int) -> None:
         "steps": f"{steps_an_epoch} an epoch, {steps} in {optim.num_train_epochs}; "
         f"{counted(bags, 'slide')} a step; rate {optim.learning_rate:g} after {optim.warmup_steps} steps, "
         f"{optim.lr_scheduler_type}",
-        "checkpoints": _checkpoint_words(settings.run),
+        "checkpoints": _checkpoint_words(run),
     }
     width = max(map(len, lines))
     logger.info("the run\n%s", "\n".join(f"  {name:<{width}}  {words}" for name, words in lines.items()))
 
 
-def _checkpoint_words(run: RunSettings) -> str:
-    every = [f"every {counted(run.save_steps, 'step')}"] if run.save_steps else []
-    every += [f"every {run.save_minutes:g} minutes"] if run.save_minutes else []
+def _checkpoint_words(run: Run) -> str:
+    steps, minutes = run.settings.run.save_steps, minutes_between_saves(run)
+    every = [f"every {counted(steps, 'step')}"] if steps else []
+    every += [f"every {minutes:g} minutes"] if minutes else []
     return ", ".join([*every, "at each epoch's end"])
 
 

@@ -214,7 +214,8 @@ class RunSettings:
         seed: of everything random.
         resume_from_checkpoint: a checkpoint's folder, "latest" of output_dir, or None.
         save_steps: optimizer steps between checkpoints within an epoch; 0 leaves them to `save_minutes`.
-        save_minutes: minutes after which a checkpoint is written within an epoch; 0 saves at the ends of epochs only.
+        save_minutes: minutes after which a checkpoint is written within an epoch, unless that would change the run
+            (ranks that track statistics of their own); 0 saves at the ends of epochs only.
         save_total_limit: checkpoints kept, at least 2, for a torn one is passed over for the one before it.
         metric_for_best_model: validation metric by which the exported epoch is chosen; eval_loss breaks ties.
         validate_beside: validate each epoch in a process of its own while the next one trains.
