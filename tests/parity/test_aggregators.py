@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ds_wsi.models import AGGREGATORS, SlideModel, build_aggregator
+from ds_wsi.models import AGGREGATORS, NoEncoder, SlideModel, build_aggregator
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.stacking import stack_bags
 
@@ -281,7 +281,7 @@ def test_any_lengths_pack(name, lengths, seed):
 
 @pytest.mark.parametrize("name", ["clam_sb", "abmil"])
 def test_a_slide_model_passes_labels_to_those_that_need_them(name):
-    model = SlideModel(nn.Identity(), build(name))
+    model = SlideModel(NoEncoder(DIM), build(name))
     stack = stack_bags(draw_bags())
     assert model(stack).auxiliary_loss is None
     output = model(stack, LABELS)

@@ -179,7 +179,7 @@ def test_extracted_features_train_as_slides_do_with_a_frozen_encoder(demo_manife
 
     monkeypatch.setattr(ds_wsi.training.model, "build_model", same_aggregator)
     with monkeypatch.context() as patch:
-        patch.setattr("ds_wsi.evaluation.results.draw_heatmaps", lambda *args: [])
+        patch.setattr("ds_wsi.evaluation.results.draw_heatmaps", lambda *args, **options: [])
         train(on_slides)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -189,7 +189,7 @@ def test_extracted_features_train_as_slides_do_with_a_frozen_encoder(demo_manife
     assert abs(history(run)[0] - history(run)[2]) > 1e-3, "the second epoch must differ from the first"
     assert sorted(path.stem for path in (run / "heatmaps").iterdir()) == sorted(predictions(run))
     assert "features of width 512" in (run / "report.html").read_text()
-    monkeypatch.setattr("ds_wsi.evaluation.results.draw_heatmaps", lambda *args: [])
+    monkeypatch.setattr("ds_wsi.evaluation.results.draw_heatmaps", lambda *args, **options: [])
     evaluate = ["evaluate", "--manifest", str(demo_manifest), "--device", "cpu", "--output_dir", str(tmp_path / "ev")]
     assert main([*evaluate, "--model", str(run), "--features_dir", str(folder)]) == 0
     assert predictions(tmp_path / "ev") == pytest.approx(predictions(run), abs=1e-7)
