@@ -188,7 +188,7 @@ def test_extracted_features_train_as_slides_do_with_a_frozen_encoder(demo_manife
     assert history(run) == pytest.approx(history(slides), abs=1e-5)
     assert abs(history(run)[0] - history(run)[2]) > 1e-3, "the second epoch must differ from the first"
     assert sorted(path.stem for path in (run / "heatmaps").iterdir()) == sorted(predictions(run))
-    assert "features of width 512" in (run / "report.html").read_text()
+    assert "features of resnet10t" in (run / "report.html").read_text()
     monkeypatch.setattr("ds_wsi.evaluation.results.draw_heatmaps", lambda *args, **options: [])
     evaluate = ["evaluate", "--manifest", str(demo_manifest), "--device", "cpu", "--output_dir", str(tmp_path / "ev")]
     assert main([*evaluate, "--model", str(run), "--features_dir", str(folder)]) == 0
