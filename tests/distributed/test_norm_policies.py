@@ -43,7 +43,9 @@ def make_cohort() -> tuple[list, list]:
             tiles[: TILES // 2, :, :, 1::2] -= 1.0
         stain = torch.randn(1, 3, 1, 1, generator=generator) * 4
         slides.append(
-            SimpleNamespace(tiles=tiles * (1 + stain.abs() / 8) + stain, label=index % 2, slide_id=str(index))
+            SimpleNamespace(
+                tiles=tiles * (1 + stain.abs() / 8) + stain, label=index % 2, class_index=index % 2, slide_id=str(index)
+            )
         )
     return slides, [TILES] * len(slides)
 

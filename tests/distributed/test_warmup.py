@@ -58,7 +58,7 @@ def oracle(kind: str, fresh: bool = True) -> list[dict[str, torch.Tensor]]:
                 tiles, label = make_bag(epoch * STEPS + step, rank)
                 with torch.set_grad_enabled(not rests):
                     features = model.encode(tiles)
-                (F.cross_entropy(model(stack_bags([features])).logits, label) / 2).backward()
+                (F.cross_entropy(model.aggregate(stack_bags([features])).logits, label) / 2).backward()
             for optimizer in parts:
                 optimizer.step()
                 optimizer.zero_grad()

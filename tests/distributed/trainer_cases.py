@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_wsi.bags.sampler import plan_epoch
-from ds_wsi.models import ModelConfig, SlideModel, build_aggregator
+from ds_wsi.models import ModelConfig, NoEncoder, SlideModel, build_aggregator
 from ds_wsi.norms import NormPolicy
 from ds_wsi.partition.apply import PartitionedForward
 from ds_wsi.slides import TilingPolicy
@@ -49,7 +49,7 @@ def make_bags(kind, n_bags):
 def make_slide_model(kind, dropout=0.0):
     torch.manual_seed(0)
     if kind == "features":  # with an auxiliary loss that needs the labels
-        return SlideModel(nn.Identity(), build_aggregator("clam_sb", 8, 2, embed_dim=16, dropout=dropout)).float()
+        return SlideModel(NoEncoder(8), build_aggregator("clam_sb", 8, 2, embed_dim=16, dropout=dropout)).float()
     encoder = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.Tanh(), nn.AdaptiveAvgPool2d(1))
     encoder.append(nn.Flatten())
     return SlideModel(encoder, build_aggregator("gated_abmil", 6, 2, dropout=dropout)).float()

@@ -21,7 +21,7 @@ LAUNCHERS = {
     # In two processes: tests/launch/test_comm_hook.py. BatchNorm under DeepSpeed's half precision.
     "deepspeed, bf16": (
         ["deepspeed", SCRIPT, "--deepspeed", OFFLOAD, "--bf16"],
-        "1 process(es) on cpu, precision bf16",
+        "one process, CPU, bf16 mixed precision",
     ),
     "accelerate launch": (
         # Stacks of unequal bags, and a loss that needs labels.
@@ -30,7 +30,7 @@ LAUNCHERS = {
     ),
     "torchrun": (
         ["torchrun", "--standalone", "--nproc_per_node", "2", SCRIPT, "--eval_tiles", "5", "--eval_runs", "3"],
-        "multi cpu, 2 process",
+        "DDP (gloo), 2 processes, CPU, float32",
     ),
 }
 
@@ -93,7 +93,7 @@ def test_mistakes_are_one_message_without_a_traceback(demo_manifest, tmp_path):
 
 def test_evaluate_and_heatmap_read_a_finished_run(demo_manifest, tmp_path):
     folder = tmp_path / "run"
-    assert "engine: no, 1 process" in run(["python", SCRIPT, *train_arguments(demo_manifest, folder)])
+    assert "engine: plain PyTorch, one process, CPU" in run(["python", SCRIPT, *train_arguments(demo_manifest, folder)])
     chosen = ["--model", str(folder), "--manifest", str(demo_manifest)]
     evaluate = ["deepspeed", "--num_gpus", "2", "launch/evaluate.py", *chosen]
     printed = run([*evaluate, "--output-dir", str(tmp_path / "evaluated")])
