@@ -12,12 +12,12 @@ SHOWN = 3
 
 
 def slide_fingerprints(slides: Iterable[SlideEntry]) -> list[Fingerprint | None]:
-    """Of each slide's file; None where it cannot be read, which opening it will say."""
+    """The fingerprint of each slide's file; None where it cannot be read, which opening it will say."""
     return [fingerprint_of(slide) for slide in slides]
 
 
 def fingerprint_of(slide: SlideEntry) -> Fingerprint | None:
-    """Of the slide's file; None where it cannot be read, or is empty as failed downloads are."""
+    """The fingerprint of the slide's file; None where it cannot be read, or is empty as failed downloads are."""
     try:
         found = slide_fingerprint(slide.path)
     except OSError:

@@ -15,6 +15,7 @@ from ds_wsi.evaluation.bootstrap import SAME, percentile_interval, resample_metr
 from ds_wsi.evaluation.metrics import METRIC_NAMES, FloatArray, IntArray, check_predictions, slide_metrics
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.runtime.files import json_number
+from ds_wsi.runtime.words import some
 
 SHOWN_SLIDES = 5  # in messages
 MAX_EXACT = 12  # patients that differ: up to 4,096 exchanges are tried one by one, more are drawn
@@ -239,7 +240,9 @@ def _matching_rows(a: Predictions, b: Predictions) -> IntArray:
     rows = {slide: row for row, slide in enumerate(b.slide_ids)}
     only_a, only_b = [name for name in a.slide_ids if name not in rows], sorted(set(b.slide_ids) - set(a.slide_ids))
     if only_a or only_b:
-        parts = [f"{_some(names)} only in {each.source}" for names, each in ((only_a, a), (only_b, b)) if names]
+        parts = [
+            f"{some(names, SHOWN_SLIDES)} only in {each.source}" for names, each in ((only_a, a), (only_b, b)) if names
+        ]
         raise ValueError(
             f"both runs must have predicted the same slides, got {' and '.join(parts)}. "
             "HINT: evaluate both on one manifest with `ds-wsi evaluate`."
@@ -255,13 +258,10 @@ def _matching_rows(a: Predictions, b: Predictions) -> IntArray:
             if one != two
         ]
         if differing:
-            raise ValueError(f"both runs must have the same {what} for each slide, got {_some(differing)} {where}")
+            raise ValueError(
+                f"both runs must have the same {what} for each slide, got {some(differing, SHOWN_SLIDES)} {where}"
+            )
     return order
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN_SLIDES} more" if len(names) > SHOWN_SLIDES else ""
-    return ", ".join(names[:SHOWN_SLIDES]) + more
 
 
 def _difference(a: float, b: float, samples: FloatArray, p_value: float, confidence: float) -> Difference:

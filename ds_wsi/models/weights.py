@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.words import some
 
 # Of two networks in one file the first is taken: the one that is meant to be used further.
 RIVALS = (
@@ -69,7 +70,7 @@ def _log_taken(state: Mapping[str, Tensor], wanted: Collection[str], prefix: str
     left = [key for key in state if not (key.startswith(prefix) and key.removeprefix(prefix) in wanted)]
     words = f"{n_taken} tensors are the encoder's" + (f", whose names begin with {prefix!r}" if prefix else "")
     if left:
-        words += f"; {len(left)} tensors are not the encoder's and were left out ({_some(left)})"
+        words += f"; {len(left)} tensors are not the encoder's and were left out ({some(left, _SHOWN)})"
     logger.info("%s: %s", path, words)
 
 
@@ -123,8 +124,8 @@ def _prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Pat
                 counts[".".join([*words[:start], ""]) if start else ""] += 2 + (value.shape == wanted[name].shape)
     if not counts:
         raise ValueError(
-            f"encoder weights must be named as the encoder's ({_some(wanted)}), got none of its {len(wanted)} names "
-            f"among {len(state)} tensors ({_some(state)}; {path}). "
+            f"encoder weights must be named as the encoder's ({some(wanted, _SHOWN)}), got none of its {len(wanted)} "
+            f"names among {len(state)} tensors ({some(state, _SHOWN)}; {path}). "
             "HINT: --encoder must name the architecture that the file was saved from; a file of another library must "
             "be written again under timm's names."
         )
@@ -163,14 +164,14 @@ def _require_fit(own: Mapping[str, Tensor], wanted: Mapping[str, Tensor], encode
         shapes = [f"{key} {list(given.shape)} for {list(value.shape)}" for key, (given, value) in misfits.items()]
         raise ValueError(
             f"encoder weights must fit the encoder, got {path} with {len(missing)} of {len(wanted)} tensors missing "
-            f"({_some(missing)}) and {len(misfits)} of another shape ({_some(shapes)}). "
+            f"({some(missing, _SHOWN)}) and {len(misfits)} of another shape ({some(shapes, _SHOWN)}). "
             f"HINT: {_remedy(missing, misfits, encoder)}"
         )
     more = [key for key in own if key not in wanted and _is_inside(key, wanted, encoder)]
     if more:
         raise ValueError(
             f"encoder weights must be of the encoder's architecture, got {path} with {len(more)} tensors in parts of "
-            f"it that it has not ({_some(f'{key} {list(own[key].shape)}' for key in more)}). "
+            f"it that it has not ({some((f'{key} {list(own[key].shape)}' for key in more), _SHOWN)}). "
             "HINT: --encoder must name the architecture that the file was saved from, with its options (layer scale is "
             "init_values=1e-5 of `build_encoder`); hf-hub: and local-dir: names bring them along."
         )
@@ -212,9 +213,3 @@ def first_patches(encoder: nn.Module) -> int | None:
         return None
     side, step = first.kernel_size[0], first.stride[0]
     return step if side <= step and step > 1 else None
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

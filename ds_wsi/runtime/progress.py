@@ -124,9 +124,9 @@ class PresentRate:
         return done / (now - first) if now > first else 0.0
 
 
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as a reader takes them in."""
+def duration(seconds: float, digits: int = 0) -> str:
+    """Seconds, with so many digits after the point, minutes or hours, as a reader takes them in."""
     if seconds < 60:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.{digits}f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,5 +1,7 @@
 """Numbers with their nouns, as people write them."""
 
+from collections.abc import Iterable
+
 
 def counted(number: int, noun: str) -> str:
     """The number and its noun: 1 slide, 3,000 slides, 2 processes."""
@@ -15,3 +17,10 @@ def plural(number: int, noun: str) -> str:
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return f"{noun[:-1]}ies"
     return f"{noun}s"
+
+
+def some(names: Iterable[str], shown: int) -> str:
+    """The first names, and how many more there are: a, b and 3 more."""
+    names = list(names)
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")

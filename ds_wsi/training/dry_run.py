@@ -17,6 +17,7 @@ from ds_wsi.norms import batch_norms
 from ds_wsi.norms.policy import POPULATIONS
 from ds_wsi.partition import PartitionPlan
 from ds_wsi.partition.apply import PartitionedForward
+from ds_wsi.runtime.progress import duration
 from ds_wsi.runtime.words import counted
 from ds_wsi.slides.coords import write_grid
 from ds_wsi.slides.demo import DEMOS, is_drawn
@@ -237,14 +238,7 @@ def _time_lines(run: Run, measured: Sequence[TimedSteps]) -> list[str]:
     )
     return [
         f"two micro-steps: {timed}",
-        f"time, an estimate from them: {_duration(total_s)} ({_duration(epoch_s)} of training and "
-        f"{_duration(validation_s)} of validation an epoch, {_duration(test_s)} of test), without tiling, checkpoints "
-        "and heat maps",
+        f"time, an estimate from them: {duration(total_s, 1)} ({duration(epoch_s, 1)} of training and "
+        f"{duration(validation_s, 1)} of validation an epoch, {duration(test_s, 1)} of test), without tiling, "
+        "checkpoints and heat maps",
     ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -290,10 +290,12 @@ def _train_step(
         run.average.update(run.module)
     if following is not None:
         bags.make_ready(len(following.micro_steps[0][mesh.slide_rank]), run.progress.global_step + 1)
-    minutes, waited = minutes_between_saves(run), time.perf_counter() - run.saved
-    due = float(accelerator.is_main_process and minutes > 0 and waited >= 60 * minutes)
+    waited = time.perf_counter() - run.saved
+    # First the clock: what a save would change is known by a walk through the encoder.
+    due = 0 < 60 * run.settings.run.save_minutes <= waited and minutes_between_saves(run) > 0
+    due_on_main = float(accelerator.is_main_process and due)
     totals = accelerator.reduce(
-        torch.cat([loss_sum[None], torch.tensor([float(tiles), due], device=run.device)]), "sum"
+        torch.cat([loss_sum[None], torch.tensor([float(tiles), due_on_main], device=run.device)]), "sum"
     )
     run.save_is_due = bool(totals[2] > 0)
     return float(totals[0]) / mesh.tile_size, int(totals[1])

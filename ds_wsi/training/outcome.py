@@ -205,7 +205,7 @@ def finished_results(run: Run, started: float) -> dict[str, Any]:
 
 
 def keep_history(run: Run) -> None:
-    """Write history.json and the curves as they are so far; a value that is no number is null."""
+    """Write history.json as it is so far; a value that is no number is null."""
     history = run.progress.history
     write_json(
         run.output_dir / "history.json",

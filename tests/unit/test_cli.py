@@ -193,8 +193,8 @@ def test_a_system_error_has_its_path_and_a_remedy(printed, tmp_path):
     assert printed[-1] == f"No such file or directory: {tmp_path / 'none'}. HINT: check the path."
     assert report(OSError(errno.ENOSPC, "No space left on device", "/out/model.safetensors")) == 2
     assert printed[-1].startswith("No space left on device: /out/model.safetensors. HINT: free space there")
-    assert report(PermissionError(errno.EACCES, "Permission denied", "/root/x")) == 2
-    assert "Permission denied: /root/x. HINT: the folder or file must be yours" in printed[-1]
+    assert report(PermissionError(errno.EACCES, "Permission denied", "/slides/x")) == 2
+    assert "Permission denied: /slides/x. HINT: the folder or file must be yours" in printed[-1]
 
 
 def test_a_fault_of_ours_has_its_traceback_and_where_to_report_it(printed):
