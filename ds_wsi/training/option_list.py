@@ -88,7 +88,8 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         "demo",
         "data.demo",
         tuple(DEMOS),
-        "demo cohort to train on without --manifest: of one centre, or of ten whose stains and scanners differ",
+        "demo cohort to train on without --manifest: of one centre, of ten whose stains and scanners differ, or "
+        "of these with tumours that are harder to see",
     ),
     ("demo_dir", "data.demo_dir", str, "folder that keeps the demo slides"),
     (
