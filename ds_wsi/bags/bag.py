@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from ds_wsi.bags.features import FeatureFile, FeatureFileError, read_features
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.signals import outlive_signals
 from ds_wsi.slides.slide import SlideCache, SlideError, TileReadError
 from ds_wsi.slides.tile_store import TileStore
 from ds_wsi.slides.tiling import TileGrid
@@ -246,6 +247,7 @@ def read_chunks(
         generator=torch.Generator().manual_seed(0),
         # Spares a conversion of what is a tensor already.
         collate_fn=_unchanged,
+        worker_init_fn=outlive_signals,
     )
     yield from loader
 

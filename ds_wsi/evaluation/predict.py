@@ -15,6 +15,7 @@ from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models.encoder import NoEncoder
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.runtime.errors import naming
+from ds_wsi.runtime.signals import asked
 from ds_wsi.slides.tiling import TileGrid
 from ds_wsi.stacking.stacked_bags import stack_bags
 
@@ -120,6 +121,8 @@ def _encoded(
     tiles = HeldTiles(slides, grids, policy)
     try:
         for chunk in read_chunks(slides, grids, rows, policy):
+            if asked():  # whoever defers signals leaves at the next place where all ranks can
+                return
             failures.add(chunk)
             of_features = chunk.tiles.dim() == 2  # features on disk
             if of_features or len(chunk.tiles):

@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.signals import Stopped
 
 _BEAT_S = 1.0
 _SILENCE_S = 4.0  # without a beat: a rank that computes still beats
@@ -49,6 +50,8 @@ def watch_ranks() -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # one that was interrupted leaves the others waiting too
+        if isinstance(error, Stopped) and error.together:
+            raise
         if not _is_of_communication(error):
             last_word = f"{_FAILED}{type(error).__name__}: {error}".splitlines()[0][:500]
             raise

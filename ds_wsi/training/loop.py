@@ -24,6 +24,7 @@ from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.runtime.progress import PresentRate, Progress
 from ds_wsi.runtime.ranks import watch_ranks
 from ds_wsi.runtime.seeding import seed_step, step_seed
+from ds_wsi.runtime.signals import Stopped, asked, deferring, heeding_signals
 from ds_wsi.runtime.words import counted
 from ds_wsi.stacking.balance import OverCapError
 from ds_wsi.stacking.randomness import bag_randomness
@@ -60,9 +61,11 @@ def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = Non
     Raises:
         ManifestError: lists everything that is wrong with the cohort, before anything is trained.
         RankFailureError: another process failed or died; names it.
+        Stopped: the run was asked to end by a signal, or by `max_minutes`; what was done is in a checkpoint. The
+            signals are heeded where the main thread calls.
         ValueError: settings that contradict each other, or a checkpoint that is torn.
     """
-    with engine_scope():
+    with heeding_signals(), engine_scope():
         return _train(settings, deepspeed_config)
 
 
@@ -82,7 +85,10 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
                 # Of an earlier end in this folder: from here until it ends anew, the run is unfinished.
                 (run.output_dir / RECORD_FILE).unlink(missing_ok=True)
             tell_start(run, *count_steps(run))
-            _train_epochs(run)
+            with deferring():
+                _train_epochs(run)
+                if _any_rank_asked(run):  # its end can be begun anew from the last checkpoint, which is whole
+                    raise Stopped(_words_of_stop(run), together=True)
             results = finish(run, started)
     run.accelerator.free_memory()
     return results
@@ -153,9 +159,10 @@ def _train_epochs(run: Run) -> None:
     with validation_of(run) as validation:
         while run.progress.epoch < epochs and not _stops_early(run):
             began = time.perf_counter()
-            entry = _train_epoch(run, bags, validation)
-            run.epoch_seconds = time.perf_counter() - began
-            validation.collect()
+            with _kept_when_stopped(run):
+                entry = _train_epoch(run, bags, validation)
+                run.epoch_seconds = time.perf_counter() - began
+                validation.collect()
             average_buffers(run.accelerator, run.module)
             state = full_state_dict(run.module)  # once an epoch, to validate and to export: collective at ZeRO-3
             if run.average is not None:
@@ -163,9 +170,35 @@ def _train_epochs(run: Run) -> None:
             if run.settings.model.lora_rank:
                 state = merge_lora(state, run.settings.model.lora_rank, run.settings.model.lora_alpha)
             _end_epoch(run, entry)
-            validation.give(state)
+            with _kept_when_stopped(run):
+                validation.give(state)
             save(run)
         validation.collect()
+
+
+@contextmanager
+def _kept_when_stopped(run: Run) -> Iterator[None]:
+    """Write a checkpoint where the run is stopped in the block, as all ranks are."""
+    try:
+        yield
+    except Stopped:
+        save(run)
+        raise
+
+
+def _words_of_stop(run: Run) -> str:
+    limit = run.settings.run.max_minutes
+    return asked() or (f"--max_minutes {limit:g}" if _time_is_over(run) else "a signal to another rank")
+
+
+def _any_rank_asked(run: Run) -> bool:
+    """Collective: an all-reduce, the identity on one rank."""
+    told = torch.tensor(float(bool(asked())), device=run.device)
+    return bool(run.accelerator.reduce(told, "sum") > 0)
+
+
+def _time_is_over(run: Run) -> bool:
+    return 0 < 60 * run.settings.run.max_minutes <= time.perf_counter() - run.started
 
 
 def _stops_early(run: Run) -> bool:
@@ -182,6 +215,14 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
     progress, optim = run.progress, run.settings.optim
     plan = _epoch_plan(run, progress.epoch)
     _, total = count_steps(run)
+    rate_at = partial(
+        learning_rate_at,
+        total_steps=total,
+        peak=optim.learning_rate,
+        schedule=optim.lr_scheduler_type,
+        warmup_steps=optim.warmup_steps,
+        steps_per_epoch=len(plan),
+    )
     run.module.warming_up = encoder_rests(run.settings.model.freeze_encoder_epochs, progress.epoch)
     if progress.epoch == run.settings.model.freeze_encoder_epochs > 0 and progress.step_in_epoch == 0:
         forget_steps(run.optimizer)
@@ -199,14 +240,7 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
     with bar:
         for step, following in pairwise([*plan[progress.step_in_epoch :], None]):
             assert step is not None
-            rate_now = learning_rate_at(
-                progress.global_step,
-                total_steps=total,
-                peak=optim.learning_rate,
-                schedule=optim.lr_scheduler_type,
-                warmup_steps=optim.warmup_steps,
-                steps_per_epoch=len(plan),
-            )
+            rate_now = rate_at(progress.global_step)
             if optim.demon:
                 set_beta(run.optimizer, demon_beta(progress.global_step, total_steps=total, initial=optim.demon))
             loss, tiles = _train_step(run, step, following, bags, rate_now)
@@ -235,12 +269,14 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
             )
             save_steps = run.settings.run.save_steps
             by_step = save_steps and progress.global_step % save_steps == 0
+            if run.stop_is_due:  # after an epoch's last step too: the epoch's end can take long
+                raise Stopped(_words_of_stop(run), together=True)
             if (by_step or run.save_is_due) and progress.step_in_epoch < len(plan):
                 save(run)
     return {
         "epoch": progress.epoch + 1,
         "train_loss": progress.loss_sum / progress.bags_seen,
-        "learning_rate": rate_now if plan else 0.0,
+        "learning_rate": rate_at(progress.global_step - 1),  # of a run that was stopped after the epoch's last step too
         "tiles_per_second": rate,
         "peak_memory_bytes": float(peak_memory_bytes(run.device)),
         **(run.comm.metrics() if run.comm else {}),
@@ -293,11 +329,11 @@ def _train_step(
     waited = time.perf_counter() - run.saved
     # First the clock: what a save would change is known by a walk through the encoder.
     due = 0 < 60 * run.settings.run.save_minutes <= waited and minutes_between_saves(run) > 0
-    due_on_main = float(accelerator.is_main_process and due)
+    told = [float(accelerator.is_main_process and due), float(bool(asked()) or _time_is_over(run))]
     totals = accelerator.reduce(
-        torch.cat([loss_sum[None], torch.tensor([float(tiles), due_on_main], device=run.device)]), "sum"
+        torch.cat([loss_sum[None], torch.tensor([float(tiles), *told], device=run.device)]), "sum"
     )
-    run.save_is_due = bool(totals[2] > 0)
+    run.save_is_due, run.stop_is_due = (totals[2:4] > 0).tolist()
     return float(totals[0]) / mesh.tile_size, int(totals[1])
 
 

@@ -482,6 +482,12 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         float,
         "minutes after which a checkpoint is written within an epoch too; 0 saves at the ends of epochs only",
     ),
+    (
+        "max_minutes",
+        "run.max_minutes",
+        float,
+        "minutes after which the run stops with a checkpoint and exit status 75; the same command goes on; 0: never",
+    ),
     ("save_total_limit", "run.save_total_limit", int, "number of checkpoints that are kept, the newest"),
     (
         "metric_for_best_model",

@@ -100,6 +100,7 @@ class Run:
     starts: int = 1
     saved: float = field(default_factory=time.perf_counter)  # when the last checkpoint was written
     save_is_due: bool = False  # by the time since then, as the main process has it: the same on all ranks
+    stop_is_due: bool = False  # a rank was asked to end, or the time is over: the same on all ranks
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from typing import Any
 from ds_wsi.evaluation.record import MARK_NAME as PROTOCOL_MARK
 from ds_wsi.runtime.files import write_json, write_text
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.signals import Stopped
 from ds_wsi.runtime.temporary import is_temporary, remove_left_behind
 from ds_wsi.training.checkpoint import FILE_LIST, list_checkpoints
 
@@ -92,6 +93,8 @@ def logging_to(path: Path) -> Iterator[None]:
         logger.addHandler(handler)
         try:
             yield
+        except Stopped:
+            raise  # as it was asked to: the message says so
         except BaseException as error:
             record = logger.makeRecord(
                 logger.name, logging.ERROR, __file__, 0, "ended by %s: %s", (type(error).__name__, error), None

@@ -29,6 +29,7 @@ LEFT_OUT = {
             "resume_from_checkpoint",
             "save_steps",
             "save_minutes",
+            "max_minutes",
             "save_total_limit",
             "deepspeed",
             "ddp_timeout",

@@ -216,6 +216,7 @@ class RunSettings:
         save_steps: optimizer steps between checkpoints within an epoch; 0 leaves them to `save_minutes`.
         save_minutes: minutes after which a checkpoint is written within an epoch, unless that would change the run
             (ranks that track statistics of their own); 0 saves at the ends of epochs only.
+        max_minutes: minutes after whose last step the run stops, with a checkpoint; 0 goes on to the end.
         save_total_limit: checkpoints kept, at least 2, for a torn one is passed over for the one before it.
         metric_for_best_model: validation metric by which the exported epoch is chosen; eval_loss breaks ties.
         validate_beside: validate each epoch in a process of its own while the next one trains.
@@ -239,6 +240,7 @@ class RunSettings:
     resume_from_checkpoint: str | None = None
     save_steps: int = 0
     save_minutes: float = 15.0
+    max_minutes: float = 0.0
     save_total_limit: int = 2
     metric_for_best_model: str = "auc"
     validate_beside: bool = False
@@ -268,6 +270,8 @@ class RunSettings:
             raise ValueError(f"--save_steps must be at least 0, got {self.save_steps}")
         if not 0 <= self.save_minutes < float("inf"):
             raise ValueError(f"--save_minutes must be at least 0, got {self.save_minutes}. HINT: 0 turns it off.")
+        if not 0 <= self.max_minutes < float("inf"):
+            raise ValueError(f"--max_minutes must be at least 0, got {self.max_minutes}. HINT: 0 goes on to the end.")
         if self.early_stopping_patience < 0:
             raise ValueError(
                 f"--early_stopping_patience must be at least 0, got {self.early_stopping_patience}. "
