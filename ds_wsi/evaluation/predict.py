@@ -1,6 +1,6 @@
 """Slide predictions in constant memory: chunks of tiles through the encoder, features kept on the host."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,7 +80,7 @@ def encode_slides(
     model: SlideModel,
     slides: Sequence[SlideEntry],
     grids: Sequence[TileGrid] | Sequence[FeatureFile],
-    rows: Sequence[int],
+    rows: Iterable[int],
     policy: ReadPolicy,
     failures: FailureLog,
 ) -> Iterator[SlideFeatures]:
@@ -94,7 +94,7 @@ def encode_slides(
     Args:
         model: on the device to compute on; it says itself what its norms average over, and in which precision.
         slides, grids: of the cohort, row by row.
-        rows: of the slides to encode.
+        rows: of the slides to encode; asked for as the slides are read ahead.
         policy: how tiles are read; a chunk is the encoder's batch.
         failures: where unreadable tiles are recorded.
     """
@@ -106,7 +106,7 @@ def _encoded(
     model: SlideModel,
     slides: Sequence[SlideEntry],
     grids: Sequence[TileGrid] | Sequence[FeatureFile],
-    rows: Sequence[int],
+    rows: Iterable[int],
     policy: ReadPolicy,
     failures: FailureLog,
     variants: Sequence[NormVariant],

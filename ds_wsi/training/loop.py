@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ from ds_wsi.training.out_of_memory import with_retry
 from ds_wsi.training.outcome import finish, finished_results, is_finished
 from ds_wsi.training.resume import resume, save
 from ds_wsi.training.run import Run, prepare_run
-from ds_wsi.training.run_folder import logging_to
+from ds_wsi.training.run_folder import alone_in, logging_to
 from ds_wsi.training.screen import tell_start
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.step import bag_weight, blank_tile, idle_loss
@@ -73,7 +74,12 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
     """In a frame of its own: when it is left nothing holds the run, and the scope can free its memory."""
     started = time.perf_counter()
     with ExitStack() as scope:
-        run = prepare_run(settings, deepspeed_config, on_folder=lambda path: scope.enter_context(logging_to(path)))
+
+        def on_folder(path: Path) -> None:
+            scope.enter_context(alone_in(path))
+            scope.enter_context(logging_to(path))
+
+        run = prepare_run(settings, deepspeed_config, on_folder=on_folder)
         scope.enter_context(closing_trackers(run.accelerator))
         scope.enter_context(watch_ranks())
         run.started = started

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -24,8 +25,10 @@ LAUNCHERS = {
 STOPPED = 75
 
 
-def stop(command: list[str], number: int, delay_s: float, *, group: bool = False) -> tuple[int, str]:
-    """Start; when the run has begun, and `delay_s` later, send the signal; exit status, and what was printed."""
+def stop(
+    command: list[str], number: int, delay_s: float, *, group: bool = False, after: str = "starting from|resumed from"
+) -> tuple[int, str]:
+    """Start, wait for a line, and `delay_s` more, send the signal; exit status, and what was printed."""
     process = subprocess.Popen(
         on_a_free_port(command),
         cwd=ROOT,
@@ -39,7 +42,7 @@ def stop(command: list[str], number: int, delay_s: float, *, group: bool = False
     assert process.stdout is not None
     for line in process.stdout:
         printed.append(line)
-        if "starting from" in line or "resumed from" in line:
+        if re.search(after, line):
             break
     time.sleep(delay_s)
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
@@ -86,16 +89,16 @@ def test_a_run_that_is_asked_to_end_goes_on_bit_for_bit(demo_manifest, tmp_path)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_all_ranks_of_a_launcher_end_together(launcher, demo_manifest, tmp_path):
     """SIGTERM to the launcher: each sends it on in its own way, or is gone; the ranks agree after a step."""
-    folder = tmp_path / "run"
-    command = [*LAUNCHERS[launcher], *train_arguments(demo_manifest, folder, "--dropout", "0.2")]
-    command.append("--resume_from_checkpoint")
-    _, printed = stop(command, signal.SIGTERM, 0.0)
+    folder, options = tmp_path / "run", ("--dropout", "0.2", "--num_train_epochs", "3")
+    command = [*LAUNCHERS[launcher], *train_arguments(demo_manifest, folder, *options), "--resume_from_checkpoint"]
+    _, printed = stop(command, signal.SIGTERM, 0.0, after="epoch 1/3")
+    assert "stopped by SIGTERM: the same command goes on" in printed, printed[-3000:]
     assert list(folder.glob("checkpoint-*")), printed[-3000:]
     assert "RankFailureError" not in printed, printed[-3000:]
     assert "resumed from" in run(command)
     if launcher == "torchrun":
         whole = tmp_path / "whole"
-        run([*LAUNCHERS[launcher], *train_arguments(demo_manifest, whole, "--dropout", "0.2")])
+        run([*LAUNCHERS[launcher], *train_arguments(demo_manifest, whole, *options)])
         same(folder, whole)
 
 
