@@ -1,5 +1,6 @@
 """The loop: epochs of optimizer steps over bags, each epoch validated, recorded and checkpointed."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,14 @@ from ds_wsi.runtime.words import counted
 from ds_wsi.stacking.balance import OverCapError
 from ds_wsi.stacking.randomness import bag_randomness
 from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
+from ds_wsi.training.finite import (
+    BagsAndLosses,
+    count_skipped,
+    mean_loss,
+    skips_overflow,
+    tell_not_finite,
+    weights_are_finite,
+)
 from ds_wsi.training.micro_step import MicroStep, MicroSteps, on_device, stack_of
 from ds_wsi.training.norm_plan import minutes_between_saves
 from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta, warn_of_warmup
@@ -233,7 +242,7 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
     if progress.epoch == run.settings.model.freeze_encoder_epochs > 0 and progress.step_in_epoch == 0:
         forget_steps(run.optimizer)
     run.model.train()
-    tiles_read, start, rate = 0, time.perf_counter(), 0.0
+    tiles_read, start, rate, skipped = 0, time.perf_counter(), 0.0, 0
     present = PresentRate()
     bar = Progress(
         f"epoch {progress.epoch + 1}/{optim.num_train_epochs}",
@@ -254,18 +263,23 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
             tiles_read += tiles
             progress.global_step += 1
             progress.step_in_epoch += 1
-            progress.loss_sum += loss
-            progress.bags_seen += step.n_bags
+            skipped = 0 if math.isfinite(loss) and not run.accelerator.optimizer_step_was_skipped else skipped + 1
+            if skipped:
+                count_skipped(run, skipped)
+            if math.isfinite(loss):
+                progress.loss_sum += loss
+                progress.bags_seen += step.n_bags
             rate = tiles_read / (time.perf_counter() - start)
             peak = peak_memory_bytes(run.device)
             words = (
-                f"mean loss {progress.loss_sum / progress.bags_seen:.3f}, {present.after(tiles):.0f} tiles/s, "
+                f"mean loss {progress.loss_sum / max(1, progress.bags_seen):.3f}, {present.after(tiles):.0f} tiles/s, "
                 f"{peak / 2**30:.2f} GiB"
             )
             bar.step(n=step.n_bags, words=words)
             run.accelerator.log(
                 {
-                    "train/loss": loss / step.n_bags,
+                    **({"train/loss": loss / step.n_bags} if math.isfinite(loss) else {}),
+                    **({"train/skipped_steps": progress.skipped_steps} if skips_overflow(run) else {}),
                     "train/learning_rate": rate_now,
                     "train/tiles_per_second": rate,
                     "train/peak_memory_bytes": peak,
@@ -281,7 +295,7 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
                 save(run)
     return {
         "epoch": progress.epoch + 1,
-        "train_loss": progress.loss_sum / progress.bags_seen,
+        "train_loss": mean_loss(run),
         "learning_rate": rate_at(progress.global_step - 1),  # of a run that was stopped after the epoch's last step too
         "tiles_per_second": rate,
         "peak_memory_bytes": float(peak_memory_bytes(run.device)),
@@ -308,6 +322,7 @@ def _train_step(
     # Ranks that share a bag each compute its loss: there are as many means to take as groups.
     weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))
     loss_sum, tiles = torch.zeros((), device=run.device), 0
+    seen: list[BagsAndLosses] = []
     for micro, groups in enumerate(step.micro_steps):
         with accelerator.accumulate(run.model):
             if run.sharing.forward is not None:
@@ -315,15 +330,16 @@ def _train_step(
                 run.sharing.forward.seed = step_seed(run.settings.run.seed, run.progress.global_step, place)
             own = bags.take(len(groups[mesh.slide_rank]), run.progress.global_step)
             alone = len(step.micro_steps) == 1 and accelerator.num_processes == 1 and not run.has_own_engine
-            loss, n_tiles = with_retry(
+            done = with_retry(
                 partial(_forward_backward, run, own, weight),
                 run.module,
                 run.module.encoder,
                 run.device,
                 again=partial(_start_again, run) if alone else None,
             )
-            loss_sum += loss
-            tiles += n_tiles
+            loss_sum += done.loss
+            tiles += done.n_tiles
+            seen.append(done.seen)
             if accelerator.sync_gradients and run.settings.optim.max_grad_norm > 0:
                 accelerator.clip_grad_norm_(run.module.parameters(), run.settings.optim.max_grad_norm)
             run.optimizer.step()
@@ -335,20 +351,31 @@ def _train_step(
     waited = time.perf_counter() - run.saved
     # First the clock: what a save would change is known by a walk through the encoder.
     due = 0 < 60 * run.settings.run.save_minutes <= waited and minutes_between_saves(run) > 0
-    told = [float(accelerator.is_main_process and due), float(bool(asked()) or _time_is_over(run))]
-    totals = accelerator.reduce(
-        torch.cat([loss_sum[None], torch.tensor([float(tiles), *told], device=run.device)]), "sum"
-    )
-    run.save_is_due, run.stop_is_due = (totals[2:4] > 0).tolist()
-    return float(totals[0]) / mesh.tile_size, int(totals[1])
+    told = [float(tiles), float(accelerator.is_main_process and due), float(bool(asked()) or _time_is_over(run))]
+    bad = ~weights_are_finite(run.module, run.device)
+    totals = accelerator.reduce(torch.cat([loss_sum[None], torch.tensor(told, device=run.device), bad[None]]), "sum")
+    loss, n_tiles, *flags = totals.tolist()
+    run.save_is_due, run.stop_is_due, bad_weights = (flag > 0 for flag in flags)
+    left_out = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
+    if bad_weights or (left_out and not skips_overflow(run)):
+        tell_not_finite(run, run.progress.global_step, seen, loss_is_finite=math.isfinite(loss))
+    return loss / mesh.tile_size, int(n_tiles)
 
 
-def _forward_backward(run: Run, step: MicroStep, weight: float) -> tuple[torch.Tensor, int]:
+class _Computed(NamedTuple):
+    """Of a micro-step on this rank: the sum of its bags' losses, its tiles, and what it was of."""
+
+    loss: torch.Tensor
+    n_tiles: int
+    seen: BagsAndLosses
+
+
+def _forward_backward(run: Run, step: MicroStep, weight: float) -> _Computed:
     """As `_micro_loss`, and its backward."""
-    loss, n_tiles = _micro_loss(run, step)
-    run.accelerator.backward(loss * weight)
+    done = _micro_loss(run, step)
+    run.accelerator.backward(done.loss * weight)
     run.stacks.used()
-    return loss.detach(), n_tiles
+    return done._replace(loss=done.loss.detach())
 
 
 def _start_again(run: Run) -> None:
@@ -357,18 +384,20 @@ def _start_again(run: Run) -> None:
     seed_step(run.settings.run.seed, run.progress.global_step, run.accelerator.process_index)
 
 
-def _micro_loss(run: Run, step: MicroStep) -> tuple[torch.Tensor, int]:
-    """The sum of this rank's bags' losses, and its tiles."""
+def _micro_loss(run: Run, step: MicroStep) -> _Computed:
     _require_tiles(run, step.bags)
     if not step.bags:
-        return idle_loss(run.model, _blank(run)), 0
+        idle = BagsAndLosses((), torch.ones(0, dtype=torch.bool))
+        return _Computed(idle_loss(run.model, _blank(run)), 0, idle)
     labels = on_device([run.cohort.manifest.slides[bag.slide].class_index for bag in step.bags], run.device)
     stack = stack_of(run, step)
     with bag_randomness(step.keys, part=run.mesh.tile_rank), _naming_slides(run, step):
         output = run.model(stack, labels)
     chosen = run.settings.optim.class_weights
     weights = None if chosen is None else torch.tensor(chosen, device=run.device)[labels]
-    return stack_loss(output, labels, weights), sum(map(len, step.tiles))
+    slides = tuple(run.cohort.manifest.slides[bag.slide].slide_id for bag in step.bags)
+    seen = BagsAndLosses(slides, output.logits.detach().isfinite().all(-1))
+    return _Computed(stack_loss(output, labels, weights), sum(map(len, step.tiles)), seen)
 
 
 @contextmanager
@@ -452,13 +481,13 @@ def time_micro_steps(run: Run) -> TimedSteps:
         read = time.perf_counter()
         weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))
         with run.accelerator.accumulate(run.model):
-            loss, n_tiles = _forward_backward(run, own, weight)
+            done = _forward_backward(run, own, weight)
             run.optimizer.step()
             run.optimizer.zero_grad()
-        loss.item()  # waits for the device
+        done.loss.item()  # waits for the device
         read_s.append(read - started)
         compute_s.append(time.perf_counter() - read)
-        tiles.append(n_tiles)
+        tiles.append(done.n_tiles)
     return TimedSteps(tuple(read_s), tuple(compute_s), tuple(tiles))
 
 

@@ -70,6 +70,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int | None = None
     pending: bool = False  # the last finished epoch is not validated yet
+    skipped_steps: int = 0  # in which half precision overflowed, and nothing was changed
 
 
 @dataclass

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.launch
 PYTHON = ["python", "launch/train.py"]
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc_per_node", "2", "launch/train.py"],
-    "deepspeed": ["deepspeed", "--num_gpus", "2", "launch/train.py", "--deepspeed", "ds_configs/zero2.json"],
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "launch/train.py", "--deepspeed", "ds_configs/offload.json"],
     "accelerate": ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "launch/train.py"],
 }
 STOPPED = 75
