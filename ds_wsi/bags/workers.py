@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from functools import cache
 from itertools import islice
@@ -83,7 +83,7 @@ def answers(
     ahead: int,
     timeout_s: float,
     describe: Callable[[Any, int], str],
-) -> Iterator[tuple[Any, Answer]]:
+) -> Generator[tuple[Any, Answer], None, None]:
     """The requests, in order, each with its answer, worked at by processes of this one.
 
     Args:
@@ -361,7 +361,7 @@ def _stored(tensor: Tensor, more: Any) -> tuple[bytes, int | None]:
         return head, None
     file = _memory_file()
     try:
-        rest = memoryview(plain.view(-1).view(torch.uint8).numpy())
+        rest = plain.view(-1).view(torch.uint8).numpy().data
         while rest:
             rest = rest[os.write(file, rest) :]
     except OSError as error:
