@@ -29,7 +29,6 @@ from contextlib import suppress
 from functools import cache
 from itertools import islice
 from multiprocessing import process, util
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -37,6 +36,7 @@ from torch import Tensor
 from torch._utils import ExceptionWrapper
 
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.processes import is_stopped, state_of, state_words
 from ds_wsi.slides.errors import SlideError
 
 LOOK_S = 1.0  # between looks at whether the other side lives
@@ -46,13 +46,6 @@ _PLACE = struct.Struct("<q")
 _CONTEXT = multiprocessing.get_context("fork")  # the cohort's grids come without a copy
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_STATES = {
-    "T": "it is stopped (SIGSTOP, or a debugger)",
-    "t": "it is stopped (a debugger)",
-    "D": "it waits for a disk or the network",
-    "R": "it computes",
-    "S": "it waits (for a file, a lock or the network)",
-}
 
 
 class WorkerError(SlideError):
@@ -257,11 +250,11 @@ class _Pool:
         )
 
     def _lateness(self, worker: _Worker, request: Any) -> str:
-        state = _state(worker.process.pid)
-        remedy = "let it go on (kill -CONT), and start again" if state in "Tt" else "check the file and its disk"
+        state = state_of(worker.process.pid)
+        remedy = "let it go on (kill -CONT), and start again" if is_stopped(state) else "check the file and its disk"
         return (
             f"tiles must come within {self.timeout_s:g} s, got none of {self._at(worker, request)} from reading "
-            f"process {worker.number} (pid {worker.process.pid}): {_STATES.get(state, 'it lives')}. "
+            f"process {worker.number} (pid {worker.process.pid}): {state_words(state)}. "
             f"HINT: {remedy}; --read_timeout sets the limit, 0 none."
         )
 
@@ -280,13 +273,6 @@ def _received(found: tuple[Any, ...], worker: _Worker) -> Answer:
             os.close(file)
         tensor = flat.view(shape)
     return Answer(tensor.movedim(-1, 1) if is_last else tensor, more)
-
-
-def _state(pid: int | None) -> str:
-    """The letter that Linux has for what a process does; "?" where it does not tell."""
-    with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return "?"
 
 
 def _end_words(code: int | None) -> str:

@@ -70,9 +70,12 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
     """In a frame of its own: when it is left nothing holds the run, and the scope can free its memory."""
     started = time.perf_counter()
     with ExitStack() as scope:
-        run = prepare_run(settings, deepspeed_config, on_folder=lambda path: scope.enter_context(logging_to(path)))
+        run = prepare_run(
+            *(settings, deepspeed_config),
+            on_folder=lambda path: scope.enter_context(logging_to(path)),
+            on_connected=lambda: scope.enter_context(watch_ranks()),
+        )
         scope.enter_context(closing_trackers(run.accelerator))
-        scope.enter_context(watch_ranks())
         run.started = started
         resume(run)
         if is_finished(run):

@@ -16,6 +16,7 @@ from ds_wsi.bags import workers
 from ds_wsi.bags.bag import FailureLog, ReadPolicy, read_bags, read_chunks
 from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.workers import Answer, WorkerError, answers
+from ds_wsi.runtime.processes import GONE, state_of
 from ds_wsi.slides.slide import Slide
 from ds_wsi.slides.tiling import TilingPolicy
 
@@ -159,7 +160,7 @@ def test_a_process_that_ends_takes_its_workers_along(how):
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2, done.stderr
     deadline = time.monotonic() + 10
-    while (alive := [pid for pid in pids if workers._state(pid) not in "?Z"]) and time.monotonic() < deadline:
+    while (alive := [pid for pid in pids if state_of(pid) != GONE]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive
     assert done.returncode == (0 if how == "leaves" else -signal.SIGKILL)
