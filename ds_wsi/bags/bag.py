@@ -7,26 +7,28 @@ chunks, and training has the next bag ready while it computes.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ds_wsi.bags.features import FeatureFile, FeatureFileError, read_features
 from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.bags.workers import Answer, answers
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.signals import outlive_signals
 from ds_wsi.slides.slide import SlideCache, SlideError, TileReadError
 from ds_wsi.slides.tile_store import TileStore
 from ds_wsi.slides.tiling import TileGrid
 
 CHUNK_BYTES = 24 * 2**20
-MAX_CHUNKS_AHEAD = 32  # per loader: bounds the memory and the file descriptors that waiting chunks hold
+MAX_CHUNKS_AHEAD = 32  # per stream: bounds the memory that waiting chunks hold
+READ_TIMEOUT_S = 600.0  # a network file system that comes back mostly does so within minutes
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class ReadPolicy:
         open_slides: slides each worker keeps open.
         max_failed_fraction: of the cohort's tiles that may fail to read before the run stops.
         tile_store: folder that `ds-wsi tile --store` wrote, read in the slides' place; empty reads the slides.
+        timeout_s: that tiles which are due are waited for before the run stops; 0 waits for ever, as reading in the
+            training process always does.
     """
 
     workers: int = 1
@@ -49,6 +53,7 @@ class ReadPolicy:
     open_slides: int = 4
     max_failed_fraction: float = 0.01
     tile_store: str = ""
+    timeout_s: float = READ_TIMEOUT_S
 
     def __post_init__(self) -> None:
         """Refuse counts that cannot be read with."""
@@ -59,6 +64,8 @@ class ReadPolicy:
             raise ValueError(f"tiles_per_slide must be at least 1, or null for all, got {self.tiles_per_slide}")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"max_failed_fraction must be in [0, 1], got {self.max_failed_fraction}")
+        if not 0 <= self.timeout_s < float("inf"):
+            raise ValueError(f"--read_timeout must be at least 0 seconds, got {self.timeout_s}. HINT: 0 has no limit.")
 
     def tiles_a_chunk(self, tile_size_px: int) -> int:
         """Tiles of this side a request."""
@@ -121,6 +128,10 @@ class Bag(NamedTuple):
     kept: Tensor
 
 
+def _tell_nobody(row: int) -> None:
+    """In the training process nobody asks where reading is."""
+
+
 class TileDataset(Dataset[TileChunk]):
     """Answers tile requests; opens slides lazily in the process that reads, and keeps a bounded number open.
 
@@ -137,6 +148,19 @@ class TileDataset(Dataset[TileChunk]):
         self.grids = grids
         self.cache = SlideCache(open_slides)
         self.store = TileStore(tile_store) if tile_store else None
+        self.tell: Callable[[int], None] = _tell_nobody
+
+    def answer(self, request: TileRequest) -> Answer:
+        """As a worker hands it over."""
+        chunk = self[request]
+        return Answer(chunk.tiles, chunk.failures)
+
+    def describe(self, request: TileRequest, row: int) -> str:
+        """The slide of a request, and the tile of it that is read or the first to be read, in words."""
+        entry, grid = self.slides[request.slide], self.grids[request.slide]
+        where = self.store.directory if self.store is not None else entry.path
+        x, y = (int(value) for value in grid.coords[row if row >= 0 else next(iter(request.grid_rows), 0)])
+        return f"slide {entry.slide_id}, tile at ({x}, {y}) ({where})"
 
     def __getitem__(self, request: TileRequest) -> TileChunk:
         """Read the tiles of one request; a tile that fails is reported, never replaced."""
@@ -146,6 +170,7 @@ class TileDataset(Dataset[TileChunk]):
         n_read = 0
         failures: list[tuple[int, str]] = []
         for row in request.grid_rows:
+            self.tell(row)
             try:
                 self._read(entry, grid, row, tiles[n_read])
                 n_read += 1
@@ -174,6 +199,16 @@ class FeatureRows(Dataset[TileChunk]):
 
     def __init__(self, files: Sequence[FeatureFile]) -> None:
         self.files = files
+        self.tell: Callable[[int], None] = _tell_nobody
+
+    def answer(self, request: TileRequest) -> Answer:
+        """As a worker hands it over."""
+        return Answer(self[request].tiles, ())
+
+    def describe(self, request: TileRequest, row: int) -> str:
+        """The file of a request, in words."""
+        file = self.files[request.slide]
+        return f"features of slide {file.slide_id} ({file.path})"
 
     def __getitem__(self, request: TileRequest) -> TileChunk:
         """Read the rows of one request."""
@@ -207,17 +242,6 @@ def plan_requests(order: Iterable[int | BagPart], lengths: Sequence[int], chunk_
             yield TileRequest(part.slide, part.start + start, part.start + stop, piece == pieces, rows)
 
 
-class RequestStream:
-    """The bags to read as a sampler of requests: lazy, since training's stream spans all its epochs."""
-
-    def __init__(self, order: Iterable[int | BagPart], lengths: Sequence[int], chunk_tiles: int) -> None:
-        self.order, self.lengths, self.chunk_tiles = order, lengths, chunk_tiles
-
-    def __iter__(self) -> Iterator[TileRequest]:
-        """Requests in order."""
-        return plan_requests(self.order, self.lengths, self.chunk_tiles)
-
-
 def read_chunks(
     slides: Sequence[SlideEntry],
     grids: Sequence[TileGrid] | Sequence[FeatureFile],
@@ -230,31 +254,35 @@ def read_chunks(
         slides, grids: of the cohort, row by row; of a cohort of features, each bag is one chunk.
         order: slides to read, or parts of them, repeats allowed; consumed as the stream goes.
         policy: workers, chunk size, bounds.
+
+    Raises:
+        WorkerError: a process that reads died, was stopped, or took longer than `policy.timeout_s`; names the tile.
     """
     lengths = [len(grid) for grid in grids]
     dataset, chunk_tiles = _dataset(slides, grids, policy)
     chunks_a_bag = math.ceil(max(lengths) / chunk_tiles)
     # Far enough ahead for one whole bag, within the bound.
     ahead = min(max(chunks_a_bag + 1, 2 * policy.workers), MAX_CHUNKS_AHEAD)
-    loader = DataLoader(
+    requests = plan_requests(order, lengths, chunk_tiles)
+    if not policy.workers:
+        yield from (dataset[request] for request in requests)
+        return
+    stream = answers(
         dataset,
-        batch_size=None,
-        sampler=RequestStream(order, lengths, chunk_tiles),
-        num_workers=policy.workers,
-        prefetch_factor=max(1, math.ceil(ahead / policy.workers)) if policy.workers else None,
-        # Else a new loader draws its workers' seed from the global generator: a resumed run, whose loader is new, would
-        # go on with other random numbers (dropout) than the uninterrupted one.
-        generator=torch.Generator().manual_seed(0),
-        # Spares a conversion of what is a tensor already.
-        collate_fn=_unchanged,
-        worker_init_fn=outlive_signals,
+        requests,
+        workers=policy.workers,
+        ahead=policy.workers * math.ceil(ahead / policy.workers),
+        timeout_s=policy.timeout_s,
+        describe=dataset.describe,
     )
-    yield from loader
+    with closing(stream):  # now, and not when it is collected: its processes end with it
+        for request, (tiles, failures) in stream:
+            yield TileChunk(request, tiles, failures)
 
 
 def _dataset(
     slides: Sequence[SlideEntry], grids: Sequence[TileGrid] | Sequence[FeatureFile], policy: ReadPolicy
-) -> tuple[Dataset[TileChunk], int]:
+) -> tuple[TileDataset | FeatureRows, int]:
     """What answers the requests, and the most tiles of one."""
     files = [grid for grid in grids if isinstance(grid, FeatureFile)]
     if files:
@@ -263,10 +291,6 @@ def _dataset(
     return TileDataset(slides, tiles, policy.open_slides, policy.tile_store), policy.tiles_a_chunk(
         tiles[0].tile_size_px
     )
-
-
-def _unchanged(chunk: Any) -> Any:
-    return chunk
 
 
 def read_bags(
@@ -288,6 +312,7 @@ def read_bags(
     Raises:
         ReadFailureError: too many tiles failed, or all of a bag's.
         FeatureFileError: a file of features has changed or is torn.
+        WorkerError: as `read_chunks`.
     """
     parts: list[TileChunk] = []
     for chunk in read_chunks(slides, grids, order, policy):

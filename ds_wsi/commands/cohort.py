@@ -48,7 +48,7 @@ def add_prediction_options(parser: argparse.ArgumentParser, *, need_manifest: bo
     parser.add_argument(*spellings("tile_store"), default="", help=STORE)
     text = "number of processes that read tiles (default: 1)"
     parser.add_argument(*spellings("dataloader_num_workers"), type=int, default=1, help=text)
-    add_shared_options(parser, ("max_failed_fraction",))
+    add_shared_options(parser, ("max_failed_fraction", "read_timeout"))
     parser.add_argument("--device", help="device that computes, such as cuda or cpu (default: cuda where there is one)")
     text = "precision in which the encoder computes (default: no, float32)"
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="no", help=text)
@@ -126,6 +126,7 @@ def tile_reading_of(options: argparse.Namespace, cohort: "Cohort") -> "tuple[Rea
         workers=options.dataloader_num_workers,
         tile_store=options.tile_store,
         max_failed_fraction=options.max_failed_fraction,
+        timeout_s=options.read_timeout,
     )
     if policy.tile_store and cohort.in_dim is not None:
         raise ValueError(f"--tile_store must not be given with --features_dir, got {policy.tile_store}")

@@ -28,6 +28,7 @@ from ds_wsi.engines.deepspeed import fill_auto, gather_as_one, suit_machine
 from ds_wsi.engines.fsdp import build_with_fsdp, fsdp_plugin, is_fsdp2, launched_with_fsdp, shard_model
 from ds_wsi.engines.hooks import CommHandle, attach
 from ds_wsi.engines.optimizers import OPTIMIZERS
+from ds_wsi.engines.timeouts import set_timeouts
 from ds_wsi.norms.roles import population_group
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import precision_words
@@ -101,6 +102,7 @@ def build_accelerator(
     """
     plugin = _deepspeed_plugin(settings, deepspeed_config)
     timeout = timedelta(seconds=settings.timeout_s)
+    set_timeouts(timeout)  # of a group that is there already, and of those that the engine makes
     # DDP would copy rank 0's running statistics over every other rank's at each forward.
     of_ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     handlers: list[Any] = [InitProcessGroupKwargs(timeout=timeout), of_ddp]

@@ -16,6 +16,7 @@ from ds_wsi.engines.auto import fill_for_model
 from ds_wsi.engines.deepspeed import read_config, suit_machine
 from ds_wsi.engines.hooks import attach
 from ds_wsi.engines.section import apply_section
+from ds_wsi.engines.timeouts import following_world
 
 # Set where DeepSpeed finds the ranks itself: by MPI's launchers, and on two clouds.
 _FOUND_BY_DEEPSPEED = (
@@ -29,7 +30,8 @@ def initialize(*arguments: Any, **keywords: Any) -> tuple[Any, Any, Any, Any]:
 
     "auto" is filled by the rules of `ds_wsi.engines.auto`; the section's norm, partition and stacking.pack_bytes are
     applied to the model, in place, and its hook to the engine, as `engine.comm_handle` (`attach`). On one process
-    nothing is exchanged. On a machine without a GPU, or without a compiler, no op of DeepSpeed is compiled.
+    nothing is exchanged. Process groups made here have the timeout that the script gave the world's group. On a machine
+    without a GPU, or without a compiler, no op of DeepSpeed is compiled.
 
     Args:
         arguments, keywords: of the installed `deepspeed.initialize`, by place or by name: args, model, optimizer,
@@ -58,12 +60,13 @@ def initialize(*arguments: Any, **keywords: Any) -> tuple[Any, Any, Any, Any]:
         cpu.set_single_process_variables()
     suit_machine(filled)
     section = filled.get(SECTION)
-    if section is not None:
-        _connect(given)  # norms that the ranks share need a group of theirs
-        apply_section(section, model, filled)
-    given["config"] = filled
-    engine, *rest = deepspeed.initialize(**given)
-    engine.comm_handle = None if section is None else attach(engine)
+    _connect(given)  # norms that the ranks share need a group of theirs, and all groups the timeout of the world's
+    with following_world():
+        if section is not None:
+            apply_section(section, model, filled)
+        given["config"] = filled
+        engine, *rest = deepspeed.initialize(**given)
+        engine.comm_handle = None if section is None else attach(engine)
     return (engine, *rest)
 
 

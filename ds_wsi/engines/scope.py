@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from ds_wsi.engines.accelerate import EngineSettings, build_accelerator
+from ds_wsi.engines.timeouts import restoring_timeouts
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -47,7 +48,8 @@ def engine_scope() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
-        yield
+        with restoring_timeouts():
+            yield
     finally:
         if dist.is_initialized() and not inherited:
             dist.destroy_process_group()

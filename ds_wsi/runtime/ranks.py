@@ -6,6 +6,8 @@ NCCL it never ends, and torch ends the process at last, without an exception of 
 log is what names the rank.
 """
 
+import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.processes import GONE, state_of, state_words
 from ds_wsi.runtime.signals import Stopped
 
 _BEAT_S = 1.0
@@ -34,8 +37,8 @@ class RankFailureError(RuntimeError):
 def watch_ranks() -> Iterator[None]:
     """Name the rank that made a collective fail, in the error of every other rank, and in its log.
 
-    Around a whole run: what fails inside of it because a peer is gone raises a `RankFailureError` with the peer's
-    number and reason. Nothing without peers.
+    Around a whole run, from its preparation on: what fails inside of it because a peer is gone raises a
+    `RankFailureError` with the peer's number and reason. Nothing without peers.
 
     Raises:
         RankFailureError: a collective failed; from the original error.
@@ -108,7 +111,7 @@ class RankWatch:
             if word.startswith(_FAILED) and times == 0:
                 found.append(self._failed(other, word))
             elif times == _LOST and not word.startswith((_FAILED, _LEFT)):
-                found.append(f"{self._died(other)}: no sign of it for {_LOST * _BEAT_S:.0f} s")
+                found.append(f"{self._died(other, word)}: no sign of it for {_LOST * _BEAT_S:.0f} s")
         return found
 
     def accusation(self, error: BaseException) -> str:
@@ -128,7 +131,7 @@ class RankWatch:
             )
         failed = [self._failed(other, word) for other, word in after.items() if word.startswith(_FAILED)]
         silent = [
-            self._died(other)
+            self._died(other, after.get(other, ""))
             for other in range(self.world)
             if not told
             and other != self.rank
@@ -145,10 +148,10 @@ class RankWatch:
 
     def _run(self) -> None:
         count = 0
-        while not self._done.wait(_BEAT_S):
+        while count == 0 or not self._done.wait(_BEAT_S):  # at once: of an earlier run the store may say "left"
             count += 1
             try:
-                self.store.set(self._key(self.rank), str(count))
+                self.store.set(self._key(self.rank), self._beat(count))
                 gone = self.look()
             except Exception as error:
                 gone = [
@@ -169,8 +172,18 @@ class RankWatch:
     def _failed(self, other: int, word: str) -> str:
         return f"rank {other}/{self.world} failed ({word.removeprefix(_FAILED)})"
 
-    def _died(self, other: int) -> str:
-        return f"rank {other}/{self.world} died without a word (killed, or out of memory?)"
+    def _died(self, other: int, word: str) -> str:
+        """What became of a rank that no longer beats: where it is a process of this machine, the system tells."""
+        _, _, place = word.partition(" ")
+        host, _, pid = place.rpartition(" ")
+        state = state_of(int(pid)) if host == socket.gethostname() and pid.isdigit() else GONE
+        if state == GONE:
+            return f"rank {other}/{self.world} died without a word (killed, or out of memory?)"
+        return f"rank {other}/{self.world} does not go on (pid {pid}: {state_words(state)})"
+
+    @staticmethod
+    def _beat(count: int) -> str:
+        return f"{count} {socket.gethostname()} {os.getpid()}"
 
     @staticmethod
     def _key(rank: int) -> str:
@@ -182,4 +195,14 @@ def _is_of_communication(error: BaseException) -> bool:
     known = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(word in text for word in known)
+    if not isinstance(error, RuntimeError):
+        return False
+    # A store of files only says "Wait timeout", where a group is made and a rank does not come.
+    return any(word in text for word in known) or ("timeout" in text.lower() and _is_raised_by_torchs(error))
+
+
+def _is_raised_by_torchs(error: BaseException) -> bool:
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and "/torch/distributed/" in at.tb_frame.f_code.co_filename

@@ -5,12 +5,10 @@ Inside `deferring` it goes on to a place where its work can be kept, asks `asked
 Ctrl-C leaves at once, whatever the process waits for: a thread reads the signals too, because Python's own handlers
 wait until the main thread is back from a library's call.
 
-Processes that a command forks ignore what their whole group is sent: they end with the command.
+Launchers and Slurm send the signals to all of a job's processes: those that a command forks ignore them, but SIGTERM.
 """
 
-import atexit
-import mmap
-import multiprocessing.util  # its exit handler, which ends children by SIGTERM, must run after ours
+import multiprocessing
 import os
 import select
 import signal
@@ -28,9 +26,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_PRESS_S = 1.0  # a terminal and a launcher can both pass one Ctrl-C on
 _LOOK_S = 1.0
 _LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
-
-_ENDING = mmap.mmap(-1, 1)  # shared with forked processes: not 0 when this one is at its end
-_OWNER = os.getpid()
 
 
 class Stopped(BaseException):
@@ -166,24 +161,6 @@ def asked() -> str:
     return _watch.reason if _watch is not None and _watch.deferred else ""
 
 
-def outlive_signals(worker: int) -> None:
-    """A `worker_init_fn`: the reading process ends with the one it reads for, not by what its whole group is sent.
-
-    Launchers and Slurm send SIGTERM to all of a job's processes. Were the readers gone, the step could not be finished.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    parent = os.getppid()
-    if parent != _OWNER:  # not forked: it does not see when its parent is at its end, and stays as torch has it
-        return
-
-    def end_with_parent(number: int, frame: FrameType | None) -> None:
-        if _ENDING[0] or os.getppid() != parent:
-            os._exit(0)
-
-    signal.signal(signal.SIGTERM, end_with_parent)
-
-
 def _in_child() -> None:
     global _watch
     if _watch is not None:
@@ -191,10 +168,4 @@ def _in_child() -> None:
         _watch = None
 
 
-def _at_end() -> None:
-    if os.getpid() == _OWNER:
-        _ENDING[0] = 1
-
-
 os.register_at_fork(after_in_child=_in_child)
-atexit.register(_at_end)

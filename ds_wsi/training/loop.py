@@ -88,9 +88,12 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
             scope.enter_context(alone_in(path))
             scope.enter_context(logging_to(path))
 
-        run = prepare_run(settings, deepspeed_config, on_folder=on_folder)
+        run = prepare_run(
+            *(settings, deepspeed_config),
+            on_folder=on_folder,
+            on_connected=lambda: scope.enter_context(watch_ranks()),
+        )
         scope.enter_context(closing_trackers(run.accelerator))
-        scope.enter_context(watch_ranks())
         run.started = started
         resume(run)
         if is_finished(run):

@@ -194,6 +194,12 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         "share of all tiles, 0 to 1, that may fail to be read before the run stops",
     ),
     (
+        "read_timeout",
+        "policies.reading.timeout_s",
+        float,
+        "seconds that tiles which are due are waited for before the command gives up; 0 waits for ever",
+    ),
+    (
         "augment_flips",
         "policies.augment.flips",
         SWITCH,

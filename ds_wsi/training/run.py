@@ -148,6 +148,7 @@ def prepare_run(
     deepspeed_config: dict[str, Any] | None,
     *,
     on_folder: Callable[[Path], object] | None = None,
+    on_connected: Callable[[], object] = lambda: None,
     write_grids: bool = True,
 ) -> Run:
     """Start the engine, check the cohort, build and wrap the model. Collective.
@@ -156,6 +157,7 @@ def prepare_run(
         settings: of the run.
         deepspeed_config: the DeepSpeed JSON, or None for DDP or one process.
         on_folder: called on the main process with the run's folder as soon as it is there.
+        on_connected: called on every process once they can reach each other, before anything is prepared.
         write_grids: False writes nothing to the folder of the grids, see `load_cohort`.
 
     Raises:
@@ -177,6 +179,7 @@ def prepare_run(
         )
     engine = engine_settings(settings)
     accelerator = build_accelerator(engine, Path(settings.run.output_dir or "runs"), deepspeed_config)
+    on_connected()
     plugin = accelerator.state.deepspeed_plugin
     if settings.model.freeze_encoder_epochs and plugin is not None and plugin.zero_stage == 3:
         raise ValueError(

@@ -8,11 +8,9 @@ import sys
 import time
 
 import pytest
-import torch
 from tiny_runs import train, write_cohort
 
 from ds_wsi.evaluation import norm_choice, predict
-from ds_wsi.runtime import signals
 from ds_wsi.runtime.signals import STATUS, Stopped, asked, deferring, heeding_signals
 from ds_wsi.training import loop, outcome, resume
 
@@ -177,20 +175,3 @@ def test_a_forked_child_is_left_alone():
             os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         assert asked() == ""
-
-
-def test_readers_outlive_what_their_group_is_sent():
-    """And end with the process that they read for."""
-    loader = torch.utils.data.DataLoader(
-        range(20), batch_size=None, num_workers=2, worker_init_fn=signals.outlive_signals, prefetch_factor=1
-    )
-    found = iter(loader)
-    assert next(found) == 0
-    workers = found._workers
-    for worker in workers:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            os.kill(worker.pid, number)
-    assert list(found) == list(range(1, 20))
-    for worker in workers:
-        worker.join(10)
-        assert worker.exitcode == 0

@@ -168,7 +168,7 @@ def test_every_command_that_reads_slides_has_the_options_that_messages_of_slides
                     named |= set(re.findall(r"--[a-z][a-z_]+", text))
     assert {"--slide_mpp", "--skip_bad_slides", "--tissue_masks", "--max_failed_fraction"} <= named
     missing = named - options_of(parsers()[command])
-    allowed = {"--max_failed_fraction"} if command == "tile" else set()  # which reads no tiles to compute with
+    allowed = {"--max_failed_fraction", "--read_timeout"} if command == "tile" else set()  # reads no tiles to compute
     assert missing <= allowed
 
 

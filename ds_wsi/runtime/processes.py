@@ -1,0 +1,31 @@
+"""What another process of this machine does, as Linux tells it."""
+
+from contextlib import suppress
+from pathlib import Path
+
+GONE = "?"
+_WORDS = {
+    "T": "it is stopped (SIGSTOP, or a debugger)",
+    "t": "it is stopped (a debugger)",
+    "D": "it waits for a disk or the network",
+    "R": "it computes",
+    "S": "it waits (for a file, a lock or the network)",
+}
+
+
+def state_of(pid: int | None) -> str:
+    """The letter of /proc for what a process does; `GONE` where there is none, a zombie's too, or nothing is told."""
+    with suppress(OSError, IndexError):
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return GONE if letter in "ZX" else letter
+    return GONE
+
+
+def is_stopped(state: str) -> bool:
+    """Whether it goes on when it is told to (SIGCONT)."""
+    return state in ("T", "t")
+
+
+def state_words(state: str) -> str:
+    """A state in words, after "got none: "."""
+    return _WORDS.get(state, "it is gone" if state == GONE else "it lives")
