@@ -73,6 +73,7 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
         run = prepare_run(settings, deepspeed_config, on_folder=lambda path: scope.enter_context(logging_to(path)))
         scope.enter_context(closing_trackers(run.accelerator))
         scope.enter_context(watch_ranks())
+        scope.enter_context(run.saver)
         run.started = started
         resume(run)
         if is_finished(run):
@@ -83,6 +84,7 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
                 (run.output_dir / RECORD_FILE).unlink(missing_ok=True)
             tell_start(run, *count_steps(run))
             _train_epochs(run)
+            run.saver.close()  # before the end is told
             results = finish(run, started)
     run.accelerator.free_memory()
     return results
@@ -211,6 +213,7 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
                 set_beta(run.optimizer, demon_beta(progress.global_step, total_steps=total, initial=optim.demon))
             loss, tiles = _train_step(run, step, following, bags, rate_now)
             validation.check()
+            run.saver.check()
             tiles_read += tiles
             progress.global_step += 1
             progress.step_in_epoch += 1

@@ -30,6 +30,7 @@ LEFT_OUT = {
             "save_steps",
             "save_minutes",
             "save_total_limit",
+            "save_beside",
             "deepspeed",
             "ddp_timeout",
         ),
