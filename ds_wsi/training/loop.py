@@ -94,6 +94,7 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
             on_connected=lambda: scope.enter_context(watch_ranks()),
         )
         scope.enter_context(closing_trackers(run.accelerator))
+        scope.enter_context(run.saver)
         run.started = started
         resume(run)
         if is_finished(run):
@@ -107,6 +108,7 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
                 _train_epochs(run)
                 if _any_rank_asked(run):  # its end can be begun anew from the last checkpoint, which is whole
                     raise Stopped(_words_of_stop(run), together=True)
+                run.saver.close()  # before the end is told
             results = finish(run, started)
     run.accelerator.free_memory()
     return results
@@ -263,6 +265,7 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
                 set_beta(run.optimizer, demon_beta(progress.global_step, total_steps=total, initial=optim.demon))
             loss, tiles = _train_step(run, step, following, bags, rate_now)
             validation.check()
+            run.saver.check()
             tiles_read += tiles
             progress.global_step += 1
             progress.step_in_epoch += 1

@@ -496,6 +496,12 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ),
     ("save_total_limit", "run.save_total_limit", int, "number of checkpoints that are kept, the newest"),
     (
+        "save_beside",
+        "run.save_beside",
+        SWITCH,
+        "write checkpoints while the training goes on, from a copy in host memory",
+    ),
+    (
         "metric_for_best_model",
         "run.metric_for_best_model",
         METRIC_NAMES,

@@ -32,6 +32,7 @@ LEFT_OUT = {
             "save_minutes",
             "max_minutes",
             "save_total_limit",
+            "save_beside",
             "deepspeed",
             "ddp_timeout",
         ),

@@ -218,6 +218,8 @@ class RunSettings:
             (ranks that track statistics of their own); 0 saves at the ends of epochs only.
         max_minutes: minutes after whose last step the run stops, with a checkpoint; 0 goes on to the end.
         save_total_limit: checkpoints kept, at least 2, for a torn one is passed over for the one before it.
+        save_beside: write a checkpoint while the training goes on from a copy of it in host memory; at most two are on
+            the way. Else the training waits until it is written.
         metric_for_best_model: validation metric by which the exported epoch is chosen; eval_loss breaks ties.
         validate_beside: validate each epoch in a process of its own while the next one trains.
         validation_device: of that process, as torch names it; by default the main process's.
@@ -242,6 +244,7 @@ class RunSettings:
     save_minutes: float = 15.0
     max_minutes: float = 0.0
     save_total_limit: int = 2
+    save_beside: bool = True
     metric_for_best_model: str = "auc"
     validate_beside: bool = False
     validation_device: str | None = None
@@ -305,6 +308,11 @@ class TrainSettings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
     policies: DsWsiConfig = field(default_factory=DsWsiConfig)
+
+    @property
+    def micro_steps(self) -> int:
+        """Into how many stacks a process divides its share of an optimizer step."""
+        return self.policies.stacking.virtual_workers or self.optim.gradient_accumulation_steps
 
     @property
     def encoder_factor(self) -> float:
