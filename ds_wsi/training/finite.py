@@ -53,9 +53,9 @@ def _local(parameter: nn.Parameter) -> Tensor:
     """What this rank holds of a parameter: all, its shard (FSDP2), or its partition (ZeRO-3)."""
     whole: Any = parameter
     if hasattr(whole, "to_local"):
-        return whole.to_local().detach()  # type: ignore[no-any-return]
+        return whole.to_local().detach()
     partition = getattr(whole, "ds_tensor", None)
-    return (whole if partition is None else partition).detach()  # type: ignore[no-any-return]
+    return (whole if partition is None else partition).detach()
 
 
 def skips_overflow(run: Run) -> bool:

@@ -40,7 +40,6 @@ from ds_wsi.training.finite import (
     weights_are_finite,
 )
 from ds_wsi.training.micro_step import MicroStep, MicroSteps, on_device, stack_of
-from ds_wsi.training.norm_plan import minutes_between_saves
 from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta, warn_of_warmup
 from ds_wsi.training.out_of_memory import with_retry
 from ds_wsi.training.outcome import finish, finished_results, is_finished
@@ -355,8 +354,7 @@ def _train_step(
     if following is not None:
         bags.make_ready(len(following.micro_steps[0][mesh.slide_rank]), run.progress.global_step + 1)
     waited = time.perf_counter() - run.saved
-    # First the clock: what a save would change is known by a walk through the encoder.
-    due = 0 < 60 * run.settings.run.save_minutes <= waited and minutes_between_saves(run) > 0
+    due = 0 < 60 * run.settings.run.save_minutes <= waited
     told = [float(tiles), float(accelerator.is_main_process and due), float(bool(asked()) or _time_is_over(run))]
     bad = ~weights_are_finite(run.module, run.device)
     totals = accelerator.reduce(torch.cat([loss_sum[None], torch.tensor(told, device=run.device), bad[None]]), "sum")

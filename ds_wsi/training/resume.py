@@ -4,6 +4,7 @@
     optimizer.safetensors          the optimizer's state, by name        likewise
     weight_average.safetensors     with --ema_decay
     random-RANK-of-RANKS           a process's generators                random_state.py
+    statistics-RANK-of-RANKS       running statistics that it tracks     own_statistics.py
     comm_hook-RANK-of-RANKS        what its hook owes                    engines/hook_state.py
     state.json                     where it stands, and of which run     same_run.py
 
@@ -16,13 +17,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ds_wsi.engines.accelerate import average_buffers
+from torch import Tensor
+
+from ds_wsi.engines.accelerate import tracked_buffers
 from ds_wsi.engines.full_state import put_state, take_state
 from ds_wsi.runtime.files import link_or_copy
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.tensor_file import open_tensors
+from ds_wsi.training import own_statistics
 from ds_wsi.training.checkpoint import FORMAT, PENDING_WEIGHTS, Contents, read_state, save_checkpoint
-from ds_wsi.training.norm_plan import saving_changes_nothing
+from ds_wsi.training.norm_plan import has_moving_norms
 from ds_wsi.training.random_state import file_name, put_random, take_random
 from ds_wsi.training.run import Progress, Run
 from ds_wsi.training.same_run import fingerprint, require_same
@@ -74,9 +78,12 @@ def _load(run: Run, checkpoint: Path, facts: dict[str, Any], then: int) -> None:
     if then == now:
         with open_tensors(checkpoint / file_name(accelerator.process_index, now)) as generators:
             put_random(generators, run.device)
+        if tracked_buffers(accelerator, run.module):
+            with open_tensors(checkpoint / own_statistics.file_name(accelerator.process_index, now)) as statistics:
+                own_statistics.load(accelerator, run.module, statistics)
         return
     logger.info("saved by %d processes, gone on with by %d: the same steps, but for the order of sums", then, now)
-    if not saving_changes_nothing(run):
+    if tracked_buffers(accelerator, run.module) and has_moving_norms(run):
         logger.warning(
             "BatchNorm's running statistics are tracked by each process, of the slides it saw: with another number of "
             "processes they differ from an uninterrupted run's. HINT: --norm_training frozen or step."
@@ -94,8 +101,9 @@ def save(run: Run) -> None:
     began = time.perf_counter()
     run.saver.make_room()
     try:
-        average_buffers(run.accelerator, run.module)
-        contents = _contents(run)
+        own = own_statistics.pool(run.accelerator, run.module)
+        contents = _contents(run, own)
+        own_statistics.put_back(run.accelerator, run.module, own)
     except BaseException:
         run.saver.leave_room()
         raise
@@ -111,8 +119,8 @@ def save(run: Run) -> None:
     run.accelerator.log({"save/seconds_waited": run.saved - began}, step=run.progress.global_step)
 
 
-def _contents(run: Run) -> Contents:
-    """All of it, copied to the host. Collective."""
+def _contents(run: Run, statistics: dict[str, Tensor]) -> Contents:
+    """All of it, copied to the host, with this process's own running statistics. Collective."""
     accelerator = run.accelerator
     taken = take_state(accelerator, run.module, run.optimizer)
     facts = dict(taken.facts)
@@ -122,6 +130,9 @@ def _contents(run: Run) -> Contents:
         facts["average_steps"] = run.average.steps
     world = accelerator.num_processes
     own = {file_name(accelerator.process_index, world): take_random(run.device)}
+    if statistics:
+        of_statistics = own_statistics.file_name(accelerator.process_index, world)
+        own[of_statistics] = {name: value.cpu() for name, value in statistics.items()}
     if run.comm is not None:
         own |= run.comm.on_host()
     state = {

@@ -214,8 +214,7 @@ class RunSettings:
         seed: of everything random.
         resume_from_checkpoint: a checkpoint's folder, "latest" of output_dir, or None.
         save_steps: optimizer steps between checkpoints within an epoch; 0 leaves them to `save_minutes`.
-        save_minutes: minutes after which a checkpoint is written within an epoch, unless that would change the run
-            (ranks that track statistics of their own); 0 saves at the ends of epochs only.
+        save_minutes: minutes after which a checkpoint is written within an epoch; 0 saves at the ends of epochs only.
         max_minutes: minutes after whose last step the run stops, with a checkpoint; 0 goes on to the end.
         save_total_limit: checkpoints kept, at least 2, for a torn one is passed over for the one before it.
         save_beside: write a checkpoint while the training goes on from a copy of it in host memory; at most two are on

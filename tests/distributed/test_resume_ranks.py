@@ -138,7 +138,7 @@ def first_runs(cases, folder):
 
 
 def gone_on(cases, folder):
-    """Each case (engine, dtype, kind, checkpoint, its step, step to end with, folder to save in): what there is then."""
+    """Each case (engine, dtype, kind, checkpoint, its step, last step, folder to save in): what there is then."""
     found = {}
     for engine, dtype, kind, source, start, stop, name in cases:
         trainer = Trainer(engine, dtype, kind)
