@@ -104,9 +104,15 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
                 (run.output_dir / RECORD_FILE).unlink(missing_ok=True)
             tell_start(run, *count_steps(run))
             with deferring():
-                _train_epochs(run)
-                if _any_rank_asked(run):  # its end can be begun anew from the last checkpoint, which is whole
-                    raise Stopped(_words_of_stop(run), together=True)
+                try:
+                    _train_epochs(run)
+                    if _any_rank_asked(run):  # its end can be begun anew from the last checkpoint, which is whole
+                        raise Stopped(_words_of_stop(run), together=True)
+                except Stopped:
+                    # Launchers end all ranks when one has ended: none does before the last checkpoint is there.
+                    run.saver.close()
+                    run.accelerator.wait_for_everyone()
+                    raise
                 run.saver.close()  # before the end is told
             results = finish(run, started)
     run.accelerator.free_memory()

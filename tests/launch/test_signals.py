@@ -90,6 +90,8 @@ def test_a_run_that_is_asked_to_end_goes_on_bit_for_bit(demo_manifest, tmp_path)
 def test_all_ranks_of_a_launcher_end_together(launcher, demo_manifest, tmp_path):
     """SIGTERM to the launcher: each sends it on in its own way, or is gone; the ranks agree after a step."""
     folder, options = tmp_path / "run", ("--dropout", "0.2", "--num_train_epochs", "3")
+    if launcher == "torchrun":  # running statistics that each rank tracks for itself
+        options += ("--norm_training", "bag")
     command = [*LAUNCHERS[launcher], *train_arguments(demo_manifest, folder, *options), "--resume_from_checkpoint"]
     _, printed = stop(command, signal.SIGTERM, 0.0, after="epoch 1/3")
     assert "stopped by SIGTERM: the same command goes on" in printed, printed[-3000:]
@@ -100,6 +102,47 @@ def test_all_ranks_of_a_launcher_end_together(launcher, demo_manifest, tmp_path)
         whole = tmp_path / "whole"
         run([*LAUNCHERS[launcher], *train_arguments(demo_manifest, whole, *options)])
         same(folder, whole)
+
+
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 "$@" & done
+code=0
+for job in $(jobs -p); do wait "$job" || code=$?; done
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >> "$REQUEUED"; fi
+"""
+
+
+def test_the_slurm_script_queues_a_stopped_job_again(demo_manifest, tmp_path):
+    """Two ranks by a stand-in for srun: stopped by the clock, then to the end."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    requeued = tmp_path / "requeued"
+    slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(random.randrange(20000)), "REQUEUED": str(requeued)}
+    variables = environment() | slurm | {"DS_WSI_TRACEBACK": "1"}
+    variables["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{variables['PATH']}"
+    command = [
+        "bash",
+        "launch/slurm/train.sbatch",
+        "launch/train.py",
+        *train_arguments(demo_manifest, tmp_path / "run"),
+    ]
+    command += ["--resume_from_checkpoint", "--max_minutes"]
+    codes = []
+    for minutes in ("0.001", "0"):
+        done = subprocess.run(
+            [*command, minutes], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+        codes.append(done.returncode)
+    assert codes == [STOPPED, 0], done.stderr[-3000:]
+    assert requeued.read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
+    assert "resumed from" in done.stderr
+    assert "2 processes" in done.stderr
 
 
 def test_a_second_ctrl_c_leaves_at_once(demo_manifest, tmp_path):
