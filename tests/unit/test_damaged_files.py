@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_tile_store import ALL_TILES, picture
 
 from ds_wsi.bags.features import FeatureFileError, read_about, read_features, read_places, read_shape, write_features
@@ -16,6 +17,7 @@ from ds_wsi.runtime.fingerprint import Fingerprint
 from ds_wsi.slides import tile_store
 from ds_wsi.slides.coords import export_clam, import_clam, read_grid, read_slide_fingerprint, write_grid
 from ds_wsi.slides.demo import write_pyramid
+from ds_wsi.slides.masks import MaskFile, read_mask, write_mask
 from ds_wsi.slides.slide import Slide, SlideError, TileReadError
 from ds_wsi.slides.tile_store import StoredSlide, StoreError, damaged_rows, pack_slide, store_path
 from ds_wsi.slides.tiling import TilingPolicy, tile_slide
@@ -223,3 +225,29 @@ def test_foreign_coordinates_with_a_changed_byte_end_no_process(tmp_path):
 
         counts = damage_all(tmp_path / "s.h5", check)
     assert {*counts} <= {"read", "refused"}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".geojson"])
+def test_a_mask_with_a_changed_byte_ends_no_process(suffix, tmp_path):
+    write_pyramid(tmp_path / "s.tiff", picture(300), mpp=0.5)
+    tissue = np.zeros((30, 30), dtype=bool)
+    tissue[5:20, 8:25] = True
+    path = tmp_path / f"s{suffix}"
+    with Slide(tmp_path / "s.tiff") as slide:
+        if suffix == ".png":
+            Image.fromarray(tissue).save(path)
+        else:
+            write_mask(path, tissue, 10, slide)
+        whole = read_mask(MaskFile(path), slide, 10)
+        assert np.array_equal(whole, tissue)
+
+        def check(damaged):
+            try:
+                found = read_mask(MaskFile(damaged), slide, 10)
+            except SlideError as error:
+                return "refused" if str(damaged) in str(error) else f"without its name: {error}"
+            return "read" if np.array_equal(found, whole) else "other values"
+
+        counts = damage_all(path, check)
+    # GeoJSON is text: another digit is another corner.
+    assert {*counts} <= ({"read", "refused"} if suffix == ".png" else {"read", "refused", "other values"})
