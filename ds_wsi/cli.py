@@ -1,6 +1,7 @@
 """The console command `ds-wsi`: parse, then call. A command's libraries are imported when it is called.
 
-A user's mistake ends with one message and exit status 2; what is no mistake of the user's, with its traceback and 1.
+A user's mistake ends with one message and exit status 2; what is no mistake of the user's, with its traceback and 1. A
+command that was asked to end by a signal, or whose time is over, ends with 75: the same command goes on.
 """
 
 import argparse
@@ -12,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from ds_wsi.commands import COMMANDS
 from ds_wsi.commands.parser import Parser, first_word
 from ds_wsi.runtime.errors import report
-from ds_wsi.runtime.log import setup_logging
+from ds_wsi.runtime.log import logger, setup_logging
+from ds_wsi.runtime.signals import STATUS, Stopped, heeding_signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,10 +22,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup_logging()
     options = build_parser(first_word(arguments) or "").parse_args(arguments)
     try:
-        options.run(options)
+        with heeding_signals():
+            options.run(options)
     except Exception as error:
         return report(error)
+    except Stopped as stopped:
+        logger.info("%s: the same command goes on%s", stopped, _how(options))
+        return STATUS
     return 0
+
+
+def _how(options: argparse.Namespace) -> str:
+    trains = "num_train_epochs" in options or options.run.__name__ in ("run_train", "run_protocol")
+    return ", with --resume_from_checkpoint" if trains and not vars(options).get("resume_from_checkpoint") else ""
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """Measurements: `launch/benchmark.py NAME [--quick] [--check] [--output_dir DIR]`.
 
 Each benchmark writes NAME.json (with the environment), NAME.md and NAME.png; `--check` exits 1 and names every bound of
-the README's table that does not hold.
+the README's table that does not hold. One that is asked to end by a signal takes down what it has set up and exits 75.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from ds_wsi.benchmarks import (  # noqa: E402
     tiles,
 )
 from ds_wsi.benchmarks.table import write_result  # noqa: E402
-from ds_wsi.runtime.log import setup_logging  # noqa: E402
+from ds_wsi.runtime.log import logger, setup_logging  # noqa: E402
+from ds_wsi.runtime.signals import STATUS, Stopped, heeding_signals  # noqa: E402
 
 BENCHMARKS = {
     "compression": compression,
@@ -57,7 +58,12 @@ def main() -> int:
     if unpaired:
         parser.error(f"--option must be NAME=VALUE, got {unpaired[0]!r}")
     given = dict(text.split("=", 1) for text in options.option)
-    result = BENCHMARKS[options.name].measure(quick=options.quick, slides=options.slide, options=given)
+    try:
+        with heeding_signals():
+            result = BENCHMARKS[options.name].measure(quick=options.quick, slides=options.slide, options=given)
+    except Stopped as stopped:  # on its way here it has taken down what it had set up
+        logger.info("%s: nothing was written", stopped)
+        return STATUS
     write_result(options.name, result, Path(options.output_dir))
     broken = [bound for bound in result.bounds if not bound.holds]
     for bound in result.bounds:

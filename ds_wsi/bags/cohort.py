@@ -14,6 +14,7 @@ from ds_wsi.bags.slide_policy import AS_THEY_ARE, SkippedSlide, SlidePolicy, tel
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.bags.summary import log_cohort
 from ds_wsi.runtime.fingerprint import Fingerprint
+from ds_wsi.runtime.locks import lock_path, shared_map
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.slides.coords import read_grid, read_slide_fingerprint, write_grid
@@ -138,8 +139,8 @@ def tile_manifest(
     if tiles_dir is not None and write_grids:
         remove_left_behind(Path(tiles_dir))
 
-    def tile(slide: SlideEntry, found: Fingerprint | None) -> _TiledSlide | SlideError:
-        result = _tile(slide, policy, tiles_dir, slide_mpp, found, write_grids, slides)
+    def tile(row: int) -> _TiledSlide | SlideError:
+        result = _tile(wanted[row], policy, tiles_dir, slide_mpp, prints[row], write_grids, slides)
         on_slide(len(wanted))
         return result
 
@@ -149,7 +150,7 @@ def tile_manifest(
         warn_of_shared_files(wanted, prints)
         if masks := slides.masks_problem(wanted):
             problems.append(masks)
-        results = list(pool.map(tile, wanted, prints))
+    results = _tiled_once(tile, wanted, Path(tiles_dir) if tiles_dir is not None and write_grids else None, workers)
     skipped, bad = slides.leave_out(wanted, results)
     problems += bad
     if problems:
@@ -161,6 +162,22 @@ def tile_manifest(
         tell_skipped(skipped, len(manifest.slides))
         tell_tissue(grids, with_masks=bool(slides.tissue_masks))
     return Cohort(replace(manifest, slides=entries), grids, skipped)
+
+
+def _tiled_once(
+    tile: Callable[[int], "_TiledSlide | SlideError"], wanted: Sequence[SlideEntry], folder: Path | None, workers: int
+) -> list["_TiledSlide | SlideError"]:
+    """Each slide tiled; of several processes that keep their grids in one folder by one of them alone."""
+    if folder is None:
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            return list(pool.map(tile, range(len(wanted))))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def lock_of(row: int) -> Path | None:
+        name = wanted[row].slide_id  # one that is there is mostly kept, perhaps in a folder that cannot be written to
+        return None if os.path.lexists(folder / f"{name}.safetensors") else lock_path(folder, name)
+
+    return shared_map(range(len(wanted)), lock_of, tile, workers)
 
 
 class _TiledSlide(NamedTuple):

@@ -1,12 +1,12 @@
 """A cohort's tiles packed into a store, and the check that a store holds a cohort."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.manifest import ManifestError, SlideEntry
+from ds_wsi.runtime.locks import lock_path, shared_map
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.slides.slide import Slide, SlideError
@@ -33,7 +33,7 @@ def pack_cohort(
 ) -> tuple[PackedSlide, ...]:
     """Pack every slide's tiles; slides that are whole in the store already are kept, so that a killed call goes on.
 
-    One call at a time may write to a folder.
+    Several calls may write to a folder, on one machine or many: they take different slides.
 
     Args:
         cohort: slides and grids.
@@ -47,7 +47,8 @@ def pack_cohort(
         ManifestError: lists every slide that could not be opened, after the others are packed.
     """
 
-    def pack(entry: SlideEntry, grid: TileGrid) -> PackedSlide | SlideError:
+    def pack(row: int) -> PackedSlide | SlideError:
+        entry, grid = cohort.manifest.slides[row], cohort.tile_grids[row]
         try:
             with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
                 written = pack_slide(slide, grid, directory, quality, verify)
@@ -61,9 +62,10 @@ def pack_cohort(
         on_slide()
         return PackedSlide(path, written, n_failed)
 
+    Path(directory).mkdir(parents=True, exist_ok=True)
     remove_left_behind(Path(directory))
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = list(pool.map(pack, cohort.manifest.slides, cohort.tile_grids))
+    lock_of = lambda row: lock_path(Path(directory), cohort.manifest.slides[row].slide_id)  # noqa: E731
+    results = shared_map(range(len(cohort.grids)), lock_of, pack, workers)
     problems = [str(result) for result in results if isinstance(result, SlideError)]
     if problems:
         raise ManifestError(cohort.manifest.source, problems)

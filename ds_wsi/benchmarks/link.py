@@ -6,6 +6,7 @@ interface. It needs root, `ip` and `tc`; `LimitedLink.available` says whether th
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from functools import partial
@@ -14,6 +15,8 @@ from typing import Any
 
 _CLONE_NEWNET = 0x40000000
 INTERFACE = "dswsi0"
+_NAMESPACES = Path("/var/run/netns")
+_NAME = re.compile(r"dswsi(\d+)(?:s|r\d+)")
 
 
 def _run(*command: str) -> None:
@@ -46,9 +49,10 @@ class LimitedLink:
         return True
 
     def __enter__(self) -> "LimitedLink":
+        remove_left_behind()
         try:
             self._build()
-        except RuntimeError:
+        except BaseException:  # one that is asked to end leaves none behind either
             self.__exit__()
             raise
         return self
@@ -82,10 +86,18 @@ class LimitedLink:
             subprocess.run(["ip", "netns", "del", self._prefix + name], capture_output=True, check=False)
 
 
+def remove_left_behind() -> None:
+    """Remove the namespaces of processes that were killed."""
+    for name in (path.name for path in _NAMESPACES.glob("dswsi*")):
+        found = _NAME.fullmatch(name)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
 def enter_namespace(prefix: str, rank: int) -> None:
     """Move this thread, and those that it starts, into a rank's namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
-    with Path(f"/var/run/netns/{prefix}r{rank}").open() as file:
+    with (_NAMESPACES / f"{prefix}r{rank}").open() as file:
         if libc.setns(file.fileno(), _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "setns")
     os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -282,21 +282,14 @@ def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
     same statistics, bit for bit, and stay as they are. What is not saved is constant (the tiles' mean) and stays too: a
     mean of equal numbers may be rounded. One all-reduce for all buffers of a dtype; the identity on one rank.
     """
-    if accelerator.num_processes == 1:
-        return
     found: list[tuple[torch.Tensor, torch.Tensor]] = []  # a buffer, and what is averaged for it
     variances: list[tuple[Any, torch.Tensor]] = []
-    for part in module.modules():
-        if population_spans(part, accelerator.num_processes):
-            continue
-        for name, buffer in part.named_buffers(recurse=False):
-            if not buffer.is_floating_point() or name in part._non_persistent_buffers_set:
-                continue
-            wide = buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32))
-            if name == "running_var" and isinstance(part, _BatchNorm):
-                variances.append((part, wide))
-                continue
-            found.append((buffer, wide))
+    for tracked in tracked_buffers(accelerator, module):
+        wide = tracked.buffer.detach().to(torch.promote_types(tracked.buffer.dtype, torch.float32))
+        if tracked.name.rpartition(".")[2] == "running_var" and isinstance(tracked.part, _BatchNorm):
+            variances.append((tracked.part, wide))
+        else:
+            found.append((tracked.buffer, wide))
     means = _mean_over_ranks(accelerator, [wide for _, wide in found])
     average = {id(buffer): mean for (buffer, _), mean in zip(found, means, strict=True)}
     spread = [
@@ -306,6 +299,27 @@ def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
         part.running_var.copy_(var)
     for (buffer, _), mean in zip(found, means, strict=True):
         buffer.copy_(mean)
+
+
+class TrackedBuffer(NamedTuple):
+    """A buffer of which each process has its own, its name in the whole module, and the part that it is of."""
+
+    name: str
+    buffer: torch.Tensor
+    part: nn.Module
+
+
+def tracked_buffers(accelerator: Accelerator, module: nn.Module) -> list[TrackedBuffer]:
+    """The floating buffers that are saved and that processes track by themselves; none where there is one process."""
+    if accelerator.num_processes == 1:
+        return []
+    return [
+        TrackedBuffer(f"{prefix}.{name}" if prefix else name, buffer, part)
+        for prefix, part in module.named_modules()
+        if not population_spans(part, accelerator.num_processes)
+        for name, buffer in part.named_buffers(recurse=False)
+        if buffer.is_floating_point() and name not in part._non_persistent_buffers_set
+    ]
 
 
 def population_spans(norm: nn.Module, n_ranks: int) -> bool:

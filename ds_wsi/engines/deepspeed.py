@@ -176,13 +176,14 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     own = dict(model.named_parameters())
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        with _gathered(own[name]) if partitioned and name in own else nullcontext():
+        with gathered(own[name]) if partitioned and name in own else nullcontext():
             copy = whole(value).to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True)
         state[name] = copy
     return state
 
 
-def _gathered(parameter: nn.Parameter) -> Any:
+def gathered(parameter: Tensor, modifier_rank: int | None = None) -> Any:
+    """A context in which a parameter of ZeRO-3 is whole; what `modifier_rank` writes into it is every rank's after."""
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter])
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank)

@@ -10,16 +10,24 @@ from ds_wsi.compression import fold_states
 from ds_wsi.runtime.log import logger
 
 
-def _file(folder: Path, rank: int, world: int) -> Path:
-    return folder / f"comm_hook-{rank:05}-of-{world:05}.safetensors"
+def file_name(rank: int, world: int) -> str:
+    """Of a rank's state."""
+    return f"comm_hook-{rank:05}-of-{world:05}.safetensors"
+
+
+def on_host(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """This rank's file by its name, its tensors copied to the host; none where the state is empty."""
+    if not state:
+        return {}
+    copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    return {file_name(dist.get_rank(), dist.get_world_size()): copied}
 
 
 def write_state(folder: Path, state: dict[str, Tensor]) -> None:
     """Write this rank's state; nothing where it is empty."""
-    if state:
+    for name, tensors in on_host(state).items():
         folder.mkdir(parents=True, exist_ok=True)
-        whole = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-        save_file(whole, _file(folder, dist.get_rank(), dist.get_world_size()))
+        save_file(tensors, folder / name)
 
 
 def read_states(folder: Path) -> dict[str, Tensor]:
@@ -29,7 +37,7 @@ def read_states(folder: Path) -> dict[str, Tensor]:
         ValueError: no state there, or not that of all ranks.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    own = _file(folder, rank, world)
+    own = folder / file_name(rank, world)
     if own.is_file():
         return load_file(own)
     found = sorted(folder.glob("comm_hook-*-of-*.safetensors"))

@@ -20,7 +20,7 @@ from ds_wsi.compression import DMGC, ByteCount, Cast, Compressor, TopK
 from ds_wsi.compression import hook as compressed_mean
 from ds_wsi.compression.comm import CommPolicy
 from ds_wsi.config import SECTION
-from ds_wsi.engines.hook_state import read_states, write_state
+from ds_wsi.engines.hook_state import on_host, read_states, write_state
 from ds_wsi.engines.hook_steps import Dense, Hook, Reducer, allreduce, whole, whole_policy
 from ds_wsi.engines.hook_torch import DdpBuckets, hook_ddp, hook_fsdp
 from ds_wsi.engines.section import require_done
@@ -104,9 +104,13 @@ class CommHandle:
 
         DeepSpeed's `client_state` is no place for it: of stages 0 to 2 it keeps rank 0's copy only.
         """
-        if self.name == "powersgd":
-            logger.warning("powersgd's errors are not saved, torch keys them by DDP's buckets: a resumed run differs")
+        self._say_what_is_not_saved()
         write_state(Path(folder), self.state_dict())
+
+    def on_host(self) -> dict[str, dict[str, Tensor]]:
+        """What `save` would write, by file name, its tensors copied to the host: for who writes them later."""
+        self._say_what_is_not_saved()
+        return on_host(self.state_dict())
 
     def load(self, folder: str | Path) -> None:
         """Continue from `save`. Of another number of ranks every rank gets their mean (`fold_states`), and says so.
@@ -116,6 +120,10 @@ class CommHandle:
         """
         if isinstance(self.state, Compressor):
             self.load_state_dict(read_states(Path(folder)))
+
+    def _say_what_is_not_saved(self) -> None:
+        if self.name == "powersgd":
+            logger.warning("powersgd's errors are not saved, torch keys them by DDP's buckets: a resumed run differs")
 
 
 def register_comm_hook(

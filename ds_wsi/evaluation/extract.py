@@ -5,6 +5,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from ds_wsi.bags.features import FORMAT, SUFFIXES, FeatureFileError, read_about,
 from ds_wsi.bags.problems import condensed
 from ds_wsi.evaluation.predict import encode_slides
 from ds_wsi.models import ModelConfig, SlideModel, build_model, resolve_encoder
+from ds_wsi.runtime.locks import Claims, lock_path
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.runtime.words import counted
@@ -83,7 +85,8 @@ def extract_features(
     are kept with one line: they cost hours.
 
     Each file is written at once, so that a killed call goes on where it was. Memory is that of `encode_slides`. A tile
-    that cannot be read has no row. One call at a time may write to a folder.
+    that cannot be read has no row. Several calls may write to a folder, on one machine or many: they take different
+    slides, and each yields those of the others as kept.
 
     Args:
         model: whose encoder it is, on the device to compute on.
@@ -114,14 +117,37 @@ def extract_features(
         if entry.slide_id in kept:
             yield ExtractedSlide(entry.slide_id, _place(directory, entry.slide_id), kept[entry.slide_id], False)
     rows = [row for row, entry in enumerate(cohort.manifest.slides) if entry.slide_id not in kept]
-    if not rows:
-        return
+    directory.mkdir(parents=True, exist_ok=True)
     grids = cohort.tile_grids
-    for row, features, tiles in encode_slides(model, cohort.manifest.slides, grids, rows, policy, failures):
-        path = _place(directory, grids[row].slide_id)
-        coords = torch.from_numpy(grids[row].coords)[tiles]
-        write_features(path, features.float(), coords, grids[row].tile_size_level0_px, about[row])
-        yield ExtractedSlide(grids[row].slide_id, path, len(features), True)
+    names = {row: grids[row].slide_id for row in rows}
+    found: list[ExtractedSlide] = []
+    with Claims(rows, lambda row: lock_path(directory, names[row])) as claims:
+
+        def undone() -> Iterator[int]:
+            for row in claims.free():
+                count = _kept(directory, [about[row]]).get(names[row])
+                if count is None:
+                    yield row
+                else:  # another call has written it meanwhile
+                    found.append(ExtractedSlide(names[row], _place(directory, names[row]), count, False))
+                    claims.give_back(row)
+
+        while claims.left:
+            order = undone()
+            first = next(order, None)
+            if first is not None:
+                wanted = chain([first], order)  # asked for as slides are read ahead: a few are held at a time
+                slides = cohort.manifest.slides
+                for row, features, tiles in encode_slides(model, slides, grids, wanted, policy, failures):
+                    path = _place(directory, names[row])
+                    coords = torch.from_numpy(grids[row].coords)[tiles]
+                    write_features(path, features.float(), coords, grids[row].tile_size_level0_px, about[row])
+                    claims.give_back(row)
+                    yield ExtractedSlide(names[row], path, len(features), True)
+            yield from found
+            found.clear()
+            if first is None and claims.left:
+                claims.wait()
 
 
 def _place(directory: Path, slide_id: str) -> Path:

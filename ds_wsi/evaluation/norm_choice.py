@@ -21,6 +21,7 @@ from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
 from ds_wsi.evaluation.predict import NormVariant, predict_variants, prediction_metrics
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.norms.policy import CANDIDATES
+from ds_wsi.runtime.signals import Stopped, asked
 from ds_wsi.slides.tiling import TileGrid
 from ds_wsi.stacking.stacked_bags import stack_bags
 
@@ -113,6 +114,16 @@ class Ranks:
     gather: Callable[[list[Any]], list[Any]] = list
     group: Any = None
 
+    def leave_if_asked(self) -> None:
+        """End the measurement where any of the processes was asked to end, which has left out work until here.
+
+        Raises:
+            Stopped: on all of them. Collective: a gather.
+        """
+        reasons = self.gather([asked()])
+        if any(reasons):
+            raise Stopped(asked() or "another rank", together=True)
+
 
 def choose_norms(
     model: SlideModel,
@@ -132,17 +143,22 @@ def choose_norms(
         failures: where unreadable tiles are recorded.
         plan: what is measured.
         ranks: that share the work.
+
+    Raises:
+        Stopped: a process was asked to end, inside `deferring`; see there.
     """
     ranks = ranks or Ranks()
     training, model = model.training, model.eval()
     statistics = None
     if "recalibrated" in plan.candidates:
         statistics = _recalibrated(model, slides, grids, policy, failures, plan.recalibration, ranks)
+        ranks.leave_if_asked()
     variants = [NormVariant(name, statistics if name == "recalibrated" else None) for name in plan.candidates]
     metrics: dict[str, dict[str, float]] = {}
     if plan.rows:
         own = [plan.rows[index] for index in ranks.share([len(grids[row]) for row in plan.rows])]
         found = ranks.gather(list(predict_variants(model, slides, grids, own, policy, failures, variants)))
+        ranks.leave_if_asked()
         for variant, predictions in zip(variants, zip(*found, strict=True), strict=True):
             metrics[variant.name] = prediction_metrics(predictions, slides)
     best = best_candidate(metrics, plan.metric, plan.candidates)
@@ -151,6 +167,7 @@ def choose_norms(
     if plan.gap:
         # Each process on its own, of the same few slides: no norm waits for another process.
         gap = norm_gap(model, slides, grids, policy, failures, plan, NormVariant(best, kept))
+        ranks.leave_if_asked()
     model.train(training)
     return NormChoice(best, metrics, plan.split, kept, gap)
 
@@ -181,6 +198,8 @@ def _recalibrated(
     for chunk in read_chunks(slides, grids, own, policy):
         failures.add(chunk)
         tiles.add(chunk.tiles)
+        if asked():
+            break
     if not own:  # the other processes wait for this one at each norm
         size = model_tiles(grids)
         tiles.add(torch.empty(0, 3, size, size, dtype=torch.uint8))
@@ -211,6 +230,8 @@ def norm_gap(
         waiting: list[tuple[int, Tensor]] = []
         bags = read_bags(slides, grids, plan.gap, policy, failures)
         for number, bag in enumerate(bags, 1):
+            if asked():
+                break
             waiting.append((bag.slide, bag.tiles))
             if len(waiting) < plan.bags_per_population and number < len(plan.gap):
                 continue

@@ -15,6 +15,7 @@ from ds_wsi.norms.passes import encode_population, fits_in_one_chunk, recalibrat
 from ds_wsi.norms.roles import batch_norms
 from ds_wsi.runtime.memory import free_bytes, free_host_bytes
 from ds_wsi.runtime.numerics import autocast_to
+from ds_wsi.runtime.signals import asked
 from ds_wsi.slides.tiling import TileGrid
 
 _HOST_SHARE = 4  # one byte in so many of the host's free ones holds a slide's tiles
@@ -77,6 +78,8 @@ class HeldTiles:
             found += len(chunk.tiles)
             if len(chunk.tiles):
                 yield chunk.tiles
+            if asked():
+                return
         if found != self.count:
             names = ", ".join(self.slides[item.slide if isinstance(item, BagPart) else item].slide_id for item in order)
             raise RuntimeError(

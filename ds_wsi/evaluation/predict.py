@@ -1,6 +1,6 @@
 """Slide predictions in constant memory: chunks of tiles through the encoder, features kept on the host."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models.encoder import NoEncoder
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.runtime.errors import naming
+from ds_wsi.runtime.signals import asked
 from ds_wsi.slides.tiling import TileGrid
 from ds_wsi.stacking.stacked_bags import stack_bags
 
@@ -79,7 +80,7 @@ def encode_slides(
     model: SlideModel,
     slides: Sequence[SlideEntry],
     grids: Sequence[TileGrid] | Sequence[FeatureFile],
-    rows: Sequence[int],
+    rows: Iterable[int],
     policy: ReadPolicy,
     failures: FailureLog,
 ) -> Iterator[SlideFeatures]:
@@ -93,7 +94,7 @@ def encode_slides(
     Args:
         model: on the device to compute on; it says itself what its norms average over, and in which precision.
         slides, grids: of the cohort, row by row.
-        rows: of the slides to encode.
+        rows: of the slides to encode; asked for as the slides are read ahead.
         policy: how tiles are read; a chunk is the encoder's batch.
         failures: where unreadable tiles are recorded.
     """
@@ -105,7 +106,7 @@ def _encoded(
     model: SlideModel,
     slides: Sequence[SlideEntry],
     grids: Sequence[TileGrid] | Sequence[FeatureFile],
-    rows: Sequence[int],
+    rows: Iterable[int],
     policy: ReadPolicy,
     failures: FailureLog,
     variants: Sequence[NormVariant],
@@ -120,6 +121,8 @@ def _encoded(
     tiles = HeldTiles(slides, grids, policy)
     try:
         for chunk in read_chunks(slides, grids, rows, policy):
+            if asked():  # whoever defers signals leaves at the next place where all ranks can
+                return
             failures.add(chunk)
             of_features = chunk.tiles.dim() == 2  # features on disk
             if of_features or len(chunk.tiles):

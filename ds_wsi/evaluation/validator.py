@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -32,7 +32,7 @@ from ds_wsi.slides.tiling import TileGrid
 CONTEXT: Any = multiprocessing.get_context("spawn")  # a fork would inherit CUDA's and torch's threads, broken
 # Raised as they are: they name the slide and the remedy.
 _OF_SLIDES: dict[str, type[Exception]] = {error.__name__: error for error in (ReadFailureError, SlideError)}
-_PARENT_CHECK_S = 1.0
+_PARENT_CHECK_S = _LOOK_S = 1.0
 _FAREWELL_S = 10.0
 _HINT = (
     "HINT: give it another --validation_device or more memory, or validate between epochs: without --validate_beside."
@@ -132,8 +132,8 @@ class Validator:
         """Raise what `wait` would, where it is known already; never blocks."""
         self._receive(timeout_s=0)
 
-    def wait(self) -> ValidationResult:
-        """The result of the weights that were submitted.
+    def wait(self, unless: Callable[[], bool] = lambda: False) -> ValidationResult | None:
+        """The result of the weights that were submitted; None where `unless`, asked each second, comes first.
 
         Raises:
             ReadFailureError, SlideError: as `predict_slides` does.
@@ -141,7 +141,9 @@ class Validator:
         """
         assert self._epoch is not None, "nothing was submitted"
         while self._result is None:
-            self._receive(timeout_s=None)
+            if unless():
+                return None
+            self._receive(timeout_s=_LOOK_S)
         result, self._result, self._epoch = self._result, None, None
         return result
 

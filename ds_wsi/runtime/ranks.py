@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.processes import GONE, state_of, state_words
+from ds_wsi.runtime.signals import Stopped
 
 _BEAT_S = 1.0
 _SILENCE_S = 4.0  # without a beat: a rank that computes still beats
@@ -52,6 +53,8 @@ def watch_ranks() -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # one that was interrupted leaves the others waiting too
+        if isinstance(error, Stopped) and error.together:
+            raise
         if not _is_of_communication(error):
             last_word = f"{_FAILED}{type(error).__name__}: {error}".splitlines()[0][:500]
             raise

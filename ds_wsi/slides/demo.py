@@ -7,7 +7,8 @@ neither colour nor density tells the classes apart, and most tiles of a tumour s
 
 The cohort "plain" is of one centre. In the cohort "stains" every slide is stained and scanned by one of ten: amounts of
 stain, colours, blur, brightness and white balance differ by centre and, less, by slide. Centres of the test slides are
-seen neither in training nor in validation, as those of external cohorts are.
+seen neither in training nor in validation, as those of external cohorts are. The cohort "sparse" is "stains" with half
+of the tumours harder to see: few nuclei of their foci are rings. It is for encoders that know images already.
 """
 
 import csv
@@ -60,6 +61,7 @@ class DemoPolicy:
 
     foci: ClassVar[int] = 2
     contrast: ClassVar[float] = 1.0  # of nuclei
+    few_rings: ClassVar[float] = 1.0  # share of the nuclei that are rings, in the foci of every other round of centres
     format_version: ClassVar[int] = 1  # of the images: a change of the drawing makes old caches stale
 
     def __post_init__(self) -> None:
@@ -102,8 +104,20 @@ class StainsPolicy(DemoPolicy):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-DEMOS: dict[str, type[DemoPolicy]] = {"plain": DemoPolicy, "stains": StainsPolicy}
-DEMO_DIRS = {"plain": "runs/demo_slides", "stains": "runs/demo_stains"}
+@dataclass(frozen=True)
+class SparsePolicy(StainsPolicy):
+    """What the cohort "sparse" holds: the slides of "stains" with fewer foci, and in half of the tumours few rings.
+
+    Features of a pretrained encoder tell every slide of "stains" already, so that nothing is left for training it.
+    """
+
+    foci: ClassVar[int] = 3
+    few_rings: ClassVar[float] = 0.06
+    format_version: ClassVar[int] = 3
+
+
+DEMOS: dict[str, type[DemoPolicy]] = {"plain": DemoPolicy, "stains": StainsPolicy, "sparse": SparsePolicy}
+DEMO_DIRS = {"plain": "runs/demo_slides", "stains": "runs/demo_stains", "sparse": "runs/demo_sparse"}
 
 
 @dataclass(frozen=True)
@@ -196,10 +210,15 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
         path = directory / row["path"]
         if not path.exists():
             rng = np.random.default_rng([policy.seed, policy.format_version, index])
-            centre = _centre(index, policy)
-            tumor, side_px = row["label"] == "tumor", _side_px(index, policy)
             write_demo_slide(
-                path, tumor=tumor, side_px=side_px, rng=rng, foci=policy.foci, contrast=policy.contrast, centre=centre
+                path,
+                tumor=row["label"] == "tumor",
+                side_px=_side_px(index, policy),
+                rng=rng,
+                foci=policy.foci,
+                contrast=policy.contrast,
+                rings=_rings(index, policy),
+                centre=_centre(index, policy),
             )
     with atomic_path(manifest) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, MANIFEST_FIELDS)
@@ -233,10 +252,24 @@ def _centre(index: int, policy: DemoPolicy) -> Centre | None:
     """Of a slide; both slides of a pair, one of each class, have the same."""
     if not isinstance(policy, StainsPolicy):
         return None
+    pair, centres, first = _pair(index, policy)
+    return Centre.draw(policy.seed, first + pair % centres)
+
+
+def _rings(index: int, policy: DemoPolicy) -> float:
+    """The share of rings in a tumour's foci: few in every other round, so that each centre has both kinds."""
+    if not isinstance(policy, StainsPolicy):
+        return 1.0
+    pair, centres, _ = _pair(index, policy)
+    return policy.few_rings if pair // centres % 2 else 1.0
+
+
+def _pair(index: int, policy: StainsPolicy) -> tuple[int, int, int]:
+    """A slide's pair in its part of the cohort, seen or test, and the centres there: how many, the first's number."""
     before_test = policy.train + policy.validation
     if index < before_test:
-        return Centre.draw(policy.seed, index // 2 % policy.centres)
-    return Centre.draw(policy.seed, policy.centres + (index - before_test) // 2 % policy.test_centres)
+        return index // 2, policy.centres, 0
+    return (index - before_test) // 2, policy.test_centres, policy.centres
 
 
 def _side_px(index: int, policy: DemoPolicy) -> int:
@@ -254,13 +287,14 @@ def write_demo_slide(
     rng: np.random.Generator,
     foci: int = DemoPolicy.foci,
     contrast: float = DemoPolicy.contrast,
+    rings: float = DemoPolicy.few_rings,
     centre: Centre | None = None,
 ) -> None:
     """Draw one slide and write it as a pyramidal tiled JPEG TIFF with its mpp in the resolution tags.
 
     Half of the slides are stored at 0.25 um/px ("40x"), half at 0.5 ("20x"), as cohorts of two scanners are.
     """
-    image = draw_slide(tumor=tumor, side_px=side_px, rng=rng, foci=foci, contrast=contrast)
+    image = draw_slide(tumor=tumor, side_px=side_px, rng=rng, foci=foci, contrast=contrast, rings=rings)
     # No pen on what another centre has stained: the ink can be so much more saturated than pale tissue that Otsu's
     # threshold lies between these two, and the slide has no tissue.
     image = _pen_marks(image, rng) if centre is None else centre.of_slide(rng).scan(image)
@@ -278,16 +312,27 @@ def draw_slide(
     rng: np.random.Generator,
     foci: int = DemoPolicy.foci,
     contrast: float = DemoPolicy.contrast,
+    rings: float = DemoPolicy.few_rings,
 ) -> np.ndarray:
-    """Return one slide at 0.5 um/px, without pen marks: uint8 [side, side, 3]; `foci` of a tumour."""
+    """Return one slide at 0.5 um/px, without pen marks: uint8 [side, side, 3].
+
+    Args:
+        tumor: its class.
+        side_px: of the square slide.
+        rng: draws everything.
+        foci: of a tumour.
+        contrast: of the nuclei.
+        rings: share of the foci's nuclei that are rings, in [0, 1].
+    """
     tissue = _tissue(side_px, rng)
     places = _focus_centres(tissue, rng, count=2 + foci)
     crowded, pale = _disc_field(side_px, places[:1]), _disc_field(side_px, places[1:2])
     lesion = _disc_field(side_px, places[2:]) if tumor else np.zeros_like(tissue)
     density = (0.0055 + 0.006 * crowded - 0.003 * pale) * (tissue > 0.5)  # nuclei per px
-    solid = _nuclei(density * (lesion < 0.5), _solid_kernels(), rng)
-    rings = _nuclei(density * (lesion >= 0.5), _ring_kernels(), rng)
-    return _stain(tissue, contrast * np.clip(solid + rings, 0, 1), pale, rng)
+    share = rings * (lesion >= 0.5)
+    solid = _nuclei(density * (1 - share), _solid_kernels(), rng)
+    pale_centred = _nuclei(density * share, _ring_kernels(), rng)
+    return _stain(tissue, contrast * np.clip(solid + pale_centred, 0, 1), pale, rng)
 
 
 def _smooth_noise(side_px: int, cells: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent, and known to be whole before they are loaded.
 
-A checkpoint is written under a temporary name, listed file by file with size and SHA-256, synced and renamed. One whose
+A checkpoint is written under a temporary name, listed file by file with size and SHA-256, synced and renamed. It holds
+tensors (safetensors) and JSON: nothing in it can run when it is read, whoever wrote it, its list too. One whose
 files do not match the list is named, passed over and kept; the one before it is used. An old one is deleted by its
 list: what else lies in its folder stays.
 """
@@ -9,15 +10,24 @@ import hashlib
 import json
 import os
 import re
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ds_wsi.engines.accelerate import Accelerator, CommHandle, broadcast_object_list
+from torch import Tensor
+
+from ds_wsi.engines.accelerate import Accelerator, broadcast_object_list
 from ds_wsi.runtime.files import link_or_copy, sync_directory, sync_file, write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import temporary_folder, usual_mode
+from ds_wsi.runtime.tensor_file import Written, write_tensors
+from ds_wsi.training.saver import Patience, Saver
 
+FORMAT = "ds_wsi.checkpoint.2"
 FILE_LIST = "files.json"
 STATE = "state.json"
 PENDING_WEIGHTS = "pending-validation.safetensors"  # of the last finished epoch, where it is not validated yet
@@ -35,45 +45,150 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds, on the host, in memory that nobody changes.
+
+    Args:
+        state: JSON, of the main process.
+        shared: file name -> tensors, of the main process.
+        own: file name -> tensors, of each process.
+    """
+
+    state: dict[str, Any]
+    shared: Mapping[str, Mapping[str, Tensor]]
+    own: Mapping[str, Mapping[str, Tensor]]
+
+
 def save_checkpoint(
+    saver: Saver,
     accelerator: Accelerator,
     output_dir: Path,
     step: int,
-    state: dict[str, Any],
+    contents: Contents,
     keep: int,
-    comm: CommHandle | None = None,
+    *,
     pending: Path | None = None,
+    began: float | None = None,
+    timeout_s: float = 1800.0,
 ) -> Path:
-    """Write the engine's state and the run's `state` (JSON), then delete all but the newest `keep` checkpoints.
+    """Have a checkpoint written, then all but the newest `keep` deleted. Collective: a broadcast.
 
-    A communication hook's state lies beside the engine's, a file a rank; so do weights whose validation is `pending`.
+    It is there when `saver` has written it: after `saver.close()`, or at once where the saver writes now. The room for
+    it must have been made. Each process writes its own files, the main one all others; it waits for the rest's files,
+    on a file system that all share.
 
-    Collective: every rank calls it; the ranks write their shards side by side.
+    Args:
+        saver: of this process.
+        accelerator: of all.
+        output_dir: of the run.
+        step: optimizer steps that are done.
+        contents: of this process.
+        keep: checkpoints.
+        pending: a file of weights whose validation is pending, that is not changed in place.
+        began: `time.perf_counter()` when the training stopped for it; by default now.
+        timeout_s: that the main process waits for another's files.
+
+    Returns:
+        The folder that it will have.
     """
+    began = time.perf_counter() if began is None else began
     final = output_dir / checkpoint_name(step)
-    with ExitStack() as scope:
-        made: list[Path | None] = [None]
+    scope, made = ExitStack(), list[Path | None]([None])
+    try:
         if accelerator.is_main_process:
-            made = [scope.enter_context(temporary_folder(output_dir)) / final.name]
-        temporary: Path = broadcast_object_list(made)[0]  # its name is random: the ranks write into one folder
-        accelerator.save_state(str(temporary))
-        if comm is not None:
-            comm.save(temporary)
-        accelerator.wait_for_everyone()
+            folder = scope.enter_context(temporary_folder(output_dir)) / final.name
+            folder.mkdir()
+            if pending is not None:  # now: another may soon have its name
+                link_or_copy(pending, folder / PENDING_WEIGHTS)
+            made = [folder]
+        temporary: Path = broadcast_object_list(made)[0]  # its name is random: the processes write into one folder
         if accelerator.is_main_process:
-            write_json(temporary / STATE, state)
-            if pending is not None:
-                link_or_copy(pending, temporary / PENDING_WEIGHTS)
-            _use_mode(temporary, usual_mode(temporary.parent))
-            seal(temporary)
-            _make_way(final)
-            temporary.rename(final)
-            sync_directory(output_dir)
-            whole = [path for path in list_checkpoints(output_dir) if (path / FILE_LIST).is_file()]
-            for old in whole[keep:]:
-                remove_checkpoint(old)
-    accelerator.wait_for_everyone()
+            waited = time.perf_counter() - began
+            others = range(1, accelerator.num_processes)
+            patience = partial(Patience, timeout_s, saver.ending)
+            words = "beside training" if saver.beside else "before it goes on"
+            how = _How(scope, temporary, final, contents, keep, waited, words)
+            job = partial(_write_all, how, others, patience)
+        else:
+            job = partial(_write_part, temporary, accelerator.process_index, contents.own)
+    except BaseException:
+        saver.leave_room()
+        scope.close()
+        raise
+    saver.give(final.name, job)
     return final
+
+
+@dataclass(frozen=True)
+class _How:
+    scope: ExitStack  # of the temporary folder
+    temporary: Path
+    final: Path
+    contents: Contents
+    keep: int
+    waited_s: float
+    words: str
+
+
+def _write_all(how: _How, others: range, patience: Callable[[], Patience]) -> None:
+    """The main process's side: its files, the others' as they come, the list, and the name."""
+    began, temporary, final = time.perf_counter(), how.temporary, how.final
+    with how.scope:
+        known = {
+            name: write_tensors(temporary / name, tensors)
+            for name, tensors in {**how.contents.shared, **how.contents.own}.items()
+        }
+        write_json(temporary / STATE, how.contents.state)
+        for rank in others:
+            known |= _await_part(temporary, rank, patience())
+        _use_mode(temporary, usual_mode(temporary.parent))
+        seal(temporary, known)
+        _make_way(final)
+        temporary.rename(final)
+        sync_directory(final.parent)
+        whole = [path for path in list_checkpoints(final.parent) if (path / FILE_LIST).is_file()]
+        for old in whole[how.keep :]:
+            remove_checkpoint(old)
+    logger.info(
+        "checkpoint: %s (waited %.2f s, written in %.2f s %s)",
+        *(final, how.waited_s, time.perf_counter() - began, how.words),
+    )
+
+
+def _write_part(temporary: Path, rank: int, own: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Another process's side: its files, and last a file that lists them."""
+    try:
+        known = {name: write_tensors(temporary / name, tensors) for name, tensors in own.items()}
+        answer: dict[str, Any] = {"files": {name: written._asdict() for name, written in known.items()}}
+    except Exception as error:
+        if temporary.is_dir():
+            write_json(_part_list(temporary, rank), {"failed": f"{type(error).__name__}: {error}"})
+        raise
+    write_json(_part_list(temporary, rank), answer)
+
+
+def _part_list(temporary: Path, rank: int) -> Path:
+    return temporary.parent / f"part-{rank:05}.json"
+
+
+def _await_part(temporary: Path, rank: int, patience: Patience) -> dict[str, Written]:
+    """Wait for another process's files; what is known of them.
+
+    Raises:
+        RuntimeError: it failed, or they did not come in time; names it.
+    """
+    place = _part_list(temporary, rank)
+    while place.name not in os.listdir(place.parent):  # the folder, for a network file system remembers absent names
+        if patience.is_over():
+            raise RuntimeError(
+                f"a checkpoint must have the files of every process, got none of rank {rank} in time "
+                f"({temporary.name}). HINT: --output_dir must be a folder that all processes share."
+            )
+    answer = json.loads(place.read_text(encoding="utf-8"))
+    if "failed" in answer:
+        raise RuntimeError(f"rank {rank} could not write its part of {temporary.name}: {answer['failed']}")
+    return {name: Written(**entry) for name, entry in answer["files"].items()}
 
 
 def remove_checkpoint(directory: Path) -> None:
@@ -120,17 +235,23 @@ def _use_mode(directory: Path, mode: int) -> None:
             path.chmod(mode)
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, comm: CommHandle | None = None) -> dict[str, Any]:
-    """Load the engine's state, and the hook's, from a checkpoint that `verify` found whole, and return the run's."""
-    accelerator.load_state(str(checkpoint))
-    if comm is not None:
-        comm.load(checkpoint)
-    return read_state(checkpoint)
-
-
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The run's state of a checkpoint."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    """The run's state of a checkpoint that `verify` found whole.
+
+    Raises:
+        ValueError: of an earlier version, whose files are not opened; or no such state.
+    """
+    try:
+        state: Any = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{STATE} of {checkpoint} must be JSON, got {error}. HINT: an earlier checkpoint.") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(
+            f"{checkpoint} must have the format {FORMAT}, got {found or 'that of an earlier version'}: its files can "
+            "run code when they are read, and are not opened. HINT: end that run with the version that began it, or "
+            "start again with another --output_dir."
+        )
     return state
 
 
@@ -164,12 +285,19 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     return None
 
 
-def seal(directory: Path) -> None:
-    """List every file below `directory` with its size and SHA-256, and sync them all to the disk."""
-    listed = {}
+def seal(directory: Path, known: Mapping[str, Written] | None = None) -> None:
+    """List every file below `directory` with its size and SHA-256, and sync them all to the disk.
+
+    Args:
+        directory: of the checkpoint.
+        known: what is known of files that were synced as they were written: they are not read again.
+    """
+    listed = {name: written._asdict() for name, written in (known or {}).items()}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        listed[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        sync_file(path)
+        name = path.relative_to(directory).as_posix()
+        if name not in listed:
+            listed[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            sync_file(path)
     write_json(directory / FILE_LIST, listed)
 
 

@@ -1,11 +1,13 @@
 """The loop: epochs of optimizer steps over bags, each epoch validated, recorded and checkpointed."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,18 +26,26 @@ from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.runtime.progress import PresentRate, Progress
 from ds_wsi.runtime.ranks import watch_ranks
 from ds_wsi.runtime.seeding import seed_step, step_seed
+from ds_wsi.runtime.signals import Stopped, asked, deferring, heeding_signals
 from ds_wsi.runtime.words import counted
 from ds_wsi.stacking.balance import OverCapError
 from ds_wsi.stacking.randomness import bag_randomness
 from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
+from ds_wsi.training.finite import (
+    BagsAndLosses,
+    count_skipped,
+    mean_loss,
+    skips_overflow,
+    tell_not_finite,
+    weights_are_finite,
+)
 from ds_wsi.training.micro_step import MicroStep, MicroSteps, on_device, stack_of
-from ds_wsi.training.norm_plan import minutes_between_saves
 from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta, warn_of_warmup
 from ds_wsi.training.out_of_memory import with_retry
 from ds_wsi.training.outcome import finish, finished_results, is_finished
 from ds_wsi.training.resume import resume, save
 from ds_wsi.training.run import Run, prepare_run
-from ds_wsi.training.run_folder import logging_to
+from ds_wsi.training.run_folder import alone_in, logging_to
 from ds_wsi.training.screen import tell_start
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.step import bag_weight, blank_tile, idle_loss
@@ -60,9 +70,11 @@ def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = Non
     Raises:
         ManifestError: lists everything that is wrong with the cohort, before anything is trained.
         RankFailureError: another process failed or died; names it.
+        Stopped: the run was asked to end by a signal, or by `max_minutes`; what was done is in a checkpoint. The
+            signals are heeded where the main thread calls.
         ValueError: settings that contradict each other, or a checkpoint that is torn.
     """
-    with engine_scope():
+    with heeding_signals(), engine_scope():
         return _train(settings, deepspeed_config)
 
 
@@ -70,12 +82,18 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
     """In a frame of its own: when it is left nothing holds the run, and the scope can free its memory."""
     started = time.perf_counter()
     with ExitStack() as scope:
+
+        def on_folder(path: Path) -> None:
+            scope.enter_context(alone_in(path))
+            scope.enter_context(logging_to(path))
+
         run = prepare_run(
             *(settings, deepspeed_config),
-            on_folder=lambda path: scope.enter_context(logging_to(path)),
+            on_folder=on_folder,
             on_connected=lambda: scope.enter_context(watch_ranks()),
         )
         scope.enter_context(closing_trackers(run.accelerator))
+        scope.enter_context(run.saver)
         run.started = started
         resume(run)
         if is_finished(run):
@@ -85,7 +103,17 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
                 # Of an earlier end in this folder: from here until it ends anew, the run is unfinished.
                 (run.output_dir / RECORD_FILE).unlink(missing_ok=True)
             tell_start(run, *count_steps(run))
-            _train_epochs(run)
+            with deferring():
+                try:
+                    _train_epochs(run)
+                    if _any_rank_asked(run):  # its end can be begun anew from the last checkpoint, which is whole
+                        raise Stopped(_words_of_stop(run), together=True)
+                except Stopped:
+                    # Launchers end all ranks when one has ended: none does before the last checkpoint is there.
+                    run.saver.close()
+                    run.accelerator.wait_for_everyone()
+                    raise
+                run.saver.close()  # before the end is told
             results = finish(run, started)
     run.accelerator.free_memory()
     return results
@@ -156,9 +184,10 @@ def _train_epochs(run: Run) -> None:
     with validation_of(run) as validation:
         while run.progress.epoch < epochs and not _stops_early(run):
             began = time.perf_counter()
-            entry = _train_epoch(run, bags, validation)
-            run.epoch_seconds = time.perf_counter() - began
-            validation.collect()
+            with _kept_when_stopped(run):
+                entry = _train_epoch(run, bags, validation)
+                run.epoch_seconds = time.perf_counter() - began
+                validation.collect()
             average_buffers(run.accelerator, run.module)
             state = full_state_dict(run.module)  # once an epoch, to validate and to export: collective at ZeRO-3
             if run.average is not None:
@@ -166,9 +195,35 @@ def _train_epochs(run: Run) -> None:
             if run.settings.model.lora_rank:
                 state = merge_lora(state, run.settings.model.lora_rank, run.settings.model.lora_alpha)
             _end_epoch(run, entry)
-            validation.give(state)
+            with _kept_when_stopped(run):
+                validation.give(state)
             save(run)
         validation.collect()
+
+
+@contextmanager
+def _kept_when_stopped(run: Run) -> Iterator[None]:
+    """Write a checkpoint where the run is stopped in the block, as all ranks are."""
+    try:
+        yield
+    except Stopped:
+        save(run)
+        raise
+
+
+def _words_of_stop(run: Run) -> str:
+    limit = run.settings.run.max_minutes
+    return asked() or (f"--max_minutes {limit:g}" if _time_is_over(run) else "a signal to another rank")
+
+
+def _any_rank_asked(run: Run) -> bool:
+    """Collective: an all-reduce, the identity on one rank."""
+    told = torch.tensor(float(bool(asked())), device=run.device)
+    return bool(run.accelerator.reduce(told, "sum") > 0)
+
+
+def _time_is_over(run: Run) -> bool:
+    return 0 < 60 * run.settings.run.max_minutes <= time.perf_counter() - run.started
 
 
 def _stops_early(run: Run) -> bool:
@@ -185,11 +240,19 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
     progress, optim = run.progress, run.settings.optim
     plan = _epoch_plan(run, progress.epoch)
     _, total = count_steps(run)
+    rate_at = partial(
+        learning_rate_at,
+        total_steps=total,
+        peak=optim.learning_rate,
+        schedule=optim.lr_scheduler_type,
+        warmup_steps=optim.warmup_steps,
+        steps_per_epoch=len(plan),
+    )
     run.module.warming_up = encoder_rests(run.settings.model.freeze_encoder_epochs, progress.epoch)
     if progress.epoch == run.settings.model.freeze_encoder_epochs > 0 and progress.step_in_epoch == 0:
         forget_steps(run.optimizer)
     run.model.train()
-    tiles_read, start, rate = 0, time.perf_counter(), 0.0
+    tiles_read, start, rate, skipped = 0, time.perf_counter(), 0.0, 0
     present = PresentRate()
     bar = Progress(
         f"epoch {progress.epoch + 1}/{optim.num_train_epochs}",
@@ -202,33 +265,32 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
     with bar:
         for step, following in pairwise([*plan[progress.step_in_epoch :], None]):
             assert step is not None
-            rate_now = learning_rate_at(
-                progress.global_step,
-                total_steps=total,
-                peak=optim.learning_rate,
-                schedule=optim.lr_scheduler_type,
-                warmup_steps=optim.warmup_steps,
-                steps_per_epoch=len(plan),
-            )
+            rate_now = rate_at(progress.global_step)
             if optim.demon:
                 set_beta(run.optimizer, demon_beta(progress.global_step, total_steps=total, initial=optim.demon))
             loss, tiles = _train_step(run, step, following, bags, rate_now)
             validation.check()
+            run.saver.check()
             tiles_read += tiles
             progress.global_step += 1
             progress.step_in_epoch += 1
-            progress.loss_sum += loss
-            progress.bags_seen += step.n_bags
+            skipped = 0 if math.isfinite(loss) and not run.accelerator.optimizer_step_was_skipped else skipped + 1
+            if skipped:
+                count_skipped(run, skipped)
+            if math.isfinite(loss):
+                progress.loss_sum += loss
+                progress.bags_seen += step.n_bags
             rate = tiles_read / (time.perf_counter() - start)
             peak = peak_memory_bytes(run.device)
             words = (
-                f"mean loss {progress.loss_sum / progress.bags_seen:.3f}, {present.after(tiles):.0f} tiles/s, "
+                f"mean loss {progress.loss_sum / max(1, progress.bags_seen):.3f}, {present.after(tiles):.0f} tiles/s, "
                 f"{peak / 2**30:.2f} GiB"
             )
             bar.step(n=step.n_bags, words=words)
             run.accelerator.log(
                 {
-                    "train/loss": loss / step.n_bags,
+                    **({"train/loss": loss / step.n_bags} if math.isfinite(loss) else {}),
+                    **({"train/skipped_steps": progress.skipped_steps} if skips_overflow(run) else {}),
                     "train/learning_rate": rate_now,
                     "train/tiles_per_second": rate,
                     "train/peak_memory_bytes": peak,
@@ -238,12 +300,14 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
             )
             save_steps = run.settings.run.save_steps
             by_step = save_steps and progress.global_step % save_steps == 0
+            if run.stop_is_due:  # after an epoch's last step too: the epoch's end can take long
+                raise Stopped(_words_of_stop(run), together=True)
             if (by_step or run.save_is_due) and progress.step_in_epoch < len(plan):
                 save(run)
     return {
         "epoch": progress.epoch + 1,
-        "train_loss": progress.loss_sum / progress.bags_seen,
-        "learning_rate": rate_now if plan else 0.0,
+        "train_loss": mean_loss(run),
+        "learning_rate": rate_at(progress.global_step - 1),  # of a run that was stopped after the epoch's last step too
         "tiles_per_second": rate,
         "peak_memory_bytes": float(peak_memory_bytes(run.device)),
         **(run.comm.metrics() if run.comm else {}),
@@ -269,6 +333,7 @@ def _train_step(
     # Ranks that share a bag each compute its loss: there are as many means to take as groups.
     weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))
     loss_sum, tiles = torch.zeros((), device=run.device), 0
+    seen: list[BagsAndLosses] = []
     for micro, groups in enumerate(step.micro_steps):
         with accelerator.accumulate(run.model):
             if run.sharing.forward is not None:
@@ -276,15 +341,16 @@ def _train_step(
                 run.sharing.forward.seed = step_seed(run.settings.run.seed, run.progress.global_step, place)
             own = bags.take(len(groups[mesh.slide_rank]), run.progress.global_step)
             alone = len(step.micro_steps) == 1 and accelerator.num_processes == 1 and not run.has_own_engine
-            loss, n_tiles = with_retry(
+            done = with_retry(
                 partial(_forward_backward, run, own, weight),
                 run.module,
                 run.module.encoder,
                 run.device,
                 again=partial(_start_again, run) if alone else None,
             )
-            loss_sum += loss
-            tiles += n_tiles
+            loss_sum += done.loss
+            tiles += done.n_tiles
+            seen.append(done.seen)
             if accelerator.sync_gradients and run.settings.optim.max_grad_norm > 0:
                 accelerator.clip_grad_norm_(run.module.parameters(), run.settings.optim.max_grad_norm)
             run.optimizer.step()
@@ -294,22 +360,32 @@ def _train_step(
     if following is not None:
         bags.make_ready(len(following.micro_steps[0][mesh.slide_rank]), run.progress.global_step + 1)
     waited = time.perf_counter() - run.saved
-    # First the clock: what a save would change is known by a walk through the encoder.
-    due = 0 < 60 * run.settings.run.save_minutes <= waited and minutes_between_saves(run) > 0
-    due_on_main = float(accelerator.is_main_process and due)
-    totals = accelerator.reduce(
-        torch.cat([loss_sum[None], torch.tensor([float(tiles), due_on_main], device=run.device)]), "sum"
-    )
-    run.save_is_due = bool(totals[2] > 0)
-    return float(totals[0]) / mesh.tile_size, int(totals[1])
+    due = 0 < 60 * run.settings.run.save_minutes <= waited
+    told = [float(tiles), float(accelerator.is_main_process and due), float(bool(asked()) or _time_is_over(run))]
+    bad = ~weights_are_finite(run.module, run.device)
+    totals = accelerator.reduce(torch.cat([loss_sum[None], torch.tensor(told, device=run.device), bad[None]]), "sum")
+    loss, n_tiles, *flags = totals.tolist()
+    run.save_is_due, run.stop_is_due, bad_weights = (flag > 0 for flag in flags)
+    left_out = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
+    if bad_weights or (left_out and not skips_overflow(run)):
+        tell_not_finite(run, run.progress.global_step, seen, loss_is_finite=math.isfinite(loss))
+    return loss / mesh.tile_size, int(n_tiles)
 
 
-def _forward_backward(run: Run, step: MicroStep, weight: float) -> tuple[torch.Tensor, int]:
+class _Computed(NamedTuple):
+    """Of a micro-step on this rank: the sum of its bags' losses, its tiles, and what it was of."""
+
+    loss: torch.Tensor
+    n_tiles: int
+    seen: BagsAndLosses
+
+
+def _forward_backward(run: Run, step: MicroStep, weight: float) -> _Computed:
     """As `_micro_loss`, and its backward."""
-    loss, n_tiles = _micro_loss(run, step)
-    run.accelerator.backward(loss * weight)
+    done = _micro_loss(run, step)
+    run.accelerator.backward(done.loss * weight)
     run.stacks.used()
-    return loss.detach(), n_tiles
+    return done._replace(loss=done.loss.detach())
 
 
 def _start_again(run: Run) -> None:
@@ -318,18 +394,20 @@ def _start_again(run: Run) -> None:
     seed_step(run.settings.run.seed, run.progress.global_step, run.accelerator.process_index)
 
 
-def _micro_loss(run: Run, step: MicroStep) -> tuple[torch.Tensor, int]:
-    """The sum of this rank's bags' losses, and its tiles."""
+def _micro_loss(run: Run, step: MicroStep) -> _Computed:
     _require_tiles(run, step.bags)
     if not step.bags:
-        return idle_loss(run.model, _blank(run)), 0
+        idle = BagsAndLosses((), torch.ones(0, dtype=torch.bool))
+        return _Computed(idle_loss(run.model, _blank(run)), 0, idle)
     labels = on_device([run.cohort.manifest.slides[bag.slide].class_index for bag in step.bags], run.device)
     stack = stack_of(run, step)
     with bag_randomness(step.keys, part=run.mesh.tile_rank), _naming_slides(run, step):
         output = run.model(stack, labels)
     chosen = run.settings.optim.class_weights
     weights = None if chosen is None else torch.tensor(chosen, device=run.device)[labels]
-    return stack_loss(output, labels, weights), sum(map(len, step.tiles))
+    slides = tuple(run.cohort.manifest.slides[bag.slide].slide_id for bag in step.bags)
+    seen = BagsAndLosses(slides, output.logits.detach().isfinite().all(-1))
+    return _Computed(stack_loss(output, labels, weights), sum(map(len, step.tiles)), seen)
 
 
 @contextmanager
@@ -413,13 +491,13 @@ def time_micro_steps(run: Run) -> TimedSteps:
         read = time.perf_counter()
         weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))
         with run.accelerator.accumulate(run.model):
-            loss, n_tiles = _forward_backward(run, own, weight)
+            done = _forward_backward(run, own, weight)
             run.optimizer.step()
             run.optimizer.zero_grad()
-        loss.item()  # waits for the device
+        done.loss.item()  # waits for the device
         read_s.append(read - started)
         compute_s.append(time.perf_counter() - read)
-        tiles.append(n_tiles)
+        tiles.append(done.n_tiles)
     return TimedSteps(tuple(read_s), tuple(compute_s), tuple(tiles))
 
 

@@ -18,19 +18,6 @@ def has_moving_norms(run: Run) -> bool:
     return run.config.norm_training != "frozen" and bool(batch_norms(run.module.encoder))
 
 
-def saving_changes_nothing(run: Run) -> bool:
-    """Whether a checkpoint can be written at any time: where ranks track statistics of their own, a save pools them.
-
-    A run whose saves went by the clock would then not be the same twice.
-    """
-    return run.accelerator.num_processes == 1 or not has_moving_norms(run) or run.config.norm_training == "step"
-
-
-def minutes_between_saves(run: Run) -> float:
-    """`save_minutes`, or 0 where saves by the clock would change the run."""
-    return run.settings.run.save_minutes if saving_changes_nothing(run) else 0.0
-
-
 def norm_plan(run: Run) -> NormPlan:
     """Candidates on the validation split; without one, where there is a choice, on training slides."""
     training, policy = run.config.norm_training, run.settings.policies.norm

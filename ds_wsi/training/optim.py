@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.tensor_file import TensorFile
 
 SCHEDULES = ("cosine", "linear", "constant", "exponential")
 DECAY_AN_EPOCH = 0.955  # of the exponential schedule, as the end-to-end papers on PANDA have it
@@ -105,14 +106,19 @@ class WeightAverage:
 
         return {name: whole(average).to("cpu", copy=True) for name, average in self.averages.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps. Collective under FSDP2."""
-        return {"steps": self.steps, "averages": self.weights()}
+    def load(self, file: TensorFile, steps: int) -> None:
+        """Go on from a checkpoint's file of `weights()`, the same on all ranks, after so many steps.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        Raises:
+            ValueError: averages of another model.
+        """
         from ds_wsi.engines.fsdp import copy_whole
 
-        self.steps = state["steps"]
+        if file.names != self.averages.keys():
+            raise ValueError(
+                f"{file.path} must hold the averages of the {len(self.averages)} trained parameters, got "
+                f"{len(file.names)}. HINT: it is of another model."
+            )
+        self.steps = int(steps)
         for name, average in self.averages.items():
-            copy_whole(average, state["averages"][name])
+            copy_whole(average, file.read_like(name, average))

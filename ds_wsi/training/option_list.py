@@ -88,7 +88,8 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         "demo",
         "data.demo",
         tuple(DEMOS),
-        "demo cohort to train on without --manifest: of one centre, or of ten whose stains and scanners differ",
+        "demo cohort to train on without --manifest: of one centre, of ten whose stains and scanners differ, or "
+        "of these with tumours that are harder to see",
     ),
     ("demo_dir", "data.demo_dir", str, "folder that keeps the demo slides"),
     (
@@ -487,7 +488,19 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
         float,
         "minutes after which a checkpoint is written within an epoch too; 0 saves at the ends of epochs only",
     ),
+    (
+        "max_minutes",
+        "run.max_minutes",
+        float,
+        "minutes after which the run stops with a checkpoint and exit status 75; the same command goes on; 0: never",
+    ),
     ("save_total_limit", "run.save_total_limit", int, "number of checkpoints that are kept, the newest"),
+    (
+        "save_beside",
+        "run.save_beside",
+        SWITCH,
+        "write checkpoints while the training goes on, from a copy in host memory",
+    ),
     (
         "metric_for_best_model",
         "run.metric_for_best_model",

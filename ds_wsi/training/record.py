@@ -17,7 +17,7 @@ _MODEL_NAMES = ("encoder", "aggregator", "freeze_encoder")
 _STEP_NAMES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-DEMO_NAMES = {"plain": "demo", "stains": "demo_stains"}
+DEMO_NAMES = {"plain": "demo", "stains": "demo_stains", "sparse": "demo_sparse"}
 
 
 def run_record(run: Run) -> RunRecord:

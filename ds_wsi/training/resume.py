@@ -1,13 +1,37 @@
-"""A run's checkpoints: where it stands is saved, and a run that shares what decides its end goes on from there."""
+"""A run's checkpoints: where it stands is saved, and a run that shares what decides its end goes on from there.
 
+    model.safetensors              weights and buffers, by name          engines/full_state.py
+    optimizer.safetensors          the optimizer's state, by name        likewise
+    weight_average.safetensors     with --ema_decay
+    random-RANK-of-RANKS           a process's generators                random_state.py
+    statistics-RANK-of-RANKS       running statistics that it tracks     own_statistics.py
+    comm_hook-RANK-of-RANKS        what its hook owes                    engines/hook_state.py
+    state.json                     where it stands, and of which run     same_run.py
+
+What the model and the optimizer have learned is whole: any engine on any number of processes goes on from it.
+"""
+
+import json
 import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
-from ds_wsi.engines.accelerate import average_buffers
+from torch import Tensor
+
+from ds_wsi.engines.accelerate import tracked_buffers
+from ds_wsi.engines.full_state import put_state, take_state
 from ds_wsi.runtime.files import link_or_copy
 from ds_wsi.runtime.log import logger
-from ds_wsi.training.checkpoint import PENDING_WEIGHTS, load_checkpoint, save_checkpoint
+from ds_wsi.runtime.tensor_file import open_tensors
+from ds_wsi.training import own_statistics
+from ds_wsi.training.checkpoint import FORMAT, PENDING_WEIGHTS, Contents, read_state, save_checkpoint
+from ds_wsi.training.norm_plan import has_moving_norms
+from ds_wsi.training.random_state import file_name, put_random, take_random
 from ds_wsi.training.run import Progress, Run
 from ds_wsi.training.same_run import fingerprint, require_same
+
+MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "weight_average.safetensors"
 
 
 def resume(run: Run) -> None:
@@ -20,23 +44,104 @@ def resume(run: Run) -> None:
     if checkpoint is None:
         return
     require_same(ours, checkpoint)  # before the engine reads its own files
-    state = load_checkpoint(run.accelerator, checkpoint, run.comm)
-    run.progress = Progress(**state["progress"])
-    earlier = state.get("time", {"seconds": 0.0, "starts": 1})  # earlier versions did not keep it
-    run.seconds_before, run.starts = earlier["seconds"], earlier["starts"] + 1
+    state = read_state(checkpoint)
+    try:
+        progress = Progress(**{place.name: state["progress"][place.name] for place in fields(Progress)})
+        facts, spent, then = state["facts"], state["time"], int(state["processes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"state.json of {checkpoint} must tell where the run stands, got one without {error}. "
+            "HINT: an earlier checkpoint."
+        ) from error
+    _load(run, checkpoint, facts, then)
+    run.progress = progress
+    run.seconds_before, run.starts = spent["seconds"], spent["starts"] + 1
     if run.progress.pending and run.accelerator.is_main_process:
         link_or_copy(checkpoint / PENDING_WEIGHTS, run.output_dir / PENDING_WEIGHTS)
     run.accelerator.wait_for_everyone()
     logger.info("resumed from %s (epoch %d, step %d)", checkpoint, run.progress.epoch, run.progress.global_step)
 
 
+def _load(run: Run, checkpoint: Path, facts: dict[str, Any], then: int) -> None:
+    """Engine, average, hook and generators; `then` processes saved them."""
+    accelerator, now = run.accelerator, run.accelerator.num_processes
+    with open_tensors(checkpoint / MODEL) as weights, open_tensors(checkpoint / OPTIMIZER) as states:
+        put_state(
+            *(accelerator, run.module, run.optimizer, weights, states, facts),
+            betas_move=bool(run.settings.optim.demon),
+        )
+    if run.average is not None:
+        with open_tensors(checkpoint / AVERAGE) as averages:
+            run.average.load(averages, facts["average_steps"])
+    if run.comm is not None:
+        run.comm.load(checkpoint)
+    if then == now:
+        with open_tensors(checkpoint / file_name(accelerator.process_index, now)) as generators:
+            put_random(generators, run.device)
+        if tracked_buffers(accelerator, run.module):
+            with open_tensors(checkpoint / own_statistics.file_name(accelerator.process_index, now)) as statistics:
+                own_statistics.load(accelerator, run.module, statistics)
+        return
+    logger.info("saved by %d processes, gone on with by %d: the same steps, but for the order of sums", then, now)
+    if tracked_buffers(accelerator, run.module) and has_moving_norms(run):
+        logger.warning(
+            "BatchNorm's running statistics are tracked by each process, of the slides it saw: with another number of "
+            "processes they differ from an uninterrupted run's. HINT: --norm_training frozen or step."
+        )
+
+
 def save(run: Run) -> None:
-    """Write a checkpoint of where the run stands. Collective."""
-    average_buffers(run.accelerator, run.module)
-    spent = {"seconds": run.seconds, "starts": run.starts}
-    state = {"progress": vars(run.progress), "fingerprint": fingerprint(run), "time": spent}
-    limit = run.settings.run.save_total_limit
+    """Have a checkpoint of where the run stands written: when this returns it is copied, and `run.saver` has it.
+
+    Collective.
+
+    Raises:
+        Exception: an earlier checkpoint could not be written.
+    """
+    began = time.perf_counter()
+    run.saver.make_room()
+    try:
+        own = own_statistics.pool(run.accelerator, run.module)
+        contents = _contents(run, own)
+        own_statistics.put_back(run.accelerator, run.module, own)
+    except BaseException:
+        run.saver.leave_room()
+        raise
     pending = run.output_dir / PENDING_WEIGHTS if run.progress.pending else None
-    path = save_checkpoint(run.accelerator, run.output_dir, run.progress.global_step, state, limit, run.comm, pending)
+    save_checkpoint(
+        *(run.saver, run.accelerator, run.output_dir, run.progress.global_step, contents),
+        run.settings.run.save_total_limit,
+        pending=pending,
+        began=began,
+        timeout_s=run.settings.run.ddp_timeout,
+    )
     run.saved = time.perf_counter()
-    logger.info("checkpoint: %s", path)
+    run.accelerator.log({"save/seconds_waited": run.saved - began}, step=run.progress.global_step)
+
+
+def _contents(run: Run, statistics: dict[str, Tensor]) -> Contents:
+    """All of it, copied to the host, with this process's own running statistics. Collective."""
+    accelerator = run.accelerator
+    taken = take_state(accelerator, run.module, run.optimizer)
+    facts = dict(taken.facts)
+    shared = {MODEL: taken.weights, OPTIMIZER: taken.optimizer}
+    if run.average is not None:
+        shared[AVERAGE] = run.average.weights()
+        facts["average_steps"] = run.average.steps
+    world = accelerator.num_processes
+    own = {file_name(accelerator.process_index, world): take_random(run.device)}
+    if statistics:
+        of_statistics = own_statistics.file_name(accelerator.process_index, world)
+        own[of_statistics] = {name: value.cpu() for name, value in statistics.items()}
+    if run.comm is not None:
+        own |= run.comm.on_host()
+    state = {
+        "format": FORMAT,
+        "progress": vars(run.progress),
+        "fingerprint": fingerprint(run),
+        "time": {"seconds": run.seconds, "starts": run.starts},
+        "processes": world,
+        "facts": facts,
+    }
+    # As text and back: the run goes on and changes what is in it.
+    return Contents(json.loads(json.dumps(state)), shared if accelerator.is_main_process else {}, own)

@@ -53,7 +53,8 @@ from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.model import build_slide_model, check_encoder
 from ds_wsi.training.optim import WeightAverage, set_beta
 from ds_wsi.training.run_folder import begin, require_run_folder
-from ds_wsi.training.same_run import known_early, require_same
+from ds_wsi.training.same_run import known_early, require_same, slides_per_step
+from ds_wsi.training.saver import Saver
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import require_metric
 
@@ -70,6 +71,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int | None = None
     pending: bool = False  # the last finished epoch is not validated yet
+    skipped_steps: int = 0  # in which half precision overflowed, and nothing was changed
 
 
 @dataclass
@@ -99,7 +101,9 @@ class Run:
     seconds_before: float = 0.0  # of earlier starts, up to the checkpoint of each
     starts: int = 1
     saved: float = field(default_factory=time.perf_counter)  # when the last checkpoint was written
+    saver: Saver = field(default_factory=Saver)  # of checkpoints
     save_is_due: bool = False  # by the time since then, as the main process has it: the same on all ranks
+    stop_is_due: bool = False  # a rank was asked to end, or the time is over: the same on all ranks
 
     @property
     def device(self) -> torch.device:
@@ -118,15 +122,13 @@ class Run:
         return {
             "world_size": self.mesh.slide_size,
             "bags_per_rank": optim.per_device_train_batch_size,
-            "accumulation": micro_steps(self.settings),
+            "accumulation": self.settings.micro_steps,
         }
 
     @property
     def bags_per_step(self) -> int:
         """Of an optimizer step, over all ranks."""
-        layout = self.epoch_layout
-        whole = layout["world_size"] * layout["bags_per_rank"] * layout["accumulation"]
-        return self.settings.policies.stacking.bags_per_step or whole
+        return slides_per_step(self.settings, self.mesh.slide_size)
 
     @property
     def seconds(self) -> float:
@@ -253,16 +255,17 @@ def prepare_run(
         HostStacks(accelerator.device),
         bool(getattr(module.encoder.forward, "takes_host_tiles", False)),
         comm,
-        _average(accelerator, accelerator.unwrap_model(model), settings.optim.ema_decay),
+        _average(accelerator.unwrap_model(model), settings.optim.ema_decay),
         checkpoint,
+        saver=Saver(settings.run.save_beside),
     )
     if batch_norms(module.encoder) and not module.encoder_is_frozen:
         warn_of_few_bags(training, 1 if training == "bag" else run.bags_per_step)
     return run
 
 
-def _average(accelerator: Accelerator, module: SlideModel, decay: float) -> WeightAverage | None:
-    """The moving average of the weights, saved and loaded with the engine's state; None where none is wanted."""
+def _average(module: SlideModel, decay: float) -> WeightAverage | None:
+    """The moving average of the weights; None where none is wanted."""
     if decay == 0:
         return None
     if is_zero3(module):
@@ -270,9 +273,7 @@ def _average(accelerator: Accelerator, module: SlideModel, decay: float) -> Weig
             f"--ema_decay must be 0 at ZeRO stage 3, whose ranks hold parts of the weights, got {decay}. "
             "HINT: take stage 2."
         )
-    average = WeightAverage(module, decay)
-    accelerator.register_for_checkpointing(average)
-    return average
+    return WeightAverage(module, decay)
 
 
 def _partition(
@@ -287,7 +288,7 @@ def _partition(
     """
     if cohort.in_dim is not None:
         return  # features: there is no encoder
-    together = micro_steps(settings) if module.norm_training == "step" else 1
+    together = settings.micro_steps if module.norm_training == "step" else 1
     device = accelerator.device
     can_plan = device.type == "cuda"
     wanted = partition_of(settings.policies.partition, module.norm_training, together, can_plan=can_plan)
@@ -349,11 +350,6 @@ def _choose_kernels(module: SlideModel, settings: TrainSettings, cohort: Cohort,
         )
 
 
-def micro_steps(settings: TrainSettings) -> int:
-    """Into how many stacks a process divides its share of an optimizer step."""
-    return settings.policies.stacking.virtual_workers or settings.optim.gradient_accumulation_steps
-
-
 def engine_settings(settings: TrainSettings) -> EngineSettings:
     """What an engine has to know of the settings."""
     optim = settings.optim
@@ -363,7 +359,7 @@ def engine_settings(settings: TrainSettings) -> EngineSettings:
         max_grad_norm=optim.max_grad_norm,
         optimizer=optim.optim,
         bags_per_rank=optim.per_device_train_batch_size,
-        accumulation=micro_steps(settings),
+        accumulation=settings.micro_steps,
         mixed_precision=optim.mixed_precision,
         timeout_s=settings.run.ddp_timeout,
         fsdp=settings.run.fsdp,

@@ -4,13 +4,15 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ds_wsi.evaluation.record import MARK_NAME as PROTOCOL_MARK
 from ds_wsi.runtime.files import write_json, write_text
+from ds_wsi.runtime.locks import is_lock, only_one
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.signals import Stopped
 from ds_wsi.runtime.temporary import is_temporary, remove_left_behind
 from ds_wsi.training.checkpoint import FILE_LIST, list_checkpoints
 
@@ -47,7 +49,7 @@ def require_run_folder(path: Path, *, resumes: bool) -> None:
         return
     if not path.is_dir():
         raise ValueError(f"--output_dir must be a folder, got {path}, a file. HINT: give a new folder.")
-    found = sorted(entry.name for entry in path.iterdir() if not is_temporary(entry))
+    found = sorted(entry.name for entry in path.iterdir() if not is_temporary(entry) and not is_lock(entry))
     if found and not is_run_folder(path):
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise ValueError(
@@ -64,6 +66,15 @@ def begin(path: Path) -> None:
         remove_left_behind(folder)
     if _format_of(path / MARK) != FORMAT:
         write_json(path / MARK, {"format": FORMAT, "version": VERSION})
+
+
+def alone_in(path: Path) -> AbstractContextManager[None]:
+    """Hold a run's folder: the same command a second time, here or on another machine, is refused.
+
+    Raises:
+        HeldError: another process trains there; names it.
+    """
+    return only_one(path, "--output_dir", "wait for its end, or give another folder")
 
 
 @contextmanager
@@ -92,6 +103,8 @@ def logging_to(path: Path) -> Iterator[None]:
         logger.addHandler(handler)
         try:
             yield
+        except Stopped:
+            raise  # as it was asked to: the message says so
         except BaseException as error:
             record = logger.makeRecord(
                 logger.name, logging.ERROR, __file__, 0, "ended by %s: %s", (type(error).__name__, error), None

@@ -12,6 +12,7 @@ from ds_wsi.evaluation.record import FILE_NAME as RECORD
 from ds_wsi.evaluation.record import MARK_NAME, RunFolderError, RunRecord
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.fingerprint import file_fingerprint
+from ds_wsi.runtime.locks import is_lock
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import is_temporary
 from ds_wsi.slides.fingerprint import slide_fingerprint
@@ -29,7 +30,9 @@ LEFT_OUT = {
             "resume_from_checkpoint",
             "save_steps",
             "save_minutes",
+            "max_minutes",
             "save_total_limit",
+            "save_beside",
             "deepspeed",
             "ddp_timeout",
         ),
@@ -100,7 +103,7 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
     """
     mark = folder / MARK_NAME
     if not is_protocol_mark(mark):
-        if folder.is_dir() and not all(map(is_temporary, folder.iterdir())):
+        if folder.is_dir() and not all(is_temporary(path) or is_lock(path) for path in folder.iterdir()):
             raise ValueError(
                 f"{folder} must be this protocol's, got a folder without {MARK_NAME}. HINT: another --output_dir."
             )

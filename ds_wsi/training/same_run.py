@@ -18,6 +18,7 @@ from ds_wsi.bags.manifest import Manifest, ManifestError, parse_manifest
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.words import counted
 from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.slides.tiling import TilingPolicy, stored_tiling
 from ds_wsi.training.checkpoint import read_state
@@ -33,6 +34,9 @@ NEW = ("classes", "slides", "encoder_weights", "pretrained", "slide_files", "gri
 EPOCHS = "num_train_epochs"
 DRAW = "split_seed"
 TEST_FILES = "test_files"  # they decide the results, not the weights: another file is tested anew, and not refused
+STEP, LAYOUT = "slides_per_step", "layout"
+# Of the stacking: how a step's slides lie on the processes, and how many of them there are, which `STEP` says.
+PLACED = ("bags_per_step", "virtual_workers", "max_tiles_per_rank")
 SHOWN = 3
 
 
@@ -50,9 +54,8 @@ def _made_of(run: "Run") -> dict[str, Any]:
     in_dim = run.cohort.in_dim
     found = {
         **of_settings(run.settings),
-        **run.epoch_layout,
+        **of_layout(run.settings, run.mesh.slide_size),
         **of_manifest(run.cohort.manifest),
-        "fsdp": run.accelerator.is_fsdp2,  # its checkpoints are other files
         # The hook that is in use, for "auto" may find another link.
         "comm_hook": None if run.comm is None else f"{run.comm.name}, keep {run.settings.policies.compression.keep:g}",
         "encoder": run.config.encoder and run.settings.model.encoder,
@@ -79,7 +82,7 @@ def of_settings(settings: TrainSettings) -> dict[str, Any]:
     optim, model, policies = settings.optim, settings.model, settings.policies
     return {
         "seed": settings.run.seed,
-        "stacking": asdict(policies.stacking),
+        "stacking": {name: value for name, value in asdict(policies.stacking).items() if name not in PLACED},
         "from_tile_store": bool(policies.reading.tile_store),  # its JPEG differs by a grey level
         "tiles_per_slide": policies.reading.tiles_per_slide,
         EPOCHS: optim.num_train_epochs,
@@ -110,6 +113,18 @@ def of_settings(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
+def slides_per_step(settings: TrainSettings, groups: int) -> int:
+    """Bags of an optimizer step over all processes, of which `groups` have bags of their own."""
+    whole = groups * settings.optim.per_device_train_batch_size * settings.micro_steps
+    return settings.policies.stacking.bags_per_step or whole
+
+
+def of_layout(settings: TrainSettings, groups: int) -> dict[str, Any]:
+    """How many slides a step has, which must stay, and how they lie on the processes, which may change."""
+    layout = [groups, settings.optim.per_device_train_batch_size, settings.micro_steps]
+    return {STEP: slides_per_step(settings, groups), LAYOUT: layout}
+
+
 def of_manifest(manifest: Manifest) -> dict[str, Any]:
     """The part of the manifest with its splits: classes in their order, and each row's slide, split and label."""
     return {
@@ -124,8 +139,7 @@ def known_early(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     on_slides = data.features_dir is None
     found = {
         **of_settings(settings),
-        "world_size": world_size // settings.policies.tile_parallel.size,
-        "bags_per_rank": settings.optim.per_device_train_batch_size,
+        **of_layout(settings, world_size // settings.policies.tile_parallel.size),
         "aggregator": model.aggregator,
         "aggregator_options": dict(model.aggregator_options),
         "dropout": model.dropout,
@@ -177,12 +191,20 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     lines = []
     for key, value in ours.items():
         given = theirs.get(key)
-        if given == value or key == TEST_FILES or (key == EPOCHS and _is_longer_exactly(ours, theirs)):
+        if given == value or key in (TEST_FILES, LAYOUT) or (key == EPOCHS and _is_longer_exactly(ours, theirs)):
             continue
         if key == "slides" and given is not None:
             lines += _slide_differences(value, given)
             continue
+        if key == STEP and given is not None:
+            lines.append(_step_difference(ours, theirs))
+            continue
         line = f"{key} must be the checkpoint's, {_shown(given)}, to continue it exactly, got {_shown(value)}"
+        if key == "comm_hook" and value is None:
+            line += (
+                ": one process sends nothing, and what several still owe the weights would be lost. Go on with two or "
+                "more processes"
+            )
         if key == EPOCHS and value > (given or value):
             line += (
                 ": with more epochs those that are done would have had other learning rates. A run can be made longer "
@@ -190,6 +212,19 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
             )
         lines.append(line)
     return lines
+
+
+def _step_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """A step must have as many slides as it had, on any number of processes."""
+    wanted = theirs[STEP]
+    processes, slides, micro_steps = ours[LAYOUT]
+    each, rest = divmod(wanted, processes * slides)
+    remedy = f"--bags_per_step {wanted}" if rest or not each else f"--gradient_accumulation_steps {each}"
+    return (
+        f"slides of an optimizer step must be as many as the checkpoint's, {wanted}, got {ours[STEP]} "
+        f"({counted(processes, 'process')} x {counted(slides, 'slide')} x {counted(micro_steps, 'micro-step')}): give "
+        f"{remedy}"
+    )
 
 
 def _is_longer_exactly(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:

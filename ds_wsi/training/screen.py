@@ -6,7 +6,6 @@ from ds_wsi.engines.accelerate import describe
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import duration
 from ds_wsi.runtime.words import counted
-from ds_wsi.training.norm_plan import minutes_between_saves
 from ds_wsi.training.run import Run
 from ds_wsi.training.words import model_words, tiles_words
 
@@ -35,7 +34,7 @@ def tell_start(run: Run, steps_an_epoch: int, steps: int) -> None:
 
 
 def _checkpoint_words(run: Run) -> str:
-    steps, minutes = run.settings.run.save_steps, minutes_between_saves(run)
+    steps, minutes = run.settings.run.save_steps, run.settings.run.save_minutes
     every = [f"every {counted(steps, 'step')}"] if steps else []
     every += [f"every {minutes:g} minutes"] if minutes else []
     return ", ".join([*every, "at each epoch's end"])

@@ -214,9 +214,11 @@ class RunSettings:
         seed: of everything random.
         resume_from_checkpoint: a checkpoint's folder, "latest" of output_dir, or None.
         save_steps: optimizer steps between checkpoints within an epoch; 0 leaves them to `save_minutes`.
-        save_minutes: minutes after which a checkpoint is written within an epoch, unless that would change the run
-            (ranks that track statistics of their own); 0 saves at the ends of epochs only.
+        save_minutes: minutes after which a checkpoint is written within an epoch; 0 saves at the ends of epochs only.
+        max_minutes: minutes after whose last step the run stops, with a checkpoint; 0 goes on to the end.
         save_total_limit: checkpoints kept, at least 2, for a torn one is passed over for the one before it.
+        save_beside: write a checkpoint while the training goes on from a copy of it in host memory; at most two are on
+            the way. Else the training waits until it is written.
         metric_for_best_model: validation metric by which the exported epoch is chosen; eval_loss breaks ties.
         validate_beside: validate each epoch in a process of its own while the next one trains.
         validation_device: of that process, as torch names it; by default the main process's.
@@ -239,7 +241,9 @@ class RunSettings:
     resume_from_checkpoint: str | None = None
     save_steps: int = 0
     save_minutes: float = 15.0
+    max_minutes: float = 0.0
     save_total_limit: int = 2
+    save_beside: bool = True
     metric_for_best_model: str = "auc"
     validate_beside: bool = False
     validation_device: str | None = None
@@ -268,6 +272,8 @@ class RunSettings:
             raise ValueError(f"--save_steps must be at least 0, got {self.save_steps}")
         if not 0 <= self.save_minutes < float("inf"):
             raise ValueError(f"--save_minutes must be at least 0, got {self.save_minutes}. HINT: 0 turns it off.")
+        if not 0 <= self.max_minutes < float("inf"):
+            raise ValueError(f"--max_minutes must be at least 0, got {self.max_minutes}. HINT: 0 goes on to the end.")
         if self.early_stopping_patience < 0:
             raise ValueError(
                 f"--early_stopping_patience must be at least 0, got {self.early_stopping_patience}. "
@@ -301,6 +307,11 @@ class TrainSettings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
     policies: DsWsiConfig = field(default_factory=DsWsiConfig)
+
+    @property
+    def micro_steps(self) -> int:
+        """Into how many stacks a process divides its share of an optimizer step."""
+        return self.policies.stacking.virtual_workers or self.optim.gradient_accumulation_steps
 
     @property
     def encoder_factor(self) -> float:

@@ -12,6 +12,7 @@ from ds_wsi.evaluation.norm_choice import GAP_REMEDY, NormChoice
 from ds_wsi.evaluation.validator import ValidationResult, ValidationWork, Validator
 from ds_wsi.models import save_weights
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.signals import Stopped, asked
 from ds_wsi.training.checkpoint import PENDING_WEIGHTS
 from ds_wsi.training.norm_plan import has_moving_norms, norm_plan
 from ds_wsi.training.outcome import (
@@ -56,8 +57,18 @@ class AtTheEnd:
         """Nothing is under way."""
 
     def give(self, state: dict[str, torch.Tensor]) -> None:
-        """Validate the whole weights of the epoch that ended. Collective."""
-        self._validate(state)
+        """Validate the whole weights of the epoch that ended. Collective.
+
+        Raises:
+            Stopped: on all ranks; the weights lie where the next checkpoint, and a resumed run, finds them.
+        """
+        try:
+            self._validate(state)
+        except Stopped:
+            if self.run.accelerator.is_main_process:
+                save_weights(self.run.output_dir / PENDING_WEIGHTS, state)
+            self.run.progress.pending = True
+            raise
 
     def _validate(self, state: dict[str, torch.Tensor]) -> None:
         choice = validate(self.run, state)
@@ -99,22 +110,29 @@ class BesideTraining:
 
     def check(self) -> None:
         """Raise the failure or death of the process as soon as it is known, on the main rank."""
-        if self.validator is not None:
+        if self.validator is not None and not asked():  # launchers end its process too, with all of a job's
             self.validator.check()
 
     def collect(self) -> None:
-        """Wait for the validation that is under way, if any, and take in its result. Collective."""
+        """Wait for the validation that is under way, if any, and take in its result. Collective.
+
+        Raises:
+            Stopped: on all ranks; the validation is under way still.
+        """
         run = self.run
         if not run.progress.pending:
             return
         answer: list[Any] = [None]
         if self.validator is not None:
             started = time.perf_counter()
-            answer = [tuple(self.validator.wait())]
+            answer = [self.validator.wait(unless=lambda: bool(asked()))]
             waited = time.perf_counter() - started
             logger.info("waited %.1f s for the validation of epoch %d", waited, run.progress.history[-1]["epoch"])
             run.accelerator.log({"eval/seconds_waited": waited}, step=run.progress.global_step)
-        result = ValidationResult(*broadcast_object_list(answer)[0])
+        found = broadcast_object_list(answer)[0]
+        if found is None:
+            raise Stopped(asked() or "another rank", together=True)
+        result = ValidationResult(*found)
         for failure in result.failures.items():
             run.failures.reasons.setdefault(*failure)
         share_failures(run)

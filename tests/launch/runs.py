@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
 def run(command: list[str]) -> str:
     """Run to the end from the project's root; returns what was printed, raises with it where it failed."""
     done = subprocess.run(
-        _on_a_free_port(command),
+        on_a_free_port(command),
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -41,7 +41,8 @@ def run(command: list[str]) -> str:
     return printed
 
 
-def _on_a_free_port(command: list[str]) -> list[str]:
+def on_a_free_port(command: list[str]) -> list[str]:
+    """The command, of a launcher with a port that is free now."""
     if command[0] not in PORT_OPTION:
         return command
     place, option = PORT_OPTION[command[0]]

@@ -1,20 +1,32 @@
+import errno
 import hashlib
 import json
 import logging
-from pathlib import Path
+import re
+import threading
+import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.tensor_file import open_tensors, write_tensors
+from ds_wsi.training import checkpoint
+from ds_wsi.training import saver as saver_module
 from ds_wsi.training.checkpoint import (
     FILE_LIST,
+    Contents,
     find_checkpoint,
     list_checkpoints,
+    read_state,
     remove_checkpoint,
     save_checkpoint,
     seal,
     verify,
 )
+from ds_wsi.training.saver import Saver
 
 
 def write_checkpoint(folder):
@@ -175,30 +187,174 @@ def test_a_folder_without_a_list_is_not_deleted(run):
 class OneProcess:
     """What `save_checkpoint` needs of an Accelerator."""
 
-    is_main_process = True
+    is_main_process, num_processes, process_index = True, 1, 0
 
-    def wait_for_everyone(self):
-        """One process waits for nobody."""
 
-    def save_state(self, folder):
-        Path(folder).mkdir(exist_ok=True)
-        (Path(folder) / "model.bin").write_bytes(b"model")
-        (Path(folder) / "model.bin").chmod(0o600)
+def save_one(saver, folder, step):
+    saver.make_room()
+    own = {"own.safetensors": {"x": torch.arange(3)}}
+    save_checkpoint(saver, OneProcess(), folder, step, Contents({}, {}, own), 2)
+
+
+def save(folder, step):
+    with Saver() as saver:
+        save_one(saver, folder, step)
 
 
 def test_saving_deletes_only_checkpoints_that_were_written_here(tmp_path, messages):
     for step in (1, 2):
-        save_checkpoint(OneProcess(), tmp_path, step, {}, 2)
+        save(tmp_path, step)
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "weights.bin").write_text("another program's")
     (tmp_path / "checkpoint-old").mkdir()
     (tmp_path / "checkpoint-4").symlink_to(tmp_path / "checkpoint-old")
     for step in (3, 4):
-        save_checkpoint(OneProcess(), tmp_path, step, {}, 2)
+        save(tmp_path, step)
     names = ["checkpoint-3", "checkpoint-4", "checkpoint-old", "not-checkpoint-3-1", "not-checkpoint-4-1"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert (tmp_path / "not-checkpoint-3-1" / "weights.bin").read_text() == "another program's"
     assert (tmp_path / "not-checkpoint-4-1").is_symlink()
     assert all(verify(tmp_path / f"checkpoint-{step}") is None for step in (3, 4))
-    assert (tmp_path / "checkpoint-4" / "model.bin").stat().st_mode & 0o077 == 0o044
-    assert len(messages) == 3
+    assert (tmp_path / "checkpoint-4" / "own.safetensors").stat().st_mode & 0o077 == 0o044
+    assert sum("checkpoint:" not in message for message in messages) == 3
+
+
+def test_an_earlier_versions_checkpoint_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "state.json").write_text('{"progress": {}, "fingerprint": {}}')
+    with pytest.raises(ValueError, match=r"got that of an earlier version: its files can run code.*HINT: end that run"):
+        read_state(tmp_path)
+    for text in ("[1]", "3", "{", "[" * 100_000, '{"format": "another"}'):
+        (tmp_path / "state.json").write_text(text)
+        with pytest.raises(ValueError, match=r"must (be JSON|have the format).*HINT"):
+            read_state(tmp_path)
+
+
+# --- beside training ---
+
+
+def test_the_step_goes_on_while_the_disk_is_slow_and_a_third_waits(tmp_path, messages, monkeypatch):
+    may_write, begun = threading.Event(), []
+
+    def slow(path, tensors):
+        begun.append(path.parent.name)
+        assert may_write.wait(20)
+        return write_tensors(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    weights = torch.zeros(4)
+    with Saver() as saver:
+        for step in (1, 2):
+            saver.make_room()
+            contents = Contents({}, {"model.safetensors": {"w": weights.clone()}}, {})
+            save_checkpoint(saver, OneProcess(), tmp_path, step, contents, 9)
+            weights += 1  # training goes on
+        third = threading.Thread(target=saver.make_room)
+        third.start()
+        third.join(0.3)
+        assert third.is_alive(), "two are on the way, a third waits"
+        assert not list_checkpoints(tmp_path)
+        may_write.set()
+        third.join(20)
+        assert not third.is_alive()
+    assert begun == ["checkpoint-1", "checkpoint-2"]
+    for step in (1, 2):
+        assert load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")["w"].tolist() == [step - 1.0] * 4
+        assert verify(tmp_path / f"checkpoint-{step}") is None
+    assert re.search(r"checkpoint: .*-1 \(waited \d+\.\d\d s, written in \d+\.\d\d s beside training\)", messages[0])
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_failed_write_stops_the_next_step_and_leaves_no_half(tmp_path, monkeypatch, beside):
+    save(tmp_path, 1)
+
+    def full(path, tensors):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+
+    def steps():
+        with Saver(beside) as saver:
+            save_one(saver, tmp_path, 2)
+            for _ in range(1000):
+                saver.check()
+                time.sleep(0.01)
+        pytest.fail("no step was stopped")
+
+    with pytest.raises(OSError, match="No space left on device") as failed:
+        steps()
+    assert failed.value.__notes__ == ["checkpoint-2"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_failure_at_the_end_is_raised_and_one_beside_an_error_is_told(tmp_path, monkeypatch, messages):
+    def full(path, tensors):
+        raise OSError("full")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(OSError, match="full"):
+        save(tmp_path, 1)
+
+    def interrupted():
+        with Saver() as saver:
+            save_one(saver, tmp_path, 2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert messages == ["a checkpoint was not written: full"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_of_another_process_is_waited_for_and_its_failure_told(tmp_path):
+    def waits(answer, seconds=20.0, ending=False):
+        place = tmp_path / "part-00001.json"
+        place.unlink(missing_ok=True)
+        event = threading.Event()
+        if ending:
+            event.set()
+        timer = threading.Timer(0.1, lambda: write_json(place, answer)) if answer else None
+        if timer:
+            timer.start()
+        return checkpoint._await_part(tmp_path / "checkpoint-1", 1, saver_module.Patience(seconds, event))
+
+    found = waits({"files": {"b": {"bytes": 3, "sha256": "x"}}})
+    assert found["b"].bytes == 3
+    with pytest.raises(RuntimeError, match="rank 1 could not write its part of checkpoint-1: OSError: full"):
+        waits({"failed": "OSError: full"})
+    with pytest.raises(RuntimeError, match=r"got none of rank 1 in time .*HINT"):
+        waits(None, seconds=0.2)
+    saver_module.GRACE_S, before = 0.1, saver_module.GRACE_S
+    try:
+        with pytest.raises(RuntimeError, match="got none of rank 1"):
+            waits(None, ending=True)
+    finally:
+        saver_module.GRACE_S = before
+
+
+def test_tensors_come_back_bit_by_bit_and_what_is_no_such_file_is_refused(tmp_path):
+    made = {
+        "a": torch.randn(3, 5, dtype=torch.float64),
+        "b": torch.randn(4, 4).t(),
+        "bool": torch.tensor([True, False, True]),
+        "half": torch.randn(7).bfloat16(),
+        "scalar": torch.tensor(3.5),
+        "none": torch.zeros(0, 4),
+        "long": torch.arange(3),
+        "minus": torch.tensor([-0.0, float("nan")]),
+    }
+    written = write_tensors(tmp_path / "x.safetensors", made)
+    content = (tmp_path / "x.safetensors").read_bytes()
+    assert written == (len(content), hashlib.sha256(content).hexdigest())
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == made.keys()
+    for name, value in made.items():
+        assert read[name].dtype == value.dtype
+        assert read[name].shape == value.shape
+        assert read[name].numpy(force=True).tobytes() == value.numpy().tobytes() if name != "half" else True
+    assert torch.equal(read["half"], made["half"])
+    torch.save(made, tmp_path / "y.safetensors")
+    with pytest.raises(ValueError, match="must be a safetensors file"), open_tensors(tmp_path / "y.safetensors"):
+        pass
+    with pytest.raises(ValueError, match="must be a safetensors file"), open_tensors(tmp_path / "none"):
+        pass

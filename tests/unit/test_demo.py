@@ -6,7 +6,8 @@ import pytest
 
 from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.manifest import read_manifest
-from ds_wsi.slides.demo import Centre, DemoPolicy, StainsPolicy, make_demo
+from ds_wsi.slides import demo
+from ds_wsi.slides.demo import Centre, DemoPolicy, SparsePolicy, StainsPolicy, make_demo
 from ds_wsi.slides.tiling import TilingPolicy
 
 SMALL = DemoPolicy(train=2, validation=2, test=2, min_side_px=352, max_side_px=416)
@@ -121,3 +122,27 @@ def test_a_centre_is_drawn_by_its_number_and_scans_alike():
     assert (dark.scan(image) < image).all()
     with pytest.raises(ValueError, match="centres must be at least 1, got 0"):
         StainsPolicy(centres=0)
+
+
+def test_half_of_the_sparse_tumours_of_each_centre_have_few_rings():
+    policy = SparsePolicy()
+    shares = [demo._rings(index, policy) for index in range(152)]
+    assert {share for share in shares[:120:2]} == {1.0, policy.few_rings}
+    of_centre = {}
+    for index, share in enumerate(shares):
+        of_centre.setdefault(demo._centre(index, policy), set()).add(share)
+    assert len(of_centre) == 10
+    assert all(found == {1.0, policy.few_rings} for found in of_centre.values())
+    assert {demo._rings(index, StainsPolicy()) for index in range(152)} == {1.0}
+
+
+def test_fewer_rings_leave_ink_and_change_nuclei():
+    """Rings carry the ink of solid nuclei: their share changes the picture, not its mean."""
+    drawn = {
+        rings: demo.draw_slide(tumor=True, side_px=384, rng=np.random.default_rng(3), foci=3, rings=rings).astype(float)
+        for rings in (0.0, 0.06, 1.0)
+    }
+    normal = demo.draw_slide(tumor=False, side_px=384, rng=np.random.default_rng(3), foci=3)
+    assert abs(drawn[0.06].mean() - drawn[1.0].mean()) < 1.0
+    assert (drawn[1.0] != drawn[0.0]).any(-1).mean() > 0.1
+    assert (drawn[0.0] == normal).all(), "a tumour without a ring is no tumour"

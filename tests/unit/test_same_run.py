@@ -6,7 +6,6 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +14,7 @@ from tiny_runs import rows_of, train, write_cohort, write_table
 
 from ds_wsi.slides.tiling import TilingPolicy
 from ds_wsi.training import same_run
-from ds_wsi.training.norm_plan import minutes_between_saves
 from ds_wsi.training.same_run import DRAW, differences
-from ds_wsi.training.settings import TrainSettings
 
 
 @pytest.fixture(scope="module")
@@ -240,16 +237,3 @@ def test_the_splits_that_were_drawn_are_kept_and_split_seed_alone_draws_them(tmp
     assert drawn["a"] != drawn["c"]
     records = [json.loads((folder / name / "run.json").read_text()) for name in "abc"]
     assert [record["split"] for record in records] == ["", "", "split_seed 1"]
-
-
-@pytest.mark.parametrize(
-    ("processes", "training", "minutes"), [(1, "bag", 15.0), (2, "step", 15.0), (2, "frozen", 15.0), (2, "bag", 0.0)]
-)
-def test_no_save_by_the_clock_where_a_save_changes_the_run(processes, training, minutes):
-    run = SimpleNamespace(
-        accelerator=SimpleNamespace(num_processes=processes),
-        config=SimpleNamespace(norm_training=training),
-        module=SimpleNamespace(encoder=torch.nn.BatchNorm2d(2)),
-        settings=TrainSettings(),
-    )
-    assert minutes_between_saves(run) == minutes

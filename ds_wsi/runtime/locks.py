@@ -1,0 +1,222 @@
+"""One at a time: a file that says who works on something, and is locked for as long as that process lives.
+
+The lock is the system's (POSIX record locks), which ends with the process however it dies, and holds between machines
+on network file systems that have locks. So no lock is ever stale: a file that a killed process left is taken over.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from ds_wsi.runtime.log import logger
+
+T = TypeVar("T")
+R = TypeVar("R")
+NAME = re.compile(r"\.ds_wsi-[0-9a-f]{32}\.lock")
+PROGRAM = "ds_wsi"
+WAIT_S = 0.5
+_WITHOUT = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_held: set[Path] = set()  # of this process, to which its own locks do not show
+_told: set[Path] = set()
+
+
+class HeldError(ValueError):
+    """Another process works on it; the message names it."""
+
+
+def lock_path(folder: Path, name: str = "") -> Path:
+    """The lock of a folder, or of what has this name in it."""
+    return folder / f".ds_wsi-{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a name is one that `lock_path` gives."""
+    return NAME.fullmatch(path.name) is not None
+
+
+@contextmanager
+def only_one(folder: Path, what: str, remedy: str) -> Iterator[None]:
+    """Hold the lock of a folder, which is there, in the block.
+
+    Args:
+        folder: that must not be worked in twice.
+        what: the option or thing that it is, for the error.
+        remedy: for the error.
+
+    Raises:
+        HeldError: another process holds it; says which, on which machine and since when.
+    """
+    path = lock_path(folder)
+    lock = take(path)
+    if lock is None:
+        raise HeldError(f"{what} must not be in use, got {folder}, in which {holder(path)} works. HINT: {remedy}.")
+    try:
+        yield
+    finally:
+        release(path, lock)
+
+
+def take(path: Path) -> int | None:
+    """Lock this file, which is made; None where another process, or this one, holds it.
+
+    Where the file system has no locks the file is taken, with one warning a folder.
+
+    Raises:
+        OSError: the folder is missing or cannot be written to, or the file is a symbolic link.
+    """
+    path = path.absolute()
+    if path in _held:
+        return None
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _WITHOUT:
+                os.close(descriptor)
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    return None
+                raise
+            if path.parent not in _told:
+                _told.add(path.parent)
+                logger.warning(
+                    "%s: its file system has no locks (%s); start no second command there", path.parent, error.strerror
+                )
+        if _is_still_there(path, descriptor):
+            break
+        os.close(descriptor)  # the one that held it has removed it: the next file of the name is another
+    _sign(descriptor)
+    _held.add(path)
+    return descriptor
+
+
+def release(path: Path, lock: int) -> None:
+    """Give a lock back that `take` gave, and remove its file."""
+    with suppress(OSError):
+        os.unlink(path)
+    _held.discard(path.absolute())
+    os.close(lock)
+
+
+def holder(path: Path) -> str:
+    """Who holds a lock, in words."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        here = " on this machine" if found["host"] == socket.gethostname() else f" on {found['host']}"
+        return f"process {found['pid']}{here} ({found['command']}, since {found['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def shared_map(
+    items: Sequence[T], path_of: Callable[[T], Path | None], work: Callable[[T], R], workers: int
+) -> list[R]:
+    """What `work` returns of each item, done by threads that hold the item's lock; None needs none.
+
+    Several processes that are given the same items take different ones: those that another works on come last, when
+    it has let them go, and `work` finds what it left. A thread waits for a lock only while it holds none, so that
+    processes do not wait for each other in a circle; those of a process that died are free.
+    """
+
+    def locked(item: T, *, waits: bool) -> R | _Later:
+        path = path_of(item)
+        if path is None:
+            return work(item)
+        while (lock := take(path)) is None:
+            if not waits:
+                return _Later()
+            time.sleep(WAIT_S)
+        try:
+            return work(item)
+        finally:
+            release(path, lock)
+
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        found: list[Any] = list(pool.map(lambda item: locked(item, waits=False), items))
+        later = [index for index, result in enumerate(found) if isinstance(result, _Later)]
+        if later:
+            logger.info(
+                "%s works on %d of %d slides: they come last",
+                *(holder(path_of(items[later[0]]) or Path()), len(later), len(items)),
+            )
+        for index, result in zip(later, pool.map(lambda index: locked(items[index], waits=True), later), strict=True):
+            found[index] = result
+    return found
+
+
+class _Later:
+    """Another process works on the item."""
+
+
+class Claims(Generic[T]):
+    """Items that several processes share, each held from `free` until `give_back`; all are let go at the block's end.
+
+    Args:
+        items: in order.
+        path_of: an item's lock, in a folder that is there.
+
+    Attributes:
+        left: the items that were not given back.
+    """
+
+    def __init__(self, items: Sequence[T], path_of: Callable[[T], Path]) -> None:
+        self.left = list(items)
+        self._path_of = path_of
+        self._locks: dict[T, int] = {}
+        self._told = False
+
+    def __enter__(self) -> "Claims[T]":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for item, lock in self._locks.items():
+            release(self._path_of(item), lock)
+        self._locks.clear()
+
+    def free(self) -> Iterator[T]:
+        """The items that are left and that nobody holds, each held when it is yielded."""
+        for item in tuple(self.left):
+            if item not in self._locks and (lock := take(self._path_of(item))) is not None:
+                self._locks[item] = lock
+                yield item
+
+    def give_back(self, item: T) -> None:
+        """The item is done."""
+        release(self._path_of(item), self._locks.pop(item))
+        self.left.remove(item)
+
+    def wait(self) -> None:
+        """Before another look at the items that others hold; holds none, so that none waits for this process."""
+        assert not self._locks, "another process may wait for what is held"
+        if not self._told:
+            self._told = True
+            logger.info("%s works on the last %d slides: waiting", holder(self._path_of(self.left[0])), len(self.left))
+        time.sleep(WAIT_S)
+
+
+def _is_still_there(path: Path, descriptor: int) -> bool:
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    own = os.fstat(descriptor)
+    return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
+
+
+def _sign(descriptor: int) -> None:
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]).strip() or PROGRAM
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since, "command": command})
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text.encode(), 0)

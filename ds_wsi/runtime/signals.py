@@ -1,0 +1,171 @@
+"""Signals that ask a command to end: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (Slurm's warning), SIGHUP (a closed terminal).
+
+Where nothing would be lost a command ends at once, by an exception that no `except Exception` takes for an error.
+Inside `deferring` it goes on to a place where its work can be kept, asks `asked()` there, and ends then. A second
+Ctrl-C leaves at once, whatever the process waits for: a thread reads the signals too, because Python's own handlers
+wait until the main thread is back from a library's call.
+
+Launchers and Slurm send the signals to all of a job's processes: those that a command forks ignore them, but SIGTERM.
+"""
+
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from ds_wsi.runtime.log import logger
+
+STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SAME_PRESS_S = 1.0  # a terminal and a launcher can both pass one Ctrl-C on
+_LOOK_S = 1.0
+_LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
+
+
+class Stopped(BaseException):
+    """The command was asked to end and has ended; nothing is lost, and the same command goes on.
+
+    Args:
+        reason: what asked, such as "SIGTERM".
+        together: whether all ranks end at the same place.
+    """
+
+    def __init__(self, reason: str, *, together: bool = False) -> None:
+        super().__init__(f"stopped by {reason}")
+        self.reason, self.together = reason, together
+
+
+class _Watch:
+    """What has been asked of this process."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.deferred = 0
+        self._first_press = 0.0
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        self._ended = threading.Event()
+        self._parent = os.getppid()
+        self._thread = threading.Thread(target=self._look, name="ds_wsi-signals", daemon=True)
+        self._before: dict[int, object] = {}
+
+    def start(self) -> None:
+        self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job, means it
+                self._before[number] = signal.signal(number, self._handle)
+        self._thread.start()
+
+    def end(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._wakeup)
+        self._ended.set()
+        with suppress(OSError):
+            self._write.send(b"\0")
+        self._thread.join(2 * _LOOK_S)
+        self._read.close()
+        self._write.close()
+
+    def forget_in_child(self) -> None:
+        """A forked process has none of this: it ends with its parent."""
+        with suppress(ValueError):  # forked by a thread: no handler can be set there
+            signal.set_wakeup_fd(-1)
+            for number in self._before:
+                signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+        for end in (self._read, self._write):
+            end.close()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        self.reason = self.reason or name
+        if not self.deferred:
+            raise Stopped(name)
+
+    def _look(self) -> None:
+        launched = any(name in os.environ for name in _LAUNCHED)
+        while not self._ended.is_set():
+            ready, _, _ = select.select([self._read], [], [], _LOOK_S)
+            for number in self._read.recv(64) if ready else b"":
+                if number in self._before:
+                    self._hear(number)
+            if launched and os.getppid() != self._parent:
+                launched = False
+                logger.warning("the launcher is gone: taken as SIGTERM")
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def _hear(self, number: int) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if number == signal.SIGINT:
+            if self._first_press and now - self._first_press > SAME_PRESS_S:
+                self._leave()
+            self._first_press = self._first_press or now
+        if self.deferred and not self._told:
+            self._told = True
+            logger.warning("%s: what has been done is kept first; Ctrl-C leaves without", name)
+
+    _told = False
+
+    def _leave(self) -> None:
+        logger.warning("a second SIGINT: left at once, what was done since the last checkpoint is lost")
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(128 + signal.SIGINT)
+
+
+_watch: _Watch | None = None
+
+
+@contextmanager
+def heeding_signals() -> Iterator[None]:
+    """Let the signals raise `Stopped` in the block. Nothing in another thread than the main one, or inside of another.
+
+    Raises:
+        Stopped: the process was asked to end, and nothing defers it.
+    """
+    global _watch
+    if _watch is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _watch = _Watch()
+    _watch.start()
+    try:
+        yield
+    finally:
+        _watch.end()
+        _watch = None
+
+
+@contextmanager
+def deferring() -> Iterator[None]:
+    """In the block signals are only noted: it looks at `asked` where it can end without a loss."""
+    watch = _watch
+    if watch is None:
+        yield
+        return
+    watch.deferred += 1
+    try:
+        yield
+    finally:
+        watch.deferred -= 1
+
+
+def asked() -> str:
+    """What has asked this process to end, such as "SIGTERM", inside `deferring`; empty where nothing has."""
+    return _watch.reason if _watch is not None and _watch.deferred else ""
+
+
+def _in_child() -> None:
+    global _watch
+    if _watch is not None:
+        _watch.forget_in_child()
+        _watch = None
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,124 @@
+"""A loss or a weight that is no finite number is noticed at its step: nothing of it reaches a checkpoint."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ds_wsi.engines.accelerate import gather_object
+from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.words import counted, some
+from ds_wsi.training.run import Run
+
+SHOWN = 8  # slides that are named
+MOST_SKIPPED = 64  # steps in a row: a loss scale has then come from 65536 to nothing
+
+
+class NotFiniteError(ValueError):
+    """The run has come to a number that is infinite or none; names step and slides."""
+
+
+class BagsAndLosses(NamedTuple):
+    """Of a micro-step on this rank: its slides, and whether each one's logits are finite, bool [B] on the device."""
+
+    slides: tuple[str, ...]
+    finite: Tensor
+
+
+@torch.no_grad()
+def weights_are_finite(module: nn.Module, device: torch.device) -> Tensor:
+    """Whether the parameters that are trained, or this rank's parts of them, and the buffers that are saved are finite.
+
+    One pass over them after a step: a gradient that is not finite has made the weights so in any optimizer. The CPU
+    does not wait for the device.
+
+    Returns:
+        bool scalar on the device.
+    """
+    local = [_local(parameter) for parameter in module.parameters() if parameter.requires_grad]
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                local.append(buffer)
+    found = [one for one in local if one.is_floating_point() and one.numel()]
+    if not found:
+        return torch.ones((), dtype=torch.bool, device=device)
+    # By the largest magnitude: a sum of squares could overflow.
+    norm: Tensor = torch.nn.utils.get_total_norm(found, norm_type=float("inf"))
+    return norm.isfinite().to(device)
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter: all, its shard (FSDP2), or its partition (ZeRO-3)."""
+    whole: Any = parameter
+    if hasattr(whole, "to_local"):
+        return whole.to_local().detach()
+    partition = getattr(whole, "ds_tensor", None)
+    return (whole if partition is None else partition).detach()
+
+
+def skips_overflow(run: Run) -> bool:
+    """Whether the engine scales the loss, and leaves a step out whose gradients have overflowed."""
+    return run.settings.optim.mixed_precision == "fp16"
+
+
+def count_skipped(run: Run, in_a_row: int) -> None:
+    """Count a step that was left out, and say so of the first.
+
+    Raises:
+        NotFiniteError: too many in a row.
+    """
+    run.progress.skipped_steps += 1
+    if in_a_row == 1:
+        step = run.progress.global_step
+        logger.info("step %d: fp16 overflowed, the step is left out and the loss scale lowered", step)
+    if in_a_row >= MOST_SKIPPED:
+        raise NotFiniteError(
+            f"a step must be finite in fp16 at some loss scale, got {in_a_row} in a row that were not (last: step "
+            f"{run.progress.global_step}). HINT: --bf16 in place of --fp16, or a lower --learning_rate."
+        )
+
+
+def mean_loss(run: Run) -> float:
+    """Of the epoch's bags whose loss is finite.
+
+    Raises:
+        NotFiniteError: there is none.
+    """
+    if not run.progress.bags_seen:
+        raise NotFiniteError(
+            f"an epoch must have a finite loss, got none in epoch {run.progress.epoch + 1}: fp16 overflows in every "
+            "step. HINT: --bf16 in place of --fp16, or a lower --learning_rate."
+        )
+    return run.progress.loss_sum / run.progress.bags_seen
+
+
+def tell_not_finite(run: Run, step: int, own: Sequence[BagsAndLosses], *, loss_is_finite: bool) -> NoReturn:
+    """Raise on all ranks, with the slides of all. Collective: a gather.
+
+    Args:
+        run: whose step it was.
+        step: of the run, from 0.
+        own: this rank's micro-steps of the step.
+        loss_is_finite: then it is the weights.
+    """
+    names = [
+        slide
+        for micro in own
+        for slide, finite in zip(micro.slides, micro.finite.tolist(), strict=True)
+        if loss_is_finite or not finite
+    ]
+    slides = sorted(set(gather_object(names)))
+    what = "gradient and weights" if loss_is_finite else "the loss"
+    raise NotFiniteError(
+        f"{what} must be finite, got infinity or no number in epoch {run.progress.epoch + 1}, step {step}, of "
+        f"{counted(len(slides), 'slide')} ({some(slides, SHOWN)}). Nothing of it was saved: the last checkpoint is of "
+        f"before. HINT: look at these slides' tiles or features, lower --learning_rate, {_remedy(run)}."
+    )
+
+
+def _remedy(run: Run) -> str:
+    if run.settings.optim.mixed_precision != "no":
+        return "or leave out --fp16 and --bf16"
+    return "or clip with --max_grad_norm 1" if run.settings.optim.max_grad_norm == 0 else "or clip more"

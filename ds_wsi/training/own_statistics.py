@@ -1,0 +1,45 @@
+"""Running statistics that each process tracks of the slides it sees: a checkpoint keeps each process's own.
+
+The weights in a checkpoint hold the statistics of all processes together, as an export does, so that any number of
+processes goes on from them. A process that goes on in its own place gets its own back: a save changes nothing.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ds_wsi.engines.accelerate import Accelerator, average_buffers, tracked_buffers
+from ds_wsi.runtime.tensor_file import TensorFile
+
+
+def file_name(rank: int, world: int) -> str:
+    """Of a process's statistics."""
+    return f"statistics-{rank:05}-of-{world:05}.safetensors"
+
+
+@torch.no_grad()
+def pool(accelerator: Accelerator, module: nn.Module) -> dict[str, Tensor]:
+    """Pool the statistics of all processes, in place; returns this process's own, by name, for `put_back`.
+
+    Collective.
+    """
+    own = {name: buffer.detach().clone() for name, buffer, _ in tracked_buffers(accelerator, module)}
+    average_buffers(accelerator, module)
+    return own
+
+
+@torch.no_grad()
+def put_back(accelerator: Accelerator, module: nn.Module, own: dict[str, Tensor]) -> None:
+    """This process's own statistics again."""
+    for name, buffer, _ in tracked_buffers(accelerator, module):
+        buffer.copy_(own[name])
+
+
+@torch.no_grad()
+def load(accelerator: Accelerator, module: nn.Module, file: TensorFile) -> None:
+    """Go on from a file of what `pool` returned.
+
+    Raises:
+        ValueError: the file lacks one of them, or has it in another shape.
+    """
+    for name, buffer, _ in tracked_buffers(accelerator, module):
+        buffer.copy_(file.read_like(name, buffer))

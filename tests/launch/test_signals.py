@@ -1,0 +1,175 @@
+"""Asked to end by a signal or by the clock, and started again: the weights of an uninterrupted run, bit by bit."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runs import ROOT, TIMEOUT_S, environment, on_a_free_port, run, train_arguments
+
+pytestmark = pytest.mark.launch
+PYTHON = ["python", "launch/train.py"]
+LAUNCHERS = {
+    "torchrun": ["torchrun", "--nproc_per_node", "2", "launch/train.py"],
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "launch/train.py", "--deepspeed", "ds_configs/offload.json"],
+    "accelerate": ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "launch/train.py"],
+}
+STOPPED = 75
+
+
+def stop(
+    command: list[str], number: int, delay_s: float, *, group: bool = False, after: str = "starting from|resumed from"
+) -> tuple[int, str]:
+    """Start, wait for a line, and `delay_s` more, send the signal; exit status, and what was printed."""
+    process = subprocess.Popen(
+        on_a_free_port(command),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    printed = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        printed.append(line)
+        if re.search(after, line):
+            break
+    time.sleep(delay_s)
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    with suppress(ProcessLookupError):
+        (os.killpg if group else os.kill)(process.pid, number)
+    rest, _ = process.communicate(timeout=TIMEOUT_S)
+    _, alive = psutil.wait_procs(children, timeout=40)
+    assert not alive, f"processes are left: {alive}"
+    return process.returncode, "".join(printed) + rest
+
+
+def same(folder: Path, whole: Path) -> None:
+    """Weights, predictions and history are equal, bit for bit."""
+    for name in ("model.safetensors", "predictions.csv"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    histories = [json.loads((one / "history.json").read_text()) for one in (whole, folder)]
+    timed = ("tiles_per_second", "peak_memory_bytes")
+    stripped = [[{k: v for k, v in entry.items() if k not in timed} for entry in history] for history in histories]
+    assert stripped[0] == stripped[1]
+
+
+def test_a_run_that_is_asked_to_end_goes_on_bit_for_bit(demo_manifest, tmp_path):
+    """By each signal, sent to the process or to its whole group, anywhere within an epoch or a validation."""
+    options = ("--dropout", "0.2", "--num_train_epochs", "3")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run([*PYTHON, *train_arguments(demo_manifest, whole, *options)])
+    command = [*PYTHON, *train_arguments(demo_manifest, stopped, *options), "--resume_from_checkpoint"]
+    delays = random.Random(0)
+    asked = [(signal.SIGTERM, True), (signal.SIGUSR1, True), (signal.SIGINT, True), (signal.SIGTERM, False)]
+    codes = []
+    for number, group in asked:
+        code, printed = stop(command, number, delays.uniform(0, 3), group=group)
+        codes.append(code)
+        assert code in (0, STOPPED), printed[-3000:]
+        assert "Traceback" not in printed, printed[-3000:]
+        if code == STOPPED:
+            assert f"stopped by {number.name}: the same command goes on" in printed
+    assert STOPPED in codes, "every run ended before it was asked: the test proved nothing"
+    run(command)
+    same(stopped, whole)
+    assert not list(stopped.glob(".*tmp*")), "a half-written file was left"
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_all_ranks_of_a_launcher_end_together(launcher, demo_manifest, tmp_path):
+    """SIGTERM to the launcher: each sends it on in its own way, or is gone; the ranks agree after a step."""
+    folder, options = tmp_path / "run", ("--dropout", "0.2", "--num_train_epochs", "3")
+    if launcher == "torchrun":  # running statistics that each rank tracks for itself
+        options += ("--norm_training", "bag")
+    command = [*LAUNCHERS[launcher], *train_arguments(demo_manifest, folder, *options), "--resume_from_checkpoint"]
+    _, printed = stop(command, signal.SIGTERM, 0.0, after="epoch 1/3")
+    assert "stopped by SIGTERM: the same command goes on" in printed, printed[-3000:]
+    assert list(folder.glob("checkpoint-*")), printed[-3000:]
+    assert "RankFailureError" not in printed, printed[-3000:]
+    assert "resumed from" in run(command)
+    if launcher == "torchrun":
+        whole = tmp_path / "whole"
+        run([*LAUNCHERS[launcher], *train_arguments(demo_manifest, whole, *options)])
+        same(folder, whole)
+
+
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 "$@" & done
+code=0
+for job in $(jobs -p); do wait "$job" || code=$?; done
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >> "$REQUEUED"; fi
+"""
+
+
+def test_the_slurm_script_queues_a_stopped_job_again(demo_manifest, tmp_path):
+    """Two ranks by a stand-in for srun: stopped by the clock, then to the end."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    requeued = tmp_path / "requeued"
+    slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(random.randrange(20000)), "REQUEUED": str(requeued)}
+    variables = environment() | slurm | {"DS_WSI_TRACEBACK": "1"}
+    variables["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{variables['PATH']}"
+    command = [
+        "bash",
+        "launch/slurm/train.sbatch",
+        "launch/train.py",
+        *train_arguments(demo_manifest, tmp_path / "run"),
+    ]
+    command += ["--resume_from_checkpoint", "--max_minutes"]
+    codes = []
+    for minutes in ("0.001", "0"):
+        done = subprocess.run(
+            [*command, minutes], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+        codes.append(done.returncode)
+    assert codes == [STOPPED, 0], done.stderr[-3000:]
+    assert requeued.read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
+    assert "resumed from" in done.stderr
+    assert "2 processes" in done.stderr
+
+
+def test_a_second_ctrl_c_leaves_at_once(demo_manifest, tmp_path):
+    """Also where the process waits for a step that does not end: here it is stopped in one, with a reader at work."""
+    command = [*PYTHON, *train_arguments(demo_manifest, tmp_path / "run", "--num_train_epochs", "50")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    next(line for line in process.stdout if "starting from" in line or "epoch 1" in line)
+    children = psutil.Process(process.pid).children(recursive=True)
+    for child in children:
+        child.suspend()  # no bag comes any more: the step does not end
+    process.send_signal(signal.SIGINT)
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 128 + signal.SIGINT
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive, f"processes are left: {alive}"
+
+
+def test_time_that_is_over_stops_a_run(demo_manifest, tmp_path):
+    command = [*PYTHON, *train_arguments(demo_manifest, tmp_path / "run"), "--resume_from_checkpoint"]
+    done = subprocess.run(
+        [*command, "--max_minutes", "0.001"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == STOPPED
+    assert "stopped by --max_minutes 0.001: the same command goes on" in done.stderr
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]

@@ -1,0 +1,91 @@
+"""A number that is none is noticed at its step, and no checkpoint holds it."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_runs import train, write_cohort
+from torch import nn
+
+from ds_wsi.training import loop
+from ds_wsi.training.finite import weights_are_finite
+
+
+def checkpoints_are_finite(run):
+    """Every tensor in every checkpoint; and there is at least one checkpoint."""
+    found = list(run.glob("checkpoint-*"))
+    for path in (file for checkpoint in found for file in checkpoint.rglob("*.safetensors")):
+        assert all(value.isfinite().all() for value in load_file(path).values() if value.is_floating_point()), path
+    return len(found)
+
+
+def spoil(folder, name, value):
+    path = folder / "features" / f"{name}.safetensors"
+    features = load_file(path)["features"]
+    features[:] = value
+    save_file({"features": features}, path)
+
+
+def test_the_slide_is_named_and_nothing_is_sealed(tmp_path, capfd):
+    """Features that are finite, and so large that what the model makes of them is not."""
+    folder = write_cohort(tmp_path)
+    spoil(folder, "s03", 3e38)
+    assert train(folder, tmp_path / "bad", "--save_steps", "1", "--aggregator", "mean", epochs=3) == 2
+    words = capfd.readouterr().err
+    assert re.search(r"the loss must be finite, got .* in epoch 1, step \d+, of 1 slide \(s03\)\.", words), words
+    checkpoints_are_finite(tmp_path / "bad")
+
+
+def test_an_update_that_is_not_finite_stops_at_its_step(tmp_path, capfd, monkeypatch):
+    """The loss is finite, its gradient is not: the slides of the step are named, and the step before was saved."""
+    folder = write_cohort(tmp_path)
+    real = loop._forward_backward
+    steps = []
+
+    def forward_backward(run, step, weight):
+        done = real(run, step, weight)
+        steps.append([run.cohort.manifest.slides[bag.slide].slide_id for bag in step.bags])
+        if len(steps) == 3:
+            next(p for p in run.module.parameters() if p.requires_grad).grad.view(-1)[0] = float("inf")
+        return done
+
+    monkeypatch.setattr(loop, "_forward_backward", forward_backward)
+    assert train(folder, tmp_path / "run", "--save_steps", "1", "--optim", "adamw", epochs=1) == 2
+    words = capfd.readouterr().err
+    assert (
+        f"gradient and weights must be finite, got infinity or no number in epoch 1, step 2, of 1 slide ({steps[2][0]})"
+        in words
+    )
+    assert len(steps) == 3
+    assert checkpoints_are_finite(tmp_path / "run") == 2
+
+
+def test_a_learning_rate_that_diverges_is_told(tmp_path, capfd):
+    folder = write_cohort(tmp_path)
+    assert train(folder, tmp_path / "run", "--optim", "sgd", "--learning_rate", "1e30", epochs=8) == 2
+    assert "must be finite" in capfd.readouterr().err
+    for name in ("history.json", "metrics.json"):
+        if (tmp_path / "run" / name).exists():
+            json.loads((tmp_path / "run" / name).read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("place", ["parameter", "buffer"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_each_weight_and_buffer_counts(place, value):
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    device = torch.device("cpu")
+    assert weights_are_finite(module, device)
+    with torch.no_grad():
+        (module[2].bias if place == "parameter" else module[1].running_var)[1] = value
+    assert not weights_are_finite(module, device)
+    module.requires_grad_(False)
+    assert bool(weights_are_finite(module, device)) == (place == "parameter"), "what is frozen is not looked at"
+
+
+def test_large_finite_weights_are_finite():
+    module = nn.Linear(3, 4)
+    with torch.no_grad():
+        module.weight.fill_(3e38)
+    assert weights_are_finite(module, torch.device("cpu"))

@@ -1,0 +1,177 @@
+"""A run that is asked to end at any moment keeps what it has done, and goes on bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_runs import train, write_cohort
+
+from ds_wsi.evaluation import norm_choice, predict
+from ds_wsi.runtime.signals import STATUS, Stopped, asked, deferring, heeding_signals
+from ds_wsi.training import loop, outcome, resume
+
+EPOCHS = 3
+OPTIONS = ("--dropout", "0.3", "--save_total_limit", "9")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = write_cohort(tmp_path_factory.mktemp("cohort"))
+    assert train(folder, folder / "whole", *OPTIONS, epochs=EPOCHS) == 0
+    return folder
+
+
+def at_call(monkeypatch, module, name, number, action):
+    """Do something before the call of this number, from 0, of a function."""
+    real, calls = getattr(module, name), [0]
+
+    def counted(*words, **named):
+        if calls[0] == number:
+            action()
+        calls[0] += 1
+        return real(*words, **named)
+
+    monkeypatch.setattr(module, name, counted)
+
+
+def same(folder, whole):
+    for name in ("model.safetensors", "predictions.csv"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    histories = [json.loads((one / "history.json").read_text()) for one in (whole, folder)]
+    timed = ("tiles_per_second", "peak_memory_bytes")
+    stripped = [[{k: v for k, v in entry.items() if k not in timed} for entry in history] for history in histories]
+    assert stripped[0] == stripped[1]
+
+
+MOMENTS = [
+    *((loop, "_forward_backward", number) for number in (0, 2, 5, 6, 11, 17)),  # 6 steps an epoch: its last one too
+    *((predict, "_aggregate", number) for number in (0, 3, 4, 9)),  # of 4 validation slides each epoch; then the test
+    *((norm_choice, "best_candidate", number) for number in (0, 2)),
+    *((resume, "save_checkpoint", number) for number in (0, 2)),
+    (outcome, "write_results", 0),
+]
+
+
+ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SOON = [
+    (MOMENTS[0], signal.SIGUSR1),
+    (MOMENTS[2], signal.SIGTERM),
+    (MOMENTS[7], signal.SIGINT),
+    (MOMENTS[12], signal.SIGTERM),
+]
+REST = [(moment, number) for moment in MOMENTS for number in ASKED if (moment, number) not in SOON]
+CASES = [*SOON, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"), CASES, ids=lambda value: getattr(value, "name", None) or f"{value[1]}-{value[2]}"
+)
+def test_a_signal_at_any_moment(moment, number, whole, tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        at_call(patch, *moment, lambda: os.kill(os.getpid(), number))
+        assert train(whole, tmp_path / "run", *OPTIONS, epochs=EPOCHS) == STATUS
+    words = capfd.readouterr().err
+    assert f"stopped by {number.name}: the same command goes on, with --resume_from_checkpoint" in words
+    assert "Traceback" not in words
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers are put back"
+    assert train(whole, tmp_path / "run", *OPTIONS, "--resume_from_checkpoint", epochs=EPOCHS) == 0
+    same(tmp_path / "run", whole / "whole")
+
+
+def test_stopped_after_each_step(whole, tmp_path, capfd):
+    """The clock stops it after a step of each start, also after an epoch's last one."""
+    command = (*OPTIONS, "--resume_from_checkpoint", "--max_minutes", "1e-9")
+    codes = []
+    while (code := train(whole, tmp_path / "run", *command, epochs=EPOCHS)) == STATUS:
+        codes.append(code)
+        assert len(codes) <= 18
+    assert code == 0
+    assert len(codes) == 18, "a step each start"
+    assert "stopped by --max_minutes 1e-09: the same command goes on" in capfd.readouterr().err
+    same(tmp_path / "run", whole / "whole")
+
+
+def test_no_checkpoint_is_needed_before_the_first_step(whole, tmp_path, monkeypatch, capfd):
+    at_call(monkeypatch, loop, "tell_start", 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(whole, tmp_path / "run", *OPTIONS, epochs=EPOCHS) == STATUS
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_outside_of_deferring_the_exception_comes_at_once():
+    began = time.monotonic()
+    with pytest.raises(Stopped, match="SIGUSR1"), heeding_signals():
+        _ask_and_wait()
+    assert time.monotonic() - began < 4
+
+
+def _ask_and_wait():
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(5)
+
+
+def test_inside_it_is_noted():
+    with heeding_signals():
+        with deferring():
+            assert asked() == ""
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            assert asked() == "SIGTERM"
+        assert asked() == ""
+
+
+def test_what_ignores_a_signal_goes_on_ignoring_it():
+    """Nohup means it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with heeding_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+SECOND = """
+import os, signal, sys, time, torch
+from ds_wsi.runtime.signals import heeding_signals, deferring
+with heeding_signals(), deferring():
+    print("ready", flush=True)
+    if sys.argv[1] == "python":
+        while True:
+            time.sleep(60)
+    import torch.distributed as dist
+    store = dist.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+    store.get("never")  # a call of a library that holds the main thread
+"""
+
+
+@pytest.mark.parametrize("place", ["python", "library"])
+def test_a_second_ctrl_c_leaves_at_once(place):
+    """Wherever the main thread is; two presses within a second are one, which launchers pass on as well."""
+    process = subprocess.Popen([sys.executable, "-c", SECOND, place], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 128 + signal.SIGINT
+
+
+def test_a_forked_child_is_left_alone():
+    """It ignores Ctrl-C, and what it gets is no second press for its parent."""
+    with heeding_signals(), deferring():
+        child = os.fork()
+        if child == 0:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.6)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert asked() == ""
