@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ds_wsi.runtime.files import atomic_path
+from ds_wsi.runtime.h5_files import number_attributes, numbers
+from ds_wsi.runtime.tensor_seal import opened, sealed
 from ds_wsi.stacking.stacked_bags import StackedBags, stack_bags
 
 SUFFIXES = (".h5", ".pt", ".safetensors")
@@ -145,12 +147,14 @@ def read_places(path: str | Path) -> tuple[np.ndarray, float] | None:
     with _named_errors(path):
         if path.suffix == ".h5":
             with h5py.File(path, "r") as file:
-                coords = np.asarray(file["coords"]) if "coords" in file else None
-                side = None if coords is None else file["coords"].attrs.get("patch_size_level0")
+                coords = numbers(file["coords"]) if "coords" in file else None
+                name = "patch_size_level0"
+                side = None if coords is None else number_attributes(file["coords"], (name,)).get(name)
         elif path.suffix == ".safetensors":
             with safe_open(str(path), framework="np") as file:
-                coords = file.get_tensor("coords") if "coords" in set(file.keys()) else None
-                side = (file.metadata() or {}).get("tile_size_level0_px")
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                side = opened(file.metadata() or {}, found).get("tile_size_level0_px")
+                coords = found.get("coords")
         else:
             found = _pt_tensors(path, mmap=False)[1]
             coords = None if found is None else found.numpy()
@@ -210,8 +214,10 @@ def write_features(
         about: what they were made with, for `read_about`.
     """
     metadata = {"format": FORMAT, "version": VERSION, "tile_size_level0_px": repr(float(tile_size_level0_px)), **about}
+    tensors = {"features": features.contiguous(), "coords": coords.contiguous()}
+    metadata = sealed(metadata, {name: value.numpy() for name, value in tensors.items()})
     with atomic_path(path) as temporary:
-        save_file({"features": features.contiguous(), "coords": coords.contiguous()}, temporary, metadata)
+        save_file(tensors, temporary, metadata)
 
 
 def read_about(path: str | Path) -> dict[str, str]:
@@ -222,7 +228,7 @@ def read_about(path: str | Path) -> dict[str, str]:
     """
     path = _checked(path)
     with _named_errors(path), safe_open(str(path), framework="pt") as file:
-        metadata = dict(file.metadata() or {})
+        metadata = opened(file.metadata() or {})
     if (metadata.pop("format", None), metadata.pop("version", None)) != (FORMAT, VERSION):
         return {}
     metadata.pop("tile_size_level0_px", None)
@@ -245,14 +251,12 @@ def _named_errors(path: Path) -> Iterator[None]:
         yield
     except FeatureFileError:
         raise
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise FeatureFileError(
-            f"features must be readable, got {reason} ({path}). HINT: extract them again."
-        ) from error
-    except Exception as error:  # torch's unpickler of weights raises errors of many kinds
+    except Exception as error:  # of a damaged file the readers raise whatever comes to hand, KeyError and TypeError too
         if type(error).__module__ not in ("pickle", "_pickle"):
-            raise
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise FeatureFileError(
+                f"features must be readable, got {reason} ({path}). HINT: extract them again."
+            ) from error
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"an object of {named[1]}" if named else str(error).splitlines()[0]
         raise FeatureFileError(
@@ -308,8 +312,8 @@ def _h5_features(file: h5py.File, path: Path) -> Any:
 
 def _read_h5(path: Path) -> tuple[Tensor, Tensor | None]:
     with h5py.File(path, "r") as file:
-        coords = torch.from_numpy(np.asarray(file["coords"]).astype(np.int64)) if "coords" in file else None
-        return torch.from_numpy(np.asarray(_h5_features(file, path)).astype(np.float32)), coords
+        coords = torch.from_numpy(numbers(file["coords"]).astype(np.int64)) if "coords" in file else None
+        return torch.from_numpy(numbers(_h5_features(file, path)).astype(np.float32)), coords
 
 
 def _read_pt(path: Path) -> tuple[Tensor, Tensor | None]:
@@ -350,7 +354,11 @@ def _read_safetensors(path: Path) -> tuple[Tensor, Tensor | None]:
     with safe_open(str(path), framework="pt") as file:
         names = set(file.keys())
         _require_features(file, path)
-        return file.get_tensor("features"), file.get_tensor("coords") if "coords" in names else None
+        found = {name: file.get_tensor(name) for name in ("features", "coords") if name in names}
+        metadata = file.metadata() or {}
+    if metadata.get("format") == FORMAT:
+        opened(metadata, {name: value.numpy() for name, value in found.items()})
+    return found["features"], found.get("coords")
 
 
 class FeatureDataset(Dataset[tuple[Tensor, int, str]]):

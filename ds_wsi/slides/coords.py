@@ -12,7 +12,9 @@ from safetensors.numpy import save_file
 
 from ds_wsi.runtime.files import atomic_path
 from ds_wsi.runtime.fingerprint import Fingerprint
+from ds_wsi.runtime.h5_files import number_attributes, numbers
 from ds_wsi.runtime.own_files import require_ours
+from ds_wsi.runtime.tensor_seal import opened, sealed
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import TileGrid, TilingPolicy, TissueFound, plan_level, stored_tiling
 
@@ -23,6 +25,9 @@ SAME_RATIO = 0.01  # levels of one file differ by a factor of 2 or more, roundin
 WRITTEN_BY = "written_by"
 CLAM_ATTRIBUTES = ("patch_size", "patch_level")
 TRIDENT_ATTRIBUTES = ("patch_size", "patch_size_level0")
+OTHER_ATTRIBUTES = ("downsample", "level0_width", "level0_height")  # compared with the slide's, where they are there
+MAX_TILE_PX = 2**16
+H5_HEAD = b"\x89HDF\r\n\x1a\n"
 
 
 def write_grid(grid: TileGrid, path: str | Path, slide: Fingerprint | None = None) -> None:
@@ -43,8 +48,9 @@ def write_grid(grid: TileGrid, path: str | Path, slide: Fingerprint | None = Non
         "policy": json.dumps(asdict(grid.policy)),
         **({} if slide is None else {"slide": json.dumps(slide._asdict())}),
     }
+    tensors = {"coords": np.ascontiguousarray(grid.coords)}
     with atomic_path(path) as temporary:
-        save_file({"coords": np.ascontiguousarray(grid.coords)}, temporary, metadata)
+        save_file(tensors, temporary, sealed(metadata, tensors))
 
 
 def read_grid(path: str | Path) -> TileGrid:
@@ -57,6 +63,7 @@ def read_grid(path: str | Path) -> TileGrid:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             coords = file.get_tensor("coords") if "coords" in file.keys() else None  # noqa: SIM118
+            opened(metadata, {} if coords is None else {"coords": coords})
     # safetensors raises TypeError or ValueError on some heads of foreign files.
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise SlideError(
@@ -83,11 +90,12 @@ def read_slide_fingerprint(path: str | Path) -> Fingerprint | None:
     Raises:
         SlideError: it is written there, and torn.
     """
-    with safe_open(path, framework="numpy") as file:
-        text = (file.metadata() or {}).get("slide")
+    text = None
     try:
+        with safe_open(path, framework="numpy") as file:
+            text = opened(file.metadata() or {}).get("slide")
         return None if text is None else Fingerprint(**json.loads(text))
-    except (TypeError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise SlideError(
             f"tile grid must tell its slide's fingerprint, got {text!r} ({path}). HINT: delete it."
         ) from error
@@ -152,11 +160,8 @@ def _is_exported(path: Path) -> bool:
     """Whether an h5 file, no link, is an export of ours; those of earlier versions do not tell."""
     if path.is_symlink() or not path.is_file():
         return False
-    try:
-        with h5py.File(path, "r") as file:
-            return bool(file.attrs.get(WRITTEN_BY) == "ds_wsi")
-    except OSError:
-        return False
+    content = path.read_bytes()  # HDF5 ends the process where a damaged file has text
+    return content.startswith(H5_HEAD) and WRITTEN_BY.encode() in content and b"ds_wsi" in content
 
 
 def import_clam(path: str | Path, slide: Slide) -> TileGrid:
@@ -202,12 +207,18 @@ def _read_h5(path: str | Path, required: tuple[str, ...]) -> tuple[np.ndarray, d
         with h5py.File(path, "r") as file:
             if "coords" not in file:
                 raise SlideError(f"coordinates must be in a dataset `coords`, got {list(file)} ({path})")
-            coords, attributes = file["coords"][:], {**file.attrs, **file["coords"].attrs}
-    except OSError as error:
+            coords, names = numbers(file["coords"]), (*required, *OTHER_ATTRIBUTES)
+            attributes = number_attributes(file, names) | number_attributes(file["coords"], names)
+    except SlideError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise SlideError(f"coordinates must be in an h5 file, got {error} ({path})") from error
     missing = [name for name in required if name not in attributes]
     if missing:
         raise SlideError(f"coordinates must have the attributes {required}, got none of {missing} ({path})")
+    for name in required:
+        if name.startswith("patch_size") and not 1 <= attributes[name] <= MAX_TILE_PX:
+            raise SlideError(f"{name} must be in [1, {MAX_TILE_PX}] px, got {attributes[name]} ({path})")
     if coords.ndim != 2 or coords.shape[1] != 2 or not np.issubdtype(coords.dtype, np.integer) or not len(coords):
         raise SlideError(f"coordinates must be integers [N, 2], got {coords.dtype} {list(coords.shape)} ({path})")
     return coords.astype(np.int64), attributes

@@ -2,8 +2,9 @@
 
 Where the tiles of the grid are the TIFF's own JPEG tiles, their bytes are copied, and the pixels are OpenSlide's. Other
 tiles are encoded anew, at the quality that the file names. The file is an Arrow stream, as `datasets` writes it
-(`datasets.Dataset.from_file` opens it), and appears under its name when it is whole; a tile's CRC-32 is checked at
-each reading.
+(`datasets.Dataset.from_file` opens it), and appears under its name when it is whole. Nothing of it is believed: a seal
+is checked when it is opened (see `store_seal`), and a tile's CRC-32 at each reading. Files of version 1 have no seal;
+what Arrow can check of them is checked.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import imagecodecs
 import numpy as np
@@ -27,9 +28,12 @@ from ds_wsi.runtime.files import atomic_path
 from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.slides.jpeg_tiles import JpegTiles
 from ds_wsi.slides.slide import Slide, SlideError, TileReadError
+from ds_wsi.slides.store_seal import is_sealed, seal
 from ds_wsi.slides.tiling import TileGrid
 
-FORMAT, VERSION = "ds_wsi.TileStore", "1"
+FORMAT, VERSION = "ds_wsi.TileStore", "2"
+UNSEALED = "1"  # a version
+_NEEDED = {"n_tiles", "slide_id", "quality"}  # of the head
 FINGERPRINT = "slide_sha256"
 HEAD_BYTES = 2**16
 QUALITY = 90  # with chroma at full resolution: a mean error of about one grey level on stained tissue
@@ -96,22 +100,20 @@ def pack_slide(
     _require_ours(path, grid.slide_id)
     header = _header(grid, slide.path, quality)
     schema = SCHEMA.with_metadata({"ds_wsi": json.dumps(header)})
-    with (
-        atomic_path(path) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_stream(sink, schema) as out,
-    ):
-        rows: list[tuple[Any, ...]] = []
-        n_bytes = 0
-        for (x, y), tile in zip(grid.coords.tolist(), _packed(slide, grid, quality), strict=True):
-            crc = None if tile.jpeg is None else zlib.crc32(tile.jpeg)
-            rows.append((x, y, tile.jpeg, crc, tile.copied, tile.reason))
-            n_bytes += len(tile.jpeg or b"")
-            if len(rows) == BATCH_TILES or n_bytes >= BATCH_BYTES:
+    with atomic_path(path) as temporary:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as out:
+            rows: list[tuple[Any, ...]] = []
+            n_bytes = 0
+            for (x, y), tile in zip(grid.coords.tolist(), _packed(slide, grid, quality), strict=True):
+                crc = None if tile.jpeg is None else zlib.crc32(tile.jpeg)
+                rows.append((x, y, tile.jpeg, crc, tile.copied, tile.reason))
+                n_bytes += len(tile.jpeg or b"")
+                if len(rows) == BATCH_TILES or n_bytes >= BATCH_BYTES:
+                    out.write_batch(_batch(rows, schema))
+                    rows, n_bytes = [], 0
+            if rows:
                 out.write_batch(_batch(rows, schema))
-                rows, n_bytes = [], 0
-        if rows:
-            out.write_batch(_batch(rows, schema))
+        seal(temporary, "jpeg")
     return True
 
 
@@ -194,8 +196,8 @@ def store_problem(path: Path, grid: TileGrid, slide_path: Path, quality: int | N
         return str(error)
     wanted = _header(grid, slide_path, header["quality"] if quality is None else quality)
     for name, value in wanted.items():
-        if name == FINGERPRINT and name not in header:
-            continue  # of an earlier version: see `lacks_fingerprint`
+        if name == "version" or (name == FINGERPRINT and name not in header):
+            continue  # of an earlier version: see `lacks_fingerprint`; to pack again takes long
         if header.get(name) != value:
             return f"tile store's {name} must be that of the cohort, {value}, got {header.get(name)} {where}"
     return None
@@ -205,6 +207,27 @@ def lacks_fingerprint(path: Path) -> bool:
     """Whether a whole store's file was written by a version that knew its slide by the file's size alone."""
     with StoredSlide(path) as stored:
         return FINGERPRINT not in stored.header
+
+
+class _Batch(NamedTuple):
+    """The columns of a batch that are read."""
+
+    jpegs: pa.Array
+    crcs: np.ndarray
+    reasons: pa.Array
+    x: pa.Array
+    y: pa.Array
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch) -> "_Batch":
+        jpegs, crcs, *others = (batch.column(name) for name in ("jpeg", "crc32", "reason", "x", "y"))
+        return cls(jpegs, crcs.fill_null(0).to_numpy(), *others)
+
+
+def _header_of(schema: pa.Schema) -> dict[str, Any]:
+    """What the file says of itself; empty where it is no store's."""
+    found = json.loads((schema.metadata or {}).get(b"ds_wsi", b"{}"))
+    return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
 
 
 class StoredSlide:
@@ -217,23 +240,31 @@ class StoredSlide:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         where = f"({self.path}). {HINT}"
-        self._batches: list[tuple[pa.Array, np.ndarray, pa.Array]] = []
+        self._batches: list[_Batch] = []
         self._starts: list[int] = []
         n_tiles = 0
         try:
+            sealed = is_sealed(self.path)  # before Arrow sees it
             self._file = pa.memory_map(str(self.path))
             with pa.ipc.open_stream(self._file) as stream:
-                self.header: dict[str, Any] = json.loads((stream.schema.metadata or {}).get(b"ds_wsi", b"{}"))
-                known = (self.header.get("format"), self.header.get("version")) == (FORMAT, VERSION)
-                for batch in stream if known else ():
-                    crcs = batch.column("crc32").fill_null(0).to_numpy()
-                    self._batches.append((batch.column("jpeg"), crcs, batch.column("reason")))
+                self.header: dict[str, Any] = _header_of(stream.schema)
+                is_known = self.header.get("version") == (VERSION if sealed else UNSEALED)
+                if is_known and not stream.schema.equals(SCHEMA):
+                    raise ValueError(f"columns {stream.schema.names} of other kinds")
+                if is_known and not {*self.header} >= _NEEDED:
+                    raise ValueError(f"a head without {', '.join(sorted(_NEEDED - {*self.header}))}")
+                for batch in stream if is_known else ():
+                    batch.validate(full=True)
+                    self._batches.append(_Batch.of(batch))
                     self._starts.append(n_tiles)
                     n_tiles += len(batch)
-        except (pa.ArrowInvalid, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise StoreError(f"tile store must be a whole Arrow file, got {error} {where}") from error
-        if not known:
-            raise StoreError(f"tile store must be of format {FORMAT} {VERSION}, got another {where}")
+        if not is_known:
+            raise StoreError(
+                f"tile store must be of format {FORMAT} {UNSEALED} or {VERSION}, got another, or a file without its "
+                f"end {where}"
+            )
         if n_tiles != self.header["n_tiles"]:
             raise StoreError(f"tile store must hold {self.header['n_tiles']} tiles, got {n_tiles} {where}")
 
@@ -249,7 +280,7 @@ class StoredSlide:
     @property
     def n_failed(self) -> int:
         """Tiles that could not be read from the slide."""
-        return sum(jpegs.null_count for jpegs, *_ in self._batches)
+        return sum(batch.jpegs.null_count for batch in self._batches)
 
     def close(self) -> None:
         """Let the file go; tiles can no longer be read."""
@@ -264,17 +295,19 @@ class StoredSlide:
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row must be in [0, {len(self)}), got {row} ({self.path})")
-        number = bisect_right(self._starts, row) - 1
-        jpegs, crcs, reasons = self._batches[number]
-        row -= self._starts[number]
-        value = jpegs[row]
+        batch, row = self._find(row)
+        value = batch.jpegs[row]
         if not value.is_valid:
-            raise ValueError(reasons[row].as_py())
+            raise ValueError(batch.reasons[row].as_py())
         jpeg = bytes(value.as_buffer())
         found = zlib.crc32(jpeg)
-        if found != crcs[row]:
-            raise ValueError(f"CRC-32 must be {crcs[row]:08x}, got {found:08x} ({self.path}). {HINT}")
+        if found != batch.crcs[row]:
+            raise ValueError(f"CRC-32 must be {batch.crcs[row]:08x}, got {found:08x} ({self.path}). {HINT}")
         return jpeg
+
+    def _find(self, row: int) -> "tuple[_Batch, int]":
+        number = bisect_right(self._starts, row) - 1
+        return self._batches[number], row - self._starts[number]
 
     def read_tile(self, row: int, out: np.ndarray) -> None:
         """Decode a row of the grid to `out`, uint8 [S, S, 3].
@@ -285,19 +318,15 @@ class StoredSlide:
         try:
             imagecodecs.jpeg8_decode(self.jpeg(row), out=out)
         except (ValueError, RuntimeError) as error:  # the codec's own errors are RuntimeErrors
-            x, y = self._place(row)
-            raise TileReadError(self.header["slide_id"], x, y, error) from error
-
-    def _place(self, row: int) -> tuple[int, int]:
-        with pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
-            table = stream.read_all().select(["x", "y"]).slice(row, 1)
-        return table["x"][0].as_py(), table["y"][0].as_py()
+            batch, number = self._find(row)
+            x, y = batch.x[number].as_py(), batch.y[number].as_py()
+            raise TileReadError(str(self.header["slide_id"]), x, y, error) from error
 
 
 def damaged_rows(path: str | Path) -> list[int]:
     """The rows of a store's file whose bytes are not those that were written: reads the whole file."""
     with StoredSlide(path) as stored:
-        jpegs = ((jpeg, crc) for column, crcs, _ in stored._batches for jpeg, crc in zip(column, crcs, strict=True))
+        jpegs = (pair for batch in stored._batches for pair in zip(batch.jpegs, batch.crcs, strict=True))
         return [row for row, (jpeg, crc) in enumerate(jpegs) if jpeg.is_valid and zlib.crc32(jpeg.as_buffer()) != crc]
 
 

@@ -154,7 +154,7 @@ def test_a_file_that_is_no_store_is_refused(tmp_path):
     table = pa.table({"x": [1]})
     with pa.OSFile(str(tmp_path / "b.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
         out.write_table(table)
-    with pytest.raises(StoreError, match=r"must be of format ds_wsi\.TileStore 1, got another"):
+    with pytest.raises(StoreError, match=r"must be of format ds_wsi\.TileStore 1 or 2, got another"):
         StoredSlide(tmp_path / "b.arrow")
 
 

@@ -1,0 +1,51 @@
+"""Checksums in our own safetensors files, which have none: a changed byte of the data would be read in silence.
+
+Two, as text in the metadata: one of the metadata, for who reads the head alone, and one of the tensors. Files of
+earlier versions have neither, and are read as they are.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+OF_HEAD, OF_TENSORS = "crc32_of_head", "crc32_of_tensors"
+
+
+class SealError(ValueError):
+    """A file that is not what was written."""
+
+
+def sealed(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """The metadata with both checksums."""
+    found = {**metadata, OF_TENSORS: _of_tensors(tensors)}
+    return {**found, OF_HEAD: _of_head(found)}
+
+
+def opened(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray] | None = None) -> dict[str, str]:
+    """The metadata without its checksums, checked; and the tensors, where they were read.
+
+    Raises:
+        SealError: a checksum is another.
+    """
+    found = dict(metadata)
+    head = found.pop(OF_HEAD, None)
+    if (head is not None or OF_TENSORS in found) and head != _of_head(found):
+        raise SealError(f"a head of CRC-32 {_of_head(found)}, where {head} was written")
+    data = found.pop(OF_TENSORS, None)
+    if data is not None and tensors is not None and data != _of_tensors(tensors):
+        raise SealError(f"tensors of CRC-32 {_of_tensors(tensors)}, where {data} was written")
+    return found
+
+
+def _of_head(metadata: Mapping[str, str]) -> str:
+    return f"{zlib.crc32(json.dumps(sorted(metadata.items())).encode()):08x}"
+
+
+def _of_tensors(tensors: Mapping[str, np.ndarray]) -> str:
+    found = 0
+    for name, values in sorted(tensors.items()):
+        found = zlib.crc32(json.dumps([name, str(values.dtype), list(values.shape)]).encode(), found)
+        found = zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8), found)
+    return f"{found:08x}"
