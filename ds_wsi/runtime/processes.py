@@ -13,6 +13,20 @@ _WORDS = {
 }
 
 
+def parent_of(pid: int) -> int:
+    """The process that another one belongs to; 0 where nothing is told."""
+    with suppress(OSError, IndexError, ValueError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process; empty where nothing is told."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
 def state_of(pid: int | None) -> str:
     """The letter of /proc for what a process does; `GONE` where there is none, a zombie's too, or nothing is told."""
     with suppress(OSError, IndexError):

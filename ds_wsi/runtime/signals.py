@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.processes import command_of, parent_of
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -41,6 +42,22 @@ class Stopped(BaseException):
         self.reason, self.together = reason, together
 
 
+def _launchers() -> list[tuple[int, int]]:
+    """(child, parent) of the processes that started this one as a rank: a parent that is killed is missed by it.
+
+    `accelerate launch` of one process passes nothing on to it. `deepspeed` starts a program that starts the ranks, and
+    passes nothing on to that.
+    """
+    if not any(name in os.environ for name in _LAUNCHED):
+        return []
+    parent = os.getppid()
+    found = [(os.getpid(), parent)]
+    above = parent_of(parent)
+    if "deepspeed.launcher.launch" in command_of(parent) and "deepspeed" in command_of(above):
+        found.append((parent, above))
+    return found
+
+
 class _Watch:
     """What has been asked of this process."""
 
@@ -51,7 +68,6 @@ class _Watch:
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
         self._ended = threading.Event()
-        self._parent = os.getppid()
         self._thread = threading.Thread(target=self._look, name="ds_wsi-signals", daemon=True)
         self._before: dict[int, object] = {}
 
@@ -89,14 +105,14 @@ class _Watch:
             raise Stopped(name)
 
     def _look(self) -> None:
-        launched = any(name in os.environ for name in _LAUNCHED)
+        launchers = _launchers()
         while not self._ended.is_set():
             ready, _, _ = select.select([self._read], [], [], _LOOK_S)
             for number in self._read.recv(64) if ready else b"":
                 if number in self._before:
                     self._hear(number)
-            if launched and os.getppid() != self._parent:
-                launched = False
+            if any(parent_of(child) != parent for child, parent in launchers):
+                launchers = []
                 logger.warning("the launcher is gone: taken as SIGTERM")
                 os.kill(os.getpid(), signal.SIGTERM)
 
