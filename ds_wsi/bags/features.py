@@ -216,7 +216,7 @@ def write_features(
     metadata = {"format": FORMAT, "version": VERSION, "tile_size_level0_px": repr(float(tile_size_level0_px)), **about}
     tensors = {"features": features.contiguous(), "coords": coords.contiguous()}
     metadata = sealed(metadata, {name: value.numpy() for name, value in tensors.items()})
-    with atomic_path(path) as temporary:
+    with atomic_path(path, sum(value.nbytes for value in tensors.values())) as temporary:
         save_file(tensors, temporary, metadata)
 
 

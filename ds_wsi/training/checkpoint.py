@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ds_wsi.engines.accelerate import Accelerator, broadcast_object_list
 from ds_wsi.runtime.files import link_or_copy, sync_directory, sync_file, write_json
+from ds_wsi.runtime.full_disk import naming_full_disk
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import temporary_folder, usual_mode
 from ds_wsi.runtime.tensor_file import Written, write_tensors
@@ -159,7 +160,8 @@ def _write_all(how: _How, others: range, patience: Callable[[], Patience]) -> No
 def _write_part(temporary: Path, rank: int, own: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Another process's side: its files, and last a file that lists them."""
     try:
-        known = {name: write_tensors(temporary / name, tensors) for name, tensors in own.items()}
+        with naming_full_disk(temporary.parent.parent):
+            known = {name: write_tensors(temporary / name, tensors) for name, tensors in own.items()}
         answer: dict[str, Any] = {"files": {name: written._asdict() for name, written in known.items()}}
     except Exception as error:
         if temporary.is_dir():
