@@ -57,8 +57,9 @@ def naming_full_disk(folder: Path, n_bytes: int | None = None, written: Path | N
             raise
         if isinstance(error, OSError) and isinstance(error.filename, str):
             folder = Path(error.filename).parent if written is None else folder
-        so_far = None if written is None else _bytes_below(written)
-        needed = "more than is free" if so_far is None else f"more than {format_bytes(so_far)}"
+        # Some writers remove what they wrote before they tell.
+        least = (0 if written is None else _bytes_below(written)) + (free_bytes(folder) or 0)
+        needed = f"more than {format_bytes(least)}" if least else "more than is free"
         raise _error(folder, number, needed if n_bytes is None else format_bytes(n_bytes)) from error
 
 

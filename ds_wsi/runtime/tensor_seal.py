@@ -47,5 +47,5 @@ def _of_tensors(tensors: Mapping[str, np.ndarray]) -> str:
     found = 0
     for name, values in sorted(tensors.items()):
         found = zlib.crc32(json.dumps([name, str(values.dtype), list(values.shape)]).encode(), found)
-        found = zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8), found)
+        found = zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, found)
     return f"{found:08x}"

@@ -98,7 +98,9 @@ def save_checkpoint(
     scope, made = ExitStack(), list[Path | None]([None])
     try:
         if accelerator.is_main_process:
-            folder = scope.enter_context(temporary_folder(output_dir)) / final.name
+            files = (*contents.shared.values(), *contents.own.values())
+            n_bytes = sum(value.nbytes for tensors in files for value in tensors.values())
+            folder = scope.enter_context(temporary_folder(output_dir, n_bytes)) / final.name
             folder.mkdir()
             if pending is not None:  # now: another may soon have its name
                 link_or_copy(pending, folder / PENDING_WEIGHTS)

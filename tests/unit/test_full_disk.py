@@ -45,13 +45,13 @@ def test_a_disguise_counts_where_the_disk_is_full_alone(tmp_path, monkeypatch):
         raise torchs
     assert caught.value is torchs
     monkeypatch.setattr(full_disk, "free_bytes", lambda folder: 4096)
-    with pytest.raises(DiskFullError, match=r"more than is free needed, 4\.0 KiB free"), naming_full_disk(tmp_path):
+    with pytest.raises(DiskFullError, match=r"more than 4\.0 KiB needed, 4\.0 KiB free"), naming_full_disk(tmp_path):
         raise torchs
     with pytest.raises(ValueError, match="I/O error"), naming_full_disk(tmp_path):
         raise ValueError("I/O error")
 
 
-def test_what_was_written_is_told_and_removed_and_what_was_there_stays(tmp_path):
+def test_what_was_written_is_told_and_removed_and_what_was_there_stays(tmp_path, monkeypatch):
     write_text(tmp_path / "x.txt", "before")
 
     def write():
@@ -59,7 +59,8 @@ def test_what_was_written_is_told_and_removed_and_what_was_there_stays(tmp_path)
             path.write_bytes(b"x" * 2048)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(DiskFullError, match=r"more than 2\.\d KiB needed"):
+    monkeypatch.setattr(full_disk, "free_bytes", lambda folder: 0)
+    with pytest.raises(DiskFullError, match=r"more than 2\.\d KiB needed, 0 bytes free"):
         write()
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.txt"]
     assert (tmp_path / "x.txt").read_text() == "before"
@@ -76,6 +77,62 @@ def test_a_command_prints_it_and_ends_with_the_status_of_a_users_error(tmp_path,
     monkeypatch.setattr(command, "run_report", run)
     assert main(["report", "run"]) == 2
     assert f"{tmp_path} must have room for what is written, got a full disk" in capsys.readouterr().err
+
+
+WRITERS = """
+import sys
+from pathlib import Path
+import h5py, numpy as np, torch
+from ds_wsi.bags.features import write_features
+from ds_wsi.models.config import save_weights
+from ds_wsi.runtime.files import atomic_path, write_text
+from ds_wsi.runtime.full_disk import DiskFullError
+disk, large = Path(sys.argv[1]), torch.zeros(2**21)  # 8 MiB
+def hdf5(path):
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        file.create_dataset("x", data=large.numpy())
+def torchs(path):
+    with atomic_path(path) as temporary:
+        torch.save(large, temporary)
+def arrows(path):
+    import pyarrow as pa
+    with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
+        with pa.ipc.new_stream(sink, pa.schema([("x", pa.float32())])) as out:
+            out.write_batch(pa.record_batch([pa.array(large.numpy())], names=["x"]))
+def picture(path):
+    from matplotlib.figure import Figure
+    from matplotlib import image
+    with atomic_path(path.with_suffix(".png")) as temporary:
+        image.imsave(temporary, np.random.default_rng(0).random((1500, 1500, 3)))
+writers = {
+    "weights": lambda path: save_weights(path, {"w": large}),
+    "features": lambda path: write_features(path, large.view(-1, 2), torch.zeros(2**20, 2).long(), 1, {}),
+    "text": lambda path: write_text(path, "x" * 2**23),
+    "hdf5": hdf5, "torch": torchs, "arrow": arrows, "picture": picture,
+}
+for name, write in writers.items():
+    try:
+        write(disk / name)
+        print(name, "had room")
+    except DiskFullError as error:
+        print(name, error)
+    left = sorted(path.name for path in disk.iterdir())
+    assert not left, (name, left)
+"""
+
+
+@NEEDS_MOUNT
+def test_every_writer_on_a_full_disk(tmp_path):
+    mount = f'mount -t tmpfs -o size=4m tmpfs {tmp_path} && exec "$0" "$@"'
+    arguments = [sys.executable, "-c", WRITERS, tmp_path]
+    done = subprocess.run(["unshare", "-m", "sh", "-c", mount, *arguments], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert {*said} == {"weights", "features", "text", "hdf5", "torch", "arrow", "picture"}
+    for name, words in said.items():
+        assert words.startswith(f"{tmp_path} must have room for what is written, got a full disk: "), (name, words)
+    assert "8.0 MiB needed" in said["weights"]
+    assert "24.0 MiB needed" in said["features"]
 
 
 COMMANDS = """
