@@ -33,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _how(options: argparse.Namespace) -> str:
-    trains = "num_train_epochs" in options or options.run.__name__ in ("run_train", "run_protocol")
-    return ", with --resume_from_checkpoint" if trains and not vars(options).get("resume_from_checkpoint") else ""
+    """The option that the same command wants to go on, where it has none."""
+    wanted = vars(options).get("goes_on_with", "")
+    return f", with --{wanted.rpartition('.')[2]}" if wanted and not vars(options).get(wanted) else ""
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

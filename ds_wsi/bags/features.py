@@ -156,8 +156,8 @@ def read_places(path: str | Path) -> tuple[np.ndarray, float] | None:
                 side = opened(file.metadata() or {}, tensors).get("tile_size_level0_px")
                 coords = tensors.get("coords")
         else:
-            found = _pt_tensors(path, mmap=False)[1]
-            coords = None if found is None else found.numpy()
+            places = _pt_tensors(path, mmap=False)[1]
+            coords = None if places is None else places.numpy()
         side = None if side is None else float(side)
     if coords is None:
         return None

@@ -23,6 +23,7 @@ def add_train(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi train`."""
     parser = add_command(subparsers, "train", run_train)
     parser.epilog = EXAMPLES
+    parser.set_defaults(goes_on_with="run.resume_from_checkpoint")
     add_train_options(parser)
     _add_dry_run(parser)
 

@@ -117,10 +117,16 @@ def read_predictions(directory: str | Path) -> Predictions:
     path = Path(directory) / "predictions.csv"
     if not path.is_file():
         raise ValueError(f"a run's folder must hold predictions.csv, got none at {path}. HINT: is the run finished?")
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        header = list(reader.fieldnames or ())
-        rows = list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or ())
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(
+            f"predictions.csv must be a table in UTF-8, got {error} ({path}). HINT: write it again with "
+            "`ds-wsi evaluate`."
+        ) from error
     classes = tuple(name.removeprefix(PREFIX) for name in header if name.startswith(PREFIX))
     missing = [name for name in COLUMNS if name not in header]
     if missing or len(classes) < 2:
@@ -145,7 +151,13 @@ def read_predictions(directory: str | Path) -> Predictions:
 def _protocol(path: Path) -> str:
     if not path.is_file():
         return f"unknown tiles (no {path.name})"
-    protocol = EvaluationProtocol(**json.loads(path.read_text(encoding="utf-8"))["evaluation"])
+    try:
+        protocol = EvaluationProtocol(**json.loads(path.read_text(encoding="utf-8"))["evaluation"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"metrics.json must tell how the model was evaluated, got {error} ({path}). HINT: write it again with "
+            "`ds-wsi evaluate`."
+        ) from error
     return str(protocol) if protocol.runs == 1 else f"{protocol}, their mean probabilities"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -127,7 +128,14 @@ class ModelConfig:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"the model's folder must hold config.json, got none at {path}")
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"config.json must be JSON, got {error} ({path}). HINT: copy the whole folder again."
+            ) from error
+        if not isinstance(values, dict):
+            raise ValueError(f"config.json must be a JSON object, got {type(values).__name__} ({path})")
         version = values.pop("version", None)
         if values.pop("format", None) != "ds_wsi.SlideModel" or version not in range(1, VERSION + 1):
             raise ValueError(
@@ -190,14 +198,24 @@ def build_model(
 
 
 def load_model(directory: str | Path) -> tuple[SlideModel, ModelConfig]:
-    """Rebuild an exported model from a folder's config.json and model.safetensors, in evaluation mode."""
+    """Rebuild an exported model from a folder's config.json and model.safetensors, in evaluation mode.
+
+    Raises:
+        ValueError: one of the two is missing, is another kind of file, or is of another model.
+    """
     directory = Path(directory)
     config = ModelConfig.read(directory / "config.json")
     model = build_model(config)
     weights = directory / "model.safetensors"
     if not weights.is_file():
         raise ValueError(f"the model's folder must hold model.safetensors, got none at {weights}")
-    model.load_state_dict(load_file(weights))
+    try:
+        model.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"the model's weights must be safetensors of the model that config.json describes, got others "
+            f"({str(error).splitlines()[0]}, {weights}). HINT: copy the whole folder again."
+        ) from error
     return model.eval(), config
 
 

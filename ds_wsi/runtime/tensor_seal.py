@@ -7,6 +7,7 @@ earlier versions have neither, and are read as they are.
 import json
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -47,5 +48,6 @@ def _of_tensors(tensors: Mapping[str, np.ndarray]) -> str:
     found = 0
     for name, values in sorted(tensors.items()):
         found = zlib.crc32(json.dumps([name, str(values.dtype), list(values.shape)]).encode(), found)
-        found = zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, found)
+        whole: Any = np.ascontiguousarray(values).reshape(-1).view(np.uint8)  # numpy does not say that it is a buffer
+        found = zlib.crc32(whole, found)
     return f"{found:08x}"

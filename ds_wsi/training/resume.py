@@ -53,6 +53,9 @@ def resume(run: Run) -> None:
             f"state.json of {checkpoint} must tell where the run stands, got one without {error}. "
             "HINT: an earlier checkpoint."
         ) from error
+    if progress.pending:
+        with open_tensors(checkpoint / PENDING_WEIGHTS):
+            pass  # the validation that reads it would not say what is wrong with it
     _load(run, checkpoint, facts, then)
     run.progress = progress
     run.seconds_before, run.starts = spent["seconds"], spent["starts"] + 1

@@ -5,6 +5,8 @@ import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
+
 from ds_wsi.partition.rates import ASSUMED
 
 from .lane import ROOT, TIMEOUT_S, environment
@@ -32,6 +34,7 @@ def _with_deepspeed(folder: Path, status: int) -> None:
     (folder / "deepspeed").chmod(0o755)
 
 
+@pytest.mark.slow
 def test_the_script_names_what_fails_and_goes_on_with_what_is_missing(tmp_path: Path) -> None:
     rates = {"Simulated CUDA device": asdict(replace(ASSUMED["cuda"], measured=True))}  # measuring takes a minute
     cache, launchers, marks = tmp_path / "cache", tmp_path / "bin", tmp_path / "gpu_day"

@@ -6,8 +6,14 @@ import signal
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import train, write_cohort
 
+from ds_wsi.cli import main
+from ds_wsi.evaluation import extract
 from ds_wsi.runtime.locks import Claims, HeldError, is_lock, lock_path, only_one, release, shared_map, take
+from ds_wsi.training import loop
 
 FORK = multiprocessing.get_context("fork")
 
@@ -150,3 +156,82 @@ def test_claims_are_let_go_at_the_end_and_by_an_error(tmp_path):
     with Claims(["b", "c"], path_of) as claims:
         assert list(claims.free()) == ["b", "c"]
     assert not list(tmp_path.iterdir())
+
+
+def test_the_same_command_twice_is_refused_and_the_first_goes_on(tmp_path, monkeypatch, capfd):
+    """Also where both begin at once: nothing of the second one's is in the folder."""
+    folder, twice = write_cohort(tmp_path), []
+    real = loop._train_step
+
+    def step(run, *rest):
+        if not twice:
+            queue = FORK.Queue()
+            second = FORK.Process(target=_second, args=(folder, queue))
+            second.start()
+            twice.append(queue.get(timeout=120))
+            second.join()
+        return real(run, *rest)
+
+    monkeypatch.setattr(loop, "_train_step", step)
+    assert train(folder, folder / "run", epochs=1) == 0
+    assert twice == [2]
+    words = capfd.readouterr().err
+    assert (
+        f"--output_dir must not be in use, got {folder / 'run'}, in which process {os.getpid()} on this machine"
+        in words
+    )
+    assert not [path for path in (folder / "run").iterdir() if is_lock(path)]
+
+
+def _second(folder, queue):
+    from ds_wsi.runtime import locks
+
+    locks._held.clear()
+    loop._train_step = None
+    queue.put(train(folder, folder / "run", "--resume_from_checkpoint", epochs=1))
+
+
+def test_commands_that_share_a_folder_of_features_write_each_slide_once(demo_manifest, tmp_path):
+    """Three at once, one of them killed in its midst: the others end with all of it."""
+    words = ["features", "--manifest", str(demo_manifest), "--encoder", "resnet10t", "--tile_size_px", "64"]
+    words += [
+        "--output_dir",
+        str(tmp_path / "shared"),
+        "--dataloader_num_workers",
+        "0",
+        "--tiles_dir",
+        str(tmp_path / "t"),
+    ]
+    alone = [*words[:-5], str(tmp_path / "alone"), *words[-4:]]
+    assert main(alone) == 0
+    queue = FORK.Queue()
+    processes = [FORK.Process(target=_features, args=(words, kill, queue)) for kill in (2, None, None)]
+    for process in processes:
+        process.start()
+    written = [queue.get(timeout=240) for _ in range(2)]
+    for process in processes:
+        process.join()
+    assert processes[0].exitcode == -signal.SIGKILL
+    names = sorted(path.name for path in (tmp_path / "alone").glob("*.safetensors"))
+    assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == names
+    for name in names:
+        ours, wanted = (load_file(tmp_path / folder / name) for folder in ("shared", "alone"))
+        assert ours.keys() == wanted.keys()
+        assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
+    assert all(code == 0 for code, _ in written)
+    assert sum(count for _, count in written) <= len(names), "a slide was done twice"
+
+
+def _features(words, kill_at, queue):
+    torch.set_num_threads(1)
+    real, count = extract.write_features, [0]
+
+    def write(*rest, **named):
+        if count[0] == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count[0] += 1
+        return real(*rest, **named)
+
+    extract.write_features = write
+    code = main(words)
+    queue.put((code, count[0]))
