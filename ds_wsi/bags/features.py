@@ -152,9 +152,9 @@ def read_places(path: str | Path) -> tuple[np.ndarray, float] | None:
                 side = None if coords is None else number_attributes(file["coords"], (name,)).get(name)
         elif path.suffix == ".safetensors":
             with safe_open(str(path), framework="np") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                side = opened(file.metadata() or {}, found).get("tile_size_level0_px")
-                coords = found.get("coords")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                side = opened(file.metadata() or {}, tensors).get("tile_size_level0_px")
+                coords = tensors.get("coords")
         else:
             places = _pt_tensors(path, mmap=False)[1]
             coords = None if places is None else places.numpy()
@@ -216,7 +216,7 @@ def write_features(
     metadata = {"format": FORMAT, "version": VERSION, "tile_size_level0_px": repr(float(tile_size_level0_px)), **about}
     tensors = {"features": features.contiguous(), "coords": coords.contiguous()}
     metadata = sealed(metadata, {name: value.numpy() for name, value in tensors.items()})
-    with atomic_path(path) as temporary:
+    with atomic_path(path, sum(value.nbytes for value in tensors.values())) as temporary:
         save_file(tensors, temporary, metadata)
 
 
@@ -321,6 +321,8 @@ def _read_pt(path: Path) -> tuple[Tensor, Tensor | None]:
 
 
 def _pt_tensors(path: Path, mmap: bool) -> tuple[Tensor, Tensor | None]:
+    if not mmap and zipfile.is_zipfile(path):
+        _require_checksums(path)
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if isinstance(found, Mapping):
         features, coords = found.get("features"), found.get("coords")
@@ -336,6 +338,18 @@ def _pt_tensors(path: Path, mmap: bool) -> tuple[Tensor, Tensor | None]:
         )
     # Saved without no_grad they still ask for a gradient, of a graph that is gone.
     return features.detach(), coords.detach() if isinstance(coords, Tensor) else None
+
+
+def _require_checksums(path: Path) -> None:
+    """Torch's files are archives with a CRC-32 of each record, which torch itself does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise FeatureFileError(
+            f"features in .pt must have the checksums that were written, got another of {broken} ({path}). HINT: "
+            "extract them again; a file that was saved under torch.serialization.set_crc32_options(False) has none, "
+            "save it without."
+        )
 
 
 def _require_features(file: Any, path: Path) -> None:

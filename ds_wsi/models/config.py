@@ -228,7 +228,7 @@ def save_model(directory: str | Path, config: ModelConfig, state: dict[str, Tens
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
     """Write whole weights as safetensors, atomically."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, sum(value.nbytes for value in state.values())) as temporary:
         save_file({name: value.contiguous() for name, value in state.items()}, temporary, {"format": "pt"})
 
 

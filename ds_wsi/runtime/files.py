@@ -9,19 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ds_wsi.runtime.full_disk import naming_full_disk
 from ds_wsi.runtime.temporary import temporary_folder, usual_mode
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], n_bytes: int | None = None) -> Iterator[Path]:
     """Yield a temporary path of the same name in a folder beside; move it to `path` when the block ends well.
 
     A process killed inside the block leaves `path` as it was. A symbolic link at `path` is replaced, not followed. The
     file's permissions are those that the umask leaves, whatever its writer chose: some keep a file to its owner.
+
+    Args:
+        path: of the file.
+        n_bytes: that it will have, where it is known.
+
+    Raises:
+        DiskFullError: there is no room for it; names the folder.
     """
     final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(final.parent) as folder:
+    with naming_full_disk(final.parent, n_bytes):
+        final.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(final.parent, n_bytes) as folder:
         temporary = folder / final.name
         yield temporary
         temporary.chmod(usual_mode(folder))
@@ -58,8 +67,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    content = text.encode()
+    with atomic_path(path, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ds_wsi.runtime.full_disk import naming_full_disk
 from ds_wsi.runtime.log import logger
 
 T = TypeVar("T")
@@ -79,7 +80,8 @@ def take(path: Path) -> int | None:
     if path in _held:
         return None
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with naming_full_disk(path.parent):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -96,7 +98,12 @@ def take(path: Path) -> int | None:
         if _is_still_there(path, descriptor):
             break
         os.close(descriptor)  # the one that held it has removed it: the next file of the name is another
-    _sign(descriptor)
+    try:
+        with naming_full_disk(path.parent):
+            _sign(descriptor)
+    except BaseException:
+        release(path, descriptor)
+        raise
     _held.add(path)
     return descriptor
 

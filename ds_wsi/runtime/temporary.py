@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ds_wsi.runtime.full_disk import naming_full_disk
+
 PROGRAM = "ds_wsi"
 RECORD = ".ds_wsi-writer.json"
 NAME = re.compile(r"\.ds_wsi-[0-9a-f]{32}\.tmp")
@@ -25,18 +27,25 @@ OTHER_HOST_S = 24 * 3600  # another machine's lock does not show on every file s
 
 
 @contextmanager
-def temporary_folder(parent: Path) -> Iterator[Path]:
+def temporary_folder(parent: Path, n_bytes: int | None = None) -> Iterator[Path]:
     """Make a folder below `parent` that nobody else has, and remove it with all that is in it at the end.
 
+    Args:
+        parent: of the folder.
+        n_bytes: that will be written, where it is known: an error tells it.
+
     Raises:
+        DiskFullError: there is no room for what the block writes.
         OSError: `parent` is missing, or cannot be written to.
     """
     folder = parent / f".ds_wsi-{secrets.token_hex(16)}.tmp"
-    folder.mkdir()
     record = None
     try:
-        record = _sign(folder)
-        yield folder
+        # Inside: what was written, and what is free, is looked at before the folder is removed.
+        with naming_full_disk(parent, n_bytes, written=folder):
+            folder.mkdir()
+            record = _sign(folder)
+            yield folder
     finally:
         if record is not None:
             os.close(record)

@@ -19,3 +19,11 @@ def parse_bytes(text: str, name: str = "a size") -> int:
     if size < 1:
         raise ValueError(f"{name} must be positive, got {text!r}")
     return size
+
+
+def format_bytes(size: int) -> str:
+    """A size as `parse_bytes` reads it, in the largest unit of which there is one: "1.5 GiB", "12 bytes"."""
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"

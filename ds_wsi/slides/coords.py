@@ -49,7 +49,7 @@ def write_grid(grid: TileGrid, path: str | Path, slide: Fingerprint | None = Non
         **({} if slide is None else {"slide": json.dumps(slide._asdict())}),
     }
     tensors = {"coords": np.ascontiguousarray(grid.coords)}
-    with atomic_path(path) as temporary:
+    with atomic_path(path, tensors["coords"].nbytes) as temporary:
         save_file(tensors, temporary, sealed(metadata, tensors))
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ds_wsi.engines.accelerate import Accelerator, broadcast_object_list
 from ds_wsi.runtime.files import link_or_copy, sync_directory, sync_file, write_json
+from ds_wsi.runtime.full_disk import naming_full_disk
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import temporary_folder, usual_mode
 from ds_wsi.runtime.tensor_file import Written, write_tensors
@@ -97,7 +98,9 @@ def save_checkpoint(
     scope, made = ExitStack(), list[Path | None]([None])
     try:
         if accelerator.is_main_process:
-            folder = scope.enter_context(temporary_folder(output_dir)) / final.name
+            files = (*contents.shared.values(), *contents.own.values())
+            n_bytes = sum(value.nbytes for tensors in files for value in tensors.values())
+            folder = scope.enter_context(temporary_folder(output_dir, n_bytes)) / final.name
             folder.mkdir()
             if pending is not None:  # now: another may soon have its name
                 link_or_copy(pending, folder / PENDING_WEIGHTS)
@@ -159,7 +162,8 @@ def _write_all(how: _How, others: range, patience: Callable[[], Patience]) -> No
 def _write_part(temporary: Path, rank: int, own: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Another process's side: its files, and last a file that lists them."""
     try:
-        known = {name: write_tensors(temporary / name, tensors) for name, tensors in own.items()}
+        with naming_full_disk(temporary.parent.parent):
+            known = {name: write_tensors(temporary / name, tensors) for name, tensors in own.items()}
         answer: dict[str, Any] = {"files": {name: written._asdict() for name, written in known.items()}}
     except Exception as error:
         if temporary.is_dir():

@@ -21,6 +21,7 @@ from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
 from ds_wsi.models import merge_lora
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.runtime.errors import naming
+from ds_wsi.runtime.full_disk import naming_full_disk
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.runtime.progress import PresentRate, Progress
@@ -92,6 +93,7 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
             on_folder=on_folder,
             on_connected=lambda: scope.enter_context(watch_ranks()),
         )
+        scope.enter_context(naming_full_disk(run.output_dir))  # of TensorBoard's thread, and of the engine
         scope.enter_context(closing_trackers(run.accelerator))
         scope.enter_context(run.saver)
         run.started = started

@@ -3,10 +3,11 @@
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ds_wsi.evaluation.record import MARK_NAME as PROTOCOL_MARK
 from ds_wsi.runtime.files import write_json, write_text
@@ -93,12 +94,12 @@ def logging_to(path: Path) -> Iterator[None]:
         logger.warning("%s is not written: %s", place, error.strerror)
         yield
         return
-    with os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace") as file:
+    with _closing(os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")) as file:
         if file.readline() != head:
             logger.warning("%s is not written: the file that is there is not this program's", place)
             yield
             return
-        handler = logging.StreamHandler(file)
+        handler = _LogFile(file, place)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
         logger.addHandler(handler)
         try:
@@ -113,6 +114,33 @@ def logging_to(path: Path) -> Iterator[None]:
             raise
         finally:
             logger.removeHandler(handler)
+
+
+class _LogFile(logging.StreamHandler):
+    """Gives up, with one warning, where the disk is full: the run has more to lose than its log."""
+
+    def __init__(self, file: TextIO, place: Path) -> None:
+        super().__init__(file)
+        self.place = place
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Called by logging inside of the `except`."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        logger.removeHandler(self)
+        logger.warning("%s is no longer written: %s", self.place, error.strerror)
+
+
+@contextmanager
+def _closing(file: TextIO) -> Iterator[TextIO]:
+    """Close a file whose last lines may have no room."""
+    try:
+        yield file
+    finally:
+        with suppress(OSError):
+            file.close()
 
 
 def _format_of(path: Path) -> object:
