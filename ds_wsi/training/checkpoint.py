@@ -110,8 +110,7 @@ def save_checkpoint(
             waited = time.perf_counter() - began
             others = range(1, accelerator.num_processes)
             patience = partial(Patience, timeout_s, saver.ending)
-            words = "beside training" if saver.beside else "before it goes on"
-            how = _How(scope, temporary, final, contents, keep, waited, words)
+            how = _How(scope, temporary, final, contents, keep, waited, saver.beside)
             job = partial(_write_all, how, others, patience)
         else:
             job = partial(_write_part, temporary, accelerator.process_index, contents.own)
@@ -131,7 +130,7 @@ class _How:
     contents: Contents
     keep: int
     waited_s: float
-    words: str
+    beside: bool
 
 
 def _write_all(how: _How, others: range, patience: Callable[[], Patience]) -> None:
@@ -153,10 +152,12 @@ def _write_all(how: _How, others: range, patience: Callable[[], Patience]) -> No
         whole = [path for path in list_checkpoints(final.parent) if (path / FILE_LIST).is_file()]
         for old in whole[how.keep :]:
             remove_checkpoint(old)
-    logger.info(
-        "checkpoint: %s (waited %.2f s, written in %.2f s %s)",
-        *(final, how.waited_s, time.perf_counter() - began, how.words),
-    )
+    seconds = time.perf_counter() - began
+    if how.beside:
+        words = f"waited {how.waited_s:.2f} s, written in {seconds:.2f} s beside training"
+    else:
+        words = f"waited {how.waited_s + seconds:.2f} s until it was written"
+    logger.info("checkpoint: %s (%s)", final, words)
 
 
 def _write_part(temporary: Path, rank: int, own: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -159,10 +159,16 @@ def gone_on(cases, folder):
 
 
 def distance(one, other):
+    """The largest difference over a tensor's largest entry, and the tensor's name."""
     assert one.keys() == other.keys(), one.keys() ^ other.keys()
-    return max(
-        ((one[name] - other[name]).abs().max() / other[name].abs().max().clamp_min(1e-3)).item() for name in other
-    )
+    found = {
+        name: ((one[name] - other[name]).abs().max() / other[name].abs().max().clamp_min(1e-3)).item()
+        for name in other
+        # A shift of all attention scores changes nothing: its gradient is rounding, which Adam makes steps of.
+        if not name.endswith("attention_w.bias")
+    }
+    worst = max(found, key=found.__getitem__)
+    return found[worst], worst
 
 
 CASES = [
@@ -204,7 +210,7 @@ def test_two_one_and_four_ranks_under_every_engine(two, folder):
     for name, state in ends.items():
         whole = two[name.split()[0]]["whole"]
         limit = EXACT64 if "float64" in name else EXACT32
-        assert distance(state, whole) < limit, (name, distance(state, whole))
+        assert distance(state, whole) < (limit,), (name, distance(state, whole))
 
 
 # --- whole runs of the main job ---
@@ -351,8 +357,10 @@ def test_runs_go_on_with_one_and_with_four_processes(whole_runs, cohort):
     assert isinstance(ends.pop("hook-4"), dict), "the mean of two residuals is four's: other messages, the same debt"
     for name, state in ends.items():
         assert isinstance(state, dict), (name, state)
-        assert distance(state, whole_runs[name.split("-")[0]]) < EXACT32, (name, state)
+        far = distance(state, whole_runs[name.split("-")[0]])
+        assert far < (EXACT32,), (name, far)
     for name, state in alone.items():
         if name not in ("few", "hook-1"):
-            assert distance(state, whole_runs[name.split("-")[0]]) < EXACT32, (name, state)
+            far = distance(state, whole_runs[name.split("-")[0]])
+            assert far < (EXACT32,), (name, far)
     assert not marker.exists()
