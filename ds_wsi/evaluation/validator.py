@@ -142,7 +142,7 @@ class Validator:
         Raises:
             ReadFailureError, SlideError: as `predict_slides` does.
             WorkerError: a process that reads tiles for it died, or does not come to an end.
-        ValidatorError: another failure of the process, its death, or that it is stopped; names it.
+            ValidatorError: another failure of the process, its death, or that it is stopped; names it.
         """
         assert self._epoch is not None, "nothing was submitted"
         went_on = time.monotonic()
