@@ -23,15 +23,19 @@ from safetensors.torch import load_file
 from ds_wsi.bags.bag import FailureLog, ReadFailureError, ReadPolicy
 from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.bags.workers import WorkerError
 from ds_wsi.evaluation.norm_choice import NormChoice, NormPlan, choose_norms
 from ds_wsi.models import ModelConfig, build_model
 from ds_wsi.runtime.log import setup_logging
+from ds_wsi.runtime.processes import is_stopped, state_of
 from ds_wsi.slides.slide import SlideError
 from ds_wsi.slides.tiling import TileGrid
 
 CONTEXT: Any = multiprocessing.get_context("spawn")  # a fork would inherit CUDA's and torch's threads, broken
 # Raised as they are: they name the slide and the remedy.
-_OF_SLIDES: dict[str, type[Exception]] = {error.__name__: error for error in (ReadFailureError, SlideError)}
+_OF_SLIDES: dict[str, type[Exception]] = {
+    error.__name__: error for error in (ReadFailureError, SlideError, WorkerError)
+}
 _PARENT_CHECK_S = _LOOK_S = 1.0
 _FAREWELL_S = 10.0
 _HINT = (
@@ -98,7 +102,7 @@ class Validator:
 
     def __init__(self, work: ValidationWork) -> None:
         require_device(work.device, "--validation_device")
-        self._device = work.device
+        self._device, self._timeout_s = work.device, work.policy.timeout_s
         self._connection, theirs = CONTEXT.Pipe()
         arguments = (work, theirs, _Caller(os.getpid(), multiprocessing.get_start_method(), torch.get_num_threads()))
         # Not a daemon: those may not have readers.
@@ -137,13 +141,19 @@ class Validator:
 
         Raises:
             ReadFailureError, SlideError: as `predict_slides` does.
-            ValidatorError: another failure of the process, or its death; names it.
+            WorkerError: a process that reads tiles for it died, or does not come to an end.
+            ValidatorError: another failure of the process, its death, or that it is stopped; names it.
         """
         assert self._epoch is not None, "nothing was submitted"
+        went_on = time.monotonic()
         while self._result is None:
             if unless():
                 return None
             self._receive(timeout_s=_LOOK_S)
+            if not is_stopped(state_of(self.pid)):
+                went_on = time.monotonic()
+            elif 0 < self._timeout_s <= time.monotonic() - went_on:
+                self._raise_stop()
         result, self._result, self._epoch = self._result, None, None
         return result
 
@@ -177,6 +187,13 @@ class Validator:
         raise ValidatorError(
             f"the validation of epoch {self._epoch} beside training must succeed, got {failure.kind}: "
             f"{failure.message} (process {self.pid} on {self._device}). {_HINT}\n{failure.where}"
+        )
+
+    def _raise_stop(self) -> NoReturn:
+        raise ValidatorError(
+            f"the process that validates beside training must go on, got one that is stopped (SIGSTOP, or a debugger) "
+            f"for {self._timeout_s:g} s (process {self.pid} on {self._device}, validating epoch {self._epoch}). HINT: "
+            "let it go on (kill -CONT), and resume the run; --read_timeout sets the limit, 0 none."
         )
 
     def _raise_death(self) -> NoReturn:

@@ -85,8 +85,9 @@ def _error(folder: Path, number: int, needed: str) -> DiskFullError:
             left += " (and no room for another file's name)"
     return DiskFullError(
         number,
-        f"{folder} must have room for what is written, got {_NUMBERS[number]}: {needed} needed{left}. HINT: free space "
-        "there, or name another folder; what was there before is whole, and the same command goes on.",
+        f"{folder} must have room for what is written, got {_NUMBERS[number]} ({os.strerror(number)}): {needed} "
+        f"needed{left}. HINT: free space there, or name another folder; what was there before is whole, and the same "
+        "command goes on.",
     )
 
 

@@ -39,11 +39,12 @@ def temporary_folder(parent: Path, n_bytes: int | None = None) -> Iterator[Path]
         OSError: `parent` is missing, or cannot be written to.
     """
     folder = parent / f".ds_wsi-{secrets.token_hex(16)}.tmp"
+    with naming_full_disk(parent, n_bytes):
+        folder.mkdir()
     record = None
     try:
         # Inside: what was written, and what is free, is looked at before the folder is removed.
         with naming_full_disk(parent, n_bytes, written=folder):
-            folder.mkdir()
             record = _sign(folder)
             yield folder
     finally:

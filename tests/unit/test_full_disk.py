@@ -130,7 +130,7 @@ def test_every_writer_on_a_full_disk(tmp_path):
     said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert {*said} == {"weights", "features", "text", "hdf5", "torch", "arrow", "picture"}
     for name, words in said.items():
-        assert words.startswith(f"{tmp_path} must have room for what is written, got a full disk: "), (name, words)
+        assert words.startswith(f"{tmp_path} must have room for what is written, got a full disk ("), (name, words)
     assert "8.0 MiB needed" in said["weights"]
     assert "24.0 MiB needed" in said["features"]
 

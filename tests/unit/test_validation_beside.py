@@ -267,6 +267,15 @@ def test_tiles_that_could_not_be_read_are_told(work, forked, between, monkeypatc
     assert "torn" in next(iter(failures.values()))
 
 
+def test_a_process_that_is_stopped_is_not_waited_for_for_ever(work, forked, monkeypatch, tmp_path):
+    def stops(*_):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    monkeypatch.setattr(validator, "_validate", stops)
+    work = replace(work, policy=ReadPolicy(workers=0, timeout_s=2.0))
+    require_failure(work, tmp_path / "none", ValidatorError, r"got one that is stopped \(SIGSTOP.* for 2 s .*epoch 3")
+
+
 def test_a_process_whose_trainer_is_killed_ends(work, forked, monkeypatch, tmp_path):
     monkeypatch.setattr(validator, "_validate", lambda *_: time.sleep(PATIENCE_S))
 
