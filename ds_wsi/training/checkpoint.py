@@ -200,7 +200,7 @@ def remove_checkpoint(directory: Path) -> None:
     """
     try:
         listed = json.loads((directory / FILE_LIST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         listed = None
     names = {*listed, FILE_LIST} if isinstance(listed, dict) else set()
     for folder, _, files in os.walk(directory, topdown=False):
@@ -253,6 +253,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             "run code when they are read, and are not opened. HINT: end that run with the version that began it, or "
             "start again with another --output_dir."
         )
+    parts = ("progress", "fingerprint", "time", "facts")
+    missing = [name for name in parts if not isinstance(state.get(name), dict)]
+    if missing:
+        raise ValueError(f"{STATE} of {checkpoint} must hold {', '.join(parts)}, got none of {', '.join(missing)}")
     return state
 
 
@@ -308,7 +312,7 @@ def verify(directory: Path) -> str | None:
         return f"{FILE_LIST} is missing"
     try:
         listed = json.loads((directory / FILE_LIST).read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"{FILE_LIST} is not JSON"
     # A damaged list can still be JSON.
     entries = listed.values() if isinstance(listed, dict) else ()
