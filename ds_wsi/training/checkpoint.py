@@ -159,6 +159,10 @@ def _write_all(how: _How, others: range, patience: Callable[[], Patience]) -> No
 
 def _write_part(temporary: Path, rank: int, own: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Another process's side: its files, and last a file that lists them."""
+    if not temporary.is_dir():
+        # Its failure stops the run; or it waits, and tells what --output_dir must be.
+        logger.warning("%s is gone: the main process failed, or its --output_dir is another disk's", temporary)
+        return
     try:
         known = {name: write_tensors(temporary / name, tensors) for name, tensors in own.items()}
         answer: dict[str, Any] = {"files": {name: written._asdict() for name, written in known.items()}}

@@ -22,7 +22,7 @@ from ds_wsi.runtime.files import link_or_copy
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.tensor_file import open_tensors
 from ds_wsi.training.checkpoint import FORMAT, PENDING_WEIGHTS, Contents, read_state, save_checkpoint
-from ds_wsi.training.norm_plan import saving_changes_nothing
+from ds_wsi.training.norm_plan import has_moving_norms
 from ds_wsi.training.random_state import file_name, put_random, take_random
 from ds_wsi.training.run import Progress, Run
 from ds_wsi.training.same_run import fingerprint, require_same
@@ -79,7 +79,7 @@ def _load(run: Run, checkpoint: Path, facts: dict[str, Any], then: int) -> None:
             put_random(generators, run.device)
         return
     logger.info("saved by %d processes, gone on with by %d: the same steps, but for the order of sums", then, now)
-    if not saving_changes_nothing(run):
+    if has_moving_norms(run) and run.config.norm_training != "step":
         logger.warning(
             "BatchNorm's running statistics are tracked by each process, of the slides it saw: with another number of "
             "processes they differ from an uninterrupted run's. HINT: --norm_training frozen or step."
