@@ -26,6 +26,7 @@ from ds_wsi.runtime.tensor_file import TensorFile
 
 NUMBERS = "numbers"
 MASTER = "master"
+COUNTS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
 # What must be as it was, or the steps would be another optimizer's. The rate and the decay are set at each step.
 COMPARED = ("eps", "amsgrad", "momentum", "dampening", "nesterov", "maximize", "betas")
 
@@ -111,11 +112,11 @@ def put_state(
         put_zero12(module, zero, inner, states, by_name)
     scaler = _scaler(accelerator)
     if scaler is not None and facts["loss_scale"]:
-        scaler.load_state_dict(facts["loss_scale"])
+        _put_scale(scaler, facts["loss_scale"])
     engine = _engine(accelerator)
     if engine is not None:
-        for name, value in (facts["engine"] or {}).items():
-            setattr(engine, name, int(value))
+        for name in COUNTS:
+            setattr(engine, name, int((facts["engine"] or {}).get(name, getattr(engine, name))))
 
 
 def inner_optimizer(optimizer: Any) -> Any:
@@ -297,12 +298,18 @@ def _require_optimizer(ours: dict[str, Any], theirs: dict[str, Any], *, betas_mo
 
 def _facts(accelerator: Accelerator, inner: Any) -> dict[str, Any]:
     scaler, engine = _scaler(accelerator), _engine(accelerator)
-    counts = ("global_steps", "global_samples", "skipped_steps")
     return {
         "optimizer": describe_optimizer(inner),
-        "loss_scale": None if scaler is None else {name: float(value) for name, value in scaler.state_dict().items()},
-        "engine": None if engine is None else {name: int(getattr(engine, name)) for name in counts},
+        "loss_scale": None if scaler is None else dict(scaler.state_dict()),  # numbers
+        "engine": None if engine is None else {name: int(getattr(engine, name)) for name in COUNTS},
     }
+
+
+def _put_scale(scaler: Any, saved: dict[str, Any]) -> None:
+    own = scaler.state_dict()
+    if own.keys() != saved.keys() or any(type(saved[name]) is not type(value) for name, value in own.items()):
+        raise ValueError(f"a loss scale must be {own}, with other numbers, got {saved}. HINT: another checkpoint.")
+    scaler.load_state_dict(saved)
 
 
 def _engine(accelerator: Accelerator) -> Any:

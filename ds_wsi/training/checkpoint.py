@@ -162,6 +162,10 @@ def _write_all(how: _How, others: range, patience: Callable[[], Patience]) -> No
 
 def _write_part(temporary: Path, rank: int, own: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Another process's side: its files, and last a file that lists them."""
+    if not temporary.is_dir():
+        # Its failure stops the run; or it waits, and tells what --output_dir must be.
+        logger.warning("%s is gone: the main process failed, or its --output_dir is another disk's", temporary)
+        return
     try:
         with naming_full_disk(temporary.parent.parent):
             known = {name: write_tensors(temporary / name, tensors) for name, tensors in own.items()}
@@ -204,7 +208,7 @@ def remove_checkpoint(directory: Path) -> None:
     """
     try:
         listed = json.loads((directory / FILE_LIST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         listed = None
     names = {*listed, FILE_LIST} if isinstance(listed, dict) else set()
     for folder, _, files in os.walk(directory, topdown=False):
@@ -257,6 +261,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             "run code when they are read, and are not opened. HINT: end that run with the version that began it, or "
             "start again with another --output_dir."
         )
+    parts = ("progress", "fingerprint", "time", "facts")
+    missing = [name for name in parts if not isinstance(state.get(name), dict)]
+    if missing:
+        raise ValueError(f"{STATE} of {checkpoint} must hold {', '.join(parts)}, got none of {', '.join(missing)}")
     return state
 
 
@@ -312,7 +320,7 @@ def verify(directory: Path) -> str | None:
         return f"{FILE_LIST} is missing"
     try:
         listed = json.loads((directory / FILE_LIST).read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"{FILE_LIST} is not JSON"
     # A damaged list can still be JSON.
     entries = listed.values() if isinstance(listed, dict) else ()

@@ -45,20 +45,20 @@ def resume(run: Run) -> None:
         return
     require_same(ours, checkpoint)  # before the engine reads its own files
     state = read_state(checkpoint)
-    try:
-        progress = Progress(**{place.name: state["progress"][place.name] for place in fields(Progress)})
-        facts, spent, then = state["facts"], state["time"], int(state["processes"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"state.json of {checkpoint} must tell where the run stands, got one without {error}. "
-            "HINT: an earlier checkpoint."
-        ) from error
-    if progress.pending:
+    if state["progress"].get("pending"):
         with open_tensors(checkpoint / PENDING_WEIGHTS):
             pass  # the validation that reads it would not say what is wrong with it
+    try:
+        run.progress = Progress(**{place.name: state["progress"][place.name] for place in fields(Progress)})
+        run.seconds_before, run.starts = float(state["time"]["seconds"]), int(state["time"]["starts"]) + 1
+        then, facts = int(state["processes"]), {"average_steps": 0} | state["facts"]
+        facts = {name: facts[name] for name in ("optimizer", "loss_scale", "engine", "average_steps")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"state.json of {checkpoint} must tell where the run stands, got {type(error).__name__}: {error}. "
+            "HINT: an earlier checkpoint."
+        ) from error
     _load(run, checkpoint, facts, then)
-    run.progress = progress
-    run.seconds_before, run.starts = spent["seconds"], spent["starts"] + 1
     if run.progress.pending and run.accelerator.is_main_process:
         link_or_copy(checkpoint / PENDING_WEIGHTS, run.output_dir / PENDING_WEIGHTS)
     run.accelerator.wait_for_everyone()
@@ -86,7 +86,7 @@ def _load(run: Run, checkpoint: Path, facts: dict[str, Any], then: int) -> None:
                 own_statistics.load(accelerator, run.module, statistics)
         return
     logger.info("saved by %d processes, gone on with by %d: the same steps, but for the order of sums", then, now)
-    if tracked_buffers(accelerator, run.module) and has_moving_norms(run):
+    if has_moving_norms(run) and run.config.norm_training != "step":
         logger.warning(
             "BatchNorm's running statistics are tracked by each process, of the slides it saw: with another number of "
             "processes they differ from an uninterrupted run's. HINT: --norm_training frozen or step."

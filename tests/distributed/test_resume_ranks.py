@@ -4,6 +4,7 @@ Each launch takes many cases. Data are of the step, dealt over the ranks, so tha
 steps but for the order of sums.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -36,14 +37,14 @@ def batch_of(number, dtype):
 
 
 class Trainer:
-    """AdamW, clipped, under an engine of the main job; `optimizer` other than that is a DeepSpeed JSON's."""
+    """AdamW, clipped, under an engine of the main job; "zero3-cpu" has its optimizer's states on the host."""
 
     def __init__(self, engine, dtype=torch.float32, kind="AdamW"):
         from ds_wsi.engines.accelerate import EngineSettings, build_accelerator, prepare
         from ds_wsi.engines.scope import forget_engine
 
         forget_engine()
-        stage = int(engine[-1]) if engine.startswith("zero") else None
+        stage = int(engine[4]) if engine.startswith("zero") else None
         params = {"lr": "auto", "weight_decay": "auto"} | ({"torch_adam": True} if kind != "SGD" else {})
         config = {
             "train_micro_batch_size_per_gpu": "auto",
@@ -51,7 +52,12 @@ class Trainer:
             "optimizer": {"type": kind, "params": params},
             "zero_optimization": {"stage": stage, "reduce_bucket_size": 300, "stage3_param_persistence_threshold": 40},
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
         }
+        if engine.endswith("cpu"):
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        if engine == "zero3-cpu":
+            config["zero_optimization"]["offload_param"] = {"device": "cpu"}
         settings = EngineSettings(1e-2, 0.01, 0.5, kind.lower(), 1, 1, fsdp=engine == "fsdp2")
         self.accelerator = build_accelerator(settings, Path("unused"), None if stage is None else config)
         self.module, self.dtype = make_model(dtype), dtype
@@ -96,8 +102,6 @@ class Trainer:
             )
 
     def load(self, checkpoint):
-        import json
-
         from ds_wsi.engines.full_state import put_state
         from ds_wsi.runtime.tensor_file import open_tensors
 
@@ -110,7 +114,7 @@ class Trainer:
 
 
 def case_name(engine, dtype, world):
-    return f"{engine}-{str(dtype)[6:]}-{world}"
+    return f"{engine}-{str(dtype)[6:]}-{world}"  # zero1-float32-2
 
 
 def first_runs(cases, folder):
@@ -176,6 +180,8 @@ CASES = [
     ("ddp", torch.float64, "AdamW"),
     ("fsdp2", torch.float64, "AdamW"),
     ("zero2", torch.float32, "SGD"),
+    ("zero1-cpu", torch.float32, "AdamW"),
+    ("zero3-cpu", torch.float32, "AdamW"),
 ]
 
 
@@ -203,7 +209,7 @@ def test_two_one_and_four_ranks_under_every_engine(two, folder):
         alone = {"fsdp2": "ddp"}.get(engine, engine)  # FSDP2 has nothing to share with nobody
         one.append((alone, dtype, kind, f"{source}/checkpoint-2", 2, 4, f"{source}-1"))
         four.append((engine, dtype, kind, f"{source}-1/checkpoint-4", 4, STEPS, f"{source} itself"))
-        if dtype == torch.float32 and kind == "AdamW":
+        if engine in ENGINES and dtype == torch.float32 and kind == "AdamW":
             four.append((others[engine], dtype, kind, f"{source}/checkpoint-3", 3, STEPS, f"{source} {others[engine]}"))
     run_ranks(gone_on, 1, one, folder)
     ends = run_ranks(gone_on, 4, four, folder)[0]
@@ -305,6 +311,7 @@ class Runs:
         return os.system, (f"touch '{self.marker}'",)
 
 
+DMGC = {"policies": {"compression": CommPolicy(hook="dmgc", keep=0.1)}}
 HOOK = {"policies": {"compression": CommPolicy(hook="topk", keep=0.1)}}
 RUNS = ("ddp", "fsdp2", "zero0", "zero2", "zero3")
 
@@ -322,17 +329,32 @@ def whole_runs(cohort):
     cases = [(engine, engine, None) for engine in RUNS]
     cases += [(engine, f"{engine} again", f"{engine}/checkpoint-3") for engine in RUNS]
     cases += [("ddp", "hook", None, HOOK), ("ddp", "hook again", "hook/checkpoint-3", HOOK)]
+    cases += [("zero1", "pull", None, DMGC), ("zero1", "pull again", "pull/checkpoint-3", DMGC)]
+    cases += [("ddp", "pull-ddp", "pull/checkpoint-3", DMGC)]
     return run_ranks(train_runs, 2, cases, str(cohort))[0]
 
 
-def test_a_run_goes_on_bit_by_bit_with_strangers_files_beside(whole_runs, cohort):
-    for name in (*RUNS, "hook"):
+def test_a_run_goes_on_bit_by_bit(whole_runs):
+    for name in (*RUNS, "hook", "pull"):
         state, again = whole_runs[name], whole_runs[f"{name} again"]
         assert isinstance(state, dict), state
         assert isinstance(again, dict), again
         assert state.keys() == again.keys()
         for key, value in state.items():
             assert torch.equal(again[key], value), (name, key)
+    assert "must be gone on with under ZeRO 1 or 2: DMGC's pull left the ranks" in whole_runs["pull-ddp"]
+
+
+def test_a_loss_scale_is_numbers_and_comes_back():
+    from ds_wsi.engines.full_state import _put_scale
+
+    one, two = (torch.amp.GradScaler("cpu", init_scale=2.0**place) for place in (5, 9))
+    for scaler in (one, two):
+        scaler.scale(torch.ones(1))
+    _put_scale(two, json.loads(json.dumps(one.state_dict())))
+    assert two.get_scale() == 32
+    with pytest.raises(ValueError, match=r"a loss scale must be .*got .*HINT"):
+        _put_scale(two, {"scale": "32"})
 
 
 def test_runs_go_on_with_one_and_with_four_processes(whole_runs, cohort):
@@ -351,9 +373,11 @@ def test_runs_go_on_with_one_and_with_four_processes(whole_runs, cohort):
     assert "Go on with two or more processes" in alone["hook-1"]
     four = [(engine, f"{engine}-4", f"{engine}-1/checkpoint-4") for engine in RUNS]
     four += [("zero3", "ddp-zero3", "ddp/checkpoint-3", {"optim": {"ema_decay": 0.0}})]
+    four += [("zero1", "pull-4", "pull/checkpoint-3", DMGC)]
     four += [("fsdp2", "zero2-fsdp2", "zero2/checkpoint-3"), ("ddp", "hook-4", "hook/checkpoint-3", HOOK)]
     ends = run_ranks(train_runs, 4, four, str(cohort))[0]
     assert "ema_decay must be the checkpoint's, 0.5" in ends.pop("ddp-zero3")
+    assert isinstance(ends.pop("pull-4"), dict)
     assert isinstance(ends.pop("hook-4"), dict), "the mean of two residuals is four's: other messages, the same debt"
     for name, state in ends.items():
         assert isinstance(state, dict), (name, state)

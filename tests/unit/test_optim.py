@@ -1,6 +1,5 @@
 """DEMON, the exponential schedule and the moving average; and that optimizers read the momentum at each step."""
 
-import copy
 import json
 import math
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ds_wsi.cli import main
+from ds_wsi.runtime.tensor_file import open_tensors, write_tensors
 from ds_wsi.training import loop
 from ds_wsi.training.optim import (
     DECAY_AN_EPOCH,
@@ -146,7 +146,7 @@ def test_an_optimizer_without_betas_is_refused():
         set_beta(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), 0.5)
 
 
-def test_the_average_is_the_weighted_sum_of_all_weights():
+def test_the_average_is_the_weighted_sum_of_all_weights(tmp_path):
     module = nn.Linear(3, 2)
     module.bias.requires_grad_(False)
     average = WeightAverage(module, decay=0.5)
@@ -160,8 +160,18 @@ def test_the_average_is_the_weighted_sum_of_all_weights():
     assert set(average.weights()) == {"weight"}
     torch.testing.assert_close(average.weights()["weight"], wanted)
     again = WeightAverage(nn.Linear(3, 2).requires_grad_(True), decay=0.5)
-    state = average.state_dict() | {"averages": average.weights() | {"bias": torch.ones(2)}}
-    again.load_state_dict(copy.deepcopy(state))
+    write_tensors(tmp_path / "one", average.weights())
+    write_tensors(tmp_path / "two", average.weights() | {"bias": torch.ones(2)})
+    write_tensors(tmp_path / "broad", {"weight": torch.ones(1, 3), "bias": torch.ones(2)})
+    with pytest.raises(ValueError, match="of another model"), open_tensors(tmp_path / "one") as file:
+        again.load(file, 19)
+    with (
+        pytest.raises(ValueError, match=r"weight of .* must have the shape \(2, 3\)"),
+        open_tensors(tmp_path / "broad") as file,
+    ):
+        again.load(file, 19)
+    with open_tensors(tmp_path / "two") as file:
+        again.load(file, 19)
     assert again.steps == 19
     torch.testing.assert_close(again.weights()["weight"], wanted)
 

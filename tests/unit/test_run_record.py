@@ -80,11 +80,8 @@ def test_encoders_of_one_architecture_are_told_apart():
 def fingerprint_of(settings):
     slide = SlideEntry("s", Path("s.svs"), 0, "p", "train")
     cohort = Cohort(Manifest((slide,), ("a", "b")), (FeatureFile("s", Path("s.pt"), 5, 4, 80, 0),))
-    layout = {"world_size": 1, "bags_per_rank": 1, "accumulation": 1}
-    engine = SimpleNamespace(is_fsdp2=False)
-    parts = {"settings": settings, "config": CONFIG, "cohort": cohort, "epoch_layout": layout, "comm": None}
-    parts["made_of"] = None
-    return fingerprint(SimpleNamespace(**parts, accelerator=engine))
+    parts = {"settings": settings, "config": CONFIG, "cohort": cohort, "comm": None, "made_of": None}
+    return fingerprint(SimpleNamespace(**parts, mesh=SimpleNamespace(slide_size=1)))
 
 
 def test_a_resumed_run_must_share_every_setting_that_decides_its_weights():
