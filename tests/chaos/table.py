@@ -1,0 +1,82 @@
+"""The campaign's results as tables."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .case import FELL, HELD, NOT_RUN, WAYS, Outcome
+from .cases import CASES
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a file of results."""
+
+    fault: str
+    engine: str
+    ranks: int
+    at: str
+    rank: int | None
+    outcome: Outcome
+    commit: str
+
+    @property
+    def key(self) -> str:
+        """Of the case."""
+        hit = "" if self.rank is None else f" of rank {self.rank}"
+        return f"{self.fault}/{self.engine}-{self.ranks}/{self.at}{hit}"
+
+
+def read_results(path: Path) -> dict[str, Line]:
+    """The last line of each case, by its key; none where there is no file."""
+    found: dict[str, Line] = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        row = json.loads(text)
+        line = Line(**{**row, "outcome": Outcome(**row["outcome"])})
+        found[line.key] = line
+    return found
+
+
+def write_line(path: Path, line: Line) -> None:
+    """Append one."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(line)) + "\n")
+
+
+def markdown(lines: Iterable[Line], *, each: bool = True) -> str:
+    """Totals by fault and by way of falling; then a row a case; and what was not run.
+
+    Args:
+        lines: to tell.
+        each: False leaves out the cases that held.
+    """
+    lines = list(lines)
+    parts = [f"Commit {', '.join(sorted({line.commit for line in lines}))}: {len(lines)} cases.", _totals(lines)]
+    shown = [line for line in lines if each or line.outcome.status != HELD]
+    if shown:
+        head = "| fault | engine | ranks | moment | outcome | seconds | in words |\n|---|---|---|---|---|---|---|"
+        parts.append("\n".join([head, *map(_row, shown)]))
+    known = {line.key for line in lines}
+    missing = [case.key for case in CASES if case.key not in known]
+    if missing:
+        parts.append(f"Of {len(CASES)} cases {len(missing)} were not tried yet.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _totals(lines: list[Line]) -> str:
+    rows = [f"| fault | cases | held | not run | {' | '.join(WAYS)} |", f"|---|---|---|---|{'---|' * len(WAYS)}"]
+    groups = {fault: [line for line in lines if line.fault == fault] for fault in {line.fault: 0 for line in lines}}
+    for name, some in [*groups.items(), ("all", lines)]:
+        counts = [sum(line.outcome.status == status for line in some) for status in (HELD, NOT_RUN)]
+        ways = [sum(way in line.outcome.ways for line in some) for way in WAYS]
+        rows.append(f"| {name} | {len(some)} | {' | '.join(map(str, [*counts, *ways]))} |")
+    return "\n".join(rows)
+
+
+def _row(line: Line) -> str:
+    at = line.at if line.rank is None else f"{line.at}, rank {line.rank}"
+    found = line.outcome
+    words = found.status if found.status != FELL else ", ".join(found.ways)
+    detail = found.detail.replace("|", "\\|").replace("\n", " ")[:300]
+    return f"| {line.fault} | {line.engine} | {line.ranks} | {at} | {words} | {found.seconds:.0f} | {detail} |"
