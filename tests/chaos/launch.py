@@ -137,6 +137,9 @@ def fork(function: Callable[[], int], log: Path) -> int:
     if pid:
         return pid
     code = 1
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # what started the campaign may ignore some
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
