@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from safetensors import safe_open
+
 from ds_wsi.training.checkpoint import list_checkpoints
 
 from .case import HUNG, LEFT, LOST, SILENT, Case, Moment, NotRunError, Outcome, Shot
@@ -335,14 +337,22 @@ def packing(action: str, case: Case, yard: Yard) -> Outcome:
     outcome.require(again.codes == [0], LOST, f"again: {again.codes}: {again.words[-600:]}")
     strangers.check(outcome, "the second start")
     files = [path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".safetensors", ".arrow")]
-    changed = [str(name) for name in files if not _same_bytes(yard.run / name, whole / name)]
+    changed = [str(name) for name in files if not _is_same(yard.run / name, whole / name)]
     outcome.require(files and not changed, LOST, f"not the files of a whole packing: {changed}")
     check_nothing_left(outcome, yard.run)
     return outcome
 
 
-def _same_bytes(one: Path, other: Path) -> bool:
-    return one.is_file() and one.read_bytes() == other.read_bytes()
+def _is_same(one: Path, other: Path) -> bool:
+    if not one.is_file() or one.suffix != ".safetensors":
+        return one.is_file() and one.read_bytes() == other.read_bytes()
+    return _content(one) == _content(other)
+
+
+def _content(path: Path) -> tuple[object, ...]:
+    """Of a file of tensors, whose header has no order."""
+    with safe_open(path, "np") as file:
+        return dict(file.metadata() or {}), {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
 
 
 def _must_end(words: Sequence[str], yard: Yard) -> None:
