@@ -219,6 +219,32 @@ def test_two_one_and_four_ranks_under_every_engine(two, folder):
         assert distance(state, whole) < (limit,), (name, distance(state, whole))
 
 
+def failing(folder):
+    """What each rank says where the second one's disk is full."""
+    from ds_wsi.training import checkpoint
+
+    trainer = Trainer("ddp")
+
+    def full(path, tensors):
+        raise OSError(28, "No space left on device", str(path))
+
+    if trainer.accelerator.process_index == 1:
+        checkpoint.write_tensors = full
+    try:
+        trainer.save(folder, 1)
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error} {error.__notes__}"
+    return "nothing was raised"
+
+
+def test_a_full_disk_of_one_rank_is_told_by_both(tmp_path):
+    first, second = run_ranks(failing, 2, str(tmp_path))
+    assert "RuntimeError: rank 1 could not write its part of checkpoint-1: OSError: [Errno 28] No space" in first
+    assert "No space left on device" in second
+    assert "checkpoint-1" in second
+    assert not list(tmp_path.iterdir()), "nothing half-written is left"
+
+
 # --- whole runs of the main job ---
 
 
