@@ -10,7 +10,6 @@ file by `write`, which fails with an error where memory is short; a mapped page 
 with the process that started them, by SIGKILL, which a stopped process obeys too.
 """
 
-import ctypes
 import errno
 import mmap
 import multiprocessing
@@ -36,7 +35,7 @@ from torch import Tensor
 from torch._utils import ExceptionWrapper
 
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.processes import is_stopped, state_of, state_words
+from ds_wsi.runtime.processes import end_with_parent, is_stopped, state_of, state_words
 from ds_wsi.slides.errors import SlideError
 
 LOOK_S = 1.0  # between looks at whether the other side lives
@@ -44,7 +43,6 @@ JOIN_S = 5.0  # that a killed process may take to go; one that waits for a dead 
 _LENGTH = struct.Struct("<Q")
 _PLACE = struct.Struct("<q")
 _CONTEXT = multiprocessing.get_context("fork")  # the cohort's grids come without a copy
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -316,8 +314,7 @@ def _tell_transport() -> None:
 def _work(theirs: socket.socket, job: Job, place: mmap.mmap, number: int, parent: int, dies_along: bool) -> None:
     """The worker: answers until its parent is gone."""
     if dies_along:  # stopped, or in a read that does not come back, it would outlive one that is killed
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        end_with_parent()
     for ignored in _IGNORED:
         signal.signal(ignored, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -27,7 +27,7 @@ from ds_wsi.bags.workers import WorkerError
 from ds_wsi.evaluation.norm_choice import NormChoice, NormPlan, choose_norms
 from ds_wsi.models import ModelConfig, build_model
 from ds_wsi.runtime.log import setup_logging
-from ds_wsi.runtime.processes import is_stopped, state_of
+from ds_wsi.runtime.processes import end_with_parent, is_stopped, state_of
 from ds_wsi.slides.slide import SlideError
 from ds_wsi.slides.tiling import TileGrid
 
@@ -80,6 +80,7 @@ class _Caller(NamedTuple):
     pid: int
     start_method: str
     threads: int
+    dies_along: bool  # the thread that starts the process lives as long as the caller
 
 
 class _Failure(NamedTuple):
@@ -104,7 +105,9 @@ class Validator:
         require_device(work.device, "--validation_device")
         self._device, self._timeout_s = work.device, work.policy.timeout_s
         self._connection, theirs = CONTEXT.Pipe()
-        arguments = (work, theirs, _Caller(os.getpid(), multiprocessing.get_start_method(), torch.get_num_threads()))
+        in_main = threading.current_thread() is threading.main_thread()
+        caller = _Caller(os.getpid(), multiprocessing.get_start_method(), torch.get_num_threads(), in_main)
+        arguments = (work, theirs, caller)
         # Not a daemon: those may not have readers.
         self._process = CONTEXT.Process(target=_serve, args=arguments, name="ds_wsi-validator", daemon=False)
         self._process.start()
@@ -239,6 +242,8 @@ def require_device(name: str, option: str) -> torch.device:
 
 def _serve(work: ValidationWork, requests: Any, caller: _Caller) -> None:
     os.setsid()
+    if caller.dies_along:  # the thread below does not run while the process is stopped
+        end_with_parent()
     threading.Thread(target=_end_with, args=(caller.pid,), daemon=True).start()
     setup_logging()
     # A spawned process would spawn its readers, for seconds an epoch.

@@ -1,9 +1,12 @@
 """What another process of this machine does, as Linux tells it."""
 
+import ctypes
+import signal
 from contextlib import suppress
 from pathlib import Path
 
 GONE = "?"
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _WORDS = {
     "T": "it is stopped (SIGSTOP, or a debugger)",
     "t": "it is stopped (a debugger)",
@@ -43,3 +46,9 @@ def is_stopped(state: str) -> bool:
 def state_words(state: str) -> str:
     """A state in words, after "got none: "."""
     return _WORDS.get(state, "it is gone" if state == GONE else "it lives")
+
+
+def end_with_parent() -> None:
+    """Have Linux kill this process when the thread that started it ends: stopped, too, or in a read that never ends."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)

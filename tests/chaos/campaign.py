@@ -1,7 +1,7 @@
 """The campaign's command: each case in a process of its own; a second run goes on with its lines of results.
 
 python -m tests.chaos.campaign [--only PATTERN] [--sample] [--timeout 240] [--minutes 60]
-python -m tests.chaos.campaign --table        # the table of the results there are
+python -m tests.chaos.campaign --table        # the table of the results there are; --page writes it to docs/stops.md
 """
 
 import os
@@ -31,7 +31,7 @@ from .case import FELL, LOST, NOT_RUN, Case, NotRunError, Outcome
 from .cases import CASES
 from .drills import DRILLS
 from .launch import adopt_orphans, fork, start, wait
-from .table import Line, markdown, read_results, write_line
+from .table import Line, markdown, read_results, write_line, write_table
 from .yard import DROPOUT, Yard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,9 +146,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--again", default="", help="try these outcomes anew: fell,not run; or all")
     parser.add_argument("--table", action="store_true", help="print the table and try nothing")
+    parser.add_argument("--page", action="store_true", help="write docs/stops.md's table and try nothing")
     arguments = parser.parse_args(words)
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    if not arguments.table:
+    if not (arguments.table or arguments.page):
         pattern = arguments.only if any(sign in arguments.only for sign in "*?[") else f"*{arguments.only}*"
         cases = [case for case in CASES if fnmatch.fnmatchcase(case.key, pattern)]
         cases = [case for case in cases if case.sample or not arguments.sample]
@@ -159,6 +160,8 @@ def main(words: list[str] | None = None) -> int:
         done = {key for key, line in results.items() if "all" not in again and line.outcome.status not in again}
         cases = [case for case in cases if case.key not in done]
         campaign(cases, arguments.results, arguments.timeout, arguments.minutes)
+    if arguments.page:
+        write_table(arguments.results, ROOT / "docs" / "stops.md")
     found = read_results(arguments.results)
     sys.stdout.write(markdown(found.values()))
     return int(any(line.outcome.status == FELL for line in found.values()))

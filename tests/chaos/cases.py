@@ -68,6 +68,12 @@ def _all() -> list[Case]:
         for number in range(6)
         for place in ("first", "middle", "last")
     ]
+    moments = [Moment("grid"), Moment("grid", 3), Moment("pack"), Moment("pack", 4), Moment("packing", 2)]
+    found += [Case(fault, at=moment) for fault in ("packing killed", "packing asked to end") for moment in moments]
+    found += [Case("packing twice", at=moment) for moment in (Moment("grid"), Moment("pack", 2))]
+    moments = [Moment("step"), Moment("step", 7), Moment("step", 13), Moment("save", 1), Moment("results")]
+    found += [Case(fault, "beside", at=moment) for fault in ("kill", "SIGTERM") for moment in moments]
+    found += [Case(fault, "beside", at=Moment("step", 7)) for fault in ("validator killed", "validator stopped")]
     found += [Case("file too large", at=f"{size} bytes") for size in (1000, 4096, 20000)]
     found += [Case(fault, at=_STEP) for fault in ("exception", "segfault", "deadlock", "slow", "stopped, goes on")]
     found += [Case("exception", at=moment) for moment in (Moment("prepare"), Moment("write", 7), Moment("rename", 3))]

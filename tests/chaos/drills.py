@@ -8,7 +8,10 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from safetensors import safe_open
 
 from ds_wsi.training.checkpoint import list_checkpoints
 
@@ -80,6 +83,10 @@ HITS = {
     "worker stopped": Hit("stop worker", 2, says="reading process 0.*it is stopped", options=_WORKER),
     "worker killed": Hit("kill worker", 2, says="reading process 0.*killed by SIGKILL", options=_WORKER),
 }
+HITS |= {
+    "validator killed": Hit("kill worker", 2, says="must live as long as the run, got death by SIGKILL"),
+    "validator stopped": Hit("stop worker", 2, says="is stopped.*validating epoch", options=("--read_timeout", "4")),
+}
 _LAST = ("results", "record")  # of the main process alone: the others may have ended
 
 
@@ -125,6 +132,8 @@ def _judge(outcome: Outcome, how: Hit, case: Case, ended: Ended, rank: int | Non
         wanted = how.code if own else how.of_others
         outcome.require(code == wanted, SILENT, f"rank {number} ended with {code}, not {wanted}: {printed[-300:]}")
         says = how.says if own else how.others_say.format(rank=rank, ranks=case.ranks)
+        if how.of_all and number > 0:
+            continue  # what all ranks do together the first one tells
         outcome.require(re.search(says, printed), SILENT, f"rank {number} does not say {says!r}: {printed[-400:]}")
 
 
@@ -297,6 +306,55 @@ def flipped_store(case: Case, yard: Yard) -> Outcome:
     return outcome
 
 
+def packing(action: str, case: Case, yard: Yard) -> Outcome:
+    """Slides are tiled and packed, and a fault hits: the same command again ends with the files of a whole one."""
+    assert isinstance(case.at, Moment)
+    outcome, strangers = Outcome(), Strangers(yard.place)
+    tiles, store = yard.run / "tiles", yard.run / "store"
+    for folder in (yard.run.parent, tiles, store):
+        strangers.plant(folder)
+    words = ["tile", "--manifest", str(yard.cohort("slides") / "slides.csv"), "--tile_size_px", "64"]
+    words += ["--output_dir", str(tiles), "--store", str(store), "--workers", "2"]
+    whole = yard.root / "whole" / "packed"
+    if not whole.exists():
+        _must_end([word.replace(str(yard.run), str(whole)) for word in words], yard)
+    hold = {"CHAOS_HOLD": str(yard.place)}
+    first = start(words, "plain", 1, yard.logs, shots=(Shot(action, case.at),), variables=hold)
+    if action == "hold":
+        _await(yard.place / "held", yard.timeout_s)
+        second = start(words, "plain", 1, yard.logs)
+        time.sleep(5)  # it does the other slides meanwhile
+        (yard.place / "go").touch()
+        other = wait(second, yard.timeout_s, beside=first.pids)
+        outcome.require(other.codes == [0], LOST, f"the second ended with {other.codes}: {other.words[-600:]}")
+    ended = wait(first, yard.timeout_s)
+    outcome.codes = ended.codes
+    wanted = {"kill": -signal.SIGKILL, "hold": 0}.get(action, STOPPED)
+    outcome.require(not ended.hung, HUNG, f"killed after {ended.seconds:.0f} s: {ended.words[-300:]}")
+    outcome.require(ended.codes in ([wanted], [None]), SILENT, f"ended with {ended.codes}: {ended.words[-400:]}")
+    strangers.check(outcome, "the fault")
+    again = wait(start(words, "plain", 1, yard.logs), yard.timeout_s)
+    outcome.require(again.codes == [0], LOST, f"again: {again.codes}: {again.words[-600:]}")
+    strangers.check(outcome, "the second start")
+    files = [path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".safetensors", ".arrow")]
+    changed = [str(name) for name in files if not _is_same(yard.run / name, whole / name)]
+    outcome.require(files and not changed, LOST, f"not the files of a whole packing: {changed}")
+    check_nothing_left(outcome, yard.run)
+    return outcome
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    if not one.is_file() or one.suffix != ".safetensors":
+        return one.is_file() and one.read_bytes() == other.read_bytes()
+    return _content(one) == _content(other)
+
+
+def _content(path: Path) -> tuple[object, ...]:
+    """Of a file of tensors, whose header has no order."""
+    with safe_open(path, "np") as file:
+        return dict(file.metadata() or {}), {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+
+
 def _must_end(words: Sequence[str], yard: Yard) -> None:
     ended = wait(start(words, "plain", 1, yard.logs), yard.timeout_s)
     if ended.codes != [0]:
@@ -383,6 +441,9 @@ DRILLS: dict[str, Drill] = {
     "small /dev/shm": small_shm,
     "flipped bit of a checkpoint": flipped_checkpoint,
     "flipped bit of a store": flipped_store,
+    "packing killed": partial(packing, "kill"),
+    "packing asked to end": partial(packing, "SIGTERM"),
+    "packing twice": partial(packing, "hold"),
     "double start": double_start,
     "other ranks": other_ranks,
 }

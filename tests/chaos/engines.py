@@ -13,27 +13,29 @@ class Engine:
         options: of `ds-wsi train`.
         variables: of the environment, beside those of torchrun.
         zero: the stage of the JSON that is written for it, or None.
+        launched: by a launcher, which tells each rank its number.
     """
 
     options: tuple[str, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)
     zero: int | None = None
+    launched: bool = True
 
 
 _LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
 ENGINES = {
-    "plain": Engine(),
+    "plain": Engine(launched=False),
+    "beside": Engine(("--validate_beside",), launched=False),
     "ddp": Engine(),  # torchrun
     **{f"zero{stage}": Engine(zero=stage) for stage in range(4)},  # deepspeed
     "fsdp2": Engine(("--fsdp",)),
     # What `accelerate launch` sets: alone, and with --use_deepspeed --zero_stage 2.
-    "accelerate": Engine(variables={**_LAUNCHED, "ACCELERATE_USE_CPU": "true"}),
+    "accelerate": Engine(variables={**_LAUNCHED, "ACCELERATE_USE_CPU": "true"}, launched=False),
     "accelerate_zero2": Engine(
         variables={
             **_LAUNCHED,
             "ACCELERATE_USE_DEEPSPEED": "true",
             "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
-            "ACCELERATE_GRADIENT_CLIPPING": "1.0",
             "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
             "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
@@ -69,11 +71,9 @@ def options_of(name: str, folder: Path) -> list[str]:
 
 
 def variables_of(name: str, rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What the launcher sets for a rank; nothing for a plain process."""
-    if name == "plain":
-        return {}
+    """What the launcher sets for a rank."""
     own = ENGINES[name].variables
-    if name == "accelerate":
+    if not ENGINES[name].launched:
         return own
     local = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     return {**local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **own}

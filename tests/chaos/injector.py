@@ -27,6 +27,9 @@ PLACES = {
     "validation": ("ds_wsi.evaluation.predict", "_aggregate"),  # a slide; the test's slides come last
     "export": ("ds_wsi.training.validation", "export"),
     "results": ("ds_wsi.training.outcome", "write_results"),
+    "grid": ("ds_wsi.bags.cohort", "write_grid"),
+    "pack": ("ds_wsi.bags.packing", "pack_slide"),
+    "packing": ("ds_wsi.slides.tile_store", "_batch"),  # within a slide's file
     "record": ("ds_wsi.training.outcome", "run_record"),
 }
 SLOW_S = 8.0  # more than the silence after which a rank that does not beat is missed
@@ -53,11 +56,11 @@ def _raise() -> None:
 
 
 def _to_worker(number: int) -> None:
-    """Send a signal to the first process that reads for this one."""
+    """Send a signal to the first process that reads, or validates, for this one."""
     for child in multiprocessing.active_children():
         os.kill(child.pid or 0, number)
         return
-    raise AssertionError("there is no reading process")
+    raise AssertionError("there is no process of it")
 
 
 def hold(folder: str) -> None:

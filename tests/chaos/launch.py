@@ -7,6 +7,7 @@ Unlike torchrun, which kills the rest when a rank fails, it lets every rank come
 import atexit
 import ctypes
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -23,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from ds_wsi.engines.cpu import free_port
-from ds_wsi.runtime.processes import is_stopped, state_of
+from ds_wsi.runtime.processes import end_with_parent, is_stopped, state_of
 
 from .case import Shot
 from .engines import variables_of
@@ -118,7 +119,9 @@ def _rank(
     modules_to: Path | None,
 ) -> int:
     from ds_wsi.cli import main
+    from ds_wsi.evaluation import validator
 
+    validator.CONTEXT = multiprocessing.get_context("fork")  # spawned, it would import all anew
     os.environ.update(variables)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
@@ -137,6 +140,10 @@ def fork(function: Callable[[], int], log: Path) -> int:
     if pid:
         return pid
     code = 1
+    end_with_parent()  # a campaign that is killed leaves nothing at work
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # what started the campaign may ignore some
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)

@@ -1,4 +1,4 @@
-"""The campaign's results as tables."""
+"""The campaign's results as tables: all cases to print, and totals for docs/stops.md."""
 
 import json
 from collections.abc import Iterable
@@ -7,6 +7,9 @@ from pathlib import Path
 
 from .case import FELL, HELD, NOT_RUN, WAYS, Outcome
 from .cases import CASES
+
+BEGIN, END = "<!-- chaos: begin, written by python -m tests.chaos.campaign --page -->", "<!-- chaos: end -->"
+NEW_SECTION = "## What was tried\n"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,17 @@ def write_line(path: Path, line: Line) -> None:
         file.write(json.dumps(asdict(line)) + "\n")
 
 
+def write_table(results: Path, page: Path) -> None:
+    """Put totals, and the cases that fell, between the page's marks; at its end where it has none."""
+    text = page.read_text(encoding="utf-8")
+    table = f"{BEGIN}\n\n{markdown(read_results(results).values(), each=False)}\n{END}"
+    if BEGIN in text and END in text:
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        page.write_text(f"{before}{table}{after}", encoding="utf-8")
+    else:
+        page.write_text(f"{text.rstrip()}\n\n{NEW_SECTION}\n{table}\n", encoding="utf-8")
+
+
 def markdown(lines: Iterable[Line], *, each: bool = True) -> str:
     """Totals by fault and by way of falling; then a row a case; and what was not run.
 
@@ -52,7 +66,9 @@ def markdown(lines: Iterable[Line], *, each: bool = True) -> str:
         each: False leaves out the cases that held.
     """
     lines = list(lines)
-    parts = [f"Commit {', '.join(sorted({line.commit for line in lines}))}: {len(lines)} cases.", _totals(lines)]
+    seconds = sum(line.outcome.seconds for line in lines)
+    commits = ", ".join(sorted({line.commit for line in lines}))
+    parts = [f"Commit {commits}: {len(lines)} cases, {seconds / 60:.0f} minutes of the clock.", _totals(lines)]
     shown = [line for line in lines if each or line.outcome.status != HELD]
     if shown:
         head = "| fault | engine | ranks | moment | outcome | seconds | in words |\n|---|---|---|---|---|---|---|"

@@ -12,7 +12,7 @@ from .campaign import attempt, warm_up
 from .case import FELL, HELD, HUNG, LEFT, LOST, NOT_RUN, SILENT, STRANGER, TORN, Case, Moment, Outcome
 from .cases import ASKED_AT, CASES, KILLED_AT
 from .engines import PARALLEL
-from .table import Line, markdown, read_results, write_line
+from .table import Line, markdown, read_results, write_line, write_table
 from .yard import DROPOUT, Yard
 
 SAMPLE = [case for case in CASES if case.sample]
@@ -110,4 +110,10 @@ def test_results_are_read_again(tmp_path):
     words = markdown([*found.values(), Line("kill", "plain", 1, "step 4", None, fell, "abc")])
     assert "| all | 3 | 2 | 0 | 1 | 0 |" in words
     assert "a\\|b c" in words
+    page = tmp_path / "page.md"
+    page.write_text("# Stops\n")
+    for _ in range(2):
+        write_table(path, page)
+    assert page.read_text().startswith("# Stops\n\n## What was tried\n\n<!-- chaos: begin")
+    assert page.read_text().count("| all | 2 | 2 |") == 1
     assert f"Of {len(CASES)} cases {len(CASES) - 3} were not tried yet" in words

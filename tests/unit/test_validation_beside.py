@@ -24,6 +24,7 @@ from ds_wsi.evaluation.predict import predict_slides, prediction_metrics
 from ds_wsi.evaluation.validator import ValidationResult, ValidationWork, Validator, ValidatorError, require_device
 from ds_wsi.models import load_model
 from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.processes import is_stopped, state_of
 from ds_wsi.slides import TilingPolicy
 from ds_wsi.slides.slide import SlideError, TileReadError
 from ds_wsi.training import loop, validation
@@ -276,8 +277,11 @@ def test_a_process_that_is_stopped_is_not_waited_for_for_ever(work, forked, monk
     require_failure(work, tmp_path / "none", ValidatorError, r"got one that is stopped \(SIGSTOP.* for 2 s .*epoch 3")
 
 
-def test_a_process_whose_trainer_is_killed_ends(work, forked, monkeypatch, tmp_path):
-    monkeypatch.setattr(validator, "_validate", lambda *_: time.sleep(PATIENCE_S))
+@pytest.mark.parametrize("does", ["computes", "is stopped"])
+def test_a_process_whose_trainer_is_killed_ends(does, work, forked, monkeypatch, tmp_path):
+    stops = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
+    waits = lambda *_: time.sleep(PATIENCE_S)  # noqa: E731
+    monkeypatch.setattr(validator, "_validate", stops if does == "is stopped" else waits)
 
     def trainer():
         process = Validator(work)
@@ -289,6 +293,8 @@ def test_a_process_whose_trainer_is_killed_ends(work, forked, monkeypatch, tmp_p
     started = multiprocessing.get_context("fork").Process(target=trainer)
     started.start()
     wait_for(tmp_path / "pid")
+    while does == "is stopped" and not is_stopped(state_of(int((tmp_path / "pid").read_text()))):
+        time.sleep(0.01)
     started.kill()
     started.join()
     assert gone(int((tmp_path / "pid").read_text()))
