@@ -12,6 +12,7 @@ Dropout draws from torch's generators here, by rank and place, and is not keyed 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers.trainer_utils import seed_worker
 from ds_wsi.config import SECTION, DsWsiConfig, read_section
 from ds_wsi.engines.accelerate import attach_hook, average_buffers
 from ds_wsi.engines.deepspeed import gather_as_one, suit_machine
+from ds_wsi.engines.deepspeed_files import tensors_alone
 from ds_wsi.engines.hooks import CommHandle
 from ds_wsi.engines.norms import apply_training, decide_training, partition_of, partition_population
 from ds_wsi.engines.nvme import NvmeSpill
@@ -253,10 +255,11 @@ class SlideTrainer(Trainer):
         self.add_callback(self.comm)
 
     def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **keywords: Any) -> Any:
-        """As the Trainer's."""
+        """As the Trainer's; no file of a checkpoint can run code when it is read."""
         given = isinstance(resume_from_checkpoint, str | Path)
         self.comm.resume_from = resume_from_checkpoint if given else None
-        return super().train(resume_from_checkpoint, *arguments, **keywords)
+        with tensors_alone() if self.is_deepspeed_enabled else nullcontext():
+            return super().train(resume_from_checkpoint, *arguments, **keywords)
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's micro-steps.

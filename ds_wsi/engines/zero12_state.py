@@ -3,6 +3,7 @@
 DeepSpeed has accessors by parameter too; they sum over the ranks, where -0 and 0 are 0, one parameter a message.
 """
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,8 +23,13 @@ class _Group:
         self.own: Tensor = zero.single_partition_of_fp32_groups[number]
         self.group = zero.real_dp_process_group[number]
         self.replica: Tensor = zero.bit16_groups_flat[number]
-        offsets = zip(zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number], strict=True)
-        self.parameters = [(names[id(parameter)], parameter, int(at)) for parameter, at in offsets]
+        parameters = zero.round_robin_bit16_groups[number]
+        # Before there were offsets, parameters lay one after the other.
+        one_by_one = [*accumulate((parameter.numel() for parameter in parameters), initial=0)][:-1]
+        offsets = getattr(zero, "round_robin_bit16_offsets", {number: one_by_one})[number]
+        self.parameters = [
+            (names[id(parameter)], parameter, int(at)) for parameter, at in zip(parameters, offsets, strict=True)
+        ]
         self.first = dist.get_rank(self.group) * self.own.numel()
 
     def gather(self, own: Tensor, keep: bool) -> dict[str, Tensor]:

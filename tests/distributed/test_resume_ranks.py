@@ -219,6 +219,70 @@ def test_two_one_and_four_ranks_under_every_engine(two, folder):
         assert distance(state, whole) < (limit,), (name, distance(state, whole))
 
 
+def deepspeeds_own(folder):
+    """Of each stage: whether its own files load with tensors alone, and what is said of a stranger's in each place."""
+    from ds_wsi.engines.deepspeed_files import tensors_alone
+
+    found = {}
+    for stage in range(4):
+        first = Trainer(f"zero{stage}")
+        first.step(0)
+        place = Path(folder) / str(stage)
+        first.model.save_checkpoint(str(place), tag="t")
+        wanted = first.weights()
+        second = Trainer(f"zero{stage}")
+        with tensors_alone():
+            second.model.load_checkpoint(str(place), tag="t")
+        again = second.weights()
+        said = []
+        for path in sorted((place / "t").rglob("*.pt")):
+            kept = path.read_bytes()
+            torch.save({"module": Runs(Path(folder) / "it ran")}, path)
+            try:
+                with tensors_alone():
+                    second.model.load_checkpoint(str(place), tag="t")
+            except ValueError as error:
+                said.append(str(error))
+            path.write_bytes(kept)
+        found[stage] = (all(torch.equal(wanted[name], again[name]) for name in wanted), said)
+    return found
+
+
+def test_deepspeeds_own_files_are_read_without_running_what_is_in_them(tmp_path):
+    (found,) = run_ranks(deepspeeds_own, 1, str(tmp_path))
+    for stage, (same, said) in found.items():
+        assert same, stage
+        assert len(said) == (2 if stage else 1), said
+        assert all("tensors and DeepSpeed's records alone" in words for words in said)
+    assert not (tmp_path / "it ran").exists()
+
+
+def failing(folder):
+    """What each rank says where the second one's disk is full."""
+    from ds_wsi.training import checkpoint
+
+    trainer = Trainer("ddp")
+
+    def full(path, tensors):
+        raise OSError(28, "No space left on device", str(path))
+
+    if trainer.accelerator.process_index == 1:
+        checkpoint.write_tensors = full
+    try:
+        trainer.save(folder, 1)
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error} {error.__notes__}"
+    return "nothing was raised"
+
+
+def test_a_full_disk_of_one_rank_is_told_by_both(tmp_path):
+    first, second = run_ranks(failing, 2, str(tmp_path))
+    assert "RuntimeError: rank 1 could not write its part of checkpoint-1: OSError: [Errno 28] No space" in first
+    assert "No space left on device" in second
+    assert "checkpoint-1" in second
+    assert not list(tmp_path.iterdir()), "nothing half-written is left"
+
+
 # --- whole runs of the main job ---
 
 
