@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from ds_wsi.training import loop, resume, run
+from ds_wsi.training import checkpoint, loop, resume, run
 
 from . import launch
 from .campaign import attempt, warm_up
@@ -49,6 +49,16 @@ def test_what_is_lost_is_seen(root, monkeypatch):
     """A run that goes on with the weights it began with."""
     monkeypatch.setattr(resume, "put_state", lambda *words, **named: None)
     fallen(Case("kill", at=STEP), root, LOST)
+
+
+def test_what_other_ranks_lose_is_seen(root, monkeypatch):
+    monkeypatch.setattr(resume, "put_state", lambda *words, **named: None)
+    fallen(Case("other ranks", at="plain 1, plain 1"), root, LOST)
+
+
+def test_a_flipped_bit_that_nobody_looks_for_is_seen(root, monkeypatch):
+    monkeypatch.setattr(checkpoint, "verify", lambda directory: None)
+    fallen(Case("flipped bit of a checkpoint", at="file 1 last"), root, SILENT)
 
 
 def test_a_hang_is_seen(root):
