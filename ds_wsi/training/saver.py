@@ -13,6 +13,7 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.signals import Stopped
 
 ON_THE_WAY = 2  # copies that wait or are written; who wants to make a third waits
+TELL_S = 30.0  # of waiting for the disk, after which it is told, and again
 GRACE_S = 20.0  # that a checkpoint on its way waits for other processes' parts when the run ends by an error
 
 
@@ -33,6 +34,7 @@ class Saver:
         self._jobs: queue.SimpleQueue[tuple[str, Callable[[], None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._under_way: tuple[str, float] | None = None  # what is written, and since when
 
     def __enter__(self) -> "Saver":
         """Nothing is on the way."""
@@ -54,7 +56,8 @@ class Saver:
         Raises:
             Exception: an earlier write failed; see `check`.
         """
-        self._room.acquire()
+        while not self._room.acquire(timeout=TELL_S):
+            self._tell_waiting()
         try:
             self.check()
         except BaseException:
@@ -100,20 +103,36 @@ class Saver:
     def _end(self) -> None:
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(TELL_S)
+                if self._thread.is_alive():
+                    self._tell_waiting()
             self._thread = None
+
+    def _tell_waiting(self) -> None:
+        """A disk that does not answer is waited for, but not in silence."""
+        under_way = self._under_way
+        if under_way is not None:
+            what, since = under_way
+            logger.warning(
+                "%s has been written for %.0f s, and is waited for. HINT: check the disk of --output_dir; a second "
+                "Ctrl-C leaves without.",
+                *(what, time.monotonic() - since),
+            )
 
     def _work(self) -> None:
         while (given := self._jobs.get()) is not None:
             self._run(*given)
 
     def _run(self, what: str, job: Callable[[], None]) -> None:
+        self._under_way = what, time.monotonic()
         try:
             job()
         except Exception as error:
             error.add_note(what)
             self._failure = self._failure or error
         finally:
+            self._under_way = None
             self._room.release()
 
 

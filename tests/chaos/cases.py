@@ -68,6 +68,11 @@ def _all() -> list[Case]:
         for number in range(6)
         for place in ("first", "middle", "last")
     ]
+    # Two checkpoints may be on the way to the disk: of three saves one is there.
+    found += [Case("killed at each start", at=Moment("step", number)) for number in (3, 4)]
+    found += [Case("killed at each start", "ddp", 2, Moment("step", 3)), Case("deadlock", at=Moment("write", 5))]
+    found += [Case(fault, "ddp", 2, Moment("part", 2), rank=1) for fault in ("kill", "exception", "stopped for ever")]
+    found += [Case("disk full", engine, 2, "50%") for engine in ("ddp", "zero3", "fsdp2")]
     moments = [Moment("grid"), Moment("grid", 3), Moment("pack"), Moment("pack", 4), Moment("packing", 2)]
     found += [Case(fault, at=moment) for fault in ("packing killed", "packing asked to end") for moment in moments]
     found += [Case("packing twice", at=moment) for moment in (Moment("grid"), Moment("pack", 2))]

@@ -7,7 +7,7 @@ from .case import Case, Outcome
 from .disks import disk_full, file_limit, small_shm
 from .flips import flipped_checkpoint, flipped_store
 from .hits import HITS, hit
-from .several import double_start, other_ranks, packing
+from .several import again_and_again, double_start, other_ranks, packing
 from .yard import Yard
 
 Drill = Callable[[Case, Yard], Outcome]
@@ -21,6 +21,7 @@ DRILLS: dict[str, Drill] = {
     "packing killed": partial(packing, "kill"),
     "packing asked to end": partial(packing, "SIGTERM"),
     "packing twice": partial(packing, "hold"),
+    "killed at each start": again_and_again,
     "double start": double_start,
     "other ranks": other_ranks,
 }

@@ -21,6 +21,7 @@ PLACES = {
     "step": ("ds_wsi.training.loop", "_forward_backward"),
     "save": ("ds_wsi.training.resume", "save_checkpoint"),
     "write": ("ds_wsi.training.checkpoint", "write_tensors"),  # in the thread that writes
+    "part": ("ds_wsi.training.checkpoint", "_write_part"),  # likewise, of a rank that is not the main one
     "seal": ("ds_wsi.training.checkpoint", "seal"),
     "rename": ("ds_wsi.training.checkpoint", "_make_way"),
     "remove": ("ds_wsi.training.checkpoint", "remove_checkpoint"),

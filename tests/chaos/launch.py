@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import psutil
+import torch
 
 from ds_wsi.engines.cpu import free_port
 from ds_wsi.runtime.processes import end_with_parent, is_stopped, state_of
@@ -122,6 +123,7 @@ def _rank(
     from ds_wsi.evaluation import validator
 
     validator.CONTEXT = multiprocessing.get_context("fork")  # spawned, it would import all anew
+    torch.set_num_threads(1)  # torch mends its pool after a fork: here, for several threads at once would race
     os.environ.update(variables)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))

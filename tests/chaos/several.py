@@ -87,6 +87,30 @@ def double_start(case: Case, yard: Yard) -> Outcome:
     return outcome
 
 
+def again_and_again(case: Case, yard: Yard) -> Outcome:
+    """Each start is killed at its step of this number, until one comes to the end: none may be for nothing."""
+    assert isinstance(case.at, Moment)
+    plain = yard.words(yard.run, case.engine, *DROPOUT)
+    whole = yard.whole(plain, yard.run, case.engine, case.ranks, "dropout")
+    words, outcome, shots = [*plain, *EACH_STEP, RESUMES], Outcome(), (Shot("kill", case.at),)
+    while True:
+        before = steps_kept(yard.run)
+        ended = wait(start(words, case.engine, case.ranks, yard.logs, shots=shots), yard.timeout_s)
+        outcome.codes += ended.codes
+        outcome.require(not ended.hung, HUNG, f"killed after {ended.seconds:.0f} s: {ended.words[-300:]}")
+        outcome.require(not ended.left, LEFT, f"processes: {ended.left}")
+        if set(ended.codes) == {0}:
+            break
+        outcome.require(set(ended.codes) == {-signal.SIGKILL}, LOST, f"{ended.codes}: {ended.words[-600:]}")
+        outcome.require(steps_kept(yard.run) > before, LOST, f"no step is kept after {before}")
+        check_checkpoints(outcome, yard.run, f"after step {before}")
+        if outcome.ways:
+            return outcome
+    compare(outcome, yard.run, whole)
+    outcome.detail = outcome.detail or f"{len(outcome.codes) // case.ranks} starts"
+    return outcome
+
+
 TOLERANCE = 2e-5  # of a probability, after steps whose sums have another order
 
 

@@ -263,6 +263,30 @@ def test_the_step_goes_on_while_the_disk_is_slow_and_a_third_waits(tmp_path, mes
     assert re.search(r"checkpoint: .*-1 \(waited \d+\.\d\d s, written in \d+\.\d\d s beside training\)", messages[0])
 
 
+def test_a_disk_that_does_not_answer_is_not_waited_for_in_silence(monkeypatch, messages):
+    """Neither where there is no room for another copy, nor at the end."""
+    monkeypatch.setattr(saver_module, "TELL_S", 0.05)
+    answers = threading.Event()
+    told = lambda: [line for line in messages if "is waited for" in line]  # noqa: E731
+
+    def answer_when_told(already):
+        while len(told()) <= already:
+            time.sleep(0.01)
+        answers.set()
+
+    for wait in ("make_room", "close"):
+        answers.clear()
+        already = len(told())
+        saver = Saver()
+        for step in range(2):
+            saver.make_room()
+            saver.give(f"checkpoint-{step}", answers.wait)
+        threading.Thread(target=answer_when_told, args=(already,)).start()
+        getattr(saver, wait)()
+        saver.close()
+        assert re.search(r"checkpoint-0 has been written for \d+ s.*HINT: check the disk", told()[already])
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_failed_write_stops_the_next_step_and_leaves_no_half(tmp_path, monkeypatch, beside):
     save(tmp_path, 1)
