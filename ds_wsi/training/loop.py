@@ -14,7 +14,7 @@ import torch
 
 from ds_wsi.bags.bag import Bag, BagPart, read_bags
 from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles, steps_per_epoch
-from ds_wsi.engines.accelerate import average_buffers
+from ds_wsi.engines.accelerate import average_buffers, gather_object
 from ds_wsi.engines.deepspeed import full_state_dict
 from ds_wsi.engines.scope import closing_trackers, engine_scope
 from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
@@ -39,6 +39,7 @@ from ds_wsi.training.finite import (
     skips_overflow,
     tell_not_finite,
     weights_are_finite,
+    weights_seem_finite,
 )
 from ds_wsi.training.micro_step import MicroStep, MicroSteps, on_device, stack_of
 from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta, warn_of_warmup
@@ -364,10 +365,11 @@ def _train_step(
     waited = time.perf_counter() - run.saved
     due = 0 < 60 * run.settings.run.save_minutes <= waited
     told = [float(tiles), float(accelerator.is_main_process and due), float(bool(asked()) or _time_is_over(run))]
-    bad = ~weights_are_finite(run.module, run.device)
+    bad = ~weights_seem_finite(run.module, run.device)
     totals = accelerator.reduce(torch.cat([loss_sum[None], torch.tensor(told, device=run.device), bad[None]]), "sum")
     loss, n_tiles, *flags = totals.tolist()
     run.save_is_due, run.stop_is_due, bad_weights = (flag > 0 for flag in flags)
+    bad_weights = bad_weights and not all(gather_object([weights_are_finite(run.module)]))
     left_out = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
     if bad_weights or (left_out and not skips_overflow(run)):
         tell_not_finite(run, run.progress.global_step, seen, loss_is_finite=math.isfinite(loss))

@@ -10,7 +10,9 @@ from tiny_runs import train, write_cohort
 from torch import nn
 
 from ds_wsi.training import loop
-from ds_wsi.training.finite import weights_are_finite
+from ds_wsi.training.finite import weights_are_finite, weights_seem_finite
+
+CPU = torch.device("cpu")
 
 
 def checkpoints_are_finite(run):
@@ -75,17 +77,27 @@ def test_a_learning_rate_that_diverges_is_told(tmp_path, capfd):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_each_weight_and_buffer_counts(place, value):
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    device = torch.device("cpu")
-    assert weights_are_finite(module, device)
+    assert weights_seem_finite(module, CPU)
+    assert weights_are_finite(module)
     with torch.no_grad():
         (module[2].bias if place == "parameter" else module[1].running_var)[1] = value
-    assert not weights_are_finite(module, device)
+    assert not weights_seem_finite(module, CPU)
+    assert not weights_are_finite(module)
     module.requires_grad_(False)
-    assert bool(weights_are_finite(module, device)) == (place == "parameter"), "what is frozen is not looked at"
+    assert weights_are_finite(module) == (place == "parameter"), "what is frozen is not looked at"
 
 
-def test_large_finite_weights_are_finite():
-    module = nn.Linear(3, 4)
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 3e38), (torch.float16, 6e4), (torch.float64, 1e308)])
+def test_large_finite_weights_are_finite(dtype, value):
+    """Their sum may be too large: then each is looked at."""
+    module = nn.Linear(3, 4, dtype=dtype)
     with torch.no_grad():
-        module.weight.fill_(3e38)
-    assert weights_are_finite(module, torch.device("cpu"))
+        module.weight.fill_(value)
+    assert weights_are_finite(module)
+    assert bool(weights_seem_finite(module, CPU)) == (dtype == torch.float16)
+
+
+def test_a_run_with_large_weights_goes_on(tmp_path, monkeypatch):
+    folder = write_cohort(tmp_path)
+    monkeypatch.setattr(loop, "weights_seem_finite", lambda module, device: torch.tensor(False))
+    assert train(folder, tmp_path / "run", epochs=1) == 0
