@@ -7,6 +7,7 @@ log is what names the rank.
 """
 
 import os
+import queue
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ from ds_wsi.runtime.signals import Stopped
 
 _BEAT_S = 1.0
 _SILENCE_S = 4.0  # without a beat: a rank that computes still beats
+_ANSWER_S = 15.0  # of the store
 _LOST = 6  # looks, one a beat, after which it is told unasked: an interpreter can be held for a while (a large pickle)
 _PREFIX = "ds_wsi/ranks"
 _LEFT = "left"  # the last word of a rank that has come to the end
@@ -119,11 +121,11 @@ class RankWatch:
         first_line = str(error).splitlines()[0]
         seen_by = f"seen by rank {self.rank}/{self.world}: {first_line}"
         try:
-            before = after = self._words(self._asking)
+            before = after = self._ask()
             told = any(word.startswith(_FAILED) for word in before.values())
             if not told:  # else the store may end with the rank that failed, meanwhile
                 time.sleep(_SILENCE_S)  # the thread goes on: this rank lives
-                after = self._words(self._asking)
+                after = self._ask()
         except Exception as gone:
             return (
                 "the ranks lost each other, and the process that keeps their addresses (rank 0, or the launcher) is "
@@ -145,6 +147,25 @@ class RankWatch:
                 "HINT: one is much slower (raise --ddp_timeout), or they run different code or settings."
             )
         return f"{'; '.join(blamed)}, {seen_by}"
+
+    def _ask(self) -> dict[int, str]:
+        """As `_words`, by a thread: a store whose process is stopped does not answer, past torch's own timeout."""
+        answers: queue.SimpleQueue[dict[int, str] | Exception] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put(self._words(self._asking))
+            except Exception as error:
+                answers.put(error)
+
+        threading.Thread(target=ask, name="ds_wsi-ask", daemon=True).start()
+        try:
+            answer = answers.get(timeout=_ANSWER_S)
+        except queue.Empty:
+            raise TimeoutError(f"stopped, or no answer within {_ANSWER_S:.0f} s") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def _run(self) -> None:
         count = 0

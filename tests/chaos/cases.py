@@ -31,7 +31,7 @@ _SAMPLED = {
     "disk full/plain-1/50%",
     "flipped bit of a checkpoint/plain-1/file 1 middle",
     "double start/plain-1/step 4",
-    "stopped for ever/ddp-2/step 4 of rank 1",
+    "stopped for ever/ddp-2/step 4 of rank 0",
     "slow/zero2-2/step 4 of rank 1",
     "other ranks/plain-1/plain 1, zero3 2, fsdp2 2, plain 1",
 }

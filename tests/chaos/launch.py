@@ -6,6 +6,7 @@ Unlike torchrun, which kills the rest when a rank fails, it lets every rank come
 
 import atexit
 import ctypes
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -143,6 +144,7 @@ def fork(function: Callable[[], int], log: Path) -> int:
     if pid:
         return pid
     code = 1
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # says where a rank hangs
     end_with_parent()  # a campaign that is killed leaves nothing at work
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # what started the campaign may ignore some
         signal.signal(number, signal.SIG_DFL)
@@ -200,6 +202,9 @@ def wait(
         open_ = [pid for pid in run.pids if pid not in codes]
         if time.monotonic() - run.began > timeout_s or (open_ and held.issuperset(open_) and held != set(run.pids)):
             for pid in open_:
+                if pid not in held:
+                    os.kill(pid, signal.SIGUSR2)
+                    time.sleep(0.5)
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 codes[pid] = -signal.SIGKILL if pid in held and held.issuperset(open_) else None
