@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -149,7 +149,9 @@ def _write_all(how: _How, others: range, patience: Callable[[], Patience]) -> No
         _make_way(final)
         temporary.rename(final)
         sync_directory(final.parent)
-        whole = [path for path in list_checkpoints(final.parent) if (path / FILE_LIST).is_file()]
+        whole = [
+            path for path in list_checkpoints(final.parent) if (path / FILE_LIST).is_file() and not path.is_symlink()
+        ]
         for old in whole[how.keep :]:
             remove_checkpoint(old)
     seconds = time.perf_counter() - began
@@ -203,25 +205,44 @@ def _await_part(temporary: Path, rank: int, patience: Patience) -> dict[str, Wri
 def remove_checkpoint(directory: Path) -> None:
     """Delete the files that a checkpoint's list names, the list, and folders that are empty then.
 
-    What the list does not name was not written by the run: it stays, with the folder, and a warning names it. Symbolic
-    links are not followed.
+    A process that is killed in the middle leaves the whole checkpoint under its name, or none. What the list does not
+    name was not written by the run: it stays, with the folder, and a warning names it. Symbolic links are not followed.
     """
     try:
         listed = json.loads((directory / FILE_LIST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         listed = None
     names = {*listed, FILE_LIST} if isinstance(listed, dict) else set()
+    if not _holds_others(directory, names):
+        with suppress(OSError), temporary_folder(directory.parent) as aside:  # a full disk has no room for it
+            moved = directory.rename(aside / directory.name)
+            _delete_listed(moved, names)
+            if moved.exists():  # somebody has put a file there meanwhile
+                moved.rename(directory)
+    if directory.exists():
+        _delete_listed(directory, names)
+    if directory.exists():
+        logger.warning("%s is kept: it holds what is not in its %s", directory, FILE_LIST)
+
+
+def _holds_others(directory: Path, names: set[str]) -> bool:
+    """Whether a file or link lies there that is not among the names."""
+    return any(
+        path.relative_to(directory).as_posix() not in names
+        for path in directory.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    )
+
+
+def _delete_listed(directory: Path, names: set[str]) -> None:
     for folder, _, files in os.walk(directory, topdown=False):
-        for name in sorted(
-            files, key=lambda name: name == FILE_LIST
-        ):  # the list last: a kill leaves what names the rest
+        # The list last: a kill leaves what names the rest.
+        for name in sorted(files, key=lambda name: name == FILE_LIST):
             path = Path(folder) / name
             if path.relative_to(directory).as_posix() in names:
                 path.unlink()
         if not os.listdir(folder):
             os.rmdir(folder)
-    if directory.exists():
-        logger.warning("%s is kept: it holds what is not in its %s", directory, FILE_LIST)
 
 
 def _make_way(final: Path) -> None:

@@ -13,6 +13,7 @@ KILLED_AT = (
     *(Moment("seal", number) for number in (1, 8)),
     *(Moment("rename", number) for number in (0, 9, 17)),
     *(Moment("remove", number) for number in (0, 7)),
+    *(Moment("delete", number, delay) for number, delay in ((0, 0.0), (2, 0.0005), (5, 0.0))),
     *(Moment("export"), Moment("results"), Moment("record")),
     *(Moment("step", number, delay) for number, delay in ((3, 0.005), (4, 0.02), (9, 0.1))),
 )

@@ -24,6 +24,7 @@ PLACES = {
     "part": ("ds_wsi.training.checkpoint", "_write_part"),  # likewise, of a rank that is not the main one
     "seal": ("ds_wsi.training.checkpoint", "seal"),
     "rename": ("ds_wsi.training.checkpoint", "_make_way"),
+    "delete": ("ds_wsi.training.checkpoint", "_delete_listed"),
     "remove": ("ds_wsi.training.checkpoint", "remove_checkpoint"),
     "validation": ("ds_wsi.evaluation.predict", "_aggregate"),  # a slide; the test's slides come last
     "export": ("ds_wsi.training.validation", "export"),

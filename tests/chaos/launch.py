@@ -25,6 +25,7 @@ import psutil
 import torch
 
 from ds_wsi.engines.cpu import free_port
+from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.processes import end_with_parent, is_stopped, state_of
 
 from .case import Shot
@@ -150,6 +151,9 @@ def fork(function: Callable[[], int], log: Path) -> int:
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        # Of its own, for what started the campaign may catch what is printed.
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+        logger.handlers.clear()
         try:
             code = function()
         except SystemExit as error:

@@ -2,9 +2,11 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.runtime.tensor_file import open_tensors, write_tensors
 from ds_wsi.training import checkpoint
 from ds_wsi.training import saver as saver_module
@@ -175,6 +178,52 @@ def test_a_checkpoint_is_deleted_by_its_list_alone(run, tmp_path_factory, messag
     assert "checkpoint-5 is kept" in messages[0]
     remove_checkpoint(run / "checkpoint-10")
     assert not (run / "checkpoint-10").exists()
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_it_whole_or_none(room, run, monkeypatch):
+    if not room:  # on a full disk it is deleted in place, its list last
+        monkeypatch.setattr(checkpoint, "temporary_folder", _no_room)
+    folder, killed = run / "checkpoint-5", 0
+    for number in range(20):
+        child = os.fork()
+        if child == 0:
+            _killed_before_unlink(number, monkeypatch)
+            remove_checkpoint(folder)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        killed += code == 9
+        remove_left_behind(run)  # as the next start does
+        assert not list(run.glob(".ds_wsi-*"))
+        if room and folder.exists():
+            assert verify(folder) is None
+        if code == 0:
+            break
+    assert killed
+    assert not folder.exists()
+    assert verify(run / "checkpoint-10") is None
+
+
+def _killed_before_unlink(number, monkeypatch):
+    unlink, left = Path.unlink, iter(range(number))
+    monkeypatch.setattr(Path, "unlink", lambda path: os._exit(9) if next(left, None) is None else unlink(path))
+
+
+def _no_room(parent):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(parent))
+
+
+def test_a_checkpoint_that_is_a_link_is_not_deleted(tmp_path, tmp_path_factory, messages):
+    """One that was moved to another disk: nothing of it is deleted, and the run goes on."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    elsewhere = tmp_path_factory.mktemp("disk") / "checkpoint-1"
+    (tmp_path / "checkpoint-1").rename(elsewhere)
+    (tmp_path / "checkpoint-1").symlink_to(elsewhere)
+    for step in (3, 4):
+        save(tmp_path, step)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-3", "checkpoint-1"]
+    assert verify(elsewhere) is None
 
 
 def test_a_folder_without_a_list_is_not_deleted(run):
