@@ -124,6 +124,7 @@ print(metric.compute()["accuracy"])
 """
 
 
+@pytest.mark.slow
 def test_processes_at_once_share_nothing_and_touch_no_home(tmp_path: Path):
     home = tmp_path / "home"
     home.mkdir()

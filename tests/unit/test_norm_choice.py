@@ -283,6 +283,7 @@ def test_a_run_keeps_what_was_measured_and_exports_what_was_best(run, demo_manif
     assert (out / "predictions.csv").read_text() == (folder / "predictions.csv").read_text()
 
 
+@pytest.mark.slow
 def test_accumulation_over_a_step_is_a_stack_of_its_bags(run, monkeypatch):
     """Two micro-steps of one slide are one call of two: the same losses as with two slides a micro-step."""
     folder, options = run

@@ -182,6 +182,7 @@ def arguments(manifest, folder, *more):
     return ["train", *given, "--num_train_epochs", "2", "--dataloader_num_workers", "0", *more]
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_them_resumes_to_the_same_weights(demo_manifest, tmp_path, monkeypatch):
     options = ("--demon", "--ema_decay", "0.9", "--lr_scheduler_type", "exponential", "--warmup_steps", "0")
     betas = []

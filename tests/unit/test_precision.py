@@ -101,6 +101,7 @@ def predictions(folder):
         return [float(row["probability_tumor"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_a_run_and_its_evaluations_follow_the_option_and_record_it(demo_manifest, tmp_path):
     run = tmp_path / "run"
     train = ["train", "--manifest", str(demo_manifest), "--encoder", "resnet10t", "--tile_size_px", str(TILE_PX)]

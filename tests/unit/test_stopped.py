@@ -47,32 +47,21 @@ def same(folder, whole):
     assert stripped[0] == stripped[1]
 
 
+# Of 18 steps, 6 an epoch, 4 slides validated after each, and 2 tested. Many more: tests/chaos.
 MOMENTS = [
-    *((loop, "_forward_backward", number) for number in (0, 2, 5, 6, 11, 17)),  # 6 steps an epoch: its last one too
-    *((predict, "_aggregate", number) for number in (0, 3, 4, 9)),  # of 4 validation slides each epoch; then the test
-    *((norm_choice, "best_candidate", number) for number in (0, 2)),
-    *((resume, "save_checkpoint", number) for number in (0, 2)),
-    (outcome, "write_results", 0),
+    (loop, "_forward_backward", 0, signal.SIGUSR1),
+    (loop, "_forward_backward", 5, signal.SIGTERM),  # an epoch's last step
+    (predict, "_aggregate", 4, signal.SIGINT),
+    (norm_choice, "best_candidate", 2, signal.SIGTERM),
+    (resume, "save_checkpoint", 0, signal.SIGUSR1),
+    (outcome, "write_results", 0, signal.SIGINT),
 ]
 
 
-ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SOON = [
-    (MOMENTS[0], signal.SIGUSR1),
-    (MOMENTS[2], signal.SIGTERM),
-    (MOMENTS[7], signal.SIGINT),
-    (MOMENTS[12], signal.SIGTERM),
-]
-REST = [(moment, number) for moment in MOMENTS for number in ASKED if (moment, number) not in SOON]
-CASES = [*SOON, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
-
-
-@pytest.mark.parametrize(
-    ("moment", "number"), CASES, ids=lambda value: getattr(value, "name", None) or f"{value[1]}-{value[2]}"
-)
-def test_a_signal_at_any_moment(moment, number, whole, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(("module", "name", "call", "number"), MOMENTS)
+def test_a_signal_at_any_moment(module, name, call, number, whole, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
-        at_call(patch, *moment, lambda: os.kill(os.getpid(), number))
+        at_call(patch, module, name, call, lambda: os.kill(os.getpid(), number))
         assert train(whole, tmp_path / "run", *OPTIONS, epochs=EPOCHS) == STATUS
     words = capfd.readouterr().err
     assert f"stopped by {number.name}: the same command goes on, with --resume_from_checkpoint" in words
