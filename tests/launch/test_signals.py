@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -117,23 +116,3 @@ def test_the_slurm_script_queues_a_stopped_job_again(demo_manifest, tmp_path):
     assert requeued.read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
     assert "resumed from" in done.stderr
     assert "2 processes" in done.stderr
-
-
-def test_a_second_ctrl_c_leaves_at_once(demo_manifest, tmp_path):
-    """Also where the process waits for a step that does not end: here it is stopped in one, with a reader at work."""
-    command = [*PYTHON, *train_arguments(demo_manifest, tmp_path / "run", "--num_train_epochs", "50")]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    next(line for line in process.stdout if "starting from" in line or "epoch 1" in line)
-    children = psutil.Process(process.pid).children(recursive=True)
-    for child in children:
-        child.suspend()  # no bag comes any more: the step does not end
-    process.send_signal(signal.SIGINT)
-    time.sleep(2)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == 128 + signal.SIGINT
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not alive, f"processes are left: {alive}"
