@@ -174,9 +174,16 @@ def _write_part(temporary: Path, rank: int, own: Mapping[str, Mapping[str, Tenso
         answer: dict[str, Any] = {"files": {name: written._asdict() for name, written in known.items()}}
     except Exception as error:
         if temporary.is_dir():
-            write_json(_part_list(temporary, rank), {"failed": f"{type(error).__name__}: {error}"})
+            _tell(_part_list(temporary, rank), {"failed": f"{type(error).__name__}: {error}"})
         raise
-    write_json(_part_list(temporary, rank), answer)
+    _tell(_part_list(temporary, rank), answer)
+
+
+def _tell(place: Path, answer: dict[str, Any]) -> None:
+    """Write a message to the main process, which removes the folder when it has the last one: nothing comes after it."""
+    unread = place.with_name(f"{place.name}.unread")
+    unread.write_text(json.dumps(answer), encoding="utf-8")
+    os.replace(unread, place)
 
 
 def _part_list(temporary: Path, rank: int) -> Path:

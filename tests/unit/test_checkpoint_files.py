@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -431,3 +432,18 @@ def test_tensors_come_back_bit_by_bit_and_what_is_no_such_file_is_refused(tmp_pa
         pass
     with pytest.raises(ValueError, match="must be a safetensors file"), open_tensors(tmp_path / "none"):
         pass
+
+
+def test_the_folder_may_be_gone_when_the_last_part_is_told(tmp_path, monkeypatch):
+    """The main process renames and removes as soon as it reads the message."""
+    temporary = tmp_path / "folder" / "checkpoint-1"
+    temporary.mkdir(parents=True)
+    real = os.replace
+
+    def replace(source, target):
+        real(source, target)
+        shutil.rmtree(tmp_path / "folder")
+
+    monkeypatch.setattr(os, "replace", replace)
+    checkpoint._write_part(temporary, 1, {"own.safetensors": {"x": torch.ones(2)}})
+    assert not (tmp_path / "folder").exists()
