@@ -180,7 +180,7 @@ def _write_part(temporary: Path, rank: int, own: Mapping[str, Mapping[str, Tenso
 
 
 def _tell(place: Path, answer: dict[str, Any]) -> None:
-    """Write a message to the main process, which removes the folder when it has the last one: nothing comes after it."""
+    """Write a message to the main process, which removes the folder when it has the last one: it comes last."""
     unread = place.with_name(f"{place.name}.unread")
     unread.write_text(json.dumps(answer), encoding="utf-8")
     os.replace(unread, place)
