@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import multiprocessing
+import signal
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,14 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the folder of real slides, shared/data beside the checkout, is missing")
     return SHARED
+
+
+@pytest.fixture
+def default_signals():
+    """The signals' own handlers: who starts the tests in the background, as shells do, lets them ignore Ctrl-C."""
+    usual = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in usual}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -11,7 +11,10 @@ import pytest
 from ds_wsi.benchmarks.link import LimitedLink, remove_left_behind
 from ds_wsi.runtime.signals import Stopped, heeding_signals
 
-pytestmark = pytest.mark.skipif(not LimitedLink.available(), reason="network namespaces cannot be made here")
+pytestmark = [
+    pytest.mark.usefixtures("default_signals"),
+    pytest.mark.skipif(not LimitedLink.available(), reason="network namespaces cannot be made here"),
+]
 
 
 def _hold(ready):

@@ -14,6 +14,7 @@ from ds_wsi.evaluation import norm_choice, predict
 from ds_wsi.runtime.signals import STATUS, Stopped, asked, deferring, heeding_signals
 from ds_wsi.training import loop, outcome, resume
 
+pytestmark = pytest.mark.usefixtures("default_signals")
 EPOCHS = 3
 OPTIONS = ("--dropout", "0.3", "--save_total_limit", "9")
 
