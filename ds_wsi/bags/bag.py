@@ -151,7 +151,7 @@ class TileDataset(Dataset[TileChunk]):
         self.tell: Callable[[int], None] = _tell_nobody
 
     def answer(self, request: TileRequest) -> Answer:
-        """As a worker hands it over."""
+        """A request's answer as a worker hands it over."""
         chunk = self[request]
         return Answer(chunk.tiles, chunk.failures)
 
@@ -202,7 +202,7 @@ class FeatureRows(Dataset[TileChunk]):
         self.tell: Callable[[int], None] = _tell_nobody
 
     def answer(self, request: TileRequest) -> Answer:
-        """As a worker hands it over."""
+        """A request's answer as a worker hands it over."""
         return Answer(self[request].tiles, ())
 
     def describe(self, request: TileRequest, row: int) -> str:

@@ -87,7 +87,7 @@ def answers(
 
     Raises:
         WorkerError: an answer that does not come.
-        Exception: of the job, with the worker's traceback in its text.
+        Exception: what the job raised, with the worker's traceback in its text.
     """
     source, waiting = iter(requests), deque[Any]()
     with _Pool(job, workers, timeout_s, describe) as pool:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ds_wsi.engines.accelerate import Accelerator
 from ds_wsi.engines.deepspeed import gathered, is_zero3
 from ds_wsi.engines.fsdp import copy_whole, whole
+from ds_wsi.engines.hook_zero import autocast_scaler
 from ds_wsi.runtime.tensor_file import TensorFile
 
 NUMBERS = "numbers"
@@ -33,7 +34,7 @@ COMPARED = ("eps", "amsgrad", "momentum", "dampening", "nesterov", "maximize", "
 
 @dataclass(frozen=True)
 class EngineState:
-    """See the module; tensors are on the CPU, in memory of their own, on the main process alone."""
+    """What `take_state` copies: tensors on the CPU, in memory of their own, on the main process alone."""
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -83,7 +84,7 @@ def put_state(
 
     Args:
         accelerator, module, optimizer: as there, just prepared.
-        weights, states, facts: of the state.
+        weights, states, facts: what it returned.
         betas_move: the first of Adam's betas is set at each step.
 
     Raises:
@@ -166,12 +167,33 @@ def number_of(value: Any, parameter: Tensor) -> float | None:
     return float(value)
 
 
-def one_number(values: list[float], what: str) -> float:
-    """The number that all parameters of a flat group share.
+def flat_states(
+    inner: Any, group: dict[str, Any], own: Tensor, names: list[str], states: TensorFile, by_name: dict[str, list[str]]
+) -> dict[str, Any]:
+    """The states of a flat group that ZeRO steps as one: its numbers, and zeros to be filled for the rest.
+
+    Args:
+        inner: the optimizer that steps.
+        group: of its parameter groups.
+        own: what this rank steps of the group.
+        names: of the group's parameters.
+        states, by_name: a file, and the kinds of state in it by parameter.
 
     Raises:
-        ValueError: they differ.
+        ValueError: parameters of the group differ in a number.
     """
+    made: dict[str, Any] = {}
+    for kind in sorted({kind for name in names for kind in by_name.get(name, [])} - {MASTER}):
+        if kind.startswith(f"{NUMBERS}/"):
+            short = kind.removeprefix(f"{NUMBERS}/")
+            values = [float(states.read(f"{kind}/{name}")) for name in names if kind in by_name.get(name, [])]
+            made[short] = make_number(inner, group, own, _one_number(values, short))
+        else:
+            made[kind] = torch.zeros_like(own)
+    return made
+
+
+def _one_number(values: list[float], what: str) -> float:
     if len(set(values)) > 1:
         raise ValueError(
             f"{what} must be the same for all parameters that ZeRO steps together, got {min(values):g} to "
@@ -181,7 +203,7 @@ def one_number(values: list[float], what: str) -> float:
 
 
 def as_number(value: float) -> Tensor:
-    """As a file keeps it."""
+    """A number as a file keeps it."""
     return torch.tensor(float(value), dtype=torch.float64)
 
 
@@ -325,9 +347,6 @@ def _zero_optimizer(accelerator: Accelerator) -> Any:
 
 
 def _scaler(accelerator: Accelerator) -> Any:
-    """The loss scale's keeper, or None; DeepSpeed's autocast has torch's, in one of two places."""
+    """The loss scale's keeper, or None."""
     engine = _engine(accelerator)
-    if engine is None:
-        return accelerator.scaler
-    first = getattr(engine, "torch_autocast_z0_gradscaler", None)
-    return first or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+    return accelerator.scaler if engine is None else autocast_scaler(engine)

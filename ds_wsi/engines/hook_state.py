@@ -8,11 +8,9 @@ from torch import Tensor
 
 from ds_wsi.compression import fold_states
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.tensor_file import of_rank
 
-
-def file_name(rank: int, world: int) -> str:
-    """Of a rank's state."""
-    return f"comm_hook-{rank:05}-of-{world:05}.safetensors"
+KIND = "comm_hook"
 
 
 def on_host(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -20,7 +18,7 @@ def on_host(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     if not state:
         return {}
     copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    return {file_name(dist.get_rank(), dist.get_world_size()): copied}
+    return {of_rank(KIND, dist.get_rank(), dist.get_world_size()): copied}
 
 
 def write_state(folder: Path, state: dict[str, Tensor]) -> None:
@@ -37,10 +35,10 @@ def read_states(folder: Path) -> dict[str, Tensor]:
         ValueError: no state there, or not that of all ranks.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    own = folder / file_name(rank, world)
+    own = folder / of_rank(KIND, rank, world)
     if own.is_file():
         return load_file(own)
-    found = sorted(folder.glob("comm_hook-*-of-*.safetensors"))
+    found = sorted(folder.glob(f"{KIND}-*-of-*.safetensors"))
     worlds = {path.stem.split("-")[-1] for path in found}
     if not found or len(worlds) != 1 or len(found) != int(next(iter(worlds))):
         raise ValueError(

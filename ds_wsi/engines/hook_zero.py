@@ -133,11 +133,15 @@ def parameters_of(method: Any) -> tuple[str, ...] | None:
     return names
 
 
+def autocast_scaler(engine: Any) -> Any:
+    """Torch's keeper of the loss scale under DeepSpeed's autocast, in one of two places; None where it has none."""
+    first = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    return first or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+
+
 def loss_scale_of(engine: Any) -> Callable[[], float] | None:
     """The engine's loss scale, or None where it has none."""
-    optimizer = engine.optimizer
-    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
-    scaler = scaler or getattr(optimizer, "torch_autocast_gradscaler", None)
+    scaler = autocast_scaler(engine)
     if scaler is not None:
         return lambda: float(scaler.get_scale())
     if engine.fp16_enabled():

@@ -255,7 +255,7 @@ class SlideTrainer(Trainer):
         self.add_callback(self.comm)
 
     def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **keywords: Any) -> Any:
-        """As the Trainer's; no file of a checkpoint can run code when it is read."""
+        """Train as the Trainer does; no file of a checkpoint can run code when it is read."""
         given = isinstance(resume_from_checkpoint, str | Path)
         self.comm.resume_from = resume_from_checkpoint if given else None
         with tensors_alone() if self.is_deepspeed_enabled else nullcontext():

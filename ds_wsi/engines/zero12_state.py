@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_wsi.engines.full_state import MASTER, NUMBERS, as_number, make_number, number_of, one_number
+from ds_wsi.engines.full_state import MASTER, NUMBERS, as_number, flat_states, number_of
 from ds_wsi.runtime.tensor_file import TensorFile
 
 _CHUNK = 2**22  # entries of a rank that are gathered at a time
@@ -82,16 +82,8 @@ def put_zero12(module: nn.Module, zero: Any, inner: Any, states: TensorFile, by_
     """See `put_state`; the module has its weights. No collectives."""
     for number, group in enumerate(_groups(module, zero)):
         own, names = group.own, [name for name, _, _ in group.parameters]
-        kinds = sorted({kind for name in names for kind in by_name.get(name, [])} - {MASTER})
         inner.state.pop(own, None)
-        made: dict[str, Any] = {}
-        for kind in kinds:
-            if kind.startswith(f"{NUMBERS}/"):
-                short = kind.removeprefix(f"{NUMBERS}/")
-                values = [float(states.read(f"{kind}/{name}")) for name in names if kind in by_name.get(name, [])]
-                made[short] = make_number(inner, inner.param_groups[number], own, one_number(values, short))
-            else:
-                made[kind] = torch.zeros_like(own)
+        made = flat_states(inner, inner.param_groups[number], own, names, states, by_name)
         for name, parameter, at in group.parameters:
             kept = by_name.get(name, [])
             for kind in (kind for kind in kept if kind in made):

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_wsi.engines.deepspeed import gathered
-from ds_wsi.engines.full_state import NUMBERS, as_number, make_number, one_number
+from ds_wsi.engines.full_state import NUMBERS, as_number, flat_states
 from ds_wsi.runtime.tensor_file import TensorFile
 
 
@@ -49,7 +49,7 @@ def put_zero3(
 
     if getattr(zero, "swap_optimizer", False):
         raise ValueError(
-            "a run must be gone on with with its optimizer's states in memory, got offload_optimizer.device nvme. "
+            "a run must be gone on with, with its optimizer's states in memory, got offload_optimizer.device nvme. "
             'HINT: "device": "cpu".'
         )
     zero.checkpoint_event_prologue()  # all are partitioned: what is changed is seen at the next gather
@@ -62,7 +62,7 @@ def put_zero3(
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for number, (parameters, own) in enumerate(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)):
         group = inner.param_groups[zero.sub_group_to_group_id[number]]
-        inner.state[own] = _made(inner, group, own, [names[id(p)] for p in parameters], states, by_name)
+        inner.state[own] = flat_states(inner, group, own, [names[id(p)] for p in parameters], states, by_name)
         for parameter in parameters:
             name = names[id(parameter)]
             one = weights.read_like(name, parameter, parameter.ds_shape)
@@ -74,21 +74,6 @@ def put_zero3(
         if not inner.state[own]:
             del inner.state[own]
     zero.checkpoint_event_epilogue()
-
-
-def _made(
-    inner: Any, group: dict[str, Any], own: Tensor, names: list[str], states: TensorFile, by_name: dict[str, list[str]]
-) -> dict[str, Any]:
-    """States of a sub-group: its numbers, and zeros for the rest."""
-    made: dict[str, Any] = {}
-    for kind in sorted({kind for name in names for kind in by_name.get(name, [])}):
-        if kind.startswith(f"{NUMBERS}/"):
-            short = kind.removeprefix(f"{NUMBERS}/")
-            values = [float(states.read(f"{kind}/{name}")) for name in names if kind in by_name.get(name, [])]
-            made[short] = make_number(inner, group, own, one_number(values, short))
-        else:
-            made[kind] = torch.zeros_like(own)
-    return made
 
 
 def _part(whole: Tensor, parameter: Any) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from ds_wsi.runtime.full_disk import naming_full_disk
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.temporary import is_temporary
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,6 +45,11 @@ def lock_path(folder: Path, name: str = "") -> Path:
 def is_lock(path: Path) -> bool:
     """Whether a name is one that `lock_path` gives."""
     return NAME.fullmatch(path.name) is not None
+
+
+def is_of_work(path: Path) -> bool:
+    """Whether a name is one that this program gives for the time of its work: of a lock, or of a temporary folder."""
+    return is_lock(path) or is_temporary(path)
 
 
 @contextmanager

@@ -65,6 +65,7 @@ class _Watch:
         self.reason = ""
         self.deferred = 0
         self._first_press = 0.0
+        self._told = False
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
         self._ended = threading.Event()
@@ -125,8 +126,6 @@ class _Watch:
         if self.deferred and not self._told:
             self._told = True
             logger.warning("%s: what has been done is kept first; Ctrl-C leaves without", name)
-
-    _told = False
 
     def _leave(self) -> None:
         logger.warning("a second SIGINT: left at once, what was done since the last checkpoint is lost")

@@ -31,6 +31,11 @@ _NAMES = {
 }
 
 
+def of_rank(kind: str, rank: int, world: int) -> str:
+    """The name of a process's own file of this kind."""
+    return f"{kind}-{rank:05}-of-{world:05}.safetensors"
+
+
 class Written(NamedTuple):
     """What is known of a file that was written: its length and SHA-256."""
 

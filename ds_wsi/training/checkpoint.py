@@ -24,7 +24,7 @@ from ds_wsi.engines.accelerate import Accelerator, broadcast_object_list
 from ds_wsi.runtime.files import link_or_copy, sync_directory, sync_file, write_json
 from ds_wsi.runtime.full_disk import naming_full_disk
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.temporary import temporary_folder, usual_mode
+from ds_wsi.runtime.temporary import temporary_folder
 from ds_wsi.runtime.tensor_file import Written, write_tensors
 from ds_wsi.training.saver import Patience, Saver
 
@@ -144,7 +144,6 @@ def _write_all(how: _How, others: range, patience: Callable[[], Patience]) -> No
         write_json(temporary / STATE, how.contents.state)
         for rank in others:
             known |= _await_part(temporary, rank, patience())
-        _use_mode(temporary, usual_mode(temporary.parent))
         seal(temporary, known)
         _make_way(final)
         temporary.rename(final)
@@ -263,13 +262,6 @@ def _make_way(final: Path) -> None:
         number += 1
     final.rename(aside)
     logger.warning("%s was not written by this run as it is: moved to %s", final, aside.name)
-
-
-def _use_mode(directory: Path, mode: int) -> None:
-    """Give every file the usual permissions: the engine's writers keep some to their owner."""
-    for path in directory.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            path.chmod(mode)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

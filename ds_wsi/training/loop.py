@@ -27,7 +27,7 @@ from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.runtime.progress import PresentRate, Progress
 from ds_wsi.runtime.ranks import watch_ranks
 from ds_wsi.runtime.seeding import seed_step, step_seed
-from ds_wsi.runtime.signals import Stopped, asked, deferring, heeding_signals
+from ds_wsi.runtime.signals import Stopped, deferring, heeding_signals
 from ds_wsi.runtime.words import counted
 from ds_wsi.stacking.balance import OverCapError
 from ds_wsi.stacking.randomness import bag_randomness
@@ -52,6 +52,7 @@ from ds_wsi.training.screen import tell_start
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.step import bag_weight, blank_tile, idle_loss
 from ds_wsi.training.stopping import stop_reason
+from ds_wsi.training.stops import any_rank_asked, kept_when_stopped, wants_to_stop, words_of_stop
 from ds_wsi.training.validation import AtTheEnd, BesideTraining, validation_of
 from ds_wsi.training.warmup import encoder_rests, forget_steps, set_rates
 
@@ -109,8 +110,8 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
             with deferring():
                 try:
                     _train_epochs(run)
-                    if _any_rank_asked(run):  # its end can be begun anew from the last checkpoint, which is whole
-                        raise Stopped(_words_of_stop(run), together=True)
+                    if any_rank_asked(run):  # its end can be begun anew from the last checkpoint, which is whole
+                        raise Stopped(words_of_stop(run), together=True)
                 except Stopped:
                     # Launchers end all ranks when one has ended: none does before the last checkpoint is there.
                     run.saver.close()
@@ -187,7 +188,7 @@ def _train_epochs(run: Run) -> None:
     with validation_of(run) as validation:
         while run.progress.epoch < epochs and not _stops_early(run):
             began = time.perf_counter()
-            with _kept_when_stopped(run):
+            with kept_when_stopped(run):
                 entry = _train_epoch(run, bags, validation)
                 run.epoch_seconds = time.perf_counter() - began
                 validation.collect()
@@ -198,35 +199,10 @@ def _train_epochs(run: Run) -> None:
             if run.settings.model.lora_rank:
                 state = merge_lora(state, run.settings.model.lora_rank, run.settings.model.lora_alpha)
             _end_epoch(run, entry)
-            with _kept_when_stopped(run):
+            with kept_when_stopped(run):
                 validation.give(state)
             save(run)
         validation.collect()
-
-
-@contextmanager
-def _kept_when_stopped(run: Run) -> Iterator[None]:
-    """Write a checkpoint where the run is stopped in the block, as all ranks are."""
-    try:
-        yield
-    except Stopped:
-        save(run)
-        raise
-
-
-def _words_of_stop(run: Run) -> str:
-    limit = run.settings.run.max_minutes
-    return asked() or (f"--max_minutes {limit:g}" if _time_is_over(run) else "a signal to another rank")
-
-
-def _any_rank_asked(run: Run) -> bool:
-    """Collective: an all-reduce, the identity on one rank."""
-    told = torch.tensor(float(bool(asked())), device=run.device)
-    return bool(run.accelerator.reduce(told, "sum") > 0)
-
-
-def _time_is_over(run: Run) -> bool:
-    return 0 < 60 * run.settings.run.max_minutes <= time.perf_counter() - run.started
 
 
 def _stops_early(run: Run) -> bool:
@@ -304,7 +280,7 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
             save_steps = run.settings.run.save_steps
             by_step = save_steps and progress.global_step % save_steps == 0
             if run.stop_is_due:  # after an epoch's last step too: the epoch's end can take long
-                raise Stopped(_words_of_stop(run), together=True)
+                raise Stopped(words_of_stop(run), together=True)
             if (by_step or run.save_is_due) and progress.step_in_epoch < len(plan):
                 save(run)
     return {
@@ -364,7 +340,7 @@ def _train_step(
         bags.make_ready(len(following.micro_steps[0][mesh.slide_rank]), run.progress.global_step + 1)
     waited = time.perf_counter() - run.saved
     due = 0 < 60 * run.settings.run.save_minutes <= waited
-    told = [float(tiles), float(accelerator.is_main_process and due), float(bool(asked()) or _time_is_over(run))]
+    told = [float(tiles), float(accelerator.is_main_process and due), float(wants_to_stop(run))]
     bad = ~weights_seem_finite(run.module, run.device)
     totals = accelerator.reduce(torch.cat([loss_sum[None], torch.tensor(told, device=run.device), bad[None]]), "sum")
     loss, n_tiles, *flags = totals.tolist()

@@ -11,11 +11,6 @@ from ds_wsi.engines.accelerate import Accelerator, average_buffers, tracked_buff
 from ds_wsi.runtime.tensor_file import TensorFile
 
 
-def file_name(rank: int, world: int) -> str:
-    """Of a process's statistics."""
-    return f"statistics-{rank:05}-of-{world:05}.safetensors"
-
-
 @torch.no_grad()
 def pool(accelerator: Accelerator, module: nn.Module) -> dict[str, Tensor]:
     """Pool the statistics of all processes, in place; returns this process's own, by name, for `put_back`.

@@ -15,11 +15,6 @@ from ds_wsi.runtime.seeding import generator_states, set_generator_states
 from ds_wsi.runtime.tensor_file import TensorFile
 
 
-def file_name(rank: int, world: int) -> str:
-    """Of a process's generators."""
-    return f"random-{rank:05}-of-{world:05}.safetensors"
-
-
 def take_random(device: torch.device) -> dict[str, Tensor]:
     """The states of all generators of this process, on the CPU."""
     _, words, gauss = random.getstate()

@@ -9,6 +9,7 @@ from ds_wsi.evaluation.record import PRECISION, RunRecord
 from ds_wsi.models import SlideModel
 from ds_wsi.training.features import encoder_of_features
 from ds_wsi.training.run import Run
+from ds_wsi.training.same_run import slides_per_step
 from ds_wsi.training.settings import DataSettings
 from ds_wsi.training.stopping import stopping_words
 
@@ -67,8 +68,7 @@ def training_name(module: SlideModel) -> str:
 def _group_settings(run: Run) -> dict[str, Any]:
     """Everything that changes a result but seed and split; not what only changes how it is computed."""
     settings, policies = run.settings, run.settings.policies
-    layout, stacking = run.epoch_layout, policies.stacking
-    step = stacking.bags_per_step or layout["world_size"] * layout["bags_per_rank"] * layout["accumulation"]
+    stacking = policies.stacking
     groups = {
         "model": {name: value for name, value in asdict(settings.model).items() if name not in _MODEL_NAMES},
         "optim": {name: value for name, value in asdict(settings.optim).items() if name not in _STEP_NAMES},
@@ -77,7 +77,10 @@ def _group_settings(run: Run) -> dict[str, Any]:
         "compression": {"hook": run.comm.name, "keep": policies.compression.keep} if run.comm else {},
     }
     found = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
-    found |= {"slides_per_step": step, "tiles_per_slide": policies.reading.tiles_per_slide}
+    found |= {
+        "slides_per_step": slides_per_step(settings, run.epoch_layout["world_size"]),
+        "tiles_per_slide": policies.reading.tiles_per_slide,
+    }
     found |= {"from_tile_store": bool(policies.reading.tile_store), "framework": stacking.framework}
     found |= {"norm_training": run.config.norm_training, "norm_affine": policies.norm.affine}
     found |= {"norm_evaluation": policies.norm.evaluation, "early_stopping": stopping_words(settings.run)}

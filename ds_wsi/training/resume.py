@@ -23,15 +23,16 @@ from ds_wsi.engines.accelerate import tracked_buffers
 from ds_wsi.engines.full_state import put_state, take_state
 from ds_wsi.runtime.files import link_or_copy
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.tensor_file import open_tensors
+from ds_wsi.runtime.tensor_file import of_rank, open_tensors
 from ds_wsi.training import own_statistics
 from ds_wsi.training.checkpoint import FORMAT, PENDING_WEIGHTS, Contents, read_state, save_checkpoint
 from ds_wsi.training.norm_plan import has_moving_norms
-from ds_wsi.training.random_state import file_name, put_random, take_random
+from ds_wsi.training.random_state import put_random, take_random
 from ds_wsi.training.run import Progress, Run
 from ds_wsi.training.same_run import fingerprint, require_same
 
 MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "weight_average.safetensors"
+RANDOM, STATISTICS = "random", "statistics"  # a file a process
 
 
 def resume(run: Run) -> None:
@@ -79,10 +80,10 @@ def _load(run: Run, checkpoint: Path, facts: dict[str, Any], then: int) -> None:
     if run.comm is not None:
         run.comm.load(checkpoint)
     if then == now:
-        with open_tensors(checkpoint / file_name(accelerator.process_index, now)) as generators:
+        with open_tensors(checkpoint / of_rank(RANDOM, accelerator.process_index, now)) as generators:
             put_random(generators, run.device)
         if tracked_buffers(accelerator, run.module):
-            with open_tensors(checkpoint / own_statistics.file_name(accelerator.process_index, now)) as statistics:
+            with open_tensors(checkpoint / of_rank(STATISTICS, accelerator.process_index, now)) as statistics:
                 own_statistics.load(accelerator, run.module, statistics)
         return
     logger.info("saved by %d processes, gone on with by %d: the same steps, but for the order of sums", then, now)
@@ -132,10 +133,11 @@ def _contents(run: Run, statistics: dict[str, Tensor]) -> Contents:
         shared[AVERAGE] = run.average.weights()
         facts["average_steps"] = run.average.steps
     world = accelerator.num_processes
-    own = {file_name(accelerator.process_index, world): take_random(run.device)}
+    own = {of_rank(RANDOM, accelerator.process_index, world): take_random(run.device)}
     if statistics:
-        of_statistics = own_statistics.file_name(accelerator.process_index, world)
-        own[of_statistics] = {name: value.cpu() for name, value in statistics.items()}
+        own[of_rank(STATISTICS, accelerator.process_index, world)] = {
+            name: value.cpu() for name, value in statistics.items()
+        }
     if run.comm is not None:
         own |= run.comm.on_host()
     state = {

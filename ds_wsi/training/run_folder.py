@@ -11,10 +11,10 @@ from typing import Any, TextIO
 
 from ds_wsi.evaluation.record import MARK_NAME as PROTOCOL_MARK
 from ds_wsi.runtime.files import write_json, write_text
-from ds_wsi.runtime.locks import is_lock, only_one
+from ds_wsi.runtime.locks import is_of_work, only_one
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.signals import Stopped
-from ds_wsi.runtime.temporary import is_temporary, remove_left_behind
+from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.training.checkpoint import FILE_LIST, list_checkpoints
 
 MARK = "started.json"  # written before anything else: the folder is a run's from its first second on
@@ -50,7 +50,7 @@ def require_run_folder(path: Path, *, resumes: bool) -> None:
         return
     if not path.is_dir():
         raise ValueError(f"--output_dir must be a folder, got {path}, a file. HINT: give a new folder.")
-    found = sorted(entry.name for entry in path.iterdir() if not is_temporary(entry) and not is_lock(entry))
+    found = sorted(entry.name for entry in path.iterdir() if not is_of_work(entry))
     if found and not is_run_folder(path):
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise ValueError(

@@ -12,9 +12,8 @@ from ds_wsi.evaluation.record import FILE_NAME as RECORD
 from ds_wsi.evaluation.record import MARK_NAME, RunFolderError, RunRecord
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.fingerprint import file_fingerprint
-from ds_wsi.runtime.locks import is_lock
+from ds_wsi.runtime.locks import is_of_work
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.temporary import is_temporary
 from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.training.checkpoint import list_checkpoints
 from ds_wsi.training.run_folder import is_protocol_mark
@@ -103,7 +102,7 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
     """
     mark = folder / MARK_NAME
     if not is_protocol_mark(mark):
-        if folder.is_dir() and not all(is_temporary(path) or is_lock(path) for path in folder.iterdir()):
+        if folder.is_dir() and not all(map(is_of_work, folder.iterdir())):
             raise ValueError(
                 f"{folder} must be this protocol's, got a folder without {MARK_NAME}. HINT: another --output_dir."
             )

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.signals import Stopped
 
 ON_THE_WAY = 2  # copies that wait or are written; who wants to make a third waits
 TELL_S = 30.0  # of waiting for the disk, after which it is told, and again
@@ -40,9 +39,9 @@ class Saver:
         """Nothing is on the way."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: object, *rest: object) -> None:
         """Wait until all is written; where the run ends by an error, a failure here is told beside it."""
-        if kind is None or issubclass(kind, Stopped):  # one that was stopped promises its last checkpoint
+        if kind is None:
             self.close()
             return
         self.ending.set()

@@ -1,14 +1,13 @@
 """Asked to end by a signal or by the clock, and started again: the weights of an uninterrupted run, bit by bit."""
 
-import json
 import os
 import random
 import signal
 import subprocess
-from pathlib import Path
 
 import psutil
 import pytest
+from same_end import require_same_end
 
 from runs import ROOT, TIMEOUT_S, environment, on_a_free_port, run, train_arguments
 
@@ -47,16 +46,6 @@ def stop(command: list[str], number: int, after: str) -> str:
     return "".join(printed) + rest
 
 
-def same(folder: Path, whole: Path) -> None:
-    """Weights, predictions and history are equal, bit for bit."""
-    for name in ("model.safetensors", "predictions.csv"):
-        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-    histories = [json.loads((one / "history.json").read_text()) for one in (whole, folder)]
-    timed = ("tiles_per_second", "peak_memory_bytes")
-    stripped = [[{k: v for k, v in entry.items() if k not in timed} for entry in history] for history in histories]
-    assert stripped[0] == stripped[1]
-
-
 @pytest.mark.parametrize(
     "launcher", [pytest.param(name, marks=[pytest.mark.slow] * (name != "torchrun")) for name in LAUNCHERS]
 )
@@ -74,7 +63,7 @@ def test_all_ranks_of_a_launcher_end_together(launcher, demo_manifest, tmp_path)
     if launcher == "torchrun":
         whole = tmp_path / "whole"
         run([*LAUNCHERS[launcher], *train_arguments(demo_manifest, whole, *options)])
-        same(folder, whole)
+        require_same_end(folder, whole)
 
 
 SRUN = """#!/bin/bash

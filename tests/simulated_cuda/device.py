@@ -118,7 +118,7 @@ class SimulatedDevice(TorchDispatchMode):
         Source: aten/src/ATen/native/cuda/Copy.cu, copy_requires_temporaries and what follows it.
         """
         same = target.dtype == source.dtype and target.shape == source.shape
-        if same and target.stride() == source.stride() and _is_dense(target):
+        if same and _steps(target) == _steps(source) and _is_dense(target):
             return func(target, source, non_blocking)
         with self:
             staged = source.to(target.dtype).expand_as(target).contiguous()
@@ -143,6 +143,11 @@ def _refuse_several_devices(name: str, tensors: list[Tensor]) -> None:
     if len(found) > 1 and name not in _MIXED and not name.startswith("_foreach_"):
         shapes = ", ".join(f"{tensor.device} {list(tensor.shape)}" for tensor in tensors)
         raise RuntimeError(f"Expected all tensors to be on the same device: {name} got {shapes}")
+
+
+def _steps(tensor: Tensor) -> list[int]:
+    """The strides that are ever stepped along: those of dimensions of one element may be anything."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -166,19 +167,21 @@ def features_file(folder, suffix):
     return path
 
 
+def what_comes(read, refusal, whole, damaged):
+    """Of reading a damaged file: it is refused by its name, or has the values of the whole one, or others."""
+    try:
+        found = read(damaged)
+    except refusal as error:
+        return "refused" if str(damaged) in str(error) else f"without its name: {error}"
+    return "read" if found == whole else "other values"
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", "_old.pt", ".h5", "_packed.h5"])
 def test_a_file_of_features_with_a_changed_byte_ends_no_process(suffix, tmp_path):
     path = features_file(tmp_path, suffix)
     whole = all_of(path)
 
-    def check(damaged):
-        try:
-            found = all_of(damaged)
-        except FeatureFileError as error:
-            return "refused" if str(damaged) in str(error) else f"without its name: {error}"
-        return "read" if found == whole else "other values"
-
-    counts = damage_all(path, check)
+    counts = damage_all(path, partial(what_comes, all_of, FeatureFileError, whole))
     # Ours, and torch's archives, have checksums; h5 files and torch's old files have none of their values.
     allowed = {"read", "refused"} if suffix in (".safetensors", ".pt") else {"read", "refused", "other values"}
     assert {*counts} <= allowed
@@ -199,14 +202,7 @@ def test_a_grid_with_a_changed_byte_is_refused_or_right(tmp_path):
 
     whole = everything(path)
 
-    def check(damaged):
-        try:
-            found = everything(damaged)
-        except SlideError as error:
-            return "refused" if str(damaged) in str(error) else f"without its name: {error}"
-        return "read" if found == whole else "other values"
-
-    counts = damage_all(path, check)
+    counts = damage_all(path, partial(what_comes, everything, SlideError, whole))
     assert {*counts} <= {"read", "refused"}
     assert counts["refused"] > 1000
 

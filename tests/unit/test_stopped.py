@@ -1,6 +1,5 @@
 """A run that is asked to end at any moment keeps what it has done, and goes on bit for bit."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,6 +7,7 @@ import sys
 import time
 
 import pytest
+from same_end import require_same_end
 from tiny_runs import train, write_cohort
 
 from ds_wsi.evaluation import norm_choice, predict
@@ -39,15 +39,6 @@ def at_call(monkeypatch, module, name, number, action):
     monkeypatch.setattr(module, name, counted)
 
 
-def same(folder, whole):
-    for name in ("model.safetensors", "predictions.csv"):
-        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-    histories = [json.loads((one / "history.json").read_text()) for one in (whole, folder)]
-    timed = ("tiles_per_second", "peak_memory_bytes")
-    stripped = [[{k: v for k, v in entry.items() if k not in timed} for entry in history] for history in histories]
-    assert stripped[0] == stripped[1]
-
-
 # Of 18 steps, 6 an epoch, 4 slides validated after each, and 2 tested. Many more: tests/chaos.
 MOMENTS = [
     (loop, "_forward_backward", 0, signal.SIGUSR1),
@@ -69,7 +60,7 @@ def test_a_signal_at_any_moment(module, name, call, number, whole, tmp_path, mon
     assert "Traceback" not in words
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers are put back"
     assert train(whole, tmp_path / "run", *OPTIONS, "--resume_from_checkpoint", epochs=EPOCHS) == 0
-    same(tmp_path / "run", whole / "whole")
+    require_same_end(tmp_path / "run", whole / "whole")
 
 
 def test_stopped_after_each_step(whole, tmp_path, capfd):
@@ -82,7 +73,7 @@ def test_stopped_after_each_step(whole, tmp_path, capfd):
     assert code == 0
     assert len(codes) == 18, "a step each start"
     assert "stopped by --max_minutes 1e-09: the same command goes on" in capfd.readouterr().err
-    same(tmp_path / "run", whole / "whole")
+    require_same_end(tmp_path / "run", whole / "whole")
 
 
 def test_no_checkpoint_is_needed_before_the_first_step(whole, tmp_path, monkeypatch, capfd):
