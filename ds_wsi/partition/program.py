@@ -1,5 +1,6 @@
 """A graph cut into segments, each with its mode, its passes and its chunks."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,12 +138,23 @@ class Segment:
             count = max(1, -(-height // size))
             return [Chunk(index, count, (0, batch)) for index in range(count)]
         found = [
-            (first, min(first + size, last), population)
-            for population, (start, last) in enumerate(bags)
-            for first in range(start, last, size)
+            (first, last, population) for population, bag in enumerate(bags) for first, last in tile_ranges(bag, size)
         ]
         found = found or [(0, 0, 0)]  # a rank without a tile joins the norms' collectives
         return [Chunk(i, len(found), (first, last), population) for i, (first, last, population) in enumerate(found)]
+
+
+def tile_ranges(bag: Range, size: int) -> list[Range]:
+    """The ranges of at most `size` tiles that a bag is cut into: full ones, and what remains.
+
+    A single tile that would remain takes one more from the range before it: on one tile, libraries choose kernels by
+    strides that say nothing, and torch's BatchNorm on a CPU (seen in 2.14.1) is then wrong in backward.
+    """
+    start, end = bag
+    cuts = [*range(start, end, size), end]
+    if size > 2 and len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:
+        cuts[-2] -= 1
+    return list(itertools.pairwise(cuts))
 
 
 class Program:

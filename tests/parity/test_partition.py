@@ -13,6 +13,7 @@ from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.partition.norm import NormSite
 from ds_wsi.partition.policy import MODES
+from ds_wsi.partition.program import tile_ranges
 from ds_wsi.stacking import stack_bags
 
 TOLERANCE = 1e-10  # relative, in float64: sums over chunks round differently from sums over bags
@@ -483,3 +484,54 @@ def test_compiling_between_barriers_is_skipped_with_a_warning(caplog):
     with caplog.at_level("WARNING", logger="ds_wsi"):
         module(tiles(8))
     assert "compile: skipped for ResNet" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("bag", "size", "expected"),
+    [
+        ((0, 7), 3, [(0, 3), (3, 5), (5, 7)]),  # no tile is left alone
+        ((5, 9), 3, [(5, 7), (7, 9)]),
+        ((0, 8), 3, [(0, 3), (3, 6), (6, 8)]),
+        ((0, 6), 3, [(0, 3), (3, 6)]),
+        ((0, 5), 2, [(0, 2), (2, 4), (4, 5)]),  # a chunk has at most two
+        ((0, 3), 1, [(0, 1), (1, 2), (2, 3)]),
+        ((4, 5), 3, [(4, 5)]),
+        ((4, 4), 3, []),
+    ],
+)
+def test_a_bag_is_cut_into_chunks_of_which_none_is_a_lone_remainder(bag, size, expected):
+    assert tile_ranges(bag, size) == expected
+
+
+class _Transposed(torch.autograd.Function):
+    """The identity whose gradient of one tile comes with channels last and a stride of tiles that says nothing."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, channels, height, _ = grad.shape
+        if grad.shape[0] > 1:
+            return grad
+        strides = (channels, 1, channels * height, channels)
+        return grad.new_empty(grad.numel()).as_strided(grad.shape, strides).copy_(grad)
+
+
+class TransposedHead(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 32, 4, 4), nn.BatchNorm2d(32))
+
+    def forward(self, x):
+        return _Transposed.apply(super().forward(x)).square().mean((2, 3))
+
+
+def test_one_more_tile_than_the_chunks_hold_is_exact_whatever_the_strides_of_its_gradient():
+    torch.manual_seed(0)
+    plain = TransposedHead().double().eval()
+    nn.init.uniform_(plain[1].running_var, 0.5, 2)
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode="lean", chunk_size=3), check=False)
+    x = tiles(7, side=8)
+    assert_same(plain, partitioned, step(plain, x), step(partitioned, x))
