@@ -8,6 +8,7 @@ import pytest
 import ds_wsi
 
 ROOT = Path(ds_wsi.__file__).parent
+LAUNCH = Path(__file__).parents[2] / "launch"
 # A package may import those of lower layers. Siblings of a layer do not import each other, but for the pairs allowed.
 LAYERS = (
     {"runtime"},
@@ -18,11 +19,13 @@ LAYERS = (
     {"engines"},
     {"evaluation"},
     {"training"},
-    {"cli", "commands", "benchmarks"},
+    {"cli", "commands"},
+    {"launch"},  # beside ds_wsi, and not installed with it
 )
 # Aggregators work on stacks; a bag across ranks is pooled by the aggregators' own contract; cli calls the commands.
 SIBLINGS = {("models", "stacking"), ("tile_parallel", "stacking"), ("tile_parallel", "models"), ("cli", "commands")}
 FRAMEWORKS = {"deepspeed", "accelerate", "transformers"}
+NOT_INSTALLED = {"launch", "tests"}
 
 
 def layer_of(package: str) -> int:
@@ -49,6 +52,8 @@ def violations(package: str, tree: ast.AST) -> list[str]:
             found += [] if allowed else [f"{package} imports {name}"]
         if parts[0] in FRAMEWORKS and package != "engines":
             found.append(f"{package} imports the framework {name}")
+        if parts[0] in NOT_INSTALLED and package != "launch":
+            found.append(f"{package} imports {name}, which is not installed")
     return found
 
 
@@ -57,18 +62,22 @@ def sources():
         relative = path.relative_to(ROOT)
         if relative != Path("__init__.py"):
             yield (relative.parts[0] if len(relative.parts) > 1 else relative.stem), path
+    for path in sorted(LAUNCH.rglob("*.py")):
+        yield "launch", path
 
 
 @pytest.mark.parametrize(
-    ("package", "path"), [pytest.param(*item, id=str(item[1].relative_to(ROOT))) for item in sources()]
+    ("package", "path"), [pytest.param(*item, id=str(item[1].relative_to(LAUNCH.parent))) for item in sources()]
 )
 def test_imports_point_down(package, path):
     assert violations(package, ast.parse(path.read_text(encoding="utf-8"))) == []
 
 
 def test_the_check_finds_upward_and_framework_imports():
-    tree = ast.parse("def f():\n    from ds_wsi.training.loop import train\n    import deepspeed.comm")
+    lines = ("from ds_wsi.training.loop import train", "import deepspeed.comm", "import launch.benchmarks.table")
+    tree = ast.parse("\n    ".join(("def f():", *lines)))
     assert sorted(violations("slides", tree)) == [
         "slides imports ds_wsi.training.loop",
+        "slides imports launch.benchmarks.table, which is not installed",
         "slides imports the framework deepspeed.comm",
     ]

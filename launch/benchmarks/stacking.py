@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from ds_wsi.bags.bag import FailureLog, ReadPolicy, read_bags
 from ds_wsi.bags.cohort import load_cohort
-from ds_wsi.benchmarks.table import Bound, Result
 from ds_wsi.models import SlideModel, SlideOutput, build_aggregator
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.runtime.log import logger
@@ -35,6 +34,7 @@ from ds_wsi.stacking.packs import plan_packs
 from ds_wsi.stacking.stacked_bags import stack_bags
 from ds_wsi.training.options import DEMO_TILE_SIZE_PX
 from ds_wsi.training.settings import DataSettings
+from launch.benchmarks.table import Bound, Result
 
 SIGMA = 0.6  # of the logarithm of CAMELYON16's bag lengths
 SIZES = {True: ((50, 512), (200, 1024), (1000, 1024)), False: ((50, 512), (200, 1024), (1000, 1024), (10_000, 1024))}

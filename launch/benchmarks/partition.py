@@ -17,17 +17,17 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ds_wsi.benchmarks.peers import (
+from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
+from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.memory import ByteMeter
+from launch.benchmarks.peers import (
     lightstream_module,
     lightstream_stream,
     native,
     save_on_cpu,
     torch_checkpoint,
 )
-from ds_wsi.benchmarks.table import Bound, Result
-from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
-from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.memory import ByteMeter
+from launch.benchmarks.table import Bound, Result
 
 RECOMPUTE_BOUND = 1.40
 QUARTER_TIME_BOUND = 1.9

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.benchmarks.sweep import Machine, Training
 from ds_wsi.partition.rates import Rates
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
+from launch.benchmarks.sweep import Machine, Training
 
 GIB = 2**30
 COLUMNS = (

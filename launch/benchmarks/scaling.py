@@ -20,14 +20,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ds_wsi.bags.sampler import share_tiles
-from ds_wsi.benchmarks.ranks import run_ranks
-from ds_wsi.benchmarks.table import Bound, Result
 from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.models.aggregators.abmil import GatedABMIL
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import ByteMeter
 from ds_wsi.stacking.stacked_bags import stack_bags
 from ds_wsi.tile_parallel import TileMesh, TileParallelPolicy, shard_tiles, stream_bag, tile_mesh
+from launch.benchmarks.ranks import run_ranks
+from launch.benchmarks.table import Bound, Result
 
 LAYOUTS = {
     "sharded": ("sharded", (1.0, 1.0)),

@@ -15,11 +15,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.benchmarks import peers
-from ds_wsi.benchmarks.gpu_run import GIB, Pooled, Run, normaliser, random_tiles
-from ds_wsi.benchmarks.sweep import DoesNotFitError, Training, planned
-from ds_wsi.benchmarks.table import Bound
 from ds_wsi.partition import PartitionPolicy, partition_layers
+from launch.benchmarks import peers
+from launch.benchmarks.gpu_run import GIB, Pooled, Run, normaliser, random_tiles
+from launch.benchmarks.sweep import DoesNotFitError, Training, planned
+from launch.benchmarks.table import Bound
 
 FITS_BOUND = 1.02  # seconds over native's where the whole fits
 BUDGETS = (1.0, 0.9, 0.8, 0.7)  # of ours' share: what an allocator wastes is not planned

@@ -21,9 +21,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ds_wsi.benchmarks import peers_gpu
-from ds_wsi.benchmarks.gpu_run import GIB, Pooled, Run, TimeIsUpError, normaliser, random_tiles
-from ds_wsi.benchmarks.sweep import (
+from ds_wsi.partition import PartitionPolicy, partition_layers
+from ds_wsi.partition.policy import MODES
+from ds_wsi.partition.rates import find_rates, probe
+from ds_wsi.runtime.log import logger
+from launch.benchmarks import peers_gpu
+from launch.benchmarks.gpu_run import GIB, Pooled, Run, TimeIsUpError, normaliser, random_tiles
+from launch.benchmarks.sweep import (
     SHARES,
     DoesNotFitError,
     Machine,
@@ -35,11 +39,7 @@ from ds_wsi.benchmarks.sweep import (
     read_options,
     resnet18,
 )
-from ds_wsi.benchmarks.table import Bound, Result
-from ds_wsi.partition import PartitionPolicy, partition_layers
-from ds_wsi.partition.policy import MODES
-from ds_wsi.partition.rates import find_rates, probe
-from ds_wsi.runtime.log import logger
+from launch.benchmarks.table import Bound, Result
 
 NATIVE_BOUND = 1.3  # (a): seconds over native's on the whole card
 PAPER_BOUND = 6.0  # (a): paper's seconds over ours

@@ -19,14 +19,14 @@ from matplotlib.figure import Figure
 
 from ds_wsi.bags.bag import ReadPolicy, read_chunks
 from ds_wsi.bags.manifest import SlideEntry
-from ds_wsi.benchmarks.table import Bound, Result
-from ds_wsi.benchmarks.tiles import large_slide, whole_grid
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import temporary_folder
 from ds_wsi.slides.demo import DemoPolicy, make_demo
 from ds_wsi.slides.slide import Slide
 from ds_wsi.slides.tile_store import StoredSlide, pack_slide, store_path
 from ds_wsi.slides.tiling import TileGrid
+from launch.benchmarks.table import Bound, Result
+from launch.benchmarks.tiles import large_slide, whole_grid
 
 TIMES_SLIDES, ENOUGH_TILES_A_SECOND = 3, 1_500
 READERS = ("slides", "store", "decoder alone")

@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 
 from ds_wsi.bags.bag import ReadPolicy, read_chunks
 from ds_wsi.bags.manifest import SlideEntry
-from ds_wsi.benchmarks.table import Bound, Result
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.demo import DemoPolicy, make_demo, write_pyramid
 from ds_wsi.slides.slide import Slide
 from ds_wsi.slides.tiling import TileGrid, TilingPolicy, plan_coords, plan_level
+from launch.benchmarks.table import Bound, Result
 
 RATE_BOUND = 0.9
 MEMORY_BOUND = 1.1  # peak over the second half of the slides, over the peak of the first

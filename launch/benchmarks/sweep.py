@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ds_wsi.benchmarks.table import Result
 from ds_wsi.partition import Handle, PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.partition.rates import Rates, device_key, probe
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import ByteMeter, DevicePeaks, device_peaks
+from launch.benchmarks.table import Result
 
 MODES = ("native", "planner", "paper")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

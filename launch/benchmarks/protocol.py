@@ -11,7 +11,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ds_wsi.benchmarks.table import Bound, Result
 from ds_wsi.slides.demo import DEMO_DIRS
 from ds_wsi.training.compare import (
     ARMS,
@@ -24,6 +23,7 @@ from ds_wsi.training.compare import (
     compared_runs,
     read_metrics,
 )
+from launch.benchmarks.table import Bound, Result
 
 AGGREGATORS = "abmil,dtfd,transmil"
 COLORS = {"frozen": "#999999", "end_to_end": "#3b6ea5"}

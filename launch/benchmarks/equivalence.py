@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ds_wsi.bags.sampler import share_tiles
-from ds_wsi.benchmarks.ranks import run_ranks
-from ds_wsi.benchmarks.table import Bound, Result
 from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.runtime.log import logger
 from ds_wsi.stacking.stacked_bags import StackedBags, stack_bags
 from ds_wsi.tile_parallel import TileParallelPolicy, shard_tiles, tile_mesh
+from launch.benchmarks.ranks import run_ranks
+from launch.benchmarks.table import Bound, Result
 
 LAYERS = {
     "small": ("encoder.0.conv1.weight", "encoder.1.conv2.weight", "aggregator.classifier.weight"),

@@ -29,9 +29,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ds_wsi.benchmarks.link import LimitedLink, bytes_sent
-from ds_wsi.benchmarks.ranks import run_ranks
-from ds_wsi.benchmarks.table import Bound, Result
 from ds_wsi.compression.comm import CommPolicy
 from ds_wsi.engines.hooks import attach
 from ds_wsi.engines.stepper import Stepper
@@ -40,6 +37,9 @@ from ds_wsi.models.aggregators.transmil import TransMIL
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.stacking import stack_bags
+from launch.benchmarks.link import LimitedLink, bytes_sent
+from launch.benchmarks.ranks import run_ranks
+from launch.benchmarks.table import Bound, Result
 
 RANKS = 4
 DIM, TILES, SHIFTED, SHIFT = 512, 48, 4, 6.0
