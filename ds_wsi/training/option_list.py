@@ -6,8 +6,8 @@ from typing import Any
 
 from ds_wsi.bags.feature_cohort import CHECKS
 from ds_wsi.compression.comm import HOOK_NAMES
-from ds_wsi.engines.kernels import MEMORY_FORMATS, TF32
-from ds_wsi.engines.optimizers import OPTIMIZERS
+from ds_wsi.engines.accelerator.optimizers import OPTIMIZERS
+from ds_wsi.engines.machine.kernels import MEMORY_FORMATS, TF32
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models.aggregators import AGGREGATORS
 from ds_wsi.models.features import FEATURES

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ds_wsi.config import DsWsiConfig
-from ds_wsi.engines.auto import LEARNING_RATE, WEIGHT_DECAY
+from ds_wsi.engines.deepspeed_json.auto import LEARNING_RATE, WEIGHT_DECAY
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models.aggregators import check_aggregator
 from ds_wsi.slides.demo import DEMO_DIRS

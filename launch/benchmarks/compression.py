@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ds_wsi.compression.comm import CommPolicy
-from ds_wsi.engines.hooks import attach
-from ds_wsi.engines.stepper import Stepper
+from ds_wsi.engines.accelerator.stepper import Stepper
+from ds_wsi.engines.comm_hooks.register import attach
 from ds_wsi.models.aggregators.abmil import ABMIL
 from ds_wsi.models.aggregators.transmil import TransMIL
 from ds_wsi.runtime.files import write_json

@@ -218,7 +218,7 @@ def _train_cases(cases: Sequence[Case], steps: int) -> list[list[dict[str, Any]]
 
 
 def _train(case: Case, steps: int) -> list[dict[str, Any]]:
-    from ds_wsi.engines.stepper import Stepper  # DeepSpeed is imported by ranks only
+    from ds_wsi.engines.accelerator.stepper import Stepper  # DeepSpeed is imported by ranks only
 
     kind = getattr(torch, case.dtype)
     model = make_model(case.encoder, kind)

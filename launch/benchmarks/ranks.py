@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_wsi.engines import cpu
+from ds_wsi.engines.machine import cpu
 
 
 def run_ranks(

@@ -16,15 +16,15 @@ They were the same from DeepSpeed 0.18.0 to 0.19.8; another signature is refused
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_wsi.engines.hook_pull import Replicas
-from ds_wsi.engines.hook_steps import Reducer
+from ds_wsi.engines.comm_hooks.patches import Patches
+from ds_wsi.engines.comm_hooks.reducer import Reducer
+from ds_wsi.engines.comm_hooks.zero_weights import Replicas
 
 _STAGE3 = "_DeepSpeedZeroOptimizer_Stage3"
 SIGNATURES: dict[int, dict[str, tuple[str, ...]]] = {
@@ -36,33 +36,6 @@ SIGNATURES: dict[int, dict[str, tuple[str, ...]]] = {
         f"{_STAGE3}__avg_scatter_contiguous_grads": ("buffer_to_reduce", "communication_data_type"),
     },
 }
-
-
-class Patches:
-    """Attributes of instances that are replaced, and put back."""
-
-    def __init__(self) -> None:
-        self._replaced: list[tuple[Any, str, bool, Any]] = []
-
-    def method(self, owner: Any, name: str, body: Callable[..., Any]) -> Callable[..., Any]:
-        """Replace a method of this instance; returns the native one, bound."""
-        native: Callable[..., Any] = getattr(owner, name)
-        self.value(owner, name, MethodType(body, owner))
-        return native
-
-    def value(self, owner: Any, name: str, value: Any) -> None:
-        """Replace an attribute of this instance."""
-        self._replaced.append((owner, name, name in vars(owner), vars(owner).get(name)))
-        setattr(owner, name, value)
-
-    def undo(self) -> None:
-        """Put all back, the last first."""
-        while self._replaced:
-            owner, name, was_there, value = self._replaced.pop()
-            if was_there:
-                setattr(owner, name, value)
-            else:
-                delattr(owner, name)
 
 
 def refuse(engine: Any) -> None:

@@ -7,7 +7,7 @@
     facts      JSON: which optimizer it was, its loss scale, DeepSpeed's counts
 
 Tensors are gathered one at a time, and only the main process keeps them, on the host. A partition of ZeRO 1 and 2 is
-read here ([Note: seams] in hook_zero.py), that of ZeRO 3 in zero3_state.py.
+read in zero12.py, that of ZeRO 3 in zero3.py.
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ds_wsi.engines.accelerate import Accelerator
-from ds_wsi.engines.deepspeed import gathered, is_zero3
-from ds_wsi.engines.fsdp import copy_whole, whole
-from ds_wsi.engines.hook_zero import autocast_scaler
+from ds_wsi.engines.accelerator.engine import Accelerator
+from ds_wsi.engines.comm_hooks.zero_seams import autocast_scaler
+from ds_wsi.engines.full_state.entries import MASTER, NUMBERS, as_number, make_number, number_of
+from ds_wsi.engines.full_state.zero3 import put_zero3, take_zero3
+from ds_wsi.engines.full_state.zero12 import put_zero12, take_zero12
+from ds_wsi.engines.sharded.fsdp import copy_whole, whole
+from ds_wsi.engines.sharded.zero import gathered, is_zero3
 from ds_wsi.runtime.tensor_file import TensorFile
 
-NUMBERS = "numbers"
-MASTER = "master"
 COUNTS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
 # What must be as it was, or the steps would be another optimizer's. The rate and the decay are set at each step.
 COMPARED = ("eps", "amsgrad", "momentum", "dampening", "nesterov", "maximize", "betas")
@@ -59,12 +60,8 @@ def take_state(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> E
     if zero is None:
         states = _take_plain(module, inner, keep)
     elif is_zero3(module):
-        from ds_wsi.engines.zero3_state import take_zero3
-
         states = take_zero3(module, zero, inner, keep)
     else:
-        from ds_wsi.engines.zero12_state import take_zero12
-
         states = take_zero12(module, zero, inner, keep)
     return EngineState(weights, states, _facts(accelerator, inner))
 
@@ -103,12 +100,8 @@ def put_state(
         _put_weights(module, weights)
         _put_plain(module, inner, states, by_name)
     elif is_zero3(module):
-        from ds_wsi.engines.zero3_state import put_zero3
-
         put_zero3(module, zero, inner, weights, states, by_name)
     else:
-        from ds_wsi.engines.zero12_state import put_zero12
-
         _put_weights(module, weights)
         put_zero12(module, zero, inner, states, by_name)
     scaler = _scaler(accelerator)
@@ -139,72 +132,6 @@ def describe_optimizer(inner: Any) -> dict[str, Any]:
             value = group[name]
             found[name] = [float(one) for one in value] if isinstance(value, tuple | list) else value
     return found
-
-
-def make_number(inner: Any, group: dict[str, Any], parameter: Tensor, value: float) -> Any:
-    """A count of steps as this optimizer keeps it: DeepSpeed's as a number, torch's as a tensor."""
-    if type(inner).__module__.startswith("deepspeed"):
-        return int(value)
-    beside = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
-    return torch.tensor(float(value), dtype=torch.get_default_dtype(), device=beside)
-
-
-def number_of(value: Any, parameter: Tensor) -> float | None:
-    """What an optimizer counts, as a number; None: a tensor that goes with the parameter's entries.
-
-    Raises:
-        ValueError: neither.
-    """
-    if not isinstance(value, Tensor):
-        return float(value)
-    if value.shape == parameter.shape and value.dim() > 0:
-        return None
-    if value.numel() != 1:
-        raise ValueError(
-            f"an optimizer's state must be of its parameter's shape, {tuple(parameter.shape)}, got "
-            f"{tuple(value.shape)}. HINT: Adam, AdamW or SGD."
-        )
-    return float(value)
-
-
-def flat_states(
-    inner: Any, group: dict[str, Any], own: Tensor, names: list[str], states: TensorFile, by_name: dict[str, list[str]]
-) -> dict[str, Any]:
-    """The states of a flat group that ZeRO steps as one: its numbers, and zeros to be filled for the rest.
-
-    Args:
-        inner: the optimizer that steps.
-        group: of its parameter groups.
-        own: what this rank steps of the group.
-        names: of the group's parameters.
-        states, by_name: a file, and the kinds of state in it by parameter.
-
-    Raises:
-        ValueError: parameters of the group differ in a number.
-    """
-    made: dict[str, Any] = {}
-    for kind in sorted({kind for name in names for kind in by_name.get(name, [])} - {MASTER}):
-        if kind.startswith(f"{NUMBERS}/"):
-            short = kind.removeprefix(f"{NUMBERS}/")
-            values = [float(states.read(f"{kind}/{name}")) for name in names if kind in by_name.get(name, [])]
-            made[short] = make_number(inner, group, own, _one_number(values, short))
-        else:
-            made[kind] = torch.zeros_like(own)
-    return made
-
-
-def _one_number(values: list[float], what: str) -> float:
-    if len(set(values)) > 1:
-        raise ValueError(
-            f"{what} must be the same for all parameters that ZeRO steps together, got {min(values):g} to "
-            f"{max(values):g}. HINT: go on without DeepSpeed, or with FSDP2: they count by parameter."
-        )
-    return values[0]
-
-
-def as_number(value: float) -> Tensor:
-    """A number as a file keeps it."""
-    return torch.tensor(float(value), dtype=torch.float64)
 
 
 def _take_weights(module: nn.Module, keep: bool) -> dict[str, Tensor]:

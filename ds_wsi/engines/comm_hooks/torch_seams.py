@@ -14,7 +14,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_wsi.compression import Compressor
-from ds_wsi.engines.hook_steps import Reducer
+from ds_wsi.engines.comm_hooks.reducer import Reducer
 
 _SWITCH = "_ds_wsi_comm_switch"
 

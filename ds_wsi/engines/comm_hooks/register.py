@@ -20,10 +20,10 @@ from ds_wsi.compression import DMGC, ByteCount, Cast, Compressor, TopK
 from ds_wsi.compression import hook as compressed_mean
 from ds_wsi.compression.comm import CommPolicy
 from ds_wsi.config import SECTION
-from ds_wsi.engines.hook_state import on_host, read_states, write_state
-from ds_wsi.engines.hook_steps import Dense, Hook, Reducer, allreduce, whole, whole_policy
-from ds_wsi.engines.hook_torch import DdpBuckets, hook_ddp, hook_fsdp
-from ds_wsi.engines.section import require_done
+from ds_wsi.engines.comm_hooks.reducer import Dense, Hook, Reducer, allreduce, whole, whole_policy
+from ds_wsi.engines.comm_hooks.state_files import on_host, read_states, write_state
+from ds_wsi.engines.comm_hooks.torch_seams import DdpBuckets, hook_ddp, hook_fsdp
+from ds_wsi.engines.policies.section import require_done
 from ds_wsi.runtime.log import logger
 
 _REGISTERED = "_ds_wsi_comm_hook"
@@ -178,7 +178,7 @@ def _register(
     if alone:
         body, state.policy = whole, whole_policy(state.policy)
     if where.startswith("zero"):
-        from ds_wsi.engines.hook_zero import hook_engine, loss_scale_of
+        from ds_wsi.engines.comm_hooks.zero_seams import hook_engine, loss_scale_of
 
         reducer = Reducer(body, state, step_of=lambda: int(target.global_steps), loss_scale=loss_scale_of(target))
         undo = hook_engine(target, reducer, pull=not alone and _pulls_weights(state, where, target))
@@ -328,7 +328,7 @@ def _pulls_weights(state: Any, where: str, target: Any) -> bool:
     if not isinstance(policy, DMGC) or policy.topology != "sharded" or where not in ("zero1", "zero2"):
         return False
     if policy.pull == "auto":
-        from ds_wsi.engines.hook_pull import unfit
+        from ds_wsi.engines.comm_hooks.zero_weights import unfit
 
         reason = unfit(target.optimizer)
         if reason:

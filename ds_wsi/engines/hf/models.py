@@ -28,7 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ds_wsi.bags.features import collate_bags
-from ds_wsi.engines.deepspeed import full_state_dict
+from ds_wsi.engines.sharded.zero import full_state_dict
 from ds_wsi.models import ModelConfig, SlideModel, build_model, load_model, save_model
 from ds_wsi.models.loss import IGNORED_LABEL, stack_loss
 from ds_wsi.stacking import StackedBags, stack_bags

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_wsi.engines.deepspeed import gathered
-from ds_wsi.engines.full_state import NUMBERS, as_number, flat_states
+from ds_wsi.engines.full_state.entries import NUMBERS, as_number, flat_states
+from ds_wsi.engines.sharded.zero import gathered
 from ds_wsi.runtime.tensor_file import TensorFile
 
 

@@ -22,13 +22,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.compression.comm import CommPolicy
-from ds_wsi.engines import cpu
-from ds_wsi.engines.auto import fill_rest
-from ds_wsi.engines.deepspeed import fill_auto, gather_as_one, suit_machine
-from ds_wsi.engines.fsdp import build_with_fsdp, fsdp_plugin, is_fsdp2, launched_with_fsdp, shard_model
-from ds_wsi.engines.hooks import CommHandle, attach
-from ds_wsi.engines.optimizers import OPTIMIZERS
-from ds_wsi.engines.timeouts import set_timeouts
+from ds_wsi.engines.accelerator.optimizers import OPTIMIZERS
+from ds_wsi.engines.comm_hooks.register import CommHandle, attach
+from ds_wsi.engines.deepspeed_json.auto import fill_rest
+from ds_wsi.engines.deepspeed_json.config import fill_auto, suit_machine
+from ds_wsi.engines.machine import cpu
+from ds_wsi.engines.machine.timeouts import set_timeouts
+from ds_wsi.engines.sharded.fsdp import build_with_fsdp, fsdp_plugin, is_fsdp2, launched_with_fsdp, shard_model
+from ds_wsi.engines.sharded.zero import gather_as_one
 from ds_wsi.norms.roles import population_group
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import precision_words

@@ -11,17 +11,15 @@ at that call. A version that went over something else would find the list empty 
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ds_wsi.compression import Bucket, pull_weights
-from ds_wsi.engines.hook_steps import Reducer
-
-if TYPE_CHECKING:
-    from ds_wsi.engines.hook_zero import Patches
+from ds_wsi.engines.comm_hooks.patches import Patches
+from ds_wsi.engines.comm_hooks.reducer import Reducer
 
 
 class _Layout:
@@ -86,7 +84,7 @@ class Replicas:
                 mean[starts[place] : starts[place + 1]] = part
         return mean
 
-    def attach(self, patches: "Patches") -> None:
+    def attach(self, patches: Patches) -> None:
         """Put the pull in the place of the all-gather ([Note: no gather])."""
 
         def step(optimizer: Any, *args: Any, **keywords: Any) -> Any:

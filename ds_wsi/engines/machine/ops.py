@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ds_wsi.engines.cpu import without_gpu
+from ds_wsi.engines.machine.cpu import without_gpu
 from ds_wsi.runtime.log import logger
 
 COMPILER = "g++ and ninja"

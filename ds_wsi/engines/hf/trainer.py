@@ -26,14 +26,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from ds_wsi.config import SECTION, DsWsiConfig, read_section
-from ds_wsi.engines.accelerate import attach_hook, average_buffers
-from ds_wsi.engines.deepspeed import gather_as_one, suit_machine
-from ds_wsi.engines.deepspeed_files import tensors_alone
-from ds_wsi.engines.hooks import CommHandle
-from ds_wsi.engines.norms import apply_training, decide_training, partition_of, partition_population
-from ds_wsi.engines.nvme import NvmeSpill
-from ds_wsi.engines.step_batches import OrIdle, StepBatches, bag_lengths
-from ds_wsi.engines.transformers import SlideCollator, SlideModelForSlideClassification
+from ds_wsi.engines.accelerator.engine import attach_hook, average_buffers
+from ds_wsi.engines.comm_hooks.register import CommHandle
+from ds_wsi.engines.deepspeed_json.config import suit_machine
+from ds_wsi.engines.hf.deepspeed_files import tensors_alone
+from ds_wsi.engines.hf.models import SlideCollator, SlideModelForSlideClassification
+from ds_wsi.engines.hf.step_batches import OrIdle, StepBatches, bag_lengths
+from ds_wsi.engines.machine.nvme import NvmeSpill
+from ds_wsi.engines.policies.norms import apply_training, decide_training, partition_of, partition_population
+from ds_wsi.engines.sharded.zero import gather_as_one
 from ds_wsi.norms import NormPolicy, batch_norms, natural_evaluation
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.partition.apply import PartitionedForward

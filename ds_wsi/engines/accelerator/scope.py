@@ -18,8 +18,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from ds_wsi.engines.accelerate import EngineSettings, build_accelerator
-from ds_wsi.engines.timeouts import restoring_timeouts
+from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator
+from ds_wsi.engines.machine.timeouts import restoring_timeouts
 
 T = TypeVar("T")
 S = TypeVar("S")

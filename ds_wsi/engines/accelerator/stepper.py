@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ds_wsi.engines.accelerate import EngineSettings, build_accelerator, prepare
-from ds_wsi.engines.deepspeed import full_state_dict
-from ds_wsi.engines.fsdp import whole
-from ds_wsi.engines.optimizers import OPTIMIZERS
-from ds_wsi.engines.scope import forget_engine
+from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator, prepare
+from ds_wsi.engines.accelerator.optimizers import OPTIMIZERS
+from ds_wsi.engines.accelerator.scope import forget_engine
+from ds_wsi.engines.sharded.fsdp import whole
+from ds_wsi.engines.sharded.zero import full_state_dict
 
 ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_wsi.engines.cpu import without_gpu
-from ds_wsi.engines.ops import COMPILER, compiler_lacks, is_installed
+from ds_wsi.engines.machine.cpu import without_gpu
+from ds_wsi.engines.machine.ops import COMPILER, compiler_lacks, is_installed
 from ds_wsi.partition import PartitionPlan, PartitionPolicy
 from ds_wsi.partition.staging import ALIGN, Block, Extents
 from ds_wsi.runtime.memory import free_disk_bytes

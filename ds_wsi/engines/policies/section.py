@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from ds_wsi.config import SECTION, DsWsiConfig, read_section
-from ds_wsi.engines.deepspeed import gather_as_one
-from ds_wsi.engines.norms import apply_training, decide_training, partition_of, partition_population
-from ds_wsi.engines.nvme import NvmeSpill
+from ds_wsi.engines.machine.nvme import NvmeSpill
+from ds_wsi.engines.policies.norms import apply_training, decide_training, partition_of, partition_population
+from ds_wsi.engines.sharded.zero import gather_as_one
 from ds_wsi.models import SlideModel
 from ds_wsi.norms import batch_norms, natural_evaluation
 from ds_wsi.partition import PartitionPolicy, partition_layers

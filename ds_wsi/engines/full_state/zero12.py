@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_wsi.engines.full_state import MASTER, NUMBERS, as_number, flat_states, number_of
+from ds_wsi.engines.full_state.entries import MASTER, NUMBERS, as_number, flat_states, number_of
 from ds_wsi.runtime.tensor_file import TensorFile
 
 _CHUNK = 2**22  # entries of a rank that are gathered at a time
