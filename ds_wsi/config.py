@@ -8,7 +8,7 @@ from ds_wsi.bags.augment import AugmentPolicy
 from ds_wsi.bags.bag import ReadPolicy
 from ds_wsi.compression.comm import CommPolicy
 from ds_wsi.norms import NormPolicy
-from ds_wsi.partition.plan import PartitionPlan
+from ds_wsi.partition.planning.plan import PartitionPlan
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.slides.tiling import TilingPolicy, stored_tiling

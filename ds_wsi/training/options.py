@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ds_wsi.config import SECTION, DsWsiConfig, read_section
-from ds_wsi.partition.plan import PartitionPlan
+from ds_wsi.partition.planning.plan import PartitionPlan
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.option_list import (
     ADAM_BETA,

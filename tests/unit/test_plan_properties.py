@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers
-from ds_wsi.partition.planner import Planner
+from ds_wsi.partition.planning.rates import ASSUMED
+from ds_wsi.partition.planning.search import Planner
+from ds_wsi.partition.planning.simulate import Simulator
 from ds_wsi.partition.policy import MODES
-from ds_wsi.partition.rates import ASSUMED
-from ds_wsi.partition.simulate import Simulator
 from ds_wsi.runtime.memory import ByteMeter
 
 TILES, SIDE = 32, 16

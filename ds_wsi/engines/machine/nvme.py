@@ -11,7 +11,8 @@ from torch import Tensor
 from ds_wsi.engines.machine.cpu import without_gpu
 from ds_wsi.engines.machine.ops import COMPILER, compiler_lacks, is_installed
 from ds_wsi.partition import PartitionPlan, PartitionPolicy
-from ds_wsi.partition.staging import ALIGN, Block, Extents
+from ds_wsi.partition.execution.free_list import Block, Extents
+from ds_wsi.partition.execution.host_store import ALIGN
 from ds_wsi.runtime.memory import free_disk_bytes
 
 _BLOCK = 2**20  # bytes of one request
@@ -61,7 +62,7 @@ class NvmeSpill:
         return cls(wanted.nvme_path, wanted.nvme_budget_bytes) if wanted.nvme_path else None
 
     def write(self, data: Tensor) -> Block:
-        """See `ds_wsi.partition.staging.Spill`.
+        """See `ds_wsi.partition.execution.host_store.Spill`.
 
         Raises:
             OSError: the budget or the disk is full, or the disk fails.
@@ -76,12 +77,12 @@ class NvmeSpill:
         return place
 
     def read(self, place: Block, data: Tensor) -> None:
-        """See `ds_wsi.partition.staging.Spill`."""
+        """See `ds_wsi.partition.execution.host_store.Spill`."""
         self._check(self._handle.sync_pread(data, self._file, place[1]), "read", data.numel())
         self.read_bytes += data.numel()
 
     def free(self, place: Block) -> None:
-        """See `ds_wsi.partition.staging.Spill`."""
+        """See `ds_wsi.partition.execution.host_store.Spill`."""
         self._extents.give_back(place)
 
     def _grow(self, size: int) -> None:
