@@ -11,7 +11,7 @@ from ds_wsi.norms.roles import is_shared
 from ds_wsi.partition.checking.case import Case
 from ds_wsi.partition.checking.check import FirstCalls
 from ds_wsi.partition.execution.aliases import exclusive
-from ds_wsi.partition.execution.call import Call, bag_ranges
+from ds_wsi.partition.execution.call import PartitionedCall, bag_ranges
 from ds_wsi.partition.execution.host_store import HostStore, Spill
 from ds_wsi.partition.execution.input_tensor import Prepare, input_cost, prepared
 from ds_wsi.partition.execution.node import PartitionedNode
@@ -32,7 +32,7 @@ from ds_wsi.partition.module.surroundings import (
 )
 from ds_wsi.partition.planning.plan import PartitionPlan, SegmentPlan
 from ds_wsi.partition.planning.search import plan_partition
-from ds_wsi.partition.planning.uniform import DEFAULT_CHUNK, bucket, uniform_plan
+from ds_wsi.partition.planning.uniform import DEFAULT_CHUNK, planning_size, uniform_plan
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import free_host_bytes
@@ -154,13 +154,13 @@ class PartitionedForward:
                 self._checked.check(case, x, prepare)
         with exclusive(self.module):
             example = Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments)
-            call = Call(
+            call = PartitionedCall(
                 self._program(plan, example),
                 x.detach(),
                 bags,
                 prepare=prepare,
                 save=save,
-                input_grad=grad,
+                wants_input_grad=grad,
                 device=device,
                 autocast=autocast_now(device),
                 store=self._host_store(plan, x.shape[0], device),
@@ -216,7 +216,7 @@ class PartitionedForward:
             return self.wanted
         policy = self.wanted
         # For two tiles at least: of a population that other ranks hold too, one tile or none is no small part.
-        shape = (bucket(max(2, x.shape[0])) if policy.mode == "auto" else max(1, x.shape[0]), *x.shape[1:])
+        shape = (planning_size(max(2, x.shape[0])) if policy.mode == "auto" else max(1, x.shape[0]), *x.shape[1:])
         if policy.axis == "spatial":
             shape = tuple(x.shape)
         kind = autocast_dtype(device)

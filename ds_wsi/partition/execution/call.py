@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.partition.execution.aliases import CallTensors
-from ds_wsi.partition.execution.chunk_pass import SegmentPasses, no_checkpoint
-from ds_wsi.partition.execution.chunk_ranges import Parts
-from ds_wsi.partition.execution.chunked_tensor import Extent, Rows, Tiles
+from ds_wsi.partition.execution.chunk_pass import ChunkRunner, no_checkpoint
+from ds_wsi.partition.execution.chunk_ranges import ChunkRanges
+from ds_wsi.partition.execution.chunked_tensor import ChunkedTensor, StoredTensor
 from ds_wsi.partition.execution.gradients import GradientSums, gradient_needs
 from ds_wsi.partition.execution.host_store import HostStore
-from ds_wsi.partition.execution.input_tensor import Given
-from ds_wsi.partition.execution.recomputed import Recompute
+from ds_wsi.partition.execution.input_tensor import InputTensor
+from ds_wsi.partition.execution.recomputed import RecomputedSegment
 from ds_wsi.partition.execution.saved_on_host import SavedOnHost
-from ds_wsi.partition.execution.segment_norms import PopulationNorms
-from ds_wsi.partition.execution.stored import Hold
+from ds_wsi.partition.execution.segment_norms import SegmentNorms
+from ds_wsi.partition.execution.stored import StoredSegment
 from ds_wsi.partition.execution.versions import Guard, guards_of, name_changed
 from ds_wsi.partition.graph.halo import Range
 from ds_wsi.partition.graph.replay import Random
@@ -27,9 +27,10 @@ from ds_wsi.partition.module.arguments import Arguments
 from ds_wsi.partition.module.surroundings import undisturbed
 
 _KEEP_GRAPHS = ("keep", "offload")  # whose graphs compare versions themselves
+_Work = StoredSegment | RecomputedSegment
 
 
-class Call:
+class PartitionedCall:
     """One call of a partitioned module: its forward, and its backward if there is one.
 
     Args:
@@ -38,7 +39,7 @@ class Call:
         bags: ranges of tiles that are a population each.
         prepare: applied to each chunk of the input on the device, without gradient.
         save: whether backward will follow.
-        input_grad: whether it shall reach `x`.
+        wants_input_grad: whether a gradient shall reach `x`.
         device: of the computation.
         autocast: a context of the autocast settings in force at the call.
         track: whether running statistics are updated.
@@ -57,27 +58,27 @@ class Call:
         *,
         prepare: Callable[[Tensor], Tensor] | None,
         save: bool,
-        input_grad: bool,
+        wants_input_grad: bool,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
         track: bool = True,
         store: HostStore | None = None,
         phase: Callable[[str, int], None] | None = None,
         simulated: bool = False,
-        pretended: Given | None = None,
+        pretended: InputTensor | None = None,
         arguments: Arguments | None = None,
     ) -> None:
-        self.program, self.bags, self.save, self.input_grad = program, bags, save, input_grad
+        self.program, self.bags, self.save, self.wants_input_grad = program, bags, save, wants_input_grad
         self.device, self.autocast, self.track = device, autocast, track
         self.batch = x.shape[0]
         self.arguments = arguments or Arguments()
         dim = 2 if program.rules is not None else 0
         self.random = Random(device, replayable=not simulated)
         self.store = store or HostStore(device)
-        self.x: Given | None = Given(x, dim, device, prepare, self.store) if pretended is None else pretended
+        self.x: InputTensor | None = pretended or InputTensor(x, dim, device, prepare, self.store)
         self.sums = GradientSums()
-        self.saved: list[Hold | Recompute | None] = []  # what each segment keeps from forward to backward
-        self._needs_grad = gradient_needs(program.traced, input_grad)
+        self.saved: list[_Work | None] = []  # what each segment keeps from forward to backward
+        self._needs_grad = gradient_needs(program.traced, wants_input_grad)
         self._on_host = SavedOnHost(program.traced.module, self.store, x)
         self.tensors = CallTensors(program.traced.module, save=save)
         self._input = Guard(x, f"the input of {type(program.traced.module).__name__}")
@@ -91,8 +92,8 @@ class Call:
     def forward(self) -> Tensor:
         """The module's output."""
         assert self.x is not None
-        extent: Extent = self.x
-        needs = self.input_grad
+        source: ChunkedTensor = self.x
+        needs = self.wants_input_grad
         segments = self.program.segments
         graphs = self.save and any(segment.spec.mode in _KEEP_GRAPHS for segment in segments)
         aliased = self.tensors.in_place() if graphs else nullcontext()
@@ -101,11 +102,11 @@ class Call:
                 needs = needs or any(parameter.requires_grad for parameter in _parameters(segment))
                 keep = self.save and needs
                 follower = segments[index + 1].spec if index + 1 < len(segments) else None
-                work = self._work(segment, extent)
-                out = work.parts.extent(segment.target, host=follower is not None and follower.host_input)
+                work = self._work(segment, source)
+                out = work.ranges.make_value(segment.target, host=follower is not None and follower.host_input)
                 work.forward(out, keep=keep)
                 self.saved.append(work if keep else None)
-                extent = out
+                source = out
                 self.boundary_bytes = out.device_bytes
                 self.phase("forward", index)
         if self.x is not None and not self.save:
@@ -113,13 +114,13 @@ class Call:
         self.x = None
         if self.save and not self._simulated:
             self._guards = [guards_of(segment, self.tensors.names) for segment in segments]
-        output = extent.whole()  # type: ignore[union-attr]
-        return output
+        return out.whole()
 
     def backward(self, grad: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
         """The input's gradient (None where it is not wanted) and the parameters', by id, summed over the chunks."""
         rows = self.program.segments[-1].in_rows
-        above: Extent = Given(grad, 2 if rows else 0, self.device, None)
+        input_grad: StoredTensor | None = None
+        output_grad: ChunkedTensor = InputTensor(grad, 2 if rows else 0, self.device, None)
         ambient = self.random.read()
         self._input.armed = True
         with undisturbed(), self.autocast(), self.tensors.in_place():
@@ -132,35 +133,36 @@ class Call:
                     for guard in self._guards[index]:
                         guard.check()
                 host = segment.spec.host_input and index > 0  # the input's gradient is the caller's
-                below = work.parts.extent(segment.source, host=host, source=True)
+                input_grad = work.ranges.make_value(segment.source, host=host, source=True)
                 try:
-                    work.backward(above, below)
+                    work.backward(output_grad, input_grad)
                 except RuntimeError as error:
                     named = name_changed(error, [self._input, *chain(*self._guards)])
                     if named is None:
                         raise
                     raise named from error
-                above.clear()
+                output_grad.clear()
                 work.source.clear()
-                above = below
-                self.boundary_bytes = below.device_bytes
+                output_grad = input_grad
+                self.boundary_bytes = input_grad.device_bytes
                 self.phase("backward", index)
         self.random.write(ambient)
-        return (above.whole() if self.input_grad and isinstance(above, Tiles | Rows) else None), self.sums.by_id
+        x_grad = input_grad.whole() if self.wants_input_grad and input_grad is not None else None
+        return x_grad, self.sums.by_id
 
-    def _work(self, segment: Segment, source: Extent) -> Hold | Recompute:
+    def _work(self, segment: Segment, source: ChunkedTensor) -> _Work:
         mode = segment.spec.mode
-        passes = SegmentPasses(
+        runner = ChunkRunner(
             segment,
-            Parts(segment, self.program.heights, self.batch, self.bags, self.store),
-            PopulationNorms(segment, len(self.bags), self.device, self.batch if self.track else None, self.tensors),
+            ChunkRanges(segment, self.program.heights, self.batch, self.bags, self.store),
+            SegmentNorms(segment, len(self.bags), self.device, self.batch if self.track else None, self.tensors),
             self.random,
             self._needs_grad,
             self._on_host.saving if mode == "offload" else no_checkpoint,
             self.arguments,
             self.tensors,
         )
-        return (Recompute if mode == "recompute" else Hold)(passes, source, self.sums)
+        return (RecomputedSegment if mode == "recompute" else StoredSegment)(runner, source, self.sums)
 
 
 def _parameters(segment: Segment) -> Iterator[nn.Parameter]:

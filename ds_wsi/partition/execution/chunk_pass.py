@@ -10,9 +10,9 @@ from torch import Tensor, fx
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ds_wsi.partition.execution.aliases import CallTensors
-from ds_wsi.partition.execution.chunk_ranges import Parts
-from ds_wsi.partition.execution.chunked_tensor import Extent
-from ds_wsi.partition.execution.segment_norms import PopulationNorms
+from ds_wsi.partition.execution.chunk_ranges import ChunkRanges
+from ds_wsi.partition.execution.chunked_tensor import ChunkedTensor
+from ds_wsi.partition.execution.segment_norms import SegmentNorms
 from ds_wsi.partition.graph.replay import Random
 from ds_wsi.partition.graph.segments import Chunk, Segment
 from ds_wsi.partition.graph.subgraph import Subgraph
@@ -20,12 +20,12 @@ from ds_wsi.partition.module.arguments import Arguments
 
 
 @dataclass(frozen=True)
-class SegmentPasses:
+class ChunkRunner:
     """What every pass over the chunks of one segment needs in one call.
 
     Args:
         segment: that is computed.
-        parts: its chunks.
+        ranges: its chunks, and what each reads and computes.
         norms: its norms, whose statistics the passes apply.
         random: the call's random numbers.
         needs_grad: whether a gradient has to reach each value.
@@ -35,29 +35,29 @@ class SegmentPasses:
     """
 
     segment: Segment
-    parts: Parts
-    norms: PopulationNorms
+    ranges: ChunkRanges
+    norms: SegmentNorms
     random: Random
     needs_grad: dict[fx.Node, bool]
     saving: Callable[[], AbstractContextManager[Any]]
     arguments: Arguments
     tensors: CallTensors
 
-    def run(self, graph: Subgraph, chunk: Chunk, values: dict[fx.Node, Extent]) -> dict[fx.Node, Tensor]:
+    def run(self, graph: Subgraph, chunk: Chunk, values: dict[fx.Node, ChunkedTensor]) -> dict[fx.Node, Tensor]:
         """The targets' own tiles or rows of a chunk, without gradient."""
-        parts = self.parts
+        ranges = self.ranges
         with torch.no_grad(), no_checkpoint():
-            needed = parts.needed(graph, chunk)
-            inputs = {node: values[node].read(parts.reads(node, chunk, needed)) for node in graph.sources}
+            needed = ranges.needed(graph, chunk)
+            inputs = {node: values[node].read(ranges.reads(node, chunk, needed)) for node in graph.sources}
             norms, key = self.norms.of(chunk), self._key(chunk)
             found = graph.run(inputs, norms, self.random, key, _count(chunk), self.arguments, needed=needed)
-            return {node: parts.crop_own(node, value, chunk, needed) for node, value in found.items()}
+            return {node: ranges.crop_own(node, value, chunk, needed) for node, value in found.items()}
 
     def with_graph(
         self,
         graph: Subgraph,
         chunk: Chunk,
-        values: dict[fx.Node, Extent],
+        values: dict[fx.Node, ChunkedTensor],
         *,
         corrected: set[fx.Node] | None = None,
         known: dict[fx.Node, Tensor] | None = None,
@@ -71,19 +71,19 @@ class SegmentPasses:
             corrected: norms whose input's gradient is corrected inside the graph.
             known: results of final convolutions that need not be computed again.
         """
-        parts = self.parts
+        ranges = self.ranges
         with torch.enable_grad(), self.saving():
-            needed = parts.needed(graph, chunk)
+            needed = ranges.needed(graph, chunk)
             leaves = {}
             anchor = torch.empty(0, requires_grad=True)
             for node in graph.sources:
-                value = values[node].read(parts.reads(node, chunk, needed)).detach()
+                value = values[node].read(ranges.reads(node, chunk, needed)).detach()
                 wanted = value.is_floating_point() and self.needs_grad[node]
                 leaves[node] = _Source.apply(anchor, value) if wanted else value
             own = None
             if corrected is not None:
                 own = {
-                    node: parts.own(node.all_input_nodes[0], chunk) if self.segment.in_rows else None
+                    node: ranges.own(node.all_input_nodes[0], chunk) if self.segment.in_rows else None
                     for node in corrected
                 }
             found = graph.run(
@@ -97,7 +97,7 @@ class SegmentPasses:
                 corrected=own,
                 known=known,
             )
-            return leaves, {node: parts.crop_own(node, value, chunk, needed) for node, value in found.items()}
+            return leaves, {node: ranges.crop_own(node, value, chunk, needed) for node, value in found.items()}
 
     def _key(self, chunk: Chunk) -> Any:
         """The chunk's name among the call's random numbers."""

@@ -4,14 +4,14 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx
 
-from ds_wsi.partition.execution.chunked_tensor import Extent, Rows, Tiles
+from ds_wsi.partition.execution.chunked_tensor import ChunkedTensor, RowBlocks, StoredTensor, TileChunks
 from ds_wsi.partition.execution.host_store import HostStore
 from ds_wsi.partition.graph.halo import Range
 from ds_wsi.partition.graph.segments import Chunk, Segment
 from ds_wsi.partition.graph.subgraph import Subgraph, hull
 
 
-class Parts:
+class ChunkRanges:
     """A segment's chunks in one call, and the parts of its values that belong to them.
 
     Args:
@@ -62,31 +62,31 @@ class Parts:
         (first, last), (low, high) = self.own(node, chunk), needed[node]
         return value if (first, last) == (low, high) else value[:, :, first - low : last - low]
 
-    def extent(self, node: fx.Node, *, host: bool, source: bool = False) -> Tiles | Rows:
-        """An empty place for a value, or its gradient; `source`: of the segment's input, which the one below owns."""
+    def make_value(self, node: fx.Node, *, host: bool, source: bool = False) -> StoredTensor:
+        """An empty value, or gradient; `source`: of the segment's input, which the segment before owns."""
         store = self.store if host else None
         in_rows = node in self.heights and (self.segment.in_rows or source)
-        return Rows(self.heights[node], store) if in_rows else Tiles(store)
+        return RowBlocks(self.heights[node], store) if in_rows else TileChunks(store)
 
-    def prefetch(self, graph: Subgraph, values: dict[fx.Node, Extent], position: int) -> None:
+    def prefetch(self, graph: Subgraph, values: dict[fx.Node, ChunkedTensor], position: int) -> None:
         """Start bringing back from host memory what the chunk at `position` reads, if there is such a chunk."""
         if not 0 <= position < len(self.chunks):
             return
         chunk = self.chunks[position]
         needed = self.needed(graph, chunk)
         for node in graph.sources:
-            extent = values.get(node)
-            if extent is not None:
-                extent.prefetch(self.reads(node, chunk, needed))
+            value = values.get(node)
+            if value is not None:
+                value.prefetch(self.reads(node, chunk, needed))
 
-    def prefetch_own(self, nodes: Iterable[fx.Node], values: dict[fx.Node, Extent], position: int) -> None:
+    def prefetch_own(self, nodes: Iterable[fx.Node], values: dict[fx.Node, ChunkedTensor], position: int) -> None:
         """The same of the parts of values, or of gradients, that the chunk at `position` owns."""
         if not 0 <= position < len(self.chunks):
             return
         for node in nodes:
-            extent = values.get(node)
-            if extent is not None:
-                extent.prefetch(self.own(node, self.chunks[position]))
+            value = values.get(node)
+            if value is not None:
+                value.prefetch(self.own(node, self.chunks[position]))
 
     def _some_rows(self, node: fx.Node, chunk: Chunk) -> Range:
         """The rows that a chunk owns, or one where it owns none: operations need a row to work on."""

@@ -1,15 +1,36 @@
 """A tensor that exists in chunks: tiles [first, last) or rows [first, last) of it at a time, on the device or host."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from ds_wsi.partition.execution.host_store import HostStore, Ticket
-from ds_wsi.partition.execution.input_tensor import Given
 
 Range = tuple[int, int]  # [first, last)
 
 
-class Tiles:
+class ChunkedTensor(Protocol):
+    """What a pass reads, and may drop, a chunk at a time: an input or output gradient, or a stored value."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was written: a gradient that does not flow."""
+
+    def read(self, wanted: Range) -> Tensor:
+        """A chunk on the device."""
+
+    def prefetch(self, wanted: Range) -> None:
+        """Start bringing a chunk to the device."""
+
+    def drop(self, where: Range) -> None:
+        """Forget a chunk that was read for the last time."""
+
+    def clear(self) -> None:
+        """Forget everything."""
+
+
+class TileChunks:
     """Chunks of tiles as they were written, in order: nothing is copied where readers want the same chunks.
 
     Args:
@@ -62,6 +83,11 @@ class Tiles:
                 self.host.release(part)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing was written, or all was dropped."""
+        return not self.parts
+
+    @property
     def device_bytes(self) -> int:
         """Held on the device."""
         return sum(part.numel() * part.element_size() for part in self.parts.values() if isinstance(part, Tensor))
@@ -85,18 +111,18 @@ class Tiles:
         return part
 
 
-class Rows:
+class RowBlocks:
     """Rows of images [B, C, H, W]; readers overlap, so it is one buffer on the device, or blocks in host memory.
 
     Args:
         height: of the whole.
-        host: as of `Tiles`.
+        host: as of `TileChunks`.
     """
 
     def __init__(self, height: int, host: HostStore | None = None) -> None:
         self.height, self.host = height, host
         self.buffer: Tensor | None = None
-        self.blocks = Tiles(host)
+        self.blocks = TileChunks(host)
         self.order: list[Range] = []
 
     def write(self, where: Range, tensor: Tensor) -> None:
@@ -148,6 +174,11 @@ class Rows:
         """Keep: neighbours overlap; `clear` frees."""
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing was written."""
+        return self.buffer is None and self.blocks.is_empty
+
+    @property
     def device_bytes(self) -> int:
         """Held on the device."""
         return 0 if self.buffer is None else self.buffer.numel() * self.buffer.element_size()
@@ -185,7 +216,7 @@ class Rows:
             at = max(at, high)
 
 
-Extent = Given | Tiles | Rows
+StoredTensor = TileChunks | RowBlocks
 
 
 def _zero_rows(like: Tensor, count: int) -> Tensor:

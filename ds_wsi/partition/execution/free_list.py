@@ -5,7 +5,7 @@ from bisect import bisect_left, insort
 Block = tuple[int, int, int]  # slab, offset and length in bytes
 
 
-class Extents:
+class FreeList:
     """Which blocks of some slabs are free: the smallest that fits is taken, neighbours are joined again."""
 
     def __init__(self) -> None:

@@ -19,16 +19,16 @@ class GradientSums:
         self.by_id: dict[int, Tensor] = {}
         self._owned: set[int] = set()  # whose sums nobody else holds
 
-    def add(self, parameters: list[nn.Parameter], found: list[Tensor | None], above: list[Tensor]) -> None:
+    def add(self, parameters: list[nn.Parameter], found: list[Tensor | None], output_grads: list[Tensor]) -> None:
         """Add a chunk's; `found` is emptied as it is summed.
 
         Args:
             parameters: whose gradients they are.
             found: of one chunk, from autograd.
-            above: what flowed into the chunk's graph.
+            output_grads: what flowed into the chunk's graph.
         """
         # autograd may hand out one tensor several times, or what flowed in: such a one must not be added to in place.
-        places = [tensor.untyped_storage()._cdata for tensor in (*found, *above) if tensor is not None]
+        places = [tensor.untyped_storage()._cdata for tensor in (*found, *output_grads) if tensor is not None]
         for index, parameter in enumerate(parameters):
             gradient, found[index] = found[index], None
             if gradient is None:
@@ -47,9 +47,9 @@ class GradientSums:
                 self._owned.add(key)
 
 
-def gradient_needs(traced: Traced, input_grad: bool) -> dict[fx.Node, bool]:
-    """Whether a gradient has to reach each value of a graph, whose input needs one where `input_grad`."""
-    needs = {traced.source: input_grad} | dict.fromkeys(traced.arguments, False)
+def gradient_needs(traced: Traced, wants_input_grad: bool) -> dict[fx.Node, bool]:
+    """Whether a gradient has to reach each value of a graph, whose input needs one where `wants_input_grad`."""
+    needs = {traced.source: wants_input_grad} | dict.fromkeys(traced.arguments, False)
     for node in traced.nodes:
         own = False
         if node in traced.leaves:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ds_wsi.partition.execution.dense import dense_pairs, is_dense
-from ds_wsi.partition.execution.free_list import Block, Extents, blocks_overlap
+from ds_wsi.partition.execution.free_list import Block, FreeList, blocks_overlap
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import host_allocation
 from ds_wsi.runtime.pinned import PageLocked
@@ -116,7 +116,7 @@ class HostStore:
         self._slabs: list[Tensor] = []
         self._locked: list[PageLocked] = []
         self._lock_pages = streams
-        self._extents = Extents()
+        self._free = FreeList()
         self._busy: list[tuple[Block, Any]] = []  # free blocks that a copy back still reads, and its event
         self._known: dict[Any, tuple[Ticket, weakref.ref]] = {}
         self._leaving: deque[tuple[Ticket, Tensor]] = deque()  # the oldest first
@@ -139,7 +139,7 @@ class HostStore:
         self._ahead_bytes = max(0, size - self.limit_bytes) if self._spill is not None else 0
         size = size - self._ahead_bytes
         if self.capacity_bytes < size:
-            self._slabs, self._extents, self._busy = [], Extents(), []
+            self._slabs, self._free, self._busy = [], FreeList(), []
             while self._locked:
                 self._locked.pop().close()  # or the old memory would be held beside the new
             self._grow(size)
@@ -300,15 +300,15 @@ class HostStore:
     def _place(self, ticket: Ticket) -> tuple[Tensor, list[Any]]:
         """Memory for a ticket, and the events of copies that read it still."""
         rounded = -(-max(ticket.size, 1) // self._align) * self._align
-        block = self._extents.take(rounded)
+        block = self._free.take(rounded)
         while block is None and self.capacity_bytes + rounded > self.limit_bytes and self._evict():
-            block = self._extents.take(rounded)
+            block = self._free.take(rounded)
         if block is None:
             wanted = max(_SLAB, self.held_bytes // _GROWTH)
             if self._spill is not None:
                 wanted = min(wanted, self.limit_bytes - self.capacity_bytes)
             self._grow(max(rounded, wanted))
-            block = self._extents.take(rounded)
+            block = self._free.take(rounded)
         assert block is not None
         slab, offset, _ = ticket.block = block
         ticket.place = self._slabs[slab][offset : offset + ticket.size].view(ticket.dtype)
@@ -328,7 +328,7 @@ class HostStore:
         for event in (ticket.ready, ticket.arrived):
             if event is not None and not event.query():
                 self._busy.append((ticket.block, event))
-        self._extents.give_back(ticket.block)
+        self._free.give_back(ticket.block)
         ticket.block = ticket.place = ticket.reading = None
 
     # ------------------------------------------------------------------------------------------------ disk
@@ -370,7 +370,7 @@ class HostStore:
     def _grow(self, size: int) -> None:
         rounded = -(-size // self._align) * self._align
         self._slabs.append(self._slab(rounded))
-        self._extents.give_back((len(self._slabs) - 1, 0, rounded))
+        self._free.give_back((len(self._slabs) - 1, 0, rounded))
 
     def _slab(self, size: int) -> Tensor:
         if self._lock_pages:

@@ -19,7 +19,7 @@ def prepared(prepare: Prepare, part: Tensor, first: int) -> Tensor:
     return prepare(part) if at is None else at(part, first)
 
 
-class Given:
+class InputTensor:
     """The input of a call: the caller's tensor, read a chunk at a time.
 
     Args:
@@ -57,6 +57,14 @@ class Given:
         if self._store is not None and wanted not in self._arriving:
             self._arriving[wanted] = self._store.bring(self._part(wanted))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was written: the caller's tensor is there."""
+        return False
+
+    def drop(self, where: Range) -> None:
+        """Keep: the caller's tensor is his."""
+
     def clear(self) -> None:
         """Drop what was copied ahead; the caller's tensor is his."""
         while self._arriving:
@@ -83,7 +91,7 @@ class InputCost:
     ahead: bool = False
 
 
-class PretendedInput(Given):
+class PretendedInput(InputTensor):
     """An input of a simulated call: its chunks take the memory that real ones would."""
 
     def __init__(self, tensor: Tensor, dim: int, cost: InputCost) -> None:

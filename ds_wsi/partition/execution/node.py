@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.partition.execution.call import Call
+from ds_wsi.partition.execution.call import PartitionedCall
 from ds_wsi.partition.module.beside import inside
 from ds_wsi.partition.module.surroundings import once_differentiable, refuse_batched
 
@@ -17,7 +17,7 @@ class PartitionedNode(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, call: Call, x: Tensor, anchor: Tensor | None, *parameters: nn.Parameter
+        ctx: Any, call: PartitionedCall, x: Tensor, anchor: Tensor | None, *parameters: nn.Parameter
     ) -> Tensor:
         ctx.call, ctx.parameters, ctx.x_device = call, parameters, x.device
         ctx.flags = [(part, part.training) for part in call.program.traced.module.modules()]

@@ -4,69 +4,73 @@ import torch
 from torch import fx
 
 from ds_wsi.partition.execution.aliases import summed, trainable
-from ds_wsi.partition.execution.chunk_pass import SegmentPasses
-from ds_wsi.partition.execution.chunked_tensor import Extent, Rows, Tiles
+from ds_wsi.partition.execution.chunk_pass import ChunkRunner
+from ds_wsi.partition.execution.chunked_tensor import ChunkedTensor, StoredTensor
 from ds_wsi.partition.execution.gradients import GradientSums
 
 
-class Recompute:
+class RecomputedSegment:
     """One segment of one call in mode "recompute".
 
     Args:
-        passes: over the segment's chunks.
+        runner: of the segment's chunks.
         source: the segment's input.
         sums: that the parameters' gradients are added to.
     """
 
-    def __init__(self, passes: SegmentPasses, source: Extent, sums: GradientSums) -> None:
-        self.passes, self.source, self.sums = passes, source, sums
-        self.segment, self.parts, self.norms = passes.segment, passes.parts, passes.norms
+    def __init__(self, runner: ChunkRunner, source: ChunkedTensor, sums: GradientSums) -> None:
+        self.runner, self.source, self.sums = runner, source, sums
+        self.segment, self.ranges, self.norms = runner.segment, runner.ranges, runner.norms
 
-    def forward(self, out: Tiles | Rows, *, keep: bool) -> None:
+    def forward(self, out: StoredTensor, *, keep: bool) -> None:
         """Fill `out`: one pass for each level of norms, one for the output; `keep`: backward will follow."""
-        segment, chunks = self.segment, self.parts.chunks
-        values: dict[fx.Node, Extent] = {segment.source: self.source}
+        segment, chunks = self.segment, self.ranges.chunks
+        values: dict[fx.Node, ChunkedTensor] = {segment.source: self.source}
         for prefix in segment.prefixes:
             if prefix.targets:
                 for position, chunk in enumerate(chunks):
-                    self.parts.prefetch(prefix, values, position + 1)
-                    for target, result in self.passes.run(prefix, chunk, values).items():
+                    self.ranges.prefetch(prefix, values, position + 1)
+                    for target, result in self.runner.run(prefix, chunk, values).items():
                         self.norms.collect(target, result, chunk)
                 self.norms.finish(prefix.targets)
         for position, chunk in enumerate(chunks):
-            self.parts.prefetch(segment.whole, values, position + 1)
-            results = self.passes.run(segment.whole, chunk, values)
-            out.write(self.parts.own(segment.target, chunk), results[segment.target])
+            self.ranges.prefetch(segment.whole, values, position + 1)
+            results = self.runner.run(segment.whole, chunk, values)
+            out.write(self.ranges.own(segment.target, chunk), results[segment.target])
         self.norms.track()
         if not keep:
             self.source.clear()
 
-    def backward(self, above: Extent, below: Tiles | Rows) -> None:
-        """Fill `below`, the gradient of the segment's input, from `above`, its output's.
+    def backward(self, output_grad: ChunkedTensor, input_grad: StoredTensor) -> None:
+        """Fill `input_grad`, the gradient of the segment's input, from `output_grad`.
 
         One pass for the reductions of each level of norms, the last level first, one for all gradients.
         """
-        values: dict[fx.Node, Extent] = {self.segment.source: self.source}
+        values: dict[fx.Node, ChunkedTensor] = {self.segment.source: self.source}
         corrected: set[fx.Node] = set()  # norms whose corrections are known
-        for piece in reversed(self.segment.pieces):
-            if not piece.barriers:
+        for level in reversed(self.segment.levels):
+            if not level.barriers:
                 continue
-            self._reduce(piece.barriers, above, values, corrected)
-            self.norms.conclude(piece.barriers, self.sums)
-            corrected |= set(piece.barriers)
-        self._differentiate(above, below, values, corrected)
+            self._reduce(level.barriers, output_grad, values, corrected)
+            self.norms.conclude(level.barriers, self.sums)
+            corrected |= set(level.barriers)
+        self._differentiate(output_grad, input_grad, values, corrected)
 
     def _reduce(
-        self, norms: list[fx.Node], above: Extent, values: dict[fx.Node, Extent], corrected: set[fx.Node]
+        self,
+        norms: list[fx.Node],
+        output_grad: ChunkedTensor,
+        values: dict[fx.Node, ChunkedTensor],
+        corrected: set[fx.Node],
     ) -> None:
         """The two sums of these norms over all chunks, those of all later norms being corrected."""
         segment = self.segment
-        chunks = self.parts.chunks
+        chunks = self.ranges.chunks
         for position in reversed(range(len(chunks))):
             chunk = chunks[position]
-            self.parts.prefetch(segment.whole, values, position - 1)
-            grad = above.read(self.parts.own(segment.target, chunk))
-            _, results = self.passes.with_graph(segment.whole, chunk, values, corrected=corrected)
+            self.ranges.prefetch(segment.whole, values, position - 1)
+            grad = output_grad.read(self.ranges.own(segment.target, chunk))
+            _, results = self.runner.with_graph(segment.whole, chunk, values, corrected=corrected)
             leaves = self.norms.affine(norms, chunk)
             found = torch.autograd.grad([results[segment.target]], leaves, [grad], allow_unused=True)
             for norm, dgamma, dbeta in zip(norms, found[::2], found[1::2], strict=True):
@@ -75,19 +79,23 @@ class Recompute:
             del results, grad
 
     def _differentiate(
-        self, above: Extent, below: Tiles | Rows, values: dict[fx.Node, Extent], corrected: set[fx.Node]
+        self,
+        output_grad: ChunkedTensor,
+        input_grad: StoredTensor,
+        values: dict[fx.Node, ChunkedTensor],
+        corrected: set[fx.Node],
     ) -> None:
         """The gradients of the input and of the parameters."""
-        segment, chunks = self.segment, self.parts.chunks
-        parameters, tensors = trainable(segment.whole.parameters, self.passes.tensors.aliases)
-        wants_input = self.passes.needs_grad[segment.source]
+        segment, chunks = self.segment, self.ranges.chunks
+        parameters, tensors = trainable(segment.whole.parameters, self.runner.tensors.aliases)
+        wants_input = self.runner.needs_grad[segment.source]
         if not parameters and not wants_input:
             return
         for position in reversed(range(len(chunks))):
             chunk = chunks[position]
-            self.parts.prefetch(segment.whole, values, position - 1)
-            grad = above.read(self.parts.own(segment.target, chunk))
-            leaves, results = self.passes.with_graph(segment.whole, chunk, values, corrected=corrected)
+            self.ranges.prefetch(segment.whole, values, position - 1)
+            grad = output_grad.read(self.ranges.own(segment.target, chunk))
+            leaves, results = self.runner.with_graph(segment.whole, chunk, values, corrected=corrected)
             inputs = [leaves[segment.source]] if wants_input else []
             found = torch.autograd.grad(
                 [results[segment.target]],
@@ -96,8 +104,8 @@ class Recompute:
                 allow_unused=True,
             )
             if wants_input and found[0] is not None:
-                needed = self.parts.needed(segment.whole, chunk)
-                below.add(self.parts.reads(segment.source, chunk, needed), found[0])
+                needed = self.ranges.needed(segment.whole, chunk)
+                input_grad.add(self.ranges.reads(segment.source, chunk, needed), found[0])
             sums = summed(list(found[len(inputs) :]))
             del found, leaves, results
             self.sums.add(parameters, sums, [grad])

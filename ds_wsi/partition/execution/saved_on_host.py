@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ds_wsi.partition.execution.chunk_ranges import Parts
-from ds_wsi.partition.execution.chunked_tensor import Extent
+from ds_wsi.partition.execution.chunk_ranges import ChunkRanges
+from ds_wsi.partition.execution.chunked_tensor import ChunkedTensor
 from ds_wsi.partition.execution.host_store import HostStore, Ticket
 from ds_wsi.partition.execution.versions import Guard
 
@@ -80,13 +80,13 @@ class _OnHost:
         self.store.release(self.ticket)
 
 
-def move_to_host(values: dict[fx.Node, Extent], parts: Parts) -> None:
+def move_to_host(values: dict[fx.Node, ChunkedTensor], ranges: ChunkRanges) -> None:
     """Norm inputs are read once more, for the correction: they follow the saved tensors to the host."""
     for node in list(values):
-        extent = values[node]
-        moved = parts.extent(node, host=True)
-        for chunk in parts.chunks:
-            where = parts.own(node, chunk)
-            moved.write(where, extent.read(where))
-        extent.clear()
+        value = values[node]
+        moved = ranges.make_value(node, host=True)
+        for chunk in ranges.chunks:
+            where = ranges.own(node, chunk)
+            moved.write(where, value.read(where))
+        value.clear()
         values[node] = moved

@@ -9,7 +9,7 @@ from ds_wsi.partition.graph.norm import Statistics
 from ds_wsi.partition.graph.segments import Chunk, Segment
 
 
-class PopulationNorms:
+class SegmentNorms:
     """The norms of one segment in one call, over the call's populations.
 
     Args:

@@ -1,4 +1,4 @@
-"""A graph cut into segments, each with its mode, its passes and its chunks."""
+"""A graph cut into segments, each with its mode, its levels and its chunks."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ class Chunk:
 
 
 @dataclass
-class Piece:
+class Level:
     """What one pass over the chunks computes: operations of one level, between stored values."""
 
     graph: Subgraph
@@ -57,7 +57,7 @@ class Segment:
     """Consecutive operations from one stored tensor to the next.
 
     Attributes:
-        pieces: one for each level of norms, in order.
+        levels: one for each depth of norms, in order.
         prefixes: from the segment's input to the norm inputs of each level, computed at once.
         whole: from the segment's input to its output.
         sites: the norms with population statistics, in order of execution.
@@ -88,34 +88,34 @@ class Segment:
         self.norms_of: dict[fx.Node, list[fx.Node]] = {}
         for node, z in barriers.items():
             self.norms_of.setdefault(z, []).append(node)
-        level = levels(nodes, barriers)
-        stored = self._stored(nodes, level, barriers, program.tensors)
+        depths = levels(nodes, barriers)
+        stored = self._stored(nodes, depths, barriers, program.tensors)
         sub_rules = rules if self.in_rows else None
 
         def subgraph(sources: Any, targets: Any) -> Subgraph:
             heights = program.heights if self.in_rows else {}
             return Subgraph(traced, sources, targets, sites, sub_rules, heights)
 
-        self.pieces, self.prefixes = [], []
+        self.levels, self.prefixes = [], []
         known: list[fx.Node] = [source]
-        for depth in range(max(level.values(), default=0) + 1):
-            targets = [node for node in stored if level[node] == depth]
-            inputs = [z for z in dict.fromkeys(barriers.values()) if level.get(z, 0) == depth]
-            self.pieces.append(
-                Piece(subgraph(known, targets), [node for node in nodes if node in sites and level[node] == depth])
+        for depth in range(max(depths.values(), default=0) + 1):
+            targets = [node for node in stored if depths[node] == depth]
+            inputs = [z for z in dict.fromkeys(barriers.values()) if depths.get(z, 0) == depth]
+            self.levels.append(
+                Level(subgraph(known, targets), [node for node in nodes if node in sites and depths[node] == depth])
             )
             self.prefixes.append(subgraph([source], inputs))
             known += targets
         self.whole = subgraph([source], [target])
-        self.readers: dict[fx.Node, int] = {}  # stored value -> the last piece that reads it
-        for index, piece in enumerate(self.pieces):
-            for node in piece.graph.sources:
+        self.readers: dict[fx.Node, int] = {}  # stored value -> the last level that reads it
+        for index, level in enumerate(self.levels):
+            for node in level.graph.sources:
                 self.readers[node] = index
 
     def _stored(
         self,
         nodes: list[fx.Node],
-        level: dict[fx.Node, int],
+        depths: dict[fx.Node, int],
         barriers: dict[fx.Node, fx.Node],
         tensors: set[fx.Node],
     ) -> list[fx.Node]:
@@ -126,7 +126,7 @@ class Segment:
             for node in nodes
             if node is self.target
             or node in inputs
-            or (node in tensors and any(level.get(user, -1) > level[node] for user in node.users))
+            or (node in tensors and any(depths.get(user, -1) > depths[node] for user in node.users))
         ]
 
     def chunks(self, batch: int, bags: list[Range], height: int) -> list[Chunk]:

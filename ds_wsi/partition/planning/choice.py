@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ds_wsi.partition.planning.costs import SegmentCost
+from ds_wsi.partition.planning.costs import SegmentCost, SegmentMode
 from ds_wsi.partition.planning.rates import Rates
 from ds_wsi.partition.planning.simulate import Phase
 
+_STREAM = SegmentMode("stream", True)
+_MOVED = SegmentMode("checkpoint", True)  # in which boundaries on the host are simulated
 _KEPT = 64  # combinations carried from segment to segment, of those that use host memory and of those that do not
 _SUMS = ("kept", "peak", "host", "host_peak", "compute_s", "link_s")
 _KEPT_BYTES, _PEAK, _HOST, _HOST_PEAK, _COMPUTE, _LINK = range(len(_SUMS))
@@ -23,9 +25,9 @@ Places = npt.NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Choice:
-    """A mode for each segment ("+" marks an input kept on the host), and what they sum to."""
+    """A mode for each segment, and what they sum to."""
 
-    modes: tuple[str, ...]
+    modes: tuple[SegmentMode, ...]
     peak: float
     host_peak: float
     seconds: float
@@ -36,7 +38,7 @@ class _Group:
     """Combinations for the segments so far that leave their output in the same memory, a row of `_SUMS` each."""
 
     sums: Array
-    modes: list[tuple[str, ...]]
+    modes: list[tuple[SegmentMode, ...]]
 
 
 def seconds_of(cost: SegmentCost | Phase, rates: Rates) -> float:
@@ -49,15 +51,15 @@ def overlapped(compute_s: float, link_s: float, *, overlaps: bool) -> float:
     return max(compute_s, link_s) if overlaps else compute_s + link_s
 
 
-def combine(costs: dict[str, list[SegmentCost]], rates: Rates, *, overlaps: bool) -> list[Choice]:
+def combine(costs: dict[SegmentMode, list[SegmentCost]], rates: Rates, *, overlaps: bool) -> list[Choice]:
     """The best combinations for one chunk size, in order of time.
 
     Args:
-        costs: of every segment, by mode; "checkpoint+" with every boundary on the host, without which none lies there.
+        costs: of every segment, by mode; of "checkpoint" with every boundary on the host too, or none lies there.
         rates: of the device.
         overlaps: copies run beside the computing.
     """
-    places, may_move = _places(costs), "checkpoint+" in costs
+    places, may_move = _places(costs), _MOVED in costs
     groups = {False: _Group(np.zeros((1, len(_SUMS))), [()])}
     for index in range(len(places)):
         later = sum(other.gradients for other in places[index + 1 :])
@@ -86,25 +88,25 @@ def unbeaten(choices: list[Choice]) -> list[Choice]:
     return found
 
 
-def _places(costs: dict[str, list[SegmentCost]]) -> list[SegmentCost]:
+def _places(costs: dict[SegmentMode, list[SegmentCost]]) -> list[SegmentCost]:
     """Boundaries and gradients, which are the same in every mode."""
     return next(iter(costs.values()))
 
 
-def _modes(costs: dict[str, list[SegmentCost]], *, host_input: bool, first: bool) -> list[str]:
+def _modes(costs: dict[SegmentMode, list[SegmentCost]], *, host_input: bool, first: bool) -> list[SegmentMode]:
     """Of a segment; the module's own input is the caller's."""
     if host_input:
-        return ["checkpoint+", "recompute+", "stream+"]
-    return [mode for mode in costs if not mode.endswith("+") or (first and mode == "stream+")]
+        return [SegmentMode(mode, True) for mode in ("checkpoint", "recompute", "stream")]
+    return [mode for mode in costs if not mode.host_input or (first and mode == _STREAM)]
 
 
 @dataclass(frozen=True)
 class _Added:
     """A segment more, in one mode, with its input and its output in one memory each."""
 
-    costs: dict[str, list[SegmentCost]]
+    costs: dict[SegmentMode, list[SegmentCost]]
     index: int
-    mode: str
+    mode: SegmentMode
     host_input: bool
     host_output: bool
 
@@ -112,8 +114,8 @@ class _Added:
         """The sums with this segment; `later`: gradients of later segments, alive in this one's backward."""
         places = _places(self.costs)
         place, last = places[self.index], self.index + 1 == len(places)
-        streams = self.mode == "stream+"
-        cost = self.costs[self.mode if streams else self.mode.rstrip("+")][self.index]
+        streams = self.mode == _STREAM
+        cost = self.costs[self.mode if streams else SegmentMode(self.mode.mode)][self.index]
         here, there = (0.0 if self.host_input else place.source), (0.0 if self.host_output else place.out)
         kept = sums[:, _KEPT_BYTES]
         new = sums.copy()
@@ -144,7 +146,7 @@ class _Added:
 
     def _one_side(self, last: bool) -> tuple[float, float]:
         """What a boundary on the host adds to a segment on one side of it: operations, and bytes over the link."""
-        on_host, on_device = self.costs["checkpoint+"][self.index], self.costs["checkpoint"][self.index]
+        on_host, on_device = self.costs[_MOVED][self.index], self.costs[SegmentMode("checkpoint")][self.index]
         sides = (self.index > 0) + (not last)
         operations = (on_host.operations - on_device.operations) / sides
         return operations, (on_host.copied - on_device.copied) / sides

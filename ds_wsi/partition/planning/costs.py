@@ -2,11 +2,18 @@
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ds_wsi.partition.planning.simulate import Phase
 
 TILES = 4  # a chunk, in the small simulated calls
+
+
+class SegmentMode(NamedTuple):
+    """A segment's mode, and whether its input lies on the host between forward and backward."""
+
+    mode: str
+    host_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,13 @@ class SegmentCost:
     keeps_source: bool = True
 
 
-def profile(phases: list[Phase], mode: str) -> list[SegmentCost]:
-    """Each segment's costs out of a simulated call; forwards come in order, then backwards in reverse."""
+def profile(phases: list[Phase], mode: SegmentMode | None) -> list[SegmentCost]:
+    """Each segment's costs out of a simulated call; forwards come in order, then backwards in reverse.
+
+    Args:
+        phases: of the call.
+        mode: of all its segments; None where they differ: what each keeps on the host is not told apart then.
+    """
     count = len(phases) // 2
     forward, backward = phases[:count], list(reversed(phases[count:]))
     kept = [0, *(phase.live - phase.boundary for phase in forward)]  # by the segments before each
@@ -47,7 +59,8 @@ def profile(phases: list[Phase], mode: str) -> list[SegmentCost]:
     costs = []
     for index, (ahead, back) in enumerate(zip(forward, backward, strict=True)):
         source, out = (forward[index - 1].boundary if index else 0), ahead.boundary
-        keeps = mode in ("lean", "checkpoint", "recompute")
+        keeps = mode is not None and mode.mode in ("lean", "checkpoint", "recompute") and not mode.host_input
+        on_host = mode is not None and mode.mode in ("offload", "stream")
         costs.append(
             SegmentCost(
                 own=kept[index + 1] - kept[index] - (source if keeps else 0),
@@ -56,8 +69,8 @@ def profile(phases: list[Phase], mode: str) -> list[SegmentCost]:
                 forward=ahead.peak - kept[index] - source - out,
                 backward=back.peak - kept[index] - summed[index + 1] - 2 * source - out,
                 gradients=summed[index] - summed[index + 1],
-                host=ahead.host - (forward[index - 1].host if index else 0) if mode in ("offload", "stream+") else 0,
-                host_extra=max(ahead.host_peak, back.host_peak) - ahead.host if mode in ("offload", "stream+") else 0,
+                host=ahead.host - (forward[index - 1].host if index else 0) if on_host else 0,
+                host_extra=max(ahead.host_peak, back.host_peak) - ahead.host if on_host else 0,
                 copied=ahead.copied + back.copied,
                 flops=ahead.flops + back.flops,
                 touched=ahead.touched + back.touched,

@@ -22,7 +22,7 @@ from ds_wsi.partition.graph.segments import Program, SegmentSpec
 from ds_wsi.partition.module.arguments import Arguments
 from ds_wsi.partition.module.hooks import uncompiled
 from ds_wsi.partition.planning.choice import Choice, combine, overlapped, seconds_of
-from ds_wsi.partition.planning.costs import TILES, SegmentCost, extrapolated, fitted, profile
+from ds_wsi.partition.planning.costs import TILES, SegmentCost, SegmentMode, extrapolated, fitted, profile
 from ds_wsi.partition.planning.plan import PartitionPlan, SegmentPlan, gib
 from ds_wsi.partition.planning.rates import Rates, find_rates
 from ds_wsi.partition.planning.simulate import Phase, Simulator
@@ -30,7 +30,7 @@ from ds_wsi.partition.policy import MODES, PartitionPolicy
 from ds_wsi.runtime.memory import free_bytes, free_host_bytes
 
 PAPER_CHUNK = {"batch": 32, "spatial": 256}
-_WHOLE = ("recompute",)  # the least memory of all: the whole module again from its input
+_WHOLE = (SegmentMode("recompute"),)  # the least memory of all: the whole module again from its input
 
 
 def plan_partition(
@@ -106,7 +106,7 @@ class Planner:
         self.gpu_budget = self.memory_budget = self.host_budget = 0  # as of `within`
         self.program: Program = self.simulator.program((SegmentSpec("", "lean", 1),), self._sample(1))
         self.cuts: list[fx.Node] = self.program.candidates()
-        self._fits: dict[tuple[str, ...], list[tuple[SegmentCost, SegmentCost, SegmentCost]]] = {}
+        self._fits: dict[tuple[SegmentMode, ...], list[tuple[SegmentCost, SegmentCost, SegmentCost]]] = {}
         self._simulations: dict[tuple[SegmentSpec, ...], list[Phase]] = {}
 
     def plan(self) -> PartitionPlan:
@@ -188,12 +188,14 @@ class Planner:
         """All candidates but the whole module's, whatever the budgets."""
         if self.policy.mode != "auto":
             segments = 1 if self.policy.mode == "recompute" else len(self.cuts) + 1
-            modes = (_marked(self.policy.mode),) * segments
+            modes = (_uniform(self.policy.mode),) * segments
             return [(Choice(modes, 0.0, 0.0, 0.0), size) for size in self._chunk_sizes()]
-        names = [*map(_marked, MODES), "checkpoint+"] if self.cuts else ["keep", "recompute", "offload"]
+        kinds = [*map(_uniform, MODES), SegmentMode("checkpoint", True)]
+        if not self.cuts:
+            kinds = [SegmentMode(mode) for mode in ("keep", "recompute", "offload")]
         found = []
         for size in self._chunk_sizes():
-            costs = {name: self._costs((name,) * (len(self.cuts) + 1), size) for name in names}
+            costs = {kind: self._costs((kind,) * (len(self.cuts) + 1), size) for kind in kinds}
             found += [(choice, size) for choice in combine(costs, self.rates, overlaps=self.overlaps)]
         return found
 
@@ -204,7 +206,7 @@ class Planner:
         return {size: sum(map(self._seconds, self._costs(modes, size))) for size in self._chunk_sizes()}
 
     def _whole(self, size: int) -> Choice:
-        (found,) = combine({"recompute": self._costs(_WHOLE, size)}, self.rates, overlaps=self.overlaps)
+        (found,) = combine({_WHOLE[0]: self._costs(_WHOLE, size)}, self.rates, overlaps=self.overlaps)
         return replace(found, modes=_WHOLE)  # on the spatial axis the native tail was a segment of its own
 
     def _chunk_sizes(self) -> list[int]:
@@ -214,7 +216,7 @@ class Planner:
             return [size for size in (512, 256, 128, 64, 32, 16) if size <= self.shape[2] // 4] or [8]
         return [2**power for power in range(8, -1, -1) if 2**power <= self.shape[0]]
 
-    def _costs(self, modes: tuple[str, ...], size: int) -> list[SegmentCost]:
+    def _costs(self, modes: tuple[SegmentMode, ...], size: int) -> list[SegmentCost]:
         """Of every segment in these modes, all the same, for the whole input in chunks of `size`."""
         if self.policy.axis == "spatial":
             return profile(self.simulator.run(self._specs(modes, size), self.shape), modes[0])
@@ -226,11 +228,10 @@ class Planner:
             self._fits[modes] = list(zip(*runs, strict=True))
         return [fitted(*three, size, self.shape[0]) for three in self._fits[modes]]
 
-    def _specs(self, modes: tuple[str, ...], size: int) -> tuple[SegmentSpec, ...]:
+    def _specs(self, modes: tuple[SegmentMode, ...], size: int) -> tuple[SegmentSpec, ...]:
         names = [*(node.name for node in self.cuts), ""] if len(modes) > 1 else [""]
         return tuple(
-            SegmentSpec(name, mode.rstrip("+"), size, mode.endswith("+"))
-            for name, mode in zip(names, modes, strict=True)
+            SegmentSpec(name, mode, size, host_input) for name, (mode, host_input) in zip(names, modes, strict=True)
         )
 
     # -------------------------------------------------------------------------------------- predictions
@@ -250,12 +251,12 @@ class Planner:
                 self._simulations[specs] = extrapolated(low, high, (self.shape[0] - few) / size)
         return self._simulations[specs]
 
-    def _simulated(self, modes: tuple[str, ...], size: int) -> PartitionPlan:
+    def _simulated(self, modes: tuple[SegmentMode, ...], size: int) -> PartitionPlan:
         """The plan with its predictions."""
         specs = self._specs(modes, size)
         phases = self._phases(specs)
         parts = len(phases) // 2  # on the spatial axis the native tail may have added a segment
-        costs = profile(phases, "")
+        costs = profile(phases, None)
         compute = [self._seconds(cost) for cost in costs]
         link = [cost.copied / self.rates.link for cost in costs]
         named = list(specs) if len(specs) == parts else [*specs[:-1], *specs[-1:] * (parts - len(specs) + 1)]
@@ -310,8 +311,9 @@ class Planner:
         return 2 * max(0, host - self.memory_budget) / self.rates.disk if self.nvme_budget else 0.0
 
 
-def _marked(mode: str) -> str:
-    return "stream+" if mode == "stream" else mode
+def _uniform(mode: str) -> SegmentMode:
+    """The mode as of a module whose segments are all in it: "stream" has their inputs on the host."""
+    return SegmentMode(mode, mode == "stream")
 
 
 def _free_device_bytes(device: torch.device) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ds_wsi.partition.execution.call import Call, bag_ranges
+from ds_wsi.partition.execution.call import PartitionedCall, bag_ranges
 from ds_wsi.partition.execution.host_store import HostStore
 from ds_wsi.partition.execution.input_tensor import InputCost, PretendedInput
 from ds_wsi.partition.graph.record import Example
@@ -123,13 +123,13 @@ class Simulator:
             x = torch.empty(shape, dtype=self.dtype, device=self.device)
             # Made before the meter runs, so that the gradient of the output is not counted twice.
             with self._meter() as meter:
-                call = Call(
+                call = PartitionedCall(
                     program,
                     x,
                     bag_ranges(None, shape[0]),
                     prepare=None,
                     save=True,
-                    input_grad=False,
+                    wants_input_grad=False,
                     device=self.device,
                     autocast=self._autocast,
                     track=False,
@@ -156,9 +156,9 @@ class Simulator:
                 outputs = [tensor for tensor in tensors_of(returned) if tensor.requires_grad]
                 live = meter.live
                 parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-                above = [torch.empty_like(output) for output in outputs]
+                output_grads = [torch.empty_like(output) for output in outputs]
                 if parameters and outputs:
-                    torch.autograd.grad(outputs, parameters, above, allow_unused=True)
+                    torch.autograd.grad(outputs, parameters, output_grads, allow_unused=True)
             return Phase("native", 0, meter.peak, live, 0, 0, 0, meter.flops, meter.touched, meter.operations)
 
     def _meter(self) -> ByteMeter:
@@ -171,7 +171,7 @@ class Simulator:
 
 
 class _Recorder:
-    def __init__(self, meter: ByteMeter, phases: list[Phase], call: Call) -> None:
+    def __init__(self, meter: ByteMeter, phases: list[Phase], call: PartitionedCall) -> None:
         self.meter, self.phases, self.call = meter, phases, call
         self.flops = self.touched = self.copied = self.operations = 0
 

@@ -25,7 +25,7 @@ def uniform_plan(policy: PartitionPolicy, example: Example, traced: Callable[[],
     return PartitionPlan(segments, policy.axis, policy.bn_population, example.shape, compile=policy.compile)
 
 
-def bucket(tiles: int) -> int:
+def planning_size(tiles: int) -> int:
     """The number of tiles to plan for, at most half more: bags of all lengths share a few plans."""
     power = 1
     while power < tiles:
