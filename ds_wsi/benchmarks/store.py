@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ds_wsi.bags.bag import ReadPolicy, read_chunks
+from ds_wsi.bags.bag import read_chunks
 from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.benchmarks.table import Bound, Result
 from ds_wsi.benchmarks.tiles import large_slide, whole_grid
 from ds_wsi.runtime.log import logger

@@ -24,14 +24,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ds_wsi.compression.comm import CommPolicy
 from ds_wsi.engines import cpu
 from ds_wsi.engines.auto import fill_rest
+from ds_wsi.engines.choices import OPTIMIZERS
 from ds_wsi.engines.deepspeed import fill_auto, gather_as_one, suit_machine
 from ds_wsi.engines.fsdp import build_with_fsdp, fsdp_plugin, is_fsdp2, launched_with_fsdp, shard_model
 from ds_wsi.engines.hooks import CommHandle, attach
-from ds_wsi.engines.optimizers import OPTIMIZERS
 from ds_wsi.engines.timeouts import set_timeouts
 from ds_wsi.norms.roles import population_group
+from ds_wsi.runtime.choices import precision_words
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.numerics import precision_words
 
 __all__ = [
     "Accelerator",
@@ -233,7 +233,7 @@ def prepare(
         more: dict[str, Any] = {"fused": True} if accelerator.device.type == "cuda" else {}
         if settings.optimizer == "sgd":
             more["momentum"] = settings.momentum
-        optimizer = OPTIMIZERS[settings.optimizer](
+        optimizer = getattr(torch.optim, OPTIMIZERS[settings.optimizer])(
             trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, **more
         )
     if is_fsdp2(model):

@@ -37,8 +37,9 @@ from ds_wsi.models import ModelConfig, SlideModel, SlideOutput
 from ds_wsi.norms import batch_norms
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.partition.apply import DEFAULT_CHUNK, bucket
+from ds_wsi.runtime.choices import precision_words
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.numerics import PRECISIONS, precision_words
+from ds_wsi.runtime.numerics import DTYPES
 from ds_wsi.runtime.progress import Progress as Bar
 from ds_wsi.slides.demo import DEMOS, make_demo
 from ds_wsi.stacking.frameworks import pad_bags
@@ -313,7 +314,7 @@ def _partition(
         shares = settings.policies.tile_parallel.shares or (1.0,) * mesh.tile_size
         tiles = math.ceil(longest * max(shares) / sum(shares))
         size = settings.policies.tiling.tile_size_px
-        precision = PRECISIONS[settings.optim.mixed_precision]
+        precision = DTYPES[settings.optim.mixed_precision]
         tiles *= settings.optim.per_device_train_batch_size * together
         # As bags of this length are planned, so that what is told is what is used.
         shape = (bucket(tiles) if wanted.mode == "auto" else tiles, 3, size, size)

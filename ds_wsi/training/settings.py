@@ -1,51 +1,152 @@
 """A run's settings, grouped by the part of the system that they concern; option names are the HF Trainer's."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from ds_wsi.bags.policy import CHECKS
 from ds_wsi.config import DsWsiConfig
-from ds_wsi.engines.auto import LEARNING_RATE, WEIGHT_DECAY
-from ds_wsi.evaluation.protocol import EvaluationProtocol
-from ds_wsi.models.aggregators import check_aggregator
-from ds_wsi.slides.demo import DEMO_DIRS
+from ds_wsi.engines.choices import LEARNING_RATE, MEMORY_FORMATS, OPTIMIZERS, TF32, WEIGHT_DECAY
+from ds_wsi.evaluation.metrics import METRIC_NAMES
+from ds_wsi.models.choices import AGGREGATORS, FEATURES
+from ds_wsi.runtime.choices import PRECISIONS
+from ds_wsi.runtime.setting import SWITCH, Decides, assignments, names, numbers, setting, tiles_or_all
+from ds_wsi.slides.policy import DEMO_DIRS
+from ds_wsi.training.choices import SCHEDULES
+
+if TYPE_CHECKING:
+    from ds_wsi.evaluation.protocol import EvaluationProtocol
+
+ADAM_BETA = 0.9
+TUNED_LEARNING_RATE = 3e-5  # at most, by default, of an encoder that starts from weights
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which slides.
+    """Which slides."""
 
-    Args:
-        manifest: the cohort; None trains on a demo cohort.
-        demo: which, a key of `DEMOS`.
-        demo_dir: where it is kept; None: in a folder of its own below runs/.
-        tiles_dir: where tile grids, and what was found in files of features, are kept; by default in the run's folder.
-        classes: class names in the order of the logits.
-        positive_class: of two, the one of which f1 is told: it becomes the second.
-        slide_mpp: um/px of slides that do not tell theirs.
-        tissue_masks: folder of masks that say where tissue is, named after the slides.
-        masks_in_bounds: their places count from the scanned area's corner, as QuPath's do.
-        skip_bad_slides: leave out slides that cannot be used, where they would be refused.
-        dataset_name: in tables of runs; by default the manifest's name without its suffix.
-        split_seed: of the draw of splits, where the manifest has none; `run.seed` has no part in it.
-        split_name: which of the dataset's splits or folds the manifest holds, in tables of runs.
-        features_dir: train the aggregator alone, on the files of features there; None trains on slides.
-        check_features: before training, read every file of features ("full") or its head alone ("shapes").
-    """
-
-    manifest: str | None = None
-    demo: str = "plain"
-    demo_dir: str | None = None
-    tiles_dir: str | None = None
-    classes: tuple[str, ...] | None = None
-    positive_class: str | None = None
-    slide_mpp: float | None = None
-    tissue_masks: str | None = None
-    masks_in_bounds: bool = False
-    skip_bad_slides: bool = False
-    dataset_name: str | None = None
-    split_seed: int = 0
-    split_name: str = ""
-    features_dir: str | None = None
-    check_features: str = "full"
+    manifest: str | None = setting(
+        None,
+        "table of the slides: CSV, JSON, Parquet or a saved dataset; docs/tables.md has its columns",
+        Decides.RESOLVED,
+        resolved="slides",
+        option="manifest",
+        words="the demo cohort's",
+        column=True,
+    )
+    demo: str = setting(
+        "plain",
+        "demo cohort to train on without --manifest: of one centre, of ten whose stains and scanners differ, or "
+        "of these with tumours that are harder to see",
+        Decides.RESOLVED,
+        resolved="slides",
+        option="demo",
+        kind=tuple(DEMO_DIRS),
+        column=True,
+    )
+    demo_dir: str | None = setting(
+        None,
+        "folder that keeps the demo slides",
+        Decides.NOTHING,
+        option="demo_dir",
+        words="a folder of theirs below runs/",
+    )
+    tiles_dir: str | None = setting(
+        None,
+        "folder that keeps each slide's tile coordinates, so that another run need not look for them again",
+        Decides.NOTHING,
+        option="tiles_dir",
+        words="in the run's folder",
+        group="tiles",
+    )
+    classes: tuple[str, ...] | None = setting(
+        None,
+        "names of the classes in the order of the model's outputs, comma-separated, such as normal,tumor",
+        Decides.RESOLVED,
+        resolved="classes",
+        option="classes",
+        kind=names,
+        words="the labels of the manifest, sorted",
+    )
+    positive_class: str | None = setting(
+        None,
+        "class whose F1 is told, where there are two; it becomes the second",
+        Decides.RESOLVED,
+        resolved="classes",
+        option="positive_class",
+        words="the second",
+    )
+    slide_mpp: float | None = setting(
+        None,
+        "resolution in um/px of slides whose files do not tell theirs, such as 0.25",
+        Decides.RESOLVED,
+        resolved="grids",
+        option="slide_mpp",
+        kind=float,
+        words="none, such slides are refused",
+    )
+    tissue_masks: str | None = setting(
+        None,
+        "folder of masks, <slide_id>.geojson (QuPath's) or .png, that say where tissue is; slides without one go "
+        "by --tissue",
+        Decides.RESOLVED,
+        resolved="grids",
+        option="tissue_masks",
+        words="none",
+    )
+    masks_in_bounds: bool = setting(
+        False,
+        "count the masks' places from the scanned area's corner, as QuPath does, and not from level 0's",
+        Decides.RESOLVED,
+        resolved="grids",
+        option="masks_in_bounds",
+    )
+    skip_bad_slides: bool = setting(
+        False,
+        "leave out slides that cannot be used, and list them",
+        Decides.RESOLVED,
+        resolved="slides",
+        option="skip_bad_slides",
+    )
+    dataset_name: str | None = setting(
+        None,
+        "name of the dataset in tables of runs",
+        Decides.NAME,
+        option="dataset_name",
+        words="the manifest's name without its suffix",
+        column=True,
+    )
+    split_seed: int = setting(
+        0,
+        "seed of the draw of train, validation and test, where the manifest has no splits; --seed has no part in it",
+        Decides.RESOLVED,
+        resolved="slides",
+        option="split_seed",
+        column=True,
+    )
+    split_name: str = setting(
+        "",
+        "name of the split or fold that the manifest holds, such as fold_0, in tables of runs",
+        Decides.NAME,
+        option="split_name",
+        words="none",
+        column=True,
+    )
+    features_dir: str | None = setting(
+        None,
+        "train the aggregator alone, on the features in this folder, a file a slide",
+        Decides.RESOLVED,
+        resolved="features",
+        option="features_dir",
+        words="none, an encoder computes them",
+        column=True,
+    )
+    check_features: str = setting(
+        "full",
+        "whether every file of features is read whole before training (full), or its head alone (shapes)",
+        Decides.NOTHING,
+        option="check_features",
+        kind=CHECKS,
+    )
 
     def __post_init__(self) -> None:
         """Refuse a demo beside a cohort."""
@@ -60,36 +161,95 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which model.
+    """Which model."""
 
-    Args:
-        encoder: a timm model's name, `hf-hub:ORG/NAME` or `local-dir:PATH`; the latter two come with weights.
-        encoder_weights: a local file, or None for random weights.
-        pretrained: take the weights that timm has for the name.
-        encoder_features: what leaves the encoder, one of `FEATURES`; None for what its authors take, mostly pooled.
-        aggregator: a key of `AGGREGATORS`.
-        dropout: of the aggregator; None for its original's.
-        aggregator_options: others of the aggregator, pairs of name and value; for the rest its original's.
-        freeze_encoder: train the aggregator only.
-        freeze_until: the first submodule of the encoder that is trained; None trains all.
-        freeze_encoder_epochs: epochs at the beginning in which only the aggregator is trained.
-        lora_rank: of adapters in the encoder, which are trained in its place; 0 has none.
-        lora_alpha, lora_targets: their scale, and the linear layers that have them.
-    """
-
-    encoder: str = "resnet18"
-    encoder_weights: str | None = None
-    pretrained: bool = False
-    encoder_features: str | None = None
-    aggregator: str = "gated_abmil"
-    dropout: float | None = None
-    aggregator_options: tuple[tuple[str, float | str], ...] = ()
-    freeze_encoder: bool = False
-    freeze_until: str | None = None
-    freeze_encoder_epochs: int = 0
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
-    lora_targets: tuple[str, ...] = ("qkv", "proj")
+    encoder: str = setting(
+        "resnet18",
+        "encoder of the tiles: a timm model's name such as resnet50, hf-hub:ORG/NAME, or local-dir:PATH",
+        Decides.RESULT,
+        option="encoder",
+        column=True,
+    )
+    encoder_weights: str | None = setting(
+        None,
+        "file the encoder starts from: .safetensors, or a timm checkpoint",
+        Decides.RESOLVED,
+        resolved="encoder_weights",
+        option="encoder_weights",
+        words="none, RANDOM weights",
+    )
+    pretrained: bool = setting(
+        False, "start the encoder from the weights that timm has for its name", Decides.RESULT, option="pretrained"
+    )
+    encoder_features: str | None = setting(
+        None,
+        "what leaves the encoder for each tile",
+        Decides.RESOLVED,
+        resolved="encoder_features",
+        option="encoder_features",
+        kind=FEATURES,
+        words="as the encoder's authors do, mostly pooled",
+    )
+    aggregator: str = setting(
+        "gated_abmil",
+        "MIL pooling that turns a slide's features into its prediction",
+        Decides.RESULT,
+        option="aggregator",
+        kind=tuple(AGGREGATORS),
+        column=True,
+    )
+    dropout: float | None = setting(
+        None,
+        "dropout of the aggregator, 0 to 1",
+        Decides.RESOLVED,
+        resolved="dropout",
+        option="dropout",
+        kind=float,
+        words="as in the aggregator's original",
+    )
+    aggregator_options: tuple[tuple[str, float | str], ...] = setting(
+        (),
+        "further options of the aggregator, name=value and comma-separated, such as landmarks=64,heads=4",
+        Decides.RESOLVED,
+        resolved="aggregator_options",
+        option="aggregator_options",
+        kind=assignments,
+        words="as in the aggregator's original",
+    )
+    freeze_encoder: bool = setting(
+        False, "train the aggregator only", Decides.RESULT, option="freeze_encoder", kind=SWITCH, column=True
+    )
+    freeze_until: str | None = setting(
+        None,
+        "first submodule of the encoder that is trained, such as layer3; those before it are frozen",
+        Decides.RESULT,
+        option="freeze_until",
+        words="none, all of it is trained",
+    )
+    freeze_encoder_epochs: int = setting(
+        0, "number of first epochs that train the aggregator only", Decides.RESULT, option="freeze_encoder_epochs"
+    )
+    lora_rank: int = setting(
+        0,
+        "rank of LoRA adapters that are trained in the encoder's place; 0 has none",
+        Decides.RESULT,
+        option="lora_rank",
+    )
+    lora_alpha: float = setting(
+        16.0,
+        "scale of the LoRA adapters, over their rank",
+        Decides.RESULT,
+        option="lora_alpha",
+        needs=("lora_rank", ()),
+    )
+    lora_targets: tuple[str, ...] = setting(
+        ("qkv", "proj"),
+        "names of the linear layers that get LoRA adapters, comma-separated",
+        Decides.RESULT,
+        option="lora_targets",
+        kind=names,
+        needs=("lora_rank", ()),
+    )
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
@@ -101,6 +261,8 @@ class ModelSettings:
             raise ValueError(f"--aggregator_options must name an option once, got {', '.join(given)}")
         if "dropout" in given:
             raise ValueError("--aggregator_options must not hold dropout. HINT: --dropout sets it.")
+        from ds_wsi.models.aggregators import check_aggregator  # here, for help pages need no torch
+
         check_aggregator(self.aggregator, dict(self.aggregator_options))  # not after hours of tiling
         if not 0 < self.lora_alpha < float("inf"):
             raise ValueError(f"--lora_alpha must be positive, got {self.lora_alpha}")
@@ -125,47 +287,88 @@ class ModelSettings:
         return self.encoder_weights is not None or self.pretrained or ":" in self.encoder
 
 
-TUNED_LEARNING_RATE = 3e-5  # at most, by default, of an encoder that starts from weights
-
-
 @dataclass(frozen=True)
 class OptimSettings:
-    """How it is optimised.
+    """How it is optimised."""
 
-    Args:
-        num_train_epochs: passes over the training slides.
-        per_device_train_batch_size: slides a process (a group of them under tile parallelism) and micro-step.
-        gradient_accumulation_steps: micro-steps an optimizer step.
-        learning_rate, weight_decay: of the optimizer.
-        encoder_learning_rate: the peak of the encoder's; None: `learning_rate` for one that is new, and at most
-            `TUNED_LEARNING_RATE` for one that starts from weights, which one slide a step would else undo.
-        optim: adam, adamw or sgd.
-        momentum: of sgd.
-        lr_scheduler_type: cosine, linear, constant or exponential, after `warmup_steps` of linear warm-up.
-        max_grad_norm: 0 clips nothing.
-        class_weights: factor of a slide's training loss by class, in the order of the classes; the step's mean is still
-            over its slides. Validation losses are plain. None: 1 each.
-        bf16, fp16: mixed precision.
-        demon: Adam's first beta at the start, from which DEMON takes it to 0 at the end; 0 leaves the betas alone.
-        ema_decay: of the moving average of the weights, which is validated and exported in their place; 0 has none.
-    """
-
-    num_train_epochs: int = 8
-    per_device_train_batch_size: int = 1
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = LEARNING_RATE
-    encoder_learning_rate: float | None = None
-    weight_decay: float = WEIGHT_DECAY
-    optim: str = "adamw"
-    momentum: float = 0.0
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: int = 10
-    max_grad_norm: float = 0.0
-    class_weights: tuple[float, ...] | None = None
-    bf16: bool = False
-    fp16: bool = False
-    demon: float = 0.0
-    ema_decay: float = 0.0
+    num_train_epochs: int = setting(
+        8, "number of passes over the training slides", Decides.RESULT, option="num_train_epochs"
+    )
+    per_device_train_batch_size: int = setting(
+        1,
+        "number of slides that a process computes in a micro-step",
+        Decides.STEP,
+        option="per_device_train_batch_size",
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "number of micro-steps of an optimizer step", Decides.STEP, option="gradient_accumulation_steps"
+    )
+    learning_rate: float = setting(
+        LEARNING_RATE, "peak of the learning rate, reached after --warmup_steps", Decides.RESULT, option="learning_rate"
+    )
+    encoder_learning_rate: float | None = setting(
+        None,
+        "peak of the encoder's learning rate",
+        Decides.RESOLVED,
+        resolved="encoder_learning_rate",
+        option="encoder_learning_rate",
+        kind=float,
+        words=f"--learning_rate; of an encoder from weights at most {TUNED_LEARNING_RATE:g}",
+    )
+    weight_decay: float = setting(WEIGHT_DECAY, "weight decay of the optimizer", Decides.RESULT, option="weight_decay")
+    optim: str = setting(
+        "adamw",
+        "optimizer; the DeepSpeed JSON's section `optimizer` decides where it has one",
+        Decides.RESULT,
+        option="optim",
+        kind=tuple(OPTIMIZERS),
+    )
+    momentum: float = setting(0.0, "momentum of --optim sgd, 0 to 1", Decides.RESULT, option="momentum")
+    lr_scheduler_type: str = setting(
+        "cosine",
+        "how the learning rate falls after the warm-up",
+        Decides.RESULT,
+        option="lr_scheduler_type",
+        kind=SCHEDULES,
+    )
+    warmup_steps: int = setting(
+        10,
+        "number of optimizer steps in which the learning rate rises to its peak",
+        Decides.RESULT,
+        option="warmup_steps",
+    )
+    max_grad_norm: float = setting(
+        0.0,
+        "largest norm of the gradient, to which a larger one is scaled down; 0 clips nothing",
+        Decides.RESULT,
+        option="max_grad_norm",
+    )
+    class_weights: tuple[float, ...] | None = setting(
+        None,
+        "factor of a slide's loss for each class, comma-separated in the classes' order, such as 1,2.5",
+        Decides.RESULT,
+        option="class_weights",
+        kind=numbers,
+        words="1 each",
+    )
+    bf16: bool = setting(False, "train in bfloat16 mixed precision", Decides.RESULT, option="bf16", kind=SWITCH)
+    fp16: bool = setting(False, "train in float16 mixed precision", Decides.RESULT, option="fp16", kind=SWITCH)
+    demon: float = setting(
+        0.0,
+        f"let Adam's momentum decay (DEMON): its first beta goes from BETA, {ADAM_BETA} without a value, to 0 over the "
+        "run",
+        Decides.RESULT,
+        option="demon",
+        bare=ADAM_BETA,
+        metavar="BETA",
+        words="off",
+    )
+    ema_decay: float = setting(
+        0.0,
+        "decay, 0 to 1, of a moving average of the weights, which is then validated and exported; 0 has none",
+        Decides.RESULT,
+        option="ema_decay",
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
@@ -207,58 +410,176 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where and how it runs.
+    """Where and how it runs."""
 
-    Args:
-        output_dir: the run's folder; by default a new one below runs/, named by the time.
-        seed: of everything random.
-        resume_from_checkpoint: a checkpoint's folder, "latest" of output_dir, or None.
-        save_steps: optimizer steps between checkpoints within an epoch; 0 leaves them to `save_minutes`.
-        save_minutes: minutes after which a checkpoint is written within an epoch; 0 saves at the ends of epochs only.
-        max_minutes: minutes after whose last step the run stops, with a checkpoint; 0 goes on to the end.
-        save_total_limit: checkpoints kept, at least 2, for a torn one is passed over for the one before it.
-        save_beside: write a checkpoint while the training goes on from a copy of it in host memory; at most two are on
-            the way. Else the training waits until it is written.
-        metric_for_best_model: validation metric by which the exported epoch is chosen; eval_loss breaks ties.
-        validate_beside: validate each epoch in a process of its own while the next one trains.
-        validation_device: of that process, as torch names it; by default the main process's.
-        early_stopping_patience: epochs without a new highest metric_for_best_model that end the run; 0 goes on.
-        deepspeed: a DeepSpeed JSON.
-        fsdp: shard the model over the ranks with FSDP2, as under `accelerate launch --use_fsdp --fsdp_version 2`.
-        ddp_timeout: seconds that a collective waits for the other ranks.
-        eval_tiles: random tiles of each test slide, drawn in each of `eval_runs` runs; None tests on all, once.
-        eval_runs: draws, over which the metrics are averaged.
-        eval_seed: of the draws; not `seed`, for models that are compared are to be tested on the same tiles.
-        eval_precision: in which the encoder computes in validation and test, of `PRECISIONS`.
-        tf32: whether a GPU rounds factors of float32 products to TF32, of `engines.kernels.TF32`.
-        memory_format: of the encoder's convolutions, of `engines.kernels.MEMORY_FORMATS`.
-        heatmaps: how many test slides get a heat map; None draws all.
-        disable_tqdm: neither bars nor lines of progress.
-    """
-
-    output_dir: str | None = None
-    seed: int = 0
-    resume_from_checkpoint: str | None = None
-    save_steps: int = 0
-    save_minutes: float = 15.0
-    max_minutes: float = 0.0
-    save_total_limit: int = 2
-    save_beside: bool = True
-    metric_for_best_model: str = "auc"
-    validate_beside: bool = False
-    validation_device: str | None = None
-    early_stopping_patience: int = 0
-    deepspeed: str | None = None
-    fsdp: bool = False
-    ddp_timeout: int = 1800
-    eval_tiles: int | None = None
-    eval_runs: int = 1
-    eval_seed: int = 0
-    eval_precision: str = "no"
-    tf32: str = "torch"
-    memory_format: str = "auto"
-    heatmaps: int | None = None
-    disable_tqdm: bool = False
+    output_dir: str | None = setting(
+        None,
+        "folder of the run: new, empty, or the run's own with --resume_from_checkpoint",
+        Decides.NOTHING,
+        option="output_dir",
+        words="a new one below runs/, named by the time",
+    )
+    seed: int = setting(
+        0,
+        "seed of the weights, the order of the slides and every draw but that of the splits",
+        Decides.RESULT,
+        option="seed",
+        column=True,
+    )
+    resume_from_checkpoint: str | None = setting(
+        None,
+        "go on with a run: a checkpoint's folder, or without a path the newest whole one of --output_dir",
+        Decides.NOTHING,
+        option="resume_from_checkpoint",
+        kind=str,
+        bare="latest",
+        metavar="PATH",
+        words="a new run",
+    )
+    save_steps: int = setting(
+        0,
+        "number of optimizer steps between checkpoints within an epoch; 0 leaves them to --save_minutes",
+        Decides.NOTHING,
+        option="save_steps",
+    )
+    save_minutes: float = setting(
+        15.0,
+        "minutes after which a checkpoint is written within an epoch too; 0 saves at the ends of epochs only",
+        Decides.NOTHING,
+        option="save_minutes",
+    )
+    max_minutes: float = setting(
+        0.0,
+        "minutes after which the run stops with a checkpoint and exit status 75; the same command goes on; 0: never",
+        Decides.NOTHING,
+        option="max_minutes",
+    )
+    save_total_limit: int = setting(
+        2, "number of checkpoints that are kept, the newest", Decides.NOTHING, option="save_total_limit"
+    )
+    save_beside: bool = setting(
+        True,
+        "write checkpoints while the training goes on, from a copy in host memory",
+        Decides.NOTHING,
+        option="save_beside",
+        kind=SWITCH,
+    )
+    metric_for_best_model: str = setting(
+        "auc",
+        "validation metric whose best epoch is exported",
+        Decides.RESULT,
+        option="metric_for_best_model",
+        kind=METRIC_NAMES,
+        group="validation and test",
+    )
+    validate_beside: bool = setting(
+        False,
+        "validate each epoch in a process of its own while the next one trains",
+        Decides.RESOLVED,
+        resolved="early_stopping",
+        option="validate_beside",
+        group="validation and test",
+    )
+    validation_device: str | None = setting(
+        None,
+        "device of --validate_beside, such as cuda:1",
+        Decides.NOTHING,
+        option="validation_device",
+        words="the main process's",
+        group="validation and test",
+    )
+    early_stopping_patience: int = setting(
+        0,
+        "number of epochs without a better --metric_for_best_model that end the run; 0 goes on",
+        Decides.RESULT,
+        option="early_stopping_patience",
+        group="validation and test",
+    )
+    deepspeed: str | None = setting(
+        None,
+        'DeepSpeed JSON, whose section "ds_wsi" sets the policies; options override it',
+        Decides.RESOLVED,
+        resolved="optimizer",
+        option="deepspeed",
+        words="none",
+        group="processes and GPUs",
+    )
+    fsdp: bool = setting(
+        False,
+        "shard the model over the processes with FSDP2",
+        Decides.NOTHING,
+        option="fsdp",
+        group="processes and GPUs",
+    )
+    ddp_timeout: int = setting(
+        1800,
+        "seconds that a process waits for the others before it gives up",
+        Decides.NOTHING,
+        option="ddp_timeout",
+        group="processes and GPUs",
+    )
+    eval_tiles: int | None = setting(
+        None,
+        "number of random tiles of each test slide, such as 256, or all",
+        Decides.TEST,
+        option="eval_tiles",
+        kind=tiles_or_all,
+        words="all",
+        group="validation and test",
+        column=True,
+    )
+    eval_runs: int = setting(
+        1,
+        "number of draws of --eval_tiles, over which the test metrics are averaged",
+        Decides.TEST,
+        option="eval_runs",
+        group="validation and test",
+        column=True,
+    )
+    eval_seed: int = setting(
+        0,
+        "seed of the draws of --eval_tiles",
+        Decides.TEST,
+        option="eval_seed",
+        group="validation and test",
+        column=True,
+    )
+    eval_precision: str = setting(
+        "no",
+        "precision in which the encoder computes validation and test; no is float32",
+        Decides.RESULT,
+        option="eval_precision",
+        kind=PRECISIONS,
+        group="validation and test",
+    )
+    tf32: str = setting(
+        "torch",
+        "whether a GPU rounds factors of float32 products to TF32; torch leaves torch's setting",
+        Decides.RESULT,
+        option="tf32",
+        kind=TF32,
+        group="memory",
+    )
+    memory_format: str = setting(
+        "auto",
+        "memory layout of the encoder's convolutions; auto takes the faster one by a trial on a GPU",
+        Decides.NOTHING,
+        option="memory_format",
+        kind=MEMORY_FORMATS,
+        group="memory",
+    )
+    heatmaps: int | None = setting(
+        None,
+        "number of test slides that get a heat map, the first ones; 0 draws none",
+        Decides.NOTHING,
+        option="heatmaps",
+        kind=int,
+        words="all",
+        group="validation and test",
+    )
+    disable_tqdm: bool = setting(
+        False, "show neither bars nor lines of progress", Decides.NOTHING, option="disable_tqdm"
+    )
 
     def __post_init__(self) -> None:
         """Refuse a limit under which a torn checkpoint would lose the run, and a protocol that tests nothing."""
@@ -293,8 +614,10 @@ class RunSettings:
             raise ValueError(f"--ddp_timeout must be at least 1 second, got {self.ddp_timeout}")
 
     @property
-    def evaluation(self) -> EvaluationProtocol:
+    def evaluation(self) -> "EvaluationProtocol":
         """On which tiles of the test slides the model is tested."""
+        from ds_wsi.evaluation.protocol import EvaluationProtocol  # here, for help pages need no torch
+
         return EvaluationProtocol(self.eval_tiles, self.eval_runs, self.eval_seed)
 
 

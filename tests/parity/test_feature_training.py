@@ -13,14 +13,13 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 
 import ds_wsi.training.model
-from ds_wsi.bags.augment import AugmentPolicy
-from ds_wsi.bags.bag import ReadPolicy
+from ds_wsi.bags.policy import AugmentPolicy, ReadPolicy
 from ds_wsi.bags.sampler import choose_tiles, plan_epoch
 from ds_wsi.cli import main
 from ds_wsi.config import DsWsiConfig
 from ds_wsi.models import build_encoder, build_model, load_model
 from ds_wsi.models.config import ModelConfig
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking import stack_bags
 from ds_wsi.training.loop import train
 from ds_wsi.training.settings import DataSettings, ModelSettings, OptimSettings, RunSettings, TrainSettings

@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_wsi.bags.augment import AugmentPolicy
-from ds_wsi.bags.bag import ReadPolicy
+from ds_wsi.bags.policy import AugmentPolicy, ReadPolicy
 from ds_wsi.config import DsWsiConfig, read_section, write_section
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 
 
 @pytest.mark.parametrize(
