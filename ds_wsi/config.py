@@ -111,7 +111,8 @@ def _fit(value: Any, default: Any, key: str) -> Any:
     if isinstance(default, tuple) and isinstance(value, list):
         # One entry too many or too few is the policy's to refuse.
         return tuple(
-            _fit(item, default[min(index, len(default) - 1)], f"{key}[{index}]") for index, item in enumerate(value)
+            _fit(item, default[min(index, len(default) - 1)] if default else item, f"{key}[{index}]")
+            for index, item in enumerate(value)
         )
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

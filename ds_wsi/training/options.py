@@ -109,6 +109,8 @@ def settings_from(
     policies = read_section(section)
     if preset is not None or in_yaml:
         below = {**_giving_way(preset or {}, in_yaml), **in_yaml}
+        if "partition" not in section and any(place.startswith("policies.partition.") for place in in_yaml):
+            below.setdefault(PARTITION_MODE, SETTINGS[PARTITION_MODE].default)  # as options have it: a section has none
         whose = "YAML or the preset" if preset and in_yaml else "YAML" if in_yaml else "preset"
         section, given = over_preset(below, config or {}, given, whose)
         policies = read_section(section)
@@ -143,6 +145,7 @@ DEEPSPEED_KEYS = {
     "optimizer.params.lr": "optim.learning_rate",
     "optimizer.params.weight_decay": "optim.weight_decay",
 }
+PARTITION_MODE = "policies.partition.mode"
 SLIDES_A_STEP = "policies.stacking.bags_per_step"
 SLIDES_A_MICRO_STEP = ("optim.per_device_train_batch_size", "optim.gradient_accumulation_steps")
 

@@ -82,3 +82,8 @@ def test_whole_numbers_serve_as_floats():
 def test_errors_name_the_full_key(section, message):
     with pytest.raises(ValueError, match=message):
         read_section(section)
+
+
+def test_a_list_is_taken_where_the_default_is_empty():
+    section = {"tile_parallel": {"size": 2, "shares": [1, 2.5]}}
+    assert read_section(section).tile_parallel.shares == (1, 2.5)

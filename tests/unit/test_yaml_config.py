@@ -62,7 +62,7 @@ def test_every_preset_is_read_back(name, tmp_path):
 
 
 def test_what_has_no_option_is_written_below_the_section(tmp_path):
-    section = {"stacking": {"balance": "round_robin"}, "tile_parallel": {"size": 2, "shares": [1, 2]}}
+    section = {"stacking": {"balance": "round_robin"}, "tile_parallel": {"size": 2, "shares": [1.0, 2.0]}}
     (tmp_path / "ds.json").write_text(json.dumps({"ds_wsi": section}))
     settings = settings_of("--deepspeed", tmp_path / "ds.json")
     text = yaml_text(settings)
