@@ -10,8 +10,12 @@ from ds_wsi.runtime.lazy import lazily
 if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort, load_cohort
     from ds_wsi.bags.manifest import Manifest, ManifestError, read_manifest
-    from ds_wsi.engines.hooks import attach, register_comm_hook
+    from ds_wsi.engines.comm_hooks.register import attach, register_comm_hook
+    from ds_wsi.engines.hf.models import SlideCollator, SlideModelConfig, SlideModelForSlideClassification
+    from ds_wsi.engines.hf.trainer import CommHookCallback, SlideTrainer, apply_policies
     from ds_wsi.engines.initialize import initialize
+    from ds_wsi.engines.machine.cpu import trainer_arguments
+    from ds_wsi.engines.machine.nvme import NvmeSpill
     from ds_wsi.models import SlideModel, SlideOutput, build_aggregator, build_encoder, load_model
     from ds_wsi.partition import PartitionPlan, PartitionPolicy, check_partition, partition_layers, plan_partition
     from ds_wsi.slides import Slide, SlideError, TileGrid, TilingPolicy, tile_slide
@@ -20,18 +24,25 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cohort",
+    "CommHookCallback",
     "Manifest",
     "ManifestError",
+    "NvmeSpill",
     "PartitionPlan",
     "PartitionPolicy",
     "Slide",
+    "SlideCollator",
     "SlideError",
     "SlideModel",
+    "SlideModelConfig",
+    "SlideModelForSlideClassification",
     "SlideOutput",
+    "SlideTrainer",
     "StackedBags",
     "TileGrid",
     "TileParallelPolicy",
     "TilingPolicy",
+    "apply_policies",
     "attach",
     "build_aggregator",
     "build_encoder",
@@ -48,6 +59,7 @@ __all__ = [
     "stream_bag",
     "tile_mesh",
     "tile_slide",
+    "trainer_arguments",
 ]
 
 # `ds-wsi --help` needs none of them, and who reads slides no engine.
@@ -63,11 +75,23 @@ __getattr__ = lazily(
             "ManifestError",
             "read_manifest",
         ),
-        "ds_wsi.engines.hooks": (
+        "ds_wsi.engines.comm_hooks.register": (
             "attach",
             "register_comm_hook",
         ),
+        "ds_wsi.engines.hf.models": (
+            "SlideCollator",
+            "SlideModelConfig",
+            "SlideModelForSlideClassification",
+        ),
+        "ds_wsi.engines.hf.trainer": (
+            "CommHookCallback",
+            "SlideTrainer",
+            "apply_policies",
+        ),
         "ds_wsi.engines.initialize": ("initialize",),
+        "ds_wsi.engines.machine.cpu": ("trainer_arguments",),
+        "ds_wsi.engines.machine.nvme": ("NvmeSpill",),
         "ds_wsi.models": (
             "SlideModel",
             "SlideOutput",

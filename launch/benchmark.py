@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 # Python puts this folder first on the path, where launch/evaluate.py would hide the library `evaluate`.
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+# The folder above takes its place, because `launch.benchmarks` is not installed.
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if Path(entry).resolve() not in (_HERE, _HERE.parent))]
 
-from ds_wsi.benchmarks import (  # noqa: E402
+from ds_wsi.runtime.log import logger, setup_logging  # noqa: E402
+from ds_wsi.runtime.signals import STATUS, Stopped, heeding_signals  # noqa: E402
+from launch.benchmarks import (  # noqa: E402
     compression,
     equivalence,
     partition,
@@ -23,9 +27,7 @@ from ds_wsi.benchmarks import (  # noqa: E402
     sweep,
     tiles,
 )
-from ds_wsi.benchmarks.table import write_result  # noqa: E402
-from ds_wsi.runtime.log import logger, setup_logging  # noqa: E402
-from ds_wsi.runtime.signals import STATUS, Stopped, heeding_signals  # noqa: E402
+from launch.benchmarks.table import write_result  # noqa: E402
 
 BENCHMARKS = {
     "compression": compression,

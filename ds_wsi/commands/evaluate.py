@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ds_wsi.bags.manifest import Manifest
     from ds_wsi.bags.policy import ReadPolicy
     from ds_wsi.bags.slide_policy import SkippedSlide
-    from ds_wsi.engines.scope import Processes
+    from ds_wsi.engines.accelerator.scope import Processes
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.models import SlideModel
 
@@ -59,7 +59,7 @@ def add_evaluate(subparsers: argparse._SubParsersAction) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     """`ds-wsi evaluate`, and launch/evaluate.py under any launcher, whose processes share the slides."""
-    from ds_wsi.engines.scope import launched_processes
+    from ds_wsi.engines.accelerator.scope import launched_processes
 
     with launched_processes() as processes:
         _evaluate(options, processes)
@@ -180,7 +180,7 @@ def add_heatmap(subparsers: argparse._SubParsersAction) -> None:
 
 def run_heatmap(options: argparse.Namespace) -> None:
     """`ds-wsi heatmap`."""
-    from ds_wsi.engines.scope import Processes
+    from ds_wsi.engines.accelerator.scope import Processes
     from ds_wsi.evaluation.heatmap import is_heat_map
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.results import draw_heatmaps

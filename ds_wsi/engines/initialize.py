@@ -11,12 +11,12 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_wsi.config import SECTION
-from ds_wsi.engines import cpu
-from ds_wsi.engines.auto import fill_for_model
-from ds_wsi.engines.deepspeed import read_config, suit_machine
-from ds_wsi.engines.hooks import attach
-from ds_wsi.engines.section import apply_section
-from ds_wsi.engines.timeouts import following_world
+from ds_wsi.engines.comm_hooks.register import attach
+from ds_wsi.engines.deepspeed_json.auto import fill_for_model
+from ds_wsi.engines.deepspeed_json.config import read_config, suit_machine
+from ds_wsi.engines.machine import cpu
+from ds_wsi.engines.machine.timeouts import following_world
+from ds_wsi.engines.policies.section import apply_section
 
 # Set where DeepSpeed finds the ranks itself: by MPI's launchers, and on two clouds.
 _FOUND_BY_DEEPSPEED = (
@@ -28,10 +28,10 @@ _FOUND_BY_DEEPSPEED = (
 def initialize(*arguments: Any, **keywords: Any) -> tuple[Any, Any, Any, Any]:
     """`deepspeed.initialize`, with what the "ds_wsi" section of its config says.
 
-    "auto" is filled by the rules of `ds_wsi.engines.auto`; the section's norm, partition and stacking.pack_bytes are
-    applied to the model, in place, and its hook to the engine, as `engine.comm_handle` (`attach`). On one process
-    nothing is exchanged. Process groups made here have the timeout that the script gave the world's group. On a machine
-    without a GPU, or without a compiler, no op of DeepSpeed is compiled.
+    "auto" is filled by the rules of `ds_wsi.engines.deepspeed_json.auto`; the section's norm, partition and
+    stacking.pack_bytes are applied to the model, in place, and its hook to the engine, as `engine.comm_handle`
+    (`attach`). On one process nothing is exchanged. Process groups made here have the timeout that the script gave the
+    world's group. On a machine without a GPU, or without a compiler, no op of DeepSpeed is compiled.
 
     Args:
         arguments, keywords: of the installed `deepspeed.initialize`, by place or by name: args, model, optimizer,

@@ -140,7 +140,7 @@ class ModelConfig:
         if values.pop("format", None) != "ds_wsi.SlideModel" or version not in range(1, VERSION + 1):
             raise ValueError(
                 f"config.json must be of format ds_wsi.SlideModel, version 1 to {VERSION}, got another ({path}). HINT: "
-                "what save_pretrained wrote is read by ds_wsi.engines.transformers.SlideModelForSlideClassification"
+                "what save_pretrained wrote is read by ds_wsi.SlideModelForSlideClassification"
             )
         for newer in range(version + 1, VERSION + 1):
             values = NEW_IN[newer] | values

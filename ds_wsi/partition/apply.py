@@ -427,7 +427,7 @@ def partition_layers(
     Args:
         module: an encoder of tiles [N, ...] -> [N, ...] (axis "batch"), or of images (axis "spatial").
         plan_or_policy: of `plan_partition`, or what it would be asked: then each call is planned for its size.
-        spill: the disk of a policy with `nvme_path`: `ds_wsi.engines.nvme.NvmeSpill(path)`.
+        spill: the disk of a policy with `nvme_path`: `ds_wsi.NvmeSpill(path)`.
         check: compare the partition with the module alone, on up to 4 tiles, before the first call of each kind
             (`ds_wsi.partition.check`); a policy's `check` switches it off too.
 
@@ -457,7 +457,7 @@ def partition_layers(
     if spill is None and plan_or_policy.nvme_path:
         raise ValueError(
             f"{type(module).__name__}: a policy or plan with a disk must come with the disk, got spill=None. "
-            "HINT: partition_layers(module, policy, spill=ds_wsi.engines.nvme.NvmeSpill(path))."
+            "HINT: partition_layers(module, policy, spill=ds_wsi.NvmeSpill(path))."
         )
     if plan_or_policy.mode == "paper":
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))

@@ -28,7 +28,7 @@ class PartitionPolicy:
         gpu_budget_bytes: of activations on the device; None: nine tenths of what is free on a GPU, unlimited on a CPU.
         host_budget_bytes: of activations in host memory; None: half of what this process may still take.
         nvme_path: a folder on a fast local disk for what the host budget does not hold; "" for none. Reached through
-            DeepSpeed's aio (`ds_wsi.engines.nvme`).
+            DeepSpeed's aio (`ds_wsi.engines.machine.nvme`).
         nvme_budget_bytes: of activations there; None: half of what is free.
         bn_population: what train-mode BatchNorm normalises over: "stack", all tiles of a call; "bag", each bag of it.
         compile: run the chunk's body under `torch.compile`.

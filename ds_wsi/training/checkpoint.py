@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_wsi.engines.accelerate import Accelerator, broadcast_object_list
+from ds_wsi.engines.accelerator.engine import Accelerator, broadcast_object_list
 from ds_wsi.runtime.files import link_or_copy, sync_directory, sync_file, write_json
 from ds_wsi.runtime.full_disk import naming_full_disk
 from ds_wsi.runtime.log import logger

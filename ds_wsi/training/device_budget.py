@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.engines.accelerate import Accelerator
+from ds_wsi.engines.accelerator.engine import Accelerator
 from ds_wsi.partition import PartitionPolicy
 from ds_wsi.partition.plan import gib
 from ds_wsi.runtime.log import logger

@@ -11,8 +11,8 @@ from typing import Any
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.manifest import SPLITS, write_manifest
 from ds_wsi.bags.same_files import fingerprint_of
-from ds_wsi.engines.accelerate import gather_object
-from ds_wsi.engines.scope import Processes, closing_trackers, launched
+from ds_wsi.engines.accelerator.engine import gather_object
+from ds_wsi.engines.accelerator.scope import Processes, closing_trackers, launched
 from ds_wsi.norms import batch_norms
 from ds_wsi.norms.policy import POPULATIONS
 from ds_wsi.partition import PartitionPlan

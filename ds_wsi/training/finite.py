@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.engines.accelerate import gather_object
+from ds_wsi.engines.accelerator.engine import gather_object
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.words import counted, some
 from ds_wsi.training.run import Run

@@ -14,9 +14,9 @@ import torch
 
 from ds_wsi.bags.bag import Bag, BagPart, read_bags
 from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles, steps_per_epoch
-from ds_wsi.engines.accelerate import average_buffers, gather_object
-from ds_wsi.engines.deepspeed import full_state_dict
-from ds_wsi.engines.scope import closing_trackers, engine_scope
+from ds_wsi.engines.accelerator.engine import average_buffers, gather_object
+from ds_wsi.engines.accelerator.scope import closing_trackers, engine_scope
+from ds_wsi.engines.sharded.zero import full_state_dict
 from ds_wsi.evaluation.record import FILE_NAME as RECORD_FILE
 from ds_wsi.models import merge_lora
 from ds_wsi.models.loss import stack_loss

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ds_wsi.engines.accelerate import Accelerator
+from ds_wsi.engines.accelerator.engine import Accelerator
 from ds_wsi.models import (
     ModelConfig,
     SlideModel,

@@ -102,7 +102,7 @@ class WeightAverage:
 
     def weights(self) -> dict[str, Tensor]:
         """The averages by parameter name, whole float32 copies on the CPU. Collective under FSDP2."""
-        from ds_wsi.engines.fsdp import whole  # here, for the schedules' names need no engine
+        from ds_wsi.engines.sharded.fsdp import whole  # here, for the schedules' names need no engine
 
         return {name: whole(average).to("cpu", copy=True) for name, average in self.averages.items()}
 
@@ -112,7 +112,7 @@ class WeightAverage:
         Raises:
             ValueError: averages of another model.
         """
-        from ds_wsi.engines.fsdp import copy_whole
+        from ds_wsi.engines.sharded.fsdp import copy_whole
 
         if file.names != self.averages.keys():
             raise ValueError(

@@ -98,7 +98,7 @@ def settings_from(
         options: of `add_train_options`.
         preset: field ("optim.learning_rate") -> value, in place of the default.
     """
-    from ds_wsi.engines.deepspeed import read_config  # here, for help and misspelt options need no engine
+    from ds_wsi.engines.deepspeed_json.config import read_config  # here, for help and misspelt options need no engine
 
     given = {name: value for name, value in vars(options).items() if "." in name}
     in_yaml = read_yaml(options.config) if "config" in options else {}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from ds_wsi.bags.sampler import deal_by_cost
 from ds_wsi.bags.slide_policy import skipped_words, tell_skipped
-from ds_wsi.engines.accelerate import CommHandle, broadcast_object_list, gather_object
+from ds_wsi.engines.accelerator.engine import CommHandle, broadcast_object_list, gather_object
 from ds_wsi.evaluation.bootstrap import metrics_from_json
 from ds_wsi.evaluation.curves import draw_curves
 from ds_wsi.evaluation.norm_choice import GAP_NATS, GAP_RATIO, NormChoice, NormGap, Ranks, choose_norms

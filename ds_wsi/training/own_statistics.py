@@ -7,7 +7,7 @@ processes goes on from them. A process that goes on in its own place gets its ow
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.engines.accelerate import Accelerator, average_buffers, tracked_buffers
+from ds_wsi.engines.accelerator.engine import Accelerator, average_buffers, tracked_buffers
 from ds_wsi.runtime.tensor_file import TensorFile
 
 

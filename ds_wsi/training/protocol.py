@@ -18,7 +18,7 @@ from ds_wsi.bags.prepare import read_dataset, require_own_manifest, split_datase
 from ds_wsi.bags.relabel import order_classes
 from ds_wsi.bags.same_files import require_files_apart
 from ds_wsi.bags.slide_policy import SlidePolicy, write_skipped
-from ds_wsi.engines.scope import Processes, launched
+from ds_wsi.engines.accelerator.scope import Processes, launched
 from ds_wsi.evaluation.tables import write_tables
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.dataset_options import WAYS, reading_of, splitting_of

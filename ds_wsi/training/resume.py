@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_wsi.engines.accelerate import tracked_buffers
-from ds_wsi.engines.full_state import put_state, take_state
+from ds_wsi.engines.accelerator.engine import tracked_buffers
+from ds_wsi.engines.full_state.engine_state import put_state, take_state
 from ds_wsi.runtime.files import link_or_copy
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.tensor_file import of_rank, open_tensors

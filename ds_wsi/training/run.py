@@ -18,7 +18,7 @@ from ds_wsi.bags.packing import require_store
 from ds_wsi.bags.relabel import with_positive
 from ds_wsi.bags.run_splits import write_splits
 from ds_wsi.bags.slide_policy import SkippedSlide, SlidePolicy, write_skipped
-from ds_wsi.engines.accelerate import (
+from ds_wsi.engines.accelerator.engine import (
     Accelerator,
     CommHandle,
     EngineSettings,
@@ -28,10 +28,16 @@ from ds_wsi.engines.accelerate import (
     prepare,
     take_steps_whole,
 )
-from ds_wsi.engines.deepspeed import is_zero3
-from ds_wsi.engines.kernels import choose_memory_format, choose_tf32, search_kernels
-from ds_wsi.engines.norms import apply_training, decide_training, partition_of, partition_population, warn_of_few_bags
-from ds_wsi.engines.nvme import NvmeSpill
+from ds_wsi.engines.machine.kernels import choose_memory_format, choose_tf32, search_kernels
+from ds_wsi.engines.machine.nvme import NvmeSpill
+from ds_wsi.engines.policies.norms import (
+    apply_training,
+    decide_training,
+    partition_of,
+    partition_population,
+    warn_of_few_bags,
+)
+from ds_wsi.engines.sharded.zero import is_zero3
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, SlideOutput
 from ds_wsi.norms import batch_norms

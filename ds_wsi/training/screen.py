@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ds_wsi.engines.accelerate import describe
+from ds_wsi.engines.accelerator.engine import describe
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import duration
 from ds_wsi.runtime.words import counted

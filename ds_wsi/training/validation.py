@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ds_wsi.engines.accelerate import broadcast_object_list
+from ds_wsi.engines.accelerator.engine import broadcast_object_list
 from ds_wsi.evaluation.norm_choice import GAP_REMEDY, NormChoice
 from ds_wsi.evaluation.validator import ValidationResult, ValidationWork, Validator
 from ds_wsi.models import save_weights

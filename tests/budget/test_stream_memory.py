@@ -1,6 +1,6 @@
 """A streamed bag: memory that does not grow with its tiles; bytes exchanged that do not either."""
 
-from ds_wsi.benchmarks.scaling import COLORS, RANKS, Costs, Link, peak_bytes, simulate
+from launch.benchmarks.scaling import COLORS, RANKS, Costs, Link, peak_bytes, simulate
 
 
 def test_peak_memory_is_flat_from_1000_to_40000_tiles():

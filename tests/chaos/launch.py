@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ds_wsi.engines.cpu import free_port
+from ds_wsi.engines.machine.cpu import free_port
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.processes import end_with_parent, is_stopped, state_of
 

@@ -4,7 +4,7 @@ import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
-from ds_wsi.benchmarks import ranks
+from launch.benchmarks import ranks
 
 TIMEOUT_S = 240
 _context = multiprocessing.get_context("forkserver")
@@ -12,5 +12,5 @@ _context.set_forkserver_preload(["torch", "deepspeed", "accelerate", "timm"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """See `ds_wsi.benchmarks.ranks.run_ranks`."""
+    """See `launch.benchmarks.ranks.run_ranks`."""
     return ranks.run_ranks(function, world_size, *arguments, timeout_s=TIMEOUT_S, context=_context)

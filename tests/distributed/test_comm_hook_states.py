@@ -49,7 +49,7 @@ class Recorded:
 def owed(engine):
     """Largest difference of what came out + the mean of what is kept from what went in, and the buckets by step."""
     from ds_wsi.compression import DMGC, TopK
-    from ds_wsi.engines.hooks import register_comm_hook
+    from ds_wsi.engines.comm_hooks.register import register_comm_hook
 
     trainer = Trainer(engine)
     if engine == "ddp":
@@ -266,7 +266,7 @@ def test_a_removed_hook_leaves_the_native_engine():
 
 def refusals():
     from ds_wsi.compression import DMGC, TopK
-    from ds_wsi.engines.hooks import register_comm_hook
+    from ds_wsi.engines.comm_hooks.register import register_comm_hook
 
     found = {}
 
@@ -371,7 +371,7 @@ def test_an_overflowing_step_leaves_no_trace():
 
 
 def powersgd():
-    from ds_wsi.engines.hooks import register_comm_hook
+    from ds_wsi.engines.comm_hooks.register import register_comm_hook
 
     trainer = Trainer("ddp")
     handle = register_comm_hook(trainer.model, "powersgd")
@@ -420,8 +420,8 @@ def accelerated(folder):
     from test_comm_hooks import F, batch_of, make_model
 
     from ds_wsi.compression.comm import CommPolicy
-    from ds_wsi.engines.accelerate import attach_hook
-    from ds_wsi.engines.stepper import Stepper
+    from ds_wsi.engines.accelerator.engine import attach_hook
+    from ds_wsi.engines.accelerator.stepper import Stepper
     from ds_wsi.training.checkpoint import Contents, save_checkpoint
     from ds_wsi.training.saver import Saver
 
@@ -477,7 +477,7 @@ def accumulated():
     from test_comm_hooks import F, batch_of, make_model, zero_config
 
     from ds_wsi.compression.comm import CommPolicy
-    from ds_wsi.engines.accelerate import EngineSettings, attach_hook, build_accelerator, prepare
+    from ds_wsi.engines.accelerator.engine import EngineSettings, attach_hook, build_accelerator, prepare
 
     found = {}
     for hook in ("none", "dmgc"):

@@ -106,7 +106,7 @@ class Trainer:
 
     def weights(self):
         """Whole weights, flat."""
-        from ds_wsi.engines.deepspeed import full_state_dict
+        from ds_wsi.engines.sharded.zero import full_state_dict
 
         if self.engine == "fsdp2":
             return torch.cat([p.full_tensor().detach().flatten() for p in self.module.parameters()])
@@ -116,7 +116,7 @@ class Trainer:
 
 def register(trainer, hook, keep=1.0, **more):
     from ds_wsi.compression.comm import CommPolicy
-    from ds_wsi.engines.hooks import attach
+    from ds_wsi.engines.comm_hooks.register import attach
 
     return attach(trainer.model, CommPolicy(hook=hook, keep=keep, **more))
 
@@ -207,7 +207,7 @@ def hugging_face(folder):
     from transformers import TrainerCallback, TrainingArguments
 
     from ds_wsi.compression import DMGC
-    from ds_wsi.engines.hooks import register_comm_hook
+    from ds_wsi.engines.comm_hooks.register import register_comm_hook
 
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 

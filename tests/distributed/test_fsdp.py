@@ -37,7 +37,7 @@ def train(settings: Any) -> Any:
     """The run at its end, without evaluation and validation."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from ds_wsi.engines.accelerate import Accelerator
+    from ds_wsi.engines.accelerator.engine import Accelerator
     from ds_wsi.evaluation.norm_choice import NormChoice
     from ds_wsi.training import loop, validation
 
@@ -52,7 +52,7 @@ def train(settings: Any) -> Any:
 
 
 def whole_state(run: Any) -> dict[str, torch.Tensor]:
-    from ds_wsi.engines.deepspeed import full_state_dict
+    from ds_wsi.engines.sharded.zero import full_state_dict
 
     return full_state_dict(run.module) | (run.average.weights() if run.average else {})
 

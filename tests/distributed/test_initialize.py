@@ -145,7 +145,7 @@ def initialized():
     }
     native, *_ = deepspeed.initialize(model=make_model(), config=numbers)
     step(native)
-    from ds_wsi.engines.deepspeed import full_state_dict
+    from ds_wsi.engines.sharded.zero import full_state_dict
 
     one, two = full_state_dict(engine.module), full_state_dict(native.module)
     found["auto"] = (all(torch.equal(one[name], two[name]) for name in two), engine.comm_handle is None)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ds_wsi.bags.bag import Bag, BagPart, TileChunk, TileRequest
 from ds_wsi.bags.sampler import plan_epoch
-from ds_wsi.engines.norms import apply_training, decide_training
+from ds_wsi.engines.policies.norms import apply_training, decide_training
 from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.norms import NormPolicy
@@ -125,8 +125,8 @@ def _train(engine, layout, weights, policies) -> list:
 
     from accelerate.state import AcceleratorState, GradientState
 
-    from ds_wsi.engines.accelerate import EngineSettings, average_buffers, build_accelerator, prepare
-    from ds_wsi.engines.deepspeed import full_state_dict
+    from ds_wsi.engines.accelerator.engine import EngineSettings, average_buffers, build_accelerator, prepare
+    from ds_wsi.engines.sharded.zero import full_state_dict
 
     slides, _ = make_cohort()
     found = []

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_wsi.bags.sampler import plan_epoch
-from ds_wsi.engines.norms import apply_training
+from ds_wsi.engines.policies.norms import apply_training
 from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.norms import NormPolicy
@@ -86,7 +86,7 @@ def start(engine: str, model: SlideModel, *, learning_rate: float = LEARNING_RAT
 
     from accelerate.state import AcceleratorState, GradientState
 
-    from ds_wsi.engines.accelerate import EngineSettings, build_accelerator, prepare
+    from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator, prepare
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -106,7 +106,7 @@ def start(engine: str, model: SlideModel, *, learning_rate: float = LEARNING_RAT
 
 def train_on_rank(cases) -> list:
     """Weights and statistics of every case on this rank, float64."""
-    from ds_wsi.engines.deepspeed import full_state_dict
+    from ds_wsi.engines.sharded.zero import full_state_dict
 
     found = []
     for engine, mode, accumulation in cases:
@@ -180,7 +180,7 @@ def statistics_on_rank(training: str) -> list:
     """Per engine: first norm's (mean, var) after 100 steps on the rank's own data, as a checkpoint would hold them."""
     import torch.distributed as dist
 
-    from ds_wsi.engines.accelerate import average_buffers
+    from ds_wsi.engines.accelerator.engine import average_buffers
 
     found = []
     for engine in ENGINES:

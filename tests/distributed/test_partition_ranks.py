@@ -99,7 +99,7 @@ def through_accelerate(case, model):
     """(model, micro-step) under DDP or ZeRO, as the trainer drives them."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from ds_wsi.engines.accelerate import EngineSettings, build_accelerator, prepare
+    from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator, prepare
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -301,7 +301,7 @@ def refusals():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    import ds_wsi.engines.accelerate as engine
+    import ds_wsi.engines.accelerator.engine as engine
 
     model = make_model(torch.float32)
     partition_layers(model.encoder, PartitionPolicy(mode="lean", chunk_size=CHUNK))

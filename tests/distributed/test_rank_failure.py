@@ -106,7 +106,7 @@ def test_a_rank_that_waits_for_no_exception_reads_it_in_its_log(how, words, tmp_
 def prepares(rank, folder, manifest, how):
     """Rank 1 goes away while the cohort is tiled, before anything is trained; rank 0 waits for it."""
     from ds_wsi.config import DsWsiConfig
-    from ds_wsi.engines import cpu
+    from ds_wsi.engines.machine import cpu
     from ds_wsi.slides.policy import TilingPolicy
     from ds_wsi.training import loop, run
     from ds_wsi.training.settings import DataSettings, ModelSettings, RunSettings, TrainSettings

@@ -40,8 +40,8 @@ class Trainer:
     """AdamW, clipped, under an engine of the main job; "zero3-cpu" has its optimizer's states on the host."""
 
     def __init__(self, engine, dtype=torch.float32, kind="AdamW"):
-        from ds_wsi.engines.accelerate import EngineSettings, build_accelerator, prepare
-        from ds_wsi.engines.scope import forget_engine
+        from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator, prepare
+        from ds_wsi.engines.accelerator.scope import forget_engine
 
         forget_engine()
         stage = int(engine[4]) if engine.startswith("zero") else None
@@ -78,13 +78,13 @@ class Trainer:
         self.module.counted += 1
 
     def weights(self):
-        from ds_wsi.engines.full_state import take_state
+        from ds_wsi.engines.full_state.engine_state import take_state
 
         taken = take_state(self.accelerator, self.module, self.optimizer)
         return taken.weights | taken.optimizer
 
     def save(self, folder, step):
-        from ds_wsi.engines.full_state import take_state
+        from ds_wsi.engines.full_state.engine_state import take_state
         from ds_wsi.training.checkpoint import Contents, save_checkpoint
         from ds_wsi.training.saver import Saver
 
@@ -102,7 +102,7 @@ class Trainer:
             )
 
     def load(self, checkpoint):
-        from ds_wsi.engines.full_state import put_state
+        from ds_wsi.engines.full_state.engine_state import put_state
         from ds_wsi.runtime.tensor_file import open_tensors
 
         facts = json.loads((Path(checkpoint) / "state.json").read_text())["facts"]
@@ -221,7 +221,7 @@ def test_two_one_and_four_ranks_under_every_engine(two, folder):
 
 def deepspeeds_own(folder):
     """Of each stage: whether its own files load with tensors alone, and what is said of a stranger's in each place."""
-    from ds_wsi.engines.deepspeed_files import tensors_alone
+    from ds_wsi.engines.hf.deepspeed_files import tensors_alone
 
     found = {}
     for stage in range(4):
@@ -316,7 +316,7 @@ def settings_of(folder, name, world, **more):
 
 def run_of(settings, stage):
     """The run at its end, without its test."""
-    from ds_wsi.engines.accelerate import Accelerator
+    from ds_wsi.engines.accelerator.engine import Accelerator
     from ds_wsi.evaluation.norm_choice import NormChoice
     from ds_wsi.training import loop, validation
 
@@ -337,7 +337,7 @@ def run_of(settings, stage):
 
 
 def state_of(run):
-    from ds_wsi.engines.deepspeed import full_state_dict
+    from ds_wsi.engines.sharded.zero import full_state_dict
 
     averages = {} if run.average is None else {f"average {k}": v for k, v in run.average.weights().items()}
     losses = torch.tensor([entry["train_loss"] for entry in run.progress.history])
@@ -411,7 +411,7 @@ def test_a_run_goes_on_bit_by_bit(whole_runs):
 
 
 def test_a_loss_scale_is_numbers_and_comes_back():
-    from ds_wsi.engines.full_state import _put_scale
+    from ds_wsi.engines.full_state.engine_state import _put_scale
 
     one, two = (torch.amp.GradScaler("cpu", init_scale=2.0**place) for place in (5, 9))
     for scaler in (one, two):

@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 from torch import nn
 
-from ds_wsi.engines.accelerate import EngineSettings
-from ds_wsi.engines.scope import engine_scope, launched
+from ds_wsi.engines.accelerator.engine import EngineSettings
+from ds_wsi.engines.accelerator.scope import engine_scope, launched
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -43,7 +43,7 @@ def test_the_main_process_decides_for_all_and_fails_for_all():
 
 
 def kinds() -> list[str]:
-    from ds_wsi.engines.stepper import Stepper
+    from ds_wsi.engines.accelerator.stepper import Stepper
 
     return [type(Stepper(engine, nn.Linear(2, 2), "sgd", 0.1).model).__name__ for engine in ("zero1", "ddp")]
 

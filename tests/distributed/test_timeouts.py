@@ -27,13 +27,13 @@ def zero(stage: int) -> dict:
 
 
 def timeouts() -> list[float]:
-    from ds_wsi.engines.timeouts import group_timeout
+    from ds_wsi.engines.machine.timeouts import group_timeout
 
     return [group_timeout(group).total_seconds() for group in dist.distributed_c10d._world.pg_map]
 
 
 def prepared(engine: str, timeout_s: int):
-    from ds_wsi.engines.accelerate import EngineSettings, build_accelerator, prepare
+    from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator, prepare
 
     config = zero(int(engine[-1])) if engine.startswith("zero") else None
     settings = EngineSettings(0.1, 0.0, 0.0, "sgd", 1, 1, timeout_s=timeout_s, fsdp=engine == "fsdp2")
@@ -43,7 +43,7 @@ def prepared(engine: str, timeout_s: int):
 
 
 def under_each_engine() -> list:
-    from ds_wsi.engines.scope import engine_scope
+    from ds_wsi.engines.accelerator.scope import engine_scope
     from ds_wsi.tile_parallel import tile_mesh
 
     found = []
@@ -84,7 +84,7 @@ def test_a_script_of_its_own_says_the_timeout_when_it_makes_the_worlds_group():
 
 def stops(rank: int, folder: Path, engine: str) -> None:
     """Two ranks train; rank 1 is stopped in the third step."""
-    from ds_wsi.engines import cpu
+    from ds_wsi.engines.machine import cpu
     from ds_wsi.runtime.ranks import RankFailureError, watch_ranks
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_SIZE="2", LOCAL_WORLD_SIZE="2")

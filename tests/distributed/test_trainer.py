@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import trainer_cases as cases
-from ds_wsi.engines.transformers import SlideModelConfig, SlideModelForSlideClassification
+from ds_wsi.engines.hf.models import SlideModelConfig, SlideModelForSlideClassification
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed

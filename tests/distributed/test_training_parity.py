@@ -91,8 +91,8 @@ def train_cases(cases: list[tuple[str, dict[str, int]]]) -> list[dict[str, torch
 def _train(engine: str, layout: dict[str, int]) -> dict[str, torch.Tensor]:
     from pathlib import Path
 
-    from ds_wsi.engines.accelerate import EngineSettings, build_accelerator, prepare
-    from ds_wsi.engines.deepspeed import full_state_dict
+    from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator, prepare
+    from ds_wsi.engines.sharded.zero import full_state_dict
 
     config = None
     if engine.startswith("zero"):
@@ -189,7 +189,7 @@ def average_on_rank() -> list[float]:
 
     import torch.distributed as dist
 
-    from ds_wsi.engines.accelerate import EngineSettings, average_buffers, build_accelerator
+    from ds_wsi.engines.accelerator.engine import EngineSettings, average_buffers, build_accelerator
 
     accelerator = build_accelerator(EngineSettings(0.1, 0.0, 0.0, "sgd", 1, 1), Path("unused"), None)
     norm = torch.nn.BatchNorm1d(2)

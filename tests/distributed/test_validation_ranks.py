@@ -26,7 +26,7 @@ def train_on_rank(manifest: str, folder: str) -> list:
     from accelerate.state import AcceleratorState, GradientState
 
     from ds_wsi.config import DsWsiConfig
-    from ds_wsi.engines.accelerate import Accelerator
+    from ds_wsi.engines.accelerator.engine import Accelerator
     from ds_wsi.norms import NormPolicy
     from ds_wsi.training.settings import DataSettings, ModelSettings, OptimSettings, RunSettings, TrainSettings
 

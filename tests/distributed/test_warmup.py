@@ -33,7 +33,7 @@ def make_bag(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def weights_of(model: SlideModel) -> dict[str, torch.Tensor]:
-    from ds_wsi.engines.fsdp import whole
+    from ds_wsi.engines.sharded.fsdp import whole
 
     return {name: whole(value).clone() for name, value in model.state_dict().items()}
 
@@ -80,7 +80,7 @@ def train_cases(cases: list[tuple[str, str]]) -> list[list[dict[str, torch.Tenso
 def _train(engine: str, kind: str) -> list[dict[str, torch.Tensor]]:
     from pathlib import Path
 
-    from ds_wsi.engines.accelerate import EngineSettings, build_accelerator, prepare
+    from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator, prepare
 
     config = None
     if engine.startswith("zero"):

@@ -100,9 +100,9 @@ def make_trainer(engine, bags, kind, accumulation=1, *, plain=False, dropout=0.0
     """A Trainer, or a SlideTrainer, with two bags a rank and micro-step."""
     from transformers import Trainer, TrainingArguments
 
-    from ds_wsi.engines import cpu
-    from ds_wsi.engines.trainer import CommHookCallback, SlideTrainer, apply_policies
-    from ds_wsi.engines.transformers import SlideCollator, SlideModelConfig, SlideModelForSlideClassification
+    from ds_wsi.engines.hf.models import SlideCollator, SlideModelConfig, SlideModelForSlideClassification
+    from ds_wsi.engines.hf.trainer import CommHookCallback, SlideTrainer, apply_policies
+    from ds_wsi.engines.machine import cpu
 
     forget()
     config = None
@@ -150,7 +150,7 @@ def make_trainer(engine, bags, kind, accumulation=1, *, plain=False, dropout=0.0
 
 
 def weights(trainer):
-    from ds_wsi.engines.deepspeed import full_state_dict
+    from ds_wsi.engines.sharded.zero import full_state_dict
 
     whole = full_state_dict(trainer.model.slide_model)
     # How many bags a rank's BatchNorm saw is its own affair, and decides nothing here.
@@ -233,8 +233,8 @@ def evaluate_case(engine):
 
 def load_case(folder):
     """from_pretrained while ZeRO-3 is on: parameters are born in shards."""
-    from ds_wsi.engines.deepspeed import full_state_dict
-    from ds_wsi.engines.transformers import SlideModelForSlideClassification
+    from ds_wsi.engines.hf.models import SlideModelForSlideClassification
+    from ds_wsi.engines.sharded.zero import full_state_dict
 
     trainer = make_trainer("zero3", make_bags("tiles", 4), "tiles")
     model = SlideModelForSlideClassification.from_pretrained(folder)
@@ -251,7 +251,7 @@ def quick_collections():
     """The Trainer collects garbage at each start: half a second over all that is imported, unless that is left out."""
     import deepspeed  # noqa: F401
 
-    import ds_wsi.engines.trainer  # noqa: F401
+    import ds_wsi.engines.hf.trainer  # noqa: F401
 
     gc.collect()
     gc.freeze()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ds_wsi.engines.cpu import free_port
+from ds_wsi.engines.machine.cpu import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

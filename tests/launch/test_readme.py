@@ -46,7 +46,7 @@ def alone(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "")  # so that what a block sets is undone
         monkeypatch.delenv(name)
     yield tmp_path
-    from ds_wsi.engines.scope import forget_engine
+    from ds_wsi.engines.accelerator.scope import forget_engine
 
     forget_engine()
     if torch.distributed.is_initialized():

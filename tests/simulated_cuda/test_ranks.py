@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ds_wsi.engines.cpu import free_port
+from ds_wsi.engines.machine.cpu import free_port
 
 from .lane import environment, measure, run
 from .test_runs import CONFIGS, OFFLOAD, options

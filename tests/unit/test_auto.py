@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ds_wsi
 from ds_wsi.compression.comm import CommPolicy
-from ds_wsi.engines import accelerate
-from ds_wsi.engines.accelerate import EngineSettings
-from ds_wsi.engines.auto import BUCKET_SIZE, fill_for_model, fill_rest, hidden_size
-from ds_wsi.engines.hooks import HOOKS
+from ds_wsi.engines.accelerator import engine as accelerate
+from ds_wsi.engines.accelerator.engine import EngineSettings
+from ds_wsi.engines.comm_hooks.register import HOOKS
+from ds_wsi.engines.deepspeed_json.auto import BUCKET_SIZE, fill_for_model, fill_rest, hidden_size
 
 PLAIN = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 2))
 

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from ds_wsi.benchmarks import protocol
-from ds_wsi.benchmarks.table import Bound, write_result
 from ds_wsi.cli import build_parser, main
 from ds_wsi.evaluation.record import RunRecord
 from ds_wsi.training import compare
 from ds_wsi.training.compare import ComparedRun, compared_runs, format_table
 from ds_wsi.training.options import settings_from
 from ds_wsi.training.settings import OptimSettings
+from launch.benchmarks import protocol
+from launch.benchmarks.table import Bound, write_result
 
 
 @pytest.fixture

@@ -12,11 +12,13 @@ from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.ops.op_builder.builder import MissingCUDAException
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from ds_wsi.engines import accelerate, deepspeed, ops
-from ds_wsi.engines.accelerate import EngineSettings
-from ds_wsi.engines.deepspeed import DEFAULT_BUCKET, bucket_bytes, bucket_words, read_config
-from ds_wsi.engines.trainer import apply_policies
-from ds_wsi.engines.transformers import SlideModelConfig, SlideModelForSlideClassification
+from ds_wsi.engines.accelerator import engine as accelerate
+from ds_wsi.engines.accelerator.engine import EngineSettings
+from ds_wsi.engines.deepspeed_json import config as deepspeed
+from ds_wsi.engines.deepspeed_json.config import DEFAULT_BUCKET, bucket_bytes, bucket_words, read_config
+from ds_wsi.engines.hf.models import SlideModelConfig, SlideModelForSlideClassification
+from ds_wsi.engines.hf.trainer import apply_policies
+from ds_wsi.engines.machine import ops
 from ds_wsi.models import ModelConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))

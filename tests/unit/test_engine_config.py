@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from ds_wsi.engines.accelerate import average_buffers
-from ds_wsi.engines.deepspeed import fill_auto, full_state_dict, read_config
+from ds_wsi.engines.accelerator.engine import average_buffers
+from ds_wsi.engines.deepspeed_json.config import fill_auto, read_config
+from ds_wsi.engines.sharded.zero import full_state_dict
 
 VALUES = {
     "train_batch_size": 8,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from ds_wsi.benchmarks import equivalence
-from ds_wsi.benchmarks.equivalence import Case, _bounds, _cases, _compared, _draw, _reference, _row
+from launch.benchmarks import equivalence
+from launch.benchmarks.equivalence import Case, _bounds, _cases, _compared, _draw, _reference, _row
 
 
 def test_all_engines_exchanges_and_optimizers_are_compared():

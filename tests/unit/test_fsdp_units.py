@@ -5,8 +5,8 @@ import timm
 import torch
 from torch import nn
 
-from ds_wsi.engines import fsdp
-from ds_wsi.engines.accelerate import EngineSettings, build_accelerator
+from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator
+from ds_wsi.engines.sharded import fsdp
 from ds_wsi.models.encoder import NoEncoder
 from ds_wsi.training.settings import RunSettings
 
@@ -66,7 +66,7 @@ def test_deepspeed_beside_fsdp_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"--fsdp must not be given with --deepspeed, got x\.json\. HINT"):
         RunSettings(fsdp=True, deepspeed="x.json")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setattr("ds_wsi.engines.accelerate._deepspeed_plugin", lambda *_: object())
+    monkeypatch.setattr("ds_wsi.engines.accelerator.engine._deepspeed_plugin", lambda *_: object())
     with pytest.raises(ValueError, match=r"FSDP2 must not be used with DeepSpeed, got both\. HINT"):
         build_accelerator(EngineSettings(0.1, 0.0, 0.0, "sgd", 1, 1), tmp_path, {})
 

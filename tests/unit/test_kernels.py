@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from ds_wsi.engines.kernels import choose_memory_format, choose_tf32, search_kernels
+from ds_wsi.engines.machine.kernels import choose_memory_format, choose_tf32, search_kernels
 from ds_wsi.models.slide_model import SlideModel
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_wsi.benchmarks.link import LimitedLink, remove_left_behind
 from ds_wsi.runtime.signals import Stopped, heeding_signals
+from launch.benchmarks.link import LimitedLink, remove_left_behind
 
 pytestmark = [
     pytest.mark.usefixtures("default_signals"),

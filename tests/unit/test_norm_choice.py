@@ -12,7 +12,7 @@ from ds_wsi.bags.bag import BagPart, FailureLog
 from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.cli import main
-from ds_wsi.engines.norms import decide_training
+from ds_wsi.engines.policies.norms import decide_training
 from ds_wsi.evaluation import populations, predict
 from ds_wsi.evaluation.norm_choice import (
     NormGap,
@@ -216,7 +216,7 @@ def test_words_that_name_no_population_are_refused(wrong):
 
 def test_frozen_norms_keep_their_statistics_and_train_their_weights(cohort):
     for affine in (True, False):
-        from ds_wsi.engines.norms import apply_training
+        from ds_wsi.engines.policies.norms import apply_training
 
         model = make_model().train()
         apply_training("frozen", NormPolicy(affine=affine), model)

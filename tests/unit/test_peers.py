@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.benchmarks import peers
 from ds_wsi.runtime.memory import ByteMeter
+from launch.benchmarks import peers
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

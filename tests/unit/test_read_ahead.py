@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ds_wsi.cli import main
-from ds_wsi.engines.accelerate import Accelerator
+from ds_wsi.engines.accelerator.engine import Accelerator
 from ds_wsi.training import loop, micro_step
 
 STEPS, EPOCHS = 4, 2

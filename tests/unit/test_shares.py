@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from ds_wsi.engines import nvme
+from ds_wsi.engines.machine import nvme
 from ds_wsi.runtime import environment, memory
 from ds_wsi.runtime.environment import ranks_on_machine
 

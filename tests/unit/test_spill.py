@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_wsi.engines import nvme
+from ds_wsi.engines.machine import nvme
 from ds_wsi.partition import PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.partition.staging import ALIGN, HostStore
 from ds_wsi.training.options import add_train_options, settings_from

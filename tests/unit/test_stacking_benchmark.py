@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ds_wsi.benchmarks.stacking import (
+from launch.benchmarks.stacking import (
     TASKS,
     Trainer,
     _bounds,

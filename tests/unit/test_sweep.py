@@ -10,10 +10,10 @@ import pytest
 import timm
 import torch
 
-from ds_wsi.benchmarks import gpu_run, partition_gpu, peers_gpu, sweep
-from ds_wsi.benchmarks.table import write_result
 from ds_wsi.partition.rates import ASSUMED
 from ds_wsi.runtime.memory import DevicePeaks
+from launch.benchmarks import gpu_run, partition_gpu, peers_gpu, sweep
+from launch.benchmarks.table import write_result
 
 SMALL = {"sides": "96,160", "cap_gib": "0.047", "repeats": "2", "warmups": "0", "dtype": "float32"}
 GIB = 2**30

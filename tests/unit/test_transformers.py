@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from ds_wsi.engines import cpu
-from ds_wsi.engines.step_batches import StepBatches
-from ds_wsi.engines.trainer import SlideTrainer
-from ds_wsi.engines.transformers import SlideCollator, SlideModelConfig, SlideModelForSlideClassification
+from ds_wsi.engines.hf.models import SlideCollator, SlideModelConfig, SlideModelForSlideClassification
+from ds_wsi.engines.hf.step_batches import StepBatches
+from ds_wsi.engines.hf.trainer import SlideTrainer
+from ds_wsi.engines.machine import cpu
 from ds_wsi.models import ModelConfig, build_model, load_model, save_model
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.norms import NormPolicy
@@ -215,7 +215,7 @@ class Arguments:
     ],
 )
 def test_sections_that_the_trainer_cannot_follow_are_refused(section, words):
-    from ds_wsi.engines.trainer import apply_policies
+    from ds_wsi.engines.hf.trainer import apply_policies
 
     given = Arguments()
     given.deepspeed_plugin.deepspeed_config = {"ds_wsi": section}

@@ -18,7 +18,7 @@ from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.bags.manifest import Manifest
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.cli import main
-from ds_wsi.engines.accelerate import Accelerator
+from ds_wsi.engines.accelerator.engine import Accelerator
 from ds_wsi.evaluation import validator
 from ds_wsi.evaluation.norm_choice import NormChoice, NormPlan
 from ds_wsi.evaluation.predict import predict_slides, prediction_metrics

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ds_wsi.benchmarks import partition_gpu
 from ds_wsi.partition import PartitionPolicy
 from ds_wsi.partition.rates import ASSUMED
+from launch.benchmarks import partition_gpu
 from simulated_cuda.cases import report, run_script
 
 PARTS = "image,bags"  # test_modes.py has what "exact" has; the others take long

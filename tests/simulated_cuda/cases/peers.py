@@ -6,8 +6,8 @@ import timm
 import torch
 from torch import nn
 
-from ds_wsi.benchmarks import peers
 from ds_wsi.runtime.memory import device_peaks
+from launch.benchmarks import peers
 from simulated_cuda.cases import report
 
 DEVICE = torch.device("cuda")

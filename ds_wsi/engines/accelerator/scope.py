@@ -1,0 +1,168 @@
+"""Several runs in one set of processes: each with an engine of its own, over one process group.
+
+Accelerate keeps its state in singletons and ends a run by destroying the process group, which the same processes could
+not form again: their launcher's store still holds the first group's addresses.
+"""
+
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator
+from ds_wsi.engines.machine.timeouts import restoring_timeouts
+
+T = TypeVar("T")
+S = TypeVar("S")
+_USES_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+_LAUNCHED_WITH = os.environ.get(_USES_DEEPSPEED)
+
+
+def forget_engine() -> None:
+    """Let the next Accelerator be built as if it were the first of this process; a process group stays."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    # A DeepSpeed engine's Accelerator says in the environment that there is one; the next may have none.
+    if _LAUNCHED_WITH is None:
+        os.environ.pop(_USES_DEEPSPEED, None)
+    else:
+        os.environ[_USES_DEEPSPEED] = _LAUNCHED_WITH
+
+
+@contextmanager
+def engine_scope() -> Iterator[None]:
+    """An engine may be built inside; when it is left the engine is gone, and another can be built.
+
+    A process group that was there before stays, one that was made inside is destroyed.
+    """
+    inherited = dist.is_initialized()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with restoring_timeouts():
+            yield
+    finally:
+        if dist.is_initialized() and not inherited:
+            dist.destroy_process_group()
+            # DeepSpeed, where it is in use, would hand its clone of the world's group to the next engine.
+            groups: Any = sys.modules.get("deepspeed.utils.groups")
+            if groups is not None:
+                groups._WORLD_GROUP = None
+        forget_engine()
+        gc.collect()  # modules, engine and hooks refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def closing_trackers(accelerator: Accelerator) -> Iterator[None]:
+    """Write out what the trackers hold when the block is left, by an error too."""
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a launcher between two runs: rank 0 to `world_size` - 1."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    def share(self, value: T) -> T:
+        """The main process's value, on every process. Collective: a broadcast, the identity on one process."""
+        if self.world_size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return cast(T, box[0])
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What the function returns on the main process, which alone calls it, on every process. Collective.
+
+        Raises:
+            Exception: the main process's.
+            SystemExit: on the others, where it failed: they would wait for its answer.
+        """
+        if not self.is_main:
+            failed, answer = self.share((False, None))
+            if failed:
+                raise SystemExit(2)
+            return cast(T, answer)
+        try:
+            value = function()
+        except BaseException:
+            self.share((True, None))
+            raise
+        self.share((False, value))
+        return value
+
+    def main_first(self, function: Callable[[S | None], T], told: Callable[[T], S]) -> T:
+        """What the function returns on each process, which calls it when the main one has. Collective; see `on_main`.
+
+        For what leaves files on the main process that the others then read, and decides what they too must do.
+
+        Args:
+            function: called with None on the main process, with what that one told on the others.
+            told: what the main process tells of its value.
+        """
+        own: list[T] = []
+
+        def first() -> S:
+            own.append(function(None))
+            return told(own[0])
+
+        answer = self.on_main(first)
+        return own[0] if self.is_main else function(answer)
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank, on every process. Collective: an all-gather, the identity on one process."""
+        if self.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return cast(list[T], found)
+
+
+def launched_processes() -> AbstractContextManager[Processes]:
+    """As `launched`, for what needs no engine; one process is connected with nobody."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return nullcontext(Processes(0, 1))
+    return launched(EngineSettings(1e-3, 0.0, 0.0, "adam", 1, 1), None)
+
+
+@contextmanager
+def launched(settings: EngineSettings, deepspeed_config: dict[str, Any] | None) -> Iterator[Processes]:
+    """The launcher's processes, connected as the first engine would connect them, until the block is left.
+
+    Collective: every process of the launcher enters and leaves it.
+
+    Args:
+        settings, deepspeed_config: of the runs inside.
+    """
+    inherited = dist.is_initialized()
+    with engine_scope():
+        accelerator = build_accelerator(settings, Path("."), deepspeed_config)
+        processes = Processes(accelerator.process_index, accelerator.num_processes)
+        del accelerator
+        # The runs inside make their own; the group, which is open now, they leave as it is.
+        forget_engine()
+        yield processes
+        if dist.is_initialized() and not inherited:
+            dist.barrier()  # no process takes the group down while another still uses it

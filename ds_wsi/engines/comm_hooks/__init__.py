@@ -1,0 +1,1 @@
+"""Communication hooks: registered with an engine, they reduce its gradients."""

@@ -1,0 +1,1 @@
+"""The DeepSpeed JSON: read, and filled in."""

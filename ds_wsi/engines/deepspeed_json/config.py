@@ -1,0 +1,98 @@
+"""The DeepSpeed JSON, its "auto" values filled from the run's settings; what its buckets cost."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_wsi.engines.machine.cpu import without_gpu
+from ds_wsi.engines.machine.ops import choose_adam
+from ds_wsi.runtime.log import logger
+
+DEFAULT_BUCKET = 500_000_000  # gradients, where the config says nothing
+_GRADIENT_BYTES = 4  # mixed precision is by autocast: they are float32
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON.
+
+    Raises:
+        ValueError: missing, not JSON (with the place), or not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"the DeepSpeed config must be a file, got {path} (missing). HINT: check --deepspeed.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"the DeepSpeed config must be JSON, got {error.msg} ({path}, line {error.lineno}, column {error.colno})"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"the DeepSpeed config must be a JSON object, got {type(config).__name__} ({path})")
+    return config
+
+
+def fill_auto(
+    config: dict[str, Any], values: dict[str, Any], options: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return `config` with the run's settings in place of "auto" and of absent keys.
+
+    Args:
+        config: of DeepSpeed.
+        values: dotted key -> the run's value. Optimizer keys are filled only where the section is there.
+        options: dotted key -> the command line's option, for the remedy.
+
+    Raises:
+        ValueError: the config fixes a key to another value than the run's; names the key and both.
+    """
+    filled = json.loads(json.dumps(config))
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        if parents and parents[0] not in filled:
+            continue
+        place = filled
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        present = place.get(leaf, "auto")
+        if present not in ("auto", value):
+            option = (options or {}).get(key)
+            remedy = f"give {option} {present}" if option else "leave it out"
+            raise ValueError(
+                f'{key} of the DeepSpeed config must be "auto" or the run\'s value, {value}, got {present}. '
+                f'HINT: write "auto", or {remedy}.'
+            )
+        place[leaf] = value
+    return filled
+
+
+def suit_machine(config: dict[str, Any]) -> None:
+    """Take the Adam that this machine can build, in place in `config`, and tell what the buckets cost its GPU."""
+    choose_adam(config)
+    words = bucket_words(config)
+    if words and not without_gpu():
+        logger.info("%s", words)
+
+
+def bucket_bytes(config: dict[str, Any]) -> int:
+    """Device memory that ZeRO takes for gradients on their way between ranks, however few the model has.
+
+    Twice a bucket where communication overlaps backward: one is filled while the other is sent. At stage 3 it is one.
+    """
+    zero = config.get("zero_optimization") or {}
+    stage, size = zero.get("stage", 0), zero.get("reduce_bucket_size", DEFAULT_BUCKET)
+    if stage == 0 or not zero.get("contiguous_gradients", True) or size == "auto":
+        return 0
+    buckets = 2 if stage < 3 and zero.get("overlap_comm") else 1
+    return buckets * int(size) * _GRADIENT_BYTES
+
+
+def bucket_words(config: dict[str, Any]) -> str:
+    """What DeepSpeed's own size of a bucket costs, and the key that lowers it; empty where the config names a size."""
+    cost = bucket_bytes(config)
+    if not cost or "reduce_bucket_size" in config["zero_optimization"]:
+        return ""
+    return (
+        f"ZeRO's buckets take {cost / 2**30:.1f} GiB of the device, by DeepSpeed's default. HINT: "
+        '"zero_optimization": {"reduce_bucket_size": 5e7}, and without "overlap_comm" on one GPU, take 0.2 GiB.'
+    )

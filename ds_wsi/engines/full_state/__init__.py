@@ -1,0 +1,1 @@
+"""What an engine has learned, whole: saved under one engine, gone on with under another."""

@@ -1,0 +1,1 @@
+"""The HF Trainer, and slide models as Transformers models."""

@@ -1,0 +1,1 @@
+"""What DeepSpeed and Accelerate need of a machine: kernels, compiled ops, a local disk, timeouts."""

@@ -1,0 +1,1 @@
+"""What the policies change in a model before an engine wraps it."""

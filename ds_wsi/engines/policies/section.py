@@ -1,0 +1,178 @@
+"""The "ds_wsi" section in a loop of one's own: each of its keys is followed, or refused by name with what to do.
+
+`initialize` applies what has to be done before an engine wraps the model (norm, partition, stacking.pack_bytes);
+`attach` gets a wrapped one, and asks that it has been done. What names the bags of a step, or how slides are read, is a
+matter of the loop that reads them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from ds_wsi.config import SECTION, DsWsiConfig, read_section
+from ds_wsi.engines.machine.nvme import NvmeSpill
+from ds_wsi.engines.policies.norms import apply_training, decide_training, partition_of, partition_population
+from ds_wsi.engines.sharded.zero import gather_as_one
+from ds_wsi.models import SlideModel
+from ds_wsi.norms import batch_norms, natural_evaluation
+from ds_wsi.partition import PartitionPolicy, partition_layers
+from ds_wsi.partition.apply import PartitionedForward
+from ds_wsi.stacking.packs import PackedForward, pack_bags
+from ds_wsi.tile_parallel.shard import SharedForward
+
+_READS = "leave it out: your loop reads the bags; ds_wsi.load_cohort and `ds-wsi train` follow it"
+_DEALS = "leave it out: your loader deals the bags; SlideTrainer and `ds-wsi train` follow it"
+# Keys that no loop of one's own follows, and what to do; those not named are followed, or refused below.
+_NOT_HERE = {
+    "tiling": _READS,
+    "reading": _READS,
+    "augment": _READS,
+    "stacking": _DEALS,
+    "norm.recalibration_tiles": "leave it out: `ds-wsi train` takes statistics anew",
+}
+_FOLLOWED = ("stacking.pack_bytes",)
+
+
+def read_followed(section: Mapping[str, Any]) -> DsWsiConfig:
+    """The policies of a section that a loop of one's own can follow.
+
+    Raises:
+        ValueError: a key that is unknown, or that belongs to what the loop does; a default's value is no such.
+    """
+    policies = read_section(section)
+    chosen, defaults = asdict(policies), asdict(DsWsiConfig())
+    for name, values in section.items():
+        for leaf in values if name in defaults else ():
+            key = f"{name}.{leaf}"
+            remedy = _NOT_HERE.get(key, _NOT_HERE.get(name))
+            if remedy and key not in _FOLLOWED and chosen[name][leaf] != defaults[name][leaf]:
+                raise _refused(key, chosen[name][leaf], "must not be given in a loop of your own", remedy)
+    return policies
+
+
+def require_done(section: Mapping[str, Any], model: nn.Module) -> DsWsiConfig:
+    """The policies of the section of an engine that is there; what had to be done before it must have been.
+
+    Raises:
+        ValueError: as `read_followed`; or a key whose policy the model does not follow.
+    """
+    policies = read_followed(section)
+    encoder, aggregator = _encoder(model), getattr(model, "aggregator", None)
+    before = "ds_wsi.initialize does it; or before the engine wraps the model"
+    if policies.partition.mode != "native" and not _has_forward(encoder, PartitionedForward):
+        raise _refused(
+            "partition",
+            section.get("partition"),
+            "must be applied before an engine wraps the model",
+            f"{before}: ds_wsi.partition_layers(model.encoder, policy)",
+        )
+    if policies.stacking.pack_bytes and not _has_forward(aggregator, PackedForward):
+        raise _refused(
+            "stacking.pack_bytes",
+            policies.stacking.pack_bytes,
+            "must be applied before an engine wraps the model",
+            f"{before}: ds_wsi.stacking.packs.pack_bags(model.aggregator, pack_bytes)",
+        )
+    norm = policies.norm
+    for name, word in (("training", norm.training), ("evaluation", norm.evaluation)):
+        if word != "auto" and getattr(model, f"norm_{name}", None) != word and batch_norms(encoder):
+            raise _refused(
+                f"norm.{name}",
+                word,
+                "must be applied before an engine wraps the model",
+                f'{before}: SlideModel.set_norms({name}="{word}")',
+            )
+    _require_shared(policies, model)
+    return policies
+
+
+def apply_section(section: Mapping[str, Any], model: nn.Module, config: Mapping[str, Any]) -> DsWsiConfig:
+    """Apply a section's norm, partition and stacking.pack_bytes to a model, in place, before DeepSpeed wraps it.
+
+    Collective where the norm is over a step of several ranks.
+
+    Args:
+        section: of the config.
+        model: a SlideModel, or any other: it is then partitioned as a whole.
+        config: of DeepSpeed, filled.
+
+    Raises:
+        ValueError: as `read_followed`; or a policy that this model cannot follow.
+    """
+    policies = read_followed(section)
+    _require_shared(policies, model)
+    encoder, aggregator = _encoder(model), getattr(model, "aggregator", None)
+    training = _apply_norms(policies, "norm" in section, model, int(config.get("gradient_accumulation_steps", 1)))
+    zero3 = (config.get("zero_optimization") or {}).get("stage") == 3
+    wanted = policies.partition if training is None else partition_of(policies.partition, training, 1)
+    if not _has_forward(encoder, PartitionedForward):
+        if wanted.mode != "native":
+            partition_layers(encoder, wanted, spill=NvmeSpill.of(wanted))
+        elif zero3 and isinstance(model, SlideModel) and any(True for _ in encoder.parameters()):
+            # ZeRO-3 gathers a module at each call, on all ranks together; ranks have more and fewer bags.
+            partition_layers(encoder, PartitionPolicy(mode="native", bn_population="bag"))
+    if policies.stacking.pack_bytes:
+        if aggregator is None:
+            key, value = "stacking.pack_bytes", policies.stacking.pack_bytes
+            raise _refused(key, value, "must be given with a model that has an aggregator", "leave it out")
+        if not _has_forward(aggregator, PackedForward):
+            pack_bags(aggregator, policies.stacking.pack_bytes)
+    if zero3:
+        gather_as_one(model)
+    return policies
+
+
+def _apply_norms(policies: DsWsiConfig, is_given: bool, model: nn.Module, accumulation: int) -> str | None:
+    """What the norms average over from now on; None of a model that is none of ours."""
+    policy = policies.norm
+    if not isinstance(model, SlideModel):
+        if is_given and batch_norms(model):
+            raise _refused(
+                "norm", asdict(policy), "must be given with a SlideModel", "leave it out; or SlideModel(encoder, ...)"
+            )
+        return None
+    if not is_given:  # it was built with its own
+        return model.norm_training
+    training = decide_training(policy, partition_population(policies.partition), model.train())
+    if training == "step" and accumulation > 1:
+        raise _refused(
+            "norm.training",
+            policy.training,
+            f"must not be step with gradient_accumulation_steps > 1, got {accumulation}: your loop calls the model "
+            "once for each",
+            '"stack" is of the bags of a micro-step; or one micro-step, partitioned, takes no more memory',
+        )
+    evaluation = natural_evaluation(training) if policy.evaluation == "auto" else policy.evaluation
+    if evaluation == "recalibrated":
+        raise _refused(
+            "norm.evaluation", evaluation, "must be taken over the training slides", "`ds-wsi train` does; or running"
+        )
+    apply_training(training, policy, model)
+    model.set_norms(evaluation=evaluation)
+    return training
+
+
+def _require_shared(policies: DsWsiConfig, model: nn.Module) -> None:
+    size = policies.tile_parallel.size
+    if size != 1 and not _has_forward(getattr(model, "aggregator", None), SharedForward):
+        raise _refused(
+            "tile_parallel.size",
+            size,
+            "must be 1 where the model is not shared: your loop gives each rank its own tiles, and weighs the loss",
+            "mesh = tile_mesh(size); shard_tiles(model, mesh, TileParallelPolicy(size)) before; loss * mesh.slide_size",
+        )
+
+
+def _encoder(model: nn.Module) -> nn.Module:
+    parts: Any = model
+    return parts.encoder if hasattr(model, "encoder") and hasattr(model, "aggregator") else model
+
+
+def _has_forward(module: nn.Module | None, kind: type) -> bool:
+    return module is not None and isinstance(module.__dict__.get("forward"), kind)
+
+
+def _refused(key: str, value: Any, words: str, remedy: str) -> ValueError:
+    return ValueError(f"{SECTION}.{key} {words}, got {value!r}. HINT: {remedy}.")

@@ -1,0 +1,1 @@
+"""The scripts that start runs and benchmarks; nothing of it is installed."""

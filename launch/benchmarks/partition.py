@@ -1,0 +1,243 @@
+"""Partitioned encoders against the plain ones, the paper's method and what practitioners use: time and bytes.
+
+All methods of a case take a training step in turn, repeat by repeat, on the same input, so that a machine whose speed
+drifts slows all of them; what is compared is the median of the repeats' ratios. Bytes are what the step allocates at
+most beyond the parameters' gradients.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import timm
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
+from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.memory import ByteMeter
+from launch.benchmarks.peers import (
+    lightstream_module,
+    lightstream_stream,
+    native,
+    save_on_cpu,
+    torch_checkpoint,
+)
+from launch.benchmarks.table import Bound, Result
+
+RECOMPUTE_BOUND = 1.40
+QUARTER_TIME_BOUND = 1.9
+QUARTER = 0.25
+
+Step = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One encoder on one input, and what is tried on it.
+
+    Attributes:
+        modes: of ours; "quarter" is the planner's choice within a quarter of native's activation bytes, nothing in
+            host memory.
+        slow: methods timed once, for they take many times native.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    modes: tuple[str, ...]
+    chunk_size: int
+    axis: str = "batch"
+    peers: tuple[str, ...] = ("torch checkpoint", "save_on_cpu")
+    slow: tuple[str, ...] = ()
+    stream_px: int = 0
+
+
+def measure(*, quick: bool, slides: Sequence[str] = (), options: Mapping[str, str] | None = None) -> Result:
+    """Measure every case on one thread; `quick` in a few minutes."""
+    del slides
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    repeats = int((options or {}).get("repeats", 3 if quick else 7))
+    rows: list[dict[str, Any]] = []
+    notes: dict[str, Any] = {"repeats": repeats, "skipped": {}}
+    for case in _cases(quick):
+        rows += _run(case, repeats, notes["skipped"])
+    return Result(
+        "Training steps of partitioned encoders", rows, _bounds(rows), lambda figure: _draw(figure, rows), notes
+    )
+
+
+def _cases(quick: bool) -> list[_Case]:
+    ours = ("keep", "lean", "checkpoint", "recompute", "offload", "stream")
+    count = 1 if quick else 2
+    return [
+        _Case(
+            "ViT-tiny, 224 px",
+            lambda: timm.create_model("vit_tiny_patch16_224", num_classes=0),
+            (16 * count, 3, 224, 224),
+            ("keep", "recompute", "offload"),
+            chunk_size=8,
+        ),
+        _Case(
+            "ConvNeXt-tiny, 96 px",
+            lambda: timm.create_model("convnext_tiny", num_classes=0),
+            (32 * count, 3, 96, 96),
+            ("keep", "recompute", "offload", "paper"),
+            chunk_size=16,
+        ),
+        _Case(
+            "ResNet-18, train-mode BatchNorm, 128 px",
+            lambda: timm.create_model("resnet18", num_classes=0),
+            (64, 3, 128, 128),
+            (*ours, "quarter", "paper"),
+            chunk_size=16,
+            slow=("recompute", "paper") if quick else ("recompute",),
+        ),
+        _Case(
+            "ResNet-18 to layer 3, eval-mode norms, one image",
+            lambda: lightstream_module(3),
+            (1, 3, 1024, 1024),
+            (*ours, "paper"),
+            chunk_size=32,
+            axis="spatial",
+            peers=("torch checkpoint", "save_on_cpu", "lightstream"),
+            stream_px=768,
+        ),
+    ]
+
+
+def _run(case: _Case, repeats: int, skipped: dict[str, str]) -> list[dict[str, Any]]:
+    module = case.build()
+    x = torch.randn(case.shape)
+    gradients = sum(parameter.numel() * 4 for parameter in module.parameters() if parameter.requires_grad)
+    modules: dict[str, nn.Module] = {}
+    steps: dict[str, Step] = {}
+    for name in ("native", *case.modes, *case.peers):
+        own = copy.deepcopy(module)
+        try:
+            steps[name] = _prepared(case, name, own, gradients)
+        except (ImportError, ValueError) as error:
+            skipped[f"{case.name}: {name}"] = str(error)
+            logger.info("%s: %s is skipped: %s", case.name, name, error)
+            continue
+        modules[name] = own
+    with torch.no_grad():
+        weights = torch.randn_like(module(x[:2] if case.axis == "batch" else x))
+    weights = torch.randn(weights.shape) if case.axis == "spatial" else torch.randn(case.shape[0], weights.shape[1])
+
+    def step(name: str) -> None:
+        modules[name].zero_grad(set_to_none=True)
+        (steps[name](x) * weights).sum().backward()
+
+    peaks, reference = {}, {}
+    for name in steps:
+        if name not in case.slow:
+            step(name)  # traces, plans, and warms up
+            modules[name].zero_grad(set_to_none=True)
+        elif case.axis == "batch":
+            steps[name](x[:8]).sum().backward()
+            modules[name].zero_grad(set_to_none=True)
+        with ByteMeter() as meter:
+            (steps[name](x) * weights).sum().backward()
+        reference[name] = _flat_gradient(modules[name])
+        modules[name].zero_grad(set_to_none=True)
+        peaks[name] = meter.peak - gradients
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats):
+        for name in steps:
+            if repeat and name in case.slow:
+                continue
+            start = time.perf_counter()
+            step(name)
+            seconds[name].append(time.perf_counter() - start)
+    rows = []
+    for name in steps:
+        ratio = median(ours / plain for ours, plain in zip(seconds[name], seconds["native"], strict=False))
+        difference = (reference[name] - reference["native"]).norm() / reference["native"].norm()
+        rows.append(
+            {
+                "case": case.name,
+                "method": name,
+                "seconds": median(seconds[name]),
+                "time over native": ratio,
+                "activation MiB": peaks[name] / 2**20,
+                "bytes over native": peaks[name] / peaks["native"],
+                "gradient difference": float(difference),
+            }
+        )
+        logger.info("%s, %s: %.2f x time, %.2f x bytes", case.name, name, ratio, rows[-1]["bytes over native"])
+    return rows
+
+
+def _prepared(case: _Case, name: str, module: nn.Module, gradients: int) -> Step:
+    """The method's forward; `module` receives the gradients."""
+    if name == "native":
+        return native(module)
+    if name == "torch checkpoint":
+        return torch_checkpoint(module)
+    if name == "save_on_cpu":
+        return save_on_cpu(module)
+    if name == "lightstream":
+        return lightstream_stream(module, case.shape[2], case.stream_px)
+    wanted: PartitionPlan | PartitionPolicy = (
+        PartitionPolicy(mode=name, axis=case.axis, chunk_size=case.chunk_size)
+        if (name != "quarter")
+        else _quarter(case, module, gradients)
+    )
+    partition_layers(module, wanted, check=False)  # the steps are measured, not the first call
+    return module
+
+
+def _quarter(case: _Case, module: nn.Module, gradients: int) -> PartitionPlan:
+    plain = plan_partition(module, case.shape, PartitionPolicy(axis=case.axis))
+    budget = gradients + int(QUARTER * (plain.native_peak_bytes - gradients))
+    policy = PartitionPolicy(axis=case.axis, gpu_budget_bytes=budget, host_budget_bytes=1)
+    return plan_partition(module, case.shape, policy)
+
+
+def _flat_gradient(module: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).double()
+
+
+def _bounds(rows: Sequence[dict[str, Any]]) -> list[Bound]:
+    bounds = []
+    for row in rows:
+        if row["method"] == "recompute" and row["case"].startswith(("ViT", "ConvNeXt")):
+            words = f"{row['case']}: recompute at most {RECOMPUTE_BOUND} x native's time"
+            bounds.append(Bound(words, row["time over native"], RECOMPUTE_BOUND, at_most=True))
+        if row["method"] == "quarter":
+            words = f"{row['case']}: the planner's choice under a quarter of native's bytes, in at most"
+            bounds.append(
+                Bound(
+                    f"{words} {QUARTER_TIME_BOUND} x its time",
+                    row["time over native"],
+                    QUARTER_TIME_BOUND,
+                    at_most=True,
+                )
+            )
+            bounds.append(Bound(f"{row['case']}: its bytes", row["bytes over native"], QUARTER, at_most=True))
+    return bounds
+
+
+def _draw(figure: Figure, rows: Sequence[dict[str, Any]]) -> None:
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure.set_size_inches(11, 7)
+    for axes, case in zip(figure.subplots(2, 2).flat, cases, strict=False):
+        for row in (row for row in rows if row["case"] == case):
+            ours = row["method"] not in ("native", "torch checkpoint", "save_on_cpu", "lightstream", "paper")
+            colour = "#3b6ea5" if ours else "#888888"
+            place = row["time over native"], row["bytes over native"]
+            axes.scatter(*place, color=colour, s=25)
+            axes.annotate(row["method"], place, xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
+        if max(row["time over native"] for row in rows if row["case"] == case) > 5:
+            axes.set_xscale("log")
+        axes.margins(x=0.15)
+        axes.set_ylim(bottom=0)
+        axes.set_title(case, fontsize=9)
+        axes.set_xlabel("time over native")
+        axes.set_ylabel("activation bytes over native")

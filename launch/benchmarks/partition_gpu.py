@@ -1,0 +1,474 @@
+"""All that is claimed of the partitioned layers on a GPU, in one run of at most eight minutes.
+
+Exactness first (float64, every mode against native). Then (a) one image of 13,824 px under 24 GiB against native on
+the whole card and against mode "paper"; (b) one training step on 32,768 px under 80 GiB and on 65,536 px; (c) bags of
+2,048, 12,800 and 41,000 tiles under 24 GiB over the floor: the longer of native's computation of as many tiles, and of
+the bytes copied at the link's measured rate, either direction by itself; and the peers of today, see peers_gpu.py.
+Images and tiles are uint8, normalised a chunk at a time. Rows are written as they come; what the time does not suffice
+for is left out, and the notes say why. Run again with the option resume=yes, it goes on with what is missing.
+
+On a CPU, or with `quick`, the same at sizes that take seconds: a test of this script, whose numbers claim nothing.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ds_wsi.partition import PartitionPolicy, partition_layers
+from ds_wsi.partition.policy import MODES
+from ds_wsi.partition.rates import find_rates, probe
+from ds_wsi.runtime.log import logger
+from launch.benchmarks import peers_gpu
+from launch.benchmarks.gpu_run import GIB, Pooled, Run, TimeIsUpError, normaliser, random_tiles
+from launch.benchmarks.sweep import (
+    SHARES,
+    DoesNotFitError,
+    Machine,
+    Training,
+    build,
+    chunk_of,
+    find_machine,
+    planned,
+    read_options,
+    resnet18,
+)
+from launch.benchmarks.table import Bound, Result
+
+NATIVE_BOUND = 1.3  # (a): seconds over native's on the whole card
+PAPER_BOUND = 6.0  # (a): paper's seconds over ours
+EXACT_BOUND = 1e-10  # float64: relative difference of gradients
+PARTS = ("exact", "image", "large", "bags", "peers", "paper", "largest")
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What is measured: sides and caps (None: the whole card) of (a) and (b), numbers and side of tiles of (c)."""
+
+    image: tuple[int, float | None]
+    large: tuple[int, float | None]
+    largest: tuple[int, float | None]
+    bags: tuple[int, ...]
+    bag_cap: float
+    tile: int
+    exact: int
+    sample: int  # tiles of the native measurement
+
+
+FULL = _Sizes((13_824, 24), (32_768, 80), (65_536, None), (2_048, 12_800, 41_000), 24, 256, 224, 512)
+QUICK = _Sizes((96, None), (160, 0.047), (224, None), (8, 16, 32), 0.047, 32, 40, 8)
+QUICK_GPU = replace(QUICK, large=(160, 1.0), bag_cap=1.0)  # an allocator's blocks alone exceed less
+
+
+@dataclass
+class _Run(Run):
+    """With its sizes and the user's options."""
+
+    sizes: _Sizes = FULL
+    options: dict[str, str] = field(default_factory=dict)
+
+
+def measure(*, quick: bool, slides: Sequence[str] = (), options: Mapping[str, str] | None = None) -> Result:
+    """Measure all parts; small ones where `quick` is given or there is no GPU.
+
+    Args:
+        quick: small sizes.
+        slides: none are read.
+        options: minutes (8), parts (comma-separated, of `PARTS`), dtype (float16, bfloat16, float32), mode (the
+            policy's, of (a)'s image: auto), chunk (rows, of "image" and "large"; "auto" lets the planner search, which
+            takes minutes), largest_chunk (rows of the last map, of "largest"), host_gib (the budget in host memory; by
+            default half of what is free), rows (the file that rows are written to as they come), resume (yes: leave
+            out what that file says has been done on this device).
+
+    Raises:
+        ValueError: an option is wrong; nothing could be measured.
+    """
+    del slides
+    defaults = {
+        "minutes": "8",
+        "parts": ",".join(PARTS),
+        "dtype": "auto",
+        "mode": "",
+        "chunk": "",
+        "largest_chunk": "",
+        "host_gib": "",
+        "rows": "runs/partition_gpu_rows.json",
+        "resume": "no",
+    }
+    found = read_options(options, defaults)
+    deadline = time.monotonic() + 60 * float(found["minutes"])
+    machine = find_machine(found["dtype"], cpu="float32")
+    quick = quick or not machine.gpu
+    parts = [part.strip() for part in found["parts"].split(",")]
+    if not set(parts) <= set(PARTS):
+        raise ValueError(f"parts must be of {', '.join(PARTS)}, got {found['parts']!r}")
+    if found["resume"] not in ("yes", "no"):
+        raise ValueError(f"resume must be yes or no, got {found['resume']!r}")
+    small = QUICK_GPU if machine.gpu else QUICK
+    run = _Run(machine, find_rates(machine.device), not quick, Path(found["rows"]), deadline)
+    run.sizes, run.options = small if quick else FULL, found
+    precision = "float32" if machine.amp is None else f"autocast to {str(machine.dtype)[6:]}"
+    run.notes |= {"device": machine.name, "precision": precision, "quick": quick, "torch": torch.__version__}
+    if found["resume"] == "yes":
+        run.resume()
+    missing = [part for part in PARTS if part in parts and part not in run.done]
+    if missing and machine.gpu and not (quick and run.rates.measured):
+        run.rates = probe(machine.device)
+    run.notes["rates"] = asdict(run.rates)
+    for name in missing:
+        _measured(run, name)
+    if not run.rows:
+        raise ValueError(f"nothing was measured: {run.skipped}")
+    unfinished = sum(part not in run.done for part in parts)
+    run.notes |= {"skipped": run.skipped, "seconds": 60 * float(found["minutes"]) - run.left}
+    bounds = [Bound("parts that failed or that the time did not suffice for", unfinished, 0, at_most=True)]
+    bounds += _bounds(run)
+    return Result("Partitioned layers on one GPU", run.rows, bounds, lambda figure: _draw(figure, run.rows), run.notes)
+
+
+def _measured(run: _Run, name: str) -> None:
+    """Measure one part: one's failure costs no other its numbers."""
+    run.skipped.pop(name, None)
+    try:
+        run.need(0, name)
+        _MEASURES[name](run)
+        run.done.append(name)
+    except DoesNotFitError as error:  # nor will it when it is tried again
+        run.skipped[name] = str(error)
+        run.done.append(name)
+    except TimeIsUpError as error:
+        run.skipped[name] = str(error)
+    except (RuntimeError, ValueError, MemoryError) as error:
+        run.skipped[name] = f"{type(error).__name__}: {(str(error) or 'none').splitlines()[0]}"
+    if name in run.skipped:
+        logger.warning("%s: %s", name, run.skipped[name])
+    run.machine.cap(None)
+    run.machine.rest(host=True)
+    run.save()
+
+
+def _bounds(run: _Run) -> list[Bound]:
+    """Of what was measured at full size; exactness at any."""
+    bounds = []
+    if "exact" in run.notes:
+        worst = max(run.notes["exact"].values())
+        bounds.append(Bound(f"gradients within {EXACT_BOUND:g} of native's, float64", worst, EXACT_BOUND, at_most=True))
+    bounds += peers_gpu.bounds(run)
+    if not run.whole:
+        return bounds
+    side, cap = run.sizes.image
+    found = {row["over"]: row["ratio"] for row in run.rows if row["part"] in ("image", "paper") and row["ratio"]}
+    if "native" in found:
+        words = f"{side:,} px under {cap} GiB at most {NATIVE_BOUND} x native on the whole card"
+        bounds.append(Bound(words, found["native"], NATIVE_BOUND, at_most=True))
+    if "planner" in found:
+        words = f"{side:,} px under {cap} GiB at least {PAPER_BOUND:g} x faster than mode paper"
+        bounds.append(Bound(words, found["planner"], PAPER_BOUND))
+    return bounds
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+def _image(machine: Machine, side: int, cap: float | None) -> Tensor:
+    """uint8 [1, 3, side, side], made in bands; in host memory where it is more than a quarter of the cap."""
+    size = 3 * side * side
+    host = size > (_total(machine) if cap is None else cap * GIB) / 4
+    place: dict[str, Any] = {"pin_memory": machine.gpu} if host else {"device": machine.device}
+    image = torch.empty(1, 3, side, side, dtype=torch.uint8, **place)  # page-locked: copied ahead of its use
+    torch.manual_seed(0)
+    for first in range(0, side, 1024):
+        band = (1, 3, min(1024, side - first), side)
+        image[:, :, first : first + 1024] = torch.randint(0, 256, band, dtype=torch.uint8, device=machine.device)
+    return image
+
+
+def _planner(
+    run: _Run, image: Tensor, cap: float | None, *, chunk: int | None, search: str = "auto"
+) -> tuple[Training, float]:
+    """Our training, fitted into the cap (GiB) with less and less of it as the budget, and its first step's seconds."""
+
+    def attempt(budget: int) -> tuple[Training, float]:
+        training = build(
+            run.machine,
+            "planner",
+            image,
+            max(1, budget - run.machine.resident(resnet18(run.machine))),
+            chunk=chunk,
+            prepare=normaliser(run.machine),
+            rates=run.rates,
+            search=search,
+        )
+        return training, _first_step(run, training, budget)
+
+    return _fitted(run, cap, attempt, f"{image.shape[2]} px")
+
+
+def _fitted(
+    run: _Run, cap: float | None, attempt: Callable[[int], tuple[Training, float]], what: str
+) -> tuple[Training, float]:
+    """What `attempt` makes of the largest share of the cap (GiB) that it fits into.
+
+    Raises:
+        DoesNotFitError: it fits into none.
+    """
+    machine, reason = run.machine, "nothing was tried"
+    machine.cap(None if cap is None else cap * GIB)
+    size = _total(machine) if cap is None else int(cap * GIB)
+    for share in SHARES if machine.gpu else (1.0,):
+        try:
+            return attempt(int(share * size))
+        except DoesNotFitError as error:
+            reason = str(error)
+            logger.warning("%s within %.2f of the cap: %s", what, share, reason)
+        machine.rest(host=True)
+    raise DoesNotFitError(reason)
+
+
+def _first_step(run: _Run, training: Training, cap_bytes: int) -> float:
+    if training.plan is not None and run.machine.gpu:
+        run.need(1.5 * training.plan.seconds, f"a step, planned to take {training.plan.seconds:.1f} s,")
+    training.count(cap_bytes)
+    return training.step()
+
+
+def _total(machine: Machine) -> int:
+    return torch.cuda.get_device_properties(machine.device).total_memory if machine.gpu else 2**40
+
+
+def _image_part(run: _Run) -> None:
+    """(a) against native: the two in turn, three times, each after a step that is not timed."""
+    machine, (side, cap) = run.machine, run.sizes.image
+    image = _image(machine, side, cap)
+    # A small image fits as it is: what is tested there is a partition.
+    search = run.options["mode"] or ("auto" if run.whole else "lean")
+    ours, _ = _planner(run, image, cap, chunk=chunk_of(run.options["chunk"], side), search=search)
+    native: Training | None = build(machine, "native", image, None, prepare=normaliser(machine))
+    seconds: dict[str, list[float]] = {"planner": [], "native": []}
+    for _ in range(3):
+        _turn(machine, ours, cap, seconds["planner"])
+        try:
+            if native:
+                _turn(machine, native, None, seconds["native"])
+        except DoesNotFitError as error:
+            run.skipped["image: native"] = str(error)
+            native = None
+    common = {"part": "image", "case": f"{side} px"}
+    if native:
+        if not machine.gpu:
+            native.count(2**62)
+        run.row(native, **common, mode="native", seconds=median(seconds["native"]))
+    took = median(seconds["planner"])
+    compared = {"ratio": took / median(seconds["native"]), "over": "native"} if native else {}
+    run.row(ours, **common, mode="planner", cap_gib=cap, seconds=took, **compared)
+
+
+def _turn(machine: Machine, training: Training, cap: float | None, seconds: list[float]) -> None:
+    machine.rest()
+    machine.cap(None if cap is None else cap * GIB)
+    if machine.gpu:
+        training.step()  # the allocator's and cuDNN's
+    seconds.append(training.step())
+
+
+def _paper_part(run: _Run) -> None:
+    """(a) against mode "paper": one step, and a second one, which then counts alone, if the time suffices."""
+    machine, (side, cap) = run.machine, run.sizes.image
+    image = _image(machine, side, cap)
+    machine.cap(None if cap is None else cap * GIB)
+    training, seconds = _paper(run, image, int((cap or 1) * GIB))
+    warm = run.left > 1.3 * seconds
+    if warm:
+        seconds = training.step()
+    run.notes["paper's step"] = "the second" if warm else "the first"
+    ours = [row["seconds"] for row in run.rows if row["part"] == "image" and row["mode"] == "planner"]
+    compared = {"ratio": seconds / ours[0], "over": "planner"} if ours else {}
+    run.row(training, part="paper", case=f"{side} px", mode="paper", cap_gib=cap, seconds=seconds, **compared)
+
+
+def _paper(run: _Run, image: Tensor, cap_bytes: int) -> tuple[Training, float]:
+    """Mode "paper" with fewer and fewer maps on the card until it fits, and its first step's seconds.
+
+    The largest maps there are of 1/32 of the cap at first: with those of 1/8 a ResNet-18 keeps all of layer1 there.
+    """
+    reason = "nothing was tried"
+    for power in range(2, 10) if run.machine.gpu else (20,):
+        run.need(60, 'a step of mode "paper"')
+        try:
+            return _paper_once(run.machine, image, cap_bytes >> power)
+        except DoesNotFitError as error:
+            reason = str(error)
+            logger.warning("paper, 1/%d of the cap: %s", 2**power, reason)
+        run.machine.rest()
+    raise DoesNotFitError(reason)
+
+
+def _paper_once(machine: Machine, image: Tensor, budget: int) -> tuple[Training, float]:
+    training = build(machine, "paper", image, max(1, budget), prepare=normaliser(machine))
+    training.count(0, refuse=False)
+    return training, training.step()
+
+
+def _large_part(run: _Run) -> None:
+    """(b), the first image: the planner's choice."""
+    side, _ = run.sizes.large
+    run.need(45, f"{side} px")
+    _one_step(run, "large", run.sizes.large, chunk=chunk_of(run.options["chunk"], side, most=1024), search="auto")
+
+
+def _largest_part(run: _Run) -> None:
+    """(b), the second: even the first map is larger than the card, so everything is recomputed, from the image."""
+    side, _ = run.sizes.largest
+    run.need(45, f"{side} px")
+    chunk = int(run.options["largest_chunk"] or (128 if run.whole else 4))
+    _one_step(run, "largest", run.sizes.largest, chunk=chunk, search="recompute")
+
+
+def _one_step(run: _Run, part: str, size: tuple[int, float | None], *, chunk: int | None, search: str) -> None:
+    side, cap = size
+    image = _image(run.machine, side, cap)
+    training, seconds = _planner(run, image, cap, chunk=chunk, search=search)
+    run.notes[f"{part}: first step"] = seconds
+    if seconds < 10 and run.left > 30:
+        seconds = training.step()
+    run.notes[f"{part}: loss"] = training.loss
+    run.notes[f"{part}: image on"] = image.device.type
+    run.row(training, part=part, case=f"{side} px", mode="planner", cap_gib=cap, seconds=seconds)
+
+
+# -------------------------------------------------------------------------------------------------- bags
+
+
+def _bags_part(run: _Run) -> None:
+    """(c): bags in order of size, until the time is up."""
+    machine, sizes = run.machine, run.sizes
+    machine.cap(sizes.bag_cap * GIB)
+    a_tile = _native_seconds(run)
+    for count in sizes.bags:
+        run.need(30 + 4 * count * a_tile, f"a bag of {count} tiles")
+        try:
+            _bag(run, count, a_tile)
+        except DoesNotFitError as error:
+            run.skipped[f"bags: {count} tiles"] = str(error)
+        machine.rest(host=True)
+
+
+def _native_seconds(run: _Run) -> float:
+    """Of a tile, in a native step on as many as fit."""
+    machine, sizes = run.machine, run.sizes
+    tiles, prepare = random_tiles(machine, sizes.sample, sizes.tile, host=False), normaliser(machine)
+    model = Pooled(resnet18(machine, 0)).to(machine.device)
+    training = Training(machine, model, lambda: model(prepare(tiles)))
+    training.count(2**62)
+    took = [training.step() for _ in range(5)][2:]
+    case = f"{sizes.sample} tiles"
+    run.row(training, part="bags", case=case, mode="native", cap_gib=sizes.bag_cap, seconds=median(took))
+    return median(took) / sizes.sample
+
+
+def _bag(run: _Run, count: int, a_tile: float) -> None:
+    """One bag: a first step, which also pins host memory, then up to three in what is left of half a minute."""
+    machine, sizes = run.machine, run.sizes
+    tiles = random_tiles(machine, count, sizes.tile, host=True)
+    training, first = _fitted(run, sizes.bag_cap, lambda budget: _bag_once(run, tiles, budget), f"{count} tiles")
+    took, copied = [first], _copied(training)
+    while len(took) < 4 and sum(took) + took[-1] < min(30, run.left):
+        before = _copied(training)
+        took.append(training.step())
+        copied = tuple(now - then for now, then in zip(_copied(training), before, strict=True))
+    # A link carries both directions at once; the tiles themselves cross it once at least.
+    compute, transfer = a_tile * count, max(copied[0], copied[1] + tiles.nbytes) / run.rates.link
+    seconds = median(took[1:] or took)
+    run.notes[f"{count} tiles"] = {
+        "compute_s": compute,
+        "transfer_s": transfer,
+        "sent_bytes": copied[0],
+        "fetched_bytes": copied[1],
+        "input_bytes": tiles.nbytes,
+        "steps_s": took,
+    }
+    common = {"case": f"{count} tiles", "mode": "planner", "cap_gib": sizes.bag_cap, "seconds": seconds}
+    run.row(training, part="bags", **common, ratio=seconds / max(compute, transfer), over="floor")
+
+
+def _bag_once(run: _Run, tiles: Tensor, budget: int) -> tuple[Training, float]:
+    machine, host = run.machine, run.options["host_gib"]
+    model = Pooled(resnet18(machine, 0)).to(machine.device)
+    policy = PartitionPolicy(
+        gpu_budget_bytes=max(1, budget - machine.resident(model)),
+        host_budget_bytes=int(float(host) * GIB) if host else None,
+    )
+    plan = planned(machine, model.encoder, tuple(tiles.shape), policy, machine.dtype, run.rates)
+    handle, prepare = partition_layers(model.encoder, plan, check=False), normaliser(machine)
+    training = Training(machine, model, lambda: model(tiles, prepare=prepare), handle, plan)
+    return training, _first_step(run, training, budget)
+
+
+def _copied(training: Training) -> tuple[int, ...]:
+    """Bytes to host memory and back so far."""
+    forward = training.handle.forward if training.handle else None
+    store = forward._store if forward else None
+    return (store.sent_bytes, store.fetched_bytes) if store else (0, 0)
+
+
+def _peers_part(run: _Run) -> None:
+    for case in peers_gpu.cases(whole=run.whole):
+        peers_gpu.compare(run, case)
+
+
+# --------------------------------------------------------------------------------------------- exactness
+
+
+def _exact_part(run: _Run) -> None:
+    """Every mode's gradients against native's in float64, on one image."""
+    side = run.sizes.exact
+    machine = Machine(run.machine.device, torch.float32)  # no autocast
+    torch.manual_seed(1)
+    image = torch.randn(1, 3, side, side, dtype=torch.float64, device=machine.device)
+    expected, differences = _gradients(machine, image, None), {}
+    for mode in MODES:
+        found = _gradients(machine, image, mode)
+        pairs = zip(found, expected, strict=True)
+        differences[mode] = max(((one - two).abs().max() / two.abs().max()).item() for one, two in pairs)
+        machine.rest(host=True)
+    run.notes["exact"] = differences
+    worst = max(differences.values())
+    run.row(None, part="exact", case=f"{side} px, float64", mode="all", ratio=worst, over="largest gradient")
+
+
+def _gradients(machine: Machine, image: Tensor, mode: str | None) -> list[Tensor]:
+    model = resnet18(machine).double()
+    if mode:
+        partition_layers(model, PartitionPolicy(mode=mode, axis="spatial", chunk_size=8), check=False)
+    model(image).square().sum().backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def _draw(figure: Figure, rows: Sequence[dict[str, Any]]) -> None:
+    """Seconds and peak memory of every case."""
+    shown = [row for row in rows if row["seconds"] is not None][::-1]
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [f"{row['case']}, {row['mode']}" for row in shown]
+    for axes, key, label in ((left, "seconds", "seconds a step"), (right, "peak_gib", "peak memory, GiB")):
+        colors = ["#3b6ea5" if row["mode"].startswith(("planner", "ours")) else "#888888" for row in shown]
+        axes.barh(names, [row[key] or 0.0 for row in shown], color=colors)
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.tick_params(labelsize=7)
+
+
+_MEASURES: dict[str, Callable[[_Run], None]] = {
+    "exact": _exact_part,
+    "image": _image_part,
+    "large": _large_part,
+    "bags": _bags_part,
+    "peers": _peers_part,
+    "paper": _paper_part,
+    "largest": _largest_part,
+}
