@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from runs import ROOT
@@ -43,6 +43,11 @@ def blocks() -> list[Block]:
         fences = re.finditer(r"^(?:<!-- (.*?) -->\n)?```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
         found += [Block(page.relative_to(ROOT).as_posix(), one[1] or "", one[2], one[3]) for one in fences]
     return found
+
+
+def unnamed(found: Iterable[Block]) -> list[Block]:
+    """Those of a language that runs, which have neither a name nor a reason."""
+    return [one for one in found if one.language in LANGUAGES and not (one.name or one.reason or one.comment == CI)]
 
 
 def block(name: str) -> Block:
