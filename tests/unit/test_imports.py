@@ -16,7 +16,7 @@ LAYERS = (
     {"bags"},
     {"config"},
     {"engines"},
-    {"evaluation"},
+    {"evaluation", "doctor"},
     {"training"},
     {"cli", "commands", "benchmarks"},
 )
