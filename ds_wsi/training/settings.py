@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING
 
 from ds_wsi.bags.policy import CHECKS
 from ds_wsi.config import DsWsiConfig
-from ds_wsi.engines.choices import LEARNING_RATE, MEMORY_FORMATS, OPTIMIZERS, TF32, WEIGHT_DECAY
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models.choices import AGGREGATORS, FEATURES
-from ds_wsi.runtime.choices import PRECISIONS
+from ds_wsi.runtime.choices import LEARNING_RATE, MEMORY_FORMATS, OPTIMIZERS, PRECISIONS, TF32, WEIGHT_DECAY
 from ds_wsi.runtime.setting import SWITCH, Decides, assignments, names, numbers, setting, tiles_or_all
 from ds_wsi.slides.policy import DEMO_DIRS
 from ds_wsi.training.choices import SCHEDULES

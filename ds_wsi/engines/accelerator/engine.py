@@ -22,7 +22,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.compression.comm import CommPolicy
-from ds_wsi.engines.choices import OPTIMIZERS
 from ds_wsi.engines.comm_hooks.register import CommHandle, attach
 from ds_wsi.engines.deepspeed_json.auto import fill_rest
 from ds_wsi.engines.deepspeed_json.config import fill_auto, suit_machine
@@ -31,7 +30,7 @@ from ds_wsi.engines.machine.timeouts import set_timeouts
 from ds_wsi.engines.sharded.fsdp import build_with_fsdp, fsdp_plugin, is_fsdp2, launched_with_fsdp, shard_model
 from ds_wsi.engines.sharded.zero import gather_as_one
 from ds_wsi.norms.roles import population_group
-from ds_wsi.runtime.choices import precision_words
+from ds_wsi.runtime.choices import OPTIMIZERS, precision_words
 from ds_wsi.runtime.log import logger
 
 __all__ = [

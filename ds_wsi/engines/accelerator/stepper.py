@@ -11,9 +11,9 @@ from torch.distributed.fsdp import fully_shard
 
 from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator, prepare
 from ds_wsi.engines.accelerator.scope import forget_engine
-from ds_wsi.engines.choices import OPTIMIZERS
 from ds_wsi.engines.sharded.fsdp import whole
 from ds_wsi.engines.sharded.zero import full_state_dict
+from ds_wsi.runtime.choices import OPTIMIZERS
 
 ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 

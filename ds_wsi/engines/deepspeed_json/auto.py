@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_wsi.engines.choices import LEARNING_RATE, WEIGHT_DECAY
+from ds_wsi.runtime.choices import LEARNING_RATE, WEIGHT_DECAY
 from ds_wsi.runtime.log import logger
 
 SECTION = "ds_wsi"  # its own words are modes of ours
