@@ -9,7 +9,7 @@ from ds_wsi.models import SlideModel
 from ds_wsi.runtime.setting import Decides
 from ds_wsi.training.features import encoder_of_features
 from ds_wsi.training.run import Run
-from ds_wsi.training.same_run import optimizer_words, slides_per_step
+from ds_wsi.training.same_run import optimizer_words
 from ds_wsi.training.setting_list import SETTINGS, deciding, key_of
 from ds_wsi.training.settings import DataSettings
 from ds_wsi.training.stopping import stopping_words
@@ -86,7 +86,7 @@ def _group_settings(run: Run) -> dict[str, Any]:
         if not SETTINGS[place].setting.column and place not in _ELSEWHERE
     }
     found |= {
-        "slides_per_step": slides_per_step(settings, run.epoch_layout["world_size"]),
+        "slides_per_step": run.step_layout.bags_per_step,
         "from_tile_store": bool(policies.reading.tile_store),
         "norm_training": run.config.norm_training,
         "early_stopping": stopping_words(settings.run),

@@ -18,6 +18,7 @@ from ds_wsi.bags.packing import require_store
 from ds_wsi.bags.relabel import with_positive
 from ds_wsi.bags.run_splits import write_splits
 from ds_wsi.bags.slide_policy import SkippedSlide, SlidePolicy, write_skipped
+from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.engines.accelerator.engine import (
     Accelerator,
     CommHandle,
@@ -60,7 +61,7 @@ from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.model import build_slide_model, check_encoder
 from ds_wsi.training.optim import WeightAverage, set_beta
 from ds_wsi.training.run_folder import begin, require_run_folder
-from ds_wsi.training.same_run import known_early, require_same, slides_per_step
+from ds_wsi.training.same_run import known_early, require_same
 from ds_wsi.training.saver import Saver
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import require_metric
@@ -123,19 +124,9 @@ class Run:
         return self.accelerator.state.deepspeed_plugin is not None
 
     @property
-    def epoch_layout(self) -> dict[str, Any]:
-        """The keywords of `plan_epoch`: how many bags each group of ranks that share them trains on."""
-        optim = self.settings.optim
-        return {
-            "world_size": self.mesh.slide_size,
-            "bags_per_rank": optim.per_device_train_batch_size,
-            "accumulation": self.settings.micro_steps,
-        }
-
-    @property
-    def bags_per_step(self) -> int:
-        """Of an optimizer step, over all ranks."""
-        return slides_per_step(self.settings, self.mesh.slide_size)
+    def step_layout(self) -> StepLayout:
+        """The size of a step: how many bags each group of ranks that share them trains on."""
+        return self.settings.step_layout(self.mesh.slide_size)
 
     @property
     def seconds(self) -> float:
@@ -267,7 +258,7 @@ def prepare_run(
         saver=Saver(settings.run.save_beside),
     )
     if batch_norms(module.encoder) and not module.encoder_is_frozen:
-        warn_of_few_bags(training, 1 if training == "bag" else run.bags_per_step)
+        warn_of_few_bags(training, 1 if training == "bag" else run.step_layout.bags_per_step)
     return run
 
 

@@ -126,16 +126,10 @@ def _norm_stacks(run: "Run") -> dict[str, Any] | None:
     return {"processes": run.mesh.slide_size, "slides": each, "micro_steps": settings.micro_steps, **dealt}
 
 
-def slides_per_step(settings: TrainSettings, groups: int) -> int:
-    """Bags of an optimizer step over all processes, of which `groups` have bags of their own."""
-    whole = groups * settings.optim.per_device_train_batch_size * settings.micro_steps
-    return settings.policies.stacking.bags_per_step or whole
-
-
 def of_layout(settings: TrainSettings, groups: int) -> dict[str, Any]:
     """How many slides a step has, which must stay, and how they lie on the processes, which may change."""
-    layout = [groups, settings.optim.per_device_train_batch_size, settings.micro_steps]
-    return {STEP: slides_per_step(settings, groups), LAYOUT: layout}
+    layout = settings.step_layout(groups)
+    return {STEP: layout.bags_per_step, LAYOUT: [layout.groups, layout.bags_per_group, layout.micro_steps]}
 
 
 def of_manifest(manifest: Manifest) -> dict[str, Any]:

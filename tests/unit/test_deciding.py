@@ -85,9 +85,8 @@ def as_run(given_settings):
     optimizer = torch.optim.AdamW([torch.zeros(1)])
     config = SimpleNamespace(norm_training="step", encoder="resnet10t")
     comm = SimpleNamespace(name=given_settings.policies.compression.hook)
-    return SimpleNamespace(
-        settings=given_settings, config=config, comm=comm, epoch_layout={"world_size": 1}, optimizer=optimizer
-    )
+    layout = given_settings.step_layout(1)
+    return SimpleNamespace(settings=given_settings, config=config, comm=comm, step_layout=layout, optimizer=optimizer)
 
 
 @pytest.fixture(scope="module")

@@ -31,10 +31,8 @@ def record_of(settings, world_size=1):
     """Of a run that is not started: only what the record reads."""
     if settings.model == ModelSettings():
         settings = replace(settings, model=ModelSettings(encoder="resnet10t"))
-    optim = settings.optim
-    layout = {"world_size": world_size, "bags_per_rank": optim.per_device_train_batch_size}
-    layout |= {"accumulation": optim.gradient_accumulation_steps}
-    run = SimpleNamespace(settings=settings, config=CONFIG, module=build_model(CONFIG), epoch_layout=layout, comm=None)
+    layout = settings.step_layout(world_size)
+    run = SimpleNamespace(settings=settings, config=CONFIG, module=build_model(CONFIG), step_layout=layout, comm=None)
     run.optimizer = OPTIMIZER
     return run_record(run)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.config import DsWsiConfig
 from ds_wsi.training.settings.data import DataSettings
 from ds_wsi.training.settings.model import ModelSettings
@@ -25,6 +26,17 @@ class TrainSettings:
     def micro_steps(self) -> int:
         """Into how many stacks a process divides its share of an optimizer step."""
         return self.policies.stacking.virtual_workers or self.optim.gradient_accumulation_steps
+
+    def step_layout(self, groups: int) -> StepLayout:
+        """The size of a step.
+
+        Args:
+            groups: number of processes, or of groups of them that share bags.
+        """
+        stacking = self.policies.stacking
+        return StepLayout(
+            groups, self.optim.per_device_train_batch_size, self.micro_steps, stacking if stacking.deals else None
+        )
 
     @property
     def encoder_factor(self) -> float:
