@@ -98,6 +98,18 @@ def _metavar(action: argparse.Action) -> str:
     return str(action.metavar or action.dest.rpartition(".")[2].upper())
 
 
+def settings_table() -> str:
+    """What each setting has a part in: Markdown."""
+    from ds_wsi.runtime.setting import Decides
+    from ds_wsi.training.setting_list import SETTINGS
+
+    lines = ["| has a part in | settings |", "|---|---|"]
+    for kind in Decides:
+        names = [one.setting.option or place for place, one in SETTINGS.items() if one.setting.decides is kind]
+        lines.append(f"| {_cell(kind.value)} | {', '.join(f'`{name}`' for name in names)} |")
+    return "\n".join(lines)
+
+
 def json_tables() -> str:
     """The keys of the "ds_wsi" section of a DeepSpeed JSON, a table per policy."""
     from ds_wsi.config import DsWsiConfig
@@ -138,7 +150,7 @@ def _cell(words: str) -> str:
 
 # --- what mkdocs calls ---
 
-PARTS = {"options": options_tables, "json": json_tables}
+PARTS = {"options": options_tables, "settings": settings_table, "json": json_tables}
 
 
 def on_files(files: Any, config: Any) -> Any:
