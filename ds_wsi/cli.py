@@ -1,7 +1,8 @@
 """The console command `ds-wsi`: parse, then call. A command's libraries are imported when it is called.
 
-A user's mistake ends with one message and exit status 2; what is no mistake of the user's, with its traceback and 1. A
-command that was asked to end by a signal, or whose time is over, ends with 75: the same command goes on.
+A user's mistake ends with one message and exit status 2; what is no mistake of the user's, with its traceback and 1, as
+does a `doctor` that found a failure. A command that was asked to end by a signal, or whose time is over, ends with 75:
+the same command goes on.
 """
 
 import argparse
@@ -23,13 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser(first_word(arguments) or "").parse_args(arguments)
     try:
         with heeding_signals():
-            options.run(options)
+            status: int = options.run(options) or 0
     except Exception as error:
         return report(error)
     except Stopped as stopped:
         logger.info("%s: the same command goes on%s", stopped, _how(options))
         return STATUS
-    return 0
+    return status
 
 
 def _how(options: argparse.Namespace) -> str:

@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ds_wsi.bags.augment import AugmentPolicy
-from ds_wsi.bags.bag import ReadPolicy
+from ds_wsi.bags.policy import AugmentPolicy, ReadPolicy
 from ds_wsi.compression.comm import CommPolicy
-from ds_wsi.norms import NormPolicy
-from ds_wsi.partition.planning.plan import PartitionPlan
+from ds_wsi.norms.policy import NormPolicy
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.units import parse_bytes
-from ds_wsi.slides.tiling import TilingPolicy, stored_tiling
+from ds_wsi.slides.policy import TilingPolicy, stored_tiling
 from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.tile_parallel.policy import TileParallelPolicy
+
+if TYPE_CHECKING:
+    from ds_wsi.partition.planning.plan import PartitionPlan
 
 SECTION = "ds_wsi"
 
@@ -37,7 +38,7 @@ class DsWsiConfig:
     tiling: TilingPolicy = field(default_factory=TilingPolicy)
     reading: ReadPolicy = field(default_factory=ReadPolicy)
     augment: AugmentPolicy = field(default_factory=AugmentPolicy)
-    partition: PartitionPolicy | PartitionPlan = field(
+    partition: "PartitionPolicy | PartitionPlan" = field(
         default=PartitionPolicy(mode="native"), metadata={"kind": PartitionPolicy}
     )
     stacking: StackingPolicy = field(default_factory=StackingPolicy)
@@ -59,10 +60,15 @@ def read_section(section: Mapping[str, Any]) -> DsWsiConfig:
     return DsWsiConfig(**{name: _policy(known[name], values, f"{SECTION}.{name}") for name, values in section.items()})
 
 
+def is_plan(policy: "PartitionPolicy | PartitionPlan") -> TypeGuard["PartitionPlan"]:
+    """Whether the partition is a whole plan, and not a policy."""
+    return not isinstance(policy, PartitionPolicy)
+
+
 def write_section(config: DsWsiConfig) -> dict[str, Any]:
     """The section that `read_section` builds `config` from."""
     section = asdict(config)
-    if isinstance(config.partition, PartitionPlan):
+    if is_plan(config.partition):
         section["partition"] = {"plan": config.partition.to_section()}
     return section
 
@@ -84,7 +90,9 @@ def _policy(kind: Any, values: Any, key: str) -> Any:
         raise ValueError(f"{key}: {error}") from error
 
 
-def _plan(values: Mapping[str, Any], key: str) -> PartitionPlan:
+def _plan(values: Mapping[str, Any], key: str) -> "PartitionPlan":
+    from ds_wsi.partition.planning.plan import PartitionPlan  # here, for help pages need no torch
+
     _require_known(values, {"plan": None}, key)
     try:
         return PartitionPlan.from_section(values["plan"])
@@ -103,7 +111,8 @@ def _fit(value: Any, default: Any, key: str) -> Any:
     if isinstance(default, tuple) and isinstance(value, list):
         # One entry too many or too few is the policy's to refuse.
         return tuple(
-            _fit(item, default[min(index, len(default) - 1)], f"{key}[{index}]") for index, item in enumerate(value)
+            _fit(item, default[min(index, len(default) - 1)] if default else item, f"{key}[{index}]")
+            for index, item in enumerate(value)
         )
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

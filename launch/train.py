@@ -1,4 +1,4 @@
-"""Train a slide model end to end: see `--help`, and the README for the launchers.
+"""Train a slide model end to end: see `--help`, and docs/how_to/gpus.md for the launchers.
 
 deepspeed launch/train.py --deepspeed ds_configs/offload.json
 """

@@ -1,4 +1,4 @@
-"""Train on CAMELYON16: see `--help`, `--list_presets`, and the README.
+"""Train on CAMELYON16: see `--help`, `--list_presets`, and docs/how_to/papers.md.
 
 accelerate launch launch/train_camelyon16.py --data_dir DIR --num_train_epochs 20
 """

@@ -1,4 +1,4 @@
-"""Train on CAMELYON17: see `--help`, `--list_presets`, and the README.
+"""Train on CAMELYON17: see `--help`, `--list_presets`, and docs/how_to/papers.md.
 
 accelerate launch launch/train_camelyon17.py --data_dir DIR --corrections CSV
 """

@@ -1,4 +1,4 @@
-"""Train on any cohort with a CSV: see `--help`, `--list_presets`, and the README.
+"""Train on any cohort with a CSV: see `--help`, `--list_presets`, and docs/how_to/papers.md.
 
 accelerate launch launch/train_custom.py --data_dir DIR --labels CSV --label_column egfr --preset egfr
 """

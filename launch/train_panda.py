@@ -1,4 +1,4 @@
-"""Train on PANDA as the papers do: see `--help`, `--list_presets`, and the README.
+"""Train on PANDA as the papers do: see `--help`, `--list_presets`, and docs/how_to/papers.md.
 
 accelerate launch launch/train_panda.py --data_dir DIR --num_train_epochs 20
 """

@@ -1,4 +1,4 @@
-"""Train on TCGA-Lung: see `--help`, `--list_presets`, and the README.
+"""Train on TCGA-Lung: see `--help`, `--list_presets`, and docs/how_to/papers.md.
 
 accelerate launch launch/train_tcga_lung.py --data_dir DIR --folds 5
 """

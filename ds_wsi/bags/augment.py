@@ -8,49 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ds_wsi.bags.policy import AugmentPolicy
 from ds_wsi.bags.stain import shift_stains
 from ds_wsi.runtime.seeding import slide_seed
 
 CHUNK_BYTES = 64 * 2**20  # of one float32 copy of the tiles that are changed together
-
-
-@dataclass(frozen=True)
-class AugmentPolicy:
-    """What may change between two readings of a slide; applied in the order of the fields, 0 leaves a thing alone.
-
-    Args:
-        flips: flip and rotate by quarter turns (the eight symmetries of a tile).
-        colour: largest relative change of each channel's gain, and of its offset, in [0, 1); applied last.
-        rotation: largest angle in degrees, either way; corners are filled by reflection, bilinear.
-        stain: strength of the jitter of haematoxylin, eosin and residual: see `shift_stains`.
-        brightness, contrast, saturation: largest relative change, in [0, 1]; contrast about a tile's own mean grey.
-        hue: largest change, in [0, 0.5] of the colour circle.
-        blur: largest standard deviation of the Gaussian blur, in px.
-        blur_probability: of a slide's being blurred.
-    """
-
-    flips: bool = True
-    colour: float = 0.1
-    rotation: float = 0.0
-    stain: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    blur: float = 0.0
-    blur_probability: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Refuse a jitter that could invert a channel, and other values out of range."""
-        if not 0 <= self.colour < 1:
-            raise ValueError(f"colour must be in [0, 1), got {self.colour}")
-        if not 0 <= self.stain < 1:
-            raise ValueError(f"stain must be in [0, 1), got {self.stain}")
-        largest = {"rotation": 180, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5, "blur": math.inf}
-        for name, most in {**largest, "blur_probability": 1}.items():
-            value = getattr(self, name)
-            if not 0 <= value <= most or math.isinf(value):
-                raise ValueError(f"{name} must be in [0, {most:g}], got {value}")
 
 
 @dataclass(frozen=True)

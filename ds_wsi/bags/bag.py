@@ -20,56 +20,14 @@ from torch.utils.data import Dataset
 
 from ds_wsi.bags.features import FeatureFile, FeatureFileError, read_features
 from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.bags.workers import Answer, answers
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.slide import SlideCache, SlideError, TileReadError
 from ds_wsi.slides.tile_store import TileStore
 from ds_wsi.slides.tiling import TileGrid
 
-CHUNK_BYTES = 24 * 2**20
 MAX_CHUNKS_AHEAD = 32  # per stream: bounds the memory that waiting chunks hold
-READ_TIMEOUT_S = 600.0  # a network file system that comes back mostly does so within minutes
-
-
-@dataclass(frozen=True)
-class ReadPolicy:
-    """How tiles are read.
-
-    Args:
-        workers: reading processes; 0 reads in the training process.
-        tiles_per_slide: tiles of each training slide, drawn anew each epoch without repeats; None takes all.
-        chunk_tiles: tiles a request at the most; 0 takes as many as 24 MiB hold, 128 of 256 px (a request of less
-            costs more to hand over, relative to its reading).
-        open_slides: slides each worker keeps open.
-        max_failed_fraction: of the cohort's tiles that may fail to read before the run stops.
-        tile_store: folder that `ds-wsi tile --store` wrote, read in the slides' place; empty reads the slides.
-        timeout_s: that tiles which are due are waited for before the run stops; 0 waits for ever, as reading in the
-            training process always does.
-    """
-
-    workers: int = 1
-    tiles_per_slide: int | None = None
-    chunk_tiles: int = 0
-    open_slides: int = 4
-    max_failed_fraction: float = 0.01
-    tile_store: str = ""
-    timeout_s: float = READ_TIMEOUT_S
-
-    def __post_init__(self) -> None:
-        """Refuse counts that cannot be read with."""
-        for name, least in (("workers", 0), ("chunk_tiles", 0), ("open_slides", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.tiles_per_slide is not None and self.tiles_per_slide < 1:
-            raise ValueError(f"tiles_per_slide must be at least 1, or null for all, got {self.tiles_per_slide}")
-        if not 0 <= self.max_failed_fraction <= 1:
-            raise ValueError(f"max_failed_fraction must be in [0, 1], got {self.max_failed_fraction}")
-        if not 0 <= self.timeout_s < float("inf"):
-            raise ValueError(f"--read_timeout must be at least 0 seconds, got {self.timeout_s}. HINT: 0 has no limit.")
-
-    def tiles_a_chunk(self, tile_size_px: int) -> int:
-        """Tiles of this side a request."""
-        return self.chunk_tiles or max(1, CHUNK_BYTES // (3 * tile_size_px**2))
 
 
 class BagPart(NamedTuple):

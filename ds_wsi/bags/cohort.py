@@ -19,8 +19,9 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.slides.coords import read_grid, read_slide_fingerprint, write_grid
 from ds_wsi.slides.masks import MaskFile
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.slides.slide import Slide, SlideError
-from ds_wsi.slides.tiling import MPP_TOLERANCE, TileGrid, TilingPolicy, tile_slide
+from ds_wsi.slides.tiling import MPP_TOLERANCE, TileGrid, tile_slide
 
 
 @dataclass(frozen=True)

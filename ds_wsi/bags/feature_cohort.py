@@ -12,6 +12,7 @@ from typing import Any
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.features import FeatureFile, FeatureFileError, find_features, read_features, read_shape
 from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry, parse_manifest
+from ds_wsi.bags.policy import CHECKS
 from ds_wsi.bags.same_files import files_across_splits, require_files_apart, warn_of_shared_files
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.bags.summary import log_cohort
@@ -20,7 +21,6 @@ from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import remove_left_behind
 
-CHECKS = ("full", "shapes")
 RECORD = "features.json"  # what was found in files that have been read, so that they need not be read again
 
 

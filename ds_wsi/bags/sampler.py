@@ -1,12 +1,12 @@
 """Which rank trains on which slides at which step: a pure plan of (seed, epoch), so that a resumed run repeats it."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 
+from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.runtime.seeding import slide_seed
 from ds_wsi.stacking.balance import OverCapError, assign_bags
 from ds_wsi.stacking.policy import StackingPolicy
@@ -35,23 +35,8 @@ class StepPlan:
         return StepPlan((tuple(tuple(slide for own in rank for slide in own) for rank in by_rank),))
 
 
-def steps_per_epoch(
-    n_slides: int, *, world_size: int, bags_per_rank: int, accumulation: int, bags_per_step: int | None = None
-) -> int:
-    """Optimizer steps that cover every slide once; the last can be short."""
-    return math.ceil(n_slides / (bags_per_step or world_size * bags_per_rank * accumulation))
-
-
 def plan_epoch(
-    n_slides: int,
-    *,
-    seed: int,
-    epoch: int,
-    world_size: int = 1,
-    bags_per_rank: int = 1,
-    accumulation: int = 1,
-    stacking: StackingPolicy | None = None,
-    lengths: Sequence[int] = (),
+    n_slides: int, layout: StepLayout, *, seed: int, epoch: int, lengths: Sequence[int] = ()
 ) -> tuple[StepPlan, ...]:
     """Shuffle the slides by (seed, epoch) and deal them out: every slide once an epoch, none twice.
 
@@ -60,12 +45,10 @@ def plan_epoch(
     are dealt.
 
     Args:
-        n_slides: of the epoch.
-        seed, epoch: of the order.
-        world_size: ranks, or groups of them that share bags.
-        bags_per_rank: of a micro-step, without a policy.
-        accumulation: micro-steps of a step, the policy's virtual workers.
-        stacking: whose `bags_per_step` it is.
+        n_slides: number of slides of the epoch.
+        layout: the size of a step, and the policy that deals its bags.
+        seed: seed of the order.
+        epoch: number of the epoch, which has an order of its own.
         lengths: tiles of each slide, for a policy.
 
     Raises:
@@ -73,21 +56,21 @@ def plan_epoch(
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(n_slides, generator=generator).tolist()
-    bags_per_step = (stacking and stacking.bags_per_step) or world_size * bags_per_rank * accumulation
-    steps = [order[start : start + bags_per_step] for start in range(0, n_slides, bags_per_step)]
-    if stacking is None:
-        return tuple(_deal(slides, world_size, bags_per_rank, accumulation) for slides in steps)
-    return tuple(_deal_by_policy(slides, world_size, accumulation, stacking, lengths) for slides in steps)
+    size = layout.bags_per_step
+    steps = [order[start : start + size] for start in range(0, n_slides, size)]
+    if layout.stacking is None:
+        return tuple(_deal(slides, layout) for slides in steps)
+    return tuple(_deal_by_policy(slides, layout, layout.stacking, lengths) for slides in steps)
 
 
 def _deal_by_policy(
-    slides: Sequence[int], world_size: int, accumulation: int, stacking: StackingPolicy, lengths: Sequence[int]
+    slides: Sequence[int], layout: StepLayout, stacking: StackingPolicy, lengths: Sequence[int]
 ) -> StepPlan:
     """Workers are (micro-step, rank) pairs, a micro-step's ranks side by side."""
     try:
         dealt = assign_bags(
             [lengths[slide] for slide in slides],
-            world_size * accumulation,
+            layout.groups * layout.micro_steps,
             cost=stacking.cost,
             max_tiles=stacking.max_tiles_per_rank,
             balance=stacking.balance,
@@ -95,16 +78,15 @@ def _deal_by_policy(
     except OverCapError as error:
         raise OverCapError(None if error.bag is None else slides[error.bag], str(error)) from error
     owned = [tuple(slides[index] for index in own) for own in dealt]
-    return StepPlan(tuple(tuple(owned[micro * world_size : (micro + 1) * world_size]) for micro in range(accumulation)))
+    groups = layout.groups
+    return StepPlan(tuple(tuple(owned[micro * groups : (micro + 1) * groups]) for micro in range(layout.micro_steps)))
 
 
-def _deal(slides: Sequence[int], world_size: int, bags_per_rank: int, accumulation: int) -> StepPlan:
-    per_rank = [tuple(slides[rank::world_size]) for rank in range(world_size)]
+def _deal(slides: Sequence[int], layout: StepLayout) -> StepPlan:
+    per_group = [tuple(slides[group :: layout.groups]) for group in range(layout.groups)]
+    size = layout.bags_per_group
     return StepPlan(
-        tuple(
-            tuple(own[micro * bags_per_rank : (micro + 1) * bags_per_rank] for own in per_rank)
-            for micro in range(accumulation)
-        )
+        tuple(tuple(own[micro * size : (micro + 1) * size] for own in per_group) for micro in range(layout.micro_steps))
     )
 
 

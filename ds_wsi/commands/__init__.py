@@ -16,4 +16,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "heatmap": ("evaluate", "draw an exported model's attention over slides"),
     "compare": ("report", "compare two runs' predictions of the same slides"),
     "report": ("report", "tables of many runs, as CSV, Markdown, LaTeX and HTML"),
+    "env": ("env", "versions, devices, cores and memory, for a report of a problem"),
+    "doctor": ("doctor", "check this machine: versions, device, disks, slides, engines"),
 }

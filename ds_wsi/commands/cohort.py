@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_wsi.bags.bag import ReadPolicy
+from ds_wsi.bags.policy import ReadPolicy
+from ds_wsi.runtime.choices import PRECISIONS, precision_words
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.numerics import PRECISIONS, precision_words
-from ds_wsi.slides.tiling import TilingPolicy
-from ds_wsi.training.options import add_shared_options, comma_separated, spellings
+from ds_wsi.runtime.setting import comma_separated
+from ds_wsi.slides.policy import TilingPolicy
+from ds_wsi.training.options import add_shared_options, spellings
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ def add_prediction_options(parser: argparse.ArgumentParser, *, need_manifest: bo
     add_shared_options(parser, ("max_failed_fraction", "read_timeout"))
     parser.add_argument("--device", help="device that computes, such as cuda or cpu (default: cuda where there is one)")
     text = "precision in which the encoder computes (default: no, float32)"
-    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="no", help=text)
+    parser.add_argument("--precision", choices=PRECISIONS, default="no", help=text)
 
 
 def classes_of(options: argparse.Namespace) -> tuple[str, ...] | None:

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from ds_wsi.commands.parser import add_command
-from ds_wsi.slides.demo import DEMO_DIRS, DEMOS, make_demo
+from ds_wsi.slides.demo import DEMOS, make_demo
+from ds_wsi.slides.policy import DEMO_DIRS
 from ds_wsi.training.compare import COMPARED
 from ds_wsi.training.options import spellings
 

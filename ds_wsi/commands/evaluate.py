@@ -21,10 +21,11 @@ from ds_wsi.commands.cohort import (
 )
 from ds_wsi.commands.parser import add_command
 from ds_wsi.config import read_section
+from ds_wsi.runtime.choices import precision_words
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.numerics import precision_words
+from ds_wsi.runtime.setting import comma_separated, tiles_or_all
 from ds_wsi.training.dataset_options import add_reading_options, reading_of
-from ds_wsi.training.options import add_local_rank, add_shared_options, comma_separated, spellings, tiles_or_all
+from ds_wsi.training.options import add_local_rank, add_shared_options, spellings
 
 MODEL_FILES = ("config.json", "model.safetensors")
 TILES = "number of random tiles of each slide, such as 256, or all (default: all)"
@@ -33,9 +34,10 @@ CHECKED_SLIDES, CHECKED_TILES = 8, 64  # of a model of an earlier version
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ds_wsi.bags.bag import FailureLog, ReadPolicy
+    from ds_wsi.bags.bag import FailureLog
     from ds_wsi.bags.cohort import Cohort
     from ds_wsi.bags.manifest import Manifest
+    from ds_wsi.bags.policy import ReadPolicy
     from ds_wsi.bags.slide_policy import SkippedSlide
     from ds_wsi.engines.accelerator.scope import Processes
     from ds_wsi.evaluation.protocol import EvaluationProtocol

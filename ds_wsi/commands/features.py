@@ -16,9 +16,9 @@ from ds_wsi.commands.cohort import (
 )
 from ds_wsi.commands.parser import add_command
 from ds_wsi.config import read_section
-from ds_wsi.models.features import FEATURES
+from ds_wsi.models.choices import FEATURES
 from ds_wsi.runtime.words import counted
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.training.options import add_shared_options, spellings
 
 

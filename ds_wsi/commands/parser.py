@@ -81,12 +81,13 @@ def _nearest(word: str, known: Sequence[str]) -> str | None:
 def add_command(
     subparsers: argparse._SubParsersAction,
     name: str,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], int | None],
     text: str | None = None,
 ) -> argparse.ArgumentParser:
     """Add the parser of a command, whose parsed options have `run`, which takes them.
 
     Args:
+        run: the command; the exit status where it returns one, else 0.
         text: what it does; of `COMMANDS` where it is one of them.
     """
     words = COMMANDS[name][1] if text is None else text

@@ -8,7 +8,8 @@ from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.own_files import begins_with, require_ours
-from ds_wsi.training.options import comma_separated, spellings
+from ds_wsi.runtime.setting import comma_separated
+from ds_wsi.training.options import spellings
 
 
 def add_compare(subparsers: argparse._SubParsersAction) -> None:

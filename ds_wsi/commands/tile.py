@@ -18,7 +18,7 @@ from ds_wsi.commands.parser import add_command
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress, duration
 from ds_wsi.runtime.words import counted
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.training.options import add_shared_options, spellings
 
 if TYPE_CHECKING:

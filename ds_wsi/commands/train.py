@@ -25,6 +25,12 @@ def add_train(subparsers: argparse._SubParsersAction) -> None:
     parser.epilog = EXAMPLES
     parser.set_defaults(goes_on_with="run.resume_from_checkpoint")
     add_train_options(parser)
+    parser.add_argument(
+        *spellings("write_config"),
+        default=argparse.SUPPRESS,
+        metavar="YAML",
+        help="write all settings to a new file, for --config, and end (default: train)",
+    )
     _add_dry_run(parser)
 
 
@@ -33,6 +39,13 @@ def run_train(options: argparse.Namespace) -> None:
     from ds_wsi.training.loop import train  # here, for DeepSpeed and Accelerate take seconds to import
 
     settings, deepspeed_config = settings_from(options)
+    if "write_config" in options:
+        from ds_wsi.training.yaml_config import write_yaml
+
+        if rank() == 0:
+            write_yaml(settings, options.write_config)
+            print(f"{options.write_config}: ds-wsi train --config {options.write_config} trains with it")
+        return
     if options.dry_run:
         from ds_wsi.training.dry_run import dry_run
 

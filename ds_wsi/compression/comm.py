@@ -1,16 +1,15 @@
 """The "compression" section: which hook a run's gradients go through, and its policy."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from ds_wsi.runtime.setting import Decides, setting
 
-from ds_wsi.compression.compressor import Compressor
-from ds_wsi.compression.policy import DMGC, Cast, TopK
-from ds_wsi.compression.schedule import KeepSchedule
+if TYPE_CHECKING:
+    from ds_wsi.compression.compressor import Compressor
 
 HOOK_NAMES = ("none", "auto", "allreduce", "fp16", "bf16", "topk", "powersgd", "dmgc")
-CASTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_SPARSE = ("topk", "dmgc", "auto")
 
 
 @dataclass(frozen=True)
@@ -27,18 +26,73 @@ class CommPolicy:
         approx_rank: of powersgd's matrices.
     """
 
-    hook: str = "none"
-    keep: float = 0.01
-    values: str = "fp32"
-    momentum: float = 0.0
-    clip_norm: float = 0.0
-    dense_below: int = 0
-    dense_steps: int = 0
-    stage_steps: int = 0
-    topology: str = "sharded"
-    pull: str = "auto"
-    pull_keep: float = 0.0
-    approx_rank: int = 4
+    hook: str = setting(
+        "none",
+        "how gradients go between processes: whole, or compressed (topk, dmgc); auto measures the link",
+        Decides.RESOLVED,
+        resolved="comm_hook",
+        option="comm_hook",
+        kind=HOOK_NAMES,
+    )
+    keep: float = setting(
+        0.01,
+        "share of a gradient's entries, 0 to 1, that --comm_hook topk and dmgc send",
+        Decides.RESULT,
+        option="comm_keep",
+        needs=("hook", _SPARSE),
+    )
+    values: str = setting(
+        "fp32",
+        "how sent values are written: whole (fp32), or as signs with scales",
+        Decides.RESULT,
+        needs=("hook", _SPARSE),
+    )
+    momentum: float = setting(
+        0.0,
+        "momentum of a process's own gradient before it is compressed (DGC), 0 to 1",
+        Decides.RESULT,
+        needs=("hook", _SPARSE),
+    )
+    clip_norm: float = setting(
+        0.0,
+        "largest norm of a process's gradient before the residual is added; 0 clips nothing",
+        Decides.RESULT,
+        needs=("hook", _SPARSE),
+    )
+    dense_below: int = setting(
+        0, "number of entries below which a gradient is sent whole", Decides.RESULT, needs=("hook", _SPARSE)
+    )
+    dense_steps: int = setting(
+        0,
+        "number of first optimizer steps in which gradients are sent whole",
+        Decides.RESULT,
+        needs=("hook", (*_SPARSE, "powersgd")),
+    )
+    stage_steps: int = setting(
+        0,
+        "number of optimizer steps of each stage of the warm-up, in which the share that is sent falls",
+        Decides.RESULT,
+        needs=("hook", _SPARSE),
+    )
+    topology: str = setting(
+        "sharded",
+        "who merges the gradients: every process a shard of them, or one server",
+        Decides.RESULT,
+        needs=("hook", ("dmgc", "auto")),
+    )
+    pull: str = setting(
+        "auto",
+        "how the merged gradient comes back: whole, or compressed; auto takes the smaller",
+        Decides.RESULT,
+        needs=("hook", ("dmgc", "auto")),
+    )
+    pull_keep: float = setting(
+        0.0,
+        "share of the merged gradient's entries that come back; 0 is --comm_keep",
+        Decides.RESULT,
+        needs=("hook", ("dmgc", "auto")),
+    )
+    approx_rank: int = setting(4, "rank of powersgd's matrices", Decides.RESULT, needs=("hook", ("powersgd",)))
 
     def __post_init__(self) -> None:
         """Refuse what no hook takes."""
@@ -48,10 +102,17 @@ class CommPolicy:
             raise ValueError(f"approx_rank must be at least 1, got {self.approx_rank}. HINT: 1 to 4")
         self.build("dmgc")
 
-    def build(self, hook: str) -> Compressor | None:
+    def build(self, hook: str) -> "Compressor | None":
         """The state of a named hook; None for those that need none of ours."""
-        if hook in CASTS:
-            return Compressor(Cast(CASTS[hook]))
+        import torch  # here, for help pages need none
+
+        from ds_wsi.compression.compressor import Compressor
+        from ds_wsi.compression.policy import DMGC, Cast, TopK
+        from ds_wsi.compression.schedule import KeepSchedule
+
+        casts = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        if hook in casts:
+            return Compressor(Cast(casts[hook]))
         if hook not in ("topk", "dmgc"):
             return None
         common: dict[str, Any] = {

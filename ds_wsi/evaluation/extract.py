@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from ds_wsi.bags.bag import FailureLog, ReadPolicy
+from ds_wsi.bags.bag import FailureLog
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.features import FORMAT, SUFFIXES, FeatureFileError, read_about, read_shape, write_features
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.bags.problems import condensed
 from ds_wsi.evaluation.predict import encode_slides
 from ds_wsi.models import ModelConfig, SlideModel, build_model, resolve_encoder
@@ -22,8 +23,9 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.runtime.words import counted
 from ds_wsi.slides.fingerprint import slide_fingerprint
+from ds_wsi.slides.policy import TilingPolicy, stored_tiling
 from ds_wsi.slides.tile_store import StoredSlide, store_path
-from ds_wsi.slides.tiling import TileGrid, TilingPolicy, stored_tiling
+from ds_wsi.slides.tiling import TileGrid
 
 RECORDED_SINCE = ("slide", "pixels")  # files of earlier versions do not have them
 HEAD_BYTES = 2**16

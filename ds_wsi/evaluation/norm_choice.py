@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ds_wsi.bags.bag import BagPart, FailureLog, ReadPolicy, read_bags, read_chunks
+from ds_wsi.bags.bag import BagPart, FailureLog, read_bags, read_chunks
 from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
 from ds_wsi.evaluation.predict import NormVariant, predict_variants, prediction_metrics
 from ds_wsi.models.slide_model import SlideModel

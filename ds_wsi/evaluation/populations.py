@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.bags.bag import BagPart, ReadPolicy, read_chunks
+from ds_wsi.bags.bag import BagPart, read_chunks
 from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.norms.passes import encode_population, fits_in_one_chunk, recalibrate
 from ds_wsi.norms.roles import batch_norms

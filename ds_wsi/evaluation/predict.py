@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_wsi.bags.bag import FailureLog, ReadPolicy, read_chunks
+from ds_wsi.bags.bag import FailureLog, read_chunks
 from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.evaluation.metrics import slide_metrics
 from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
 from ds_wsi.evaluation.protocol import EvaluationProtocol

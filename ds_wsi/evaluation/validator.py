@@ -20,9 +20,10 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from safetensors.torch import load_file
 
-from ds_wsi.bags.bag import FailureLog, ReadFailureError, ReadPolicy
+from ds_wsi.bags.bag import FailureLog, ReadFailureError
 from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.bags.workers import WorkerError
 from ds_wsi.evaluation.norm_choice import NormChoice, NormPlan, choose_norms
 from ds_wsi.models import ModelConfig, build_model

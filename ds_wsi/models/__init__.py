@@ -6,9 +6,9 @@ from ds_wsi.runtime.lazy import lazily
 
 if TYPE_CHECKING:
     from ds_wsi.models.aggregators import AGGREGATORS, build_aggregator
+    from ds_wsi.models.choices import FEATURES
     from ds_wsi.models.config import ModelConfig, build_model, load_model, save_model, save_weights
     from ds_wsi.models.encoder import NoEncoder, build_encoder
-    from ds_wsi.models.features import FEATURES
     from ds_wsi.models.freezing import freeze, freeze_until
     from ds_wsi.models.hub import EncoderSource, resolve_encoder
     from ds_wsi.models.lora import add_lora, merge_lora
@@ -57,7 +57,7 @@ __getattr__ = lazily(
             "NoEncoder",
             "build_encoder",
         ),
-        "ds_wsi.models.features": ("FEATURES",),
+        "ds_wsi.models.choices": ("FEATURES",),
         "ds_wsi.models.freezing": (
             "freeze",
             "freeze_until",

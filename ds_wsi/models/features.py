@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-FEATURES = ("pooled", "flattened", "cls_mean")
+from ds_wsi.models.choices import FEATURES
 
 
 class ClassAndMean(nn.Module):

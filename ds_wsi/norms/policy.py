@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ds_wsi.runtime.setting import SWITCH, Decides, setting
+
 TRAINING = ("auto", "bag", "stack", "step", "frozen")
 EVALUATION = ("auto", "running", "bag", "recalibrated")
 POPULATIONS = {
@@ -29,10 +31,37 @@ class NormPolicy:
         recalibration_tiles: tiles of each training slide over which statistics are taken anew; 0 takes all.
     """
 
-    training: str = "auto"
-    evaluation: str = "auto"
-    affine: bool = True
-    recalibration_tiles: int = 16
+    training: str = setting(
+        "auto",
+        "what the encoder's BatchNorm averages over in training: each bag, a stack of bags, a step's bags, or "
+        "nothing (frozen); auto decides by the weights, see docs/batchnorm.md",
+        Decides.RESOLVED,
+        resolved="norm_training",
+        option="norm_training",
+        kind=TRAINING,
+    )
+    evaluation: str = setting(
+        "auto",
+        "what the encoder's BatchNorm averages over in the exported model; auto takes the best on validation slides",
+        Decides.RESULT,
+        option="norm_evaluation",
+        kind=EVALUATION,
+        group="validation and test",
+    )
+    affine: bool = setting(
+        True,
+        "train the weights and biases of BatchNorm under --norm_training frozen",
+        Decides.RESULT,
+        option="norm_affine",
+        kind=SWITCH,
+    )
+    recalibration_tiles: int = setting(
+        16,
+        "number of tiles of each training slide over which BatchNorm's statistics are taken anew; 0 takes all",
+        Decides.RESULT,
+        option="norm_recalibration_tiles",
+        group="validation and test",
+    )
 
     def __post_init__(self) -> None:
         """Refuse words that name no population."""

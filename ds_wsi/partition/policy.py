@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_wsi.runtime.memory import free_disk_bytes
+from ds_wsi.runtime.setting import SWITCH, Decides, setting, size_in_bytes
 
 MODES = ("keep", "lean", "checkpoint", "recompute", "offload", "stream")
 POLICY_MODES = ("auto", *MODES, "paper", "native")
@@ -35,16 +35,75 @@ class PartitionPolicy:
         check: compare the partition with the module alone, on up to 4 tiles, before the first call of each kind.
     """
 
-    mode: str = "auto"
-    axis: str = "batch"
-    chunk_size: int | None = None
-    gpu_budget_bytes: int | None = None
-    host_budget_bytes: int | None = None
-    nvme_path: str = ""
-    nvme_budget_bytes: int | None = None
-    bn_population: str = "stack"
-    compile: bool = False
-    check: bool = True
+    mode: str = setting(
+        "auto",
+        "how the encoder's activations are fitted into memory: native computes a bag as it is, auto plans within "
+        "--gpu_budget, the others are parts of such a plan",
+        Decides.RESOLVED,
+        resolved="partition",
+        option="partition",
+        kind=POLICY_MODES,
+    )
+    axis: str = setting(
+        "batch",
+        "what is cut: independent tiles (batch), or the rows of large images (spatial)",
+        Decides.RESOLVED,
+        resolved="partition",
+    )
+    chunk_size: int | None = setting(
+        None,
+        "number of tiles that the encoder computes at a time",
+        Decides.RESOLVED,
+        resolved="partition",
+        option="partition_chunk_size",
+        kind=int,
+        words="the plan chooses",
+    )
+    gpu_budget_bytes: int | None = setting(
+        None,
+        "memory for activations on the device, such as 24GiB",
+        Decides.NOTHING,
+        option="gpu_budget",
+        kind=size_in_bytes,
+        words="nine tenths of what is free on a GPU, no limit on a CPU",
+    )
+    host_budget_bytes: int | None = setting(
+        None,
+        "memory for activations on the host, such as 128GiB",
+        Decides.NOTHING,
+        option="host_budget",
+        kind=size_in_bytes,
+        words="half of the memory that is free",
+    )
+    nvme_path: str = setting(
+        "",
+        "folder on a local disk for activations that the host's memory does not hold",
+        Decides.NOTHING,
+        option="nvme_path",
+        words="none",
+    )
+    nvme_budget_bytes: int | None = setting(
+        None,
+        "room for activations on that disk, such as 500GiB",
+        Decides.NOTHING,
+        option="nvme_budget",
+        kind=size_in_bytes,
+        words="half of what is free there",
+    )
+    bn_population: str = setting(
+        "stack",
+        "what BatchNorm in training averages over: all tiles of a call (stack), or each bag of it",
+        Decides.RESOLVED,
+        resolved="norm_training",
+    )
+    compile: bool = setting(False, "run the body of a chunk under torch.compile", Decides.NOTHING)
+    check: bool = setting(
+        True,
+        "compare the partitioned encoder with the encoder alone at the first call",
+        Decides.NOTHING,
+        option="partition_check",
+        kind=SWITCH,
+    )
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -73,4 +132,6 @@ class PartitionPolicy:
             return 0
         if not Path(self.nvme_path).is_dir():
             raise ValueError(f"nvme_path must be a folder, got {self.nvme_path} (missing)")
+        from ds_wsi.runtime.memory import free_disk_bytes  # here, for help pages need no torch
+
         return self.nvme_budget_bytes or free_disk_bytes(self.nvme_path)

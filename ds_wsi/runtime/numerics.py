@@ -7,18 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_wsi.runtime.choices import PRECISIONS
+
 # Of mixed precision, as Accelerate names them -> what autocast casts to.
-PRECISIONS: Mapping[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def precision_words(precision: str) -> str:
-    """A key of `PRECISIONS` for people to read."""
-    return "float32" if precision == "no" else f"{precision} mixed precision"
+DTYPES: Mapping[str, torch.dtype | None] = dict(zip(PRECISIONS, (None, torch.bfloat16, torch.float16), strict=True))
 
 
 def autocast_to(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """Autocast to a key of `PRECISIONS`; "no" leaves what is in force."""
-    dtype = PRECISIONS[precision]
+    dtype = DTYPES[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 

@@ -15,8 +15,9 @@ from ds_wsi.runtime.fingerprint import Fingerprint
 from ds_wsi.runtime.h5_files import number_attributes, numbers
 from ds_wsi.runtime.own_files import require_ours
 from ds_wsi.runtime.tensor_seal import opened, sealed
+from ds_wsi.slides.policy import TilingPolicy, stored_tiling
 from ds_wsi.slides.slide import Slide, SlideError
-from ds_wsi.slides.tiling import TileGrid, TilingPolicy, TissueFound, plan_level, stored_tiling
+from ds_wsi.slides.tiling import TileGrid, TissueFound, plan_level
 
 FORMAT, VERSION = "ds_wsi.TileGrid", "1"
 # (um/px below which a slide has it, magnification), as TRIDENT names them.

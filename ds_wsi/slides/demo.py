@@ -117,7 +117,6 @@ class SparsePolicy(StainsPolicy):
 
 
 DEMOS: dict[str, type[DemoPolicy]] = {"plain": DemoPolicy, "stains": StainsPolicy, "sparse": SparsePolicy}
-DEMO_DIRS = {"plain": "runs/demo_slides", "stains": "runs/demo_stains", "sparse": "runs/demo_sparse"}
 
 
 @dataclass(frozen=True)

@@ -1,84 +1,22 @@
 """Which tiles a slide has: a grid at a requested resolution, kept where there is tissue."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.masks import MaskFile, read_mask
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.slides.slide import Slide, SlideError, TileReadError
-from ds_wsi.slides.tissue import TISSUE_RULES, TISSUE_VERSION, grey_mask, tile_fractions, tissue_mask, white_glass
+from ds_wsi.slides.tissue import grey_mask, tile_fractions, tissue_mask, white_glass
 
 MPP_TOLERANCE = 0.02  # scanners call 0.499 um/px "20x": nearer than this, pixels are taken as they are
 MASK_CELLS_PER_TILE = 16  # along a side, at least: the mask resolves a tile however small it is
 TRIED_TILES = 5  # of each slide, before it is taken
 MAX_UNREADABLE = 0.5  # of a slide's tiles
-
-
-@dataclass(frozen=True)
-class TilingPolicy:
-    """How slides are tiled.
-
-    Args:
-        tile_size_px: side of a tile.
-        mpp: resolution of the tiles, um/px (0.5 is what scanners call 20x).
-        min_tissue_fraction: of a tile's area that must be tissue, in [0, 1].
-        overview_mpp: resolution of the tissue mask, um/px; finer where a tile has fewer than 16 of its pixels a side.
-        grey_range: grey values that can be tissue, both ends included.
-        tissue: the rule that finds tissue: "auto", by the colour of the slide's own glass (see `auto_mask`); "grey", by
-            the grey range alone; "otsu", in the grey range and above Otsu's threshold on saturation; "none", every tile
-            is taken.
-        tissue_version: of the rule "auto": a model's tiles stay what they were when a later version changes it.
-        use_saturation: as earlier versions had it: True is "otsu", False is "grey".
-    """
-
-    tile_size_px: int = 256
-    mpp: float = 0.5
-    min_tissue_fraction: float = 0.6
-    overview_mpp: float = 8.0
-    grey_range: tuple[int, int] = (3, 230)
-    tissue: str = "auto"
-    tissue_version: int = TISSUE_VERSION
-    use_saturation: InitVar[bool | None] = None
-
-    def __post_init__(self, use_saturation: bool | None) -> None:
-        """Refuse what cannot be tiled with."""
-        if use_saturation is not None:
-            object.__setattr__(self, "tissue", "otsu" if use_saturation else "grey")
-        if self.tissue not in TISSUE_RULES:
-            raise ValueError(f"tissue must be one of {', '.join(TISSUE_RULES)}, got {self.tissue!r}")
-        if self.tissue_version != TISSUE_VERSION:
-            raise ValueError(
-                f"tissue_version must be {TISSUE_VERSION}, got {self.tissue_version}. HINT: install the version of "
-                "ds_wsi that made it."
-            )
-        if self.tile_size_px < 1:
-            raise ValueError(f"tile_size_px must be at least 1, got {self.tile_size_px}")
-        for name in ("mpp", "overview_mpp"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.min_tissue_fraction <= 1:
-            raise ValueError(f"min_tissue_fraction must be in [0, 1], got {self.min_tissue_fraction}")
-        if len(self.grey_range) != 2 or not 0 <= self.grey_range[0] <= self.grey_range[1] <= 255:
-            raise ValueError(f"grey_range must be two rising values in [0, 255], got {self.grey_range}")
-
-
-def stored_tiling(values: Mapping[str, Any], key: str = "tiling") -> dict[str, Any]:
-    """A policy's fields as a file has them, in today's names: `use_saturation` of earlier versions becomes `tissue`.
-
-    Raises:
-        ValueError: `use_saturation` is no truth value; names it below `key`.
-    """
-    found = dict(values)
-    if "use_saturation" in found:
-        used = found.pop("use_saturation")
-        if not isinstance(used, bool):
-            raise ValueError(f"{key}.use_saturation must be of type bool, got {used!r}")
-        found.setdefault("tissue", "otsu" if used else "grey")
-    return found
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,6 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy.ndimage import label
 
-TISSUE_RULES = ("auto", "grey", "otsu", "none")
-TISSUE_VERSION = 1  # of the rule "auto"; another value for every change of the masks that it makes
-
 BLACK = 20  # the largest channel of padding and missing data, JPEG's noise included
 COLOURLESS = 6  # saturation that JPEG's noise gives grey pictures
 MIN_GLASS = 0.01  # of the picture, to take its saturation

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ds_wsi.runtime.setting import Decides, setting
+
 FRAMEWORKS = ("dpgs", "classic", "padding", "sampling")
 BALANCES = ("lpt", "round_robin")
 
@@ -24,15 +26,59 @@ class StackingPolicy:
         pack_bytes: instances of a stack that an aggregator computes at a time, so that they stay in the cache; 0: all.
     """
 
-    bags_per_step: int | None = None
-    virtual_workers: int | None = None
-    max_tiles_per_rank: int | None = None
-    balance: str = "lpt"
-    cost_per_tile: float = 1.0
-    cost_per_tile_squared: float = 0.0
-    framework: str = "dpgs"
-    sample_tiles: int = 512
-    pack_bytes: int = 0
+    bags_per_step: int | None = setting(
+        None,
+        "number of slides of an optimizer step over all processes, such as 32, however many processes there are",
+        Decides.STEP,
+        option="bags_per_step",
+        kind=int,
+        words="--per_device_train_batch_size x --gradient_accumulation_steps x processes",
+        group="training",
+    )
+    virtual_workers: int | None = setting(
+        None,
+        "number of stacks of slides that each process computes one after the other in a step of --bags_per_step",
+        Decides.STEP,
+        option="virtual_workers",
+        kind=int,
+        words="--gradient_accumulation_steps",
+    )
+    max_tiles_per_rank: int | None = setting(
+        None,
+        "largest number of tiles of a stack, of --bags_per_step; a slide with more is refused",
+        Decides.STEP,
+        option="max_tiles_per_rank",
+        kind=int,
+        words="no limit",
+    )
+    balance: str = setting(
+        "lpt",
+        "which bags a process gets: the costliest first to the least loaded (lpt), or in turn (round_robin)",
+        Decides.NOTHING,
+    )
+    cost_per_tile: float = setting(1.0, "cost of a bag per tile, in any unit, by which bags are dealt", Decides.NOTHING)
+    cost_per_tile_squared: float = setting(
+        0.0, "cost of a bag per squared number of tiles, in the same unit", Decides.NOTHING
+    )
+    framework: str = setting(
+        "dpgs",
+        "how slides of different length share a step: one after the other in stacks, padded, or sampled to one length",
+        Decides.RESULT,
+        option="framework",
+        kind=FRAMEWORKS,
+    )
+    sample_tiles: int = setting(
+        512,
+        "number of tiles of each slide in --framework sampling",
+        Decides.RESULT,
+        option="sample_tiles",
+        needs=("framework", ("sampling",)),
+    )
+    pack_bytes: int = setting(
+        0,
+        "bytes of instances that the aggregator computes at a time, so that they stay in the cache; 0 takes a stack",
+        Decides.NOTHING,
+    )
 
     def __post_init__(self) -> None:
         for name, value, allowed in (

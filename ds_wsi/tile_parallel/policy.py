@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ds_wsi.runtime.setting import Decides, setting
+
 EXCHANGES = ("auto", "sharded", "replicated", "gather")
 
 
@@ -18,9 +20,22 @@ class TileParallelPolicy:
         shares: relative number of tiles of each rank of a group, such as their measured speeds; () for equal ones.
     """
 
-    size: int = 1
-    aggregator: str = "auto"
-    shares: tuple[float, ...] = ()
+    size: int = setting(
+        1, "number of processes that share the tiles of each slide", Decides.NOTHING, option="tile_parallel_size"
+    )
+    aggregator: str = setting(
+        "auto",
+        "how processes that share a slide exchange its features",
+        Decides.NOTHING,
+        option="tile_parallel_aggregator",
+        kind=EXCHANGES,
+    )
+    shares: tuple[float, ...] = setting(
+        (),
+        "relative number of tiles of each process of a group, such as their measured speeds; empty shares equally",
+        Decides.NOTHING,
+        kind=None,
+    )
 
     def __post_init__(self) -> None:
         if self.size < 1:

@@ -4,7 +4,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ds_wsi.config import write_section
-from ds_wsi.training.options import DEMO_TILE_SIZE_PX, OPTION_OF
+from ds_wsi.slides.policy import DEMO_TILE_SIZE_PX
+from ds_wsi.training.setting_list import SETTINGS
 from ds_wsi.training.settings import TrainSettings
 
 
@@ -34,6 +35,5 @@ def changed_settings(settings: TrainSettings) -> dict[str, str]:
 
 def setting_name(place: str) -> str:
     """The option that sets a field, or the field's own name."""
-    name = {"run.resume_from_checkpoint": "resume_from_checkpoint", "optim.demon": "demon"}.get(place)
-    name = name or OPTION_OF.get(place)
-    return f"--{name}" if name else place
+    declared = SETTINGS.get(place)
+    return f"--{declared.setting.option}" if declared and declared.setting.option else place

@@ -21,7 +21,7 @@ from ds_wsi.runtime.files import write_json, write_text
 from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.words import counted
-from ds_wsi.slides.demo import DEMO_DIRS
+from ds_wsi.slides.policy import DEMO_DIRS
 
 COMPARED = "gated_abmil"
 ARMS: Mapping[str, tuple[str, ...]] = {"frozen": ("--freeze_encoder",), "end_to_end": ()}

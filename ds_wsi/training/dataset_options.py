@@ -8,7 +8,8 @@ from typing import Any
 from ds_wsi.bags.datasets import DATASETS
 from ds_wsi.bags.datasets.corrections import TARGETS
 from ds_wsi.bags.splits import LEVELS
-from ds_wsi.training.options import comma_separated, spellings
+from ds_wsi.runtime.setting import comma_separated
+from ds_wsi.training.options import spellings
 from ds_wsi.training.presets import presets_of
 
 # Option of a reader -> its help; `True` where it is a switch, choices where it has some.

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ds_wsi.bags.bag import Bag, BagPart, read_bags
-from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles, steps_per_epoch
+from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles
 from ds_wsi.engines.accelerator.engine import average_buffers, gather_object
 from ds_wsi.engines.accelerator.scope import closing_trackers, engine_scope
 from ds_wsi.engines.sharded.zero import full_state_dict
@@ -50,7 +50,7 @@ from ds_wsi.training.run import Run, prepare_run
 from ds_wsi.training.run_folder import alone_in, logging_to
 from ds_wsi.training.screen import tell_start
 from ds_wsi.training.settings import TrainSettings
-from ds_wsi.training.step import bag_weight, blank_tile, idle_loss
+from ds_wsi.training.step import bag_weight, blank_tile, idle_loss, run_micro_step
 from ds_wsi.training.stopping import stop_reason
 from ds_wsi.training.stops import any_rank_asked, kept_when_stopped, wants_to_stop, words_of_stop
 from ds_wsi.training.validation import AtTheEnd, BesideTraining, validation_of
@@ -130,14 +130,10 @@ def _epoch_plan(run: Run, epoch: int) -> tuple[StepPlan, ...]:
 
 
 def _dealt(run: Run, epoch: int) -> tuple[StepPlan, ...]:
-    rows, stacking = run.cohort.rows("train"), run.settings.policies.stacking
+    rows = run.cohort.rows("train")
     seed = run.settings.run.seed
-    if not stacking.deals:
-        return plan_epoch(len(rows), seed=seed, epoch=epoch, **run.epoch_layout)
     try:
-        return plan_epoch(
-            len(rows), seed=seed, epoch=epoch, stacking=stacking, lengths=run.training_tiles, **run.epoch_layout
-        )
+        return plan_epoch(len(rows), run.step_layout, seed=seed, epoch=epoch, lengths=run.training_tiles)
     except OverCapError as error:
         slide = "" if error.bag is None else f" (slide {run.cohort.manifest.slides[rows[error.bag]].slide_id})"
         raise ValueError(
@@ -314,26 +310,15 @@ def _train_step(
     loss_sum, tiles = torch.zeros((), device=run.device), 0
     seen: list[BagsAndLosses] = []
     for micro, groups in enumerate(step.micro_steps):
-        with accelerator.accumulate(run.model):
-            if run.sharing.forward is not None:
-                place = micro * mesh.slide_size + mesh.slide_rank
-                run.sharing.forward.seed = step_seed(run.settings.run.seed, run.progress.global_step, place)
-            own = bags.take(len(groups[mesh.slide_rank]), run.progress.global_step)
-            alone = len(step.micro_steps) == 1 and accelerator.num_processes == 1 and not run.has_own_engine
-            done = with_retry(
-                partial(_forward_backward, run, own, weight),
-                run.module,
-                run.module.encoder,
-                run.device,
-                again=partial(_start_again, run) if alone else None,
-            )
-            loss_sum += done.loss
-            tiles += done.n_tiles
-            seen.append(done.seen)
-            if accelerator.sync_gradients and run.settings.optim.max_grad_norm > 0:
-                accelerator.clip_grad_norm_(run.module.parameters(), run.settings.optim.max_grad_norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+        if run.sharing.forward is not None:
+            place = micro * mesh.slide_size + mesh.slide_rank
+            run.sharing.forward.seed = step_seed(run.settings.run.seed, run.progress.global_step, place)
+        bags_of_it = bags.take(len(groups[mesh.slide_rank]), run.progress.global_step)
+        alone = len(step.micro_steps) == 1 and accelerator.num_processes == 1 and not run.has_own_engine
+        done = _micro_step(run, bags_of_it, weight, again=partial(_start_again, run) if alone else None)
+        loss_sum += done.loss
+        tiles += done.n_tiles
+        seen.append(done.seen)
     if run.average is not None:
         run.average.update(run.module)
     if following is not None:
@@ -360,12 +345,25 @@ class _Computed(NamedTuple):
     seen: BagsAndLosses
 
 
-def _forward_backward(run: Run, step: MicroStep, weight: float) -> _Computed:
-    """As `_micro_loss`, and its backward."""
-    done = _micro_loss(run, step)
-    run.accelerator.backward(done.loss * weight)
+def _micro_step(run: Run, step: MicroStep, weight: float, again: Callable[[], None] | None) -> _Computed:
+    """Take a micro-step; `again` undoes a first try that ran out of memory."""
+    computed: list[_Computed] = []
+
+    def compute() -> torch.Tensor:
+        computed[:] = [_micro_loss(run, step)]
+        return computed[0].loss
+
+    loss = run_micro_step(
+        run.accelerator,
+        run.model,
+        run.optimizer,
+        compute,
+        weight,
+        max_grad_norm=run.settings.optim.max_grad_norm,
+        guard=lambda tried: with_retry(tried, run.module, run.module.encoder, run.device, again=again),
+    )
     run.stacks.used()
-    return done._replace(loss=done.loss.detach())
+    return computed[0]._replace(loss=loss)
 
 
 def _start_again(run: Run) -> None:
@@ -470,10 +468,7 @@ def time_micro_steps(run: Run) -> TimedSteps:
         own = bags.take(len(groups[mesh.slide_rank]), run.progress.global_step)
         read = time.perf_counter()
         weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))
-        with run.accelerator.accumulate(run.model):
-            done = _forward_backward(run, own, weight)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+        done = _micro_step(run, own, weight, again=None)
         done.loss.item()  # waits for the device
         read_s.append(read - started)
         compute_s.append(time.perf_counter() - read)
@@ -483,6 +478,5 @@ def time_micro_steps(run: Run) -> TimedSteps:
 
 def count_steps(run: Run) -> tuple[int, int]:
     """Optimizer steps of an epoch, and of the run."""
-    layout, stacking = run.epoch_layout, run.settings.policies.stacking
-    an_epoch = steps_per_epoch(len(run.cohort.rows("train")), bags_per_step=stacking.bags_per_step, **layout)
+    an_epoch = run.step_layout.steps_per_epoch(len(run.cohort.rows("train")))
     return an_epoch, an_epoch * run.settings.optim.num_train_epochs

@@ -26,7 +26,8 @@ def norm_plan(run: Run) -> NormPlan:
     rows, split = run.cohort.rows("validation"), "validation"
     if not rows:
         rows, split = (run.cohort.rows("train") if len(names) > 1 else ()), "train"
-    bags = {"step": run.bags_per_step, "stack": run.settings.optim.per_device_train_batch_size}.get(training, 1)
+    layout = run.step_layout
+    bags = {"step": layout.bags_per_step, "stack": layout.bags_per_group}.get(training, 1)
     train = run.cohort.rows("train")
     some = train[: min(MOST_GAP_SLIDES, max(GAP_SLIDES, bags))]
     return NormPlan(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.tensor_file import TensorFile
+from ds_wsi.training.choices import SCHEDULES
 
-SCHEDULES = ("cosine", "linear", "constant", "exponential")
 DECAY_AN_EPOCH = 0.955  # of the exponential schedule, as the end-to-end papers on PANDA have it
 
 

@@ -5,43 +5,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ds_wsi.config import SECTION, DsWsiConfig, read_section
-from ds_wsi.partition.planning.plan import PartitionPlan
+from ds_wsi.config import SECTION, DsWsiConfig, is_plan, read_section
 from ds_wsi.runtime.log import logger
-from ds_wsi.training.option_list import (
-    ADAM_BETA,
-    DEMO_TILE_SIZE_PX,
-    FLAG,
-    GROUPS,
-    OPTIONS,
-    SWITCH,
-    comma_separated,
-    default_of,
-    default_words,
-    group_of,
-    size_in_bytes,
-    tiles_or_all,
-)
+from ds_wsi.runtime.setting import FLAG, METAVARS, SWITCH, Setting
+from ds_wsi.slides.policy import DEMO_TILE_SIZE_PX
+from ds_wsi.training.setting_list import GROUPS, OPTIONS, SETTINGS, default_words, has_effect, needed_words
 from ds_wsi.training.settings import TrainSettings
-
-__all__ = [
-    "DEMO_TILE_SIZE_PX",
-    "OPTIONS",
-    "OPTION_OF",
-    "add_local_rank",
-    "add_shared_options",
-    "add_train_options",
-    "any_case",
-    "comma_separated",
-    "default_of",
-    "over_preset",
-    "settings_from",
-    "size_in_bytes",
-    "spellings",
-    "tiles_or_all",
-]
-
-OPTION_OF = {place: name for name, place, _, _ in OPTIONS}
+from ds_wsi.training.yaml_config import read_yaml
 
 
 def add_train_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
@@ -53,51 +23,35 @@ def add_train_options(parser: argparse.ArgumentParser, without: Collection[str] 
     """
     parser.usage = f"{parser.prog.replace('%', '%%')} [--option value ...]"
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    for name, place, kind, text in OPTIONS:
+    for name, (place, declared, _, group) in OPTIONS.items():
         if name in without:
             continue
-        words = f"{text} (default: {default_words(place)})".replace("%", "%%")
+        words = f"{declared.help} (default: {default_words(place)})".replace("%", "%%")
         how: dict[str, Any] = {"dest": place, "default": argparse.SUPPRESS, "help": words}
-        group = groups[group_of(place)]
-        action = group.add_argument(*spellings(name), **how, **_kind(kind, place.split(".")[-1].upper()))
-        if kind == SWITCH:
+        action = groups[group].add_argument(*spellings(name), **how, **_kind(declared, place.split(".")[-1].upper()))
+        if declared.kind == SWITCH:
             vars(action)["shown"] = f"--{name}, --no_{name}"
             off = {**how, "action": "store_false", "help": argparse.SUPPRESS}
-            group.add_argument(*spellings(f"no_{name}"), **off)
+            groups[group].add_argument(*spellings(f"no_{name}"), **off)
     groups["run"].add_argument(
-        *spellings("resume_from_checkpoint"),
-        dest="run.resume_from_checkpoint",
-        nargs="?",
-        const="latest",
+        "--config",
         default=argparse.SUPPRESS,
-        metavar="PATH",
-        help="go on with a run: a checkpoint's folder, or without a path the newest whole one of --output_dir "
-        "(default: a new run)",
-    )
-    groups["training"].add_argument(
-        *spellings("demon"),
-        dest="optim.demon",
-        nargs="?",
-        type=float,
-        const=ADAM_BETA,
-        default=argparse.SUPPRESS,
-        metavar="BETA",
-        help=f"let Adam's momentum decay (DEMON): its first beta goes from BETA, {ADAM_BETA} without a value, to 0 "
-        "over the run (default: off)",
+        metavar="YAML",
+        help="file of options and their values, as --write_config writes it; the command line overrides it "
+        "(default: none)",
     )
     add_local_rank(parser)
 
 
-METAVARS: dict[Any, str] = {int: "N", float: "X", size_in_bytes: "SIZE", tiles_or_all: "N|all"}
-
-
-def _kind(kind: Any, metavar: str) -> dict[str, Any]:
+def _kind(declared: Setting, metavar: str) -> dict[str, Any]:
     """The keywords of `add_argument` for what an option takes."""
+    kind = declared.kind
     if kind in (FLAG, SWITCH):
         return {"action": "store_true"}
     if isinstance(kind, tuple):
         return {"choices": kind, "type": any_case(kind)}
-    return {"type": kind, "metavar": METAVARS.get(kind, metavar)}
+    how = {"type": kind, "metavar": declared.metavar or METAVARS.get(kind, metavar)}
+    return how if declared.bare is None else {**how, "nargs": "?", "const": declared.bare}
 
 
 def any_case(choices: Sequence[str]) -> Callable[[str], str]:
@@ -115,15 +69,14 @@ def add_shared_options(parser: argparse.ArgumentParser, names: Collection[str], 
         default: what holds where an option is not given, in words; it is then absent from the namespace. None: the
             default of training.
     """
-    for name, place, kind, text in OPTIONS:
+    for name, (place, declared, value, _) in OPTIONS.items():
         if name not in names:
             continue
-        value = default_of(place)
         # The demo's own size is training's alone.
         words = default or (str(value) if place == "policies.tiling.tile_size_px" else default_words(place))
         how: dict[str, Any] = {"default": argparse.SUPPRESS if default else value}
-        how["help"] = f"{text} (default: {words})".replace("%", "%%")
-        parser.add_argument(*spellings(name), **how, **_kind(kind, name.upper()))
+        how["help"] = f"{declared.help} (default: {words})".replace("%", "%%")
+        parser.add_argument(*spellings(name), **how, **_kind(declared, name.upper()))
 
 
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +92,7 @@ def spellings(name: str) -> list[str]:
 def settings_from(
     options: argparse.Namespace, preset: Mapping[str, Any] | None = None
 ) -> tuple[TrainSettings, dict[str, Any] | None]:
-    """The settings, and the DeepSpeed JSON (or None): options override the JSON, and the JSON a preset.
+    """The settings, and the DeepSpeed JSON (or None): options override the JSON, that a YAML, and that a preset.
 
     Args:
         options: of `add_train_options`.
@@ -148,12 +101,18 @@ def settings_from(
     from ds_wsi.engines.deepspeed_json.config import read_config  # here, for help and misspelt options need no engine
 
     given = {name: value for name, value in vars(options).items() if "." in name}
+    in_yaml = read_yaml(options.config) if "config" in options else {}
     asked = frozenset(given)
-    config = read_config(given["run.deepspeed"]) if "run.deepspeed" in given else None
+    path = given.get("run.deepspeed", in_yaml.get("run.deepspeed"))
+    config = None if path is None else read_config(path)
     section = config.get(SECTION, {}) if config else {}
     policies = read_section(section)
-    if preset is not None:
-        section, given = over_preset(preset, config or {}, given)
+    if preset is not None or in_yaml:
+        below = {**_giving_way(preset or {}, in_yaml), **in_yaml}
+        if "partition" not in section and any(place.startswith("policies.partition.") for place in in_yaml):
+            below.setdefault(PARTITION_MODE, SETTINGS[PARTITION_MODE].default)  # as options have it: a section has none
+        whose = "YAML or the preset" if preset and in_yaml else "YAML" if in_yaml else "preset"
+        section, given = over_preset(below, config or {}, given, whose)
         policies = read_section(section)
     if "data.manifest" not in given and "tile_size_px" not in section.get("tiling", {}):
         policies = replace(policies, tiling=replace(policies.tiling, tile_size_px=DEMO_TILE_SIZE_PX))
@@ -161,36 +120,20 @@ def settings_from(
     for group in ("data", "model", "optim", "run"):
         fields = {name.split(".")[1]: value for name, value in given.items() if name.split(".")[0] == group}
         settings = replace(settings, **{group: replace(getattr(settings, group), **fields)})
-    _check_effect(asked, settings)
+    _check_effect(asked, {*asked, *in_yaml}, settings)
     return settings, config
 
 
-# Field -> the option without which it does nothing, and whether that is in force.
-EFFECTIVE_WITH: Mapping[str, tuple[str, Callable[[TrainSettings], bool]]] = {
-    "model.lora_alpha": ("--lora_rank", lambda settings: settings.model.lora_rank > 0),
-    "model.lora_targets": ("--lora_rank", lambda settings: settings.model.lora_rank > 0),
-    "policies.stacking.sample_tiles": (
-        "--framework sampling",
-        lambda settings: settings.policies.stacking.framework == "sampling",
-    ),
-    "policies.compression.keep": (
-        "--comm_hook topk, dmgc or auto",
-        lambda settings: settings.policies.compression.hook in ("topk", "dmgc", "auto"),
-    ),
-    "policies.augment.blur_probability": ("--augment_blur", lambda settings: settings.policies.augment.blur > 0),
-}
-
-
-def _check_effect(asked: Collection[str], settings: TrainSettings) -> None:
-    """Refuse two sizes of a step on one command line, and warn of options without effect."""
+def _check_effect(asked: Collection[str], chosen: Collection[str], settings: TrainSettings) -> None:
+    """Refuse two sizes of a step on one command line, and warn of options there, or in a YAML, without effect."""
     if SLIDES_A_STEP in asked and any(place in asked for place in SLIDES_A_MICRO_STEP):
         raise ValueError(
             "--bags_per_step must not be given with --per_device_train_batch_size or --gradient_accumulation_steps, of "
             "which it takes the place. HINT: leave out one of them; --virtual_workers divides a step."
         )
-    for place, (needed, in_force) in EFFECTIVE_WITH.items():
-        if place in asked and not in_force(settings):
-            logger.warning("--%s: without effect, for want of %s", OPTION_OF[place], needed)
+    for place in (place for place in SETTINGS if place in chosen):
+        if not has_effect(settings, place):
+            logger.warning("--%s: without effect, for want of %s", SETTINGS[place].setting.option, needed_words(place))
 
 
 # Keys of the DeepSpeed JSON -> the fields that they fix where they are not "auto".
@@ -202,12 +145,13 @@ DEEPSPEED_KEYS = {
     "optimizer.params.lr": "optim.learning_rate",
     "optimizer.params.weight_decay": "optim.weight_decay",
 }
+PARTITION_MODE = "policies.partition.mode"
 SLIDES_A_STEP = "policies.stacking.bags_per_step"
 SLIDES_A_MICRO_STEP = ("optim.per_device_train_batch_size", "optim.gradient_accumulation_steps")
 
 
 def over_preset(
-    preset: Mapping[str, Any], config: Mapping[str, Any], given: Mapping[str, Any]
+    preset: Mapping[str, Any], config: Mapping[str, Any], given: Mapping[str, Any], whose: str = "preset"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the JSON and the command line leave of a preset.
 
@@ -218,6 +162,7 @@ def over_preset(
         preset: field -> value.
         config: the DeepSpeed JSON.
         given: field -> value, of the command line.
+        whose: the settings of `preset` are, in a warning.
 
     Returns:
         The "ds_wsi" section with the preset's policies below the JSON's, and the fields of the command line above
@@ -232,13 +177,8 @@ def over_preset(
             fixed[place] = value.lower() if key == "optimizer.type" else value
     for place, value in fixed.items():
         if preset.get(place, value) != value and place not in given:
-            logger.warning("%s is %s as the DeepSpeed JSON has it, the preset has %s", place, value, preset[place])
-    kept = dict(preset)
-    for ours, theirs in (("optim.fp16", "optim.bf16"), ("optim.bf16", "optim.fp16")):
-        if given.get(theirs):
-            kept.pop(ours, None)
-    if any(place in given or place in fixed for place in SLIDES_A_MICRO_STEP):
-        kept.pop(SLIDES_A_STEP, None)
+            logger.warning("%s is %s as the DeepSpeed JSON has it, the %s has %s", place, value, whose, preset[place])
+    kept = _giving_way(preset, {**fixed, **given})
     policies: dict[str, dict[str, Any]] = {}
     for place, value in kept.items():
         group, *path = place.split(".")
@@ -253,6 +193,19 @@ def over_preset(
     return section, {**fields, **fixed, **given}
 
 
+def _giving_way(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of settings under others that contradict them: another precision, another size of a step."""
+    kept = dict(below)
+    for ours, theirs in (("optim.fp16", "optim.bf16"), ("optim.bf16", "optim.fp16")):
+        if above.get(theirs):
+            kept.pop(ours, None)
+    if any(place in above for place in SLIDES_A_MICRO_STEP):
+        kept.pop(SLIDES_A_STEP, None)
+    if SLIDES_A_STEP in above:
+        kept = {place: value for place, value in kept.items() if place not in SLIDES_A_MICRO_STEP}
+    return kept
+
+
 def _with_policies(policies: DsWsiConfig, given: dict[str, Any]) -> DsWsiConfig:
     changes: dict[str, dict[str, Any]] = {}
     for place, value in given.items():
@@ -260,7 +213,7 @@ def _with_policies(policies: DsWsiConfig, given: dict[str, Any]) -> DsWsiConfig:
         if group == "policies":
             changes.setdefault(path[0], {})[path[1]] = value
     for policy, values in changes.items():
-        if isinstance(getattr(policies, policy), PartitionPlan):
+        if policy == "partition" and is_plan(policies.partition):
             raise ValueError(
                 f"{', '.join(values)} must not be given with a plan in the JSON. HINT: leave out one of them."
             )

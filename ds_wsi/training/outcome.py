@@ -23,10 +23,10 @@ from ds_wsi.evaluation.record import RunFolderError, RunRecord
 from ds_wsi.evaluation.results import REPORT, write_results
 from ds_wsi.models import SlideModel, build_model, load_model, save_model
 from ds_wsi.norms.policy import CANDIDATES, POPULATIONS
+from ds_wsi.runtime.choices import precision_words
 from ds_wsi.runtime.environment import command_line, environment
 from ds_wsi.runtime.files import json_number, sync_directory, write_json
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.numerics import precision_words
 from ds_wsi.runtime.progress import Progress
 from ds_wsi.training.changed import changed_settings
 from ds_wsi.training.checkpoint import read_state

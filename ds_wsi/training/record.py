@@ -1,21 +1,30 @@
 """What a run's settings say of it in a table of runs."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ds_wsi.evaluation.record import PRECISION, RunRecord
 from ds_wsi.models import SlideModel
+from ds_wsi.runtime.setting import Decides
 from ds_wsi.training.features import encoder_of_features
 from ds_wsi.training.run import Run
-from ds_wsi.training.same_run import slides_per_step
+from ds_wsi.training.same_run import optimizer_words
+from ds_wsi.training.setting_list import SETTINGS, deciding, key_of
 from ds_wsi.training.settings import DataSettings
 from ds_wsi.training.stopping import stopping_words
 
-# Not settings of a group of runs: what names method and training, and what is summed up in slides_per_step.
-_MODEL_NAMES = ("encoder", "aggregator", "freeze_encoder")
-_STEP_NAMES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+# Told by a key of its own; and how activations are cut, whose draws differ as those of two seeds do.
+_ELSEWHERE = {
+    "policies.reading.tile_store",
+    "policies.norm.training",
+    "policies.compression.hook",
+    "run.eval_precision",
+    "run.validate_beside",
+    "run.early_stopping_patience",
+    "run.deepspeed",
+    *(f"policies.partition.{name}" for name in ("mode", "axis", "chunk_size", "bn_population")),
+}
 
 
 DEMO_NAMES = {"plain": "demo", "stains": "demo_stains", "sparse": "demo_sparse"}
@@ -66,26 +75,25 @@ def training_name(module: SlideModel) -> str:
 
 
 def _group_settings(run: Run) -> dict[str, Any]:
-    """Everything that changes a result but seed and split; not what only changes how it is computed."""
+    """Everything that changes a result but what tables have columns for; not what only changes how it is computed."""
     settings, policies = run.settings, run.settings.policies
-    stacking = policies.stacking
-    groups = {
-        "model": {name: value for name, value in asdict(settings.model).items() if name not in _MODEL_NAMES},
-        "optim": {name: value for name, value in asdict(settings.optim).items() if name not in _STEP_NAMES},
-        "tiling": asdict(policies.tiling),
-        "augment": asdict(policies.augment),
-        "compression": {"hook": run.comm.name, "keep": policies.compression.keep} if run.comm else {},
+    decided = deciding(settings, Decides.RESULT, Decides.RESOLVED)
+    if run.comm is None:  # nothing is sent
+        decided = {place: value for place, value in decided.items() if not place.startswith("policies.compression.")}
+    found = {
+        key_of(place): value
+        for place, value in decided.items()
+        if not SETTINGS[place].setting.column and place not in _ELSEWHERE
     }
-    found = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
     found |= {
-        "slides_per_step": slides_per_step(settings, run.epoch_layout["world_size"]),
-        "tiles_per_slide": policies.reading.tiles_per_slide,
+        "slides_per_step": run.step_layout.bags_per_step,
+        "from_tile_store": bool(policies.reading.tile_store),
+        "norm_training": run.config.norm_training,
+        "early_stopping": stopping_words(settings.run),
+        "optimizer": optimizer_words(run),
     }
-    found |= {"from_tile_store": bool(policies.reading.tile_store), "framework": stacking.framework}
-    found |= {"norm_training": run.config.norm_training, "norm_affine": policies.norm.affine}
-    found |= {"norm_evaluation": policies.norm.evaluation, "early_stopping": stopping_words(settings.run)}
-    found |= {"sample_tiles": stacking.sample_tiles} if stacking.framework == "sampling" else {}
+    found |= {"comm_hook": run.comm.name} if run.comm else {}
     found |= {PRECISION: settings.run.eval_precision} if settings.run.eval_precision != "no" else {}
     if run.config.encoder is None and (encoder := encoder_of_features(run.cohort)) is not None:
         found["features"] = encoder  # with the checksum of its weights
-    return found | {"metric_for_best_model": settings.run.metric_for_best_model}
+    return found

@@ -18,6 +18,7 @@ from ds_wsi.bags.packing import require_store
 from ds_wsi.bags.relabel import with_positive
 from ds_wsi.bags.run_splits import write_splits
 from ds_wsi.bags.slide_policy import SkippedSlide, SlidePolicy, write_skipped
+from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.engines.accelerator.engine import (
     Accelerator,
     CommHandle,
@@ -44,8 +45,9 @@ from ds_wsi.norms import batch_norms
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.partition.planning.uniform import DEFAULT_CHUNK
 from ds_wsi.partition.planning.uniform import planning_size as bucket
+from ds_wsi.runtime.choices import precision_words
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.numerics import PRECISIONS, precision_words
+from ds_wsi.runtime.numerics import DTYPES
 from ds_wsi.runtime.progress import Progress as Bar
 from ds_wsi.slides.demo import DEMOS, make_demo
 from ds_wsi.stacking.frameworks import pad_bags
@@ -60,7 +62,7 @@ from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.model import build_slide_model, check_encoder
 from ds_wsi.training.optim import WeightAverage, set_beta
 from ds_wsi.training.run_folder import begin, require_run_folder
-from ds_wsi.training.same_run import known_early, require_same, slides_per_step
+from ds_wsi.training.same_run import known_early, require_same
 from ds_wsi.training.saver import Saver
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import require_metric
@@ -123,19 +125,9 @@ class Run:
         return self.accelerator.state.deepspeed_plugin is not None
 
     @property
-    def epoch_layout(self) -> dict[str, Any]:
-        """The keywords of `plan_epoch`: how many bags each group of ranks that share them trains on."""
-        optim = self.settings.optim
-        return {
-            "world_size": self.mesh.slide_size,
-            "bags_per_rank": optim.per_device_train_batch_size,
-            "accumulation": self.settings.micro_steps,
-        }
-
-    @property
-    def bags_per_step(self) -> int:
-        """Of an optimizer step, over all ranks."""
-        return slides_per_step(self.settings, self.mesh.slide_size)
+    def step_layout(self) -> StepLayout:
+        """The size of a step: how many bags each group of ranks that share them trains on."""
+        return self.settings.step_layout(self.mesh.slide_size)
 
     @property
     def seconds(self) -> float:
@@ -267,7 +259,7 @@ def prepare_run(
         saver=Saver(settings.run.save_beside),
     )
     if batch_norms(module.encoder) and not module.encoder_is_frozen:
-        warn_of_few_bags(training, 1 if training == "bag" else run.bags_per_step)
+        warn_of_few_bags(training, 1 if training == "bag" else run.step_layout.bags_per_step)
     return run
 
 
@@ -320,7 +312,7 @@ def _partition(
         shares = settings.policies.tile_parallel.shares or (1.0,) * mesh.tile_size
         tiles = math.ceil(longest * max(shares) / sum(shares))
         size = settings.policies.tiling.tile_size_px
-        precision = PRECISIONS[settings.optim.mixed_precision]
+        precision = DTYPES[settings.optim.mixed_precision]
         tiles *= settings.optim.per_device_train_batch_size * together
         # As bags of this length are planned, so that what is told is what is used.
         shape = (bucket(tiles) if wanted.mode == "auto" else tiles, 3, size, size)

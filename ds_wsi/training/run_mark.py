@@ -2,71 +2,41 @@
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ds_wsi.bags.delimited import read_delimited
-from ds_wsi.config import SECTION, write_section
+from ds_wsi.config import SECTION
 from ds_wsi.evaluation.record import FILE_NAME as RECORD
 from ds_wsi.evaluation.record import MARK_NAME, RunFolderError, RunRecord
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.locks import is_of_work
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.setting import Decides
 from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.training.checkpoint import list_checkpoints
 from ds_wsi.training.run_folder import is_protocol_mark
+from ds_wsi.training.setting_list import SETTINGS, deciding, key_of
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import stopping_words
 
-# What changes how a run is computed and kept, not what comes out.
-LEFT_OUT = {
-    "data": ("manifest", "tiles_dir", "demo_dir"),
-    "run": (
-        *(
-            "output_dir",
-            "resume_from_checkpoint",
-            "save_steps",
-            "save_minutes",
-            "max_minutes",
-            "save_total_limit",
-            "save_beside",
-            "deepspeed",
-            "ddp_timeout",
-        ),
-        *("validate_beside", "validation_device", "heatmaps", "disable_tqdm"),
-    ),
-}
-
-# Settings of marks that were written before there was a choice.
-_BEFORE = {
-    "data.positive_class": None,
-    "run.eval_precision": "no",
-    "run.tf32": "torch",
-    "run.memory_format": "auto",
-    "optim.encoder_learning_rate": None,
-    "data.split_seed": 0,
-    "data.tissue_masks": None,
-    "data.masks_in_bounds": False,
-    "data.skip_bad_slides": False,
-}
-
 # What files hold. Marks of earlier versions do not have it: it is not compared then.
 HINT = "HINT: give the data and options of the first start, or another --output_dir."
+# Compared by what they hold; and how activations are cut, which a run that is moved may change.
+_ELSEWHERE = {
+    "data.manifest",
+    "run.deepspeed",
+    "run.validate_beside",
+    *(f"policies.partition.{name}" for name in ("mode", "axis", "chunk_size")),
+}
 CONTENTS = ("slide_files", "encoder_weights_sha256")
 
 
 def identity(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> dict[str, Any]:
     """Field -> value of everything that decides the run's result, with its manifest's digest, as JSON has it."""
-    section = write_section(settings.policies)
-    section["reading"] = {name: section["reading"][name] for name in ("tiles_per_slide", "tile_store")}
-    section["partition"] = {"bn_population": settings.policies.partition.bn_population}
-    found: dict[str, Any] = {}
-    for group in ("data", "model", "optim", "run"):
-        values = asdict(getattr(settings, group))
-        found |= {f"{group}.{name}": value for name, value in values.items() if name not in LEFT_OUT.get(group, ())}
-    found |= {f"{policy}.{name}": value for policy, values in section.items() for name, value in values.items()}
+    kinds = (Decides.RESULT, Decides.RESOLVED, Decides.STEP, Decides.TEST, Decides.NAME)
+    found = {key_of(place): value for place, value in deciding(settings, *kinds).items() if place not in _ELSEWHERE}
     found["early_stopping"] = stopping_words(settings.run)  # beside training it comes an epoch later
     found["manifest"] = _slides_digest(Path(str(settings.data.manifest)))
     found["slide_files"] = _contents_digest(Path(str(settings.data.manifest)))
@@ -110,14 +80,13 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
     if not list_checkpoints(folder) and not (folder / RECORD).exists():
         return
     remembered = json.loads(mark.read_text(encoding="utf-8"))
-    begun = _BEFORE | remembered
+    # The version that wrote the mark had no such setting: it did what the default does.
+    begun = {key_of(place): json.loads(json.dumps(one.default)) for place, one in SETTINGS.items()} | remembered
     unknown = [name for name in CONTENTS if name not in begun]
     if unknown:
         logger.warning("%s is of an earlier version, which did not record %s: not compared", mark, ", ".join(unknown))
     left_out = {*unknown} if "encoder_weights_sha256" in unknown else {*unknown, "model.encoder_weights"}
-    names = [
-        name for name in sorted({*remembered, *wanted}) if name not in left_out and begun.get(name) != wanted.get(name)
-    ]
+    names = [name for name in sorted(wanted) if name not in left_out and begun.get(name) != wanted[name]]
     found = [_difference(name, begun.get(name), wanted.get(name)) for name in names]
     if len(found) == 1:
         raise ValueError(f"{found[0]} ({mark}). {HINT}")

@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
 from ds_wsi.bags.feature_cohort import features_digest
 from ds_wsi.bags.manifest import Manifest, ManifestError, parse_manifest
 from ds_wsi.bags.splits import assign_splits
+from ds_wsi.norms import batch_norms
 from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.setting import Decides
 from ds_wsi.runtime.words import counted
 from ds_wsi.slides.fingerprint import slide_fingerprint
-from ds_wsi.slides.tiling import TilingPolicy, stored_tiling
+from ds_wsi.training.changed import setting_name
 from ds_wsi.training.checkpoint import read_state
+from ds_wsi.training.setting_list import SETTINGS, deciding
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import stopping_words
 
@@ -29,14 +33,10 @@ if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort
     from ds_wsi.training.run import Run
 
-# Keys that checkpoints of earlier versions do not have.
-NEW = ("classes", "slides", "encoder_weights", "pretrained", "slide_files", "grids", "validation_features")
-EPOCHS = "num_train_epochs"
-DRAW = "split_seed"
+EPOCHS, SCHEDULE, DEMON = "optim.num_train_epochs", "optim.lr_scheduler_type", "optim.demon"
+DRAW = "data.split_seed"
 TEST_FILES = "test_files"  # they decide the results, not the weights: another file is tested anew, and not refused
 STEP, LAYOUT = "slides_per_step", "layout"
-# Of the stacking: how a step's slides lie on the processes, and how many of them there are, which `STEP` says.
-PLACED = ("bags_per_step", "virtual_workers", "max_tiles_per_rank")
 SHOWN = 3
 
 
@@ -56,19 +56,20 @@ def _made_of(run: "Run") -> dict[str, Any]:
         **of_settings(run.settings),
         **of_layout(run.settings, run.mesh.slide_size),
         **of_manifest(run.cohort.manifest),
-        # The hook that is in use, for "auto" may find another link.
-        "comm_hook": None if run.comm is None else f"{run.comm.name}, keep {run.settings.policies.compression.keep:g}",
-        "encoder": run.config.encoder and run.settings.model.encoder,
+        "comm_hook": None if run.comm is None else run.comm.name,  # in use, because "auto" may find another link
+        "model.encoder": run.config.encoder and run.settings.model.encoder,
         "dropout": run.config.dropout,
         "aggregator_options": run.config.aggregator_options,
         "norm_training": run.config.norm_training,
         "encoder_features": run.config.encoder_features,
-        "aggregator": run.config.aggregator,
         "features": None if in_dim is None else features_digest(run.cohort, run.cohort.rows("train")),
         "tiling": run.config.tiling,
         "validation_features": None if in_dim is None else features_digest(run.cohort, run.cohort.rows("validation")),
         "slide_files": _slide_files(run.cohort, _trained_rows(run.cohort)) if in_dim is None else None,
         "grids": _grids(run.cohort) if in_dim is None else None,
+        "optimizer": optimizer_words(run),
+        "partition": _partition(run),
+        "norm_stacks": _norm_stacks(run),
         TEST_FILES: _test_files(run.cohort),
         "training_slides": len(run.cohort.rows("train")),
         "training_tiles": sum(run.cohort.lengths[row] for row in run.cohort.rows("train")),
@@ -78,51 +79,57 @@ def _made_of(run: "Run") -> dict[str, Any]:
 
 
 def of_settings(settings: TrainSettings) -> dict[str, Any]:
-    """The part that settings alone decide."""
-    optim, model, policies = settings.optim, settings.model, settings.policies
+    """The part that settings alone decide: those that decide the result, by their place, and what others stand for."""
     return {
-        "seed": settings.run.seed,
-        "stacking": {name: value for name, value in asdict(policies.stacking).items() if name not in PLACED},
-        "from_tile_store": bool(policies.reading.tile_store),  # its JPEG differs by a grey level
-        "tiles_per_slide": policies.reading.tiles_per_slide,
-        EPOCHS: optim.num_train_epochs,
-        "learning_rate": optim.learning_rate,
-        "lr_scheduler_type": optim.lr_scheduler_type,
-        "warmup_steps": optim.warmup_steps,
-        "mixed_precision": optim.mixed_precision,
-        "optim": optim.optim,
-        "weight_decay": optim.weight_decay,
-        "max_grad_norm": optim.max_grad_norm,
-        "demon": optim.demon,
-        "momentum": optim.momentum,
-        "class_weights": None if optim.class_weights is None else list(optim.class_weights),
-        "ema_decay": optim.ema_decay,
-        **{
-            name: getattr(model, name)
-            for name in ("freeze_encoder", "freeze_until", "freeze_encoder_epochs", "lora_rank", "lora_alpha")
-        },
-        "lora_targets": list(model.lora_targets),
-        "pretrained": model.pretrained,
-        "encoder_weights": _weights(model.encoder_weights),
-        "augment": asdict(policies.augment),
-        **{f"norm.{name}": getattr(policies.norm, name) for name in ("evaluation", "affine")},
-        "metric_for_best_model": settings.run.metric_for_best_model,
-        "encoder_learning_rate": optim.learning_rate * settings.encoder_factor,
-        "eval_precision": settings.run.eval_precision,
+        **deciding(settings, Decides.RESULT),
+        "from_tile_store": bool(settings.policies.reading.tile_store),  # its JPEG differs by a grey level
+        "encoder_weights": _weights(settings.model.encoder_weights),
+        "encoder_learning_rate": settings.optim.learning_rate * settings.encoder_factor,
         "early_stopping": stopping_words(settings.run),
     }
 
 
-def slides_per_step(settings: TrainSettings, groups: int) -> int:
-    """Bags of an optimizer step over all processes, of which `groups` have bags of their own."""
-    whole = groups * settings.optim.per_device_train_batch_size * settings.micro_steps
-    return settings.policies.stacking.bags_per_step or whole
+def optimizer_words(run: "Run") -> str:
+    """The optimizer's constants beside its rates, wherever they were given (a DeepSpeed JSON may)."""
+    group = run.optimizer.param_groups[0]
+    names = ("betas", "eps", "amsgrad", "nesterov", "dampening")
+    found = {name: group[name] for name in names if group.get(name)}
+    if run.settings.optim.demon and "betas" in found:
+        found["betas"] = found["betas"][1:]  # the first moves
+    return ", ".join(f"{name} {value}" for name, value in found.items())
+
+
+def _partition(run: "Run") -> str | None:
+    """How the encoder is cut, where it draws: each cut has draws of its own. Else cuts differ by rounding alone."""
+    encoder, policy = run.module.encoder, run.settings.policies.partition
+    if run.settings.model.freeze_encoder or not any(map(_draws, encoder.modules())):
+        return None
+    return f"{policy.mode} on the {policy.axis} axis in chunks of {policy.chunk_size or 'its own choice'}"
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a module draws in training: dropout, and stochastic depth as timm and torchvision have it."""
+    is_named = type(module).__name__.endswith(("Dropout", "DropPath", "StochasticDepth"))
+    is_dropout = is_named or isinstance(module, nn.modules.dropout._DropoutNd)
+    return is_dropout and any(getattr(module, name, 0) for name in ("p", "drop_prob"))
+
+
+def _norm_stacks(run: "Run") -> dict[str, Any] | None:
+    """Which bags share a stack, where BatchNorm averages over one: another layout is then another training."""
+    settings = run.settings
+    if run.config.norm_training != "stack" or not batch_norms(run.module.encoder):
+        return None
+    dealt = asdict(settings.policies.stacking)
+    each = settings.optim.per_device_train_batch_size
+    if each == 1 and not settings.policies.stacking.deals:
+        return None  # a stack is a bag, on any number of processes
+    return {"processes": run.mesh.slide_size, "slides": each, "micro_steps": settings.micro_steps, **dealt}
 
 
 def of_layout(settings: TrainSettings, groups: int) -> dict[str, Any]:
     """How many slides a step has, which must stay, and how they lie on the processes, which may change."""
-    layout = [groups, settings.optim.per_device_train_batch_size, settings.micro_steps]
-    return {STEP: slides_per_step(settings, groups), LAYOUT: layout}
+    layout = settings.step_layout(groups)
+    return {STEP: layout.bags_per_step, LAYOUT: [layout.groups, layout.bags_per_group, layout.micro_steps]}
 
 
 def of_manifest(manifest: Manifest) -> dict[str, Any]:
@@ -140,10 +147,9 @@ def known_early(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     found = {
         **of_settings(settings),
         **of_layout(settings, world_size // settings.policies.tile_parallel.size),
-        "aggregator": model.aggregator,
         "aggregator_options": dict(model.aggregator_options),
         "dropout": model.dropout,
-        "encoder": model.encoder if on_slides else None,
+        "model.encoder": model.encoder if on_slides else None,
         "tiling": asdict(settings.policies.tiling) if on_slides else {},
     }
     if data.manifest is not None and Path(data.manifest).exists():
@@ -168,10 +174,12 @@ def require_same(ours: Mapping[str, Any], checkpoint: Path) -> None:
     Raises:
         ValueError: names every difference, with both values.
     """
-    theirs = _of_checkpoint(checkpoint)
+    theirs: dict[str, Any] = read_state(checkpoint)["fingerprint"]
     if "slides" in theirs:  # each slide's split is compared
         ours = {name: value for name, value in ours.items() if name != DRAW}
-    unknown = [name for name in NEW if name in ours and name not in theirs]
+    # The version that wrote the checkpoint had no such setting: it did what the default does.
+    theirs = {name: json.loads(json.dumps(one.default)) for name, one in SETTINGS.items()} | theirs
+    unknown = [name for name in ours if name not in theirs]
     if unknown:
         logger.warning(
             "%s is of an earlier version, which did not record %s: not compared", checkpoint, ", ".join(unknown)
@@ -199,7 +207,10 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
         if key == STEP and given is not None:
             lines.append(_step_difference(ours, theirs))
             continue
-        line = f"{key} must be the checkpoint's, {_shown(given)}, to continue it exactly, got {_shown(value)}"
+        line = (
+            f"{setting_name(key)} must be the checkpoint's, {_shown(given)}, to continue it exactly, got "
+            f"{_shown(value)}"
+        )
         if key == "comm_hook" and value is None:
             line += (
                 ": one process sends nothing, and what several still owe the weights would be lost. Go on with two or "
@@ -229,7 +240,7 @@ def _step_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
 
 def _is_longer_exactly(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     """Whether more epochs do not change those that are done: only where nothing depends on the run's length."""
-    has_no_end = ours["lr_scheduler_type"] == "constant" and not ours["demon"]
+    has_no_end = ours[SCHEDULE] == "constant" and not ours[DEMON]
     return bool(has_no_end and ours[EPOCHS] > theirs.get(EPOCHS, ours[EPOCHS]))
 
 
@@ -271,23 +282,6 @@ def _list(shown: Sequence[str], names: Sequence[str]) -> str:
 def _shown(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _of_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """Its fingerprint, with what earlier versions did without a choice."""
-    theirs: dict[str, Any] = read_state(checkpoint)["fingerprint"]
-    # `seed` drew the splits, too.
-    theirs = {
-        DRAW: theirs.get("seed"),
-        "momentum": 0.0,
-        "eval_precision": "no",
-        "encoder_learning_rate": theirs.get("learning_rate"),
-    } | theirs
-    if theirs.get("tiling"):  # in today's words
-        theirs["tiling"] = json.loads(json.dumps(asdict(TilingPolicy(**stored_tiling(theirs["tiling"])))))
-    if "bn_population" in theirs:  # of a checkpoint before there was a policy: what it trained and exported then
-        theirs = {"norm.evaluation": "running", "norm.affine": True, "norm_training": theirs["bn_population"]} | theirs
-    return theirs
 
 
 def _weights(path: str | None) -> str | None:

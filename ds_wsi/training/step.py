@@ -1,5 +1,8 @@
 """One micro-step: the stack's loss, weighted so that the engine's mean is the mean over the step's bags."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +18,51 @@ def bag_weight(bags_in_step: int, world_size: int, accumulation: int) -> float:
     With it the gradient is (1 / B) sum_b grad l_b over the step's B bags, however unevenly they lie on the ranks.
     """
     return world_size * accumulation / bags_in_step
+
+
+def _once(compute: Callable[[], Tensor]) -> Tensor:
+    return compute()
+
+
+def run_micro_step(
+    accelerator: Any,
+    model: nn.Module,
+    optimizer: Any,
+    compute: Callable[[], Tensor],
+    weight: float,
+    *,
+    max_grad_norm: float = 0.0,
+    guard: Callable[[Callable[[], Tensor]], Tensor] = _once,
+) -> Tensor:
+    """One micro-step of a process: forward, backward, and after a step's last one the optimizer's step.
+
+    Collective, as the engine is; a process without a bag computes `idle_loss`.
+
+    Args:
+        accelerator: Accelerate's, of whatever engine.
+        model: as `accelerator.prepare` returned it.
+        optimizer: as `accelerator.prepare` returned it.
+        compute: returns the sum of the losses of this process's bags, with its graph.
+        weight: factor of the loss, see `bag_weight`.
+        max_grad_norm: norm to which a larger gradient of the step is scaled down; 0 clips nothing.
+        guard: calls forward and backward, and may call them again where they ran out of memory.
+
+    Returns:
+        What `compute` returned, detached.
+    """
+
+    def forward_backward() -> Tensor:
+        loss = compute()
+        accelerator.backward(loss * weight)
+        return loss.detach()
+
+    with accelerator.accumulate(model):
+        loss = guard(forward_backward)
+        if accelerator.sync_gradients and max_grad_norm > 0:
+            accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss
 
 
 def blank_tile(tile_size_px: int, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ds_wsi.slides.demo import DEMO_DIRS
+from ds_wsi.slides.policy import DEMO_DIRS
 from ds_wsi.training.compare import (
     ARMS,
     METRICS,

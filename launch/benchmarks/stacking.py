@@ -21,18 +21,18 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from ds_wsi.bags.bag import FailureLog, ReadPolicy, read_bags
+from ds_wsi.bags.bag import FailureLog, read_bags
 from ds_wsi.bags.cohort import load_cohort
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.models import SlideModel, SlideOutput, build_aggregator
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.demo import make_demo
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import DEMO_TILE_SIZE_PX, TilingPolicy
 from ds_wsi.stacking.balance import assign_bags
 from ds_wsi.stacking.frameworks import pad_bags, sample_bag
 from ds_wsi.stacking.packs import plan_packs
 from ds_wsi.stacking.stacked_bags import stack_bags
-from ds_wsi.training.options import DEMO_TILE_SIZE_PX
 from ds_wsi.training.settings import DataSettings
 from launch.benchmarks.table import Bound, Result
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ds_wsi.bags.bag import ReadPolicy, read_chunks
+from ds_wsi.bags.bag import read_chunks
 from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import temporary_folder
 from ds_wsi.slides.demo import DemoPolicy, make_demo

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from ds_wsi.bags.bag import FailureLog, ReadPolicy, read_chunks
+from ds_wsi.bags.bag import FailureLog, read_chunks
 from ds_wsi.bags.cohort import load_cohort
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.evaluation.predict import predict_slides
 from ds_wsi.models import AGGREGATORS, SlideModel, build_aggregator
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 
 TILE_PX, WIDTH, CHUNK = 16, 32, 512
 

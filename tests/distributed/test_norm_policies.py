@@ -6,6 +6,7 @@ running statistics, as the project once did, the same network is far worse.
 """
 
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,21 +15,22 @@ from torch import nn
 
 from ds_wsi.bags.bag import Bag, BagPart, TileChunk, TileRequest
 from ds_wsi.bags.sampler import plan_epoch
+from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.engines.policies.norms import apply_training, decide_training
 from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.norms import NormPolicy
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.step import bag_weight, idle_loss
+from ds_wsi.training.step import bag_weight, idle_loss, run_micro_step
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
 TILE_PX, TRAIN, VALIDATION, TEST, TILES, RATE = 8, 32, 80, 60, 6, 0.01
 CANDIDATES = ("running", "recalibrated", "bag")
 LAYOUTS = {
-    "one bag a call": {"bags_per_rank": 1, "accumulation": 1},
-    "accumulation 4": {"bags_per_rank": 1, "accumulation": 4},
-    "stack of 4": {"bags_per_rank": 4, "accumulation": 1},
+    "one bag a call": {"bags_per_group": 1, "micro_steps": 1},
+    "accumulation 4": {"bags_per_group": 1, "micro_steps": 4},
+    "stack of 4": {"bags_per_group": 4, "micro_steps": 1},
 }
 
 
@@ -114,6 +116,14 @@ def measure(model, slides, training, evaluation, rows, split):
     return norm_choice.choose_norms(model, slides, [[0] * TILES] * len(slides), None, failures, plan)
 
 
+def loss_of(model, slides):
+    """The sum of the slides' losses."""
+    if not slides:
+        return idle_loss(model, torch.zeros(1, 3, TILE_PX, TILE_PX))
+    stack = stack_bags([slide.tiles for slide in slides])
+    return stack_loss(model(stack), torch.tensor([slide.label for slide in slides]))
+
+
 def train_cases(engine, cases) -> list:
     """On one rank: every case's trainings."""
     return [_train(engine, *case) for case in cases]
@@ -143,29 +153,21 @@ def _train(engine, layout, weights, policies) -> list:
             }
         model = make_model(weights)
         training = decide_training(NormPolicy(training=wanted), "stack", model)
-        accumulation = 1 if training == "step" else layout["accumulation"]
-        settings = EngineSettings(*(RATE, 0.0, 0.0, "adam", layout["bags_per_rank"], accumulation))
+        accumulation = 1 if training == "step" else layout["micro_steps"]
+        settings = EngineSettings(*(RATE, 0.0, 0.0, "adam", layout["bags_per_group"], accumulation))
         accelerator = build_accelerator(settings, Path("unused"), config)
         apply_training(training, NormPolicy(), model)
         wrapped, optimizer = prepare(accelerator, model, settings)
         wrapped.train()
         world, rank = accelerator.num_processes, accelerator.process_index
-        bags_per_step = world * layout["bags_per_rank"] * layout["accumulation"]
+        bags_per_step = world * layout["bags_per_group"] * layout["micro_steps"]
         for epoch in range(12 if bags_per_step <= 2 else 24):  # an epoch of fewer steps teaches less
-            for step in plan_epoch(TRAIN, seed=0, epoch=epoch, world_size=world, **layout):
+            for step in plan_epoch(TRAIN, StepLayout(world, **layout), seed=0, epoch=epoch):
                 step = step.as_one if training == "step" else step
                 weight = bag_weight(step.n_bags, world, len(step.micro_steps))
                 for groups in step.micro_steps:
-                    with accelerator.accumulate(wrapped):
-                        if groups[rank]:
-                            stack = stack_bags([slides[row].tiles for row in groups[rank]])
-                            labels = torch.tensor([slides[row].label for row in groups[rank]])
-                            loss = stack_loss(wrapped(stack), labels)
-                        else:
-                            loss = idle_loss(wrapped, torch.zeros(1, 3, TILE_PX, TILE_PX))
-                        accelerator.backward(loss * weight)
-                        optimizer.step()
-                        optimizer.zero_grad()
+                    own = [slides[row] for row in groups[rank]]
+                    run_micro_step(accelerator, wrapped, optimizer, partial(loss_of, wrapped, own), weight)
         module = accelerator.unwrap_model(wrapped)
         average_buffers(accelerator, module)
         plain = make_model(None)

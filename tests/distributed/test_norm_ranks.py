@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_wsi.bags.sampler import plan_epoch
+from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.engines.policies.norms import apply_training
 from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.models.loss import stack_loss
@@ -59,7 +60,7 @@ def make_bags(dtype) -> list:
 
 
 def plan_of(world_size: int, accumulation: int):
-    plan = plan_epoch(len(LENGTHS), seed=0, epoch=0, world_size=world_size, accumulation=accumulation)
+    plan = plan_epoch(len(LENGTHS), StepLayout(world_size, 1, accumulation), seed=0, epoch=0)
     return [step.as_one for step in plan]
 
 

@@ -7,6 +7,7 @@ for the learning rate) and the running statistics of each rank.
 import copy
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from ds_wsi.partition import PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.partition.graph.norm import NormSite
 from ds_wsi.partition.policy import MODES
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.step import blank_tile, idle_loss
+from ds_wsi.training.step import blank_tile, idle_loss, run_micro_step
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -111,10 +112,7 @@ def through_accelerate(case, model):
     wrapped, optimizer = prepare(accelerator, model, settings)
 
     def micro_step(index):
-        with accelerator.accumulate(wrapped):
-            accelerator.backward(loss_of(wrapped, index, dist.get_rank()))
-            optimizer.step()
-            optimizer.zero_grad()
+        run_micro_step(accelerator, wrapped, optimizer, partial(loss_of, wrapped, index, dist.get_rank()), 1.0)
 
     return micro_step
 

@@ -107,7 +107,7 @@ def prepares(rank, folder, manifest, how):
     """Rank 1 goes away while the cohort is tiled, before anything is trained; rank 0 waits for it."""
     from ds_wsi.config import DsWsiConfig
     from ds_wsi.engines.machine import cpu
-    from ds_wsi.slides.tiling import TilingPolicy
+    from ds_wsi.slides.policy import TilingPolicy
     from ds_wsi.training import loop, run
     from ds_wsi.training.settings import DataSettings, ModelSettings, RunSettings, TrainSettings
 

@@ -15,6 +15,7 @@ from tiny_runs import write_cohort
 from torch import nn
 
 from ds_wsi.compression.comm import CommPolicy
+from ds_wsi.training.step import run_micro_step
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -68,13 +69,11 @@ class Trainer:
     def step(self, number):
         x, y = batch_of(number, self.dtype)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        loss = F.cross_entropy(self.model(x[rank::world]), y[rank::world])
-        with self.accelerator.accumulate(self.model):
-            self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.module.parameters(), 0.5)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+
+        def loss():
+            return F.cross_entropy(self.model(x[rank::world]), y[rank::world])
+
+        run_micro_step(self.accelerator, self.model, self.optimizer, loss, 1.0, max_grad_norm=0.5)
         self.module.counted += 1
 
     def weights(self):

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from ds_wsi.bags.sampler import plan_epoch
+from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.models import build_aggregator
 from ds_wsi.models.aggregators import AGGREGATORS
 from ds_wsi.models.loss import stack_loss
@@ -62,8 +63,8 @@ def on_ranks(names, dtype):
     for name in names:
         for workers, seed in LAYOUTS:
             module, bags = make(name, dtype), make_bags(seed, dtype)
-            layout = {"world_size": world, "accumulation": workers, "stacking": policy, "lengths": lengths_of(seed)}
-            (step,) = plan_epoch(7, seed=seed, epoch=0, **layout)
+            layout = StepLayout(world, 1, workers, policy)
+            (step,) = plan_epoch(7, layout, seed=seed, epoch=0, lengths=lengths_of(seed))
             weight = bag_weight(step.n_bags, world, workers)
             for ranks in step.micro_steps:
                 if ranks[rank]:

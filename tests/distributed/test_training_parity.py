@@ -5,6 +5,7 @@ last step uneven, so that a mean of per-rank means is wrong; the test checks tha
 """
 
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ds_wsi.bags.sampler import plan_epoch
+from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.partition import PartitionPolicy, partition_layers
@@ -20,7 +22,7 @@ from ds_wsi.stacking import stack_bags
 from ds_wsi.stacking.packs import pack_bags
 from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.stacking.randomness import bag_randomness, key_dropouts
-from ds_wsi.training.step import bag_weight, blank_tile, idle_loss
+from ds_wsi.training.step import bag_weight, blank_tile, idle_loss, run_micro_step
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -44,8 +46,9 @@ def plan_of(layout: dict) -> tuple:
     layout = dict(layout)
     model = {name: layout.pop(name) for name in ("aggregator", "dropout") if name in layout}
     if "stacking" in layout:
-        layout |= {"stacking": StackingPolicy(**layout["stacking"]), "lengths": LENGTHS}
-    return plan_epoch(len(LENGTHS), seed=0, epoch=0, **layout), model
+        layout["stacking"] = StackingPolicy(**layout["stacking"])
+    size = StepLayout(layout["world_size"], layout["bags_per_rank"], layout["accumulation"], layout.get("stacking"))
+    return plan_epoch(len(LENGTHS), size, seed=0, epoch=0, lengths=LENGTHS), model
 
 
 def make_bags() -> list[tuple[torch.Tensor, int]]:
@@ -88,6 +91,15 @@ def train_cases(cases: list[tuple[str, dict[str, int]]]) -> list[dict[str, torch
     return found
 
 
+def loss_of(model: torch.nn.Module, bags: dict) -> torch.Tensor:
+    """The sum of the bags' losses, each with the seed of its dropout."""
+    if not bags:
+        return idle_loss(model, blank_tile(TILE_PX, torch.device("cpu")))
+    tiles, labels = zip(*bags.values(), strict=True)
+    with bag_randomness(list(bags)):
+        return stack_loss(model(stack_bags(tiles)), torch.tensor(labels))
+
+
 def _train(engine: str, layout: dict[str, int]) -> dict[str, torch.Tensor]:
     from pathlib import Path
 
@@ -118,16 +130,8 @@ def _train(engine: str, layout: dict[str, int]) -> dict[str, torch.Tensor]:
     for number, step in enumerate(plan):
         weight = bag_weight(step.n_bags, accelerator.num_processes, len(step.micro_steps))
         for ranks in step.micro_steps:
-            with accelerator.accumulate(model):
-                if ranks[rank]:
-                    tiles, labels = zip(*(bags[slide] for slide in ranks[rank]), strict=True)
-                    with bag_randomness([step_seed(0, number, slide) for slide in ranks[rank]]):
-                        loss = stack_loss(model(stack_bags(tiles)), torch.tensor(labels))
-                else:
-                    loss = idle_loss(model, blank_tile(TILE_PX, torch.device("cpu")))
-                accelerator.backward(loss * weight)
-                optimizer.step()
-                optimizer.zero_grad()
+            own = {step_seed(0, number, slide): bags[slide] for slide in ranks[rank]}
+            run_micro_step(accelerator, model, optimizer, partial(loss_of, model, own), weight)
     return full_state_dict(accelerator.unwrap_model(model))
 
 

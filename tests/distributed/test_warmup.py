@@ -4,6 +4,8 @@ The oracle is plain PyTorch: at first an optimizer of the aggregator's parameter
 computed without a gradient; then a fresh one of the encoder's joins it.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from torch import nn
 from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.step import bag_weight
+from ds_wsi.training.step import bag_weight, run_micro_step
 from ds_wsi.training.warmup import encoder_rests, forget_steps, set_rates
 from harness import run_ranks
 
@@ -109,12 +111,14 @@ def _train(engine: str, kind: str) -> list[dict[str, torch.Tensor]]:
         for step in range(STEPS):
             set_rates(optimizer, RATE, DECAY, resting=module.warming_up)
             tiles, label = make_bag(epoch * STEPS + step, accelerator.process_index)
-            loss = stack_loss(model(stack_bags([tiles])), label)
-            accelerator.backward(loss * bag_weight(2, accelerator.num_processes, 1))
-            optimizer.step()
-            optimizer.zero_grad()
+            stack, weight = stack_bags([tiles]), bag_weight(2, accelerator.num_processes, 1)
+            run_micro_step(accelerator, model, optimizer, partial(loss_of, model, stack, label), weight)
         found.append(weights_of(module))
     return found
+
+
+def loss_of(model, stack, label):
+    return stack_loss(model(stack), label)
 
 
 CASES = [("ddp", "adamw"), ("fsdp2", "adamw"), ("zero2offload", "adamw"), ("zero2", "adam")]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_wsi.bags.sampler import plan_epoch
+from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.models import ModelConfig, NoEncoder, SlideModel, build_aggregator
 from ds_wsi.norms import NormPolicy
 from ds_wsi.partition.forward import PartitionedForward
@@ -80,7 +81,7 @@ def steps_of(n_bags, world, accumulation, *, plain=False):
     size = world * 2 * accumulation
     if plain:
         return [list(range(n_bags))[start : start + size] for start in range(0, n_bags, size)]
-    plan = plan_epoch(n_bags, seed=SEED, epoch=0, world_size=world, bags_per_rank=2, accumulation=accumulation)
+    plan = plan_epoch(n_bags, StepLayout(world, 2, accumulation), seed=SEED, epoch=0)
     return [[bag for ranks in step.micro_steps for own in ranks for bag in own] for step in plan]
 
 

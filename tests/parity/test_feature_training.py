@@ -13,14 +13,14 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 
 import ds_wsi.training.model
-from ds_wsi.bags.augment import AugmentPolicy
-from ds_wsi.bags.bag import ReadPolicy
+from ds_wsi.bags.policy import AugmentPolicy, ReadPolicy
 from ds_wsi.bags.sampler import choose_tiles, plan_epoch
+from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.cli import main
 from ds_wsi.config import DsWsiConfig
 from ds_wsi.models import build_encoder, build_model, load_model
 from ds_wsi.models.config import ModelConfig
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking import stack_bags
 from ds_wsi.training.loop import train
 from ds_wsi.training.settings import DataSettings, ModelSettings, OptimSettings, RunSettings, TrainSettings
@@ -85,7 +85,7 @@ def plain_loop(bags, tiles_per_slide):
     model = build_model(ModelConfig(None, "gated_abmil", ("a", "b"), {}, dropout=0.0, in_dim=WIDTH)).aggregator.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     for epoch in range(EPOCHS):
-        for step in plan_epoch(5, seed=SEED, epoch=epoch, bags_per_rank=2):
+        for step in plan_epoch(5, StepLayout(bags_per_group=2), seed=SEED, epoch=epoch):
             slides = [slide for ranks in step.micro_steps for own in ranks for slide in own]
             losses = []
             for slide in slides:

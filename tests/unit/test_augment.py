@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_wsi.bags.augment import AugmentPolicy, augment_bag
+from ds_wsi.bags.augment import augment_bag
+from ds_wsi.bags.policy import AugmentPolicy
 
 FLIPS = AugmentPolicy(flips=True, colour=0.0)
 COLOUR = AugmentPolicy(flips=False, colour=0.2)

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_wsi.bags.augment import AugmentPolicy, augment_bag
+from ds_wsi.bags.augment import augment_bag
+from ds_wsi.bags.policy import AugmentPolicy
 from ds_wsi.bags.stain import STAINS, shift_stains
 
 NOTHING = {"flips": False, "colour": 0.0}

@@ -9,7 +9,6 @@ import torch
 from ds_wsi.bags.bag import (
     FailureLog,
     ReadFailureError,
-    ReadPolicy,
     TileDataset,
     TileRequest,
     plan_requests,
@@ -17,9 +16,10 @@ from ds_wsi.bags.bag import (
     read_chunks,
 )
 from ds_wsi.bags.cohort import load_cohort
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.runtime.log import logger
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.slides.slide import Slide, TileReadError
-from ds_wsi.slides.tiling import TilingPolicy
 
 
 @pytest.fixture(scope="module")

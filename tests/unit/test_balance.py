@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_wsi.bags.sampler import plan_epoch
+from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.stacking.balance import OverCapError, assign_bags, fit_cost
 from ds_wsi.stacking.packs import plan_packs
 from ds_wsi.stacking.policy import StackingPolicy
@@ -88,7 +89,7 @@ def test_a_step_has_the_same_bags_however_many_workers_compute_it():
     lengths = camelyon_lengths(40, 0)
     policy = StackingPolicy(bags_per_step=16)
     plans = [
-        plan_epoch(40, seed=3, epoch=1, world_size=ranks, accumulation=workers, stacking=policy, lengths=lengths)
+        plan_epoch(40, StepLayout(ranks, 1, workers, policy), seed=3, epoch=1, lengths=lengths)
         for ranks, workers in ((1, 1), (2, 3), (8, 1))
     ]
     steps = [[sorted(b for ranks in step.micro_steps for own in ranks for b in own) for step in plan] for plan in plans]

@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_wsi.bags.augment import AugmentPolicy
-from ds_wsi.bags.bag import ReadPolicy
+from ds_wsi.bags.policy import AugmentPolicy, ReadPolicy
 from ds_wsi.config import DsWsiConfig, read_section, write_section
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 
 
 @pytest.mark.parametrize(
@@ -83,3 +82,8 @@ def test_whole_numbers_serve_as_floats():
 def test_errors_name_the_full_key(section, message):
     with pytest.raises(ValueError, match=message):
         read_section(section)
+
+
+def test_a_list_is_taken_where_the_default_is_empty():
+    section = {"tile_parallel": {"size": 2, "shares": [1, 2.5]}}
+    assert read_section(section).tile_parallel.shares == (1, 2.5)

@@ -15,8 +15,9 @@ from ds_wsi.slides.coords import (
     read_grid,
     write_grid,
 )
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.slides.slide import Slide, SlideError
-from ds_wsi.slides.tiling import TileGrid, TilingPolicy, plan_coords, plan_level
+from ds_wsi.slides.tiling import TileGrid, plan_coords, plan_level
 
 
 @pytest.fixture

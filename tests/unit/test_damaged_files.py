@@ -19,9 +19,10 @@ from ds_wsi.slides import tile_store
 from ds_wsi.slides.coords import export_clam, import_clam, read_grid, read_slide_fingerprint, write_grid
 from ds_wsi.slides.demo import write_pyramid
 from ds_wsi.slides.masks import MaskFile, read_mask, write_mask
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.slides.slide import Slide, SlideError, TileReadError
 from ds_wsi.slides.tile_store import StoredSlide, StoreError, damaged_rows, pack_slide, store_path
-from ds_wsi.slides.tiling import TilingPolicy, tile_slide
+from ds_wsi.slides.tiling import tile_slide
 
 MASKS = (0xFF, 0x01, 0x80)
 

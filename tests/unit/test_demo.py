@@ -8,7 +8,7 @@ from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.manifest import read_manifest
 from ds_wsi.slides import demo
 from ds_wsi.slides.demo import Centre, DemoPolicy, SparsePolicy, StainsPolicy, make_demo
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 
 SMALL = DemoPolicy(train=2, validation=2, test=2, min_side_px=352, max_side_px=416)
 

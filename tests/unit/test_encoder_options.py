@@ -17,7 +17,7 @@ from ds_wsi.models.freezing import freeze_until
 from ds_wsi.models.hub import KNOWN, layers_by_name, resolve_encoder
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.runtime.log import logger
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking import stack_bags
 from ds_wsi.training.run import prepare_run
 from ds_wsi.training.settings import ModelSettings, TrainSettings

@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import save_file
 
 from ds_wsi import SlideModel, build_aggregator, stack_bags
-from ds_wsi.bags.augment import AugmentPolicy
-from ds_wsi.bags.bag import BagPart, FailureLog, ReadPolicy, read_bags
+from ds_wsi.bags.bag import BagPart, FailureLog, read_bags
 from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.feature_cohort import features_digest, load_feature_cohort
 from ds_wsi.bags.features import FeatureFileError, read_features, read_places
 from ds_wsi.bags.manifest import ManifestError
+from ds_wsi.bags.policy import AugmentPolicy, ReadPolicy
 from ds_wsi.cli import main
 from ds_wsi.evaluation.extract import build_extractor, extract_features
 from ds_wsi.evaluation.predict import SlidePrediction, predict_slides
 from ds_wsi.evaluation.results import draw_heatmaps
 from ds_wsi.models import ModelConfig, NoEncoder, build_encoder, build_model
 from ds_wsi.runtime.log import logger
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.settings import DataSettings, ModelSettings, TrainSettings

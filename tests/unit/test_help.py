@@ -6,8 +6,8 @@ import re
 import pytest
 
 from ds_wsi.cli import build_parser, main
-from ds_wsi.training.option_list import GROUPS, OPTIONS, default_of, default_words, group_of
 from ds_wsi.training.options import any_case
+from ds_wsi.training.setting_list import GROUPS, OPTIONS, default_words
 
 
 @pytest.fixture(scope="module")
@@ -16,16 +16,17 @@ def commands():
     return action.choices
 
 
-@pytest.mark.parametrize("option", OPTIONS, ids=[option[0] for option in OPTIONS])
-def test_every_option_of_training_has_words_of_its_own(option):
-    _, place, _, text = option
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_of_training_has_words_of_its_own(name):
+    place, declared, default, group = OPTIONS[name]
+    text = declared.help
     assert len(text.split()) >= 3, "a sentence that can be read without the option"
     assert not re.match(r"(of|which|its|their|others) ", text)
     words = default_words(place)
     assert words
     assert words not in ("None", "()", "True", "False")
-    assert group_of(place) in GROUPS
-    if default_of(place) is None:
+    assert group in GROUPS
+    if default is None:
         assert len(words) > 1
 
 
@@ -37,7 +38,7 @@ def test_the_page_of_train_has_groups_examples_and_one_spelling(commands):
     assert text.count("\n  ds-wsi train") == 3, "examples"
     assert "usage: ds-wsi train [--option value ...]\n" in text
     options = {line.split()[0].rstrip(",") for line in text.splitlines() if line.startswith("  --")}
-    assert len(options) == len(OPTIONS) + 3, "and --resume_from_checkpoint, --demon and --dry_run"
+    assert len(options) == len(OPTIONS) + 3, "and --config, --write_config and --dry_run"
     for part in re.split(r"\n  (?=--)", text.split("\n\nexamples:")[0])[1:]:
         assert "(default: " in " ".join(part.split()), part
 

@@ -17,7 +17,7 @@ LAYERS = (
     {"bags"},
     {"config"},
     {"engines"},
-    {"evaluation"},
+    {"evaluation", "doctor"},
     {"training"},
     {"cli", "commands"},
     {"launch"},  # beside ds_wsi, and not installed with it

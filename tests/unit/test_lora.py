@@ -10,7 +10,7 @@ from torch import nn
 
 from ds_wsi.models import ModelConfig, SlideModel, add_lora, build_encoder, build_model, load_model, merge_lora
 from ds_wsi.partition import PartitionPolicy, partition_layers
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking import stack_bags
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3}

@@ -11,8 +11,9 @@ from test_slide import write_slide
 from test_tiling import draw
 
 from ds_wsi.slides.masks import MaskFile, _fill, find_mask, read_mask, write_mask
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.slides.slide import Slide, SlideError
-from ds_wsi.slides.tiling import TilingPolicy, find_tissue, tile_slide
+from ds_wsi.slides.tiling import find_tissue, tile_slide
 
 POLICY = TilingPolicy(tile_size_px=64, mpp=0.5, overview_mpp=2.0)
 

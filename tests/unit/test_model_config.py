@@ -11,7 +11,7 @@ from ds_wsi.models.config import ModelConfig, build_model, load_model
 from ds_wsi.models.encoder import build_encoder
 from ds_wsi.models.weights import load_encoder_weights
 from ds_wsi.runtime.log import logger
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 
 TILING = TilingPolicy(tile_size_px=32)
 

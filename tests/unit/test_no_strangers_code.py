@@ -230,7 +230,7 @@ def test_a_dataset_that_was_saved_with_pickles_in_it(cohort, payloads, marker, t
 def test_encoder_weights_and_folders_of_encoders(payloads, marker, tmp_path):
     from ds_wsi.evaluation.extract import build_extractor
     from ds_wsi.models.weights import read_tensors
-    from ds_wsi.slides.tiling import TilingPolicy
+    from ds_wsi.slides.policy import TilingPolicy
 
     for kind, content in payloads.items():
         for suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".npz"):

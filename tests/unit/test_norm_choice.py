@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ds_wsi.bags.bag import BagPart, FailureLog, ReadPolicy
+from ds_wsi.bags.bag import BagPart, FailureLog
 from ds_wsi.bags.cohort import load_cohort
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.cli import main
 from ds_wsi.engines.policies.norms import decide_training
 from ds_wsi.evaluation import populations, predict
@@ -23,7 +24,7 @@ from ds_wsi.evaluation.norm_choice import (
 from ds_wsi.evaluation.predict import NormVariant, encode_slides, predict_variants
 from ds_wsi.models import ModelConfig, SlideModel, build_aggregator, load_model
 from ds_wsi.norms import NormPolicy, batch_norms
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking import stack_bags
 from ds_wsi.training import loop
 

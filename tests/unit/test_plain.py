@@ -9,8 +9,9 @@ from PIL import Image
 from test_slide import ramp
 
 from ds_wsi.slides import plain
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.slides.slide import Slide, SlideError, TileReadError
-from ds_wsi.slides.tiling import TilingPolicy, tile_slide
+from ds_wsi.slides.tiling import tile_slide
 
 IMAGE = ramp(150, 70)
 TRUE_MPP = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_wsi.bags.bag import FailureLog, ReadPolicy
+from ds_wsi.bags.bag import FailureLog
 from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.features import read_about
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.cli import main
 from ds_wsi.evaluation import validator
 from ds_wsi.evaluation.norm_choice import NormPlan, choose_norms
@@ -17,7 +18,7 @@ from ds_wsi.evaluation.predict import encode_slides, predict_slides
 from ds_wsi.evaluation.record import RunRecord
 from ds_wsi.evaluation.validator import ValidationWork
 from ds_wsi.models import ModelConfig, build_encoder, build_model, load_model, save_model
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 
 TILE_PX = 64
 ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11}

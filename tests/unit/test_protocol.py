@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from ds_wsi.bags.bag import FailureLog, ReadPolicy, read_bags
+from ds_wsi.bags.bag import FailureLog, read_bags
 from ds_wsi.bags.cohort import load_cohort
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.evaluation.bootstrap import bootstrap_metrics, resample_counts
 from ds_wsi.evaluation.metrics import METRIC_NAMES, slide_metrics
 from ds_wsi.evaluation.predict import predict_slides
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.results import write_results
 from ds_wsi.models import SlideModel, build_aggregator
-from ds_wsi.slides.tiling import TilingPolicy
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking.stacked_bags import stack_bags
 
 PROTOCOL = EvaluationProtocol(tiles=9, runs=4, seed=2)

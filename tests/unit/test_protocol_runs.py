@@ -267,7 +267,7 @@ def test_every_pair_of_split_and_seed_is_a_run():
 def test_splits_are_named_by_how_they_were_made(data, caplog):
     from ds_wsi.bags.cohort import tile_manifest
     from ds_wsi.bags.datasets import read_custom
-    from ds_wsi.slides.tiling import TilingPolicy
+    from ds_wsi.slides.policy import TilingPolicy
 
     cohort = tile_manifest(read_custom(data), TilingPolicy(tile_size_px=32, use_saturation=False))
 

@@ -1,32 +1,39 @@
 """What a run's settings say of it: the name of the training from what is trained, and the settings of a group."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import Manifest, SlideEntry
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models import ModelConfig, build_model, freeze
+from ds_wsi.partition.policy import PartitionPolicy
+from ds_wsi.runtime.setting import Decides
 from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.training.record import dataset_name, run_record, training_name
-from ds_wsi.training.same_run import fingerprint
+from ds_wsi.training.same_run import differences, fingerprint
+from ds_wsi.training.setting_list import SETTINGS
 from ds_wsi.training.settings import DataSettings, ModelSettings, OptimSettings, RunSettings, TrainSettings
 
 CONFIG = ModelConfig("resnet10t", "abmil", ("a", "b"), {"tile_size_px": 64})
+
+
+OPTIMIZER = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 
 
 def record_of(settings, world_size=1):
     """Of a run that is not started: only what the record reads."""
     if settings.model == ModelSettings():
         settings = replace(settings, model=ModelSettings(encoder="resnet10t"))
-    optim = settings.optim
-    layout = {"world_size": world_size, "bags_per_rank": optim.per_device_train_batch_size}
-    layout |= {"accumulation": optim.gradient_accumulation_steps}
-    run = SimpleNamespace(settings=settings, config=CONFIG, module=build_model(CONFIG), epoch_layout=layout, comm=None)
+    layout = settings.step_layout(world_size)
+    run = SimpleNamespace(settings=settings, config=CONFIG, module=build_model(CONFIG), step_layout=layout, comm=None)
+    run.optimizer = OPTIMIZER
     return run_record(run)
 
 
@@ -77,19 +84,44 @@ def test_encoders_of_one_architecture_are_told_apart():
     assert tuple(record.encoder for record in records) == names
 
 
-def fingerprint_of(settings):
+def fingerprint_of(settings, encoder=None, *, config=CONFIG, processes=1, optimizer=OPTIMIZER):
     slide = SlideEntry("s", Path("s.svs"), 0, "p", "train")
     cohort = Cohort(Manifest((slide,), ("a", "b")), (FeatureFile("s", Path("s.pt"), 5, 4, 80, 0),))
-    parts = {"settings": settings, "config": CONFIG, "cohort": cohort, "comm": None, "made_of": None}
-    return fingerprint(SimpleNamespace(**parts, mesh=SimpleNamespace(slide_size=1)))
+    parts = {"settings": settings, "config": config, "cohort": cohort, "comm": None, "made_of": None}
+    parts |= {"optimizer": optimizer, "module": SimpleNamespace(encoder=encoder or nn.Identity())}
+    return fingerprint(SimpleNamespace(**parts, mesh=SimpleNamespace(slide_size=processes)))
 
 
-def test_a_resumed_run_must_share_every_setting_that_decides_its_weights():
+def test_every_setting_that_is_compared_by_what_it_stands_for_is_in_the_fingerprint():
     plain = fingerprint_of(TrainSettings())
-    # In the layout; under one name; in the checkpoint itself.
-    elsewhere = {"per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16"}
-    names = {entry.name for group in (OptimSettings, ModelSettings) for entry in fields(group)}
-    assert names - elsewhere <= set(plain)
-    assert {"seed", "metric_for_best_model", "early_stopping", "augment", "tiling"} <= set(plain)
-    assert {"norm_training", "norm.evaluation", "norm.affine"} <= set(plain)
+    resolved = {one.setting.resolved for one in SETTINGS.values() if one.setting.decides is Decides.RESOLVED}
+    assert resolved <= set(plain)
     assert (plain["classes"], plain["slides"]) == (["a", "b"], [["s", "train", "a"]])
+
+
+@pytest.mark.parametrize("drawing", [False, True])
+def test_another_cut_of_an_encoder_that_draws_is_another_run(drawing):
+    modes = [PartitionPolicy(mode="native"), PartitionPolicy(mode="lean"), PartitionPolicy(mode="lean", chunk_size=3)]
+    found = []
+    for policy in modes:
+        settings = replace(TrainSettings(), policies=replace(TrainSettings().policies, partition=policy))
+        found.append(fingerprint_of(settings, nn.Dropout(0.1) if drawing else nn.Dropout(0.0))["partition"])
+    assert len(set(found)) == (3 if drawing else 1)
+
+
+def test_stacks_that_norms_average_over_must_lie_as_they_lay():
+    settings = replace(TrainSettings(), optim=OptimSettings(per_device_train_batch_size=2))
+    norms = nn.BatchNorm2d(3)
+    plain = fingerprint_of(settings, norms, config=replace(CONFIG, norm_training="stack"))
+    other = fingerprint_of(settings, norms, processes=2, config=replace(CONFIG, norm_training="stack"))
+    (line,) = [line for line in differences(other, plain) if "norm_stacks" in line]
+    assert "'processes': 1" in line
+    step = fingerprint_of(settings, norms, config=replace(CONFIG, norm_training="step"))
+    assert step["norm_stacks"] is None
+
+
+def test_the_optimizers_constants_must_stay():
+    plain = fingerprint_of(TrainSettings())
+    other = fingerprint_of(TrainSettings(), optimizer=torch.optim.AdamW([torch.zeros(1)], betas=(0.9, 0.99)))
+    (line,) = differences(other, plain)
+    assert line.startswith("optimizer must be the checkpoint's, betas (0.9, 0.999), eps 1e-08")

@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_wsi.bags.sampler import choose_tiles, deal_by_cost, plan_epoch, share_tiles, steps_per_epoch
+from ds_wsi.bags.sampler import choose_tiles, deal_by_cost, plan_epoch, share_tiles
+from ds_wsi.bags.step_layout import StepLayout
 
 layouts = st.fixed_dictionaries(
-    {"world_size": st.integers(1, 6), "bags_per_rank": st.integers(1, 4), "accumulation": st.integers(1, 4)}
+    {"groups": st.integers(1, 6), "bags_per_group": st.integers(1, 4), "micro_steps": st.integers(1, 4)}
 )
 
 
@@ -17,48 +18,49 @@ def slides_of(step):
 
 @given(n=st.integers(0, 120), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000), layout=layouts)
 def test_every_slide_exactly_once_an_epoch(n, seed, epoch, layout):
-    plan = plan_epoch(n, seed=seed, epoch=epoch, **layout)
+    plan = plan_epoch(n, StepLayout(**layout), seed=seed, epoch=epoch)
     assert sorted(slide for step in plan for slide in slides_of(step)) == list(range(n))
-    assert len(plan) == steps_per_epoch(n, **layout)
+    assert len(plan) == StepLayout(**layout).steps_per_epoch(n)
     assert sum(step.n_bags for step in plan) == n
     assert all(step.n_bags == len(slides_of(step)) for step in plan)
 
 
 @given(n=st.integers(1, 120), seed=st.integers(0, 99), layout=layouts)
 def test_ranks_take_the_same_number_of_micro_steps_and_are_within_one_bag(n, seed, layout):
-    for step in plan_epoch(n, seed=seed, epoch=1, **layout):
-        assert len(step.micro_steps) == layout["accumulation"]
+    for step in plan_epoch(n, StepLayout(**layout), seed=seed, epoch=1):
+        assert len(step.micro_steps) == layout["micro_steps"]
         for ranks in step.micro_steps:
-            assert len(ranks) == layout["world_size"]
-            assert all(len(own) <= layout["bags_per_rank"] for own in ranks)
-        loads = [sum(len(ranks[rank]) for ranks in step.micro_steps) for rank in range(layout["world_size"])]
+            assert len(ranks) == layout["groups"]
+            assert all(len(own) <= layout["bags_per_group"] for own in ranks)
+        loads = [sum(len(ranks[rank]) for ranks in step.micro_steps) for rank in range(layout["groups"])]
         assert max(loads) - min(loads) <= 1
 
 
 @given(n=st.integers(1, 120), layout=layouts)
 def test_only_the_last_step_is_short(n, layout):
     per_step = math.prod(layout.values())
-    plan = plan_epoch(n, seed=0, epoch=0, **layout)
+    plan = plan_epoch(n, StepLayout(**layout), seed=0, epoch=0)
     assert [step.n_bags for step in plan[:-1]] == [per_step] * (len(plan) - 1)
     assert 1 <= plan[-1].n_bags <= per_step
 
 
 @given(n=st.integers(1, 120), seed=st.integers(0, 99), epoch=st.integers(0, 9), layout=layouts)
 def test_a_steps_slides_depend_on_the_product_alone(n, seed, epoch, layout):
-    dealt = plan_epoch(n, seed=seed, epoch=epoch, **layout)
-    alone = plan_epoch(n, seed=seed, epoch=epoch, accumulation=math.prod(layout.values()))
+    dealt = plan_epoch(n, StepLayout(**layout), seed=seed, epoch=epoch)
+    alone = plan_epoch(n, StepLayout(micro_steps=math.prod(layout.values())), seed=seed, epoch=epoch)
     assert [set(slides_of(step)) for step in dealt] == [set(slides_of(step)) for step in alone]
 
 
 def test_a_plan_repeats_and_epochs_and_seeds_differ():
-    plans = {(seed, epoch): plan_epoch(32, seed=seed, epoch=epoch) for seed in range(4) for epoch in range(4)}
-    assert plans[2, 3] == plan_epoch(32, seed=2, epoch=3)
+    keys = [(seed, epoch) for seed in range(4) for epoch in range(4)]
+    plans = {key: plan_epoch(32, StepLayout(), seed=key[0], epoch=key[1]) for key in keys}
+    assert plans[2, 3] == plan_epoch(32, StepLayout(), seed=2, epoch=3)
     assert len(set(plans.values())) == len(plans)
 
 
 def test_a_known_deal():
-    (step,) = plan_epoch(5, seed=0, epoch=0, world_size=2, bags_per_rank=1, accumulation=3)
-    order = [slide for step in plan_epoch(5, seed=0, epoch=0) for slide in slides_of(step)]
+    (step,) = plan_epoch(5, StepLayout(groups=2, micro_steps=3), seed=0, epoch=0)
+    order = [slide for step in plan_epoch(5, StepLayout(), seed=0, epoch=0) for slide in slides_of(step)]
     assert step.micro_steps == (
         ((order[0],), (order[1],)),
         ((order[2],), (order[3],)),

@@ -10,15 +10,17 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from ds_wsi.bags.bag import BagPart, FailureLog, ReadPolicy, read_bags
+from ds_wsi.bags.bag import BagPart, FailureLog, read_bags
 from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.manifest import ManifestError
 from ds_wsi.bags.packing import pack_cohort, require_store
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.cli import main
 from ds_wsi.slides.demo import write_pyramid
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.slides.slide import Slide, TileReadError
 from ds_wsi.slides.tile_store import StoredSlide, StoreError, TileStore, damaged_rows, pack_slide, store_path
-from ds_wsi.slides.tiling import TilingPolicy, tile_slide
+from ds_wsi.slides.tiling import tile_slide
 
 ALL_TILES = {"min_tissue_fraction": 0.0, "use_saturation": False, "grey_range": (0, 255)}
 

@@ -11,16 +11,9 @@ from test_slide import write_slide
 
 from ds_wsi.config import read_section
 from ds_wsi.slides import tiling
+from ds_wsi.slides.policy import TilingPolicy, stored_tiling
 from ds_wsi.slides.slide import Slide, SlideError, TileReadError
-from ds_wsi.slides.tiling import (
-    LevelPlan,
-    TilingPolicy,
-    TissueFound,
-    plan_coords,
-    plan_level,
-    stored_tiling,
-    tile_slide,
-)
+from ds_wsi.slides.tiling import LevelPlan, TissueFound, plan_coords, plan_level, tile_slide
 
 POLICY = TilingPolicy(tile_size_px=64, mpp=0.5, overview_mpp=2.0)
 

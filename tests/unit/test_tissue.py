@@ -4,17 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ds_wsi.slides.policy import TISSUE_VERSION, TilingPolicy
 from ds_wsi.slides.slide import Slide
-from ds_wsi.slides.tiling import TilingPolicy, plan_coords, tile_slide
-from ds_wsi.slides.tissue import (
-    TISSUE_VERSION,
-    grey_mask,
-    otsu_threshold,
-    pen_mask,
-    saturation_mask,
-    tile_fractions,
-    tissue_mask,
-)
+from ds_wsi.slides.tiling import plan_coords, tile_slide
+from ds_wsi.slides.tissue import grey_mask, otsu_threshold, pen_mask, saturation_mask, tile_fractions, tissue_mask
 
 WHITE, BLACK, GREY, PINK = (245, 245, 245), (0, 0, 0), (128, 128, 128), (200, 100, 160)
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_wsi.bags.bag import FailureLog, ReadFailureError, ReadPolicy, TileDataset
+from ds_wsi.bags.bag import FailureLog, ReadFailureError, TileDataset
 from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.bags.manifest import Manifest
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.cli import main
 from ds_wsi.engines.accelerator.engine import Accelerator
 from ds_wsi.evaluation import validator

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from ds_wsi.bags import workers
-from ds_wsi.bags.bag import FailureLog, ReadPolicy, read_bags, read_chunks
+from ds_wsi.bags.bag import FailureLog, read_bags, read_chunks
 from ds_wsi.bags.cohort import load_cohort
+from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.bags.workers import Answer, WorkerError, answers
 from ds_wsi.runtime.processes import GONE, state_of
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.slides.slide import Slide
-from ds_wsi.slides.tiling import TilingPolicy
 
 ORDER = [3, 0, 0, 5, 3]
 

@@ -22,7 +22,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.compression.comm import CommPolicy
-from ds_wsi.engines.accelerator.optimizers import OPTIMIZERS
 from ds_wsi.engines.comm_hooks.register import CommHandle, attach
 from ds_wsi.engines.deepspeed_json.auto import fill_rest
 from ds_wsi.engines.deepspeed_json.config import fill_auto, suit_machine
@@ -31,8 +30,8 @@ from ds_wsi.engines.machine.timeouts import set_timeouts
 from ds_wsi.engines.sharded.fsdp import build_with_fsdp, fsdp_plugin, is_fsdp2, launched_with_fsdp, shard_model
 from ds_wsi.engines.sharded.zero import gather_as_one
 from ds_wsi.norms.roles import population_group
+from ds_wsi.runtime.choices import OPTIMIZERS, precision_words
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.numerics import precision_words
 
 __all__ = [
     "Accelerator",
@@ -234,7 +233,7 @@ def prepare(
         more: dict[str, Any] = {"fused": True} if accelerator.device.type == "cuda" else {}
         if settings.optimizer == "sgd":
             more["momentum"] = settings.momentum
-        optimizer = OPTIMIZERS[settings.optimizer](
+        optimizer = getattr(torch.optim, OPTIMIZERS[settings.optimizer])(
             trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, **more
         )
     if is_fsdp2(model):

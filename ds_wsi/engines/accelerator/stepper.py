@@ -3,16 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator, prepare
-from ds_wsi.engines.accelerator.optimizers import OPTIMIZERS
 from ds_wsi.engines.accelerator.scope import forget_engine
 from ds_wsi.engines.sharded.fsdp import whole
 from ds_wsi.engines.sharded.zero import full_state_dict
+from ds_wsi.runtime.choices import OPTIMIZERS
 
 ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 
@@ -41,7 +42,8 @@ class Stepper:
             for part in model.children():
                 fully_shard(part, mesh=mesh)
             fully_shard(model, mesh=mesh)
-            self.optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=learning_rate, weight_decay=0.0)
+            kind = getattr(torch.optim, OPTIMIZERS[optimizer])
+            self.optimizer = kind(model.parameters(), lr=learning_rate, weight_decay=0.0)
             return
         forget_engine()  # before this one
         settings = EngineSettings(learning_rate, 0.0, 0.0, optimizer, 1, 1)

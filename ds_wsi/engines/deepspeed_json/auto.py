@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_wsi.runtime.choices import LEARNING_RATE, WEIGHT_DECAY
 from ds_wsi.runtime.log import logger
 
 SECTION = "ds_wsi"  # its own words are modes of ours
 AUTO = "auto"
-LEARNING_RATE, WEIGHT_DECAY = 3e-4, 1e-4  # the defaults of `ds-wsi train`
 BUCKET_SIZE = 50_000_000  # of ds_configs/
 _BATCHES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
 _LEFT_OUT = "DeepSpeed's default"

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_wsi.bags.sampler import plan_epoch, steps_per_epoch
+from ds_wsi.bags.sampler import plan_epoch
+from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.config import SECTION
 from ds_wsi.stacking.policy import StackingPolicy
 
@@ -39,13 +40,9 @@ class StepBatches:
         lengths: Sequence[int] = (),
     ) -> None:
         self.rank, self.accumulation, self.epoch = rank, accumulation, 0
-        layout: dict[str, Any] = {
-            "world_size": world_size,
-            "bags_per_rank": bags_per_rank,
-            "accumulation": accumulation,
-        }
-        self.bags_per_step = (stacking and stacking.bags_per_step) or world_size * bags_per_rank * accumulation
-        self.n_steps = steps_per_epoch(n_bags, bags_per_step=self.bags_per_step, **layout)
+        layout = StepLayout(world_size, bags_per_rank, accumulation, stacking)
+        self.bags_per_step = layout.bags_per_step
+        self.n_steps = layout.steps_per_epoch(n_bags)
         if drop_last:
             self.n_steps = n_bags // self.bags_per_step
         if self.n_steps == 0:
@@ -53,7 +50,7 @@ class StepBatches:
                 f"the data set must hold a step's bags, {self.bags_per_step if drop_last else 1}, got {n_bags}. "
                 "HINT: dataloader_drop_last=False"
             )
-        self._plan = partial(plan_epoch, n_bags, seed=seed, stacking=stacking, lengths=lengths, **layout)
+        self._plan = partial(plan_epoch, n_bags, layout, seed=seed, lengths=lengths)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Accelerate and the Trainer."""

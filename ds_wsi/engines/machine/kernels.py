@@ -14,8 +14,6 @@ from ds_wsi.runtime.numerics import autocast_now
 if TYPE_CHECKING:
     from ds_wsi.models.slide_model import SlideModel
 
-TF32 = ("torch", "yes", "no")
-MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _REPEATS = 5
 _GAIN = 0.97  # of the time: what is not faster by as much is noise

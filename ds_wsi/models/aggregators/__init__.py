@@ -1,33 +1,15 @@
 """Slide aggregators (MIL pooling): each takes a StackedBags of features and returns a SlideOutput."""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from inspect import Parameter, signature
 
 from torch import nn
 
-from ds_wsi.models.aggregators.abmil import ABMIL, GatedABMIL
-from ds_wsi.models.aggregators.abmilx import ABMILX
-from ds_wsi.models.aggregators.acmil import ACMIL
-from ds_wsi.models.aggregators.clam import CLAMMB, CLAMSB
-from ds_wsi.models.aggregators.dsmil import DSMIL
-from ds_wsi.models.aggregators.dtfd import DTFD
-from ds_wsi.models.aggregators.pooling import MaxMIL, MeanMIL
-from ds_wsi.models.aggregators.rrtmil import RRTMIL
-from ds_wsi.models.aggregators.transmil import TransMIL
+from ds_wsi.models.choices import AGGREGATORS as HOMES
 
 AGGREGATORS: dict[str, Callable[..., nn.Module]] = {
-    "abmil": ABMIL,
-    "gated_abmil": GatedABMIL,
-    "mean": MeanMIL,
-    "max": MaxMIL,
-    "clam_sb": CLAMSB,
-    "clam_mb": CLAMMB,
-    "dsmil": DSMIL,
-    "dtfd": DTFD,
-    "transmil": TransMIL,
-    "acmil": ACMIL,
-    "rrtmil": RRTMIL,
-    "abmilx": ABMILX,
+    name: getattr(import_module(f"{__name__}.{module}"), kind) for name, (module, kind) in HOMES.items()
 }
 MAY_BE_ZERO = ("masked",)  # of the whole numbers among the options
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.bags.augment import AugmentPolicy, augmentation
+from ds_wsi.bags.augment import augmentation
+from ds_wsi.bags.policy import AugmentPolicy
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.partition import PartitionPolicy, partition_layers

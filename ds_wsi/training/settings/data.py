@@ -1,0 +1,150 @@
+"""Which slides a run is given."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ds_wsi.bags.policy import CHECKS
+from ds_wsi.runtime.setting import Decides, names, setting
+from ds_wsi.slides.policy import DEMO_DIRS
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which slides."""
+
+    manifest: str | None = setting(
+        None,
+        "table of the slides: CSV, JSON, Parquet or a saved dataset; docs/tables.md has its columns",
+        Decides.RESOLVED,
+        resolved="slides",
+        option="manifest",
+        words="the demo cohort's",
+        column=True,
+    )
+    demo: str = setting(
+        "plain",
+        "demo cohort to train on without --manifest: of one centre, of ten whose stains and scanners differ, or "
+        "of these with tumours that are harder to see",
+        Decides.RESOLVED,
+        resolved="slides",
+        option="demo",
+        kind=tuple(DEMO_DIRS),
+        column=True,
+    )
+    demo_dir: str | None = setting(
+        None,
+        "folder that keeps the demo slides",
+        Decides.NOTHING,
+        option="demo_dir",
+        words="a folder of theirs below runs/",
+    )
+    tiles_dir: str | None = setting(
+        None,
+        "folder that keeps each slide's tile coordinates, so that another run need not look for them again",
+        Decides.NOTHING,
+        option="tiles_dir",
+        words="in the run's folder",
+        group="tiles",
+    )
+    classes: tuple[str, ...] | None = setting(
+        None,
+        "names of the classes in the order of the model's outputs, comma-separated, such as normal,tumor",
+        Decides.RESOLVED,
+        resolved="classes",
+        option="classes",
+        kind=names,
+        words="the labels of the manifest, sorted",
+    )
+    positive_class: str | None = setting(
+        None,
+        "class whose F1 is told, where there are two; it becomes the second",
+        Decides.RESOLVED,
+        resolved="classes",
+        option="positive_class",
+        words="the second",
+    )
+    slide_mpp: float | None = setting(
+        None,
+        "resolution in um/px of slides whose files do not tell theirs, such as 0.25",
+        Decides.RESOLVED,
+        resolved="grids",
+        option="slide_mpp",
+        kind=float,
+        words="none, such slides are refused",
+    )
+    tissue_masks: str | None = setting(
+        None,
+        "folder of masks, <slide_id>.geojson (QuPath's) or .png, that say where tissue is; slides without one go "
+        "by --tissue",
+        Decides.RESOLVED,
+        resolved="grids",
+        option="tissue_masks",
+        words="none",
+    )
+    masks_in_bounds: bool = setting(
+        False,
+        "count the masks' places from the scanned area's corner, as QuPath does, and not from level 0's",
+        Decides.RESOLVED,
+        resolved="grids",
+        option="masks_in_bounds",
+    )
+    skip_bad_slides: bool = setting(
+        False,
+        "leave out slides that cannot be used, and list them",
+        Decides.RESOLVED,
+        resolved="slides",
+        option="skip_bad_slides",
+    )
+    dataset_name: str | None = setting(
+        None,
+        "name of the dataset in tables of runs",
+        Decides.NAME,
+        option="dataset_name",
+        words="the manifest's name without its suffix",
+        column=True,
+    )
+    split_seed: int = setting(
+        0,
+        "seed of the draw of train, validation and test, where the manifest has no splits; --seed has no part in it",
+        Decides.RESOLVED,
+        resolved="slides",
+        option="split_seed",
+        column=True,
+    )
+    split_name: str = setting(
+        "",
+        "name of the split or fold that the manifest holds, such as fold_0, in tables of runs",
+        Decides.NAME,
+        option="split_name",
+        words="none",
+        column=True,
+    )
+    features_dir: str | None = setting(
+        None,
+        "train the aggregator alone, on the features in this folder, a file a slide",
+        Decides.RESOLVED,
+        resolved="features",
+        option="features_dir",
+        words="none, an encoder computes them",
+        column=True,
+    )
+    check_features: str = setting(
+        "full",
+        "whether every file of features is read whole before training (full), or its head alone (shapes)",
+        Decides.NOTHING,
+        option="check_features",
+        kind=CHECKS,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a demo beside a cohort."""
+        if self.manifest is not None and self.demo != "plain":
+            raise ValueError(f"--demo must not be given with --manifest, got {self.demo}. HINT: leave out one of them.")
+
+    @property
+    def demo_folder(self) -> str:
+        """Where the demo cohort is kept."""
+        return self.demo_dir or DEMO_DIRS[self.demo]

@@ -1,0 +1,138 @@
+"""Which model a run trains."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ds_wsi.models.choices import AGGREGATORS, FEATURES
+from ds_wsi.runtime.setting import SWITCH, Decides, assignments, names, setting
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model."""
+
+    encoder: str = setting(
+        "resnet18",
+        "encoder of the tiles: a timm model's name such as resnet50, hf-hub:ORG/NAME, or local-dir:PATH",
+        Decides.RESULT,
+        option="encoder",
+        column=True,
+    )
+    encoder_weights: str | None = setting(
+        None,
+        "file the encoder starts from: .safetensors, or a timm checkpoint",
+        Decides.RESOLVED,
+        resolved="encoder_weights",
+        option="encoder_weights",
+        words="none, RANDOM weights",
+    )
+    pretrained: bool = setting(
+        False, "start the encoder from the weights that timm has for its name", Decides.RESULT, option="pretrained"
+    )
+    encoder_features: str | None = setting(
+        None,
+        "what leaves the encoder for each tile",
+        Decides.RESOLVED,
+        resolved="encoder_features",
+        option="encoder_features",
+        kind=FEATURES,
+        words="as the encoder's authors do, mostly pooled",
+    )
+    aggregator: str = setting(
+        "gated_abmil",
+        "MIL pooling that turns a slide's features into its prediction",
+        Decides.RESULT,
+        option="aggregator",
+        kind=tuple(AGGREGATORS),
+        column=True,
+    )
+    dropout: float | None = setting(
+        None,
+        "dropout of the aggregator, 0 to 1",
+        Decides.RESOLVED,
+        resolved="dropout",
+        option="dropout",
+        kind=float,
+        words="as in the aggregator's original",
+    )
+    aggregator_options: tuple[tuple[str, float | str], ...] = setting(
+        (),
+        "further options of the aggregator, name=value and comma-separated, such as landmarks=64,heads=4",
+        Decides.RESOLVED,
+        resolved="aggregator_options",
+        option="aggregator_options",
+        kind=assignments,
+        words="as in the aggregator's original",
+    )
+    freeze_encoder: bool = setting(
+        False, "train the aggregator only", Decides.RESULT, option="freeze_encoder", kind=SWITCH, column=True
+    )
+    freeze_until: str | None = setting(
+        None,
+        "first submodule of the encoder that is trained, such as layer3; those before it are frozen",
+        Decides.RESULT,
+        option="freeze_until",
+        words="none, all of it is trained",
+    )
+    freeze_encoder_epochs: int = setting(
+        0, "number of first epochs that train the aggregator only", Decides.RESULT, option="freeze_encoder_epochs"
+    )
+    lora_rank: int = setting(
+        0,
+        "rank of LoRA adapters that are trained in the encoder's place; 0 has none",
+        Decides.RESULT,
+        option="lora_rank",
+    )
+    lora_alpha: float = setting(
+        16.0,
+        "scale of the LoRA adapters, over their rank",
+        Decides.RESULT,
+        option="lora_alpha",
+        needs=("lora_rank", ()),
+    )
+    lora_targets: tuple[str, ...] = setting(
+        ("qkv", "proj"),
+        "names of the linear layers that get LoRA adapters, comma-separated",
+        Decides.RESULT,
+        option="lora_targets",
+        kind=names,
+        needs=("lora_rank", ()),
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        for name in ("freeze_encoder_epochs", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        given = [name for name, _ in self.aggregator_options]
+        if len(set(given)) < len(given):
+            raise ValueError(f"--aggregator_options must name an option once, got {', '.join(given)}")
+        if "dropout" in given:
+            raise ValueError("--aggregator_options must not hold dropout. HINT: --dropout sets it.")
+        from ds_wsi.models.aggregators import check_aggregator  # here, for help pages need no torch
+
+        check_aggregator(self.aggregator, dict(self.aggregator_options))  # not after hours of tiling
+        if not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"--lora_alpha must be positive, got {self.lora_alpha}")
+        if self.lora_rank and not self.lora_targets:
+            raise ValueError("--lora_targets must name a layer, got none. HINT: --lora_targets qkv,proj.")
+        parts = {
+            "--freeze_encoder": self.freeze_encoder,
+            "--freeze_until": self.freeze_until is not None,
+            "--lora_rank": self.lora_rank > 0,
+        }
+        given = [name for name, is_given in parts.items() if is_given]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} must not be given together. HINT: choose one.")
+        if self.freeze_encoder and self.freeze_encoder_epochs:
+            raise ValueError("--freeze_encoder must not be given with --freeze_encoder_epochs. HINT: choose one.")
+        if self.pretrained and self.encoder_weights is not None:
+            raise ValueError("--pretrained and --encoder_weights must not be given together. HINT: choose one.")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the encoder starts from weights: of a file, of timm's, or of the place that its name says."""
+        return self.encoder_weights is not None or self.pretrained or ":" in self.encoder

@@ -1,0 +1,135 @@
+"""How a run optimises."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ds_wsi.runtime.choices import LEARNING_RATE, OPTIMIZERS, WEIGHT_DECAY
+from ds_wsi.runtime.setting import SWITCH, Decides, numbers, setting
+from ds_wsi.training.choices import SCHEDULES
+
+if TYPE_CHECKING:
+    pass
+
+ADAM_BETA = 0.9
+TUNED_LEARNING_RATE = 3e-5  # at most, by default, of an encoder that starts from weights
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """How it is optimised."""
+
+    num_train_epochs: int = setting(
+        8, "number of passes over the training slides", Decides.RESULT, option="num_train_epochs"
+    )
+    per_device_train_batch_size: int = setting(
+        1,
+        "number of slides that a process computes in a micro-step",
+        Decides.STEP,
+        option="per_device_train_batch_size",
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "number of micro-steps of an optimizer step", Decides.STEP, option="gradient_accumulation_steps"
+    )
+    learning_rate: float = setting(
+        LEARNING_RATE, "peak of the learning rate, reached after --warmup_steps", Decides.RESULT, option="learning_rate"
+    )
+    encoder_learning_rate: float | None = setting(
+        None,
+        "peak of the encoder's learning rate",
+        Decides.RESOLVED,
+        resolved="encoder_learning_rate",
+        option="encoder_learning_rate",
+        kind=float,
+        words=f"--learning_rate; of an encoder from weights at most {TUNED_LEARNING_RATE:g}",
+    )
+    weight_decay: float = setting(WEIGHT_DECAY, "weight decay of the optimizer", Decides.RESULT, option="weight_decay")
+    optim: str = setting(
+        "adamw",
+        "optimizer; the DeepSpeed JSON's section `optimizer` decides where it has one",
+        Decides.RESULT,
+        option="optim",
+        kind=tuple(OPTIMIZERS),
+    )
+    momentum: float = setting(0.0, "momentum of --optim sgd, 0 to 1", Decides.RESULT, option="momentum")
+    lr_scheduler_type: str = setting(
+        "cosine",
+        "how the learning rate falls after the warm-up",
+        Decides.RESULT,
+        option="lr_scheduler_type",
+        kind=SCHEDULES,
+    )
+    warmup_steps: int = setting(
+        10,
+        "number of optimizer steps in which the learning rate rises to its peak",
+        Decides.RESULT,
+        option="warmup_steps",
+    )
+    max_grad_norm: float = setting(
+        0.0,
+        "largest norm of the gradient, to which a larger one is scaled down; 0 clips nothing",
+        Decides.RESULT,
+        option="max_grad_norm",
+    )
+    class_weights: tuple[float, ...] | None = setting(
+        None,
+        "factor of a slide's loss for each class, comma-separated in the classes' order, such as 1,2.5",
+        Decides.RESULT,
+        option="class_weights",
+        kind=numbers,
+        words="1 each",
+    )
+    bf16: bool = setting(False, "train in bfloat16 mixed precision", Decides.RESULT, option="bf16", kind=SWITCH)
+    fp16: bool = setting(False, "train in float16 mixed precision", Decides.RESULT, option="fp16", kind=SWITCH)
+    demon: float = setting(
+        0.0,
+        f"let Adam's momentum decay (DEMON): its first beta goes from BETA, {ADAM_BETA} without a value, to 0 over the "
+        "run",
+        Decides.RESULT,
+        option="demon",
+        bare=ADAM_BETA,
+        metavar="BETA",
+        words="off",
+    )
+    ema_decay: float = setting(
+        0.0,
+        "decay, 0 to 1, of a moving average of the weights, which is then validated and exported; 0 has none",
+        Decides.RESULT,
+        option="ema_decay",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained with."""
+        for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("demon", "ema_decay", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}. HINT: 0 turns it off.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}")
+        if self.encoder_learning_rate is not None and not 0 < self.encoder_learning_rate < float("inf"):
+            raise ValueError(f"--encoder_learning_rate must be positive, got {self.encoder_learning_rate}")
+        if self.class_weights is not None and not all(0 < weight < float("inf") for weight in self.class_weights):
+            raise ValueError(f"--class_weights must be positive, got {self.class_weights}")
+        if self.momentum and self.optim != "sgd":
+            raise ValueError(
+                f"--momentum must be given with --optim sgd, got {self.momentum} and {self.optim}. HINT: --optim sgd; "
+                "Adam's betas are optimizer.params.betas of the DeepSpeed JSON."
+            )
+        if self.bf16 and self.fp16:
+            raise ValueError("--bf16 and --fp16 must not be given together. HINT: choose one.")
+
+    def encoder_factor(self, *, from_weights: bool) -> float:
+        """The encoder's learning rate over `learning_rate`."""
+        wanted = self.encoder_learning_rate
+        if wanted is None:
+            wanted = min(self.learning_rate, TUNED_LEARNING_RATE) if from_weights else self.learning_rate
+        return wanted / self.learning_rate
+
+    @property
+    def mixed_precision(self) -> str:
+        """Accelerate's name of the precision."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"

@@ -1,0 +1,72 @@
+"""The documentation builds strictly, and what is written from results or code is what they say."""
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from ds_wsi.config import DsWsiConfig
+
+ROOT = Path(__file__).parents[2]
+NEEDED = ("mkdocs", "material", "mkdocstrings")
+
+
+@pytest.fixture(scope="module")
+def docs_pages():
+    spec = spec_from_file_location("docs_pages", ROOT / "launch" / "docs_pages.py")
+    module = module_from_spec(spec)
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+@pytest.mark.skipif(
+    not all(map(find_spec, NEEDED)), reason="needs mkdocs-material and mkdocstrings: pip install '.[docs]'"
+)
+def test_the_pages_build_strictly(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    site = tmp_path / "site"
+    assert "--gpu_budget" in (site / "reference/options/index.html").read_text("utf-8")
+    assert "gpu_budget_bytes" in (site / "reference/json/index.html").read_text("utf-8")
+    assert 'id="ds_wsi.partition_layers"' in (site / "reference/api/index.html").read_text("utf-8")
+    assert (site / "launch/results/partition.png").is_file()
+
+
+def test_benchmarks_are_of_the_results(docs_pages, tmp_path):
+    page = ROOT / "docs" / "benchmarks.md"
+    copy = tmp_path / "benchmarks.md"
+    copy.write_text(page.read_text("utf-8"), "utf-8")
+    docs_pages.write_benchmarks(copy, ROOT / "launch" / "results")
+    assert copy.read_text("utf-8") == page.read_text("utf-8"), "HINT: python launch/docs_pages.py"
+    copy.write_text(re.sub(r"\| 26\.8 \|", "| 99.9 |", page.read_text("utf-8")), "utf-8")
+    docs_pages.write_benchmarks(copy, ROOT / "launch" / "results")
+    assert copy.read_text("utf-8") == page.read_text("utf-8")
+
+
+def test_each_key_of_the_section_is_told(docs_pages):
+    tables = docs_pages.json_tables()
+    for section in DsWsiConfig.__dataclass_fields__:
+        assert f"### {section}\n" in tables
+    assert re.findall(r"^\| `\w+` \| .* \|  ?\|$", tables, re.M) == [], "a key without words"
+
+
+def test_every_command_is_told(docs_pages):
+    tables = docs_pages.options_tables()
+    for command in ("train", "evaluate", "tile", "features", "protocol panda", "plan"):
+        assert f"ds-wsi {command}\n" in tables
+    assert "| `--gpu_budget " in tables
+
+
+def test_links_out_of_docs_lead_to_files_of_the_site(docs_pages):
+    class Page:
+        class file:  # noqa: N801
+            src_uri = "how_to/slurm.md"
+
+    written = docs_pages.on_page_markdown("[a](../../CHANGELOG.md), [b](../files.md#x)", Page, None, None)
+    assert written == "[a](../CHANGELOG.txt), [b](../files.md#x)"
