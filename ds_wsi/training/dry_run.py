@@ -23,8 +23,9 @@ from ds_wsi.slides.coords import write_grid
 from ds_wsi.slides.demo import DEMOS, is_drawn
 from ds_wsi.training.changed import all_settings, changed_settings, setting_name
 from ds_wsi.training.checkpoint import find_checkpoint
-from ds_wsi.training.loop import TimedSteps, count_steps, time_micro_steps
+from ds_wsi.training.epoch_plan import count_steps
 from ds_wsi.training.norm_plan import norm_plan
+from ds_wsi.training.one_step import TimedSteps, time_micro_steps
 from ds_wsi.training.protocol import Protocol, plan_runs, read_cohort, split_cohort
 from ds_wsi.training.run import Run, asked_folder, engine_settings, prepare_run
 from ds_wsi.training.run_folder import require_run_folder

@@ -18,7 +18,7 @@ from .case import Moment, Shot
 PLACES = {
     "prepare": ("ds_wsi.training.run", "_load_cohort"),
     "start": ("ds_wsi.training.loop", "tell_start"),
-    "step": ("ds_wsi.training.loop", "_forward_backward"),
+    "step": ("ds_wsi.training.one_step", "_micro_loss"),
     "save": ("ds_wsi.training.resume", "save_checkpoint"),
     "write": ("ds_wsi.training.checkpoint", "write_tensors"),  # in the thread that writes
     "part": ("ds_wsi.training.checkpoint", "_write_part"),  # likewise, of a rank that is not the main one

@@ -38,7 +38,7 @@ def test_before_and_beside_are_the_same_run(cohort, capsys):
 
 
 def test_a_full_disk_stops_the_next_step_and_the_run_goes_on_from_the_last_whole_one(cohort, monkeypatch, capsys):
-    steps, step = [], loop._train_step
+    steps, step = [], loop.train_step
 
     def counted(*given):
         steps.append(1)
@@ -52,7 +52,7 @@ def test_a_full_disk_stops_the_next_step_and_the_run_goes_on_from_the_last_whole
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return write_tensors(path, tensors)
 
-    monkeypatch.setattr(loop, "_train_step", counted)
+    monkeypatch.setattr(loop, "train_step", counted)
     monkeypatch.setattr(checkpoint, "write_tensors", filling)
     assert train(cohort, cohort / "full", *OPTIONS) == 2
     printed = capsys.readouterr().err

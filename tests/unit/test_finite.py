@@ -5,11 +5,12 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tiny_runs import train, write_cohort
 from torch import nn
 
-from ds_wsi.training import loop
+from ds_wsi.training import one_step
 from ds_wsi.training.finite import weights_are_finite, weights_seem_finite
 
 CPU = torch.device("cpu")
@@ -43,17 +44,21 @@ def test_the_slide_is_named_and_nothing_is_sealed(tmp_path, capfd):
 def test_an_update_that_is_not_finite_stops_at_its_step(tmp_path, capfd, monkeypatch):
     """The loss is finite, its gradient is not: the slides of the step are named, and the step before was saved."""
     folder = write_cohort(tmp_path)
-    real = loop._forward_backward
-    steps = []
+    micro_loss, backward = one_step._micro_loss, Accelerator.backward
+    steps, weights = [], []
 
-    def forward_backward(run, step, weight):
-        done = real(run, step, weight)
+    def loss_of(run, step):
         steps.append([run.cohort.manifest.slides[bag.slide].slide_id for bag in step.bags])
-        if len(steps) == 3:
-            next(p for p in run.module.parameters() if p.requires_grad).grad.view(-1)[0] = float("inf")
-        return done
+        weights[:] = [p for p in run.module.parameters() if p.requires_grad]
+        return micro_loss(run, step)
 
-    monkeypatch.setattr(loop, "_forward_backward", forward_backward)
+    def poisoned(accelerator, loss, **more):
+        backward(accelerator, loss, **more)
+        if len(steps) == 3:
+            weights[0].grad.view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(one_step, "_micro_loss", loss_of)
+    monkeypatch.setattr(Accelerator, "backward", poisoned)
     assert train(folder, tmp_path / "run", "--save_steps", "1", "--optim", "adamw", epochs=1) == 2
     words = capfd.readouterr().err
     assert (
@@ -99,5 +104,5 @@ def test_large_finite_weights_are_finite(dtype, value):
 
 def test_a_run_with_large_weights_goes_on(tmp_path, monkeypatch):
     folder = write_cohort(tmp_path)
-    monkeypatch.setattr(loop, "weights_seem_finite", lambda module, device: torch.tensor(False))
+    monkeypatch.setattr(one_step, "weights_seem_finite", lambda module, device: torch.tensor(False))
     assert train(folder, tmp_path / "run", epochs=1) == 0

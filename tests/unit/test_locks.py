@@ -161,7 +161,7 @@ def test_claims_are_let_go_at_the_end_and_by_an_error(tmp_path):
 def test_the_same_command_twice_is_refused_and_the_first_goes_on(tmp_path, monkeypatch, capfd):
     """Also where both begin at once: nothing of the second one's is in the folder."""
     folder, twice = write_cohort(tmp_path), []
-    real = loop._train_step
+    real = loop.train_step
 
     def step(run, *rest):
         if not twice:
@@ -172,7 +172,7 @@ def test_the_same_command_twice_is_refused_and_the_first_goes_on(tmp_path, monke
             second.join()
         return real(run, *rest)
 
-    monkeypatch.setattr(loop, "_train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     assert train(folder, folder / "run", epochs=1) == 0
     assert twice == [2]
     words = capfd.readouterr().err
@@ -187,7 +187,7 @@ def _second(folder, queue):
     from ds_wsi.runtime import locks
 
     locks._held.clear()
-    loop._train_step = None
+    loop.train_step = None
     queue.put(train(folder, folder / "run", "--resume_from_checkpoint", epochs=1))
 
 

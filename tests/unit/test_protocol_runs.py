@@ -86,9 +86,9 @@ def test_the_second_run_is_the_run_alone_bit_by_bit(finished, data, tmp_path, mo
         main(["protocol", "custom", *given])
     assert not (tmp_path / "alone" / "results.md").exists()
     steps = []
-    train_step = loop._train_step
+    train_step = loop.train_step
     monkeypatch.setattr(loop, "finish", finish)
-    monkeypatch.setattr(loop, "_train_step", lambda *args: steps.append(1) or train_step(*args))
+    monkeypatch.setattr(loop, "train_step", lambda *args: steps.append(1) or train_step(*args))
     newest = max((tmp_path / "alone" / SEED_1).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert newest.name == "checkpoint-4"
     # As if it had been killed in the second epoch.

@@ -147,7 +147,7 @@ def test_checkpoints_by_time_within_an_epoch_and_the_time_of_all_starts(tmp_path
     assert [path.name for path in (folder / "never").glob("checkpoint-*")] == ["checkpoint-6"]
     capsys.readouterr()
     more = ("--save_minutes", "1e-9", "--save_total_limit", "9")
-    steps, step = [], loop._train_step
+    steps, step = [], loop.train_step
 
     def stop(*given):
         steps.append(1)
@@ -155,7 +155,7 @@ def test_checkpoints_by_time_within_an_epoch_and_the_time_of_all_starts(tmp_path
             raise KeyboardInterrupt
         return step(*given)
 
-    monkeypatch.setattr(loop, "_train_step", stop)
+    monkeypatch.setattr(loop, "train_step", stop)
     with pytest.raises(KeyboardInterrupt):
         train(folder, folder / "run", *more, epochs=1)
     names = sorted(path.name for path in (folder / "run").glob("checkpoint-*"))
@@ -166,7 +166,7 @@ def test_checkpoints_by_time_within_an_epoch_and_the_time_of_all_starts(tmp_path
     path = folder / "run" / "checkpoint-3" / "state.json"
     state = json.loads(path.read_text())
     assert 0 < state["time"]["seconds"] < 600
-    monkeypatch.setattr(loop, "_train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     assert train(folder, folder / "run", *more, "--resume_from_checkpoint", epochs=1) == 0
     page = (folder / "run" / "report.html").read_text()
     total, last = map(int, re.search(r"<dd>(\d+) s in 2 starts, (\d+) s in the last</dd>", page).groups())

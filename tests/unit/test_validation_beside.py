@@ -144,7 +144,7 @@ def test_no_step_waits_and_each_epochs_result_and_weights_are_its_own(
         return answer()
 
     seen, states, logged, last = [], [], [], {}
-    step, write, log = loop._train_step, validation.save_weights, Accelerator.log
+    step, write, log = loop.train_step, validation.save_weights, Accelerator.log
 
     def train_step(run, *arguments):
         last["run"] = run
@@ -166,7 +166,7 @@ def test_no_step_waits_and_each_epochs_result_and_weights_are_its_own(
         log(accelerator, values, step=step, **more)
 
     monkeypatch.setattr(validator, "_validate", held_validation)
-    monkeypatch.setattr(loop, "_train_step", train_step)
+    monkeypatch.setattr(loop, "train_step", train_step)
     monkeypatch.setattr(validation, "save_weights", save_weights)
     monkeypatch.setattr(Accelerator, "log", keep_log)
     monkeypatch.setattr(loop, "finish", lambda run, started: {})
@@ -303,7 +303,7 @@ def test_a_process_whose_trainer_is_killed_ends(does, work, forked, monkeypatch,
 
 def test_a_death_stops_the_run_within_the_next_epoch(demo_manifest, tiles_dir, tmp_path, forked, monkeypatch, capsys):
     monkeypatch.setattr(validator, "_validate", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    step, started, steps = loop._train_step, [], []
+    step, started, steps = loop.train_step, [], []
 
     def start(work):
         started.append(Validator(work))
@@ -316,7 +316,7 @@ def test_a_death_stops_the_run_within_the_next_epoch(demo_manifest, tiles_dir, t
         return step(run, *arguments)
 
     monkeypatch.setattr(validation, "Validator", start)
-    monkeypatch.setattr(loop, "_train_step", train_step)
+    monkeypatch.setattr(loop, "train_step", train_step)
     train(demo_manifest, tiles_dir, tmp_path / "run", "--validate_beside", status=2)
     printed = capsys.readouterr().err
     assert re.search(r"ERROR: .*death by SIGKILL .*, validating epoch 1", printed), printed[-2000:]
