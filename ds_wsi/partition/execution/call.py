@@ -18,7 +18,7 @@ from ds_wsi.partition.execution.input_tensor import InputTensor
 from ds_wsi.partition.execution.recomputed import RecomputedSegment
 from ds_wsi.partition.execution.saved_on_host import SavedOnHost
 from ds_wsi.partition.execution.segment_norms import SegmentNorms
-from ds_wsi.partition.execution.stored import StoredSegment
+from ds_wsi.partition.execution.stored import KEEP_GRAPHS, StoredSegment
 from ds_wsi.partition.execution.versions import Guard, guards_of, name_changed
 from ds_wsi.partition.graph.halo import Range
 from ds_wsi.partition.graph.replay import Random
@@ -26,7 +26,6 @@ from ds_wsi.partition.graph.segments import Program, Segment
 from ds_wsi.partition.module.arguments import Arguments
 from ds_wsi.partition.module.surroundings import undisturbed
 
-_KEEP_GRAPHS = ("keep", "offload")  # whose graphs compare versions themselves
 _Work = StoredSegment | RecomputedSegment
 
 
@@ -95,7 +94,7 @@ class PartitionedCall:
         source: ChunkedTensor = self.x
         needs = self.wants_input_grad
         segments = self.program.segments
-        graphs = self.save and any(segment.spec.mode in _KEEP_GRAPHS for segment in segments)
+        graphs = self.save and any(segment.spec.mode in KEEP_GRAPHS for segment in segments)
         aliased = self.tensors.in_place() if graphs else nullcontext()
         with undisturbed(), self.autocast(), aliased:
             for index, segment in enumerate(segments):
@@ -129,7 +128,7 @@ class PartitionedCall:
                 if work is None:
                     break
                 segment = self.program.segments[index]
-                if self._guards and segment.spec.mode not in _KEEP_GRAPHS:
+                if self._guards and segment.spec.mode not in KEEP_GRAPHS:
                     for guard in self._guards[index]:
                         guard.check()
                 host = segment.spec.host_input and index > 0  # the input's gradient is the caller's

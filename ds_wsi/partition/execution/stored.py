@@ -14,7 +14,7 @@ from ds_wsi.partition.execution.gradients import GradientSums
 from ds_wsi.partition.execution.saved_on_host import move_to_host
 from ds_wsi.partition.graph.segments import Chunk, Level
 
-_KEEP_GRAPHS = ("keep", "offload")
+KEEP_GRAPHS = ("keep", "offload")  # modes whose graphs compare versions themselves
 _KEEP_VALUES = ("lean", "stream")
 
 
@@ -46,7 +46,7 @@ class StoredSegment:
     def forward(self, out: StoredTensor, *, keep: bool) -> None:
         """Fill `out`; `keep`: backward will follow."""
         segment, chunks = self.segment, self.ranges.chunks
-        graph_kept = keep and self.mode in _KEEP_GRAPHS
+        graph_kept = keep and self.mode in KEEP_GRAPHS
         values: dict[fx.Node, ChunkedTensor] = {segment.source: self.source}
         if segment.source in segment.norms_of:
             self._collect_source()
@@ -96,7 +96,7 @@ class StoredSegment:
         """Free what no later level reads, nor backward."""
         segment = self.segment
         held = keep and self.mode in _KEEP_VALUES
-        graph_kept = keep and self.mode in _KEEP_GRAPHS
+        graph_kept = keep and self.mode in KEEP_GRAPHS
         for node, last in segment.readers.items():
             done = last <= index and node in values and node is not segment.source and node is not segment.target
             if done and not held and not (graph_kept and node in segment.norms_of):
@@ -112,7 +112,7 @@ class StoredSegment:
         self.values = values
         if self.mode == "offload":
             move_to_host(self.values, self.ranges)
-        if self.mode in _KEEP_GRAPHS and segment.source not in segment.norms_of:
+        if self.mode in KEEP_GRAPHS and segment.source not in segment.norms_of:
             self.source.clear()
             self.source = TileChunks()  # the graphs hold what backward reads
 

@@ -69,36 +69,36 @@ class NormSite:
         groups = getattr(self.leaf, "num_groups", None) or z.shape[1]
         return z.reshape(1, z.shape[0] * groups, -1, z.shape[3])
 
-    def collect(self, found: Statistics, z: Tensor) -> None:
-        """Merge a chunk's moments into `found`, in the order of the calls."""
-        found.moments = merged(found.moments, moments_of(self.fold(z)))
+    def collect(self, stats: Statistics, z: Tensor) -> None:
+        """Merge a chunk's moments into `stats`, in the order of the calls."""
+        stats.moments = merged(stats.moments, moments_of(self.fold(z)))
 
-    def finish(self, found: Statistics, device: torch.device) -> None:
+    def finish(self, stats: Statistics, device: torch.device) -> None:
         """Make the statistics final: over all ranks that share the population (one all-gather of 2 C + 2 numbers).
 
         Raises:
             ValueError: one value a channel, which has no variance.
         """
-        own = found.moments
+        own = stats.moments
         if self.group is not None:
-            found.moments = merged_over(self.group, own, self._blank(found, device))
-        moments = found.moments
+            stats.moments = merged_over(self.group, own, self._blank(stats, device))
+        moments = stats.moments
         if self.batch:
             require_variance(self.leaf, moments, own)
         assert moments is not None
-        found.mean, found.var = moments.mean, moments.var
+        stats.mean, stats.var = moments.mean, moments.var
 
-    def _blank(self, found: Statistics, device: torch.device) -> Tensor:
+    def _blank(self, stats: Statistics, device: torch.device) -> Tensor:
         """A tensor [C] of the statistics' dtype; of a rank without a tile, of what the norm itself is kept in."""
-        if found.moments is not None:
-            return found.moments.mean
+        if stats.moments is not None:
+            return stats.moments.mean
         like = self.leaf.weight if self.leaf.running_mean is None else self.leaf.running_mean
         kind = torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32)
         return torch.zeros(self.leaf.num_features, dtype=kind, device=device)
 
-    def track(self, found: Statistics, images: int) -> None:
+    def track(self, stats: Statistics, images: int) -> None:
         """Update the running statistics, once a call, as the module itself would: with the unbiased variance."""
-        moments = found.moments
+        moments = stats.moments
         assert moments is not None
         if self.batch:
             track(self.leaf, moments.mean, moments.unbiased_var)
@@ -112,27 +112,27 @@ class NormSite:
         for running, new in ((leaf.running_mean, mean), (leaf.running_var, var)):
             running.mul_(1 - rate).add_(new.to(running.dtype), alpha=rate)
 
-    def affine(self, found: Statistics) -> tuple[Tensor, Tensor]:
+    def affine(self, stats: Statistics) -> tuple[Tensor, Tensor]:
         """Gamma and beta [C] as leaves of the chunk's graph: their gradients are the two reductions."""
-        if found.leaves is None:
-            assert found.mean is not None
-            gamma, beta = torch.ones_like(found.mean), torch.zeros_like(found.mean)
+        if stats.leaves is None:
+            assert stats.mean is not None
+            gamma, beta = torch.ones_like(stats.mean), torch.zeros_like(stats.mean)
             if self.batch and self.leaf.weight is not None:
-                gamma = self.leaf.weight.detach().to(found.mean.dtype)
+                gamma = self.leaf.weight.detach().to(stats.mean.dtype)
             if self.batch and self.leaf.bias is not None:
-                beta = self.leaf.bias.detach().to(found.mean.dtype)
-            found.leaves = gamma.requires_grad_(), beta.requires_grad_()
-        return found.leaves
+                beta = self.leaf.bias.detach().to(stats.mean.dtype)
+            stats.leaves = gamma.requires_grad_(), beta.requires_grad_()
+        return stats.leaves
 
-    def apply(self, z: Tensor, found: Statistics) -> Tensor:
+    def apply(self, z: Tensor, stats: Statistics) -> Tensor:
         """The norm of a chunk, with the population's statistics."""
-        gamma, beta = self.affine(found)
+        gamma, beta = self.affine(stats)
         if not torch.is_grad_enabled():
             gamma, beta = gamma.detach(), beta.detach()
         leaf, folded = self.leaf, self.fold(z)
         layout = memory_layout(folded)
         out = F.batch_norm(
-            folded.contiguous(memory_format=layout), found.mean, found.var, gamma, beta, False, 0.0, leaf.eps
+            folded.contiguous(memory_format=layout), stats.mean, stats.var, gamma, beta, False, 0.0, leaf.eps
         )
         if out.requires_grad:
             # torch 2.15's CPU kernel of the backward returns wrong numbers, silently, where the layouts of gradient and
@@ -143,38 +143,38 @@ class NormSite:
         out = out.view_as(z)
         return out if leaf.weight is None else out * leaf.weight[:, None, None] + leaf.bias[:, None, None]
 
-    def reduce(self, found: Statistics, dgamma: Tensor, dbeta: Tensor) -> None:
+    def reduce(self, stats: Statistics, dgamma: Tensor, dbeta: Tensor) -> None:
         """Add a chunk's sums of dy x and of dy."""
         wide = torch.promote_types(dgamma.dtype, torch.float32)
-        found.dgamma = dgamma.to(wide) if found.dgamma is None else found.dgamma + dgamma
-        found.dbeta = dbeta.to(wide) if found.dbeta is None else found.dbeta + dbeta
+        stats.dgamma = dgamma.to(wide) if stats.dgamma is None else stats.dgamma + dgamma
+        stats.dbeta = dbeta.to(wide) if stats.dbeta is None else stats.dbeta + dbeta
 
-    def conclude(self, found: Statistics) -> tuple[Tensor, Tensor]:
+    def conclude(self, stats: Statistics) -> tuple[Tensor, Tensor]:
         """Fix the correction of dz, over all ranks of a SyncBatchNorm (one all-reduce of 2 C numbers).
 
         Returns:
             (dgamma, dbeta) of this rank: the gradients of the module's own parameters.
         """
-        assert found.mean is not None
-        assert found.var is not None
-        if found.dgamma is None or found.dbeta is None:
-            found.dgamma, found.dbeta = torch.zeros_like(found.mean), torch.zeros_like(found.mean)
-        own = found.dgamma, found.dbeta
+        assert stats.mean is not None
+        assert stats.var is not None
+        if stats.dgamma is None or stats.dbeta is None:
+            stats.dgamma, stats.dbeta = torch.zeros_like(stats.mean), torch.zeros_like(stats.mean)
+        own = stats.dgamma, stats.dbeta
         if self.group is not None:
             both = torch.cat(own)
             dist.all_reduce(both, group=self.group)
-            found.dgamma, found.dbeta = both.chunk(2)
-        assert found.moments is not None
-        gamma, count = self.affine(found)[0].detach(), found.moments.count
-        found.correction = correction(gamma, self.leaf.eps, count, found.mean, found.var, found.dgamma, found.dbeta)
+            stats.dgamma, stats.dbeta = both.chunk(2)
+        assert stats.moments is not None
+        gamma, count = self.affine(stats)[0].detach(), stats.moments.count
+        stats.correction = correction(gamma, self.leaf.eps, count, stats.mean, stats.var, stats.dgamma, stats.dbeta)
         return own
 
-    def correct(self, found: Statistics, z: Tensor, grad: Tensor) -> Tensor:
+    def correct(self, stats: Statistics, z: Tensor, grad: Tensor) -> Tensor:
         """Dz of a chunk, from `grad`, what flows to z with constant statistics."""
-        assert found.correction is not None
+        assert stats.correction is not None
         folded = self.fold(z)
         view = (1, -1) + (1,) * (folded.dim() - 2)
-        scale, shift = (part.view(view) for part in found.correction)
+        scale, shift = (part.view(view) for part in stats.correction)
         wide = torch.addcmul(self.fold(grad) + shift, scale, folded.to(scale.dtype))
         return wide.view_as(grad).to(grad.dtype)
 
@@ -184,17 +184,17 @@ class Corrected(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, z: Tensor, site: NormSite, found: Statistics, rows: tuple[int, int] | None
+        ctx: Any, z: Tensor, site: NormSite, stats: Statistics, rows: tuple[int, int] | None
     ) -> Tensor:
         ctx.save_for_backward(z)
-        ctx.site, ctx.found, ctx.rows = site, found, rows
+        ctx.site, ctx.stats, ctx.rows = site, stats, rows
         return z.view_as(z)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:  # noqa: D102
         (z,), grad = ctx.saved_tensors, grads[0]
         if ctx.rows is None:
-            return ctx.site.correct(ctx.found, z, grad), None, None, None
+            return ctx.site.correct(ctx.stats, z, grad), None, None, None
         first, last = ctx.rows
-        own = ctx.site.correct(ctx.found, z[:, :, first:last], grad[:, :, first:last])
+        own = ctx.site.correct(ctx.stats, z[:, :, first:last], grad[:, :, first:last])
         return torch.cat([grad[:, :, :first], own, grad[:, :, last:]], dim=2), None, None, None
