@@ -14,7 +14,7 @@ from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.tile_parallel.policy import TileParallelPolicy
 
 if TYPE_CHECKING:
-    from ds_wsi.partition.plan import PartitionPlan
+    from ds_wsi.partition.planning.plan import PartitionPlan
 
 SECTION = "ds_wsi"
 
@@ -91,7 +91,7 @@ def _policy(kind: Any, values: Any, key: str) -> Any:
 
 
 def _plan(values: Mapping[str, Any], key: str) -> "PartitionPlan":
-    from ds_wsi.partition.plan import PartitionPlan  # here, for help pages need no torch
+    from ds_wsi.partition.planning.plan import PartitionPlan  # here, for help pages need no torch
 
     _require_known(values, {"plan": None}, key)
     try:

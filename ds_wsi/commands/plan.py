@@ -47,9 +47,9 @@ def run_plan(options: argparse.Namespace) -> None:
     import torch
 
     from ds_wsi.models import build_encoder
-    from ds_wsi.partition.draw import draw_plan
-    from ds_wsi.partition.planner import plan_partition
-    from ds_wsi.partition.rates import cache_path, device_key, probe
+    from ds_wsi.partition.planning.draw import draw_plan
+    from ds_wsi.partition.planning.rates import cache_path, device_key, probe
+    from ds_wsi.partition.planning.search import plan_partition
 
     device = torch.device(options.device or ("cpu" if options.gpu is None else "cuda"))
     if options.probe:

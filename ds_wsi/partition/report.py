@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.partition.apply import PartitionedForward
-from ds_wsi.partition.arguments import Arguments
-from ds_wsi.partition.case import Case
-from ds_wsi.partition.check import check_case, sample_of
-from ds_wsi.partition.outputs import tensors_of
-from ds_wsi.partition.plan import gib
+from ds_wsi.partition.checking.case import Case
+from ds_wsi.partition.checking.check import check_case, sample_of
+from ds_wsi.partition.forward import PartitionedForward
+from ds_wsi.partition.module.arguments import Arguments
+from ds_wsi.partition.module.outputs import tensors_of
+from ds_wsi.partition.module.restored import Restored
+from ds_wsi.partition.planning.plan import gib
 from ds_wsi.partition.policy import MODES, PartitionPolicy
-from ds_wsi.partition.restored import Restored
 from ds_wsi.runtime.memory import ByteMeter
 
 _TRIED = ("native", *MODES)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ds_wsi.engines.accelerator.engine import Accelerator
 from ds_wsi.partition import PartitionPolicy
-from ds_wsi.partition.plan import gib
+from ds_wsi.partition.planning.plan import gib
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import free_bytes
 from ds_wsi.training.settings import TrainSettings

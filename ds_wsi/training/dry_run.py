@@ -16,7 +16,7 @@ from ds_wsi.engines.accelerator.scope import Processes, closing_trackers, launch
 from ds_wsi.norms import batch_norms
 from ds_wsi.norms.policy import POPULATIONS
 from ds_wsi.partition import PartitionPlan
-from ds_wsi.partition.apply import PartitionedForward
+from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.runtime.progress import duration
 from ds_wsi.runtime.words import counted
 from ds_wsi.slides.coords import write_grid

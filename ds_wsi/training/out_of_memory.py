@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ds_wsi.partition.apply import PartitionedForward
+from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import device_peaks
 

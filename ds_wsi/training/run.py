@@ -43,7 +43,8 @@ from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, SlideOutput
 from ds_wsi.norms import batch_norms
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
-from ds_wsi.partition.apply import DEFAULT_CHUNK, bucket
+from ds_wsi.partition.planning.uniform import DEFAULT_CHUNK
+from ds_wsi.partition.planning.uniform import planning_size as bucket
 from ds_wsi.runtime.choices import precision_words
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import DTYPES

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.partition.rates import Rates
+from ds_wsi.partition.planning.rates import Rates
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
 from launch.benchmarks.sweep import Machine, Training

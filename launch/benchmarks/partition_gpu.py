@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ds_wsi.partition import PartitionPolicy, partition_layers
+from ds_wsi.partition.planning.rates import find_rates, probe
 from ds_wsi.partition.policy import MODES
-from ds_wsi.partition.rates import find_rates, probe
 from ds_wsi.runtime.log import logger
 from launch.benchmarks import peers_gpu
 from launch.benchmarks.gpu_run import GIB, Pooled, Run, TimeIsUpError, normaliser, random_tiles

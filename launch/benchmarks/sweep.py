@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ds_wsi.partition import Handle, PartitionPlan, PartitionPolicy, partition_layers, plan_partition
-from ds_wsi.partition.rates import Rates, device_key, probe
+from ds_wsi.partition.planning.rates import Rates, device_key, probe
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import ByteMeter, DevicePeaks, device_peaks
 from launch.benchmarks.table import Result

@@ -70,7 +70,7 @@ def initialized():
     import deepspeed
 
     import ds_wsi
-    from ds_wsi.partition.apply import PartitionedForward
+    from ds_wsi.partition.forward import PartitionedForward
 
     found = {"parameters": list(inspect.signature(deepspeed.initialize).parameters)}
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.partition import PartitionPolicy, partition_layers, plan_partition
-from ds_wsi.partition.norm import NormSite
+from ds_wsi.partition.graph.norm import NormSite
 from ds_wsi.partition.policy import MODES
 from ds_wsi.stacking import stack_bags
 from ds_wsi.training.step import blank_tile, idle_loss, run_micro_step

@@ -17,7 +17,7 @@ from ds_wsi.bags.sampler import plan_epoch
 from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.models import ModelConfig, NoEncoder, SlideModel, build_aggregator
 from ds_wsi.norms import NormPolicy
-from ds_wsi.partition.apply import PartitionedForward
+from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.slides import TilingPolicy
 from ds_wsi.stacking import stack_bags
 

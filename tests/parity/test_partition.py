@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
-from ds_wsi.partition.norm import NormSite
+from ds_wsi.partition.graph.norm import NormSite
+from ds_wsi.partition.graph.segments import tile_ranges
 from ds_wsi.partition.policy import MODES
-from ds_wsi.partition.program import tile_ranges
 from ds_wsi.stacking import stack_bags
 
 TOLERANCE = 1e-10  # relative, in float64: sums over chunks round differently from sums over bags

@@ -15,10 +15,10 @@ from torch.nn.utils import parametrizations
 
 import ds_wsi
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers
-from ds_wsi.partition.apply import PartitionedForward
-from ds_wsi.partition.arguments import Arguments
-from ds_wsi.partition.case import Case
-from ds_wsi.partition.check import check_case, sample_of, tiles_that_fit
+from ds_wsi.partition.checking.case import Case
+from ds_wsi.partition.checking.check import check_case, sample_of, tiles_that_fit
+from ds_wsi.partition.forward import PartitionedForward
+from ds_wsi.partition.module.arguments import Arguments
 from ds_wsi.partition.policy import MODES
 
 SIX = ("lean", "recompute", "keep", "checkpoint", "offload", "stream")

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_wsi.norms.population import Moments
-from ds_wsi.partition import paper
-from ds_wsi.partition.paper import apply_paper
+from ds_wsi.partition.execution import paper
+from ds_wsi.partition.execution.paper import apply_paper
 
 CPU = torch.device("cpu")
 INPUTS = {"batch": ((7, 3, 32, 32), 3), "spatial": ((1, 3, 75, 64), 5)}

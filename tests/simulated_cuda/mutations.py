@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 
-from ds_wsi.partition import staging
-from ds_wsi.partition.staging import HostStore
+from ds_wsi.partition.execution import host_store as staging
+from ds_wsi.partition.execution.host_store import HostStore
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_wsi.partition.rates import ASSUMED
+from ds_wsi.partition.planning.rates import ASSUMED
 
 from .lane import ROOT, TIMEOUT_S, environment
 

@@ -33,6 +33,15 @@ ROOMS = {
         {"accelerator", "initialize"},
         {"full_state", "hf"},
     ),
+    "partition": (
+        {"policy", "module"},
+        {"graph"},
+        {"execution"},
+        {"planning"},
+        {"checking"},
+        {"forward"},
+        {"apply", "report"},
+    ),
 }
 FRAMEWORKS = {"deepspeed", "accelerate", "transformers"}
 NOT_INSTALLED = {"launch", "tests"}

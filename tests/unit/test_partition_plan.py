@@ -10,7 +10,7 @@ from torch import nn
 from ds_wsi.cli import main
 from ds_wsi.config import DsWsiConfig, read_section, write_section
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
-from ds_wsi.partition.rates import ASSUMED, Rates, find_rates
+from ds_wsi.partition.planning.rates import ASSUMED, Rates, find_rates
 from ds_wsi.runtime.units import parse_bytes
 
 SHAPE = (64, 3, 32, 32)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers
-from ds_wsi.partition.planner import Planner
+from ds_wsi.partition.planning.costs import SegmentMode
+from ds_wsi.partition.planning.rates import ASSUMED
+from ds_wsi.partition.planning.search import Planner
+from ds_wsi.partition.planning.simulate import Simulator
 from ds_wsi.partition.policy import MODES
-from ds_wsi.partition.rates import ASSUMED
-from ds_wsi.partition.simulate import Simulator
 from ds_wsi.runtime.memory import ByteMeter
 
 TILES, SIDE = 32, 16
@@ -103,7 +104,10 @@ def test_shapes_that_are_remembered_say_what_torch_says(monkeypatch):
         fresh = Planner(*(network((4, 8)), SHAPE, PartitionPolicy(), torch.float32, None), CPU, ASSUMED["cpu"], None)
         return [
             fresh.native,
-            *(fresh.simulator.run(fresh._specs((mode,) * (len(fresh.cuts) + 1), 2), (6, *SHAPE[1:])) for mode in MODES),
+            *(
+                fresh.simulator.run(fresh._specs((SegmentMode(mode),) * (len(fresh.cuts) + 1), 2), (6, *SHAPE[1:]))
+                for mode in MODES
+            ),
         ]
 
     remembered = phases()

@@ -11,7 +11,7 @@ from torch import nn
 
 from ds_wsi.engines.machine import nvme
 from ds_wsi.partition import PartitionPolicy, partition_layers, plan_partition
-from ds_wsi.partition.staging import ALIGN, HostStore
+from ds_wsi.partition.execution.host_store import ALIGN, HostStore
 from ds_wsi.training.options import add_train_options, settings_from
 
 CPU = torch.device("cpu")

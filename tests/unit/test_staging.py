@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from ds_wsi.models.slide_model import SlideModel
-from ds_wsi.partition.apply import input_cost, partition_layers
-from ds_wsi.partition.planner import plan_partition
+from ds_wsi.partition.apply import partition_layers
+from ds_wsi.partition.execution.host_store import IN_FLIGHT, HostStore
+from ds_wsi.partition.execution.input_tensor import InputCost, input_cost
+from ds_wsi.partition.planning.search import plan_partition
 from ds_wsi.partition.policy import PartitionPolicy
-from ds_wsi.partition.staging import IN_FLIGHT, HostStore
-from ds_wsi.partition.values import InputCost
 from ds_wsi.runtime.memory import ByteMeter
 from ds_wsi.stacking.host_tiles import HostStacks, HostTiles, PreparedTiles
 from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on, stack_bags

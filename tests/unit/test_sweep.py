@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from ds_wsi.partition.rates import ASSUMED
+from ds_wsi.partition.planning.rates import ASSUMED
 from ds_wsi.runtime.memory import DevicePeaks
 from launch.benchmarks import gpu_run, partition_gpu, peers_gpu, sweep
 from launch.benchmarks.table import write_result

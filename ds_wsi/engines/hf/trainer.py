@@ -37,7 +37,7 @@ from ds_wsi.engines.policies.norms import apply_training, decide_training, parti
 from ds_wsi.engines.sharded.zero import gather_as_one
 from ds_wsi.norms import NormPolicy, batch_norms, natural_evaluation
 from ds_wsi.partition import PartitionPolicy, partition_layers
-from ds_wsi.partition.apply import PartitionedForward
+from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.runtime.log import logger
 from ds_wsi.stacking.packs import PackedForward, pack_bags
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from ds_wsi.engines.machine.cpu import without_gpu
 from ds_wsi.engines.machine.ops import COMPILER, compiler_lacks, is_installed
 from ds_wsi.partition import PartitionPlan, PartitionPolicy
-from ds_wsi.partition.staging import ALIGN, Block, Extents
+from ds_wsi.partition.execution.free_list import Block, FreeList
+from ds_wsi.partition.execution.host_store import ALIGN
 from ds_wsi.runtime.memory import free_disk_bytes
 
 _BLOCK = 2**20  # bytes of one request
@@ -52,7 +53,7 @@ class NvmeSpill:
         self._descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
         self.budget_bytes = budget_bytes or free_disk_bytes(self.directory)
-        self._extents, self._size = Extents(), 0
+        self._free, self._size = FreeList(), 0
         self.written_bytes = self.read_bytes = 0
 
     @classmethod
@@ -61,28 +62,28 @@ class NvmeSpill:
         return cls(wanted.nvme_path, wanted.nvme_budget_bytes) if wanted.nvme_path else None
 
     def write(self, data: Tensor) -> Block:
-        """See `ds_wsi.partition.staging.Spill`.
+        """See `ds_wsi.partition.execution.host_store.Spill`.
 
         Raises:
             OSError: the budget or the disk is full, or the disk fails.
         """
-        place = self._extents.take(data.numel())
+        place = self._free.take(data.numel())
         if place is None:
             self._grow(data.numel())
-            place = self._extents.take(data.numel())
+            place = self._free.take(data.numel())
         assert place is not None
         self._check(self._handle.sync_pwrite(data, self._file, place[1]), "write", data.numel())
         self.written_bytes += data.numel()
         return place
 
     def read(self, place: Block, data: Tensor) -> None:
-        """See `ds_wsi.partition.staging.Spill`."""
+        """See `ds_wsi.partition.execution.host_store.Spill`."""
         self._check(self._handle.sync_pread(data, self._file, place[1]), "read", data.numel())
         self.read_bytes += data.numel()
 
     def free(self, place: Block) -> None:
-        """See `ds_wsi.partition.staging.Spill`."""
-        self._extents.give_back(place)
+        """See `ds_wsi.partition.execution.host_store.Spill`."""
+        self._free.give_back(place)
 
     def _grow(self, size: int) -> None:
         room = (self.budget_bytes - self._size) // ALIGN * ALIGN
@@ -100,7 +101,7 @@ class NvmeSpill:
                 "HINT: free some, or give a smaller nvme_budget."
             ) from error
         # One slab: a file is contiguous however often it grew.
-        self._extents.give_back((0, self._size, grown))
+        self._free.give_back((0, self._size, grown))
         self._size += grown
 
     def _check(self, done: int, verb: str, size: int) -> None:

@@ -18,7 +18,7 @@ from ds_wsi.engines.sharded.zero import gather_as_one
 from ds_wsi.models import SlideModel
 from ds_wsi.norms import batch_norms, natural_evaluation
 from ds_wsi.partition import PartitionPolicy, partition_layers
-from ds_wsi.partition.apply import PartitionedForward
+from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.stacking.packs import PackedForward, pack_bags
 from ds_wsi.tile_parallel.shard import SharedForward
 

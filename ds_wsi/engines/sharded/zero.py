@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.engines.sharded.fsdp import whole
-from ds_wsi.partition.apply import PartitionedForward, is_anchor
+from ds_wsi.partition.forward import PartitionedForward
+from ds_wsi.partition.module.shards import is_anchor
 
 
 def gather_as_one(model: nn.Module) -> None:

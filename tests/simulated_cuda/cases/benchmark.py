@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_wsi.partition import PartitionPolicy
-from ds_wsi.partition.rates import ASSUMED
+from ds_wsi.partition.planning.rates import ASSUMED
 from launch.benchmarks import partition_gpu
 from simulated_cuda.cases import report, run_script
 

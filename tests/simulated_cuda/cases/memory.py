@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.partition import PartitionPolicy, partition_layers, plan_partition
-from ds_wsi.partition.staging import HostStore
+from ds_wsi.partition.execution.host_store import HostStore
 from simulated_cuda import device
 from simulated_cuda.cases import report
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.partition import PartitionPolicy, partition_layers
-from ds_wsi.partition.staging import ALIGN, HostStore
+from ds_wsi.partition.execution.host_store import ALIGN, HostStore
 from simulated_cuda.cases import report
 from simulated_cuda.cases.modes import difference, step
 from simulated_cuda.mutations import MUTATIONS, applied

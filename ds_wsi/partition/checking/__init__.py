@@ -1,0 +1,1 @@
+"""Whether a partition gives what the module gives: tried at the first call."""

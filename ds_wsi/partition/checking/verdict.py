@@ -1,0 +1,297 @@
+"""What the runs of one check say: the sentence that names the part which a partition would not compute as it is."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_wsi.partition.checking.case import Case
+from ds_wsi.partition.checking.mixing import Mixing, find_mixing
+from ds_wsi.partition.checking.trials import INPUT_AFTER, Outcome, Trials, differences, distance, state_differences
+from ds_wsi.partition.graph.trace import has_own_forward, needs_batch_statistics, needs_image_statistics
+from ds_wsi.partition.module.observed import SameDraws
+from ds_wsi.partition.module.outputs import form_of
+from ds_wsi.partition.module.restored import Restored
+from ds_wsi.runtime.log import logger
+
+CHUNKS = {1: 1, 2: 1, 3: 2, 4: 3, 5: 3, 6: 5, 8: 5}  # tiles of the first of two chunks
+MANY_LEVELS = 20  # of norms: "recompute" computes each of them from the input
+_ROW_BLOCKS = 4
+_NOISE = 50
+
+
+class Verdict:
+    """The runs of one check in one dtype, and what they say."""
+
+    def __init__(self, case: Case, held: Restored, tiles: Tensor) -> None:
+        self.case, self.held, self.tiles = case, held, tiles
+        self.names = {name: type(part).__name__ for part, name in held.names.items()}
+        self.eps = torch.finfo(tiles.dtype if tiles.is_floating_point() else torch.get_default_dtype()).eps
+        for parameter in case.module.parameters():
+            if parameter.is_floating_point():
+                self.eps = max(self.eps, torch.finfo(parameter.dtype).eps)
+        self.start = {name: tensor.clone() for name, tensor in held.tensors().items()}
+        self.attributes = held.attributes()
+        levels = sum(_is_level(part, case.plan.axis) for part in held.names)
+        many = self.many = case.backward and levels > MANY_LEVELS and "recompute" in case.modes
+        self.trials = Trials(
+            held,
+            case.original,
+            lambda chunk: case.with_chunks(chunk, tiles, lean=many),  # no reference to self
+            case.arguments,
+            tiles,
+            case.backward,
+            case.input_grad,
+            case.by_tile,
+        )
+        self.plain = self.trials.plain()
+        self.eps = max(self.eps, self.trials.coarsest)
+        self.floor = max(1e3 * self.eps, 1e-9)
+        self.ceiling = max(4e4 * self.eps, 1e-5)  # no noise excuses more: the order of tiles may be what matters
+
+    def conclude(self) -> tuple[str, str | None]:
+        """(Why nothing can be said, or ""; why the module is refused, or None)."""
+        changed = self._counted()
+        if changed is not None:
+            return "", changed
+        after = self.plain.values[INPUT_AFTER]
+        if after is not None and (gap := distance(self.tiles.cpu(), after)):
+            # Backward reads the tiles again, as they were given.
+            return "", (
+                f"{self._who(self.trials.writer())} must not change the partition's input in place, got an input that "
+                f"changes by {gap:.1e}. HINT: x = x.clone() before it."
+            )
+        drawn = bool(self.plain.moved)
+        count = len(self.tiles)
+        if not self.case.by_tile:
+            chunk = max(1, self.tiles.shape[2] // _ROW_BLOCKS)
+        else:
+            chunk = count if drawn else CHUNKS.get(count, 1)
+        try:
+            found = self._partition(chunk)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the call itself would raise it, unless the number of tiles is the reason
+            return self._raised(error, chunk)
+        refusal = self._compared(found, drawn=drawn)
+        if refusal is None and self.case.by_tile and drawn and count > 1:
+            refusal = self._independent() or self._written_by_chunk()
+        if refusal is None and self.many:
+            refusal = self._forward_alone(chunk)
+        return "", refusal
+
+    def _partition(self, chunk: int) -> Outcome:
+        """One run; a second where the module changes what it holds: what the trace drew and wrote is done by then."""
+        found = self.trials.partition(chunk)
+        written = any(
+            name in self.plain.state and distance(self.start[name].cpu(), self.plain.state[name])
+            for name in self.start
+            if not _is_statistic(self.held, name)
+        )
+        if written or any(self.plain.moved) or self.plain.attributes != self.attributes:
+            found = self.trials.partition(chunk)
+        return found
+
+    # ---------------------------------------------------------------------------------------- comparisons
+
+    def _compared(self, found: Outcome, *, drawn: bool) -> str | None:
+        """The sentence for what differs between the module alone and the partition."""
+        outside = [name for name in self.plain.moved if name]
+        far, apart = self._far(self.plain, found, noise=not drawn)
+        same_draws = found.marks == self.plain.marks
+        if (far or apart) and drawn and not outside:
+            # The partition may draw in another order: let the order not matter.
+            with SameDraws():
+                plain = self.trials.plain()
+                again = self.trials.partition(self._undivided_chunk())
+            far, apart = self._far(plain, again, noise=False)
+        if outside and (far or apart or not same_draws):
+            kind = "a generator of its own" if outside[0] not in ("numpy.random", "random") else outside[0]
+            return f"{self._who(_place(outside[0]))} must draw from torch's default generators, got {kind}."
+        counted = self._attributes_differ(found)
+        if counted is not None:
+            return counted
+        if far or apart:
+            return self._explained(far, apart)
+        if not same_draws:
+            return (
+                f"a partitioned {self.case.owner} must draw as often as alone, got generators that moved otherwise. "
+                'HINT: mode "keep" draws once.'
+            )
+        return None
+
+    def _far(self, plain: Outcome, found: Outcome, *, noise: bool) -> tuple[dict[str, float], dict[str, float]]:
+        """Values and state, and outputs of sub-modules, that are further apart than rounding."""
+        buffers = {f"buffer {k!r}": v for k, v in state_differences(plain, found, self.start).items()}
+        gaps = differences(plain, found, self.trials.faint) | buffers
+        apart = dict(self.trials.apart)
+        far = {name: gap for name, gap in gaps.items() if not gap <= self.floor}
+        apart = {name: gap for name, gap in apart.items() if not gap <= self.floor}
+        if (far or apart) and noise and self.case.by_tile and len(self.tiles) > 1:
+            other = self.trials.reversed()
+            noises, inside = differences(plain, other, self.trials.faint), self.trials.apart
+            far = {name: gap for name, gap in far.items() if not gap <= self._tolerance(noises.get(name, 0.0))}
+            apart = {name: gap for name, gap in apart.items() if not gap <= self._tolerance(inside.get(name, 0.0))}
+        return far, apart
+
+    def _tolerance(self, noise: float) -> float:
+        return max(self.floor, min(self.ceiling, _NOISE * noise))
+
+    def _independent(self) -> str | None:
+        """For modules that draw: other tiles, the same draws."""
+        if any(needs_batch_statistics(part) and not has_own_forward(part) for part in self.held.names):
+            return None
+        mixing = self._mixing()
+        return None if mixing is None else self._mixes(mixing)
+
+    def _written_by_chunk(self) -> str | None:
+        """For modules that draw: buffers that do not hang on the draws, in two chunks."""
+        mine = {name for name in self.start if not _is_statistic(self.held, name)}
+        if all(torch.equal(self.plain.state[name], self.start[name].cpu()) for name in mine & self.plain.state.keys()):
+            return None
+        with SameDraws():
+            plain = self.trials.plain()
+            found = self.trials.partition(CHUNKS.get(len(self.tiles), 1))
+        gaps = state_differences(plain, found, {name: self.start[name] for name in mine})
+        return self._writes({name: gap for name, gap in gaps.items() if not gap <= self.floor})
+
+    def _forward_alone(self, chunk: int) -> str | None:
+        """The plan's own modes, forward only, where backward was checked in "lean"."""
+        trials = replace(
+            self.trials,
+            partitioned=lambda size: self.case.with_chunks(size, self.tiles, lean=False),
+            backward=False,
+        )
+        found = trials.partition(chunk)
+        outputs = {name: value for name, value in self.plain.values.items() if "gradient" not in name}
+        far, apart = self._far(replace(self.plain, values=outputs), found, noise=False)
+        return self._explained(far, apart) if far or apart else None
+
+    # ---------------------------------------------------------------------------------------- sentences
+
+    def _counted(self) -> str | None:
+        """An attribute that every forward changes anew; one that is set once and stays is none."""
+        if self.plain.attributes == self.attributes:
+            return None
+        first, second = self.trials.twice()
+        return self._changes(first, second)
+
+    def _attributes_differ(self, found: Outcome) -> str | None:
+        return self._changes(self.plain.attributes, found.attributes, start=self.attributes)
+
+    def _changes(
+        self, before: dict[Any, Any], after: dict[Any, Any], start: dict[Any, Any] | None = None
+    ) -> str | None:
+        for place in sorted({*before, *after}):
+            if before.get(place) == after.get(place) or before.get(place) != before.get(place):
+                continue
+            name, key = place
+            old = (self.attributes if start is None else start).get(place)
+            return (
+                f"{self._who(name)} must not change its attribute {key!r} in forward, "
+                f"got {_short(old)} -> {_short(before.get(place) if start is None else after.get(place))}."
+            )
+        return None
+
+    def _explained(self, far: dict[str, float], apart: dict[str, float]) -> str:
+        foreign = [part for part in self.held.names if needs_batch_statistics(part) and not has_own_forward(part)]
+        if foreign and self.case.by_tile:
+            name = self.held.names[foreign[0]]
+            return (
+                "a train-mode BatchNorm must have torch's or timm's own forward, "
+                f"got {type(foreign[0]).__name__}'s (layer {name!r})."
+            )
+        mixing = self._mixing() if self.case.by_tile else None
+        if mixing is not None:
+            return self._mixes(mixing)
+        buffers = {name.split("'")[1]: gap for name, gap in far.items() if name.startswith("buffer")}
+        written = {
+            name: gap
+            for name, gap in buffers.items()
+            if not _is_statistic(self.held, name) or not {*far} - {f"buffer {name!r}" for name in buffers}
+        }
+        sentence = self._writes(written)
+        if sentence is not None:
+            return sentence
+        first = next((name for name, _ in self.trials.recorded.given if name in apart), None)
+        what, gap = (f"an output of {self._who(first)}", apart[first]) if first is not None else next(iter(far.items()))
+        return (
+            f"{self.case.owner} must be computed in a partition as it is alone, got {what} that differs by {gap:.1e}. "
+            'HINT: mode "native", or partition the sub-modules before and after it.'
+        )
+
+    def _mixing(self) -> Mixing | None:
+        arguments, original = self.case.arguments, self.case.original
+        try:
+            return find_mixing(self.held, lambda tiles: arguments.call(original, tiles), self.tiles)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # tiles that no bag holds may be more than the module takes
+            logger.debug("partition check: %s on other tiles: %s: %s", self.case.owner, type(error).__name__, error)
+            return None
+
+    def _mixes(self, mixing: Mixing) -> str:
+        return (
+            f"{self._who(mixing.name)} must treat tiles independently, got an output that changes by "
+            f"{mixing.change:.1e} with another tile. HINT: partition the sub-module before it; batch statistics are "
+            "exact in nn.BatchNorm2d."
+        )
+
+    def _writes(self, gaps: dict[str, float]) -> str | None:
+        order = [name for name in self.start if name in gaps]
+        if not order:
+            return None
+        owner, _, key = order[0].rpartition(".")
+        return (
+            f"{self._who(owner)} must not write its buffer {key!r} in forward, got {gaps[order[0]]:.1e} beside the "
+            "plain module's. HINT: keep it out of the partition."
+        )
+
+    def _raised(self, error: Exception, chunk: int) -> tuple[str, str | None]:
+        """A chunk that the module does not take alone hangs on the tiles beside it."""
+        told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if not self.case.by_tile or chunk >= len(self.tiles):
+            return told, None
+        self.held.rewind()
+        try:
+            with torch.no_grad():
+                out = self.case.arguments.call(self.case.original, self.tiles[:chunk].clone())
+            form_of(out, chunk, self.case.owner)
+        except Exception as alone:
+            if "must have tiles on its first axis" in str(alone):
+                return "", str(alone)
+            return "", (
+                f"{self._who('')} must treat tiles independently, got an error for {chunk} of {len(self.tiles)} tiles "
+                f"({type(alone).__name__}: {str(alone).splitlines()[0]}). HINT: partition a sub-module that does."
+            )
+        return told, None
+
+    def _undivided_chunk(self) -> int:
+        return len(self.tiles) if self.case.by_tile else max(1, self.tiles.shape[2] // _ROW_BLOCKS)
+
+    def _who(self, name: str) -> str:
+        return f"{name!r} ({self.names.get(name, self.case.owner)})"
+
+
+def _place(generator: str) -> str:
+    """The sub-module of a generator's name."""
+    if generator in ("numpy.random", "random"):
+        return ""
+    return generator.removesuffix("'s own") if generator.endswith("'s own") else generator.rpartition(".")[0]
+
+
+def _is_statistic(held: Restored, name: str) -> bool:
+    """Whether a buffer is a torch norm's running statistic, which draws before the norm change."""
+    owner = name.rpartition(".")[0]
+    part = next(part for part, place in held.names.items() if place == owner)
+    return isinstance(part, nn.modules.batchnorm._NormBase)
+
+
+def _is_level(part: nn.Module, axis: str) -> bool:
+    return needs_batch_statistics(part) or (axis == "spatial" and needs_image_statistics(part))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

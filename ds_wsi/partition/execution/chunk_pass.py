@@ -1,0 +1,133 @@
+"""One chunk through a part of a segment's graph: without gradient, or with autograd's graph."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ds_wsi.partition.execution.aliases import CallTensors
+from ds_wsi.partition.execution.chunk_ranges import ChunkRanges
+from ds_wsi.partition.execution.chunked_tensor import ChunkedTensor
+from ds_wsi.partition.execution.segment_norms import SegmentNorms
+from ds_wsi.partition.graph.replay import Random
+from ds_wsi.partition.graph.segments import Chunk, Segment
+from ds_wsi.partition.graph.subgraph import Subgraph
+from ds_wsi.partition.module.arguments import Arguments
+
+
+@dataclass(frozen=True)
+class ChunkRunner:
+    """What every pass over the chunks of one segment needs in one call.
+
+    Args:
+        segment: that is computed.
+        ranges: its chunks, and what each reads and computes.
+        norms: its norms, whose statistics the passes apply.
+        random: the call's random numbers.
+        needs_grad: whether a gradient has to reach each value.
+        saving: makes the context in which autograd's graphs are built.
+        arguments: of the call, beside the tiles.
+        tensors: the call's parameters.
+    """
+
+    segment: Segment
+    ranges: ChunkRanges
+    norms: SegmentNorms
+    random: Random
+    needs_grad: dict[fx.Node, bool]
+    saving: Callable[[], AbstractContextManager[Any]]
+    arguments: Arguments
+    tensors: CallTensors
+
+    def run(self, graph: Subgraph, chunk: Chunk, values: dict[fx.Node, ChunkedTensor]) -> dict[fx.Node, Tensor]:
+        """The targets' own tiles or rows of a chunk, without gradient."""
+        ranges = self.ranges
+        with torch.no_grad(), no_checkpoint():
+            needed = ranges.needed(graph, chunk)
+            inputs = {node: values[node].read(ranges.reads(node, chunk, needed)) for node in graph.sources}
+            norms, key = self.norms.of(chunk), self._key(chunk)
+            found = graph.run(inputs, norms, self.random, key, _count(chunk), self.arguments, needed=needed)
+            return {node: ranges.crop_own(node, value, chunk, needed) for node, value in found.items()}
+
+    def with_graph(
+        self,
+        graph: Subgraph,
+        chunk: Chunk,
+        values: dict[fx.Node, ChunkedTensor],
+        *,
+        corrected: set[fx.Node] | None = None,
+        known: dict[fx.Node, Tensor] | None = None,
+    ) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
+        """The leaves of a chunk's graph, and the targets' own tiles or rows on top of it.
+
+        Args:
+            graph: to compute.
+            chunk: of the segment's.
+            values: that hold the sources.
+            corrected: norms whose input's gradient is corrected inside the graph.
+            known: results of final convolutions that need not be computed again.
+        """
+        ranges = self.ranges
+        with torch.enable_grad(), self.saving():
+            needed = ranges.needed(graph, chunk)
+            leaves = {}
+            anchor = torch.empty(0, requires_grad=True)
+            for node in graph.sources:
+                value = values[node].read(ranges.reads(node, chunk, needed)).detach()
+                wanted = value.is_floating_point() and self.needs_grad[node]
+                leaves[node] = _Source.apply(anchor, value) if wanted else value
+            own = None
+            if corrected is not None:
+                own = {
+                    node: ranges.own(node.all_input_nodes[0], chunk) if self.segment.in_rows else None
+                    for node in corrected
+                }
+            found = graph.run(
+                dict(leaves),
+                self.norms.of(chunk),
+                self.random,
+                self._key(chunk),
+                _count(chunk),
+                self.arguments,
+                needed=needed,
+                corrected=own,
+                known=known,
+            )
+            return leaves, {node: ranges.crop_own(node, value, chunk, needed) for node, value in found.items()}
+
+    def _key(self, chunk: Chunk) -> Any:
+        """The chunk's name among the call's random numbers."""
+        return self.segment.target, chunk.index
+
+
+def _count(chunk: Chunk) -> int:
+    return chunk.tiles[1] - chunk.tiles[0]
+
+
+def no_checkpoint() -> AbstractContextManager[Any]:
+    """Refuses checkpoints within the module: what they would recompute is recomputed already."""
+    return torch.autograd.graph.disable_saved_tensors_hooks(
+        "a partitioned module must not checkpoint inside a partition, got hooks on saved tensors while it ran. "
+        'HINT: switch its checkpointing off; mode "checkpoint" does the same, exactly.'
+    )
+
+
+def edges(values: dict[fx.Node, Tensor]) -> dict[fx.Node, GradientEdge]:
+    """Where gradient enters or leaves a graph, without the tensors, which would stay on the device."""
+    return {node: get_gradient_edge(value) for node, value in values.items() if value.requires_grad}
+
+
+class _Source(torch.autograd.Function):
+    """A value as the beginning of a graph that does not hold it, as a leaf would."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, None

@@ -1,0 +1,63 @@
+"""Gradients of a call: which values need one, and the parameters' sums over the chunks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ds_wsi.partition.graph.trace import Traced
+
+
+class GradientSums:
+    """Gradients of parameters, summed in float32 (float64 for float64), in the order of the chunks.
+
+    Attributes:
+        by_id: of parameter -> its sum so far.
+    """
+
+    def __init__(self) -> None:
+        self.by_id: dict[int, Tensor] = {}
+        self._owned: set[int] = set()  # whose sums nobody else holds
+
+    def add(self, parameters: list[nn.Parameter], found: list[Tensor | None], output_grads: list[Tensor]) -> None:
+        """Add a chunk's; `found` is emptied as it is summed.
+
+        Args:
+            parameters: whose gradients they are.
+            found: of one chunk, from autograd.
+            output_grads: what flowed into the chunk's graph.
+        """
+        # autograd may hand out one tensor several times, or what flowed in: such a one must not be added to in place.
+        places = [tensor.untyped_storage()._cdata for tensor in (*found, *output_grads) if tensor is not None]
+        for index, parameter in enumerate(parameters):
+            gradient, found[index] = found[index], None
+            if gradient is None:
+                continue
+            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            key = id(parameter)
+            owned = wide is not gradient or places.count(gradient.untyped_storage()._cdata) == 1
+            if key not in self.by_id:
+                self.by_id[key] = wide
+                if owned:
+                    self._owned.add(key)
+            elif key in self._owned:
+                self.by_id[key].add_(wide)
+            else:
+                self.by_id[key] = self.by_id[key] + wide
+                self._owned.add(key)
+
+
+def gradient_needs(traced: Traced, wants_input_grad: bool) -> dict[fx.Node, bool]:
+    """Whether a gradient has to reach each value of a graph, whose input needs one where `wants_input_grad`."""
+    needs = {traced.source: wants_input_grad} | dict.fromkeys(traced.arguments, False)
+    for node in traced.nodes:
+        own = False
+        if node in traced.leaves:
+            own = any(parameter.requires_grad for parameter in traced.leaves[node].parameters())
+        elif node.op == "get_attr":
+            value: Any = traced.module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            own = isinstance(value, Tensor) and value.requires_grad
+        needs[node] = own or any(needs[parent] for parent in node.all_input_nodes)
+    return needs

@@ -1,0 +1,146 @@
+"""The input of a call, the caller's tensor: read a chunk at a time, or its cost pretended."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_wsi.partition.execution.host_store import Arriving, HostStore
+from ds_wsi.runtime.memory import ByteMeter
+
+Range = tuple[int, int]  # [first, last)
+Prepare = Callable[[Tensor], Tensor]
+
+
+def prepared(prepare: Prepare, part: Tensor, first: int) -> Tensor:
+    """A chunk that begins at tile `first`, prepared; a `prepare` with a method `at` is told where."""
+    at: Callable[[Tensor, int], Tensor] | None = getattr(prepare, "at", None)
+    return prepare(part) if at is None else at(part, first)
+
+
+class InputTensor:
+    """The input of a call: the caller's tensor, read a chunk at a time.
+
+    Args:
+        tensor: on the device or on the host; page-locked host memory is copied ahead of its use.
+        dim: that chunks divide.
+        device: of the computation.
+        prepare: applied to each chunk on the device: see `prepared`.
+        store: whose stream copies ahead; None copies when a chunk is read.
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        dim: int,
+        device: torch.device,
+        prepare: Prepare | None,
+        store: HostStore | None = None,
+    ) -> None:
+        self.tensor, self.dim, self.device, self.prepare = tensor, dim, device, prepare
+        self.check: Callable[[], None] | None = None  # called before the tensor is read
+        ahead = store is not None and store.copies_ahead and tensor.device.type == "cpu" and tensor.is_pinned()
+        self._store = store if ahead else None
+        self._arriving: dict[Range, Arriving] = {}
+
+    def read(self, wanted: Range) -> Tensor:
+        """The chunk on the device, prepared."""
+        if self.check is not None:
+            self.check()
+        arriving = self._arriving.pop(wanted, None)
+        part = self._part(wanted).to(self.device, non_blocking=True) if arriving is None else arriving.get()
+        return part if self.prepare is None else prepared(self.prepare, part, wanted[0])
+
+    def prefetch(self, wanted: Range) -> None:
+        """Start copying a chunk to the device, where that goes on beside the computing."""
+        if self._store is not None and wanted not in self._arriving:
+            self._arriving[wanted] = self._store.bring(self._part(wanted))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was written: the caller's tensor is there."""
+        return False
+
+    def drop(self, where: Range) -> None:
+        """Keep: the caller's tensor is his."""
+
+    def clear(self) -> None:
+        """Drop what was copied ahead; the caller's tensor is his."""
+        while self._arriving:
+            self._arriving.popitem()[1].get()  # its memory must not be given away under the copy
+
+    def _part(self, wanted: Range) -> Tensor:
+        return self.tensor.narrow(self.dim, wanted[0], wanted[1] - wanted[0])
+
+
+@dataclass(frozen=True)
+class InputCost:
+    """What a tile, or a row of the images, of the input takes on the device before the encoder sees it.
+
+    Args:
+        copied: bytes of its copy from host memory; 0 where the input lies on the device.
+        prepared: another tensor than the copy reaches the encoder.
+        working: bytes while it is prepared, beyond the copy and the result.
+        ahead: the next chunk is copied while one is computed.
+    """
+
+    copied: int = 0
+    prepared: bool = False
+    working: int = 0
+    ahead: bool = False
+
+
+class PretendedInput(InputTensor):
+    """An input of a simulated call: its chunks take the memory that real ones would."""
+
+    def __init__(self, tensor: Tensor, dim: int, cost: InputCost) -> None:
+        super().__init__(tensor, dim, tensor.device, None)
+        self.cost = cost
+        self._copies: dict[Range, Tensor] = {}
+
+    def read(self, wanted: Range) -> Tensor:
+        """A chunk."""
+        copied = self._copies.pop(wanted, None)
+        if copied is None:
+            copied = self._copy(wanted)
+        if not self.cost.prepared:
+            return copied
+        working = self._bytes(self.cost.working, wanted)
+        result = torch.empty_like(self._part(wanted), memory_format=torch.contiguous_format)
+        del copied, working
+        return result
+
+    def prefetch(self, wanted: Range) -> None:
+        """Take the memory of a chunk's copy."""
+        if self.cost.ahead and wanted not in self._copies:
+            self._copies[wanted] = self._copy(wanted)
+
+    def clear(self) -> None:
+        """Give it back."""
+        self._copies.clear()
+
+    def _copy(self, wanted: Range) -> Tensor:
+        if self.cost.prepared:
+            return self._bytes(self.cost.copied, wanted)
+        part = self._part(wanted)
+        return torch.empty_like(part, memory_format=torch.contiguous_format) if self.cost.copied else part
+
+    def _bytes(self, each: int, wanted: Range) -> Tensor:
+        return torch.empty(each * (wanted[1] - wanted[0]), dtype=torch.uint8, device=self.device)
+
+
+def input_cost(x: Tensor, dim: int, device: torch.device, prepare: Prepare | None) -> InputCost:
+    """What a tile of `x`, or a row, takes before the encoder sees it, by one that is prepared for the trial."""
+    if x.shape[dim] == 0:
+        return InputCost()
+    unit = x.narrow(dim, 0, 1)
+    copied = 0 if x.device == device else unit.numel() * unit.element_size()
+    ahead = copied > 0 and device.type == "cuda" and x.is_pinned()
+    if prepare is None:
+        return InputCost(copied, ahead=ahead)
+    with torch.no_grad(), ByteMeter() as meter:
+        result = prepare(unit.to(device))
+    is_new = result.untyped_storage()._cdata != unit.untyped_storage()._cdata
+    own = result.untyped_storage().nbytes() if is_new else 0
+    return InputCost(copied, is_new, max(0, meter.peak - own - copied), ahead)

@@ -1,0 +1,57 @@
+"""A call of a partitioned module as one node of autograd's graph."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_wsi.partition.execution.call import PartitionedCall
+from ds_wsi.partition.module.beside import inside
+from ds_wsi.partition.module.surroundings import once_differentiable, refuse_batched
+
+
+class PartitionedNode(torch.autograd.Function):
+    """The whole module as one node of autograd's graph: each parameter receives its gradient once."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, call: PartitionedCall, x: Tensor, anchor: Tensor | None, *parameters: nn.Parameter
+    ) -> Tensor:
+        ctx.call, ctx.parameters, ctx.x_device = call, parameters, x.device
+        ctx.flags = [(part, part.training) for part in call.program.traced.module.modules()]
+        return call.forward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # noqa: D102
+        if ctx.call is None:
+            raise RuntimeError(
+                "a partitioned module's backward must run once, got a second one. HINT: call forward again; "
+                "retain_graph does not keep what was freed."
+            )
+        refuse_batched(grad)
+        call, parameters, ctx.call, ctx.parameters = ctx.call, ctx.parameters, None, None
+        with inside(), _training_as(ctx.flags):
+            x_grad, found = call.backward(grad)
+        gradients = [found.get(id(parameter)) for parameter in parameters]
+        if grad.shape[0] == 0:  # a rank without a tile: engines wait for a gradient of every parameter
+            gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+        pairs = zip(gradients, parameters, strict=True)
+        if x_grad is not None:
+            x_grad = x_grad.to(ctx.x_device)  # a host input's gradient is expected there
+        return None, x_grad, None, *(None if gradient is None else gradient.to(p.dtype) for gradient, p in pairs)
+
+
+@contextmanager
+def _training_as(flags: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Backward computes again what forward did, whatever `train` and `eval` were called in between."""
+    present = [(part, part.training) for part, _ in flags]
+    for part, training in flags:
+        part.training = training
+    try:
+        yield
+    finally:
+        for part, training in present:
+            part.training = training

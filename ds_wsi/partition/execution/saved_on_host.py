@@ -1,0 +1,92 @@
+"""What autograd saves, and the inputs of norms, in host memory from forward to backward."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ds_wsi.partition.execution.chunk_ranges import ChunkRanges
+from ds_wsi.partition.execution.chunked_tensor import ChunkedTensor
+from ds_wsi.partition.execution.host_store import HostStore, Ticket
+from ds_wsi.partition.execution.versions import Guard
+
+_MIN_OFFLOAD_BYTES = 2**12  # smaller tensors cost more to copy than to keep
+
+
+class SavedOnHost:
+    """The saved tensors of one call in host memory, in the order in which they were saved.
+
+    What stays on the device must be unchanged when backward reads it, as autograd demands without hooks.
+
+    Args:
+        module: whose parameters stay where they are.
+        store: of host memory.
+        source: the call's input, for errors.
+    """
+
+    def __init__(self, module: nn.Module, store: HostStore, source: Tensor) -> None:
+        self.module, self.store = module, store
+        self._source = source.untyped_storage()._cdata
+        self._tickets: list[Ticket] = []
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Autograd's saved tensors in host memory, each once; parameters and small ones stay."""
+        places = {p.untyped_storage()._cdata: f"parameter {name!r}" for name, p in self.module.named_parameters()}
+
+        def pack(tensor: Tensor) -> Any:
+            size = tensor.numel() * tensor.element_size()
+            place = tensor.untyped_storage()._cdata
+            # The device's no tensor: a host tensor that a module computes with, say.
+            if tensor.device != self.store.device or size < _MIN_OFFLOAD_BYTES or place in places:
+                return _Kept(tensor, places.get(place, "the input" if place == self._source else None))
+            ticket = self.store.put(tensor)
+            if ticket.owners == 1:
+                ticket.order = len(self._tickets)
+                self._tickets.append(ticket)
+            return _OnHost(self.store, ticket)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
+            yield
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, _Kept):
+            return packed.read()
+        tensor = self.store.get(packed.ticket)
+        if packed.ticket.order:  # backward reads in about the reverse order
+            self.store.prefetch(self._tickets[packed.ticket.order - 1])
+        return tensor
+
+
+class _Kept(Guard):
+    """A saved tensor that stays."""
+
+    def read(self) -> Tensor:
+        """The tensor, unchanged."""
+        self.armed = True
+        self.check()
+        return self.tensor
+
+
+class _OnHost:
+    """A saved tensor's place; the memory is given back when autograd frees the node that saved it."""
+
+    def __init__(self, store: HostStore, ticket: Ticket) -> None:
+        self.store, self.ticket = store, ticket
+
+    def __del__(self) -> None:
+        self.store.release(self.ticket)
+
+
+def move_to_host(values: dict[fx.Node, ChunkedTensor], ranges: ChunkRanges) -> None:
+    """Norm inputs are read once more, for the correction: they follow the saved tensors to the host."""
+    for node in list(values):
+        value = values[node]
+        moved = ranges.make_value(node, host=True)
+        for chunk in ranges.chunks:
+            where = ranges.own(node, chunk)
+            moved.write(where, value.read(where))
+        value.clear()
+        values[node] = moved

@@ -1,0 +1,314 @@
+"""The forward of a partitioned module: its plan, its graph, and a call."""
+
+import logging
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_wsi.norms.roles import is_shared
+from ds_wsi.partition.checking.case import Case
+from ds_wsi.partition.checking.check import FirstCalls
+from ds_wsi.partition.execution.aliases import exclusive
+from ds_wsi.partition.execution.call import PartitionedCall, bag_ranges
+from ds_wsi.partition.execution.host_store import HostStore, Spill
+from ds_wsi.partition.execution.input_tensor import Prepare, input_cost, prepared
+from ds_wsi.partition.execution.node import PartitionedNode
+from ds_wsi.partition.graph.record import Example
+from ds_wsi.partition.graph.segments import Program
+from ds_wsi.partition.graph.trace import Traced, stays_whole
+from ds_wsi.partition.module.arguments import Arguments
+from ds_wsi.partition.module.beside import inside
+from ds_wsi.partition.module.hooks import compute_weights, refuse_inner_hooks
+from ds_wsi.partition.module.identity import module_key
+from ds_wsi.partition.module.outputs import form_of, tensors_of
+from ds_wsi.partition.module.partitioned import refuse_partitioned_parts
+from ds_wsi.partition.module.shards import anchored, is_anchor, refuse_shards
+from ds_wsi.partition.module.surroundings import (
+    refuse_checkpoint,
+    refuse_saved_tensor_hooks,
+    refuse_transforms,
+)
+from ds_wsi.partition.planning.plan import PartitionPlan, SegmentPlan
+from ds_wsi.partition.planning.search import plan_partition
+from ds_wsi.partition.planning.uniform import DEFAULT_CHUNK, planning_size, uniform_plan
+from ds_wsi.partition.policy import PartitionPolicy
+from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.memory import free_host_bytes
+from ds_wsi.runtime.numerics import autocast_dtype, autocast_now
+
+
+class PartitionedForward:
+    """The forward of a partitioned module.
+
+    Attributes:
+        encodes_stacks: a caller may give a whole stack of bags with `cu_seqlens`, and `prepare`.
+        takes_host_tiles: the stack may lie in host memory.
+    """
+
+    encodes_stacks = True
+    takes_host_tiles = True
+
+    def __init__(
+        self,
+        module: nn.Module,
+        wanted: PartitionPlan | PartitionPolicy,
+        spill: Spill | None = None,
+        *,
+        check: bool = False,
+    ) -> None:
+        self.module, self.wanted, self.spill = module, wanted, spill
+        self._checked = FirstCalls() if check else None
+        self._alone = self._run_alone  # one object: what was checked is known by it
+        self.original = module.forward
+        self._traces: dict[Any, Traced] = {}
+        self._programs: dict[Any, Program] = {}
+        self._programs_of: list[int] = []  # ids of the parameters that the programs name
+        self._plans: dict[Any, PartitionPlan] = {}
+        self._store: HostStore | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of the module trace and plan anew."""
+        if self.spill is not None:
+            raise TypeError(f"a partitioned {type(self.module).__name__} with a disk must not be copied or pickled")
+        check = self._checked is not None
+        return {"module": self.module, "wanted": self.wanted, "original": self.original, "check": check}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See `__getstate__`."""
+        self.__init__(state["module"], state["wanted"], check=state["check"])  # type: ignore[misc]
+        self.original = state["original"]
+
+    @torch.compiler.disable  # a compiled caller runs the chunks as they are
+    def __call__(
+        self,
+        *args: Any,
+        cu_seqlens: Tensor | None = None,
+        prepare: Prepare | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The module's output, in the memory of the plan.
+
+        Args:
+            args, kwargs: of the module's own forward. The first, or what is given under the name of its first
+                parameter, are the tiles [N, ...], or images [B, C, H, W] on the spatial axis; on the module's device or
+                on the host. What stands beside them is shared by all tiles: see `Arguments`.
+            cu_seqlens: int [bags + 1], where each bag of the stack starts; the populations of `bn_population` "bag".
+            prepare: applied to each chunk of the tiles once it is on the device (normalising uint8 tiles, say). Where
+                it has a method `at(part, first)` that is called, with the place of the chunk's first tile.
+
+        Returns:
+            What the module returns: a tensor, or a tuple, dict or ModelOutput of tensors with tiles on the first axis.
+
+        Raises:
+            ValueError: an argument that not all tiles share; a population of one value; an engine's shards in place of
+                parameters; a module that does what no partition may do; a hook on a part (`partition.hooks`), or a part
+                that is partitioned itself.
+            RuntimeError: called inside a checkpoint, torch.func, forward mode or hooks on saved tensors. From backward:
+                the input, a parameter or a buffer that is read again was changed in place since.
+        """
+        with inside():
+            return self._call(args, kwargs, cu_seqlens, prepare)
+
+    def _call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cu_seqlens: Tensor | None, prepare: Prepare | None
+    ) -> Any:
+        refuse_shards(self.module)
+        anchor = None
+        if args and is_anchor(args[-1]):
+            args, anchor = args[:-1], args[-1]
+        owner = type(self.module).__name__
+        x, arguments = Arguments.bind(self.original, args, kwargs, owner)
+        if not hasattr(x, "shape") or not len(x.shape):
+            raise ValueError(f"the tiles of a partitioned {owner} must be a tensor [N, ...], got a {type(x).__name__}")
+        shared = is_shared(self.module)
+        if x.shape[0] == 0 and not shared:
+            return anchored(arguments.call(self.original, x if prepare is None else prepare(x)), anchor)
+        arguments.require_shared(x.shape[0], owner)
+        refuse_checkpoint()
+        device = next((parameter.device for parameter in self.module.parameters()), x.device)
+        probe = x[:1] if prepare is None else prepare(x[:1].to(device))
+        with exclusive(self.module):  # or another thread's aliases would be taken for the parameters
+            parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            save = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))
+            early = self.wanted.mode not in ("auto", "native")  # else the plan decides
+            if early:
+                self._refuse_what_chunks_cannot(x, save=save)
+            shape = tuple(x.shape)
+            plan = self.plan(x, device, probe.dtype, prepare, arguments) if save else self._inference_plan(shape)
+            # In evaluation a norm that has no running statistics to take has those of one bag, whatever was trained.
+            by_bag = plan.bn_population == "bag" or not self.module.training
+            bags = bag_ranges(cu_seqlens if by_bag else None, x.shape[0], shared=shared)
+            if plan.mode != "native" and not early:
+                self._refuse_what_chunks_cannot(x, save=save)
+        if plan.mode == "native":
+            return self._native(x, arguments, bags, prepare, device, anchor)
+        if save:
+            refuse_saved_tensor_hooks({segment.mode for segment in plan.segments})
+        grad = save and x.requires_grad
+        if self._checked is not None:
+            # On a GPU not under the lock, which autograd's own thread takes in the trial's backward.
+            with exclusive(self.module) if device.type == "cpu" else nullcontext():
+                case = Case(self.module, self._alone, self.on_trial, plan, arguments, device, save, grad)
+                self._checked.check(case, x, prepare)
+        with exclusive(self.module):
+            example = Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments)
+            call = PartitionedCall(
+                self._program(plan, example),
+                x.detach(),
+                bags,
+                prepare=prepare,
+                save=save,
+                wants_input_grad=grad,
+                device=device,
+                autocast=autocast_now(device),
+                store=self._host_store(plan, x.shape[0], device),
+                arguments=arguments,
+            )
+        out = PartitionedNode.apply(call, x, anchor, *parameters) if save else call.forward()
+        form = call.program.traced.form
+        return out if form is None or form.is_plain else form.unpack(out)
+
+    def _native(
+        self,
+        x: Tensor,
+        arguments: Arguments,
+        bags: list[tuple[int, int]],
+        prepare: Prepare | None,
+        device: torch.device,
+        anchor: Tensor | None,
+    ) -> Any:
+        """The module's own forward, of each population."""
+        outs = []
+        for first, last in bags:
+            part = x[first:last].to(device, non_blocking=True)
+            part = part if prepare is None else prepared(prepare, part, first)
+            outs.append(arguments.call(self.original, part))
+        if len(outs) == 1:
+            return anchored(outs[0], anchor)
+        owner = type(self.module).__name__
+        forms = [form_of(out, last - first, owner) for out, (first, last) in zip(outs, bags, strict=True)]
+        joint = torch.cat([form.pack(tensors_of(out)) for form, out in zip(forms, outs, strict=True)])
+        return anchored(forms[0].unpack(joint), anchor)
+
+    def _refuse_what_chunks_cannot(self, x: Tensor, *, save: bool) -> None:
+        """Hooks inside, parts that are partitioned, and a caller's autograd that chunks are no part of."""
+        refuse_partitioned_parts(self.module)
+        refuse_inner_hooks(self.module)
+        refuse_transforms(x, list(self.module.parameters()), save=save)
+
+    @property
+    def plans(self) -> tuple[PartitionPlan, ...]:
+        """Those made so far, one for each size of input that was seen."""
+        return tuple(self._plans.values())
+
+    def plan(
+        self,
+        x: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        prepare: Prepare | None = None,
+        arguments: Arguments | None = None,
+    ) -> PartitionPlan:
+        """The plan for an input: the given one, or the policy's for as many tiles or a few more."""
+        if isinstance(self.wanted, PartitionPlan):
+            return self.wanted
+        policy = self.wanted
+        # For two tiles at least: of a population that other ranks hold too, one tile or none is no small part.
+        shape = (planning_size(max(2, x.shape[0])) if policy.mode == "auto" else max(1, x.shape[0]), *x.shape[1:])
+        if policy.axis == "spatial":
+            shape = tuple(x.shape)
+        kind = autocast_dtype(device)
+        place = shape if policy.mode == "auto" or policy.axis == "spatial" else shape[1:]
+        arguments = arguments or Arguments()
+        key = module_key(self.module), place, dtype, kind, arguments.key
+        if key not in self._plans:
+            if policy.mode in ("auto", "native"):
+                cost = input_cost(x, 2 if policy.axis == "spatial" else 0, device, prepare)
+                plan = plan_partition(
+                    self.module,
+                    shape,
+                    policy,
+                    dtype=dtype,
+                    autocast=kind,
+                    device=device,
+                    source=cost,
+                    arguments=arguments,
+                )
+                # Of bags that fit as they are there is nothing to say.
+                logger.log(logging.DEBUG if plan.mode == "native" else logging.INFO, "%s", plan.summary)
+                logger.debug("%s", plan)
+            else:
+                example = Example(shape, dtype, device, arguments)
+                plan = uniform_plan(policy, example, lambda: self.traced(policy.axis, example, whole=True))
+            self._plans[key] = plan
+        return self._plans[key]
+
+    def _inference_plan(self, shape: tuple[int, ...]) -> PartitionPlan:
+        """Without a backward nothing is kept: one segment, chunk by chunk."""
+        wanted = self.wanted
+        size = wanted.chunk_size or DEFAULT_CHUNK[wanted.axis]
+        if isinstance(wanted, PartitionPlan) and wanted.segments:
+            size = wanted.segments[0].chunk_size
+        if wanted.mode == "native":
+            return PartitionPlan((), wanted.axis, wanted.bn_population, shape, mode="native")
+        return PartitionPlan((SegmentPlan("", "recompute", size),), wanted.axis, wanted.bn_population, shape)
+
+    def _run_alone(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with the weights that hooks on it compute."""
+        compute_weights(self.module, *args)
+        return self.original(*args, **kwargs)
+
+    def on_trial(self, plan: PartitionPlan) -> "PartitionedForward":
+        """The same for the check's few tiles."""
+        trial = PartitionedForward(self.module, plan)
+        trial.original, trial._traces = self.original, self._traces
+        return trial
+
+    def _host_store(self, plan: PartitionPlan, tiles: int, device: torch.device) -> HostStore:
+        """The store, with as much memory as the plan needs for this many tiles."""
+        if self._store is None or self._store.device != device:
+            limit = plan.host_budget_bytes or self._memory_limit()
+            self._store = HostStore(device, spill=self.spill, limit_bytes=limit)
+        self._store.reserve(plan.host_bytes * tiles // plan.input_shape[0])
+        return self._store
+
+    def _memory_limit(self) -> int:
+        """Of host memory, where the plan names none: of a mode that was given, not planned."""
+        if self.spill is None:
+            return 2**62
+        return getattr(self.wanted, "host_budget_bytes", None) or free_host_bytes()
+
+    def traced(self, axis: str, example: Example, *, whole: bool) -> Traced:
+        """The module's graph as the module is now, for inputs like the example."""
+        place = example.shape if axis == "spatial" else example.shape[1:]
+        kind = autocast_dtype(example.device)
+        seen = place, example.dtype, example.device, kind, example.arguments.key
+        opaque = whole and stays_whole(self.module, axis)
+        key = module_key(self.module), axis, opaque, self.wanted.compile, seen
+        if key not in self._traces:
+            traced = Traced(self.module, axis, example, self.original, whole=whole)
+            if self.wanted.compile and traced.opaque:
+                # Without the option each compiled graph draws in its own order and way: the pass without a gradient
+                # and the one with it are two, and one dropout must be the same in both.
+                traced.forward = torch.compile(self.original, options={"fallback_random": True})
+            elif self.wanted.compile:
+                logger.warning(
+                    "compile: skipped for %s, whose chunks are operations between barriers or halos",
+                    type(self.module).__name__,
+                )
+            self._traces[key] = traced
+        return self._traces[key]
+
+    def _program(self, plan: PartitionPlan, example: Example) -> Program:
+        present = [id(parameter) for parameter in self.module.parameters()]
+        if present != self._programs_of:  # an engine, FSDP2 say, has put others in their place
+            self._programs.clear()
+            self._programs_of = present
+        specs = tuple(segment.spec for segment in plan.segments)
+        traced = self.traced(plan.axis, example, whole=len(specs) == 1)
+        key = id(traced), specs
+        if key not in self._programs:
+            self._programs[key] = Program(traced, specs, plan.axis, example.shape)
+        return self._programs[key]

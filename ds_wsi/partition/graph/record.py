@@ -1,0 +1,163 @@
+"""A module's forward as a graph of operations: it is run on tensors without numbers, and what it calls is recorded.
+
+Python sees real sizes and flags: conditions on them, assertions, keyword arguments and outputs of any kind work.
+What an operation writes in place is recorded as a new value, and every later reader of the tensor, or of a view of it,
+reads the new one. Building blocks (torch's own modules, norms) stay whole.
+"""
+
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+from ds_wsi.partition.graph.recorder import Recorder
+from ds_wsi.partition.graph.unrecorded import ForbiddenError
+from ds_wsi.partition.graph.untouched import untouched
+from ds_wsi.partition.module.arguments import Arguments
+from ds_wsi.partition.module.outputs import OutputForm, form_of
+from ds_wsi.partition.module.surroundings import undisturbed
+from ds_wsi.runtime.numerics import autocast_dtype
+
+_running = threading.RLock()  # `nn.Module.__call__` is replaced while a forward is recorded: one at a time
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a module is recorded with.
+
+    Args:
+        shape: of the tiles [N, ...]; on the spatial axis of the images, and kept; else N does not matter.
+        dtype, device: of the tiles.
+        arguments: beside them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    arguments: Arguments = field(default_factory=Arguments)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded forward.
+
+    Attributes:
+        graph: with a placeholder for the tiles, and one for each tensor beside them, with `meta["place"]`.
+        values: of every node: tensors without numbers, or what the operation returned.
+        form: of the output; the graph's own output is the joint tensor.
+    """
+
+    graph: fx.Graph
+    values: dict[fx.Node, Any]
+    form: OutputForm
+
+
+def record(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    example: Example,
+    *,
+    tiles: int | None,
+    is_leaf: Callable[[nn.Module, str], bool],
+    is_norm: Callable[[nn.Module], bool],
+) -> Recording:
+    """One run of `forward` on tensors without numbers.
+
+    Args:
+        module: whose forward it is; nothing of it is changed.
+        forward: its own.
+        example: of its input.
+        tiles: to run with in place of the example's; None for the example's.
+        is_leaf: whether a sub-module, with its name, stays one operation.
+        is_norm: whether a leaf returns what it is given, in shape, and is not to be run.
+
+    Raises:
+        ForbiddenError: the forward writes its input or a buffer, changes an attribute, or draws from another generator.
+        UnrecordedError, or whatever the forward raises: with `stack`, the modules that it was in.
+    """
+    recorder = Recorder(module, is_leaf, is_norm)
+    shape = example.shape if tiles is None else (tiles, *example.shape[1:])
+    with _running, ExitStack() as stack:
+        stack.enter_context(untouched(module))
+        stack.enter_context(undisturbed())
+        modes = _get_current_dispatch_mode_stack()
+        if not any(isinstance(mode, FakeTensorMode) for mode in modes) and example.device.type != "meta":
+            stack.enter_context(_disable_current_modes())  # a meter would count what takes no memory
+            modes = []
+        recorder.pretends = next((mode for mode in modes if isinstance(mode, FakeTensorMode)), None)
+        if recorder.pretends is None and example.device.type != "meta":
+            recorder.pretends = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        recorder.make_twins()
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        kind = example.device.type if example.device.type != "meta" else "cpu"
+        cast = autocast_dtype(torch.device(kind))
+        if cast is not None:  # without the cache: it would keep tensors without numbers for those who come after
+            stack.enter_context(torch.autocast(kind, dtype=cast, cache_enabled=False))
+        x = torch.empty(shape, dtype=example.dtype, device=example.device)
+        recorder.source(x, "input", "must not change its input in place")
+        beside = {
+            place: torch.empty_like(value, device=value.device if example.device.type != "meta" else "meta")
+            for place, value in example.arguments.tensors.items()
+        }
+        for index, (place, value) in enumerate(beside.items()):
+            recorder.source(value, f"argument_{index}", f"must not change its argument {place!r} in place", place)
+        stack.enter_context(_calls_of(recorder))
+        stack.enter_context(recorder)
+        try:
+            output = example.arguments.replaced(beside).call(forward, x)
+        except Exception as error:
+            error.stack = recorder.stack  # type: ignore[attr-defined]
+            raise
+        recorder.paused = True
+        form = form_of(output, shape[0], type(module).__name__)
+        leaves = [recorder.leaf_of(leaf) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not all(isinstance(leaf, fx.Node) for leaf in leaves):
+            raise ForbiddenError(f"the output of {type(module).__name__} must depend on its tiles, got a constant")
+        if form.is_plain:
+            target = leaves[0]
+        else:
+            target = recorder.add_node(form.pack, (leaves,), {})
+            recorder.values[target] = torch.empty((shape[0], 1), dtype=form.dtype, device=example.device)
+        recorder.graph.output(target)
+    _erase_unused(recorder.graph, {name for name, part in module.named_modules() if part.training and is_norm(part)})
+    return Recording(recorder.graph, recorder.values, form)
+
+
+def where_it_stopped(error: BaseException) -> str:
+    """The file and line of the user's code that raised."""
+    ours = ("ds_wsi/partition/", "/torch/")
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not any(p in frame.filename for p in ours)
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+@contextmanager
+def _calls_of(recorder: Recorder) -> Iterator[None]:
+    original = nn.Module.__call__
+
+    def call(leaf: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return recorder.call_module(original, leaf, args, kwargs)
+
+    nn.Module.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+def _erase_unused(graph: fx.Graph, norms: set[str]) -> None:
+    """Operations whose results nobody reads; a norm's running statistics follow even so."""
+    for node in reversed(graph.nodes):
+        counts = node.op == "call_module" and node.target in norms
+        if not node.users and not counts and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)

@@ -1,0 +1,95 @@
+"""Operations as a recorded graph has them: what works in place, or writes through a view, as a function of values."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.fx import node as fx_node
+
+PURE = {  # in place -> the operation that returns a new tensor
+    name + "_": getattr(Tensor, name)
+    for name in (
+        "add", "sub", "mul", "div", "pow", "neg", "exp", "abs", "sqrt", "rsqrt", "relu", "sigmoid", "tanh", "clamp",
+        "clamp_min", "clamp_max", "masked_fill",
+    )
+}  # fmt: skip
+map_aggregate: Any = fx_node.map_aggregate  # whose types know no tensors and no places
+
+
+@dataclass(frozen=True)
+class Here:
+    """In the arguments of a view: the tensor that it is a view of."""
+
+
+class Written:
+    """An operation that works in place, as one that returns what its argument then holds.
+
+    Args:
+        function: that writes.
+        place: of the written tensor: an index of the arguments, or the name of a keyword.
+    """
+
+    def __init__(self, function: Callable[..., Any], place: int | str) -> None:
+        self.function, self.place = function, place
+        self.__name__ = name_of(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The written tensor's new value."""
+        if isinstance(self.place, str):
+            written = kwargs[self.place].clone()
+            kwargs = {**kwargs, self.place: written}
+        else:
+            written = args[self.place].clone()
+            args = (*args[: self.place], written, *args[self.place + 1 :])
+        self.function(*args, **kwargs)
+        return written
+
+
+class ThroughView:
+    """A tensor after one of its views has got another value.
+
+    Args:
+        hops: functions from the tensor to the view, one after the other.
+    """
+
+    def __init__(self, hops: tuple[Callable[..., Any], ...]) -> None:
+        self.hops = hops
+        self.__name__ = "through_view"
+
+    def __call__(self, base: Tensor, value: Tensor, arguments: Sequence[tuple[Any, Any]]) -> Tensor:
+        """`base` with `value` in the place of the view; `arguments` of each hop hold `Here` for the tensor."""
+        result = view = base.clone()
+        for hop, (args, kwargs) in zip(self.hops, arguments, strict=True):
+            view = hop(*in_place_of_here(args, view), **in_place_of_here(kwargs, view))
+        if view.untyped_storage()._cdata != result.untyped_storage()._cdata:
+            raise RuntimeError("a view that is written must be a view in every chunk, got a copy of its base")
+        view.copy_(value)
+        return result
+
+
+class Item:
+    """One of an operation's results."""
+
+    def __init__(self, function: Any, key: Any) -> None:
+        self.function, self.key, self.__name__ = function, key, "getitem"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The result under the key."""
+        return self.function(*args, **kwargs)[self.key]
+
+
+def in_place_of_here(tree: Any, value: Any) -> Any:
+    """The arguments of a view, with the tensor that it is a view of."""
+    return map_aggregate(tree, lambda leaf: value if isinstance(leaf, Here) else leaf)
+
+
+def name_of(target: Any) -> str:
+    """The name of what a node calls: a sub-module's, or a function's."""
+    if isinstance(target, str):
+        return target
+    name: str = getattr(target, "__name__", type(target).__name__)
+    if name == "__get__" and inspect.ismethodwrapper(target):  # a property's: Tensor.T, say
+        name = getattr(target.__self__, "__name__", name)
+    return name

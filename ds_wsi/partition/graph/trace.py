@@ -1,0 +1,363 @@
+"""A module as a graph of operations: barriers, levels, the points where one tensor alone is alive.
+
+A module without a barrier needs no graph on the batch axis: it is one operation.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ds_wsi.norms.population import takes_population
+from ds_wsi.partition.graph.record import Example, Recording, record, where_it_stopped
+from ds_wsi.partition.graph.unrecorded import ForbiddenError, UnrecordedError
+from ds_wsi.partition.module.outputs import OutputForm, form_of
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+ROOT = ""  # the target of an untraced module's only operation
+
+
+def needs_batch_statistics(module: nn.Module) -> bool:
+    """Whether the module normalises with statistics over its whole batch: the only coupling between tiles."""
+    return isinstance(module, _BatchNorm) and takes_population(module)
+
+
+def needs_image_statistics(module: nn.Module) -> bool:
+    """Whether the module normalises with statistics over whole images, which couple their rows."""
+    if isinstance(module, _InstanceNorm):
+        return module.training or not module.track_running_stats
+    return isinstance(module, nn.GroupNorm)
+
+
+def stays_whole(module: nn.Module, axis: str) -> bool:
+    """Whether a chunk can run the module as one operation: nothing couples tiles."""
+    return axis == "batch" and not any(needs_batch_statistics(part) for part in module.modules())
+
+
+class Size:
+    """A number that depends on how many tiles there are: `each` a tile, and `more`."""
+
+    def __init__(self, each: int, more: int) -> None:
+        self.each, self.more = each, more
+
+    def of(self, tiles: int) -> int:
+        """The number for a chunk."""
+        return self.each * tiles + self.more
+
+    def __repr__(self) -> str:
+        """As in a graph's listing."""
+        return f"{self.each} tiles + {self.more}"
+
+
+class Traced:
+    """A module's graph, for one setting of its `training` flags and one kind of input.
+
+    Args:
+        module: to trace.
+        axis: "batch" or "spatial".
+        example: of its input; None only where the module stays one operation.
+        forward: its own, where `module.forward` is another's.
+        whole: whether a module without barriers may stay one operation.
+
+    Attributes:
+        nodes: operations in order of execution.
+        source, target: the input's node and the node of the output.
+        arguments: nodes of the tensors beside the tiles -> their places.
+        dependent: nodes whose values depend on the tiles; the others are the same for every chunk.
+        barriers: norm nodes -> nodes of their inputs, whose statistics couple chunks.
+        values: of nodes: tensors without numbers, of the example's shape.
+        by_tile: nodes that have one row for each tile.
+        form: of the output; None where it is not known before the first chunk.
+
+    Raises:
+        ValueError: the forward cannot be recorded, or does what no partition may do.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        axis: str,
+        example: Example | None = None,
+        forward: Callable[..., Any] | None = None,
+        *,
+        whole: bool = True,
+    ) -> None:
+        self.module, self.axis = module, axis
+        self.forward = forward or module.forward
+        self.opaque = whole and stays_whole(module, axis)
+        self.form: OutputForm | None = None
+        self.values: dict[fx.Node, Any] = {}
+        self.by_tile: set[fx.Node] = set()
+        if self.opaque:
+            graph = _one_operation()
+        else:
+            assert example is not None
+            graph = self._recorded(example)
+        self.graph = graph  # nodes do not keep it alive
+        self.nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+        self.source, *beside = [node for node in graph.nodes if node.op == "placeholder"]
+        self.arguments = {node: str(node.meta["place"]) for node in beside}
+        (output,) = [node for node in graph.nodes if node.op == "output"]
+        self.target: fx.Node = output.args[0]
+        self.leaves = {node: self._leaf(node) for node in self.nodes if node.op == "call_module"}
+        for node, leaf in self.leaves.items():
+            node.meta["leaf"] = leaf
+        self.dependent = self._dependent()
+        if self.target not in self.dependent:
+            raise ValueError(
+                f"the output of {type(module).__name__} must depend on its tiles, got {self.target.name!r}, which does "
+                "not. HINT: partition the part that returns features of tiles."
+            )
+        self.barriers: dict[fx.Node, fx.Node] = {}
+        for node, leaf in self.leaves.items():
+            image = axis == "spatial" and needs_image_statistics(leaf)
+            if needs_batch_statistics(leaf) or image:
+                self.barriers[node] = node.all_input_nodes[0]
+
+    def _leaf(self, node: fx.Node) -> nn.Module:
+        return self.module.get_submodule(str(node.target))
+
+    def _dependent(self) -> set[fx.Node]:
+        found = {self.source}
+        for node in self.nodes:
+            if any(parent in found for parent in node.all_input_nodes) or node.meta.get("sized"):
+                found.add(node)
+        return found
+
+    def _recorded(self, example: Example) -> fx.Graph:
+        if needs_batch_statistics(self.module) and is_known_norm(type(self.module)):
+            return self._one_norm(example)
+        if self.axis == "spatial":
+            recording = self._record(example, None)
+        else:
+            recording = self._record(example, _FEW)
+            other = self._record(example, _MORE)
+            _join(recording, other, type(self.module).__name__)
+            self.by_tile = {
+                node
+                for node, value in recording.values.items()
+                if isinstance(value, Tensor) and value.dim() and value.shape[0] == _FEW
+            }
+        self.values, self.form = recording.values, recording.form
+        return recording.graph
+
+    def _one_norm(self, example: Example) -> fx.Graph:
+        """A norm is a part of others' graphs, whose forward nobody runs; as the whole module too."""
+        graph = _one_operation()
+        like = torch.empty(example.shape, dtype=example.dtype, device="meta")
+        self.values = {node: like for node in graph.nodes if node.op != "output"}
+        self.by_tile = set(self.values)
+        self.form = form_of(like, max(1, len(like)), type(self.module).__name__)
+        return graph
+
+    def _record(self, example: Example, tiles: int | None) -> Recording:
+        """The forward recorded; a sub-module that cannot be looked into stays whole, where no barrier is in it."""
+        whole: set[str] = set()
+
+        def is_leaf(part: nn.Module, name: str) -> bool:
+            return name in whole or _is_leaf(part, name)
+
+        while True:
+            try:
+                return record(self.module, self.forward, example, tiles=tiles, is_leaf=is_leaf, is_norm=_keeps_shape)
+            except ForbiddenError:
+                raise
+            except Exception as error:  # a module's Python raises whatever it likes
+                stack = getattr(error, "stack", [self.module])
+                names = {id(part): name for name, part in self.module.named_modules()}
+                part, name = stack[-1], names.get(id(stack[-1]), "")
+                if not name or name in whole or self._couples(part):
+                    raise ValueError(self._not_recorded(error, part, name)) from error
+                whole.add(name)
+
+    def _couples(self, part: nn.Module) -> bool:
+        image = self.axis == "spatial"
+        return any(needs_batch_statistics(item) or (image and needs_image_statistics(item)) for item in part.modules())
+
+    def _not_recorded(self, error: Exception, part: nn.Module, name: str) -> str:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if isinstance(error, UnrecordedError):
+            reason = error.reason
+        where = where_it_stopped(error)
+        return (
+            f"{type(self.module).__name__} must be a graph of operations to be partitioned across train-mode BatchNorm "
+            f"or in space, got {reason} in {name!r} ({type(part).__name__})" + (f", {where}" if where else "") + ". "
+            "HINT: partition the sub-module that holds the layers, or set its BatchNorm to evaluation mode."
+        )
+
+
+_FEW, _MORE = 4, 6  # tiles of the two runs by which numbers that depend on their count are told
+
+
+def _join(one: Recording, other: Recording, owner: str) -> None:
+    """Write into `one` the sizes that depend on the number of tiles, by what they are in `other`.
+
+    Raises:
+        ValueError: the operations themselves depend on it.
+    """
+    mates = dict(zip(other.graph.nodes, one.graph.nodes, strict=False))
+    wanted = "must do the same with any number of tiles"
+    if len(one.graph.nodes) != len(other.graph.nodes):
+        counts = f"{len(one.graph.nodes)} operations for {_FEW} and {len(other.graph.nodes)} for {_MORE}"
+        raise ValueError(f"{owner} {wanted}, got {counts}. HINT: partition the part without it.")
+
+    def join(node: fx.Node, first: Any, second: Any) -> Any:
+        if isinstance(second, fx.Node):
+            second = mates[second]
+        if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)) and len(first) == len(second):
+            items = [join(node, *pair) for pair in zip(first, second, strict=True)]
+            return tuple(items) if isinstance(first, tuple) else items
+        if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+            return {key: join(node, first[key], second[key]) for key in first}
+        if isinstance(first, slice) and isinstance(second, slice):
+            bounds = [join(node, getattr(first, bound), getattr(second, bound)) for bound in ("start", "stop", "step")]
+            return slice(*bounds)
+        if isinstance(first, Tensor) and isinstance(second, Tensor):
+            return first
+        if type(first) is int and type(second) is int and first != second:
+            each, rest = divmod(second - first, _MORE - _FEW)
+            if rest == 0:
+                node.meta["sized"] = True
+                return Size(each, first - each * _FEW)
+        if type(first) is not type(second) or first != second:
+            raise ValueError(
+                f"{owner} {wanted}, got {first!r} for {_FEW} and {second!r} for {_MORE} in {node.name!r} of "
+                f"{node.meta.get('module')!r}. HINT: partition the part without it."
+            )
+        return first
+
+    for node, mate in zip(list(one.graph.nodes), list(other.graph.nodes), strict=True):
+        if node.op != mate.op or _function(node) != _function(mate):
+            raise ValueError(
+                f"{owner} {wanted}, got {node.name!r} for {_FEW} and {mate.name!r} for {_MORE} in "
+                f"{node.meta.get('module')!r}. HINT: partition the part without it."
+            )
+        node.args, node.kwargs = join(node, node.args, mate.args), join(node, node.kwargs, mate.kwargs)
+
+
+def _function(node: fx.Node) -> Any:
+    return str(node.target) if node.op != "call_function" else getattr(node.target, "__name__", node.target)
+
+
+def resolved(arguments: Any, tiles: int) -> Any:
+    """A node's arguments with the sizes of a chunk of this many tiles."""
+    return map_aggregate(arguments, lambda item: item.of(tiles) if isinstance(item, Size) else item)
+
+
+def evaluate(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """The value of a node that calls no module."""
+    if node.op == "get_attr":
+        value: Any = root
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _is_leaf(part: nn.Module, name: str) -> bool:
+    """Whether a sub-module stays one operation: torch's own, and norms; whoever changed its forward."""
+    if isinstance(part, _BatchNorm) and needs_batch_statistics(part):
+        if not has_own_forward(part):
+            kind = type(part).__name__
+            raise ForbiddenError(
+                f"a train-mode BatchNorm must have torch's or timm's own forward, got {kind}'s (layer {name!r}). HINT: "
+                "nn.BatchNorm2d, or partition the parts beside it."
+            )
+        return True
+    if isinstance(part, (_BatchNorm, nn.GroupNorm, nn.LayerNorm)):
+        return True
+    home = type(part).__module__
+    return home.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(part, CONTAINERS)
+
+
+# The last is a SyncBatchNorm's stand-in while a partition is checked.
+_OWN_FORWARDS = ("torch.nn.modules.batchnorm", "timm.layers.norm_act", "ds_wsi.partition.module.restored")
+
+
+def has_own_forward(norm: nn.Module) -> bool:
+    """Whether a BatchNorm normalises as torch's or timm's class says, by the forward of the class itself."""
+    return "forward" not in norm.__dict__ and is_known_norm(type(norm))
+
+
+def is_known_norm(kind: type) -> bool:
+    """Whether a class's forward is that of torch's or timm's BatchNorm, whichever ranks share its population."""
+    homes = [base.__module__ for base in kind.__mro__ if "forward" in base.__dict__]
+    return next(home for home in homes if home != "ds_wsi.norms.shared") in _OWN_FORWARDS
+
+
+def _keeps_shape(leaf: nn.Module) -> bool:
+    return isinstance(leaf, _BatchNorm) and has_own_forward(leaf)
+
+
+def levels(nodes: list[fx.Node], barriers: dict[fx.Node, fx.Node]) -> dict[fx.Node, int]:
+    """How many barriers deep each node lies among `nodes`: all nodes of a level need one pass over the chunks.
+
+    A norm whose result is read later only is taken to the later level: its input is stored in any case, and its result
+    need not be.
+    """
+    inside = set(nodes)
+    found: dict[fx.Node, int] = {}
+    for node in nodes:
+        deepest = max((found.get(parent, 0) for parent in node.all_input_nodes), default=0)
+        found[node] = deepest + 1 if node in barriers else deepest
+    for node in reversed(nodes):
+        # What a norm reads must be complete a level before.
+        readers = [found[user] - (user in barriers) for user in node.users if user in inside]
+        light = node in barriers or (node.op == "call_module" and len(node.all_input_nodes) == 1)
+        if light and readers and not _is_heavy(node):
+            found[node] = max(found[node], min(readers))
+    return found
+
+
+def cut_candidates(traced: Traced, tensors: set[fx.Node]) -> list[fx.Node]:
+    """Nodes after which their tensor alone is alive, and where storing it pays: at most one a residual block.
+
+    The input of a norm is none: its statistics belong to the segment that reads it.
+    """
+    last_use = {node: index for index, user in enumerate(traced.nodes) for node in user.all_input_nodes}
+    alive: set[fx.Node] = {traced.source}
+    single = []
+    for index, node in enumerate(traced.nodes):
+        if node in traced.dependent:
+            alive.add(node)
+        alive = {item for item in alive if last_use.get(item, -1) > index}
+        whole = node in tensors and (traced.axis == "spatial" or node in traced.by_tile)
+        if alive == {node} and whole and node not in traced.barriers.values():
+            single.append(node)
+    splits = [node for node in single if len(node.users) > 1]
+    if len(splits) < 2:  # a chain without residuals
+        splits = [node for node in single if any(_is_heavy(user) for user in node.users)]
+    return splits
+
+
+def _is_heavy(node: fx.Node) -> bool:
+    """Whether recomputing the node costs more than moving its tensors: it contracts, or it is whole to us."""
+    names = ("conv", "linear", "matmul", "attention", "einsum", "pool")
+    if node.op == "call_module":
+        leaf = node.graph.owning_module.get_submodule(str(node.target)) if node.graph.owning_module else None
+        kind = node.meta.get("leaf", leaf)
+        return any(name in type(kind).__name__.lower() for name in names)
+    return any(name in str(node.target).lower() for name in names)
+
+
+def _one_operation() -> fx.Graph:
+    graph = fx.Graph()
+    graph.output(graph.create_node("call_module", ROOT, (graph.placeholder("input"),)))
+    return graph
+
+
+def ancestors(targets: Iterable[fx.Node], stops: set[fx.Node]) -> set[fx.Node]:
+    """All nodes that `targets` are computed from, going no further back than `stops`, which are not included."""
+    found: set[fx.Node] = set()
+    waiting = [node for node in targets if node not in stops]
+    while waiting:
+        node = waiting.pop()
+        if node in found:
+            continue
+        found.add(node)
+        waiting += [parent for parent in node.all_input_nodes if parent not in stops]
+    return found

@@ -1,0 +1,1 @@
+"""Which mode and chunk size each segment has: a pure decision."""
