@@ -35,8 +35,8 @@ def write_grid(grid: TileGrid, path: str | Path, slide: Fingerprint | None = Non
     """Write a grid atomically: `coords` as a tensor, everything else as JSON in the metadata.
 
     Args:
-        grid: to write.
-        path: of the file.
+        grid: the grid that is written.
+        path: where the file is written.
         slide: fingerprint of the slide's file, by which the grid is known again.
     """
     apart = ("coords", "policy", "tissue")
@@ -86,7 +86,7 @@ def read_grid(path: str | Path) -> TileGrid:
 
 
 def read_slide_fingerprint(path: str | Path) -> Fingerprint | None:
-    """Of which slide file a grid that `read_grid` reads was made; None where an earlier version wrote it.
+    """The fingerprint of the slide file that a stored grid was made of; None where an earlier version wrote it.
 
     Raises:
         SlideError: it is written there, and torn.

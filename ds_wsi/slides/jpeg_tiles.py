@@ -17,8 +17,8 @@ class JpegTiles:
 
     Args:
         file: the open TIFF.
-        page: of the level.
-        downsample: of the level.
+        page: the level's page.
+        downsample: level-0 px per pixel of the level.
     """
 
     def __init__(self, file: tifffile.TiffFile, page: tifffile.TiffPage, downsample: float) -> None:
@@ -106,7 +106,7 @@ def _page(file: tifffile.TiffFile, slide: Slide, grid: TileGrid) -> tifffile.Tif
 
 
 def _decode(jpeg: bytes) -> np.ndarray | None:
-    import imagecodecs  # here, for it takes half a second that reading from slides does not need
+    import imagecodecs  # here, because it takes half a second that reading from slides does not need
 
     try:
         return np.asarray(imagecodecs.jpeg8_decode(jpeg))

@@ -31,7 +31,7 @@ class MaskFile(NamedTuple):
 
     Attributes:
         path: `.geojson` or `.png`.
-        in_bounds: its places count from the scanned area's corner, as in QuPath, and not from level 0's. The two differ
+        in_bounds: places count from the scanned area's corner, as in QuPath, and not from level 0's. The two differ
             where a file names its scanned area (MRXS, SCN).
     """
 
@@ -68,8 +68,8 @@ def read_mask(file: MaskFile, slide: Slide, downsample: float) -> np.ndarray:
 
     Args:
         file: `.geojson` or `.png`.
-        slide: whose it is.
-        downsample: level-0 px a pixel of the mask that is returned.
+        slide: the open slide that the file belongs to.
+        downsample: level-0 px per pixel of the mask that is returned.
 
     Returns:
         bool [ceil(height / downsample), ceil(width / downsample)]; a pixel is tissue where its centre is.
@@ -156,7 +156,7 @@ def _read_png(
 
 
 def _indices(places: np.ndarray, length: float, count: int) -> np.ndarray:
-    """In which of `count` pixels along a length each place lies; -1 outside."""
+    """The pixel, of `count` along a length, in which each place lies; -1 outside."""
     found = np.floor(places * count / length).astype(int)
     return np.where((found >= 0) & (found < count), found, -1)
 
@@ -246,11 +246,11 @@ def write_mask(path: str | Path, mask: np.ndarray, downsample: float, slide: Sli
     `read_mask` at the same downsample gives the mask back, pixel for pixel.
 
     Args:
-        path: of the file.
+        path: where the file is written.
         mask: bool [H, W].
-        downsample: level-0 px a pixel.
-        slide: whose it is.
-        in_bounds: as of `MaskFile`.
+        downsample: level-0 px per pixel.
+        slide: the slide that the mask belongs to.
+        in_bounds: see `MaskFile`.
     """
     origin = np.array(slide.bounds[:2] if in_bounds else (0, 0))
     features = []

@@ -1,4 +1,4 @@
-"""Which reader opens a slide's path: OpenSlide, a folder of DICOM by one of its files, or a plain image."""
+"""The reader that opens a slide's path: OpenSlide, also for a folder of DICOM by one of its files, or a plain image."""
 
 from pathlib import Path
 from typing import Any

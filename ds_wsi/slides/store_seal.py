@@ -1,7 +1,7 @@
 """The seal of a tile store's file: a checksum, behind the Arrow stream, of everything but the JPEGs.
 
 Arrow trusts what a file says of itself: one flipped byte among the offsets ends the process. So the seal is checked
-before Arrow sees the file, and costs little, for it covers some 30 bytes a tile; each JPEG has a CRC-32 of its own,
+before Arrow sees the file. It costs little, because it covers some 30 bytes per tile; each JPEG has its own CRC-32,
 inside the sealed part. Arrow's readers stop at the end of the stream, and do not see it:
 
     (start, stop) of each stretch of JPEGs     2 x uint64 each

@@ -1,4 +1,4 @@
-"""A slide's tiles packed once as JPEG: one Arrow file a slide, read by (slide, row) without opening the slide.
+"""A slide's tiles packed once as JPEG: one Arrow file per slide, read by (slide, row) without opening the slide.
 
 Where the tiles of the grid are the TIFF's own JPEG tiles, their bytes are copied, and the pixels are OpenSlide's. Other
 tiles are encoded anew, at the quality that the file names. The file is an Arrow stream, as `datasets` writes it
@@ -80,10 +80,10 @@ def pack_slide(
 
     Args:
         slide: open.
-        grid: its tiles, the rows of the store.
-        directory: of the store.
-        quality: of JPEG, 1 to 100, of the tiles that cannot be copied.
-        verify: read a file that is there and keep it only where every tile has its checksum.
+        grid: the slide's tiles, the rows of the store.
+        directory: the store's folder.
+        quality: JPEG's, 1 to 100, for the tiles that cannot be copied.
+        verify: whether a file that is there is read, and kept only where every tile has its checksum.
 
     Returns:
         Whether the file was written now.
@@ -181,10 +181,10 @@ def store_problem(path: Path, grid: TileGrid, slide_path: Path, quality: int | N
     """Why a file is not the whole store of this grid and slide, or None; tiles are not read.
 
     Args:
-        path: of the store's file.
-        grid: whose rows are wanted.
-        slide_path: of the slide.
-        quality: of JPEG, where it matters.
+        path: the store's file.
+        grid: the grid whose rows the store should hold.
+        slide_path: the slide's file.
+        quality: JPEG's, where it matters.
     """
     where = f"(slide {grid.slide_id}, {path}). {HINT}"
     if not path.is_file():
@@ -334,7 +334,7 @@ class TileStore:
     """A folder of packed slides, a bounded number of them open; pickles and forks as an empty one.
 
     Args:
-        directory: of the store.
+        directory: the store's folder.
         max_open: files mapped at a time, the least recently used closed first.
     """
 

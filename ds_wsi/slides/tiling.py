@@ -1,4 +1,4 @@
-"""Which tiles a slide has: a grid at a requested resolution, kept where there is tissue."""
+"""The tiles of a slide: a grid at a requested resolution, kept where there is tissue."""
 
 import math
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ class TissueFound:
     """What a slide was found to hold.
 
     Attributes:
-        share: of the scanned area that is tissue.
-        grey_share: of the scanned area that is in the grey range once its glass is white; what a mask from outside is
-            not measured against.
+        share: the part of the scanned area that is tissue.
+        grey_share: the part of the scanned area in the grey range once its glass is white; None where a mask from
+            outside decides.
         n_whole: whole tiles of the scanned area, of which the grid's are those with enough tissue.
         n_unreadable: tiles of the grid that are there only because their part of the overview could not be read.
         mask: the file that said what is tissue, with its checksum, or empty.
@@ -44,15 +44,15 @@ class TileGrid:
     """A slide's tiles.
 
     Attributes:
-        slide_id: of the slide.
+        slide_id: the slide's name.
         coords: int64 [N, 2], top left (x, y) of each tile, level-0 px, row by row.
         tile_size_px: side of a tile as it is returned.
         tile_size_level0_px: side of a tile at level 0.
         level, read_size_px: where and how large it is read.
-        mpp: of the tiles, um/px.
-        slide_mpp: of level 0, um/px.
-        slide_width_px, slide_height_px: of level 0.
-        policy: that chose them.
+        mpp: resolution of the tiles, um/px.
+        slide_mpp: resolution of level 0, um/px.
+        slide_width_px, slide_height_px: size of level 0.
+        policy: the policy that chose the tiles.
         source: ds_wsi, or whose coordinates were imported.
         tissue: what was found; None of imported grids, and of those that earlier versions wrote.
     """
@@ -76,7 +76,7 @@ class TileGrid:
 
 
 class LevelPlan(NamedTuple):
-    """From which level tiles are read: their side there and at level 0, and whether they are resampled."""
+    """The level that tiles are read from: their side there and at level 0, and whether they are resampled."""
 
     level: int
     read_size_px: int
@@ -208,7 +208,7 @@ class SlideTissue(NamedTuple):
         mask: bool [H, W].
         grey: bool [H, W], the pixels in the grey range once the glass is white; None where a mask from outside decides.
         unreadable: bool [H, W], what could not be read.
-        downsample: level-0 px a pixel.
+        downsample: level-0 px per pixel.
     """
 
     mask: np.ndarray
@@ -230,9 +230,9 @@ def find_tissue(
 
     Args:
         slide: open.
-        policy: its rule and the resolution of the overview.
+        policy: gives the rule and the resolution of the overview.
         mask: a file that says where tissue is.
-        tile_size_level0_px: of a tile that the overview resolves; by default as the policy's tiles are.
+        tile_size_level0_px: side of a tile that the overview resolves; by default the side of the policy's tiles.
     """
     if tile_size_level0_px is None:
         plan = plan_level(slide.mpp, slide.level_downsamples, policy.mpp, policy.tile_size_px)
