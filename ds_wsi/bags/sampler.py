@@ -1,4 +1,4 @@
-"""Which rank trains on which slides at which step: a pure plan of (seed, epoch), so that a resumed run repeats it."""
+"""The slides that each rank trains on at each step: a pure plan of (seed, epoch), so that a resumed run repeats it."""
 
 import math
 from collections.abc import Sequence
@@ -53,19 +53,19 @@ def plan_epoch(
     stacking: StackingPolicy | None = None,
     lengths: Sequence[int] = (),
 ) -> tuple[StepPlan, ...]:
-    """Shuffle the slides by (seed, epoch) and deal them out: every slide once an epoch, none twice.
+    """Shuffle the slides by (seed, epoch) and deal them out: every slide once per epoch, none twice.
 
     Slides are dealt to the ranks in turn, so that a short last step leaves ranks within one bag of each other; with a
     policy, by its balance and under its cap. The slides of step k depend on the bags of a step alone, not on how they
     are dealt.
 
     Args:
-        n_slides: of the epoch.
-        seed, epoch: of the order.
+        n_slides: slides in the epoch.
+        seed, epoch: decide the order.
         world_size: ranks, or groups of them that share bags.
-        bags_per_rank: of a micro-step, without a policy.
-        accumulation: micro-steps of a step, the policy's virtual workers.
-        stacking: whose `bags_per_step` it is.
+        bags_per_rank: bags of a rank per micro-step, without a policy.
+        accumulation: micro-steps per step, the policy's virtual workers.
+        stacking: the policy whose `bags_per_step` holds.
         lengths: tiles of each slide, for a policy.
 
     Raises:
@@ -112,8 +112,8 @@ def choose_tiles(n_tiles: int, wanted: int | None, key: tuple[int, int, int]) ->
     """Rows of a slide's grid to train on: `wanted` of them at random, in their order, none twice; None for all.
 
     Args:
-        n_tiles: of the slide; fewer than wanted are all taken.
-        wanted: tiles a slide, or None.
+        n_tiles: tiles of the slide; fewer than wanted are all taken.
+        wanted: tiles per slide, or None.
         key: (seed, epoch, slide): nothing else decides, so that any number of ranks trains on the same tiles.
     """
     if wanted is None or wanted >= n_tiles:
@@ -127,7 +127,7 @@ def share_tiles(lengths: Sequence[int], shares: Sequence[float]) -> tuple[tuple[
 
     Args:
         lengths: tiles of each bag.
-        shares: of each rank, relative to each other; equal ones differ by at most one tile over all bags together.
+        shares: one per rank, relative to each other; equal ones differ by at most one tile over all bags together.
 
     Returns:
         Per rank and bag, (start, stop) among the bag's tiles; an empty stretch where the rank has none of it.

@@ -22,7 +22,7 @@ NAME_COLUMNS = ("image_id", "slide_id", "FILENAME")
 def read_panda(
     root: str | Path, labels: str | Path | None = None, *, drop: str | Path | None = None, missing_ok: bool = False
 ) -> Manifest:
-    """Read the PANDA cohort: six classes, the ISUP grades; each slide is its own patient, for the file names none.
+    """Read the PANDA cohort: six classes, the ISUP grades; each slide is its own patient, because the file names none.
 
     Args:
         root: holds `train_images`.

@@ -36,7 +36,7 @@ def read_table(path: str | Path, columns: Mapping[str, Sequence[str]], required:
     """Read a CSV or TSV of labels.
 
     Args:
-        path: of the file.
+        path: the file.
         columns: name of a value -> the headings under which distributors give it, the first that is there is taken.
         required: names without which the file cannot be used.
 
@@ -162,12 +162,12 @@ class CohortBuilder:
         """Add a slide, or note what is wrong with it.
 
         Args:
-            row: of the label file.
+            row: the row of the label file.
             slide_id: a second one of the name is a problem.
             candidates: where its image can lie, its suffix in capitals too; the first that is there is taken.
             label: a class, or anything else where `require` has noted it.
             patient_id: the slide's own id where left out.
-            split, mpp, center: as of `SlideEntry`.
+            split, mpp, center: see `SlideEntry`.
         """
         if not is_slide_id(slide_id):
             self.problems.append(

@@ -34,9 +34,9 @@ class Table:
     """A table of texts.
 
     Attributes:
-        headings: in the file's order.
-        rows: in the file's order.
-        names: of a column that `datasets` keeps as ClassLabel, its names in their order.
+        headings: heads of the columns, in the file's order.
+        rows: the cells of each row, in the file's order.
+        names: heading of a column that `datasets` keeps as ClassLabel -> its names in their order.
         decimal_comma: 0,25 is a number in it.
     """
 
@@ -46,7 +46,7 @@ class Table:
     decimal_comma: bool = False
 
     def renamed(self, headings: Mapping[str, str]) -> "Table":
-        """With other headings, old -> new."""
+        """The table with other headings, old -> new."""
         return replace(
             self,
             headings=tuple(headings.get(heading, heading) for heading in self.headings),
@@ -58,7 +58,7 @@ class Table:
         )
 
     def with_column(self, heading: str, values: Sequence[str]) -> "Table":
-        """With one more column, or another in its place."""
+        """The table with one more column, or with another in its place."""
         rows = (
             TableRow({**row.values, heading: value}, row.place) for row, value in zip(self.rows, values, strict=True)
         )
@@ -165,7 +165,7 @@ def _json_of(text: str, once: Any) -> Any:
 
 
 def _read_arrow(path: Path) -> Table:
-    import pyarrow  # here, for a CSV does not need it
+    import pyarrow  # here, because a CSV does not need it
     import pyarrow.feather
     import pyarrow.parquet
 
@@ -179,7 +179,7 @@ def _read_arrow(path: Path) -> Table:
 
 
 def _plain_columns(schema: Any) -> list[str]:
-    """The columns that hold one value a row: not the images or features that a dataset may hold beside."""
+    """The columns that hold one value per row: not the images or features that a dataset may hold beside."""
     from pyarrow import types
 
     large = (types.is_nested, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
@@ -236,7 +236,7 @@ def _class_names(schema: Any) -> dict[str, tuple[str, ...]]:
 
 def _read_saved(path: Path) -> Table:
     """A folder of `save_to_disk`: a dataset, or a DatasetDict, whose splits become the column `split`."""
-    import datasets  # here, for it takes a second that other files do not need
+    import datasets  # here, because it takes a second that other files do not need
 
     try:
         found = datasets.load_from_disk(str(path))
