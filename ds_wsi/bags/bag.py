@@ -244,7 +244,7 @@ def _dataset(
     """What answers the requests, and the most tiles of one."""
     files = [grid for grid in grids if isinstance(grid, FeatureFile)]
     if files:
-        return FeatureRows(files), max(map(len, files))  # every request reads its file: one a bag
+        return FeatureRows(files), max(map(len, files))  # every request reads its file: one per bag
     tiles = [grid for grid in grids if isinstance(grid, TileGrid)]
     return TileDataset(slides, tiles, policy.open_slides, policy.tile_store), policy.tiles_a_chunk(
         tiles[0].tile_size_px

@@ -26,8 +26,8 @@ def freeze_until(encoder: nn.Module, name: str) -> tuple[str, ...]:
     mode, dropout and BatchNorm's statistics included.
 
     Args:
-        encoder: to freeze a part of.
-        name: of the first submodule that is trained, such as `layer3` or `blocks.6`.
+        encoder: the encoder that is partly frozen.
+        name: the first submodule that is trained, such as `layer3` or `blocks.6`.
 
     Returns:
         The names of the frozen submodules.

@@ -26,10 +26,10 @@ class EncoderSource:
     """What is known of an encoder before it is built.
 
     Args:
-        name: as given.
+        name: the name that was given.
         architecture: timm's name of it, by which it is built again without a network.
-        options: of `timm.create_model`, as JSON has them.
-        mean, std: of the channels of what it was trained on.
+        options: arguments of `timm.create_model`, as JSON has them.
+        mean, std: statistics of the channels that it was trained on.
         features: what its authors take from it.
         tile_size_px: what it was trained on, None where that is not known.
         mpp: um/px of what it was trained on, empty where that is not known.

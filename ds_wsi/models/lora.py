@@ -23,8 +23,8 @@ def add_lora(encoder: nn.Module, rank: int, alpha: float, targets: Sequence[str]
     stays in evaluation mode.
 
     Args:
-        encoder: of which every parameter is trained.
-        rank: of the adapters.
+        encoder: the encoder, every parameter of which is trained so far.
+        rank: rank of the adapters.
         alpha: their scale.
         targets: the last parts of the names of linear layers, such as `qkv`.
         tile_size_px: side of the tiles.
@@ -77,8 +77,8 @@ def merge_lora(state: dict[str, Tensor], rank: int, alpha: float) -> dict[str, T
     """The state_dict of the plain module that computes the same: W + alpha / rank B A in each adapter's place.
 
     Args:
-        state: of a module with adapters of `add_lora`, under any prefix; its tensors are not written.
-        rank, alpha: of the adapters.
+        state: a module's with adapters of `add_lora`, under any prefix; its tensors are not written.
+        rank, alpha: what the adapters were made with.
     """
     merged = {}
     for name, value in state.items():

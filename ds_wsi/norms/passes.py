@@ -84,7 +84,7 @@ def encode_population(
     Args:
         encode: takes one chunk through the encoder that has the norms, without a gradient.
         chunks: makes an iterator over the chunks, the same ones each time.
-        norms: which normalise over the population; the others normalise as their mode says.
+        norms: those that normalise over the population; the others normalise as their mode says.
         one_chunk: whether there is one chunk, on every rank of the group.
         group: ranks that have chunks of the same population, each of them one chunk at least, perhaps without a tile:
             one all-gather of 2 C + 2 numbers for each norm.
@@ -152,11 +152,11 @@ def fits_in_one_chunk(encoder: nn.Module, encode: Encode, tile: Tensor, n_tiles:
     Without a gradient the most that lives at once is about a layer's input and output, twice (a residual).
 
     Args:
-        encoder: in whose layers the bytes are counted.
-        encode: through it.
+        encoder: the encoder in whose layers the bytes are counted.
+        encode: takes tiles through the encoder.
         tile: [1, 3, S, S].
-        n_tiles: of the population, on this rank.
-        free_bytes: on the device.
+        n_tiles: the population's tiles on this rank.
+        free_bytes: free memory of the device.
     """
     largest = 0
 

@@ -1,4 +1,4 @@
-"""Which worker computes which bags: a synchronous step takes as long as its slowest rank."""
+"""The bags that each worker computes: a synchronous step takes as long as its slowest rank."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,8 +21,8 @@ def assign_bags(
     Args:
         lengths: tiles of each bag.
         workers: how many.
-        cost: of a bag of so many tiles.
-        max_tiles: of one worker; None for no limit.
+        cost: the cost of a bag of so many tiles.
+        max_tiles: tiles of one worker at the most; None for no limit.
         balance: see above.
 
     Returns:

@@ -56,7 +56,7 @@ def pack_bags(aggregator: nn.Module, pack_bytes: int) -> Callable[[], None]:
 
     Args:
         aggregator: takes a StackedBags and returns a named tuple of tensors by bag or by instance.
-        pack_bytes: of a pack's instances; 0 takes the stack whole.
+        pack_bytes: bytes of a pack's instances; 0 takes the stack whole.
     """
     before = aggregator.__dict__.get("forward")
     aggregator.forward = PackedForward(aggregator.forward, pack_bytes)

@@ -40,8 +40,8 @@ def bag_randomness(keys: Sequence[int], part: int = 0) -> Iterator[None]:
     """Key what is drawn inside by bag.
 
     Args:
-        keys: of the bags of the stack, in order: (seed, step, bag id) mixed into one number each.
-        part: which part of the bags this rank has.
+        keys: one per bag of the stack, in order: (seed, step, bag id) mixed into one number each.
+        part: the part of the bags that this rank has.
     """
     token = _present.set(_Bags(keys, part=part))
     try:

@@ -55,7 +55,7 @@ def segment_topk(values: Tensor, cu_seqlens: Tensor, k: int | Sequence[int]) -> 
     Args:
         values: [sum N].
         cu_seqlens: int64 [B + 1].
-        k: of every bag, or of each; a bag that is shorter gives all it has.
+        k: how many of every bag, or of each; a bag that is shorter gives all it has.
 
     Returns:
         The rows, int64 [K]: bag after bag, the largest value first, equal values by their index; and their

@@ -83,7 +83,7 @@ def stack_bags(bags: Sequence[Tensor], *, allow_empty: bool = False) -> StackedB
     """Concatenate bags [N_i, ...] of one dtype, device and trailing shape.
 
     Args:
-        bags: in order.
+        bags: the bags, in order.
         allow_empty: N_i may be 0, where other ranks hold the bag's instances.
 
     Returns:

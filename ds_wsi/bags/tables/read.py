@@ -120,7 +120,7 @@ def _of_records(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
-    """Records: a list of them, one a line, or a column after the other as pandas writes by default."""
+    """Records: a list of them, one per line, or a column after the other as pandas writes by default."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
@@ -160,7 +160,7 @@ def _json_of(text: str, once: Any) -> Any:
     try:
         return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError:
-        # Records one a line, in a file that is called .json.
+        # Records one per line, in a file that is called .json.
         return [json.loads(line, object_pairs_hook=once) for line in text.splitlines() if line.strip()]
 
 

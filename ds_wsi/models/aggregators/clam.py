@@ -33,7 +33,7 @@ class CLAMSB(PooledAggregator):
         hidden_dim: width of the attention's hidden layer.
         k_sample: k; a bag with fewer instances gives all it has to either side.
         subtyping: see above.
-        dropout: of h and inside the attention, in training.
+        dropout: the share of h, and inside the attention, that is dropped in training.
     """
 
     needs_labels = True

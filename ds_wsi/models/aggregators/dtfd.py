@@ -41,9 +41,9 @@ class DTFD(nn.Module):
         num_classes: C.
         embed_dim: width D' of h.
         hidden_dim: width of either attention's hidden layer.
-        pseudo_bags: in a bag; a bag with fewer instances has one for each.
+        pseudo_bags: how many a bag is split into; a bag with fewer instances has one for each.
         distillation: "maxs", "maxmins" or "afs".
-        dropout: of what either classifier is given, in training.
+        dropout: the share of either classifier's input that is dropped in training.
 
     Attributes:
         packed: bags of a stack are computed together: a pseudo-bag is a bag of a finer stack.
