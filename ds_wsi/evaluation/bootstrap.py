@@ -33,7 +33,7 @@ class MetricInterval:
     """A metric of the test slides and its interval.
 
     Attributes:
-        value: on the slides themselves; NaN where undefined.
+        value: the metric on the slides themselves; NaN where undefined.
         low, high: the interval's ends; NaN where no resample defines the metric, and where all resamples agree.
         n_resamples_used: resamples on which the metric is defined.
         confidence: the interval's level, in (0, 1).
@@ -71,8 +71,8 @@ def bootstrap_metrics(
         probabilities: float [N, C], each row a distribution over the classes, or [R, N, C] of R runs.
         n_resamples: how many; the same seed gives the same ones.
         confidence: the interval's level, in (0, 1).
-        seed: of the resampling.
-        patients: of each slide, N names; None takes each slide for a patient.
+        seed: the seed of the resampling.
+        patients: N names, one per slide; None takes each slide for a patient.
 
     Returns:
         METRIC_NAMES -> interval.
@@ -108,7 +108,7 @@ def resample_metrics(
     Args:
         labels: int64 [N].
         runs: float64 [N, C] each.
-        patients: of each slide, or None.
+        patients: one per slide, or None.
         n_resamples, seed: the same ones give the same resamples for the same patients.
 
     Returns:
@@ -228,7 +228,7 @@ def percentile_interval(value: float, samples: FloatArray, confidence: float) ->
 
 
 def _exact_at_an_end(value: float, count: int, found: MetricInterval) -> MetricInterval:
-    """Of a share of 0 or 1 among `count`: up to where none, or all, still has a probability of (1 - confidence) / 2."""
+    """A share of 0 or 1 among `count`: up to where none, or all, still has a probability of (1 - confidence) / 2."""
     bound = ((1 - found.confidence) / 2) ** (1 / count)
     low, high = (bound, 1.0) if value == 1 else (0.0, 1 - bound)
     return replace(found, low=low, high=high, method="exact")

@@ -33,7 +33,7 @@ class Predictions:
         slide_ids, patient_ids: N each.
         labels: int64 [N].
         probabilities: float64 [N, C]; of several draws of tiles the mean.
-        protocol: on which tiles, in words.
+        protocol: the tiles that were predicted on, in words.
     """
 
     source: Path
@@ -53,7 +53,7 @@ class DeLong:
         auc_a, auc_b: areas under the ROC curves.
         difference: B minus A.
         covariance: float64 [2, 2] of the areas.
-        standard_error: of the difference.
+        standard_error: the difference's.
         z, p_value: two-sided, normal.
         low, high: the difference's interval.
     """
@@ -74,7 +74,7 @@ class Difference:
     """A metric of two models on the same slides, and the paired bootstrap of B minus A.
 
     Attributes:
-        a, b, difference: on the slides themselves; NaN where undefined.
+        a, b, difference: values on the slides themselves; NaN where undefined.
         low, high: the difference's percentile interval; NaN where all resamples agree.
         p_value: two-sided, of an exchange test: see `exchange_test`.
         n_resamples_used: resamples on which both are defined.
@@ -171,8 +171,8 @@ def compare_predictions(
 
     Args:
         a, b: the predictions.
-        n_resamples, seed: of the bootstrap.
-        confidence: of the intervals, in (0, 1).
+        n_resamples, seed: the bootstrap's.
+        confidence: the intervals' level, in (0, 1).
 
     Raises:
         ValueError: other classes, slides, labels or patients; names them.
@@ -211,7 +211,7 @@ def exchange_test(
         labels: int64 [N].
         scores: two of float64 [N, C].
         patients: N names; a patient's slides are exchanged together.
-        n_drawn, seed: of the exchanges that are drawn.
+        n_drawn, seed: how many exchanges are drawn, and by which seed.
 
     Returns:
         METRIC_NAMES -> p-value, NaN where a metric is undefined; how many patients differ; the smallest p-value that
@@ -287,7 +287,7 @@ def delong(positive: np.ndarray, scores_a: FloatArray, scores_b: FloatArray, con
     Args:
         positive: bool [N].
         scores_a, scores_b: float64 [N], higher for the positive class; ties count one half.
-        confidence: of the interval, in (0, 1).
+        confidence: the interval's level, in (0, 1).
 
     Source: DeLong, DeLong and Clarke-Pearson (1988), equations 3 to 6; the components from midranks, in O(N log N):
     Sun and Xu (2014), equations 5 and 6.
@@ -313,7 +313,7 @@ def delong(positive: np.ndarray, scores_a: FloatArray, scores_b: FloatArray, con
 
 
 def _components(positive: np.ndarray, scores: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """For each positive the share of negatives below it, for each negative the share of positives above it."""
+    """Each positive's share of negatives below it, and each negative's share of positives above it."""
     ours, others = scores[positive], scores[~positive]
     ranks = _midranks(scores)
     below = (ranks[positive] - _midranks(ours)) / max(1, len(others))

@@ -52,7 +52,7 @@ def build_extractor(
 
     Args:
         name: a timm model's name, `hf-hub:ORG/NAME` or `local-dir:PATH`; the latter two come with weights.
-        tiling: of the tiles.
+        tiling: how the tiles were made.
         weights: a local file; None takes those of the name, or random ones of seed 0, of which it warns.
         pretrained: take the weights that timm has for the name.
         features: one of `FEATURES`; None for what the encoder's authors take.
@@ -91,9 +91,9 @@ def extract_features(
     slides, and each yields those of the others as kept.
 
     Args:
-        model: whose encoder it is, on the device to compute on.
-        config: of the model.
-        cohort: of slides.
+        model: the model whose encoder it is, on the device to compute on.
+        config: the model's names and sizes.
+        cohort: a cohort of slides.
         directory: where to.
         policy: how tiles are read.
         failures: where unreadable tiles are recorded.

@@ -35,7 +35,7 @@ def require_same_evaluation(folder: Path, made_of: Mapping[str, Any]) -> None:
     """Refuse a folder with results of something else, or of nobody knows what.
 
     Args:
-        folder: of the results.
+        folder: the results' folder.
         made_of: name -> value of what this evaluation is made of, as JSON has it; names that the earlier one did not
             record, and names that are not known yet, are not compared.
 

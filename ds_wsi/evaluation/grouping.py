@@ -93,7 +93,7 @@ class Table:
 
 
 def build_tables(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> tuple[Table, ...]:
-    """One table a dataset, in the order of their names; rows by method, evaluation, order of the classes and variant.
+    """One table per dataset, in the order of their names; rows by method, evaluation, order of the classes and variant.
 
     Raises:
         ValueError: two runs with the same seed and split in one cell.

@@ -111,7 +111,7 @@ def _slide(row: Any, slide_ids: Sequence[str] | None) -> str:
 
 
 def _balanced_accuracy(labels: IntArray, predicted: IntArray) -> float:
-    from sklearn.metrics import recall_score  # here, for it takes a second that options do not need
+    from sklearn.metrics import recall_score  # here, because it takes a second that options do not need
 
     present = np.unique(labels)
     if len(present) < 2:
@@ -120,7 +120,7 @@ def _balanced_accuracy(labels: IntArray, predicted: IntArray) -> float:
 
 
 def _auc(labels: IntArray, probabilities: FloatArray) -> float:
-    from sklearn.metrics import roc_auc_score  # here, for it takes a second that options do not need
+    from sklearn.metrics import roc_auc_score  # here, because it takes a second that options do not need
 
     present = np.unique(labels)
     if len(present) < 2:
@@ -130,7 +130,7 @@ def _auc(labels: IntArray, probabilities: FloatArray) -> float:
 
 
 def _quadratic_weighted_kappa(labels: IntArray, predicted: IntArray, classes: int) -> float:
-    from sklearn.metrics import cohen_kappa_score  # here, for it takes a second that options do not need
+    from sklearn.metrics import cohen_kappa_score  # here, because it takes a second that options do not need
 
     if len(np.union1d(labels, predicted)) < 2:
         return math.nan  # no disagreement is expected by chance: 0 / 0
@@ -139,7 +139,7 @@ def _quadratic_weighted_kappa(labels: IntArray, predicted: IntArray, classes: in
 
 
 def _f1(labels: IntArray, predicted: IntArray, classes: int) -> float:
-    from sklearn.metrics import f1_score  # here, for it takes a second that options do not need
+    from sklearn.metrics import f1_score  # here, because it takes a second that options do not need
 
     occurring = np.union1d(labels, predicted)
     if classes > 2:

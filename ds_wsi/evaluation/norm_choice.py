@@ -41,12 +41,12 @@ class NormPlan:
     Args:
         training: the population that was trained, of a `NormPolicy`.
         candidates: evaluations to choose from, in the order in which ties are decided; one is taken unmeasured.
-        metric: by which they are compared, then by the lower loss.
+        metric: what they are compared by, before the lower loss.
         rows: slides on which they are measured.
-        split: whose slides these are.
+        split: the split that these slides are of.
         recalibration: parts of the training slides over which statistics are taken anew.
         gap: parts of some training slides, on which the gap is measured; empty where there can be none.
-        bags_per_population: of those, that training averages over at once.
+        bags_per_population: how many of those training averages over at once.
     """
 
     training: str = "frozen"
@@ -79,8 +79,8 @@ class NormChoice:
 
     Args:
         evaluation: the candidate that is best.
-        metrics: of each candidate on the slides, keys prefixed with `eval_`; empty where there was no slide.
-        split: whose slides they are.
+        metrics: each candidate's on the slides, keys prefixed with `eval_`; empty where there was no slide.
+        split: the split that these slides are of.
         statistics: running statistics of the encoder that the exported weights get; None: their own.
         gap: None where there can be none.
     """
@@ -92,7 +92,7 @@ class NormChoice:
     gap: NormGap | None = None
 
     def entry(self) -> dict[str, Any]:
-        """For a history: `norm_evaluation`, `norm_<candidate>_<metric>`, `norm_trained_loss`, `norm_exported_loss`."""
+        """History values: `norm_evaluation`, `norm_<candidate>_<metric>`, `norm_trained_loss`, `norm_exported_loss`."""
         found: dict[str, Any] = {"norm_evaluation": self.evaluation, "norm_split": self.split}
         for name, metrics in self.metrics.items():
             found |= {f"norm_{name}_{key.removeprefix('eval_')}": value for key, value in metrics.items()}
@@ -106,7 +106,7 @@ class Ranks:
     """The processes that measure together: alone by default.
 
     Args:
-        share: of items with costs, the indices that this process takes.
+        share: takes the items' costs, and gives the indices of those that this process takes.
         gather: what all processes' lists hold, in one list, on all of them.
         group: a process group of all of them, or None.
     """
@@ -139,11 +139,11 @@ def choose_norms(
 
     Args:
         model: whole, on the device to compute on.
-        slides, grids: of the cohort, row by row.
+        slides, grids: the cohort's, row by row.
         policy: how tiles are read.
         failures: where unreadable tiles are recorded.
         plan: what is measured.
-        ranks: that share the work.
+        ranks: the processes that share the work.
 
     Raises:
         Stopped: a process was asked to end, inside `deferring`; see there.

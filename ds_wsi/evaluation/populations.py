@@ -29,7 +29,7 @@ class HeldTiles:
     """Tiles in host memory, or, where they do not fit there, read again each time.
 
     Args:
-        slides, grids: of the cohort, row by row.
+        slides, grids: the cohort's, row by row.
         policy: how tiles are read.
 
     Attributes:
@@ -95,7 +95,7 @@ class TileEncoder:
     The encoder alone computes in the model's `evaluation_precision`; features are of the weights' dtype in any.
 
     Args:
-        model: in evaluation mode, with running statistics.
+        model: a model in evaluation mode, with running statistics.
     """
 
     def __init__(self, model: SlideModel) -> None:
@@ -152,9 +152,9 @@ class TileEncoder:
         """The encoder's running statistics over all these tiles, by their names in its state_dict; it keeps its own.
 
         Args:
-            tiles: that were held of `order`; of each rank of the group its own, one chunk at least.
+            tiles: what was held of `order`; each rank of the group has its own, one chunk at least.
             order: what they were read from.
-            group: whose ranks share the population, see `encode_population`.
+            group: the ranks that share the population, see `encode_population`.
         """
         state = self.model.encoder.state_dict(keep_vars=True)
         names = statistics_names(self.model.encoder)

@@ -28,10 +28,10 @@ class RunRecord:
         dataset: the name of the test slides' dataset.
         encoder, aggregator: their names (of features on disk their encoder's, or the folder's); together the method.
         training: "frozen", "partly frozen" or "end to end": what was trained of the encoder.
-        seed: of the training.
-        split: which split or fold of the dataset; empty where there is but one.
-        test_split: which of the manifest's slides were tested: "test", or "all" of an external cohort.
-        evaluation: on which of their tiles.
+        seed: the training's seed.
+        split: the split or fold of the dataset; empty where there is but one.
+        test_split: the manifest's slides that were tested: "test", or "all" of an external cohort.
+        evaluation: the tiles of those slides that were predicted on.
         settings: name -> value of everything else that runs of one group share.
     """
 

@@ -127,7 +127,7 @@ def write_predictions(directory: Path, cohort: Cohort, predictions: Sequence[Sli
 
 
 def _finite(value: Any) -> Any:
-    """With null where JSON has no number."""
+    """The value, with null where JSON has no number."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return json_number(value) if isinstance(value, float) else value

@@ -43,7 +43,7 @@ class Entry:
 
 
 def to_csv(tables: Sequence[Table]) -> str:
-    """A line a dataset, method, training and metric, in fractions with every digit; what is undefined is empty."""
+    """One line per dataset, method, training and metric, in fractions with every digit; what is undefined is empty."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -67,7 +67,7 @@ def _digits(value: float) -> str:
 
 
 def to_markdown(tables: Sequence[Table], skipped: Skipped) -> str:
-    """A heading, a line of explanation and a table a dataset, then the folders that took no part."""
+    """A heading, a line of explanation and one table per dataset, then the folders that took no part."""
     parts = ["# Results\n"]
     for table in tables:
         names = [*_lead_names(table), *(f"{_title(metric)} {name}" for metric, name in _columns(table)), "Runs"]
@@ -96,7 +96,7 @@ def _markdown(text: str) -> str:
 
 
 def to_latex(tables: Sequence[Table], skipped: Skipped) -> str:
-    r"""A booktabs table a dataset, to be `\input`; the folders that took no part are comments."""
+    r"""One booktabs table per dataset, to be `\input`; the folders that took no part are comments."""
     parts = ["% needs \\usepackage{booktabs}"]
     parts += [f"% left out: {' '.join(f'{path}: {reason}'.split())}" for path, reason in skipped]
     parts += [_latex_table(table) for table in tables]

@@ -80,7 +80,7 @@ def _predicts_the_same(a: Path, b: Path) -> bool:
 
 
 def _classes(path: Path) -> tuple[str, ...]:
-    """In the order of the probabilities: metrics.json of earlier versions does not name them."""
+    """The classes, in the order of the probabilities: metrics.json of earlier versions does not name them."""
     with (path / "predictions.csv").open(newline="", encoding="utf-8") as file:
         return tuple(name.removeprefix(PREFIX) for name in next(csv.reader(file), []) if name.startswith(PREFIX))
 
@@ -105,9 +105,9 @@ def write_tables(run_dirs: Sequence[Path], output_dir: Path, metrics: Sequence[s
     variant is a row of its own. Runs no collective: one process calls it.
 
     Args:
-        run_dirs: as of `collect_runs`; unfinished and torn ones are listed with the reason, and take no part.
+        run_dirs: see `collect_runs`; unfinished and torn ones are listed with the reason, and take no part.
         output_dir: where the files go.
-        metrics: of METRIC_NAMES, in the order of the columns; by default AUC, accuracy and QWK after the metric
+        metrics: names of METRIC_NAMES, in the order of the columns; by default AUC, accuracy and QWK after the metric
             that chose the most of the models.
 
     Raises:
