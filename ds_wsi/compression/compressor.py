@@ -13,7 +13,7 @@ Where every rank has the whole optimizer (DDP, ZeRO 0, 3, FSDP2), owners send th
     pull  q = C(g);  everyone: theta <- Opt(theta, D(q));  the owner: r <- r + W (g - D(q))
 
 Adam changes all weights at each step, so that few of them are a poor picture of the change; a mean of sparse messages
-is sparse. What an owner could not send goes into its own residual, W times, for its residual enters the mean as 1/W: it
+is sparse. What an owner could not send goes into its own residual, W times, because that enters the mean as 1/W: it
 needs no state of its own, and is found by name when shards move. (Both ways with error feedback: Tang et al.,
 DoubleSqueeze, ICML 2019.) The mean
 weighs ranks alike: with B_w of B bags on rank w, scale its loss by W B_w / B.
@@ -56,8 +56,8 @@ class Compressor:
 
     Attributes:
         policy: TopK, DMGC or Cast.
-        residuals: of the gradients, by parameter name.
-        count: of the bytes.
+        residuals: the gradients' residuals, by parameter name.
+        count: counts the bytes.
         divided: messages of `Cast` so far that float16 would not have held ([Note: range] in exchange.py).
         step: must be the same on all ranks; `next_step` after each optimizer step.
     """
@@ -68,7 +68,7 @@ class Compressor:
         self.count = ByteCount()
         self.step = 0
         self.divided = 0
-        self._divided_now: list[Tensor] = []  # on their device: read once a step, not once a bucket
+        self._divided_now: list[Tensor] = []  # on their device: read once per step, not once per bucket
 
     def next_step(self) -> None:
         """The optimizer has stepped."""
@@ -216,7 +216,7 @@ def pull_weights(state: Compressor, weights: Tensor, replica: Bucket, bounds: Se
         weights: [stop - start] float32, theta of this rank's shard after the optimizer's step.
         replica: theta_hat, flat float32; before the first step the same bits on all ranks. Changed in place, and then
             the same bits on all ranks again.
-        bounds: as in `push`.
+        bounds: see `push`.
 
     Raises:
         ValueError: a policy without owners, other dtypes or sizes, or weights that are not finite on any rank (the

@@ -32,7 +32,7 @@ class Ranks:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, tensor: Tensor) -> "Ranks":
-        """Of a group (None: the default one), for the exchange of `tensor`."""
+        """The ranks of a group (None: the default one), for the exchange of `tensor`."""
         # gloo takes a CUDA tensor only by way of the host, where the messages are anyway.
         device = torch.device("cpu") if dist.get_backend(group) == "gloo" else tensor.device
         return cls(group, dist.get_rank(group), dist.get_world_size(group), device)

@@ -32,7 +32,7 @@ class Direction:
 
     @property
     def message_bytes(self) -> int:
-        """Of all messages."""
+        """Bytes of all messages."""
         return sum(size for size, _ in self.messages)
 
 

@@ -64,7 +64,7 @@ class Residuals:
 
         Args:
             gradient: flat [sum of numels]; the parameters' gradients in the order of `names`.
-            scale: of the gradient (`clip_scale`).
+            scale: a factor of the gradient (`clip_scale`).
 
         Raises:
             ValueError: sizes that do not add up, or another size than the parameter had before.

@@ -1,4 +1,4 @@
-"""Which entries of a flat bucket are sent, and their way into and out of messages, shard by shard.
+"""The entries of a flat bucket that are sent, and their way into and out of messages, shard by shard.
 
 A bucket is cut into spans: runs of parameters that are sent whole, and runs of which the largest entries are sent. What
 is selected does not depend on the number of ranks; only then is the bucket cut at the shards' bounds. The parts of

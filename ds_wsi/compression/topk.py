@@ -58,7 +58,7 @@ def nonzero(flat: Tensor) -> Tensor:
 
 
 def _top_k_device(flat: Tensor, k: int) -> Tensor:
-    """Of the k values torch.topk returns only the smallest is used: which of equal entries it picks is not defined."""
+    """The indices of the k largest, by torch.topk's smallest value alone: its choice among equals is not defined."""
     keys = flat.view(torch.int32) & _MAGNITUDE
     kth = keys.topk(k, sorted=False).values.min()
     above = (keys > kth).nonzero().flatten()

@@ -1,7 +1,7 @@
 """The wire format: what one rank sends to another in one step, all tensors in one message.
 
 [Note: layout]
-Little-endian; a header of 40 bytes, a table of 24 bytes an entry, then the payloads in the table's order:
+Little-endian; a header of 40 bytes, a table of 24 bytes per entry, then the payloads in the table's order:
 
     header  magic "DWGC", version u16, flags u16, step u64, source rank u32, shard u32, entries u32,
             checksum u32 (crc32 of the whole message with this field zero), bytes after the header u64
@@ -254,7 +254,7 @@ def _read_section(row: np.ndarray, payload: np.ndarray) -> Section:
     encoding, d, nnz = INDEX_ENCODINGS[row["index"]], int(row["d"]), int(row["nnz"])
     split = index_bytes(encoding, d, nnz)
     raw = torch.empty(nnz, dtype=VALUE_ENCODINGS[_VALUES[row["value"]]])
-    # A copy, for the payload may begin anywhere and torch reads aligned.
+    # A copy, because the payload may begin anywhere and torch reads aligned.
     raw.view(torch.uint8).copy_(torch.from_numpy(payload[split:]))
     if not torch.isfinite(raw).all():
         raise WireError(f"values must be finite (tensor {int(row['id'])})")

@@ -31,8 +31,8 @@ class SharedForward:
 
     Attributes:
         exchange: "sharded", "replicated" or "gather".
-        seed: of what the aggregator draws, the same on all ranks of the group; None: the first rank draws one, and an
-            all-gather of a number a rank shares it.
+        seed: what the aggregator draws by, the same on all ranks of the group; None: the first rank draws one, and an
+            all-gather of one number per rank shares it.
         traffic: bytes and calls of the exchange.
     """
 
@@ -131,11 +131,11 @@ class SharedForward:
 
 
 def _in_bag_order(lengths: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """From rows in the order of ranks to rows in the order of bags.
+    """The way from rows in the order of ranks to rows in the order of bags.
 
     Args:
         lengths: int64 [T, B], rows of each rank and bag.
-        device: of what is returned.
+        device: where the result lies.
 
     Returns:
         (indices int64 [sum N], cu_seqlens int64 [B + 1] of the whole bags).
@@ -178,10 +178,10 @@ def shard_tiles(model: Any, mesh: TileMesh, policy: TileParallelPolicy | None = 
     Call it before the model is partitioned or wrapped by an engine.
 
     Args:
-        model: with attributes `encoder` (tiles -> features [N, D]) and `aggregator` (StackedBags -> SlideOutput), as
+        model: has attributes `encoder` (tiles -> features [N, D]) and `aggregator` (StackedBags -> SlideOutput), as
             SlideModel.
-        mesh: of `tile_mesh`.
-        policy: which exchange; its defaults otherwise.
+        mesh: the mesh of `tile_mesh`.
+        policy: names the exchange; its defaults otherwise.
 
     Returns:
         A handle; `handle.remove()` undoes it.

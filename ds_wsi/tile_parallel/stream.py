@@ -45,12 +45,12 @@ def stream_bag(
             would be a chunk (`partition_layers` trains such encoders, exactly).
         aggregator: "attention" or "mean" pooling.
         tiles: [N, ...], on any device; or a sequence of chunks that can be read twice, alike both times.
-        chunk_size: tiles a chunk, of a tensor.
+        chunk_size: tiles per chunk of a tensor.
         prepare: applied to a chunk on the encoder's device, before the encoder.
-        keep_chunks: that keep their graph, as many as fit.
+        keep_chunks: how many keep their graph: as many as fit.
         group: ranks that share the bag, each with tiles of its own, perhaps none. One all-reduce of maxima and one of
             sums in forward, one of gradients in backward.
-        seed: of the aggregator's head, the same on all ranks of a group.
+        seed: the seed of the aggregator's head, the same on all ranks of a group.
         traffic: counts them.
 
     Returns:
@@ -222,7 +222,7 @@ class _Work:
         return [None if part is None else part.to(p.dtype) for part, p in zip(found, parameters, strict=True)]
 
     def attention(self) -> Tensor | None:
-        """Of this rank's tiles: [n], or [n, M] of several branches; None under "mean"."""
+        """The attention of this rank's tiles: [n], or [n, M] of several branches; None under "mean"."""
         if self.aggregator.pooling != "attention" or self.largest is None or self.totals is None:
             return None
         if not self.scores:
