@@ -21,10 +21,10 @@ SECTION = "ds_wsi"
 
 @dataclass(frozen=True)
 class DsWsiConfig:
-    """The "ds_wsi" section: one policy a key, each with its defaults.
+    """The "ds_wsi" section: one policy per key, each with its defaults.
 
     Args:
-        tiling: which tiles a slide has.
+        tiling: how slides are tiled.
         reading: how they are read.
         augment: what is changed at each reading in training.
         partition: how the encoder's activations are partitioned: a policy, or under "plan" what `PartitionPlan` wrote.
@@ -91,7 +91,7 @@ def _policy(kind: Any, values: Any, key: str) -> Any:
 
 
 def _plan(values: Mapping[str, Any], key: str) -> "PartitionPlan":
-    from ds_wsi.partition.plan import PartitionPlan  # here, for help pages need no torch
+    from ds_wsi.partition.plan import PartitionPlan  # here, because help pages need no torch
 
     _require_known(values, {"plan": None}, key)
     try:

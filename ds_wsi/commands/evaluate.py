@@ -149,7 +149,7 @@ def _made_of(options: argparse.Namespace, protocol: "EvaluationProtocol") -> dic
 
 
 def _slides_digest(cohort: "Cohort", rows: "Sequence[int]") -> str:
-    """Of the evaluated slides, their labels, and what is read of them."""
+    """The digest of the evaluated slides, their labels, and what is read of them."""
     import hashlib
     import json
 
@@ -217,7 +217,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_features_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(*spellings("features_dir"), help="folder of features, a file a slide, for a model of features")
+    parser.add_argument(
+        *spellings("features_dir"), help="folder of features, one file per slide, for a model of features"
+    )
 
 
 def _pairs(text: str) -> dict[str, str]:

@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*names, **({"formatter_class": Help} | how))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; what is not known is refused here, by the command whose options are known."""
+        """Parse as argparse does; what is not known is refused here, by the command whose options are known."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")

@@ -31,7 +31,7 @@ def add_tile(subparsers: argparse._SubParsersAction) -> None:
     parser = add_command(subparsers, "tile", run_tile)
     add_cohort_options(parser)
     add_shared_options(parser, TILING_OPTIONS)
-    parser.add_argument(*spellings("output_dir"), required=True, help="folder in which one file a slide is written")
+    parser.add_argument(*spellings("output_dir"), required=True, help="folder in which one file per slide is written")
     parser.add_argument("--export", choices=("clam", "trident"), help="write that project's h5 files beside ours")
     parser.add_argument(
         *spellings("export_masks"), metavar="DIR", help="write each slide's tissue there, as GeoJSON that QuPath opens"

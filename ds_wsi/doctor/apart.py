@@ -38,8 +38,8 @@ def apart(function: Callable[..., Any], *arguments: Any, n_ranks: int = 1, timeo
     """What `function(*arguments)` returns in each of `n_ranks` fresh processes, by rank.
 
     Args:
-        function: of a module, whose name it has there.
-        arguments: that JSON can hold, as what it returns.
+        function: a module's function, found there by its name.
+        arguments: values that JSON can hold, as what it returns.
         n_ranks: processes; each has RANK, WORLD_SIZE and LOCAL_RANK as a launcher sets them.
         timeout_s: after which all are killed.
 
@@ -69,7 +69,7 @@ def finding_apart(
     """The worst finding of a function that returns one, in processes of its own; FAIL where one gives none.
 
     Args:
-        function, arguments, n_ranks, timeout_s: of `apart`.
+        function, arguments, n_ranks, timeout_s: see `apart`.
         remedy: where there is none.
     """
     try:
@@ -133,7 +133,7 @@ def _environment(rank: int, n_ranks: int) -> Mapping[str, str]:
 
 
 def main() -> None:
-    """In the fresh process: call the function and write its answer."""
+    """Call the function and write its answer, in the fresh process."""
     end_with_parent()
     module, name, arguments = json.loads(sys.argv[2])
     rank = os.environ["RANK"]

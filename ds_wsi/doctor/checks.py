@@ -30,7 +30,7 @@ class Check:
     """A check.
 
     Args:
-        name: in the list.
+        name: the check's name in the list.
         run: the check.
         timeout_s: after which it has failed.
         quick: whether `--quick` runs it.

@@ -20,8 +20,8 @@ class Needed(NamedTuple):
     """A package that ds_wsi uses.
 
     Attributes:
-        name: of the distribution.
-        bounds: of its version.
+        name: the distribution's.
+        bounds: the bounds of its version.
         optional: whether it belongs to an extra.
     """
 

@@ -15,8 +15,8 @@ class Fingerprint(NamedTuple):
     """What a file is known by.
 
     Attributes:
-        n_bytes: its size.
-        sha256: of its content, or of pieces of it (`file_fingerprint`); hexadecimal.
+        n_bytes: the file's size.
+        sha256: the hash of its content, or of pieces of it (`file_fingerprint`); hexadecimal.
     """
 
     n_bytes: int
@@ -44,7 +44,7 @@ def file_fingerprint(path: str | os.PathLike[str]) -> Fingerprint:
 
 @lru_cache(maxsize=2**16)
 def _fingerprint(path: str, device: int, inode: int, n_bytes: int, *times: int) -> Fingerprint:
-    """Read once a process while the file stays as it is."""
+    """Read once per process while the file stays as it is."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         if n_bytes <= WHOLE_BYTES:

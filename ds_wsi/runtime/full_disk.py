@@ -40,8 +40,8 @@ def naming_full_disk(folder: Path, n_bytes: int | None = None, written: Path | N
     """Turn any writer's error that means a full disk into a `DiskFullError`.
 
     Args:
-        folder: that is written to, where the error does not name a file.
-        n_bytes: that are written, where it is known before.
+        folder: the folder that is written to, where the error does not name a file.
+        n_bytes: how much is written, where it is known before.
         written: a folder that holds nothing but what was written so far.
 
     Raises:

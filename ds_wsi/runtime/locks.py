@@ -57,9 +57,9 @@ def only_one(folder: Path, what: str, remedy: str) -> Iterator[None]:
     """Hold the lock of a folder, which is there, in the block.
 
     Args:
-        folder: that must not be worked in twice.
+        folder: a folder that must not be worked in twice.
         what: the option or thing that it is, for the error.
-        remedy: for the error.
+        remedy: what the error advises.
 
     Raises:
         HeldError: another process holds it; says which, on which machine and since when.
@@ -176,7 +176,7 @@ class Claims(Generic[T]):
     """Items that several processes share, each held from `free` until `give_back`; all are let go at the block's end.
 
     Args:
-        items: in order.
+        items: the items, in order.
         path_of: an item's lock, in a folder that is there.
 
     Attributes:

@@ -20,7 +20,7 @@ def require_ours(path: Path, is_ours: Callable[[Path], bool], what: str) -> None
     """Refuse to write over a file of another program, or of the user's.
 
     Args:
-        path: to be written; nothing may be there.
+        path: the file to be written; nothing may be there.
         is_ours: whether what is there was written by this program.
         what: the option, or the words, that name the place.
 

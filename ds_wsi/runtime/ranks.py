@@ -1,4 +1,4 @@
-"""Which rank is to blame: a rank that dies leaves the others with a broken collective that does not say so.
+"""The rank to blame: one that dies leaves the others with a broken collective that does not say so.
 
 Each rank shows a beat in the process group's store, from a thread of its own, and the same thread watches the others'
 beats. Under gloo a collective fails with an exception, which `watch_ranks` turns into one that names the rank. Under
@@ -69,8 +69,8 @@ class RankWatch:
     """This rank's beat, and what it sees of the others'.
 
     Args:
-        store: of the process group.
-        rank, world: of this process.
+        store: the process group's store.
+        rank, world: this process's rank, and how many there are.
     """
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
@@ -117,7 +117,7 @@ class RankWatch:
         return found
 
     def accusation(self, error: BaseException) -> str:
-        """Whose fault it is that a collective failed with this error; takes some seconds."""
+        """Say whose fault it is that a collective failed with this error; takes some seconds."""
         first_line = str(error).splitlines()[0]
         seen_by = f"seen by rank {self.rank}/{self.world}: {first_line}"
         try:
@@ -149,7 +149,7 @@ class RankWatch:
         return f"{'; '.join(blamed)}, {seen_by}"
 
     def _ask(self) -> dict[int, str]:
-        """As `_words`, by a thread: a store whose process is stopped does not answer, past torch's own timeout."""
+        """Call `_words` in a thread: a store whose process is stopped does not answer, past torch's own timeout."""
         answers: queue.SimpleQueue[dict[int, str] | Exception] = queue.SimpleQueue()
 
         def ask() -> None:

@@ -159,7 +159,7 @@ def heeding_signals() -> Iterator[None]:
 
 @contextmanager
 def deferring() -> Iterator[None]:
-    """In the block signals are only noted: it looks at `asked` where it can end without a loss."""
+    """Signals are only noted in the block: it looks at `asked` where it can end without a loss."""
     watch = _watch
     if watch is None:
         yield

@@ -31,8 +31,8 @@ def temporary_folder(parent: Path, n_bytes: int | None = None) -> Iterator[Path]
     """Make a folder below `parent` that nobody else has, and remove it with all that is in it at the end.
 
     Args:
-        parent: of the folder.
-        n_bytes: that will be written, where it is known: an error tells it.
+        parent: where the folder is made.
+        n_bytes: how much will be written, where it is known: an error tells it.
 
     Raises:
         DiskFullError: there is no room for what the block writes.
