@@ -194,7 +194,7 @@ _NEW, _TAKEN, _TAKEN_BY_NAME, _REPLACED = "new", "taken", "taken by name", "repl
 
 
 def _tell_kept(slides: Sequence[_TiledSlide], tiles_dir: str | Path | None) -> None:
-    """One line a kind, with its count."""
+    """One line per kind, with its count."""
     for kind, words in (
         (_REPLACED, "grids were of another policy, mask or slide file: these slides are tiled anew"),
         (

@@ -109,7 +109,7 @@ def read_features(path: str | Path) -> FeatureBag:
     if coords is not None:
         coords = coords.reshape(-1, 2).long()
         if len(coords) != len(features):
-            raise FeatureFileError(f"coords must have a row a feature, {len(features)}, got {len(coords)} ({path})")
+            raise FeatureFileError(f"coords must have a row per feature, {len(features)}, got {len(coords)} ({path})")
     return FeatureBag(features, coords)
 
 

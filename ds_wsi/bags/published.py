@@ -66,7 +66,7 @@ def find_folds(folder: str | Path) -> tuple[Path, ...]:
     if twice:
         raise ManifestError(
             f"folds in {folder}",
-            [f"a fold must be there once, got {', '.join(twice)}. HINT: keep one cohort a folder."],
+            [f"a fold must be there once, got {', '.join(twice)}. HINT: keep one cohort per folder."],
         )
     return tuple(found[number][0] for number in numbers)
 

@@ -124,7 +124,7 @@ def write_skipped(directory: str | Path, skipped: Sequence[SkippedSlide]) -> Non
 
 
 def tell_tissue(grids: Sequence[TileGrid], with_masks: bool) -> None:
-    """Log the share of tissue over all slides, and warn of slides where it is extreme, one line a kind."""
+    """Log the share of tissue over all slides, and warn of slides where it is extreme, one line per kind."""
     found = [(grid, grid.tissue) for grid in grids if grid.tissue is not None and grid.policy.tissue != "none"]
     if with_masks:
         masked = sum(bool(tissue.mask) for _, tissue in found)

@@ -41,7 +41,7 @@ def apart(function: Callable[..., Any], *arguments: Any, n_ranks: int = 1, timeo
         function: a module's function, found there by its name.
         arguments: values that JSON can hold, as what it returns.
         n_ranks: processes; each has RANK, WORLD_SIZE and LOCAL_RANK as a launcher sets them.
-        timeout_s: after which all are killed.
+        timeout_s: the time after which all are killed.
 
     Raises:
         ApartError: a process failed, crashed or gave no answer in time. No process outlives this.
@@ -70,7 +70,7 @@ def finding_apart(
 
     Args:
         function, arguments, n_ranks, timeout_s: see `apart`.
-        remedy: where there is none.
+        remedy: what to do where the function gives none.
     """
     try:
         found = [Finding(*one) for one in apart(function, *arguments, n_ranks=n_ranks, timeout_s=timeout_s)]
@@ -80,7 +80,7 @@ def finding_apart(
 
 
 def _wait(ranks: Sequence[subprocess.Popen], timeout_s: float) -> None:
-    """Until all have ended, one has failed, or the time is over."""
+    """Wait until all have ended, one has failed, or the time is over."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         states = [process.poll() for process in ranks]

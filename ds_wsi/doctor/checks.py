@@ -32,7 +32,7 @@ class Check:
     Args:
         name: the check's name in the list.
         run: the check.
-        timeout_s: after which it has failed.
+        timeout_s: the time after which it has failed.
         quick: whether `--quick` runs it.
     """
 

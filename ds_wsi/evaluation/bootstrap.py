@@ -25,7 +25,7 @@ from ds_wsi.runtime.files import json_number
 # bootstrap would give an interval of no width: the accuracy's is then exact, the others' is not told.
 SAME = 1e-12  # resamples that differ by less agree: they differ by rounding
 METHODS = ("bootstrap", "exact", "undetermined")
-CHUNK_ELEMENTS = 2**20  # counts held at once: 8 MiB an array, whatever the number of slides and resamples
+CHUNK_ELEMENTS = 2**20  # counts held at once: 8 MiB per array, whatever the number of slides and resamples
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def _grouped(runs: Iterable[FinishedRun], key: Callable[[FinishedRun], Key]) -> 
 
 
 def _rows(method: str, protocol: str, classes: str, runs: list[FinishedRun], metrics: Sequence[str]) -> list[Row]:
-    """A row a variant; a training without variants, such as the one frozen baseline, stands in each.
+    """A row per variant; a training without variants, such as the one frozen baseline, stands in each.
 
     `classes` begins the variant's words: kappa and f1 are other metrics where the classes come in another order.
     """

@@ -71,11 +71,11 @@ def _check_shapes(labels: np.ndarray, probabilities: np.ndarray, slide_ids: Sequ
     if labels.shape != probabilities.shape[:1]:
         raise ValueError(
             f"labels must have shape [{len(probabilities)}] as probabilities has {len(probabilities)} rows, "
-            f"got {list(labels.shape)}. HINT: give one class index a slide."
+            f"got {list(labels.shape)}. HINT: give one class index per slide."
         )
     if slide_ids is not None and len(slide_ids) != len(probabilities):
         raise ValueError(
-            f"slide_ids must have {len(probabilities)} names, got {len(slide_ids)}. HINT: give one name a slide."
+            f"slide_ids must have {len(probabilities)} names, got {len(slide_ids)}. HINT: give one name per slide."
         )
     if len(labels) == 0:
         raise ValueError("labels must hold at least one slide, got 0. HINT: look whether the split is empty.")

@@ -34,7 +34,7 @@ class HeldTiles:
 
     Attributes:
         chunks: uint8 [n, 3, S, S] each; None where they are read again.
-        count: tiles.
+        count: the number of tiles.
         first: one of them [1, 3, S, S], or a chunk without any.
     """
 
@@ -62,7 +62,7 @@ class HeldTiles:
             self.chunks.append(tiles)
 
     def clear(self) -> None:
-        """Before another slide."""
+        """Forget the slide; called before another one."""
         self.chunks, self.count, self.held_bytes, self.first = [], 0, 0, None
 
     def read(self, order: Order) -> Iterator[Tensor]:

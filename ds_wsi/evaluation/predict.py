@@ -237,5 +237,5 @@ def _aggregate(
             attention = output.attention.float().cpu()
         logits.append(output.logits[0].to(torch.promote_types(output.logits.dtype, torch.float32)).cpu())
     if attention is not None and attention.dim() == 2:
-        attention = attention.mean(1)  # of several branches: a heat map shows one weight a tile
+        attention = attention.mean(1)  # of several branches: a heat map shows one weight per tile
     return SlidePrediction(slide, torch.stack(logits), attention, kept[draws[0]])

@@ -14,7 +14,7 @@ class EvaluationProtocol:
     The seed is not the training's: models trained with different seeds are tested on the same tiles.
 
     Args:
-        tiles: drawn of each slide in each run, without replacement; None takes all. A slide with fewer is taken whole.
+        tiles: tiles drawn of each slide in each run, none twice; None takes all. A slide with fewer is taken whole.
         runs: independent draws; 1 where all tiles are taken.
         seed: the seed of the draws.
     """

@@ -77,7 +77,7 @@ def only_one(folder: Path, what: str, remedy: str) -> Iterator[None]:
 def take(path: Path) -> int | None:
     """Lock this file, which is made; None where another process, or this one, holds it.
 
-    Where the file system has no locks the file is taken, with one warning a folder.
+    Where the file system has no locks the file is taken, with one warning per folder.
 
     Raises:
         OSError: the folder is missing or cannot be written to, or the file is a symbolic link.
@@ -210,7 +210,7 @@ class Claims(Generic[T]):
         self.left.remove(item)
 
     def wait(self) -> None:
-        """Before another look at the items that others hold; holds none, so that none waits for this process."""
+        """Wait before another look at the items that others hold; holds none, so that none waits for this process."""
         assert not self._locks, "another process may wait for what is held"
         if not self._told:
             self._told = True

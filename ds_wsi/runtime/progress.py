@@ -57,7 +57,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """The seconds since the start."""
         return time.monotonic() - self._started
 
     def step(self, total: int | None = None, n: int = 1, words: str = "") -> None:

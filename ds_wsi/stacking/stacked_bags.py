@@ -68,7 +68,7 @@ class StackedBags(NamedTuple):
     def with_values(self, values: Tensor) -> "StackedBags":
         """The same bags holding other values [sum N, ...], such as the features of their tiles."""
         if len(values) != len(self.values):
-            raise ValueError(f"values must have one row an instance, {len(self.values)}, got {len(values)}")
+            raise ValueError(f"values must have one row per instance, {len(self.values)}, got {len(values)}")
         return StackedBags(values, self.cu_seqlens)
 
     def to(self, device: torch.device | str) -> "StackedBags":

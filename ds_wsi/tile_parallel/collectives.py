@@ -22,7 +22,7 @@ class Traffic:
     """Bytes that this rank hands to collectives, and how many it calls, by name; forward and backward.
 
     Attributes:
-        bytes, calls: since the start or `clear`.
+        bytes, calls: counted since the start or `clear`.
     """
 
     def __init__(self) -> None:

@@ -5,46 +5,33 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 # A docstring's first line and each entry has a subject; these words begin a line without one.
 BARE_FIRST_WORDS = frozenset(
-    (
-        "of",
-        "to",
-        "which",
-        "its",
-        "whose",
-        "as",
-        "at",
-        "by",
-        "for",
-        "from",
-        "in",
-        "into",
-        "on",
-        "that",
-        "with",
-        "without",
-    )
-)
+    {"of", "to", "which", "its", "whose", "that", "as", "such", "with", "without"}
+) | frozenset({"at", "by", "for", "from", "in", "into", "on", "under", "after", "before", "since", "until"})
 ENTRY_SECTIONS = ("Args:", "Attributes:")
 TEXT_SECTIONS = ("Returns:", "Yields:")
 
 COUNTED = (
     "tiles?|bags?|slides?|bytes?|rows?|pixels|px|um|steps?|micro-steps?|micro-batch(?:es)?|values?|numbers?|ranks?|"
-    "process(?:es)?|one|polic(?:y|ies)|curves?|latency L|threads?|times|once|twice|seconds|samples?|gathers?|lines?|files?|calls?|draws?|cells?|tensors?|"
-    "exchanges?|manifests?|CSV|requests?|collectives?|bits|floats|[GMk]i?B|ms|tables?|folders?|columns?|cores?|tasks?|pass(?:es)?|logits?"
+    "process(?:es)?|one|names|one name|polic(?:y|ies)|curves?|latency L|threads?|times|once|twice|seconds|samples?|"
+    "gathers?|records?|cohorts?|weights?|index|mappings?|lines?|files?|calls?|draws?|cells?|tensors?|exchanges?|manifests?|CSV|requests?|collectives?|bits|floats|"
+    "[GMk]i?B|ms|tables?|folders?|columns?|cores?|tasks?|pass(?:es)?|logits?"
 )
 UNITS = (
     "chunk|step|slide|bag|rank|process|tile|micro-step|worker|request|stack|channel|second|group|pixel|row|node|epoch|"
-    "layer|bucket|minute|hour|patient|class|value|device|file|parameter|entry|gradient|image|batch|call|pass|run|fold|"
-    "seed|dataset|GPU|CPU|core|machine|level|segment|block|split|cohort|cell|task|metric|line|method|key|message|label|predicted class|number|tensor|module|norm"
+    "layer|bucket|minute|hour|patient|predicted class|class|value|device|file|parameter|entry|gradient|image|batch|"
+    "call|pass|run|fold|seed|dataset|GPU|CPU|core|machine|level|segment|block|split|cohort|cell|task|metric|line|"
+    "method|key|kind|folder|feature|array|instance|variant|message|label|number|tensor|module|norm"
 )
 # Not "give every rank a tile", nor "which bags a rank reads".
 A_FOR_PER = re.compile(
-    rf"(?<!every )(?<!each )(?<!which )\b(?:{COUNTED}) an? (?:{UNITS})\b(?!'| (?:at|that|has|had|is|was|gets|holds)\b)"
+    rf"(?<!every )(?<!each )(?<!which )\b(?:{COUNTED}) an? (?:{UNITS})\b"
+    r"(?!'| (?:at (?:a time|once|each|every)|that|has|had|is|was|gets|holds)\b)"
 )
 VERBS = (
     "is|are|was|were|has|have|had|can|cannot|may|must|does|do|did|will|would|covers?|needs?|enters?|begins?|names?|takes?|"
@@ -53,7 +40,8 @@ VERBS = (
 PLAIN = r"(?!(?:that|which|whose|who|where|when|what)\b)[\w-]+"  # no word that begins a clause
 FOR_AS_BECAUSE = re.compile(
     r"[,;:] for (?:it|they|there|nothing|he|we|neither)\b(?! of\b)"
-    rf"|[,;:] for (?:the|an?|its|their|each|some|any|these|this|all|that|no|one|[\w-]+s)(?: {PLAIN}){{0,4}}? (?:{VERBS})\b"
+    r"|[,;:] for (?:the|an?|its|their|each|some|any|these|this|all|that|no|one|[\w-]+s)"
+    rf"(?: {PLAIN}){{0,4}}? (?:{VERBS})\b"
     r"|\b[Hh]ere,? for\b"
 )
 
@@ -154,7 +142,8 @@ def _empty_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.arg
 
 
+@cache
 def file_faults(path: Path) -> list[Fault]:
-    """Where a file breaks a rule: all rules for Python, those of prose for Markdown."""
+    """Where a file, read once, breaks a rule: all rules in Python, those of prose in Markdown."""
     text = path.read_text("utf-8")
     return faults(text) if path.suffix == ".py" else sorted(text_faults(text))

@@ -27,7 +27,7 @@ def read_panda(
     Args:
         root: holds `train_images`.
         labels: `train.csv`, by default the one in `root`.
-        drop: slides to leave out (the noisy ones): a CSV with a column image_id, or one name a line.
+        drop: slides to leave out (the noisy ones): a CSV with a column image_id, or one name per line.
         missing_ok: leave out, and count in the log, rows without an image instead of refusing them.
 
     Raises:

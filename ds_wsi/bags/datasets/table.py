@@ -75,7 +75,7 @@ def read_table(path: str | Path, columns: Mapping[str, Sequence[str]], required:
 
 
 def read_names(path: str | Path, columns: Sequence[str]) -> list[tuple[str, str]]:
-    """(slide name, place) of a list of slides: a CSV with one of the columns, or a text file with one name a line."""
+    """(slide name, place) of a list of slides: a CSV with one of the columns, or a text file with one name per line."""
     path = Path(path)
     if path.suffix.lower() in (".csv", ".tsv"):
         return [(slide_name(row["name"]), row.place) for row in read_table(path, {"name": columns}, ["name"])]

@@ -139,7 +139,7 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
         else:
             found = [json.loads(line, object_pairs_hook=once) for line in text.splitlines() if line.strip()]
     except json.JSONDecodeError as error:
-        raise _error(path, f"must be JSON, got {error}. HINT: a list of records, or one record a line") from error
+        raise _error(path, f"must be JSON, got {error}. HINT: a list of records, or one record per line") from error
     if isinstance(found, dict) and isinstance(found.get("data"), list):
         found = found["data"]
     if isinstance(found, dict):

@@ -39,7 +39,7 @@ def number_of(text: str, decimal_comma: bool = False) -> float | None:
     """The finite number that a text is, in decimal or exponent form; None where it is none.
 
     Args:
-        text: such as 0.25 or 2.5e-1.
+        text: a number's, such as 0.25 or 2.5e-1.
         decimal_comma: 0,25 is a number too.
     """
     if not _NUMBER.fullmatch(text) or ("," in text and not decimal_comma):
