@@ -190,19 +190,19 @@ def push(state: Compressor, bucket: Bucket, bounds: Sequence[int] | None = None)
     announced = ranks.announce([len(message) if finite else OVERFLOW for message in messages])
     if any(OVERFLOW in row for row in announced):
         return None
-    own = 0 if to_all else ranks.rank
-    _record(state, "push", route, sections, messages, _crossing(messages, ranks, None if to_all else own))
+    shard = 0 if to_all else ranks.rank
+    _record(state, "push", route, sections, messages, _crossing(messages, ranks, None if to_all else shard))
     # After the last use of `sent`, which it may change.
     whole = [(span.start, span.stop) for span in route.spans if span.whole]
     state.residuals.commit(pending, sent.indices, sent.values, whole=whole)
     if to_all:
         received = ranks.all_gather(messages[0], [row[0] for row in announced])
     else:
-        received = ranks.all_to_all(messages, [row[own] for row in announced])
-    start, stop = shards[own]
+        received = ranks.all_to_all(messages, [row[shard] for row in announced])
+    start, stop = shards[shard]
     total = torch.zeros(stop - start, device=bucket.buffer.device)
     for message in received:
-        route.read(message, own, total)
+        route.read(message, shard, total)
     return Shard(start, stop, total / ranks.size)
 
 
@@ -265,10 +265,10 @@ def _pull(state: Compressor, route: Route, chosen: Selection, into: Tensor, flag
     return True
 
 
-def _crossing(messages: Sequence[Tensor], ranks: Ranks, own: int | None) -> int:
+def _crossing(messages: Sequence[Tensor], ranks: Ranks, shard: int | None) -> int:
     """Bytes that this rank sends to others: one message to all of them, or one to each but its own."""
     size = sum(len(message) for message in messages)
-    size = size * (ranks.size - 1) if own is None else size - len(messages[own])
+    size = size * (ranks.size - 1) if shard is None else size - len(messages[shard])
     return size + _ANNOUNCED * len(messages) * (ranks.size - 1)
 
 

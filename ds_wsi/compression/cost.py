@@ -145,8 +145,8 @@ def cast_time(numel: int, device: torch.device) -> float:
 def choose(policy: CommPolicy, numel: int, device: torch.device) -> Choice:
     """What "auto" does. Collective, and the same on every rank."""
     link = probe(device)
-    own = encode_time(policy, max(numel, 1), link.ranks, device), cast_time(max(numel, 1), device)
-    slowest = torch.tensor(own, dtype=torch.float64, device=Ranks.of(None, torch.empty(0, device=device)).device)
+    times = encode_time(policy, max(numel, 1), link.ranks, device), cast_time(max(numel, 1), device)
+    slowest = torch.tensor(times, dtype=torch.float64, device=Ranks.of(None, torch.empty(0, device=device)).device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     encode_s, cast_s = slowest.tolist()
     seconds = predict(policy, max(numel, 1), link, encode_s, cast_s)

@@ -155,8 +155,8 @@ class Residuals:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all tensors, one storage each (as safetensors asks), under `residual.NAME` and `velocity.NAME`."""
-        found = {_RESIDUAL + name: tensor.clone() for name, tensor in self._residual.items()}
-        return found | {_VELOCITY + name: tensor.clone() for name, tensor in self._velocity.items()}
+        tensors = {_RESIDUAL + name: tensor.clone() for name, tensor in self._residual.items()}
+        return tensors | {_VELOCITY + name: tensor.clone() for name, tensor in self._velocity.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace all residuals by those of `state_dict`.

@@ -70,11 +70,11 @@ class Route:
         pieces = self.pieces(number)
         if not pieces:
             return []
-        found = decode(message, layout=layout_of(pieces), step=self.step)
-        if (found.shard, found.flags) != (number, flags):
-            raise WireError(f"a message must be of shard {number}, flags {flags}, got {found.shard}, {found.flags}")
-        apply(found, pieces, into)
-        return list(found.sections)
+        decoded = decode(message, layout=layout_of(pieces), step=self.step)
+        if (decoded.shard, decoded.flags) != (number, flags):
+            raise WireError(f"a message must be of shard {number}, flags {flags}, got {decoded.shard}, {decoded.flags}")
+        apply(decoded, pieces, into)
+        return list(decoded.sections)
 
     def bytes_by_tensor(self, by_shard: Iterable[Sequence[Section]]) -> Counter[str]:
         """Payload bytes of the shards' messages by parameter."""

@@ -73,10 +73,10 @@ def finding_apart(
         remedy: what to do where the function gives none.
     """
     try:
-        found = [Finding(*one) for one in apart(function, *arguments, n_ranks=n_ranks, timeout_s=timeout_s)]
+        findings = [Finding(*one) for one in apart(function, *arguments, n_ranks=n_ranks, timeout_s=timeout_s)]
     except ApartError as error:
         return Finding(FAIL, str(error), remedy)
-    return worst(found)
+    return worst(findings)
 
 
 def _wait(ranks: Sequence[subprocess.Popen], timeout_s: float) -> None:

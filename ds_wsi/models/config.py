@@ -66,9 +66,9 @@ class ModelConfig:
         tiling: Any = self.tiling
         if is_dataclass(tiling) and not isinstance(tiling, type):
             object.__setattr__(self, "tiling", asdict(tiling))
-        for name, known in (("norm_training", TRAINING[1:]), ("norm_evaluation", EVALUATION[1:])):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name, choices in (("norm_training", TRAINING[1:]), ("norm_evaluation", EVALUATION[1:])):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if (self.encoder is None) == (self.in_dim is None):
             raise ValueError(
                 f"a model must have either an encoder or in_dim, got encoder {self.encoder!r} and in_dim {self.in_dim}"
@@ -153,9 +153,9 @@ class ModelConfig:
         Raises:
             ValueError: a key is missing or unknown.
         """
-        known = {entry.name for entry in fields(cls)}
-        if set(values) != known:
-            raise ValueError(f"config.json must hold the keys {sorted(known)}, got {sorted(values)} ({place})")
+        names = {entry.name for entry in fields(cls)}
+        if set(values) != names:
+            raise ValueError(f"config.json must hold the keys {sorted(names)}, got {sorted(values)} ({place})")
         fitted: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }

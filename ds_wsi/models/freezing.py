@@ -35,7 +35,7 @@ def freeze_until(encoder: nn.Module, name: str) -> tuple[str, ...]:
     Raises:
         ValueError: there is no such submodule, or nothing comes before it.
     """
-    names = [found for found, _ in encoder.named_modules() if found]
+    names = [module_name for module_name, _ in encoder.named_modules() if module_name]
     if name not in names:
         shown = difflib.get_close_matches(name, names, n=5) or [child for child, _ in encoder.named_children()]
         raise ValueError(

@@ -40,15 +40,15 @@ def add_lora(encoder: nn.Module, rank: int, alpha: float, targets: Sequence[str]
     linear = [name for name, part in encoder.named_modules() if isinstance(part, nn.Linear)]
     chosen: list[str] = []
     for target in targets:
-        found = [name for name in linear if f".{name}".endswith(f".{target}")]
-        if not found:
+        matching = [name for name in linear if f".{name}".endswith(f".{target}")]
+        if not matching:
             leaves = sorted({name.rpartition(".")[2] for name in linear})
             shown = difflib.get_close_matches(target, leaves, n=5) or leaves
             raise ValueError(
                 f"lora_targets must be the names of linear layers of {type(encoder).__name__}, got {target!r}. "
                 f"HINT: {'did you mean ' + ', '.join(shown) + '?' if shown else 'it has none; --freeze_until instead.'}"
             )
-        chosen += found
+        chosen += matching
     settings: Any = {"r": rank, "lora_alpha": alpha, "target_modules": chosen}  # declared int, any number does
     inject_adapter_in_model(LoraConfig(**settings), encoder, ADAPTER)
     keep_in_eval(encoder, [name for name, part in encoder.named_modules() if isinstance(part, _BatchNorm)])

@@ -62,9 +62,9 @@ class _Settling:
         """Make the pending norm's moments final; False where no chunk stopped: all are."""
         if self.pending is None:
             return False
-        (norm, own, like), self.pending = self.pending, None
-        moments = own if self.group is None else merged_over(self.group, own, like)
-        require_variance(norm, moments, own)
+        (norm, rank_moments, like), self.pending = self.pending, None
+        moments = rank_moments if self.group is None else merged_over(self.group, rank_moments, like)
+        require_variance(norm, moments, rank_moments)
         assert moments is not None
         self.settled.append((norm, moments))
         return True
@@ -138,11 +138,11 @@ def recalibrate(
     total: dict[nn.Module, Moments | None] = {}
     for norm, moments in settled:  # a norm that is called twice: both calls' populations as one
         total[norm] = merged(total.get(norm), moments)
-    for norm, found in total.items():
-        assert found is not None
+    for norm, population_moments in total.items():
+        assert population_moments is not None
         owner: Any = norm
-        owner.running_mean.copy_(found.mean)
-        owner.running_var.copy_(found.unbiased_var)
+        owner.running_mean.copy_(population_moments.mean)
+        owner.running_var.copy_(population_moments.unbiased_var)
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ _ON_HOST = "ds_wsi_bounds"  # an attribute of cu_seqlens: the same numbers, for 
 
 def bounds_of(cu_seqlens: Tensor) -> list[int]:
     """The numbers of cu_seqlens [B + 1] on the host, which waits for the device the first time at most."""
-    known: list[int] | None = cu_seqlens.__dict__.get(_ON_HOST)
-    if known is None:
-        known = cu_seqlens.tolist()
-        cu_seqlens.__dict__[_ON_HOST] = known
-    return known
+    bounds: list[int] | None = cu_seqlens.__dict__.get(_ON_HOST)
+    if bounds is None:
+        bounds = cu_seqlens.tolist()
+        cu_seqlens.__dict__[_ON_HOST] = bounds
+    return bounds
 
 
 def lengths_of(cu_seqlens: Tensor) -> list[int]:

@@ -83,8 +83,8 @@ class SharedForward:
         chosen = aggregator.candidates(scores.detach(), cu_seqlens)
         counts = torch.bincount(segment_ids(cu_seqlens, len(embedded))[chosen], minlength=len(cu_seqlens) - 1)
         lengths = share_numbers(counts.tolist(), self.group, scores.device, self.traffic)  # [T, B]
-        own = torch.cat([embedded[chosen], scores[chosen].to(embedded.dtype)], 1)
-        rows = all_rows(own, lengths.sum(1).tolist(), self.group, self.traffic)
+        mine = torch.cat([embedded[chosen], scores[chosen].to(embedded.dtype)], 1)
+        rows = all_rows(mine, lengths.sum(1).tolist(), self.group, self.traffic)
         order, whole = _in_bag_order(lengths, rows.device)
         instances, their_scores = rows[order].split([embedded.shape[1], scores.shape[1]], 1)
         return aggregator.instance_loss(instances, their_scores, whole, labels)
@@ -111,23 +111,23 @@ class SharedForward:
             times = float(size_of(self.group))
             logits = Scaled.apply(out.logits, times)
             auxiliary = None if out.auxiliary_loss is None else Scaled.apply(out.auxiliary_loss, times)
-            for known in (logits, auxiliary):
-                if known is not None:
-                    dist.broadcast(known.detach().clone(), group_src=0, group=self.group)
+            for value in (logits, auxiliary):
+                if value is not None:
+                    dist.broadcast(value.detach().clone(), group_src=0, group=self.group)
             return SlideOutput(logits, None, auxiliary)
         # A bag of one row of zeros: engines wait for a gradient of every parameter on every rank, and it is zero here.
         n_bags = lengths.shape[1]
         blank = rows.detach().new_zeros(n_bags, *rows.shape[1:])
         with keyed_generators(seed, rows.device):
             out = self.original(StackedBags(blank, bounds_on(rows.device, [1] * n_bags)), *labels)
-        found = []
+        received = []
         nothing = rows.sum() * 0.0
         for value in (out.logits, out.auxiliary_loss):
             if value is not None:
-                known = value.detach().clone()
-                dist.broadcast(known, group_src=0, group=self.group)
-                found.append(known + value.sum() * 0.0 + nothing)
-        return SlideOutput(found[0], None, found[1] if len(found) > 1 else None)
+                copy = value.detach().clone()
+                dist.broadcast(copy, group_src=0, group=self.group)
+                received.append(copy + value.sum() * 0.0 + nothing)
+        return SlideOutput(received[0], None, received[1] if len(received) > 1 else None)
 
 
 def _in_bag_order(lengths: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

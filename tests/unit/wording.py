@@ -135,10 +135,26 @@ def _comments(source: str) -> Iterator[tuple[int, str]]:
 
 
 def _empty_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Names of values that say nothing of them; a public function's parameters and a class's fields may keep theirs."""
+    public = {
+        id(argument)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name.startswith("__"))
+        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+    }
+    fields = {
+        id(field.target)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for field in node.body
+        if isinstance(field, ast.AnnAssign)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in EMPTY_NAMES:
+            if id(node) in fields:
+                continue
             yield node.lineno, node.id
-        elif isinstance(node, ast.arg) and node.arg in EMPTY_NAMES:
+        elif isinstance(node, ast.arg) and node.arg in EMPTY_NAMES and id(node) not in public:
             yield node.lineno, node.arg
 
 

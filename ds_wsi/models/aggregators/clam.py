@@ -96,9 +96,9 @@ class CLAMSB(PooledAggregator):
     def instance_loss(self, embedded: Tensor, scores: Tensor, cu_seqlens: Tensor, labels: Tensor) -> Tensor:
         """The weighted clustering loss of each bag, [B], from scores rather than attention: no ties by rounding."""
         bag_labels = labels[segment_ids(cu_seqlens, len(embedded))]
-        own = scores.gather(1, bag_labels.unsqueeze(1)).squeeze(1) if self.multi_branch else scores[:, 0]
-        top, bounds = segment_topk(own, cu_seqlens, self.k_sample)
-        bottom, _ = segment_topk(-own, cu_seqlens, self.k_sample)
+        class_scores = scores.gather(1, bag_labels.unsqueeze(1)).squeeze(1) if self.multi_branch else scores[:, 0]
+        top, bounds = segment_topk(class_scores, cu_seqlens, self.k_sample)
+        bottom, _ = segment_topk(-class_scores, cu_seqlens, self.k_sample)
         samples = [(top, bag_labels[top], True), (bottom, bag_labels[bottom], False)]
         if self.subtyping:
             for step in range(1, self.num_classes):

@@ -98,8 +98,8 @@ class DTFD(nn.Module):
         attention = within.squeeze(1) * shares[segment_ids(instance_bounds, len(embedded))]
         loss = None
         if labels is not None:
-            wanted = labels[segment_ids(pseudo_bounds, len(pooled))]
-            loss = segment_mean(F.cross_entropy(widened(guesses), wanted, reduction="none"), pseudo_bounds)
+            targets = labels[segment_ids(pseudo_bounds, len(pooled))]
+            loss = segment_mean(F.cross_entropy(widened(guesses), targets, reduction="none"), pseudo_bounds)
         return SlideOutput(logits, attention[rows.argsort()], loss)
 
     def split(self, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
