@@ -93,11 +93,11 @@ def bootstrap_metrics(
     each = [slide_metrics(label_array, run) for run in runs]
     values = {name: float(np.mean([metrics[name] for metrics in each])) for name in METRIC_NAMES}
     samples = resample_metrics(label_array, runs, patients, n_resamples, seed)
-    found = {name: percentile_interval(values[name], samples[name], confidence) for name in METRIC_NAMES}
+    intervals = {name: percentile_interval(values[name], samples[name], confidence) for name in METRIC_NAMES}
     if values["accuracy"] in (0.0, 1.0):
         drawn = len(label_array) if patients is None else len(set(patients))
-        found["accuracy"] = _exact_at_an_end(values["accuracy"], drawn, found["accuracy"])
-    return found
+        intervals["accuracy"] = _exact_at_an_end(values["accuracy"], drawn, intervals["accuracy"])
+    return intervals
 
 
 def resample_metrics(
@@ -227,11 +227,11 @@ def percentile_interval(value: float, samples: FloatArray, confidence: float) ->
     return MetricInterval(value, float(low), float(high), int(defined.size), confidence)
 
 
-def _exact_at_an_end(value: float, count: int, found: MetricInterval) -> MetricInterval:
+def _exact_at_an_end(value: float, count: int, interval: MetricInterval) -> MetricInterval:
     """A share of 0 or 1 among `count`: up to where none, or all, still has a probability of (1 - confidence) / 2."""
-    bound = ((1 - found.confidence) / 2) ** (1 / count)
+    bound = ((1 - interval.confidence) / 2) ** (1 / count)
     low, high = (bound, 1.0) if value == 1 else (0.0, 1 - bound)
-    return replace(found, low=low, high=high, method="exact")
+    return replace(interval, low=low, high=high, method="exact")
 
 
 def metrics_to_json(intervals: Mapping[str, MetricInterval]) -> dict[str, dict[str, float | int | str | None]]:

@@ -88,8 +88,8 @@ class Table:
             for cell in other.cells.values()
         ]
         defined = [mean for mean in means if not math.isnan(mean)]
-        own = row.cells[training].statistics[metric].mean
-        return len(defined) > 1 and own >= max(defined) - 1e-12  # the same mean, summed in another order
+        candidate = row.cells[training].statistics[metric].mean
+        return len(defined) > 1 and candidate >= max(defined) - 1e-12  # the same mean, summed in another order
 
 
 def build_tables(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> tuple[Table, ...]:
@@ -108,8 +108,8 @@ def build_tables(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> tuple[T
             for (method, protocol, classes), group in sorted(by_row.items(), key=lambda item: item[0])
             for row in _rows(method, protocol, f"classes {', '.join(classes)}" if several else "", group, metrics)
         ]
-        found = {training for row in rows for training in row.cells}
-        trainings = [name for name in TRAININGS if name in found] + sorted(found - set(TRAININGS))
+        occurring = {training for row in rows for training in row.cells}
+        trainings = [name for name in TRAININGS if name in occurring] + sorted(occurring - set(TRAININGS))
         tables.append(Table(dataset, tuple(metrics), tuple(trainings), tuple(rows)))
     return tuple(tables)
 

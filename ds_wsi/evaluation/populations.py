@@ -74,17 +74,17 @@ class HeldTiles:
         if self.chunks is not None:
             yield from self.chunks or ([] if self.first is None else [self.first])
             return
-        found = 0
+        n_tiles = 0
         for chunk in read_chunks(self.slides, self.grids, order, self.policy):
-            found += len(chunk.tiles)
+            n_tiles += len(chunk.tiles)
             if len(chunk.tiles):
                 yield chunk.tiles
             if asked():
                 return
-        if found != self.count:
+        if n_tiles != self.count:
             names = ", ".join(self.slides[item.slide if isinstance(item, BagPart) else item].slide_id for item in order)
             raise RuntimeError(
-                f"slides must be read alike each time, got {found} tiles after {self.count} ({names[:200]}). "
+                f"slides must be read alike each time, got {n_tiles} tiles after {self.count} ({names[:200]}). "
                 "HINT: replace the files, or their drive."
             )
 

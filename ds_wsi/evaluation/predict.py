@@ -127,25 +127,25 @@ def _encoded(
             failures.add(chunk)
             of_features = chunk.tiles.dim() == 2  # features on disk
             if of_features or len(chunk.tiles):
-                for variant, own, norms in zip(variants, parts, populations, strict=True):
+                for variant, encoded, norms in zip(variants, parts, populations, strict=True):
                     if of_features:
-                        own.append(chunk.tiles)
+                        encoded.append(chunk.tiles)
                     elif not norms:
-                        place = f"slide {slides[chunk.request.slide].slide_id}"
-                        with naming(place), encode.statistics(variant.statistics):
-                            own.append(encode(chunk.tiles))
+                        where = f"slide {slides[chunk.request.slide].slide_id}"
+                        with naming(where), encode.statistics(variant.statistics):
+                            encoded.append(encode(chunk.tiles))
             if not of_features and any(populations):
                 tiles.add(chunk.tiles)
             kept.append(chunk.kept)
             if chunk.request.last:
                 slide = chunk.request.slide
                 failures.require_tiles(slide, sum(map(len, kept)))
-                for variant, own, norms in zip(variants, parts, populations, strict=True):
+                for variant, encoded, norms in zip(variants, parts, populations, strict=True):
                     if norms and not of_features:
                         with encode.statistics(variant.statistics):
-                            own += encode.over_all(tiles, [slide], norms)
+                            encoded += encode.over_all(tiles, [slide], norms)
                 model.set_norms(evaluation=evaluation)  # the caller's meanwhile
-                yield slide, [torch.cat(own) for own in parts], torch.cat(kept)
+                yield slide, [torch.cat(encoded) for encoded in parts], torch.cat(kept)
                 model.set_norms(evaluation="running")
                 parts, kept = [[] for _ in variants], []
                 tiles.clear()
@@ -199,7 +199,9 @@ def predict_variants(
         for slide, features, kept in _encoded(model, slides, grids, rows, policy, failures, variants):
             draws = [protocol.draw(len(kept), run, slides[slide].slide_id) for run in range(protocol.runs)]
             with naming(f"slide {slides[slide].slide_id}"):
-                predictions = tuple(_aggregate(model, slide, own, kept, device, draws) for own in features)
+                predictions = tuple(
+                    _aggregate(model, slide, of_variant, kept, device, draws) for of_variant in features
+                )
             yield predictions
     finally:
         model.train(training)

@@ -94,9 +94,9 @@ class RunRecord:
         ):
             raise RunFolderError(f"{FILE_NAME} is not of format {FORMAT} version {VERSION}")
         digests = values.pop("results_sha256", None)
-        known = {entry.name for entry in fields(cls)}
-        if set(values) != known or not isinstance(digests, dict):
-            raise RunFolderError(f"torn: {FILE_NAME} must hold {sorted(known | {'results_sha256'})}")
+        names = {entry.name for entry in fields(cls)}
+        if set(values) != names or not isinstance(digests, dict):
+            raise RunFolderError(f"torn: {FILE_NAME} must hold {sorted(names | {'results_sha256'})}")
         for name in RESULTS:
             if not (directory / name).is_file():
                 raise RunFolderError(f"torn: no {name}")

@@ -69,12 +69,12 @@ def _identity(run: FinishedRun) -> str:
 
 def _predicts_the_same(a: Path, b: Path) -> bool:
     """Whether two runs tell the same slides the same probabilities."""
-    ours, theirs = read_predictions(a), read_predictions(b)
-    if sorted(ours.slide_ids) != sorted(theirs.slide_ids):
+    of_a, of_b = read_predictions(a), read_predictions(b)
+    if sorted(of_a.slide_ids) != sorted(of_b.slide_ids):
         return False
-    places = {slide_id: row for row, slide_id in enumerate(theirs.slide_ids)}
+    places = {slide_id: row for row, slide_id in enumerate(of_b.slide_ids)}
     return bool(
-        np.abs(ours.probabilities - theirs.probabilities[[places[name] for name in ours.slide_ids]]).max()
+        np.abs(of_a.probabilities - of_b.probabilities[[places[name] for name in of_a.slide_ids]]).max()
         <= SAME_PROBABILITY
     )
 

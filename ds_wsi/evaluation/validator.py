@@ -105,14 +105,14 @@ class Validator:
     def __init__(self, work: ValidationWork) -> None:
         require_device(work.device, "--validation_device")
         self._device, self._timeout_s = work.device, work.policy.timeout_s
-        self._connection, theirs = CONTEXT.Pipe()
+        self._connection, child_end = CONTEXT.Pipe()
         in_main = threading.current_thread() is threading.main_thread()
         caller = _Caller(os.getpid(), multiprocessing.get_start_method(), torch.get_num_threads(), in_main)
-        arguments = (work, theirs, caller)
+        arguments = (work, child_end, caller)
         # Not a daemon: those may not have readers.
         self._process = CONTEXT.Process(target=_serve, args=arguments, name="ds_wsi-validator", daemon=False)
         self._process.start()
-        theirs.close()  # else its end would not be seen
+        child_end.close()  # else its end would not be seen
         self._epoch: int | None = None
         self._result: ValidationResult | None = None
         self._ended = False

@@ -38,8 +38,8 @@ def file_fingerprint(path: str | os.PathLike[str]) -> Fingerprint:
         OSError: no such file, or not readable.
     """
     path = os.path.realpath(path)
-    found = os.stat(path)
-    return _fingerprint(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    status = os.stat(path)
+    return _fingerprint(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @lru_cache(maxsize=2**16)

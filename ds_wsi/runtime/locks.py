@@ -125,9 +125,9 @@ def release(path: Path, lock: int) -> None:
 def holder(path: Path) -> str:
     """Who holds a lock, in words."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        here = " on this machine" if found["host"] == socket.gethostname() else f" on {found['host']}"
-        return f"process {found['pid']}{here} ({found['command']}, since {found['since']})"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        here = " on this machine" if record["host"] == socket.gethostname() else f" on {record['host']}"
+        return f"process {record['pid']}{here} ({record['command']}, since {record['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
@@ -156,16 +156,16 @@ def shared_map(
             release(path, lock)
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        found: list[Any] = list(pool.map(lambda item: locked(item, waits=False), items))
-        later = [index for index, result in enumerate(found) if isinstance(result, _Later)]
+        results: list[Any] = list(pool.map(lambda item: locked(item, waits=False), items))
+        later = [index for index, result in enumerate(results) if isinstance(result, _Later)]
         if later:
             logger.info(
                 "%s works on %d of %d slides: they come last",
                 *(holder(path_of(items[later[0]]) or Path()), len(later), len(items)),
             )
         for index, result in zip(later, pool.map(lambda index: locked(items[index], waits=True), later), strict=True):
-            found[index] = result
-    return found
+            results[index] = result
+    return results
 
 
 class _Later:
@@ -220,11 +220,11 @@ class Claims(Generic[T]):
 
 def _is_still_there(path: Path, descriptor: int) -> bool:
     try:
-        found = os.stat(path, follow_symlinks=False)
+        by_path = os.stat(path, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    own = os.fstat(descriptor)
-    return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
+    by_descriptor = os.fstat(descriptor)
+    return (by_path.st_dev, by_path.st_ino) == (by_descriptor.st_dev, by_descriptor.st_ino)
 
 
 def _sign(descriptor: int) -> None:

@@ -12,8 +12,8 @@ def begins_with(path: Path, *heads: str) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
-        found = file.read(HEAD_BYTES)
-    return any(found.startswith(head.encode()) for head in heads)
+        content = file.read(HEAD_BYTES)
+    return any(content.startswith(head.encode()) for head in heads)
 
 
 def require_ours(path: Path, is_ours: Callable[[Path], bool], what: str) -> None:

@@ -105,16 +105,16 @@ class RankWatch:
 
         Counted in looks and not in seconds: where all ranks of a machine were held up together, nobody is missed.
         """
-        found = []
+        accusations = []
         for other, word in self._words(self.store).items():
             before, times = self._seen.get(other, ("", 0))
             times = times + 1 if word == before else 0
             self._seen[other] = word, times
             if word.startswith(_FAILED) and times == 0:
-                found.append(self._failed(other, word))
+                accusations.append(self._failed(other, word))
             elif times == _LOST and not word.startswith((_FAILED, _LEFT)):
-                found.append(f"{self._died(other, word)}: no sign of it for {_LOST * _BEAT_S:.0f} s")
-        return found
+                accusations.append(f"{self._died(other, word)}: no sign of it for {_LOST * _BEAT_S:.0f} s")
+        return accusations
 
     def accusation(self, error: BaseException) -> str:
         """Say whose fault it is that a collective failed with this error; takes some seconds."""
@@ -195,8 +195,8 @@ class RankWatch:
 
     def _died(self, other: int, word: str) -> str:
         """What became of a rank that no longer beats: where it is a process of this machine, the system tells."""
-        _, _, place = word.partition(" ")
-        host, _, pid = place.rpartition(" ")
+        _, _, process = word.partition(" ")
+        host, _, pid = process.rpartition(" ")
         state = state_of(int(pid)) if host == socket.gethostname() and pid.isdigit() else GONE
         if state == GONE:
             return f"rank {other}/{self.world} died without a word (killed, or out of memory?)"
@@ -213,13 +213,13 @@ class RankWatch:
 
 def _is_of_communication(error: BaseException) -> bool:
     text = str(error)
-    known = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     if isinstance(error, dist.DistError):
         return True
     if not isinstance(error, RuntimeError):
         return False
     # A store of files only says "Wait timeout", where a group is made and a rank does not come.
-    return any(word in text for word in known) or ("timeout" in text.lower() and _is_raised_by_torchs(error))
+    return any(word in text for word in signs) or ("timeout" in text.lower() and _is_raised_by_torchs(error))
 
 
 def _is_raised_by_torchs(error: BaseException) -> bool:

@@ -193,8 +193,8 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
     policy = policy or DemoPolicy()
     directory = Path(directory)
     manifest, stamp = directory / "manifest.csv", directory / "demo.json"
-    wanted = {"format_version": policy.format_version, **asdict(policy)}
-    if stamp.exists() and json.loads(stamp.read_text()) != wanted:
+    recipe = {"format_version": policy.format_version, **asdict(policy)}
+    if stamp.exists() and json.loads(stamp.read_text()) != recipe:
         raise ValueError(
             f"{directory} must hold the demo of this policy, got another ({stamp} differs). "
             "HINT: delete the folder, or give another --demo_dir."
@@ -203,7 +203,7 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
         return manifest
     remove_left_behind(directory / "slides")
     require_ours(manifest, lambda _: stamp.exists(), "the demo's folder")
-    write_text(stamp, json.dumps(wanted))
+    write_text(stamp, json.dumps(recipe))
     rows = list(_rows(policy))
     logger.info("drawing %d demo slides in %s", len(rows), directory)
     for index, row in Progress("demo slides", "slide", len(rows)).over(enumerate(rows)):

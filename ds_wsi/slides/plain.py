@@ -132,9 +132,9 @@ def _open_bmp(path: Path) -> _Opened | None:
         needed = offset + stride * rows
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if len(mapped) < needed:
-        found = len(mapped)
+        n_bytes = len(mapped)
         mapped.close()
-        raise PlainImageError(f"image must hold {needed} bytes, got {found}: the file is cut short")
+        raise PlainImageError(f"image must hold {needed} bytes, got {n_bytes}: the file is cut short")
     bottom_up = height > 0
 
     def read(top: int, bottom: int) -> np.ndarray:
@@ -159,8 +159,8 @@ def _open_strips(path: Path) -> _Opened | None:
         _require_one_image(file)
         samples = page.samplesperpixel
         photometric = page.photometric.name if page.photometric is not None else "RGB"
-        known = photometric in ("RGB", "MINISBLACK", "YCBCR") and samples in (1, 3, 4)
-        if page.is_tiled or not known or (samples > 1 and page.planarconfig != 1):
+        supported = photometric in ("RGB", "MINISBLACK", "YCBCR") and samples in (1, 3, 4)
+        if page.is_tiled or not supported or (samples > 1 and page.planarconfig != 1):
             file.close()
             return None
     except BaseException:
@@ -178,10 +178,10 @@ def _open_strips(path: Path) -> _Opened | None:
             return kept[number]
         file.filehandle.seek(page.dataoffsets[number])
         data = file.filehandle.read(page.databytecounts[number])
-        found = page.decode(data, number, jpegtables=page.jpegtables)[0]
-        if found is None:
+        decoded = page.decode(data, number, jpegtables=page.jpegtables)[0]
+        if decoded is None:
             raise PlainImageError(f"strip {number} must be in the file, got no bytes")
-        pixels = _three_or_four(found.reshape(-1, width, samples))
+        pixels = _three_or_four(decoded.reshape(-1, width, samples))
         kept[number] = pixels
         while sum(one.nbytes for one in kept.values()) > STRIPS_BYTES and len(kept) > 1:
             kept.popitem(last=False)
@@ -240,14 +240,14 @@ def _require_one_image(file: tifffile.TiffFile) -> None:
 
 def _tiff_resolution(page: Any) -> dict[str, str]:
     """The resolution tags under OpenSlide's names."""
-    found = {}
+    properties = {}
     for name in ("XResolution", "YResolution"):
         value = page.tags.get(name)
         if value is not None and value.value[1]:
-            found[f"tiff.{name}"] = str(value.value[0] / value.value[1])
+            properties[f"tiff.{name}"] = str(value.value[0] / value.value[1])
     unit = page.tags.get("ResolutionUnit")
-    found["tiff.ResolutionUnit"] = {2: "inch", 3: "centimeter"}.get(int(unit.value) if unit else 2, "none")
-    return found
+    properties["tiff.ResolutionUnit"] = {2: "inch", 3: "centimeter"}.get(int(unit.value) if unit else 2, "none")
+    return properties
 
 
 def _open_whole(path: Path) -> _Opened:

@@ -105,10 +105,10 @@ def stored_tiling(values: Mapping[str, Any], key: str = "tiling") -> dict[str, A
     Raises:
         ValueError: `use_saturation` is no truth value; names it below `key`.
     """
-    found = dict(values)
-    if "use_saturation" in found:
-        used = found.pop("use_saturation")
+    fields_of_today = dict(values)
+    if "use_saturation" in fields_of_today:
+        used = fields_of_today.pop("use_saturation")
         if not isinstance(used, bool):
             raise ValueError(f"{key}.use_saturation must be of type bool, got {used!r}")
-        found.setdefault("tissue", "otsu" if used else "grey")
-    return found
+        fields_of_today.setdefault("tissue", "otsu" if used else "grey")
+    return fields_of_today

@@ -251,7 +251,7 @@ class Slide:
                 f"slide must be readable for its overview, got {reader.reason} {where}. HINT: replace the file; "
                 "--skip_bad_slides leaves it out."
             )
-        y, x = (int(place[0] * reader.downsample) for place in reader.unreadable.nonzero())
+        y, x = (int(pixel[0] * reader.downsample) for pixel in reader.unreadable.nonzero())
         logger.warning(
             "slide %s: %.2g%% of it could not be read for its overview, the first near (%d, %d): %s (%s)",
             *(self.slide_id, 100 * reader.unreadable.mean(), x, y, reader.reason, self.path),
@@ -287,26 +287,26 @@ class _OverviewReader:
 
     def fill(self, top: int, left: int, rows: int, columns: int, level: int) -> None:
         """Read a block from a level, and where it is broken its quarters, and in the end those of finer levels."""
-        place = slice(top, top + rows), slice(left, left + columns)
+        block = slice(top, top + rows), slice(left, left + columns)
         side_px = max(rows, columns) * self.downsample / self.slide.level_downsamples[level]
         # Of a finer level a block may be large: it is divided before it is read.
         if side_px <= 2 * OVERVIEW_BLOCK_PX:
             x, y = left * self.downsample, top * self.downsample
             try:
-                self.overview[place] = self.slide._block(x, y, level, self.downsample, rows, columns)
+                self.overview[block] = self.slide._block(x, y, level, self.downsample, rows, columns)
                 return
             except READ_ERRORS as error:
                 self.slide.close()  # the handle is dead
                 self.n_failed, self.reason = self.n_failed + 1, str(error)
             if self.n_failed > MAX_FAILED_READS:
-                self.unreadable[place] = True
+                self.unreadable[block] = True
                 return
         if side_px > GAP_PX and max(rows, columns) > 1:
             self._fill_quarters(top, left, rows, columns, level)
         elif level > 0:
             self.fill(top, left, rows, columns, level - 1)
         else:
-            self.unreadable[place] = True
+            self.unreadable[block] = True
 
     def _fill_quarters(self, top: int, left: int, rows: int, columns: int, level: int) -> None:
         upper, first = max(1, rows // 2), max(1, columns // 2)

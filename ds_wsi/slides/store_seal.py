@@ -65,17 +65,17 @@ def is_sealed(path: Path) -> bool:
             edges = [0, *(edge for stretch in stretches for edge in stretch), end]
             if end < 0 or edges != sorted(edges):
                 raise SealError("a damaged seal")
-            found = _checksum(data, end, stretches, packed)
-    if found != checksum:
-        raise SealError(f"CRC-32 {found:08x}, where {checksum:08x} was written")
+            actual = _checksum(data, end, stretches, packed)
+    if actual != checksum:
+        raise SealError(f"CRC-32 {actual:08x}, where {checksum:08x} was written")
     return True
 
 
 def _checksum(data: mmap.mmap, end: int, stretches: Sequence[tuple[int, int]], packed: bytes) -> int:
-    found, start = 0, 0
+    checksum, start = 0, 0
     with memoryview(data) as view:
         for stop, following in [*stretches, (end, end)]:
             with view[start:stop] as part:
-                found = zlib.crc32(part, found)
+                checksum = zlib.crc32(part, checksum)
             start = following
-    return zlib.crc32(packed, found)
+    return zlib.crc32(packed, checksum)

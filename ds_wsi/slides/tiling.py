@@ -91,14 +91,18 @@ def plan_level(slide_mpp: float, level_downsamples: Sequence[float], mpp: float,
     resampled; where even level 0 is coarser than asked, a smaller square of it is enlarged.
     """
     downsample = mpp / slide_mpp
-    fine_enough = [level for level, own in enumerate(level_downsamples) if own <= downsample * (1 + MPP_TOLERANCE)]
+    fine_enough = [
+        level
+        for level, level_downsample in enumerate(level_downsamples)
+        if level_downsample <= downsample * (1 + MPP_TOLERANCE)
+    ]
     level = max(fine_enough, key=lambda index: level_downsamples[index], default=0)
-    own = level_downsamples[level]
-    ratio = downsample / own
+    level_downsample = level_downsamples[level]
+    ratio = downsample / level_downsample
     if abs(ratio - 1) <= MPP_TOLERANCE:
-        return LevelPlan(level, tile_size_px, tile_size_px * own, False)
+        return LevelPlan(level, tile_size_px, tile_size_px * level_downsample, False)
     read_size_px = max(1, round(tile_size_px * ratio))
-    return LevelPlan(level, read_size_px, read_size_px * own, True)
+    return LevelPlan(level, read_size_px, read_size_px * level_downsample, True)
 
 
 def plan_coords(bounds: tuple[int, int, int, int], tile_size_level0_px: float) -> np.ndarray:
@@ -141,7 +145,7 @@ def tile_slide(slide: Slide, policy: TilingPolicy, mask: MaskFile | None = None)
             f"{slide.height_px} px {where}. HINT: take it out of the manifest, or leave it out with --skip_bad_slides; "
             "a smaller tile_size_px fits."
         )
-    kept, found = _with_tissue(slide, policy, plan, coords, mask, where)
+    kept, tissue = _with_tissue(slide, policy, plan, coords, mask, where)
     _require_readable(slide, plan, policy.tile_size_px, kept, where)
     return TileGrid(
         slide_id=slide.slide_id,
@@ -155,7 +159,7 @@ def tile_slide(slide: Slide, policy: TilingPolicy, mask: MaskFile | None = None)
         slide_width_px=slide.width_px,
         slide_height_px=slide.height_px,
         policy=policy,
-        tissue=found,
+        tissue=tissue,
     )
 
 
@@ -240,10 +244,10 @@ def find_tissue(
     finest = tile_size_level0_px * slide.mpp / MASK_CELLS_PER_TILE
     downsample = max(1.0, min(policy.overview_mpp, finest) / slide.mpp)
     if mask is not None:
-        found = read_mask(mask, slide, downsample)
-        return SlideTissue(found, None, np.zeros_like(found), downsample)
+        mask_here = read_mask(mask, slide, downsample)
+        return SlideTissue(mask_here, None, np.zeros_like(mask_here), downsample)
     overview = slide.read_overview_with_gaps(downsample)
     white = white_glass(overview.pixels, policy.grey_range)
     grey = grey_mask(white, policy.grey_range)
-    found = tissue_mask(overview.pixels, policy.tissue, slide.mpp * downsample, policy.grey_range, white)
-    return SlideTissue(found & ~overview.unreadable, grey & ~overview.unreadable, overview.unreadable, downsample)
+    mask_here = tissue_mask(overview.pixels, policy.tissue, slide.mpp * downsample, policy.grey_range, white)
+    return SlideTissue(mask_here & ~overview.unreadable, grey & ~overview.unreadable, overview.unreadable, downsample)
