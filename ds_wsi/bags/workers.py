@@ -82,7 +82,7 @@ def answers(
         requests: consumed as the stream goes, `ahead` of what is taken.
         workers: processes, at least 1.
         ahead: requests under way at a time.
-        timeout_s: that one answer is waited for once it is due; 0 waits for ever.
+        timeout_s: how long an answer is waited for once it is due; 0 waits for ever.
         describe: what a request, and the last row that `tell` was given (-1: none), is about, in words.
 
     Raises:
@@ -301,7 +301,7 @@ def _memory_file() -> int:
             return os.dup(file.fileno())
 
 
-@cache  # one line a process
+@cache  # one line per process
 def _tell_transport() -> None:
     try:
         os.close(os.memfd_create("ds_wsi", os.MFD_CLOEXEC))

@@ -20,8 +20,8 @@ class Needed(NamedTuple):
     """A package that ds_wsi uses.
 
     Attributes:
-        name: of the distribution.
-        bounds: of its version.
+        name: the distribution's.
+        bounds: the bounds of its version.
         optional: whether it belongs to an extra.
     """
 
@@ -36,13 +36,13 @@ def needed_packages() -> list[Needed]:
     Raises:
         PackageNotFoundError: ds_wsi runs from a folder that is not installed.
     """
-    found: dict[str, Needed] = {}
+    packages: dict[str, Needed] = {}
     for line in requires("ds_wsi") or []:
         one = Requirement(line)
         optional = one.marker is not None and "extra" in str(one.marker)
         if one.marker is None or optional or one.marker.evaluate():
-            found.setdefault(one.name, Needed(one.name, one.specifier, optional))
-    return list(found.values())
+            packages.setdefault(one.name, Needed(one.name, one.specifier, optional))
+    return list(packages.values())
 
 
 def installed_version(name: str) -> str | None:
@@ -63,11 +63,11 @@ def check_versions() -> Finding:
     if not SpecifierSet(python).contains(platform.python_version(), prereleases=True):
         return Finding(FAIL, f"Python {platform.python_version()}, not {python}", f"an environment of Python {python}")
     for name, bounds, optional in packages:
-        own = installed_version(name)
-        if own is None and optional:
+        installed = installed_version(name)
+        if installed is None and optional:
             continue
-        if own is None or not bounds.contains(own, prereleases=True):
-            wrong.append(f"{name} {own or 'not installed'}, not {bounds or 'there'}")
+        if installed is None or not bounds.contains(installed, prereleases=True):
+            wrong.append(f"{name} {installed or 'not installed'}, not {bounds or 'there'}")
             repairs.append(f'"{name}{bounds}"')
             needed = needed or not optional
     if wrong:

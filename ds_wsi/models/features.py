@@ -98,11 +98,11 @@ def _replace_classifier(encoder: nn.Module, last: nn.Module) -> None:
     """Put `last` in the place of the classifier that was left out: the last operation of timm's models."""
     get: Any = getattr(encoder, "get_classifier", None)
     classifier = None if get is None else get()
-    found = [name for name, part in encoder.named_modules() if part is classifier]
-    if not isinstance(classifier, nn.Identity) or len(found) != 1:
+    paths = [name for name, part in encoder.named_modules() if part is classifier]
+    if not isinstance(classifier, nn.Identity) or len(paths) != 1:
         raise ValueError(
             f"encoder_features must be pooled for {type(encoder).__name__}, whose end has no place for another. "
             "HINT: choose another encoder."
         )
-    parent, _, leaf = found[0].rpartition(".")
+    parent, _, leaf = paths[0].rpartition(".")
     setattr(encoder.get_submodule(parent), leaf, last)

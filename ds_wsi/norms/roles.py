@@ -1,4 +1,4 @@
-"""Which statistics each BatchNorm of an encoder takes, set in place through its own flags and undone by them."""
+"""The statistics that each BatchNorm of an encoder takes, set in place through its own flags and undone by them."""
 
 from typing import Any
 

@@ -39,7 +39,7 @@ class DevicePeaks:
     retries: int = 0
 
     def __str__(self) -> str:
-        """In GiB."""
+        """The numbers in GiB."""
         sizes = f"allocated {self.allocated / 2**30:.2f} GiB, active {self.active / 2**30:.2f} GiB"
         return f"{sizes}, reserved {self.reserved / 2**30:.2f} GiB, {self.retries} allocation retries"
 
@@ -166,7 +166,7 @@ def free_bytes(device: torch.device) -> int:
 def free_host_bytes() -> int:
     """This rank's share of half of what is free: of the machine's memory and of its control group's.
 
-    The ranks of a machine share it evenly, for each of them plans by itself.
+    The ranks of a machine share it evenly, because each of them plans by itself.
     """
     free = psutil.virtual_memory().available
     for limit_name, used_name in (

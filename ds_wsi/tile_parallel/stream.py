@@ -45,12 +45,12 @@ def stream_bag(
             would be a chunk (`partition_layers` trains such encoders, exactly).
         aggregator: "attention" or "mean" pooling.
         tiles: [N, ...], on any device; or a sequence of chunks that can be read twice, alike both times.
-        chunk_size: tiles a chunk, of a tensor.
+        chunk_size: tiles per chunk of a tensor.
         prepare: applied to a chunk on the encoder's device, before the encoder.
-        keep_chunks: that keep their graph, as many as fit.
+        keep_chunks: how many keep their graph: as many as fit.
         group: ranks that share the bag, each with tiles of its own, perhaps none. One all-reduce of maxima and one of
             sums in forward, one of gradients in backward.
-        seed: of the aggregator's head, the same on all ranks of a group.
+        seed: the seed of the aggregator's head, the same on all ranks of a group.
         traffic: counts them.
 
     Returns:
@@ -194,7 +194,7 @@ class _Work:
         assert self.totals is not None
         assert self.pooled is not None
         # A rank without a tile: engines wait for a gradient of every parameter.
-        found: list[Tensor | None] = [None if len(self.chunks) else torch.zeros_like(part) for part in parameters]
+        sums: list[Tensor | None] = [None if len(self.chunks) else torch.zeros_like(part) for part in parameters]
         through_z = (grad * self.pooled).sum(1)  # g . z, [M]
         ambient = generator_states(self.device)
         for index in range(len(self.chunks)):
@@ -214,15 +214,15 @@ class _Work:
             if not pairs:
                 continue
             outputs, gradients = zip(*pairs, strict=True)
-            for place, part in enumerate(torch.autograd.grad(outputs, parameters, gradients, allow_unused=True)):
+            for number, part in enumerate(torch.autograd.grad(outputs, parameters, gradients, allow_unused=True)):
                 if part is not None:
-                    wide, before = widened(part), found[place]
-                    found[place] = wide if before is None else before.add_(wide)
+                    wide, before = widened(part), sums[number]
+                    sums[number] = wide if before is None else before.add_(wide)
         set_generator_states(ambient, self.device)
-        return [None if part is None else part.to(p.dtype) for part, p in zip(found, parameters, strict=True)]
+        return [None if part is None else part.to(p.dtype) for part, p in zip(sums, parameters, strict=True)]
 
     def attention(self) -> Tensor | None:
-        """Of this rank's tiles: [n], or [n, M] of several branches; None under "mean"."""
+        """The attention of this rank's tiles: [n], or [n, M] of several branches; None under "mean"."""
         if self.aggregator.pooling != "attention" or self.largest is None or self.totals is None:
             return None
         if not self.scores:
