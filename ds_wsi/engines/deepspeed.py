@@ -14,6 +14,7 @@ from ds_wsi.engines.fsdp import whole
 from ds_wsi.engines.ops import choose_adam
 from ds_wsi.partition.apply import PartitionedForward, is_anchor
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.seams import check_seams
 
 DEFAULT_BUCKET = 500_000_000  # gradients, where the config says nothing
 _GRADIENT_BYTES = 4  # mixed precision is by autocast: they are float32
@@ -74,6 +75,7 @@ def fill_auto(
 
 def suit_machine(config: dict[str, Any]) -> None:
     """Take the Adam that this machine can build, in place in `config`, and tell what the buckets cost its GPU."""
+    check_seams("deepspeed", "zero3", "ops")
     choose_adam(config)
     words = bucket_words(config)
     if words and not without_gpu():

@@ -23,6 +23,7 @@ from ds_wsi.engines.accelerate import Accelerator
 from ds_wsi.engines.deepspeed import gathered, is_zero3
 from ds_wsi.engines.fsdp import copy_whole, whole
 from ds_wsi.engines.hook_zero import autocast_scaler
+from ds_wsi.runtime.seams import check_seams
 from ds_wsi.runtime.tensor_file import TensorFile
 
 NUMBERS = "numbers"
@@ -343,7 +344,10 @@ def _engine(accelerator: Accelerator) -> Any:
 def _zero_optimizer(accelerator: Accelerator) -> Any:
     """The optimizer that owns partitions, or None: under ZeRO 0 each rank has the whole one."""
     engine = _engine(accelerator)
-    return engine.optimizer if engine is not None and int(engine.zero_optimization_stage()) else None
+    if engine is None or not int(engine.zero_optimization_stage()):
+        return None
+    check_seams("deepspeed", "zero3", "zero12", "state zero3")
+    return engine.optimizer
 
 
 def _scaler(accelerator: Accelerator) -> Any:

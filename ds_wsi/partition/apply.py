@@ -37,6 +37,7 @@ from ds_wsi.partition.values import InputCost, Prepare, prepared
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import ByteMeter, free_host_bytes
 from ds_wsi.runtime.numerics import autocast_dtype, autocast_now
+from ds_wsi.runtime.seams import check_seams
 
 DEFAULT_CHUNK = {"batch": 32, "spatial": 64}  # of a mode that is given, where the policy names no chunk
 
@@ -437,6 +438,7 @@ def partition_layers(
     Raises:
         ValueError: the module or a part of it is partitioned already, or checkpoints itself.
     """
+    check_seams("torch", "class", "partition")
     if is_compiled(module):
         logger.warning(
             "partition: what torch.compile made of %s is left out, its chunks run uncompiled. "
