@@ -8,10 +8,12 @@ and every name of the table, in any string too.
 
 import ast
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from packaging.version import Version
 
 import ds_wsi
 from ds_wsi.runtime import seams
@@ -181,8 +183,8 @@ def test_no_row_is_there_twice_and_all_are_of_known_packages():
 
 @pytest.mark.parametrize("package", SEEN)
 def test_the_installed_version_has_all_names(package):
-    assert list(missing_seams(package)) == []
-    check_seams(package)
+    installed = Version(version(package))
+    assert [row.name for row in missing_seams(package) if installed >= Version(row.since or "0")] == []
 
 
 # --- broken worlds ---
