@@ -32,10 +32,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._utils import ExceptionWrapper
 
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.processes import end_with_parent, is_stopped, state_of, state_words
+from ds_wsi.runtime.seams import ExceptionWrapper
 from ds_wsi.slides.errors import SlideError
 
 LOOK_S = 1.0  # between looks at whether the other side lives

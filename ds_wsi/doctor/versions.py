@@ -10,6 +10,7 @@ from packaging.specifiers import SpecifierSet
 
 from ds_wsi.doctor.apart import finding_apart
 from ds_wsi.doctor.finding import FAIL, PASS, WARN, Finding
+from ds_wsi.runtime.seams import SEAMS, SEEN, missing_seams
 from ds_wsi.runtime.words import counted
 
 IMPORTS_S = 90
@@ -87,7 +88,20 @@ def check_imports() -> Finding:
         if not module.startswith("_") and any(owner.lower().replace("_", "-") in names for owner in owners)
     )
     slow = f"run it again where the packages lie on a slow disk; {_INSTALL_ANEW}"
-    return finding_apart(import_all, modules, timeout_s=IMPORTS_S, remedy=slow)
+    return finding_apart(import_and_look, modules, timeout_s=IMPORTS_S, remedy=slow)
+
+
+def import_and_look(modules: list[str]) -> Finding:
+    """Import each module, and look for the private names of theirs that ds_wsi uses. In a process of its own."""
+    imported = import_all(modules)
+    if imported.status != PASS:
+        return imported
+    missing = [row for package in SEEN for row in missing_seams(package) if not row.since]
+    if missing:
+        packages = " ".join(f'"{name}=={SEEN[name][1]}"' for name in sorted({row.package for row in missing}))
+        words = ", ".join(f"{row.dotted} ({row.purpose})" for row in missing)
+        return Finding(FAIL, f"private names that ds_wsi uses are gone: {words}", f"pip install {packages}")
+    return Finding(PASS, f"{imported.found}, {counted(len(SEAMS), 'private name')} there")
 
 
 def import_all(modules: list[str]) -> Finding:

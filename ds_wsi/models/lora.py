@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.models.features import features_shape
 from ds_wsi.models.freezing import keep_in_eval
+from ds_wsi.runtime.seams import AnyBatchNorm
 
 ADAPTER = "default"  # peft's name of a module's only adapter
 
@@ -51,7 +51,7 @@ def add_lora(encoder: nn.Module, rank: int, alpha: float, targets: Sequence[str]
         chosen += matching
     settings: Any = {"r": rank, "lora_alpha": alpha, "target_modules": chosen}  # declared int, any number does
     inject_adapter_in_model(LoraConfig(**settings), encoder, ADAPTER)
-    keep_in_eval(encoder, [name for name, part in encoder.named_modules() if isinstance(part, _BatchNorm)])
+    keep_in_eval(encoder, [name for name, part in encoder.named_modules() if isinstance(part, AnyBatchNorm)])
     _require_calls(encoder, chosen, tile_size_px)
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+from ds_wsi.runtime.seams import FakeTensor
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.norms.population import (
     after_norm,
@@ -24,9 +23,10 @@ from ds_wsi.norms.population import (
 )
 from ds_wsi.norms.roles import GROUP, batch_norms, population_group
 from ds_wsi.runtime.numerics import memory_layout
+from ds_wsi.runtime.seams import AnyBatchNorm
 
 
-class _SharedNorm(_BatchNorm):
+class _SharedNorm(AnyBatchNorm):
     """What `share_norms` puts before a norm's own class: it normalises a population over all ranks of a group."""
 
     def forward(self, input: Tensor) -> Tensor:

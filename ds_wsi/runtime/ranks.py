@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.processes import GONE, state_of, state_words
+from ds_wsi.runtime.seams import default_store
 from ds_wsi.runtime.signals import Stopped
 
 _BEAT_S = 1.0
@@ -48,7 +49,7 @@ def watch_ranks() -> Iterator[None]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield
         return
-    store: Any = dist.distributed_c10d._get_default_store()
+    store = default_store()
     watch = RankWatch(store, dist.get_rank(), dist.get_world_size())
     watch.start()
     last_word = _LEFT

@@ -12,6 +12,7 @@ from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.roles import batch_norms
 from ds_wsi.norms.shared import share_norms
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.seams import AnyDropout
 from ds_wsi.runtime.seeding import keyed_generators
 from ds_wsi.stacking.randomness import stack_bounds
 from ds_wsi.stacking.segment_ops import segment_ids
@@ -68,7 +69,7 @@ class SharedForward:
         if labels is not None and scores is not None and getattr(aggregator, "needs_labels", False):
             auxiliary = self._instance_loss(embedded, scores, bags.cu_seqlens, labels)
         seed = None
-        draws = any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in aggregator.modules())
+        draws = any(isinstance(part, AnyDropout) and part.p > 0 for part in aggregator.modules())
         if aggregator.training and draws:
             seed = self.seed
             if seed is None:

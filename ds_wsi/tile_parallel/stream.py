@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.models.aggregators.pooled import PooledAggregator
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.population import takes_population
 from ds_wsi.runtime.numerics import autocast_now
+from ds_wsi.runtime.seams import AnyBatchNorm, is_zero3_part
 from ds_wsi.runtime.seeding import generator_states, keyed_generators, set_generator_states
 from ds_wsi.stacking.segment_ops import widened
 from ds_wsi.tile_parallel.collectives import Traffic, max_over, sum_over
@@ -82,14 +82,14 @@ def _require_streamable(encoder: nn.Module, aggregator: Any) -> None:
             'HINT: partition_layers(encoder, PartitionPolicy("recompute")) keeps the features, and nothing else.'
         )
     for name, part in encoder.named_modules():
-        if isinstance(part, _BatchNorm) and takes_population(part):
+        if isinstance(part, AnyBatchNorm) and takes_population(part):
             raise ValueError(
                 f"a streamed encoder must not have a train-mode {type(part).__name__}, got {name!r}: its population "
                 "would be a chunk. HINT: partition_layers trains it exactly; or freeze the norms with eval()."
             )
     for owner in (encoder, aggregator):
         for name, parameter in owner.named_parameters():
-            if hasattr(parameter, "ds_id") or hasattr(parameter, "placements"):
+            if is_zero3_part(parameter) or hasattr(parameter, "placements"):
                 raise ValueError(
                     f"a streamed bag needs whole parameters, got {name!r} in shards (ZeRO-3 or FSDP2), which would be "
                     'gathered for every chunk. HINT: partition_layers(encoder, PartitionPolicy("recompute")).'
