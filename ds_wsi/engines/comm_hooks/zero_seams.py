@@ -10,7 +10,8 @@
 Another signature than that of the table in `ds_wsi.runtime.seams` is refused, not tried.
 
 [Note: one pass] Stages 2 and 3 reduce in every micro-step. With a hook, gradients stay local until the step's last one
-(`engine.coalesce_grad_reduction`): a message a step, at the price of whole gradients in between.
+(`engine.coalesce_grad_reduction`): a message a step, at the price of whole gradients in between. A DeepSpeed without it
+sends in each micro-step, and a warning says so.
 """
 
 import math
@@ -24,7 +25,8 @@ from torch import Tensor
 from ds_wsi.engines.comm_hooks.patches import Patches
 from ds_wsi.engines.comm_hooks.reducer import Reducer
 from ds_wsi.engines.comm_hooks.zero_weights import Replicas
-from ds_wsi.runtime.seams import check_replaced, check_seams, fp16_scale_of
+from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.seams import SEEN, check_replaced, check_seams, fp16_scale_of
 
 _STAGE3 = "_DeepSpeedZeroOptimizer_Stage3"
 
@@ -112,6 +114,12 @@ def hook_engine(engine: Any, reducer: Reducer, *, pull: bool) -> Callable[[], No
         _hook_stage12(engine, reducer, patches, pull)
     if stage >= 2 and hasattr(engine, "coalesce_grad_reduction"):
         _coalesce(engine, patches)
+    elif stage >= 2 and engine.gradient_accumulation_steps() > 1:
+        logger.warning(
+            "this DeepSpeed has no coalesce_grad_reduction: ZeRO %d sends in each micro-step, not once per step. "
+            'HINT: pip install "deepspeed==%s".',
+            *(stage, SEEN["deepspeed"][1]),
+        )
     return patches.undo
 
 
