@@ -12,6 +12,7 @@ Nothing of the encoder's code is looked at: whatever calls its BatchNorms in the
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ds_wsi.norms.population import Moments, after_norm, merged, merged_over, moments_of, require_variance
 from ds_wsi.norms.roles import batch_norms
+from ds_wsi.runtime.forwards import Handle
 
 Encode = Callable[[Tensor], Tensor]
 _SHARE = 4  # of the memory that is free, one in so many bytes are taken for a population in one chunk
@@ -111,17 +113,12 @@ def encode_population(
 
 @contextmanager
 def _normalising(norms: Sequence[nn.Module], settling: _Settling) -> Iterator[None]:
-    before = [(norm, norm.__dict__.get("forward")) for norm in norms]
-    for norm in norms:
-        norm.forward = lambda z, norm=norm: settling.normalise(norm, z)
+    handles = [Handle(norm, partial(settling.normalise, norm), "passes over a norm") for norm in norms]
     try:
         yield
     finally:
-        for norm, forward in before:
-            if forward is None:
-                del norm.__dict__["forward"]
-            else:
-                norm.forward = forward
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 from ds_wsi.runtime.lazy import lazily
 
 if TYPE_CHECKING:
-    from ds_wsi.partition.apply import Handle, partition_layers
+    from ds_wsi.partition.apply import partition_layers
     from ds_wsi.partition.planning.plan import PartitionPlan, SegmentPlan
     from ds_wsi.partition.planning.search import plan_partition
     from ds_wsi.partition.policy import PartitionPolicy
     from ds_wsi.partition.report import PartitionReport, check_partition
+    from ds_wsi.runtime.forwards import Handle
 
 __all__ = [
     "Handle",
@@ -37,10 +38,7 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
-        "ds_wsi.partition.apply": (
-            "Handle",
-            "partition_layers",
-        ),
+        "ds_wsi.partition.apply": ("partition_layers",),
         "ds_wsi.partition.planning.plan": (
             "PartitionPlan",
             "SegmentPlan",
@@ -51,5 +49,6 @@ __getattr__ = lazily(
             "PartitionReport",
             "check_partition",
         ),
+        "ds_wsi.runtime.forwards": ("Handle",),
     },
 )

@@ -1,7 +1,5 @@
 """`partition_layers`: a module that computes in chunks, in place, and back."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -15,46 +13,9 @@ from ds_wsi.partition.module.shards import give_anchor
 from ds_wsi.partition.planning.plan import PartitionPlan
 from ds_wsi.partition.planning.search import PAPER_CHUNK
 from ds_wsi.partition.policy import PartitionPolicy
+from ds_wsi.runtime.forwards import Handle
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.seams import check_seams
-
-
-class Handle:
-    """What `partition_layers` returns.
-
-    Attributes:
-        forward: the module's present forward, None once it is removed, and in mode "paper".
-    """
-
-    def __init__(
-        self, module: nn.Module, forward: PartitionedForward | None, undo: Callable[[], None] | None = None
-    ) -> None:
-        self.module, self.forward, self._undo = module, forward, undo
-
-    def remove(self) -> None:
-        """Give the module its own forward back.
-
-        Raises:
-            ValueError: another forward was set over the partition's since; nothing is removed.
-        """
-        if self.forward is not None:
-            present = self.module.__dict__.get("forward", self.forward)
-            if present is not self.forward:
-                name = getattr(present, "__qualname__", type(present).__qualname__)
-                raise ValueError(
-                    f"a partition must be the module's forward to be removed, got {name!r} set over it "
-                    f"({type(self.module).__name__}). HINT: take that off first."
-                )
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
-        if self.forward is not None:
-            original = self.forward.original
-            if getattr(original, "__self__", None) is self.module:
-                self.module.__dict__.pop("forward", None)
-            else:  # somebody else's wrapper was there before us
-                self.module.forward = original
-            self.forward = None
 
 
 def partition_layers(
@@ -63,7 +24,7 @@ def partition_layers(
     *,
     spill: Spill | None = None,
     check: bool = True,
-) -> Handle:
+) -> Handle[PartitionedForward | None]:
     """Compute `module` in chunks, in place: same state_dict, same outputs and gradients, another memory.
 
     The first argument of the module's forward is the tiles; what stands beside them is shared by all. In training mode
@@ -117,20 +78,15 @@ def partition_layers(
         undo = apply_paper(module, device=device, axis=axis, chunk=chunk, stop_bytes=stop)
         hook = module.register_forward_pre_hook(lambda _, inputs: (inputs[0].cpu(), *inputs[1:]))
 
-        def restore() -> None:
-            hook.remove()
-            undo()
-
-        return Handle(module, None, restore)
+        return Handle[PartitionedForward | None](module, None, "a partition", undo, hook.remove)
     forward = PartitionedForward(module, plan_or_policy, spill, check=check and getattr(plan_or_policy, "check", True))
-    module.forward = forward
-    hook = module.register_forward_pre_hook(give_anchor)
-    # A compiler would break its graph at hooks.
-    unwatch = (lambda: None) if plan_or_policy.compile else watch_children(module)
-
-    def take_off() -> None:
-        hook.remove()
-        unwatch()
-
+    handle = Handle[PartitionedForward | None](
+        module,
+        forward,
+        "a partition",
+        module.register_forward_pre_hook(give_anchor).remove,
+        # A compiler would break its graph at hooks.
+        *(() if plan_or_policy.compile else (watch_children(module),)),
+    )
     logger.debug("partitioned %s", type(module).__name__)
-    return Handle(module, forward, take_off)
+    return handle

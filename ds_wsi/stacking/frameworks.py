@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_wsi.runtime.forwards import Handle
 from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on
 
 
@@ -57,11 +58,10 @@ class PaddedForward:
         return self.output(self.aggregator.head(pooled.unsqueeze(1)), None)
 
 
-def pad_bags(aggregator: nn.Module, output: Callable[..., Any]) -> Callable[[], None]:
-    """Let an aggregator compute padded stacks, in place; returns what undoes it. `output` makes (logits, attention)."""
-    aggregator.forward = PaddedForward(aggregator, output)
+def pad_bags(aggregator: nn.Module, output: Callable[..., Any]) -> Handle[PaddedForward]:
+    """Let an aggregator compute padded stacks, in place; `output` makes (logits, attention).
 
-    def undo() -> None:
-        del aggregator.__dict__["forward"]
-
-    return undo
+    Returns:
+        A handle; `handle.remove()` undoes it.
+    """
+    return Handle(aggregator, PaddedForward(aggregator, output), "padding")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_wsi.runtime.forwards import Handle
 from ds_wsi.stacking.randomness import stack_bounds
 from ds_wsi.stacking.stacked_bags import StackedBags, bounds_of, lengths_of, with_bounds
 
@@ -51,20 +52,14 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(present) if len(present) == len(parts) else None
 
 
-def pack_bags(aggregator: nn.Module, pack_bytes: int) -> Callable[[], None]:
-    """Let an aggregator compute its stacks in packs, in place; returns what undoes it.
+def pack_bags(aggregator: nn.Module, pack_bytes: int) -> Handle[PackedForward]:
+    """Let an aggregator compute its stacks in packs, in place.
 
     Args:
         aggregator: takes a StackedBags and returns a named tuple of tensors by bag or by instance.
         pack_bytes: bytes of a pack's instances; 0 takes the stack whole.
+
+    Returns:
+        A handle; `handle.remove()` undoes it.
     """
-    before = aggregator.__dict__.get("forward")
-    aggregator.forward = PackedForward(aggregator.forward, pack_bytes)
-
-    def undo() -> None:
-        if before is None:
-            del aggregator.__dict__["forward"]
-        else:
-            aggregator.forward = before
-
-    return undo
+    return Handle(aggregator, PackedForward(aggregator.forward, pack_bytes), "packing")

@@ -11,6 +11,7 @@ from ds_wsi.models.aggregators.pooled import PooledAggregator
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.roles import batch_norms
 from ds_wsi.norms.shared import share_norms
+from ds_wsi.runtime.forwards import Handle
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.seams import AnyDropout
 from ds_wsi.runtime.seeding import keyed_generators
@@ -40,7 +41,6 @@ class SharedForward:
     def __init__(self, aggregator: nn.Module, group: Any, exchange: str) -> None:
         self.aggregator, self.group = aggregator, group
         self.exchange = exchange
-        self.before = aggregator.__dict__.get("forward")
         self.original: Callable[..., SlideOutput] = aggregator.forward
         self.seed: int | None = None
         self.traffic = Traffic()
@@ -148,29 +148,7 @@ def _in_bag_order(lengths: Tensor, device: torch.device) -> tuple[Tensor, Tensor
     return bag_of_row.argsort(stable=True).to(device), whole
 
 
-class Handle:
-    """What `shard_tiles` returns.
-
-    Attributes:
-        forward: the aggregator's present forward: its `traffic`, and the `seed` to set before each step; None where the
-            group is one rank, or after `remove`.
-    """
-
-    def __init__(self, model: Any, forward: SharedForward | None, undo_norms: Callable[[], None]) -> None:
-        self.model, self.forward, self._undo_norms = model, forward, undo_norms
-
-    def remove(self) -> None:
-        """Give the model its own forwards back."""
-        if self.forward is not None:
-            if self.forward.before is None:
-                del self.model.aggregator.__dict__["forward"]
-            else:  # somebody else's was there before
-                self.model.aggregator.forward = self.forward.before
-            self.forward = None
-        self._undo_norms()
-
-
-def shard_tiles(model: Any, mesh: TileMesh, policy: TileParallelPolicy | None = None) -> Handle:
+def shard_tiles(model: Any, mesh: TileMesh, policy: TileParallelPolicy | None = None) -> Handle[SharedForward | None]:
     """Let the ranks of a tile group share each bag, in place: same state_dict, gradients of one process.
 
     Afterwards `model` takes this rank's tiles of each of the group's bags, and every rank returns the bags' logits.
@@ -185,7 +163,8 @@ def shard_tiles(model: Any, mesh: TileMesh, policy: TileParallelPolicy | None = 
         policy: names the exchange; its defaults otherwise.
 
     Returns:
-        A handle; `handle.remove()` undoes it.
+        A handle; `handle.remove()` undoes it. Its `forward` is the aggregator's: the `traffic`, and the `seed` to set
+        before each step; None where the group is one rank.
 
     Raises:
         ValueError: the aggregator is shared already, or cannot be "sharded".
@@ -196,17 +175,17 @@ def shard_tiles(model: Any, mesh: TileMesh, policy: TileParallelPolicy | None = 
         raise ValueError(f"{type(aggregator).__name__} must not be shared twice. HINT: handle.remove() first.")
     exchange = choose_exchange(aggregator, policy.aggregator)
     if mesh.group is None:
-        return Handle(model, None, lambda: None)
+        return Handle[SharedForward | None](aggregator, None, "tile parallelism")
     undo_norms = share_norms(model.encoder, mesh.group)
     forward = SharedForward(aggregator, mesh.group, exchange)
-    aggregator.forward = forward
+    handle = Handle[SharedForward | None](aggregator, forward, "tile parallelism", undo_norms)
     logger.info(
         "tile-parallel: %d ranks share each bag, %s exchange, %d norms over the bag",
         mesh.tile_size,
         exchange,
         len(batch_norms(model.encoder)),
     )
-    return Handle(model, forward, undo_norms)
+    return handle
 
 
 def choose_exchange(aggregator: nn.Module, wanted: str) -> str:

@@ -46,6 +46,7 @@ from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, p
 from ds_wsi.partition.planning.uniform import DEFAULT_CHUNK
 from ds_wsi.partition.planning.uniform import planning_size as bucket
 from ds_wsi.runtime.choices import precision_words
+from ds_wsi.runtime.forwards import Handle
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.numerics import DTYPES
 from ds_wsi.runtime.progress import Progress as Bar
@@ -55,7 +56,7 @@ from ds_wsi.stacking.host_tiles import HostStacks
 from ds_wsi.stacking.packs import pack_bags
 from ds_wsi.stacking.randomness import key_dropouts
 from ds_wsi.tile_parallel import TileMesh, shard_tiles, tile_mesh
-from ds_wsi.tile_parallel.shard import Handle
+from ds_wsi.tile_parallel.shard import SharedForward
 from ds_wsi.training.checkpoint import find_checkpoint
 from ds_wsi.training.device_budget import with_budget
 from ds_wsi.training.features import check_feature_settings
@@ -98,7 +99,7 @@ class Run:
     failures: FailureLog
     progress: Progress
     mesh: TileMesh
-    sharing: Handle
+    sharing: Handle[SharedForward | None]
     stacks: HostStacks
     reads_host_tiles: bool  # the encoder takes stacks that lie on the host, and reads chunks of them
     comm: CommHandle | None = None
@@ -211,19 +212,7 @@ def prepare_run(
     training = decide_training(settings.policies.norm, partition_population(settings.policies.partition), module)
     config = replace(config, norm_training=training)
     _choose_kernels(module, settings, cohort, accelerator)  # before anything is shared: a trial is each rank's own
-    key_dropouts(module.aggregator)
-    stacking = settings.policies.stacking
-    if stacking.framework == "padding":
-        pad_bags(module.aggregator, SlideOutput)
-    else:
-        pack_bags(module.aggregator, stacking.pack_bytes)
-    sharing_policy = settings.policies.tile_parallel
-    mesh = tile_mesh(sharing_policy.size, accelerator.device.type)
-    sharing = shard_tiles(module, mesh, sharing_policy)
-    if training == "step":
-        take_steps_whole(accelerator)
-    apply_training(training, settings.policies.norm, module)
-    _partition(module, settings, cohort, accelerator, mesh)
+    mesh, sharing = _replace_forwards(module, settings, cohort, accelerator, training)
     factor = settings.encoder_factor
     apart = settings.model.freeze_encoder_epochs > 0 or factor != 1.0
     model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if apart else None)
@@ -273,6 +262,34 @@ def _average(module: SlideModel, decay: float) -> WeightAverage | None:
             "HINT: take stage 2."
         )
     return WeightAverage(module, decay)
+
+
+def _replace_forwards(
+    module: SlideModel, settings: TrainSettings, cohort: Cohort, accelerator: Accelerator, training: str
+) -> tuple[TileMesh, Handle[SharedForward | None]]:
+    """Put in the place of the model's forwards what the policies ask for, in the one order that is exact.
+
+    1. Dropouts are keyed by bag: whatever computes the aggregator later calls them.
+    2. Packs, or padding, lie on the aggregator's own forward, because they cut a stack into what it computes.
+    3. Sharing lies over them: it gathers a bag's features first, and its aggregator then packs whole bags.
+    4. Norms get their population once they know the ranks that share a bag.
+    5. The partition comes last, because it looks at the encoder as it will be called, its shared norms included.
+
+    The engine wraps the model afterwards; under ZeRO-3 it ties the leaf modules over all of these (`gather_as_one`).
+    """
+    key_dropouts(module.aggregator)
+    stacking = settings.policies.stacking
+    if stacking.framework == "padding":
+        pad_bags(module.aggregator, SlideOutput)
+    else:
+        pack_bags(module.aggregator, stacking.pack_bytes)
+    mesh = tile_mesh(settings.policies.tile_parallel.size, accelerator.device.type)
+    sharing = shard_tiles(module, mesh, settings.policies.tile_parallel)
+    if training == "step":
+        take_steps_whole(accelerator)
+    apply_training(training, settings.policies.norm, module)
+    _partition(module, settings, cohort, accelerator, mesh)
+    return mesh, sharing
 
 
 def _partition(

@@ -64,14 +64,14 @@ def test_packs_are_the_stack(name):
     key_dropouts(whole)
     key_dropouts(packed)
     pack_bags(whole, 0)
-    undo = pack_bags(packed, 20 * WIDTH * 8)  # twenty instances
+    handle = pack_bags(packed, 20 * WIDTH * 8)  # twenty instances
     with bag_randomness(KEYS):
         expected, found = step(whole, make_bags(), LABELS), step(packed, make_bags(), LABELS)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-12, atol=1e-13)
     if expected.attention is not None:
         torch.testing.assert_close(found.attention, expected.attention, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(gradients(packed), gradients(whole), rtol=1e-11, atol=1e-12)
-    undo()
+    handle.remove()
     assert "forward" not in packed.__dict__
 
 
@@ -101,12 +101,12 @@ def test_what_a_bag_draws_is_the_same_wherever_and_with_whom_it_is_computed(name
 def test_padding_with_a_mask_changes_no_number(name):
     plain, padded = make(name), make(name)
     expected = plain(stack_bags(make_bags()))
-    undo = pad_bags(padded, SlideOutput)
+    handle = pad_bags(padded, SlideOutput)
     found = padded(stack_bags(make_bags()))
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-11, atol=1e-12)
     if expected.attention is not None:
         torch.testing.assert_close(found.attention, expected.attention, rtol=1e-11, atol=1e-12)
-    undo()
+    handle.remove()
 
 
 def test_padding_without_a_mask_does_and_sampling_keeps_a_length():

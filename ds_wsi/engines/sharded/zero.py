@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ds_wsi.engines.sharded.fsdp import whole
 from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.partition.module.shards import is_anchor
+from ds_wsi.runtime.forwards import Handle
 
 
 def gather_as_one(model: nn.Module) -> None:
@@ -25,7 +26,7 @@ def gather_as_one(model: nn.Module) -> None:
             set_z3_leaf_module(module, True)
         elif getattr(module, "packed", True) is False and not isinstance(module.__dict__.get("forward"), _TiedForward):
             set_z3_leaf_module(module, True)
-            module.forward = _TiedForward(module.forward)
+            Handle(module, _TiedForward(module.forward), "the tie of a leaf module of ZeRO-3")
             module.register_forward_pre_hook(_give_tie)
 
 
