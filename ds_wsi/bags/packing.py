@@ -81,11 +81,11 @@ def require_store(directory: str, slides: Sequence[SlideEntry], grids: Sequence[
     """
     if not directory:
         return
-    found = [
+    answers = [
         store_problem(store_path(directory, entry.slide_id), grid, entry.path)
         for entry, grid in zip(slides, grids, strict=True)
     ]
-    problems = [problem for problem in found if problem]
+    problems = [problem for problem in answers if problem]
     if problems:
         raise ManifestError(f"tile store {directory}", problems)
     _tell_unrecorded(directory, slides)

@@ -32,7 +32,7 @@ class StepPlan:
     def as_one(self) -> "StepPlan":
         """The same step in one micro-step."""
         by_rank = zip(*self.micro_steps, strict=True)
-        return StepPlan((tuple(tuple(slide for own in rank for slide in own) for rank in by_rank),))
+        return StepPlan((tuple(tuple(slide for bags in rank for slide in bags) for rank in by_rank),))
 
 
 def steps_per_epoch(
@@ -94,7 +94,7 @@ def _deal_by_policy(
         )
     except OverCapError as error:
         raise OverCapError(None if error.bag is None else slides[error.bag], str(error)) from error
-    owned = [tuple(slides[index] for index in own) for own in dealt]
+    owned = [tuple(slides[index] for index in indices) for indices in dealt]
     return StepPlan(tuple(tuple(owned[micro * world_size : (micro + 1) * world_size]) for micro in range(accumulation)))
 
 
@@ -102,7 +102,7 @@ def _deal(slides: Sequence[int], world_size: int, bags_per_rank: int, accumulati
     per_rank = [tuple(slides[rank::world_size]) for rank in range(world_size)]
     return StepPlan(
         tuple(
-            tuple(own[micro * bags_per_rank : (micro + 1) * bags_per_rank] for own in per_rank)
+            tuple(dealt[micro * bags_per_rank : (micro + 1) * bags_per_rank] for dealt in per_rank)
             for micro in range(accumulation)
         )
     )
