@@ -92,7 +92,7 @@ def require_store(directory: str, slides: Sequence[SlideEntry], grids: Sequence[
 
 
 def _tell_unrecorded(directory: str | Path, slides: Sequence[SlideEntry]) -> None:
-    """One line where files are of a version that knew a slide by its size alone: they are kept, for packing is long."""
+    """One line where files are of a version that knew a slide by its size alone: they are kept, as packing is long."""
     count = sum(lacks_fingerprint(store_path(directory, entry.slide_id)) for entry in slides)
     if count:
         logger.warning(
