@@ -69,8 +69,8 @@ class Table:
 def read_table_file(path: str | Path) -> Table:
     """Read a table of slides from any file that holds one.
 
-    Numbers become texts: whole ones without a point, because pandas turns a column of whole numbers with gaps into one of
-    floats. NaN and null are "". Rows are numbered by the line of a CSV, elsewhere from 1.
+    Numbers become texts: whole ones without a point, because pandas makes floats of a column of whole numbers with
+    gaps. NaN and null are "". Rows are numbered by the line of a CSV, elsewhere from 1.
 
     Raises:
         ManifestError: no such file, or of a kind that is not read; names what to do.
