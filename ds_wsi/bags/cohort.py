@@ -136,23 +136,23 @@ def tile_manifest(
     Raises:
         ManifestError: lists every slide's problem, and the files that are on both sides of a split.
     """
-    wanted = slides.wanted(manifest.slides)
+    chosen = slides.wanted(manifest.slides)
     if tiles_dir is not None and write_grids:
         remove_left_behind(Path(tiles_dir))
 
     def tile(row: int) -> _TiledSlide | SlideError:
-        result = _tile(wanted[row], policy, tiles_dir, slide_mpp, prints[row], write_grids, slides)
-        on_slide(len(wanted))
+        result = _tile(chosen[row], policy, tiles_dir, slide_mpp, prints[row], write_grids, slides)
+        on_slide(len(chosen))
         return result
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        prints = list(pool.map(fingerprint_of, wanted))
-        problems = files_across_splits(wanted, prints)
-        warn_of_shared_files(wanted, prints)
-        if masks := slides.masks_problem(wanted):
+        prints = list(pool.map(fingerprint_of, chosen))
+        problems = files_across_splits(chosen, prints)
+        warn_of_shared_files(chosen, prints)
+        if masks := slides.masks_problem(chosen):
             problems.append(masks)
-    results = _tiled_once(tile, wanted, Path(tiles_dir) if tiles_dir is not None and write_grids else None, workers)
-    skipped, bad = slides.leave_out(wanted, results)
+    results = _tiled_once(tile, chosen, Path(tiles_dir) if tiles_dir is not None and write_grids else None, workers)
+    skipped, bad = slides.leave_out(chosen, results)
     problems += bad
     if problems:
         raise ManifestError(manifest.source, problems)
@@ -166,19 +166,19 @@ def tile_manifest(
 
 
 def _tiled_once(
-    tile: Callable[[int], "_TiledSlide | SlideError"], wanted: Sequence[SlideEntry], folder: Path | None, workers: int
+    tile: Callable[[int], "_TiledSlide | SlideError"], entries: Sequence[SlideEntry], folder: Path | None, workers: int
 ) -> list["_TiledSlide | SlideError"]:
     """Each slide tiled; of several processes that keep their grids in one folder by one of them alone."""
     if folder is None:
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            return list(pool.map(tile, range(len(wanted))))
+            return list(pool.map(tile, range(len(entries))))
     folder.mkdir(parents=True, exist_ok=True)
 
     def lock_of(row: int) -> Path | None:
-        name = wanted[row].slide_id  # one that is there is mostly kept, perhaps in a folder that cannot be written to
+        name = entries[row].slide_id  # one that is there is mostly kept, perhaps in a folder that cannot be written to
         return None if os.path.lexists(folder / f"{name}.safetensors") else lock_path(folder, name)
 
-    return shared_map(range(len(wanted)), lock_of, tile, workers)
+    return shared_map(range(len(entries)), lock_of, tile, workers)
 
 
 class _TiledSlide(NamedTuple):
@@ -214,7 +214,7 @@ def _tile(
     policy: TilingPolicy,
     tiles_dir: str | Path | None,
     slide_mpp: float | None,
-    found: Fingerprint | None,
+    print_of_file: Fingerprint | None,
     write_grids: bool,
     slides: SlidePolicy,
 ) -> _TiledSlide | SlideError:
@@ -222,28 +222,28 @@ def _tile(
     try:
         mask = slides.mask_of(entry)
         with Slide(entry.path, entry.mpp, entry.slide_id, fallback_mpp=slide_mpp) as slide:
-            own = slide.mpp
+            mpp = slide.mpp
             if slide.uses_fallback_mpp:
-                entry = replace(entry, mpp=own)
+                entry = replace(entry, mpp=mpp)
             path = None if tiles_dir is None else Path(tiles_dir) / f"{entry.slide_id}.safetensors"
-            grid, kept = _kept_grid(path, slide, own, policy, found, mask) if path else (None, _NEW)
+            grid, kept = _kept_grid(path, slide, mpp, policy, print_of_file, mask) if path else (None, _NEW)
             if grid is None:
                 grid = tile_slide(slide, policy, mask)
                 if path and write_grids:
-                    write_grid(grid, path, found)
+                    write_grid(grid, path, print_of_file)
             return _TiledSlide(entry, grid, kept)
     except SlideError as error:
         return error
 
 
 def _kept_grid(
-    path: Path, slide: Slide, mpp: float, policy: TilingPolicy, found: Fingerprint | None, mask: MaskFile | None
+    path: Path, slide: Slide, mpp: float, policy: TilingPolicy, print_of_file: Fingerprint | None, mask: MaskFile | None
 ) -> tuple[TileGrid | None, str]:
     """The grid of the file at `path` where it is this slide's, and what becomes of the file."""
     if not os.path.lexists(path):
         return None, _NEW
     grid, of_slide = read_grid(path), read_slide_fingerprint(path)
-    same_file = of_slide is None or of_slide == found
+    same_file = of_slide is None or of_slide == print_of_file
     same_size = (grid.slide_width_px, grid.slide_height_px) == (slide.width_px, slide.height_px)
     if grid.source != "ds_wsi":
         _require_imported_fits(grid, policy, path)

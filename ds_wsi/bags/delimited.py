@@ -81,7 +81,9 @@ def _require_once(headings: list[str], columns: list[int], path: Path) -> None:
     places: dict[str, list[str]] = defaultdict(list)
     for heading, column in zip(headings, columns, strict=True):
         places[heading].append(str(column + 1))
-    twice = [f"{heading or 'none'} (columns {', '.join(found)})" for heading, found in places.items() if len(found) > 1]
+    twice = [
+        f"{heading or 'none'} (columns {', '.join(numbers)})" for heading, numbers in places.items() if len(numbers) > 1
+    ]
     if twice:
         raise ValueError(
             f"each heading must be given once, got {'; '.join(twice)} ({path}). "

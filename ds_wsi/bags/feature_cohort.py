@@ -111,13 +111,13 @@ def _examine(
     try:
         path = find_features(features_dir, slide.slide_id)
         state = _state(path)
-        known = record.get(str(path.absolute()))
+        entry = record.get(str(path.absolute()))
         if (
-            known is not None
-            and tuple(known["state"]) == state
-            and known.get("sha256") == file_fingerprint(path).sha256
+            entry is not None
+            and tuple(entry["state"]) == state
+            and entry.get("sha256") == file_fingerprint(path).sha256
         ):
-            n_rows, width, checksum = (known[name] for name in ("n_rows", "width", "checksum"))
+            n_rows, width, checksum = (entry[name] for name in ("n_rows", "width", "checksum"))
         elif check == "shapes":
             (n_rows, width), checksum = read_shape(path), None
         else:
@@ -134,18 +134,18 @@ def _known_by(files: Sequence[FeatureFile]) -> dict[str, tuple[int, ...] | None]
 
     Features that are the same in every row say nothing of their slide (glass, or a broken encoder): None.
     """
-    known = {file.slide_id: _content_of(file) for file in files}
-    counts = Counter(known.values())
-    path_of = {known[file.slide_id]: file.path for file in files if counts[known[file.slide_id]] > 1}
+    content_of = {file.slide_id: _content_of(file) for file in files}
+    counts = Counter(content_of.values())
+    path_of = {content_of[file.slide_id]: file.path for file in files if counts[content_of[file.slide_id]] > 1}
     empty = {content for content, path in path_of.items() if _is_constant(path)}
-    return {slide_id: None if content in empty else content for slide_id, content in known.items()}
+    return {slide_id: None if content in empty else content for slide_id, content in content_of.items()}
 
 
 def _content_of(file: FeatureFile) -> tuple[int, ...]:
     if file.checksum is not None:
         return file.checksum, file.n_rows, file.width
-    found = file.path.stat()
-    return found.st_dev, found.st_ino
+    status = file.path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _is_constant(path: Path) -> bool:
@@ -157,18 +157,18 @@ def _width_problems(files: Sequence[FeatureFile], in_dim: int | None) -> list[st
     if not files:
         return []
     (commonest, count), *_ = Counter(file.width for file in files).most_common(1)
-    wanted, whose = (in_dim, "the model's") if in_dim else (commonest, f"those of {count} of {len(files)} slides")
+    expected, whose = (in_dim, "the model's") if in_dim else (commonest, f"those of {count} of {len(files)} slides")
     return [
-        f"features must be of width {wanted}, {whose}, got {file.width} (slide {file.slide_id}, {file.path}). "
+        f"features must be of width {expected}, {whose}, got {file.width} (slide {file.slide_id}, {file.path}). "
         "HINT: extract them with the same encoder."
         for file in files
-        if file.width != wanted
+        if file.width != expected
     ]
 
 
 def _state(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _read_record(record_dir: str | Path | None) -> dict[str, dict[str, Any]]:
@@ -181,7 +181,7 @@ def _read_record(record_dir: str | Path | None) -> dict[str, dict[str, Any]]:
 
 def _write_record(record_dir: str | Path, files: Sequence[FeatureFile]) -> None:
     record = _read_record(record_dir)  # again: another run may have written to it meanwhile
-    found = {
+    entries = {
         str(file.path.absolute()): {
             "state": [file.n_bytes, file.modified_ns],
             "sha256": file_fingerprint(file.path).sha256,
@@ -191,5 +191,5 @@ def _write_record(record_dir: str | Path, files: Sequence[FeatureFile]) -> None:
         }
         for file in files
     }
-    if any(record.get(name) != entry for name, entry in found.items()):
-        write_json(Path(record_dir) / RECORD, record | found)
+    if any(record.get(name) != entry for name, entry in entries.items()):
+        write_json(Path(record_dir) / RECORD, record | entries)

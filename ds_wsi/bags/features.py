@@ -74,11 +74,11 @@ def find_features(directory: str | Path, slide_id: str) -> Path:
     Raises:
         FeatureFileError: there is none, or several.
     """
-    found = [path for path in (Path(directory) / f"{slide_id}{suffix}" for suffix in SUFFIXES) if path.is_file()]
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(path.name for path in found) or "none"
-    below = [] if found else [folder for folder in BELOW if _holds(Path(directory) / folder, slide_id)]
+    paths = [path for path in (Path(directory) / f"{slide_id}{suffix}" for suffix in SUFFIXES) if path.is_file()]
+    if len(paths) == 1:
+        return paths[0]
+    names = ", ".join(path.name for path in paths) or "none"
+    below = [] if paths else [folder for folder in BELOW if _holds(Path(directory) / folder, slide_id)]
     hint = f". HINT: it is in {below[0]} there: --features_dir {Path(directory) / below[0]}." if below else ""
     raise FeatureFileError(
         f"slide {slide_id} must have one file of features, {', '.join(SUFFIXES)}, got {names} ({directory}){hint}"
@@ -178,25 +178,25 @@ def _side_of(coords: np.ndarray) -> float | None:
     for along, across in ((0, 1), (1, 0)):
         ordered = coords[np.lexsort((coords[:, along], coords[:, across]))]
         beside = np.diff(ordered[:, across]) == 0
-        found = np.diff(ordered[:, along])[beside]
-        steps.append(found[found > 0])
-    smallest = [int(_commonest(found)) for found in steps if len(found)]
+        gaps = np.diff(ordered[:, along])[beside]
+        steps.append(gaps[gaps > 0])
+    smallest = [int(_commonest(gaps)) for gaps in steps if len(gaps)]
     if not smallest or min(smallest) > MAX_GUESSED_SIDE or max(smallest) != min(smallest):
         return None
     side = smallest[0]
     if len(smallest) == 1:
-        (line,) = (found for found in steps if len(found))
+        (line,) = (gaps for gaps in steps if len(gaps))
         return float(side) if len(line) > 1 and (line == side).all() else None
     return float(side) if _share_with_neighbour(coords, side) >= SOLID else None
 
 
 def _commonest(values: np.ndarray) -> int:
-    found, counts = np.unique(values, return_counts=True)
-    return int(found[counts.argmax()])
+    distinct, counts = np.unique(values, return_counts=True)
+    return int(distinct[counts.argmax()])
 
 
 def _share_with_neighbour(coords: np.ndarray, side: int) -> float:
-    places = {tuple(place) for place in coords.tolist()}
+    places = {tuple(corner) for corner in coords.tolist()}
     around = ((side, 0), (-side, 0), (0, side), (0, -side))
     return sum(any((x + dx, y + dy) in places for dx, dy in around) for x, y in places) / len(places)
 
@@ -266,18 +266,18 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 def _bag_shape(shape: Sequence[int], path: Path) -> tuple[int, int]:
-    own = tuple(shape)
-    if len(own) == 3 and own[0] == 1:
-        own = own[1:]
-    if len(own) != 2 or 0 in own:
-        raise FeatureFileError(f"features must be [N, D] with N >= 1, got {list(own)} ({path})")
-    return own[0], own[1]
+    sizes = tuple(shape)
+    if len(sizes) == 3 and sizes[0] == 1:
+        sizes = sizes[1:]
+    if len(sizes) != 2 or 0 in sizes:
+        raise FeatureFileError(f"features must be [N, D] with N >= 1, got {list(sizes)} ({path})")
+    return sizes[0], sizes[1]
 
 
-def _no_features(found: Mapping[Any, Any], path: Path) -> FeatureFileError:
+def _no_features(content: Mapping[Any, Any], path: Path) -> FeatureFileError:
     """What is in a file in the place of `features`, and what would make it readable."""
-    entries = [f"{name!r} {_kind(value)}" for name, value in sorted(found.items(), key=lambda item: str(item[0]))]
-    like = [name for name, value in found.items() if len(_shape(value)) in (2, 3) and 0 not in _shape(value)]
+    entries = [f"{name!r} {_kind(value)}" for name, value in sorted(content.items(), key=lambda item: str(item[0]))]
+    like = [name for name, value in content.items() if len(_shape(value)) in (2, 3) and 0 not in _shape(value)]
     likely = [name for name in like if str(name) not in ("coords", "coordinates")]
     write = {
         ".h5": "file.move({0!r}, 'features') with h5py.File(path, 'a')",
@@ -323,18 +323,20 @@ def _read_pt(path: Path) -> tuple[Tensor, Tensor | None]:
 def _pt_tensors(path: Path, mmap: bool) -> tuple[Tensor, Tensor | None]:
     if not mmap and zipfile.is_zipfile(path):
         _require_checksums(path)
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    if isinstance(found, Mapping):
-        features, coords = found.get("features"), found.get("coords")
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if isinstance(content, Mapping):
+        features, coords = content.get("features"), content.get("coords")
         if not isinstance(features, Tensor):
-            raise _no_features(found, path)
+            raise _no_features(content, path)
     else:
-        features, coords = found, None
+        features, coords = content, None
     if not isinstance(features, Tensor):
-        items = f" of {len(found)} {type(found[0]).__name__}" if isinstance(found, list | tuple) and found else ""
+        items = (
+            f" of {len(content)} {type(content[0]).__name__}" if isinstance(content, list | tuple) and content else ""
+        )
         raise FeatureFileError(
-            f"features in .pt must be a tensor, or a dict with 'features', got {type(found).__name__}{items} ({path}). "
-            "HINT: torch.save(features, path), of one tensor [N, D]."
+            f"features in .pt must be a tensor, or a dict with 'features', got {type(content).__name__}{items} "
+            f"({path}). HINT: torch.save(features, path), of one tensor [N, D]."
         )
     # Saved without no_grad they still ask for a gradient, of a graph that is gone.
     return features.detach(), coords.detach() if isinstance(coords, Tensor) else None
@@ -368,11 +370,11 @@ def _read_safetensors(path: Path) -> tuple[Tensor, Tensor | None]:
     with safe_open(str(path), framework="pt") as file:
         names = set(file.keys())
         _require_features(file, path)
-        found = {name: file.get_tensor(name) for name in ("features", "coords") if name in names}
+        tensors = {name: file.get_tensor(name) for name in ("features", "coords") if name in names}
         metadata = file.metadata() or {}
     if metadata.get("format") == FORMAT:
-        opened(metadata, {name: value.numpy() for name, value in found.items()})
-    return found["features"], found.get("coords")
+        opened(metadata, {name: value.numpy() for name, value in tensors.items()})
+    return tensors["features"], tensors.get("coords")
 
 
 class FeatureDataset(Dataset[tuple[Tensor, int, str]]):

@@ -251,28 +251,28 @@ def _parse_row(
     need_slides: bool,
     uses_splits: bool,
 ) -> SlideEntry:
-    slide_id, place = row["slide_id"], _place(row)
+    slide_id, where = row["slide_id"], _place(row)
     if not is_slide_id(slide_id):
         hint = "letters, digits, blanks and ._-+=@() are; at most 200 bytes"
         shown = slide_id if len(slide_id) <= 60 else f"{slide_id[:57]}..."
         problems.append(
             f"slide_id must be non-empty and fit for a file name, got {shown!r} ({row.place}). HINT: {hint}."
         )
-    problem = path_problem(row["path"], folder, place) if need_slides else None
+    problem = path_problem(row["path"], folder, where) if need_slides else None
     if problem is not None:
         problems.append(f"{problem}.")
-    mpp, problem = mpp_of(row["mpp"], table.decimal_comma, place)
+    mpp, problem = mpp_of(row["mpp"], table.decimal_comma, where)
     if problem is not None:
         problems.append(problem)
     split, patient = split_of(row["split"]), row["patient_id"]
     if uses_splits:
         if row["split"] and split is None:
             hint = "leave it empty" if says_missing(row["split"]) else split_hint(row["split"])
-            problems.append(f"split must be one of {', '.join(SPLITS)}, got {row['split']!r} ({place}). HINT: {hint}.")
+            problems.append(f"split must be one of {', '.join(SPLITS)}, got {row['split']!r} ({where}). HINT: {hint}.")
             split = row["split"]
         if says_missing(patient):
             problems.append(
-                f"patient_id must name the patient, got {patient!r} ({place}). "
+                f"patient_id must name the patient, got {patient!r} ({where}). "
                 "HINT: leave it empty where it is unknown, the slide is then a patient of its own."
             )
             patient = ""
@@ -283,16 +283,16 @@ def _parse_row(
 def _repeated_ids(slide_ids: Sequence[str], places: Sequence[str]) -> list[str]:
     first: dict[str, str] = {}
     problems = []
-    for slide_id, place in zip(slide_ids, places, strict=True):
+    for slide_id, row_place in zip(slide_ids, places, strict=True):
         if slide_id in first:
-            pair = (first[slide_id], place)
+            pair = (first[slide_id], row_place)
             plain = all(each.startswith("row ") for each in pair)
             where = "rows " + " and ".join(each[4:] for each in pair) if plain else " and ".join(pair)
             problems.append(
                 f"slide_id must be unique, got {slide_id!r} in {where}. "
                 "HINT: take one out, or name the slides by folder and file."
             )
-        first.setdefault(slide_id, place)
+        first.setdefault(slide_id, row_place)
     return problems
 
 

@@ -81,18 +81,18 @@ def require_store(directory: str, slides: Sequence[SlideEntry], grids: Sequence[
     """
     if not directory:
         return
-    found = [
+    answers = [
         store_problem(store_path(directory, entry.slide_id), grid, entry.path)
         for entry, grid in zip(slides, grids, strict=True)
     ]
-    problems = [problem for problem in found if problem]
+    problems = [problem for problem in answers if problem]
     if problems:
         raise ManifestError(f"tile store {directory}", problems)
     _tell_unrecorded(directory, slides)
 
 
 def _tell_unrecorded(directory: str | Path, slides: Sequence[SlideEntry]) -> None:
-    """One line where files are of a version that knew a slide by its size alone: they are kept, for packing is long."""
+    """One line where files are of a version that knew a slide by its size alone: they are kept, as packing is long."""
     count = sum(lacks_fingerprint(store_path(directory, entry.slide_id)) for entry in slides)
     if count:
         logger.warning(

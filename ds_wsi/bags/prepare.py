@@ -23,10 +23,10 @@ def read_dataset(dataset: str, root: str | Path, reading: Mapping[str, Any]) -> 
         ValueError: an option that this dataset's reader has not.
     """
     reader = DATASETS[dataset]
-    known = list(inspect.signature(reader).parameters)[1:]
-    unknown = [name for name in reading if name not in known]
+    options = list(inspect.signature(reader).parameters)[1:]
+    unknown = [name for name in reading if name not in options]
     if unknown:
-        raise ValueError(f"options of {dataset} must be of {', '.join(known)}, got {unknown[0]}. HINT: leave it out.")
+        raise ValueError(f"options of {dataset} must be of {', '.join(options)}, got {unknown[0]}. HINT: leave it out.")
     return reader(root, **reading)
 
 
@@ -100,10 +100,10 @@ def write_manifests(manifests: Sequence[Manifest], path: str | Path) -> tuple[Pa
     path = Path(path)
     several = [path.with_name(f"{path.stem}_{number}{path.suffix}") for number in range(len(manifests))]
     paths = several if len(manifests) > 1 else [path]
-    for place in paths:
-        require_own_manifest(place)
-    for manifest, place in zip(manifests, paths, strict=True):
-        write_manifest(manifest, place)
+    for target in paths:
+        require_own_manifest(target)
+    for manifest, target in zip(manifests, paths, strict=True):
+        write_manifest(manifest, target)
     return tuple(paths)
 
 
@@ -113,7 +113,7 @@ def require_own_manifest(path: str | Path) -> None:
     Raises:
         ValueError: a file that `write_manifest` did not write has the name.
     """
-    require_ours(Path(path), lambda place: begins_with(place, MANIFEST_HEAD), "the manifest's name")
+    require_ours(Path(path), lambda file: begins_with(file, MANIFEST_HEAD), "the manifest's name")
 
 
 def write_external(

@@ -77,13 +77,13 @@ def _line(group: Sequence[_Parts]) -> str:
 
 def _parts(problem: str) -> _Parts:
     text, *hint = _HINT.split(problem, maxsplit=1)
-    place = ""
+    where = ""
     if text.endswith(")"):
         depth = 0
         for start in range(len(text) - 1, -1, -1):
             depth += (text[start] == ")") - (text[start] == "(")
             if depth == 0:
-                text, place = text[:start].rstrip(), text[start + 1 : -1]
+                text, where = text[:start].rstrip(), text[start + 1 : -1]
                 break
     rule, _, value = text.partition(", got ")
-    return _Parts(rule, value, place, hint[0] if hint else "")
+    return _Parts(rule, value, where, hint[0] if hint else "")

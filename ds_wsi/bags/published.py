@@ -48,12 +48,12 @@ def find_folds(folder: str | Path) -> tuple[Path, ...]:
         ManifestError: none, or a number is missing or there twice.
     """
     folder = Path(folder)
-    found: dict[int, list[Path]] = defaultdict(list)
+    paths_of: dict[int, list[Path]] = defaultdict(list)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = FOLD.fullmatch(path.name)
         if match and (path.is_dir() or path.suffix == ".csv"):
-            found[int(match[1])].append(path)
-    numbers = sorted(found)
+            paths_of[int(match[1])].append(path)
+    numbers = sorted(paths_of)
     if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))) or numbers[0] > 1:
         raise ManifestError(
             f"folds in {folder}",
@@ -62,13 +62,13 @@ def find_folds(folder: str | Path) -> tuple[Path, ...]:
                 "HINT: give the folder of splits_0.csv, splits_1.csv, ... or of NAME_k=0, NAME_k=1, ..."
             ],
         )
-    twice = [str(path) for paths in found.values() if len(paths) > 1 for path in paths]
+    twice = [str(path) for paths in paths_of.values() if len(paths) > 1 for path in paths]
     if twice:
         raise ManifestError(
             f"folds in {folder}",
             [f"a fold must be there once, got {', '.join(twice)}. HINT: keep one cohort per folder."],
         )
-    return tuple(found[number][0] for number in numbers)
+    return tuple(paths_of[number][0] for number in numbers)
 
 
 def apply_split(
@@ -91,11 +91,11 @@ def apply_split(
     Raises:
         ManifestError: lists every problem at once.
     """
-    known = {slide.slide_id: slide for slide in manifest.slides}
-    rows = _with_ids(list(_read(Path(split), test)), tuple(known), split)
+    slide_of = {slide.slide_id: slide for slide in manifest.slides}
+    rows = _with_ids(list(_read(Path(split), test)), tuple(slide_of), split)
     problems = _row_problems(rows, manifest)
     listed = {row.slide: row for row in rows}
-    left = [name for name in known if name not in listed]
+    left = [name for name in slide_of if name not in listed]
     if left and not keep_listed:
         problems += [
             f"slide must be in the split, got {name!r} in none of it ({split}). HINT: --keep_listed drops such slides."
@@ -105,7 +105,7 @@ def apply_split(
         logger.info("%s: %d slides that it does not name are left out", split, len(left))
     slides = [
         replace(slide, split=listed[name].split, patient_id=listed[name].patient or slide.patient_id)
-        for name, slide in known.items()
+        for name, slide in slide_of.items()
         if name in listed
     ]
     out = replace(
@@ -120,38 +120,38 @@ def apply_split(
     return out
 
 
-def _with_ids(rows: Sequence[PublishedRow], known: Sequence[str], split: str | Path) -> list[PublishedRow]:
+def _with_ids(rows: Sequence[PublishedRow], slide_ids: Sequence[str], split: str | Path) -> list[PublishedRow]:
     """The rows with the cohort's names for their slides, which the files give as names, paths, or numbers.
 
     pandas writes a column of whole numbers that is shorter than the longest as floats: 7.0 is slide 7. A number is
     taken for the one slide of the cohort whose name has its value.
     """
-    named = set(known)
+    named = set(slide_ids)
     by_value: dict[float, list[str]] = defaultdict(list)
-    for slide in known:
+    for slide in slide_ids:
         value = number_of(slide)
         if value is not None:
             by_value[value].append(slide)
-    found, as_numbers = [], []
+    renamed, as_numbers = [], []
     for row in rows:
         slide = next((name for name in (slide_name(row.slide), path_name(row.slide)) if name in named), "")
         value = None if slide else number_of(row.slide, decimal_comma=True)
         if value is not None and len(by_value[value]) == 1:
             slide = by_value[value][0]
             as_numbers.append(f"{row.slide} is {slide}")
-        found.append(replace(row, slide=slide or slide_name(row.slide)))
+        renamed.append(replace(row, slide=slide or slide_name(row.slide)))
     if as_numbers:
         logger.info("%s: %d slides are read as numbers (%s ...)", split, len(as_numbers), as_numbers[0])
-    return found
+    return renamed
 
 
 def _row_problems(rows: Sequence[PublishedRow], manifest: Manifest) -> list[str]:
-    known = {slide.slide_id: slide for slide in manifest.slides}
+    slide_of = {slide.slide_id: slide for slide in manifest.slides}
     problems = []
     places: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         places[row.slide].append(f"{row.split} ({row.place})")
-        slide = known.get(row.slide)
+        slide = slide_of.get(row.slide)
         if slide is None:
             problems.append(
                 f"slide of the split must be in the cohort, got {row.slide!r} ({row.place}). "
@@ -163,9 +163,9 @@ def _row_problems(rows: Sequence[PublishedRow], manifest: Manifest) -> list[str]
                 f"(slide {row.slide}, {row.place}). HINT: is it the split of this dataset?"
             )
     problems += [
-        f"slide must be in the split once, got {slide!r} in {' and '.join(found)}. HINT: take one of them out."
-        for slide, found in places.items()
-        if len(found) > 1
+        f"slide must be in the split once, got {slide!r} in {' and '.join(row_places)}. HINT: take one of them out."
+        for slide, row_places in places.items()
+        if len(row_places) > 1
     ]
     counts = Counter(row.split for row in rows)
     problems += [

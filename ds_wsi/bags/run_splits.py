@@ -59,10 +59,10 @@ def with_run_splits(manifest: Manifest, splits: RunSplits | None) -> Manifest:
     """A manifest without splits with those of the run; slides that the run did not have stay without one."""
     if splits is None or any(slide.split for slide in manifest.slides):
         return manifest
-    found = tuple(replace(slide, split=splits.split_of.get(slide.slide_id)) for slide in manifest.slides)
-    known = sum(slide.split is not None for slide in found)
-    logger.info("splits are the run's, of its %s: %d of %d slides have one", FILE_NAME, known, len(found))
-    return replace(manifest, slides=found)
+    slides = tuple(replace(slide, split=splits.split_of.get(slide.slide_id)) for slide in manifest.slides)
+    n_split = sum(slide.split is not None for slide in slides)
+    logger.info("splits are the run's, of its %s: %d of %d slides have one", FILE_NAME, n_split, len(slides))
+    return replace(manifest, slides=slides)
 
 
 def warn_of_overlap(slides: Sequence[SlideEntry], splits: RunSplits | None) -> None:
@@ -81,11 +81,13 @@ def warn_of_overlap(slides: Sequence[SlideEntry], splits: RunSplits | None) -> N
             *(len(of_run["validation"]), len(slides), _some(slide.slide_id for slide in of_run["validation"])),
         )
     others = [slide for slide in slides if splits.split_of.get(slide.slide_id) not in ("train", "validation")]
-    known = sorted({slide.patient_id for slide in others} & splits.patients["train"])
-    if known:
-        logger.warning("%d evaluated patients have other slides in the run's training (%s)", len(known), _some(known))
+    patients = sorted({slide.patient_id for slide in others} & splits.patients["train"])
+    if patients:
+        logger.warning(
+            "%d evaluated patients have other slides in the run's training (%s)", len(patients), _some(patients)
+        )
 
 
 def _some(names: Iterable[str]) -> str:
-    found = list(names)
-    return ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+    listed = list(names)
+    return ", ".join(listed[:SHOWN]) + (", ..." if len(listed) > SHOWN else "")

@@ -19,10 +19,10 @@ def slide_fingerprints(slides: Iterable[SlideEntry]) -> list[Fingerprint | None]
 def fingerprint_of(slide: SlideEntry) -> Fingerprint | None:
     """The fingerprint of the slide's file; None where it cannot be read, or is empty as failed downloads are."""
     try:
-        found = slide_fingerprint(slide.path)
+        fingerprint = slide_fingerprint(slide.path)
     except OSError:
         return None
-    return found if found.n_bytes else None
+    return fingerprint if fingerprint.n_bytes else None
 
 
 def files_across_splits(slides: Sequence[SlideEntry], known_by: Sequence[object | None]) -> list[str]:
@@ -65,11 +65,11 @@ def require_files_apart(manifest: Manifest, known_by: Sequence[object | None] | 
 
 def _shared(slides: Sequence[SlideEntry], known_by: Sequence[object | None]) -> list[list[SlideEntry]]:
     """The slides of each file that several ids name."""
-    found: dict[object, dict[str, SlideEntry]] = defaultdict(dict)
-    for slide, known in zip(slides, known_by, strict=True):
-        if known is not None:
-            found[known].setdefault(slide.slide_id, slide)
-    return [list(same.values()) for same in found.values() if len(same) > 1]
+    slides_of: dict[object, dict[str, SlideEntry]] = defaultdict(dict)
+    for slide, content in zip(slides, known_by, strict=True):
+        if content is not None:
+            slides_of[content].setdefault(slide.slide_id, slide)
+    return [list(same.values()) for same in slides_of.values() if len(same) > 1]
 
 
 def _named(same: Sequence[SlideEntry]) -> str:

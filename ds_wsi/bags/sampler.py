@@ -32,7 +32,7 @@ class StepPlan:
     def as_one(self) -> "StepPlan":
         """The same step in one micro-step."""
         by_rank = zip(*self.micro_steps, strict=True)
-        return StepPlan((tuple(tuple(slide for own in rank for slide in own) for rank in by_rank),))
+        return StepPlan((tuple(tuple(slide for bags in rank for slide in bags) for rank in by_rank),))
 
 
 def plan_epoch(
@@ -77,7 +77,7 @@ def _deal_by_policy(
         )
     except OverCapError as error:
         raise OverCapError(None if error.bag is None else slides[error.bag], str(error)) from error
-    owned = [tuple(slides[index] for index in own) for own in dealt]
+    owned = [tuple(slides[index] for index in indices) for indices in dealt]
     groups = layout.groups
     return StepPlan(tuple(tuple(owned[micro * groups : (micro + 1) * groups]) for micro in range(layout.micro_steps)))
 
@@ -86,7 +86,9 @@ def _deal(slides: Sequence[int], layout: StepLayout) -> StepPlan:
     per_group = [tuple(slides[group :: layout.groups]) for group in range(layout.groups)]
     size = layout.bags_per_group
     return StepPlan(
-        tuple(tuple(own[micro * size : (micro + 1) * size] for own in per_group) for micro in range(layout.micro_steps))
+        tuple(
+            tuple(bags[micro * size : (micro + 1) * size] for bags in per_group) for micro in range(layout.micro_steps)
+        )
     )
 
 

@@ -67,9 +67,9 @@ class SlidePolicy:
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         if names & there:
             return None
-        found = f"{len(there)} other files" if folder.is_dir() else "no such folder"
+        got = f"{len(there)} other files" if folder.is_dir() else "no such folder"
         return (
-            f"--tissue_masks must hold the mask of a slide, <slide_id>.geojson or .png, got {found} ({folder}). HINT: "
+            f"--tissue_masks must hold the mask of a slide, <slide_id>.geojson or .png, got {got} ({folder}). HINT: "
             "name them after the slide_id; `ds-wsi tile --export_masks DIR` writes some."
         )
 
@@ -125,19 +125,19 @@ def write_skipped(directory: str | Path, skipped: Sequence[SkippedSlide]) -> Non
 
 def tell_tissue(grids: Sequence[TileGrid], with_masks: bool) -> None:
     """Log the share of tissue over all slides, and warn of slides where it is extreme, one line per kind."""
-    found = [(grid, grid.tissue) for grid in grids if grid.tissue is not None and grid.policy.tissue != "none"]
+    measured = [(grid, grid.tissue) for grid in grids if grid.tissue is not None and grid.policy.tissue != "none"]
     if with_masks:
-        masked = sum(bool(tissue.mask) for _, tissue in found)
+        masked = sum(bool(tissue.mask) for _, tissue in measured)
         logger.info("tissue: %d of %d slides by their masks, the others by --tissue", masked, len(grids))
-    if not found:
+    if not measured:
         return
-    shares = [tissue.share for _, tissue in found]
-    kept, whole = sum(len(grid) for grid, _ in found), sum(tissue.n_whole for _, tissue in found)
+    shares = [tissue.share for _, tissue in measured]
+    kept, whole = sum(len(grid) for grid, _ in measured), sum(tissue.n_whole for _, tissue in measured)
     logger.info(
         "tissue: %.0f%% of the scanned area (%.0f%% to %.0f%% a slide); %d of %d tiles kept (%.0f%%)",
         *(100 * sum(shares) / len(shares), 100 * min(shares), 100 * max(shares), kept, whole, 100 * kept / whole),
     )
-    by_rule = [(grid, tissue) for grid, tissue in found if not tissue.mask]
+    by_rule = [(grid, tissue) for grid, tissue in measured if not tissue.mask]
     kinds = (
         (
             f"are tissue nearly everywhere (over {ALMOST_ALL:.0%}): crops are, else glass was taken for tissue",
@@ -159,7 +159,7 @@ def tell_tissue(grids: Sequence[TileGrid], with_masks: bool) -> None:
     for words, some in kinds:
         if some:
             _warn(f"{words}. HINT: look at them with `ds-wsi tile --export_masks DIR`; --tissue has other rules", some)
-    unreadable = [grid for grid, tissue in found if tissue.n_unreadable]
+    unreadable = [grid for grid, tissue in measured if tissue.n_unreadable]
     if unreadable:
         n_tiles = sum(grid.tissue.n_unreadable for grid in unreadable if grid.tissue is not None)
         _warn(

@@ -81,7 +81,7 @@ def fold_splits(
     fold_of = _draw(manifest, {str(fold): 1 / folds for fold in range(folds)}, f"{seed}-folds")
     drawn = []
     for fold in range(folds):
-        split_of = {patient: "test" if own == str(fold) else "train" for patient, own in fold_of.items()}
+        split_of = {patient: "test" if test_fold == str(fold) else "train" for patient, test_fold in fold_of.items()}
         drawn.append(hold_out_validation(_with_splits(manifest, split_of), validation_fraction, seed))
     return tuple(drawn)
 

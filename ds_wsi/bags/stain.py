@@ -27,7 +27,7 @@ def shift_stains(tiles: Tensor, gains: Tensor, offsets: Tensor) -> Tensor:
     mix = (stains.inverse() @ torch.diag(gains.double()) @ stains).tolist()
     constant = (offsets.double() @ stains).tolist()
     density = ((tiles + 1) / 256).log_().neg_()  # black has a density too
-    # A channel at a time, for a matrix product's rounding depends on how many tiles there are.
+    # A channel at a time, because a matrix product's rounding depends on how many tiles there are.
     red, green, blue = density.unbind(1)
     shifted = [
         red * mix[0][channel] + green * mix[1][channel] + blue * mix[2][channel] + constant[channel]

@@ -45,8 +45,8 @@ def cohort_lines(manifest: Manifest, lengths: Sequence[int] = ()) -> list[tuple[
         lines.append(("no label", *(_count(slides, rows, None) for rows in columns.values())))
     if lengths:
         taken = [[lengths[row] for row in rows] for rows in columns.values()]
-        lines.append(("tiles", *(str(sum(own)) for own in taken)))
-        lines.append(("tiles per slide", *(f"{min(own)} to {max(own)}" for own in taken)))
+        lines.append(("tiles", *(str(sum(tiles)) for tiles in taken)))
+        lines.append(("tiles per slide", *(f"{min(tiles)} to {max(tiles)}" for tiles in taken)))
     return lines
 
 
@@ -55,16 +55,18 @@ def class_warnings(manifest: Manifest) -> list[str]:
     train, test = manifest.in_split("train"), manifest.in_split("test")
     if not train:
         return []
-    found = []
+    warnings = []
     trained, tested = ({slide.label for slide in part} for part in (train, test))
     for index, name in enumerate(manifest.classes):
         if index not in trained:
             others = [split for split in SPLITS[1:] if any(s.label == index for s in manifest.in_split(split))]
             where = f"occurs in {' and '.join(others)} alone" if others else "has no slide"
-            found.append(f"class {name} {where}: nothing is learned of it. HINT: another split, or take its rows out")
+            warnings.append(
+                f"class {name} {where}: nothing is learned of it. HINT: another split, or take its rows out"
+            )
         elif test and index not in tested:
-            found.append(f"class {name} has no slide in the test split, which leaves its metrics undefined")
-    return found
+            warnings.append(f"class {name} has no slide in the test split, which leaves its metrics undefined")
+    return warnings
 
 
 def _count(slides: Sequence[SlideEntry], rows: Sequence[int], label: int | None) -> str:

@@ -96,11 +96,11 @@ def answers(
             waiting.append(request)
         while waiting:
             request = waiting.popleft()
-            found = pool.take(request)
+            answer = pool.take(request)
             for following in islice(source, 1):
                 pool.ask(following)
                 waiting.append(following)
-            yield request, found
+            yield request, answer
 
 
 class _Worker:
@@ -109,13 +109,13 @@ class _Worker:
     def __init__(self, job: Job, number: int) -> None:
         self.number = number
         self.place = mmap.mmap(-1, _PLACE.size)  # shared: where the worker is, even after its death
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         # The kernel's word for a parent is the thread that forks: another than the main one may end before the process.
         dies_along = threading.current_thread() is threading.main_thread()
-        arguments = (theirs, job, self.place, number, os.getpid(), dies_along)
+        arguments = (child_end, job, self.place, number, os.getpid(), dies_along)
         self.process = _CONTEXT.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
-        theirs.close()  # the end of the process is then the end of the stream
+        child_end.close()  # the end of the process is then the end of the stream
         self.socket.setblocking(False)
         self.to_send = bytearray()
         self.received = bytearray()
@@ -161,9 +161,9 @@ class _Worker:
         end = _LENGTH.size + _LENGTH.unpack_from(self.received)[0]
         if len(self.received) < end:
             return None
-        found = pickle.loads(self.received[_LENGTH.size : end])
+        message = pickle.loads(self.received[_LENGTH.size : end])
         del self.received[:end]
-        return found
+        return message
 
     def kill(self) -> None:
         """End the process, whatever it does."""
@@ -220,7 +220,7 @@ class _Pool:
         worker = self.workers[self.taken % len(self.workers)]
         self.taken += 1
         started = time.monotonic()
-        while (found := worker.message()) is None:
+        while (message := worker.message()) is None:
             if worker.ended:
                 raise WorkerError(self._death(worker, request))
             waited = time.monotonic() - started
@@ -231,9 +231,9 @@ class _Pool:
                 if other is not worker and other.to_send:
                     other.send()
             worker.pump(min(LOOK_S, max(0.01, self.timeout_s - waited)) if self.timeout_s else LOOK_S)
-        if isinstance(found, ExceptionWrapper):
-            found.reraise()
-        return _received(found, worker)
+        if isinstance(message, ExceptionWrapper):
+            message.reraise()
+        return _received(message, worker)
 
     def _at(self, worker: _Worker, request: Any) -> str:
         return self.describe(request, _PLACE.unpack_from(worker.place)[0])
@@ -257,8 +257,8 @@ class _Pool:
         )
 
 
-def _received(found: tuple[Any, ...], worker: _Worker) -> Answer:
-    shape, dtype, is_last, more = found
+def _received(message: tuple[Any, ...], worker: _Worker) -> Answer:
+    shape, dtype, is_last, more = message
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.numel():
         if not worker.files:  # the kernel leaves out what this process has no descriptor for
@@ -311,15 +311,15 @@ def _tell_transport() -> None:
         )
 
 
-def _work(theirs: socket.socket, job: Job, place: mmap.mmap, number: int, parent: int, dies_along: bool) -> None:
+def _work(child_end: socket.socket, job: Job, shared: mmap.mmap, number: int, parent: int, dies_along: bool) -> None:
     """The worker: answers until its parent is gone."""
     if dies_along:  # stopped, or in a read that does not come back, it would outlive one that is killed
         end_with_parent()
     for ignored in _IGNORED:
         signal.signal(ignored, signal.SIG_IGN)
     torch.set_num_threads(1)
-    job.tell = lambda row: _PLACE.pack_into(place, 0, row)
-    link = _Link(theirs, parent)
+    job.tell = lambda row: _PLACE.pack_into(shared, 0, row)
+    link = _Link(child_end, parent)
     while True:
         request = pickle.loads(link.receive())
         job.tell(-1)
@@ -359,8 +359,8 @@ def _stored(tensor: Tensor, more: Any) -> tuple[bytes, int | None]:
 class _Link:
     """A worker's end of the socket; the process ends when its parent has."""
 
-    def __init__(self, theirs: socket.socket, parent: int) -> None:
-        self.socket, self.parent = theirs, parent
+    def __init__(self, child_end: socket.socket, parent: int) -> None:
+        self.socket, self.parent = child_end, parent
         self.socket.settimeout(LOOK_S)
 
     def receive(self) -> bytes:
@@ -368,18 +368,18 @@ class _Link:
         return self._exactly(_LENGTH.unpack(self._exactly(_LENGTH.size))[0])
 
     def _exactly(self, n_bytes: int) -> bytes:
-        found = bytearray()
-        while len(found) < n_bytes:
+        received = bytearray()
+        while len(received) < n_bytes:
             try:
-                data = self.socket.recv(n_bytes - len(found))
+                data = self.socket.recv(n_bytes - len(received))
                 if not data:
                     os._exit(0)
-                found += data
+                received += data
             except TimeoutError:
                 self._look()
             except OSError:
                 os._exit(0)
-        return bytes(found)
+        return bytes(received)
 
     def send(self, data: bytes, file: int | None) -> None:
         """A message, with a descriptor where there is one; waits while the parent is busy."""

@@ -27,7 +27,7 @@ class Moments:
     """Count, mean and sum of squared deviations of one population, per channel.
 
     Args:
-        count: elements per channel; of a population over ranks float64 [] on the device, for reading it there would
+        count: elements per channel; of a population over ranks float64 [] on the device, because reading it there would
             let the CPU wait.
         mean, m2: [C]; the biased variance is m2 / count.
     """

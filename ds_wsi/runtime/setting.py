@@ -43,7 +43,7 @@ class Setting:
         needs: another field of the dataclass and the values of it with which this one has an effect; no values: any
             but the empty one.
         column: whether tables of runs have a column for it, so that it does not part runs within a cell.
-        resolved: where it decides by what it stands for: the name under which that is compared.
+        resolved: the name under which what the value stands for is compared, where that decides.
         bare: the value of an option that is given without one; None: it must be given one.
         metavar: what the help page calls the value; empty: by its kind.
     """

@@ -47,7 +47,7 @@ def stream_bag(
         tiles: [N, ...], on any device; or a sequence of chunks that can be read twice, alike both times.
         chunk_size: tiles per chunk of a tensor.
         prepare: applied to a chunk on the encoder's device, before the encoder.
-        keep_chunks: how many keep their graph: as many as fit.
+        keep_chunks: chunks that keep their graph, as many as fit.
         group: ranks that share the bag, each with tiles of its own, perhaps none. One all-reduce of maxima and one of
             sums in forward, one of gradients in backward.
         seed: the seed of the aggregator's head, the same on all ranks of a group.

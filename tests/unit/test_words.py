@@ -29,7 +29,7 @@ HELD = {
     "subject": CLEAN,
     "per": tuple(name for name in CLEAN if name != "norms"),  # training matches the text of an error of norms
     "because": CLEAN,
-    "name": tuple(name for name in CLEAN if name != "bags"),
+    "name": CLEAN,
 }
 PROSE = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
@@ -132,6 +132,7 @@ def test_each_rule_finds_what_is_planted():
         "imported here, for help needs none",
         "A copy, for the payload may begin anywhere.",
         "It sends nothing, for they are there.",
+        "They are kept, for packing is long.",
         "They share it evenly, for each of them plans by itself.",
     ],
 )
@@ -148,6 +149,8 @@ def test_a_wrong_word_is_found(text):
         "a layer reads a tile's rows",
         "JPEG, for the tiles that cannot be copied",
         "a hazard, for a loss of your own",
+        "their means, for optimizers that every rank has whole",
+        "HINT: for two classes give both columns",
         "read a chunk at a time",
         "two gradients, for the next step",
     ],

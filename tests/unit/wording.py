@@ -35,13 +35,12 @@ A_FOR_PER = re.compile(
 )
 VERBS = (
     "is|are|was|were|has|have|had|can|cannot|may|must|does|do|did|will|would|covers?|needs?|enters?|begins?|names?|takes?|"
-    "goes|holds?|knows?|reads?|keeps?|makes?|gives?|tells?|costs?|ends?|comes?|stands?|plans?"
+    "goes|holds?|knows?|reads?|keeps?|makes?|gives?|tells?|costs?|ends?|comes?|stands?|plans?|depends?|turns?|lets?"
 )
-PLAIN = r"(?!(?:that|which|whose|who|where|when|what)\b)[\w-]+"  # no word that begins a clause
+PLAIN = r"(?!(?:that|which|whose|who|where|when|what)\b)[\w'-]+"  # no word that begins a clause
 FOR_AS_BECAUSE = re.compile(
     r"[,;:] for (?:it|they|there|nothing|he|we|neither)\b(?! of\b)"
-    r"|[,;:] for (?:the|an?|its|their|each|some|any|these|this|all|that|no|one|[\w-]+s)"
-    rf"(?: {PLAIN}){{0,4}}? (?:{VERBS})\b"
+    rf"|[,;] for {PLAIN}(?: {PLAIN}){{0,4}}? (?:{VERBS})\b"
     r"|\b[Hh]ere,? for\b"
 )
 

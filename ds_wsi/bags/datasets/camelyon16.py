@@ -44,8 +44,8 @@ def read_camelyon16(
         slide_id = slide_name(row["image"])
         label = as_target(row["type" if target == "tumor" else "class"], target)
         if _check(builder, row) and slide_id in corrected:
-            own, label = label, corrected[slide_id][0]
-            changed, removed = changed + (label not in (own, REMOVE)), removed + (label == REMOVE)
+            given, label = label, corrected[slide_id][0]
+            changed, removed = changed + (label not in (given, REMOVE)), removed + (label == REMOVE)
         if label == REMOVE:
             continue
         split = "test" if row["image"].startswith("test_") else "train"

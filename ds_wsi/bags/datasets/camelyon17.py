@@ -57,15 +57,15 @@ def read_camelyon17(
     corrected = read_corrections(builder, corrections, target)
     official = [row for row in rows if not _is_patient(builder, row)]
     slides = [(slide_name(row["name"]), as_target(_stage(builder, row), target), row) for row in official]
-    known = {name for name, *_ in slides}
+    listed = {name for name, *_ in slides}
     extra = [
         (name, label, row)
         for name, (label, row) in corrected.items()
-        if name not in known and _patient_number(name) >= TRAINING_PATIENTS
+        if name not in listed and _patient_number(name) >= TRAINING_PATIENTS
     ]
-    unknown_slides(builder, corrected, known | {name for name, *_ in extra})
-    for name, own, row in slides + extra:
-        label = corrected[name][0] if name in corrected else own
+    unknown_slides(builder, corrected, listed | {name for name, *_ in extra})
+    for name, given, row in slides + extra:
+        label = corrected[name][0] if name in corrected else given
         if label == REMOVE:
             continue
         center = _center(name)
@@ -115,4 +115,4 @@ def _places(root: Path, name: str, patient: str, center: str | None) -> list[Pat
     folders = [root / "images", root / "training", root / "testing", root / "testing" / "patients"]
     if center is not None:
         folders = [root / "training" / f"center_{center}", root / f"center_{center}", *folders[:2]]
-    return [place / f"{name}.tif" for folder in folders for place in (folder, folder / patient)]
+    return [parent / f"{name}.tif" for folder in folders for parent in (folder, folder / patient)]

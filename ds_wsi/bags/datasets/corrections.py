@@ -41,19 +41,19 @@ def classes_of(target: str) -> tuple[str, ...]:
 
 def read_corrections(builder: CohortBuilder, path: str | Path | None, target: str) -> dict[str, tuple[str, LabelRow]]:
     """Slide -> (label in the target's words, or `remove`, and its row); problems are noted in the builder."""
-    found: dict[str, tuple[str, LabelRow]] = {}
+    corrected: dict[str, tuple[str, LabelRow]] = {}
     for row in read_table(path, COLUMNS, ("slide", "label")) if path else ():
         label = as_target(row["label"], target)
         hint = "write the label in these words; a number above 0 names no stage"
         builder.require(row, "corrected label", label, (*builder.classes, REMOVE), hint)
         name = slide_name(row["slide"])
-        if name in found:
+        if name in corrected:
             builder.problems.append(
-                f"slide must be corrected once, got {name!r} in {found[name][1].place} and {row.place}. "
+                f"slide must be corrected once, got {name!r} in {corrected[name][1].place} and {row.place}. "
                 "HINT: take one of the rows out."
             )
-        found.setdefault(name, (label, row))
-    return found
+        corrected.setdefault(name, (label, row))
+    return corrected
 
 
 def unknown_slides(builder: CohortBuilder, corrections: dict[str, tuple[str, LabelRow]], known: set[str]) -> None:

@@ -49,26 +49,26 @@ def read_custom(
         problem = f"folder of the slides must be there, got none ({root}). HINT: give the folder below which they lie."
         raise ManifestError(f"cohort in {root}", [problem])
     table = Path(labels or root / "labels.csv")
-    wanted = {
+    headings = {
         "slide": slide_column,
         "label": label_column,
         "patient": patient_column,
         "split": split_column,
         "mpp": mpp_column,
     }
-    columns = {name: (heading,) for name, heading in wanted.items() if heading}
+    columns = {name: (heading,) for name, heading in headings.items() if heading}
     present = read_delimited(table)[0] if table.is_file() else []
     absent = [name for name, (heading,) in columns.items() if present and heading not in present]
     if absent:
         raise ManifestError(
             f"labels {table}",
             [
-                f"labels must have a column {wanted[name]!r}, got {', '.join(present)} ({table.name}). "
+                f"labels must have a column {headings[name]!r}, got {', '.join(present)} ({table.name}). "
                 f"HINT: --{name}_column names yours."
                 for name in absent
             ],
         )
-    _tell_unused(table, present, wanted)
+    _tell_unused(table, present, headings)
     rows = read_table(table, columns, tuple(columns))
     builder = CohortBuilder(f"{table.name} with slides in {root}", classes_in(rows))
     builder.check_spellings(rows)
@@ -103,11 +103,11 @@ def read_custom(
 
 
 def _index(root: Path) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = defaultdict(list)
+    paths: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            found[slide_name(path.name)].append(path)
-    return dict(found)
+            paths[slide_name(path.name)].append(path)
+    return dict(paths)
 
 
 def _ends_with(path: Path, parts: Sequence[str]) -> bool:
@@ -125,14 +125,14 @@ def _named_by_path(rows: Sequence[LabelRow], table: Path) -> set[str]:
     return several
 
 
-def _tell_unused(table: Path, present: Sequence[str], wanted: Mapping[str, str | None]) -> None:
-    others = [heading for heading in present if heading and heading not in wanted.values()]
+def _tell_unused(table: Path, present: Sequence[str], headings: Mapping[str, str | None]) -> None:
+    others = [heading for heading in present if heading and heading not in headings.values()]
     if others:
         logger.info("%s: columns that are not used: %s", table.name, ", ".join(others))
     for heading in others:
-        column = meant(heading) or next((known for known in OPTIONAL if plain(known) == plain(heading)), "")
+        column = meant(heading) or next((option for option in OPTIONAL if plain(option) == plain(heading)), "")
         name = OPTIONAL.get(column)
-        if name and not wanted[name]:
+        if name and not headings[name]:
             logger.warning(
                 "%s: column %r looks like the %s. HINT: --%s_column %r", table.name, heading, name, name, heading
             )

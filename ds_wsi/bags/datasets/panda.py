@@ -54,14 +54,14 @@ def read_panda(
 
 
 def _dropped(builder: CohortBuilder, rows: list[LabelRow], drop: str | Path | None) -> set[str]:
-    known = {row["image_id"] for row in rows}
+    listed = {row["image_id"] for row in rows}
     named = read_names(drop, NAME_COLUMNS) if drop else []
     builder.problems += [
-        f"slide to drop must be in train.csv, got {slide_name(name)!r} ({place}). HINT: is it the list of this dataset?"
-        for name, place in named
-        if name not in known
+        f"slide to drop must be in train.csv, got {slide_name(name)!r} ({where}). HINT: is it the list of this dataset?"
+        for name, where in named
+        if name not in listed
     ]
-    return {name for name, _ in named} & known
+    return {name for name, _ in named} & listed
 
 
 def _check(builder: CohortBuilder, row: LabelRow) -> None:

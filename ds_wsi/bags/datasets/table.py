@@ -50,18 +50,21 @@ def read_table(path: str | Path, columns: Mapping[str, Sequence[str]], required:
             f"labels {path}", [f"labels must be a file, got none ({path}). HINT: give the dataset's own label file."]
         )
     headings, lines = read_delimited(path)
-    found = {name: next((heading for heading in known if heading in headings), None) for name, known in columns.items()}
+    heading_of = {
+        name: next((heading for heading in candidates if heading in headings), None)
+        for name, candidates in columns.items()
+    }
     problems = [
         f"labels must have a column {' or '.join(columns[name])}, got {', '.join(headings) or 'nothing'} "
         f"({path.name}). HINT: give the dataset's own label file."
         for name in required
-        if found[name] is None
+        if heading_of[name] is None
     ]
     if problems:
         raise ManifestError(f"labels {path}", problems)
     rows = [
         LabelRow(
-            {name: line[heading] for name, heading in found.items() if heading is not None},
+            {name: line[heading] for name, heading in heading_of.items() if heading is not None},
             f"{path.name}, row {line.line}",
             line.decimal_comma,
         )
@@ -128,10 +131,10 @@ class CohortBuilder:
 
     def require(self, row: LabelRow, name: str, value: str, allowed: Iterable[str], hint: str) -> bool:
         """Whether the value is one of those allowed; a problem is noted where it is not."""
-        known = tuple(allowed)
-        if value in known:
+        choices = tuple(allowed)
+        if value in choices:
             return True
-        self.problems.append(f"{name} must be one of {', '.join(known)}, got {value!r} ({row.place}). HINT: {hint}.")
+        self.problems.append(f"{name} must be one of {', '.join(choices)}, got {value!r} ({row.place}). HINT: {hint}.")
         return False
 
     def check_label(self, row: LabelRow, slide_id: str) -> None:
@@ -204,8 +207,8 @@ class CohortBuilder:
         split = [slide for slide in self.slides if slide.split]
         problems = self.problems + [f"{problem}. {hint}" for problem in patient_problems(split)]
         if not problems and len({slide.label for slide in self.slides}) < 2:
-            found = ", ".join(sorted({self.classes[slide.class_index] for slide in self.slides})) or "none"
-            problems.append(f"labels must take at least two values, got {found}. HINT: give the whole label file.")
+            labels = ", ".join(sorted({self.classes[slide.class_index] for slide in self.slides})) or "none"
+            problems.append(f"labels must take at least two values, got {labels}. HINT: give the whole label file.")
         if problems:
             raise ManifestError(self.source, problems)
         return Manifest(tuple(self.slides), self.classes, self.source)

@@ -73,11 +73,11 @@ def read_tcga(
 
 def _index(root: Path) -> dict[str, list[Path]]:
     """Slide name in lower case (tables differ in the case of the random part) -> its files below `root`."""
-    found: dict[str, list[Path]] = defaultdict(list)
+    paths: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            found[slide_name(path.name).lower()].append(path)
-    if not found:
+            paths[slide_name(path.name).lower()].append(path)
+    if not paths:
         raise ManifestError(
             f"TCGA in {root}",
             [
@@ -85,7 +85,7 @@ def _index(root: Path) -> dict[str, list[Path]]:
                 "HINT: give the folder of the downloads."
             ],
         )
-    return found
+    return paths
 
 
 def _table(labels: str | Path, label_column: str | None, places: dict[str, list[Path]]) -> list[LabelRow]:

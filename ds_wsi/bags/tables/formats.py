@@ -103,8 +103,8 @@ def _stamp(table: Table) -> tuple[Table, str]:
         table = table.with_column("path", files)
         words.append("FILENAME the path")
     renamed = {"PATIENT": "patient_id"}
-    known = {*COLUMNS, "PATIENT", "FILENAME", *_EXTRA_WORDS}
-    others = [heading for heading in table.headings if heading not in known]
+    meaningful = {*COLUMNS, "PATIENT", "FILENAME", *_EXTRA_WORDS}
+    others = [heading for heading in table.headings if heading not in meaningful]
     label = next((heading for heading in others if heading.lower() == "label"), None)
     if "label" not in table.headings and (label or len(others) == 1):
         renamed[label or others[0]] = "label"

@@ -18,7 +18,7 @@ _WORDS = {
     "mpp": "mppx mppy resolution micronsperpixel micronperpixel umperpx umperpixel umpx pixelsize spacing pixelspacing",
     "center": "centre",
 }
-SYNONYMS: Mapping[str, tuple[str, ...]] = {known: tuple(words.split()) for known, words in _WORDS.items()}
+SYNONYMS: Mapping[str, tuple[str, ...]] = {column: tuple(words.split()) for column, words in _WORDS.items()}
 # As pandas names the columns that a join found twice.
 _JOINED = re.compile(r"(.+?)(?:\.\d+|_x|_y|_left|_right)")
 
@@ -33,11 +33,11 @@ def meant(heading: str) -> str | None:
     name = plain(heading)
     if heading in COLUMNS or not name:
         return None
-    for known, words in SYNONYMS.items():
-        if name == plain(known) or name in words or re.fullmatch(rf"(?:{'|'.join(words)})\d+", name):
-            return known
-    near = difflib.get_close_matches(name, [plain(known) for known in COLUMNS], 1, NEAR)
-    return next((known for known in COLUMNS if near and plain(known) == near[0]), None)
+    for column, words in SYNONYMS.items():
+        if name == plain(column) or name in words or re.fullmatch(rf"(?:{'|'.join(words)})\d+", name):
+            return column
+    near = difflib.get_close_matches(name, [plain(column) for column in COLUMNS], 1, NEAR)
+    return next((column for column in COLUMNS if near and plain(column) == near[0]), None)
 
 
 def heading_problems(headings: Sequence[str], used: Collection[str]) -> list[str]:
@@ -52,17 +52,17 @@ def heading_problems(headings: Sequence[str], used: Collection[str]) -> list[str
         joined = _JOINED.fullmatch(heading)
         beside = joined[1] if joined and joined[1] in COLUMNS and joined[1] != "mpp" else None  # mpp_x is an axis'
         if beside is None and plain(heading) in map(plain, COLUMNS) and heading not in COLUMNS:
-            beside = next(known for known in COLUMNS if plain(known) == plain(heading))
+            beside = next(column for column in COLUMNS if plain(column) == plain(heading))
         if beside in headings and beside in used and beside != heading:
             problems.append(
                 f"column {beside} must be given once, got {heading!r} beside it. HINT: delete or rename {heading!r}."
             )
             continue
-        known = beside or meant(heading)
-        if known in used and known not in headings:
+        column = beside or meant(heading)
+        if column in used and column not in headings:
             problems.append(
-                f"column {known} must be written so, got {heading!r}. "
-                f"HINT: rename it to {known}, or, where it is something else, to what is none of {', '.join(COLUMNS)}."
+                f"column {column} must be written so, got {heading!r}. "
+                f"HINT: rename it to {column}, or, where it is something else, to what is none of {', '.join(COLUMNS)}."
             )
     return problems
 

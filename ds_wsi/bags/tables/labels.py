@@ -8,11 +8,11 @@ from ds_wsi.bags.tables.values import number_of, says_missing, spelled_several_w
 
 def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """The labels that occur, each once, empty ones left out: sorted, by value where all are numbers (2, 10; 0.5, 1)."""
-    found = sorted({label for label in labels if label})
-    values = {label: number_of(label, decimal_comma=True) for label in found}
+    distinct = sorted({label for label in labels if label})
+    values = {label: number_of(label, decimal_comma=True) for label in distinct}
     if all(value is not None for value in values.values()):
-        return tuple(sorted(found, key=lambda label: values[label] or 0.0))
-    return tuple(found)
+        return tuple(sorted(distinct, key=lambda label: values[label] or 0.0))
+    return tuple(distinct)
 
 
 def spelling_problems(labels: Sequence[str], apart: str = "") -> list[str]:
@@ -56,18 +56,18 @@ def label_problems(
     """
     problems = []
     where: Mapping[str, list[str]] = defaultdict(list)
-    for label, place in zip(labels, places, strict=True):
-        where[label].append(place)
+    for label, row_place in zip(labels, places, strict=True):
+        where[label].append(row_place)
     for label, rows in where.items():
         if label in classes and (given or not says_missing(label)):
             continue
         if label == "" and empty_ok:
             continue
-        known = [name for name in classes if not says_missing(name) or given]
+        allowed = [name for name in classes if not says_missing(name) or given]
         problems += [
-            f"label must be one of {', '.join(known) or 'at least two classes'}, got {label!r} ({place}). "
-            f"HINT: {_hint(label, known, empty_ok=empty_ok, remedy=remedy)}."
-            for place in rows
+            f"label must be one of {', '.join(allowed) or 'at least two classes'}, got {label!r} ({row_place}). "
+            f"HINT: {_hint(label, allowed, empty_ok=empty_ok, remedy=remedy)}."
+            for row_place in rows
         ]
     return (
         problems if given else problems + spelling_problems([name for name in labels if not says_missing(name)], apart)

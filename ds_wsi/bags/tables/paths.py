@@ -52,8 +52,8 @@ def _of_windows(text: str, folder: Path) -> str:
 
 
 def _written_out(text: str) -> str:
-    found = os.path.expandvars(os.path.expanduser(text))
-    return found if found != text else "the whole path"
+    expanded = os.path.expandvars(os.path.expanduser(text))
+    return expanded if expanded != text else "the whole path"
 
 
 def _other_case(path: Path) -> Path | None:

@@ -69,8 +69,8 @@ class Table:
 def read_table_file(path: str | Path) -> Table:
     """Read a table of slides from any file that holds one.
 
-    Numbers become texts: whole ones without a point, for pandas turns a column of whole numbers with gaps into one of
-    floats. NaN and null are "". Rows are numbered by the line of a CSV, elsewhere from 1.
+    Numbers become texts: whole ones without a point, because pandas makes floats of a column of whole numbers with
+    gaps. NaN and null are "". Rows are numbered by the line of a CSV, elsewhere from 1.
 
     Raises:
         ManifestError: no such file, or of a kind that is not read; names what to do.
@@ -93,8 +93,8 @@ def read_table_file(path: str | Path) -> Table:
     hint = "write the table as CSV in UTF-8"
     if suffix in SPREADSHEETS:
         hint = "save the sheet as CSV UTF-8 (File, Save as), and give that file"
-    known = ", ".join((*DELIMITED, *JSON, *ARROW))
-    raise _error(path, f"must be {known} or a dataset's folder, got {path.suffix!r}. HINT: {hint}")
+    suffixes = ", ".join((*DELIMITED, *JSON, *ARROW))
+    raise _error(path, f"must be {suffixes} or a dataset's folder, got {path.suffix!r}. HINT: {hint}")
 
 
 def as_text(value: Any) -> str:
@@ -135,25 +135,25 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
         raise _error(path, f"must be JSON in UTF-8, got {error}. HINT: write it anew in UTF-8") from error
     try:
         if path.suffix.lower() == ".json" and text.lstrip()[:1] in ("[", "{"):
-            found = _json_of(text, once)
+            content = _json_of(text, once)
         else:
-            found = [json.loads(line, object_pairs_hook=once) for line in text.splitlines() if line.strip()]
+            content = [json.loads(line, object_pairs_hook=once) for line in text.splitlines() if line.strip()]
     except json.JSONDecodeError as error:
         raise _error(path, f"must be JSON, got {error}. HINT: a list of records, or one record per line") from error
-    if isinstance(found, dict) and isinstance(found.get("data"), list):
-        found = found["data"]
-    if isinstance(found, dict):
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    if isinstance(content, dict):
         columns = {
-            name: list(values.values()) if isinstance(values, dict) else values for name, values in found.items()
+            name: list(values.values()) if isinstance(values, dict) else values for name, values in content.items()
         }
         if all(isinstance(values, list) for values in columns.values()):
             if len({len(values) for values in columns.values()}) > 1:
                 counts = ", ".join(f"{len(values)} in {name}" for name, values in columns.items())
                 raise _error(path, f"columns must be of one length, got {counts}. HINT: write the table anew")
-            found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
+            content = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
         raise _error(path, "must hold records of one slide each, got other values. HINT: a list of objects")
-    return found
+    return content
 
 
 def _json_of(text: str, once: Any) -> Any:
@@ -197,11 +197,11 @@ def _read_ipc(path: Path) -> Any:
             return pyarrow.ipc.open_stream(source).read_all()
 
 
-def _of_arrow(found: Any) -> Table:
+def _of_arrow(table: Any) -> Table:
     """The texts of a pyarrow.Table, the names of its ClassLabels in the place of their numbers."""
-    names = _class_names(found.schema)
+    names = _class_names(table.schema)
     columns: dict[str, list[str]] = {}
-    for heading, column in zip(found.column_names, found.columns, strict=True):
+    for heading, column in zip(table.column_names, table.columns, strict=True):
         key = heading.strip()
         if key in columns or key == "__index_level_0__":  # of pandas
             if key in columns:
@@ -239,7 +239,7 @@ def _read_saved(path: Path) -> Table:
     import datasets  # here, because it takes a second that other files do not need
 
     try:
-        found = datasets.load_from_disk(str(path))
+        dataset = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
         holds = ", ".join(sorted(entry.name for entry in path.iterdir())[:3]) or "nothing"
         raise _error(
@@ -247,9 +247,9 @@ def _read_saved(path: Path) -> Table:
             f"folder must be one that `datasets` saved (save_to_disk), got {holds}. "
             "HINT: give the table's file, or that folder",
         ) from error
-    if not isinstance(found, datasets.DatasetDict):
-        return _of_arrow(_arrow_of(found))
-    parts = {name: _of_arrow(_arrow_of(part)) for name, part in found.items()}
+    if not isinstance(dataset, datasets.DatasetDict):
+        return _of_arrow(_arrow_of(dataset))
+    parts = {name: _of_arrow(_arrow_of(part)) for name, part in dataset.items()}
     if list(parts) == ["train"]:
         logger.info("%s: its only split, train, is taken as the whole cohort", path)
         return parts["train"]
@@ -259,8 +259,8 @@ def _read_saved(path: Path) -> Table:
 def _arrow_of(dataset: Any) -> Any:
     """The rows that the dataset selects, without what no field of a table holds; no image or audio is decoded."""
     columns = _plain_columns(dataset.features.arrow_schema)
-    found = dataset.select_columns(columns).with_format("arrow")[:]
-    return found.replace_schema_metadata(dataset.features.arrow_schema.metadata)
+    table = dataset.select_columns(columns).with_format("arrow")[:]
+    return table.replace_schema_metadata(dataset.features.arrow_schema.metadata)
 
 
 def _joined(path: Path, parts: Mapping[str, Table]) -> Table:
