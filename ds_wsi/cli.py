@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _how(options: argparse.Namespace) -> str:
     """The option that the same command wants to go on, where it has none."""
-    wanted = vars(options).get("goes_on_with", "")
-    return f", with --{wanted.rpartition('.')[2]}" if wanted and not vars(options).get(wanted) else ""
+    option = vars(options).get("goes_on_with", "")
+    return f", with --{option.rpartition('.')[2]}" if option and not vars(options).get(option) else ""
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

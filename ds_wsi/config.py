@@ -21,10 +21,10 @@ SECTION = "ds_wsi"
 
 @dataclass(frozen=True)
 class DsWsiConfig:
-    """The "ds_wsi" section: one policy a key, each with its defaults.
+    """The "ds_wsi" section: one policy per key, each with its defaults.
 
     Args:
-        tiling: which tiles a slide has.
+        tiling: how slides are tiled.
         reading: how they are read.
         augment: what is changed at each reading in training.
         partition: how the encoder's activations are partitioned: a policy, or under "plan" what `PartitionPlan` wrote.
@@ -55,9 +55,9 @@ def read_section(section: Mapping[str, Any]) -> DsWsiConfig:
     """
     if not isinstance(section, Mapping):
         raise ValueError(f"{SECTION} must be an object, got {section!r}")
-    known = {entry.name: entry.metadata.get("kind", entry.default_factory) for entry in fields(DsWsiConfig)}
-    _require_known(section, known, SECTION)
-    return DsWsiConfig(**{name: _policy(known[name], values, f"{SECTION}.{name}") for name, values in section.items()})
+    kinds = {entry.name: entry.metadata.get("kind", entry.default_factory) for entry in fields(DsWsiConfig)}
+    _require_known(section, kinds, SECTION)
+    return DsWsiConfig(**{name: _policy(kinds[name], values, f"{SECTION}.{name}") for name, values in section.items()})
 
 
 def is_plan(policy: "PartitionPolicy | PartitionPlan") -> TypeGuard["PartitionPlan"]:
@@ -81,9 +81,9 @@ def _policy(kind: Any, values: Any, key: str) -> Any:
     if kind is TilingPolicy:
         values = stored_tiling(values, key)
     defaults = kind()
-    known = {entry.name: getattr(defaults, entry.name) for entry in fields(kind)}
-    _require_known(values, known, key)
-    fitted = {name: _fit(value, known[name], f"{key}.{name}") for name, value in values.items()}
+    fields_of_kind = {entry.name: getattr(defaults, entry.name) for entry in fields(kind)}
+    _require_known(values, fields_of_kind, key)
+    fitted = {name: _fit(value, fields_of_kind[name], f"{key}.{name}") for name, value in values.items()}
     try:
         return kind(**fitted)
     except ValueError as error:
@@ -91,7 +91,7 @@ def _policy(kind: Any, values: Any, key: str) -> Any:
 
 
 def _plan(values: Mapping[str, Any], key: str) -> "PartitionPlan":
-    from ds_wsi.partition.planning.plan import PartitionPlan  # here, for help pages need no torch
+    from ds_wsi.partition.planning.plan import PartitionPlan  # here, because help pages need no torch
 
     _require_known(values, {"plan": None}, key)
     try:
@@ -121,7 +121,7 @@ def _fit(value: Any, default: Any, key: str) -> Any:
     return value
 
 
-def _require_known(given: Mapping[str, Any], known: Mapping[str, Any], key: str) -> None:
-    unknown = [name for name in given if name not in known]
+def _require_known(given: Mapping[str, Any], names: Mapping[str, Any], key: str) -> None:
+    unknown = [name for name in given if name not in names]
     if unknown:
-        raise ValueError(f"{key}.{unknown[0]} must be one of {', '.join(known)}. HINT: check the spelling.")
+        raise ValueError(f"{key}.{unknown[0]} must be one of {', '.join(names)}. HINT: check the spelling.")

@@ -41,10 +41,10 @@ def augment_bag(
     share a slide change their tiles alike.
 
     Args:
-        tiles: of one slide, or a rank's share of them; not written.
+        tiles: one slide's, or a rank's share of them; not written.
         policy: what may change, and how much.
         seed: run seed, epoch, slide.
-        chunk_bytes: of the float32 copy of as many tiles as are changed at a time; the result does not depend on it.
+        chunk_bytes: size of the float32 copy of the tiles that are changed at a time; the result does not depend on it.
 
     Raises:
         ValueError: a rotation of tiles too small to be continued by reflection.
@@ -121,7 +121,7 @@ def _change(tiles: Tensor, policy: AugmentPolicy, draw: _Draw) -> Tensor:
 
 def _jitter(tiles: Tensor, policy: AugmentPolicy, draw: _Draw) -> Tensor:
     """Floating tiles in [0, 1], by torchvision's functions, in one order."""
-    # Here, for its import takes seconds that the policy's does not need.
+    # Here, because its import takes seconds that the policy's does not need.
     from torchvision.transforms.v2 import functional as transforms
 
     if policy.brightness:

@@ -71,7 +71,7 @@ class TileChunk(NamedTuple):
     def kept(self) -> Tensor:
         """The rows of the tiles in the slide's grid: int64 [n]."""
         failed = {row for row, _ in self.failures}
-        # Derived here: a second tensor a chunk would double the cost of handing it over.
+        # Derived here: a second tensor per chunk would double the cost of handing it over.
         return torch.tensor([row for row in self.request.grid_rows if row not in failed], dtype=torch.int64)
 
 
@@ -87,14 +87,14 @@ class Bag(NamedTuple):
 
 
 def _tell_nobody(row: int) -> None:
-    """In the training process nobody asks where reading is."""
+    """Nobody in the training process asks where reading is."""
 
 
 class TileDataset(Dataset[TileChunk]):
     """Answers tile requests; opens slides lazily in the process that reads, and keeps a bounded number open.
 
     Args:
-        slides, grids: of the cohort, row by row.
+        slides, grids: the cohort's, row by row.
         open_slides: kept open.
         tile_store: the store to read from, or empty.
     """
@@ -152,7 +152,7 @@ class FeatureRows(Dataset[TileChunk]):
     """Answers requests with rows of features; a file is read whole, and its rows are all there or an error is raised.
 
     Args:
-        files: of the cohort, row by row.
+        files: the cohort's files, row by row.
     """
 
     def __init__(self, files: Sequence[FeatureFile]) -> None:
@@ -209,7 +209,7 @@ def read_chunks(
     """Stream the tiles of `order`'s slides, chunk by chunk, read ahead by `policy.workers` processes.
 
     Args:
-        slides, grids: of the cohort, row by row; of a cohort of features, each bag is one chunk.
+        slides, grids: the cohort's, row by row; in a cohort of features each bag is one chunk.
         order: slides to read, or parts of them, repeats allowed; consumed as the stream goes.
         policy: workers, chunk size, bounds.
 
@@ -244,7 +244,7 @@ def _dataset(
     """What answers the requests, and the most tiles of one."""
     files = [grid for grid in grids if isinstance(grid, FeatureFile)]
     if files:
-        return FeatureRows(files), max(map(len, files))  # every request reads its file: one a bag
+        return FeatureRows(files), max(map(len, files))  # every request reads its file: one per bag
     tiles = [grid for grid in grids if isinstance(grid, TileGrid)]
     return TileDataset(slides, tiles, policy.open_slides, policy.tile_store), policy.tiles_a_chunk(
         tiles[0].tile_size_px
@@ -263,7 +263,7 @@ def read_bags(
     """Stream bags, in `order`; failed tiles are logged and left out.
 
     Args:
-        slides, grids, order, policy: as of `read_chunks`.
+        slides, grids, order, policy: see `read_chunks`.
         failures: where failed tiles are recorded.
         may_be_empty: a bag without a readable tile is yielded: other ranks hold tiles of it.
 
@@ -301,8 +301,8 @@ class FailureLog:
     """The tiles that could not be read, each counted once however often it is tried.
 
     Args:
-        slides, grids: of the cohort, row by row.
-        max_failed_fraction: of all the cohort's tiles.
+        slides, grids: the cohort's, row by row.
+        max_failed_fraction: the share of the cohort's tiles that may fail.
     """
 
     slides: Sequence[SlideEntry]

@@ -77,17 +77,17 @@ def load_cohort(
     """Read and check a whole cohort before anything is trained on it: the table first, then the slides.
 
     Args:
-        manifest_path: as `read_manifest` takes it.
+        manifest_path: the table, see `read_manifest`.
         policy: how slides are tiled.
-        tiles_dir: grids are kept there, one file a slide, and read again where policy and slide still match: the slide
-            by its content (`slide_fingerprint`).
+        tiles_dir: grids are kept there, one file per slide, and read again where policy and slide still match: a
+            slide is known by its content (`slide_fingerprint`).
         classes: class names in the order of the logits.
         slide_mpp: um/px of the slides for which neither manifest nor file gives a plausible one.
-        seed: of the splits, where the manifest has none.
+        seed: the seed that splits are drawn by, where the manifest has none.
         workers: threads that tile.
         need_splits: whether splits are drawn where the manifest has none.
         write_grids: False reads the grids of `tiles_dir` and writes none.
-        labels: as of `parse_manifest`.
+        labels: see `parse_manifest`.
         choose: takes the slides that are wanted, before any is opened.
         slides: how they are opened: masks from outside, and whether bad ones are left out.
         on_slide: called with the number of slides whenever one is done.
@@ -130,8 +130,8 @@ def tile_manifest(
     """Open and tile every slide of a manifest; its splits stay as they are.
 
     Args:
-        manifest: of the slides, checked: each name is there once, and fit for a file.
-        policy, tiles_dir, slide_mpp, workers, write_grids, slides, on_slide: as of `load_cohort`.
+        manifest: the slides, checked: each name is there once, and fit for a file.
+        policy, tiles_dir, slide_mpp, workers, write_grids, slides, on_slide: see `load_cohort`.
 
     Raises:
         ManifestError: lists every slide's problem, and the files that are on both sides of a split.
@@ -194,7 +194,7 @@ _NEW, _TAKEN, _TAKEN_BY_NAME, _REPLACED = "new", "taken", "taken by name", "repl
 
 
 def _tell_kept(slides: Sequence[_TiledSlide], tiles_dir: str | Path | None) -> None:
-    """One line a kind, with its count."""
+    """One line per kind, with its count."""
     for kind, words in (
         (_REPLACED, "grids were of another policy, mask or slide file: these slides are tiled anew"),
         (

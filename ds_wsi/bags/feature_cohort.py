@@ -42,18 +42,18 @@ def load_feature_cohort(
     """Read and check a cohort whose bags are files of features: the table, then the files; slides need not be there.
 
     Args:
-        manifest_path: as `read_manifest` takes it; the column `path` may be empty or absent.
-        features_dir: with one file `<slide_id>.h5`, `.pt` or `.safetensors` a slide.
+        manifest_path: the table, see `read_manifest`; the column `path` may be empty or absent.
+        features_dir: a folder with one file `<slide_id>.h5`, `.pt` or `.safetensors` per slide.
         in_dim: the width that the features must have; by default that of most of the files.
         check: "full" reads every file once, also for values that are not finite; "shapes" reads their heads.
         record_dir: what was read whole is recorded there, and unchanged files (by size, time and fingerprint) are not
             read again.
         classes: class names in the order of the logits.
-        seed: of the splits, where the manifest has none.
+        seed: the seed that splits are drawn by, where the manifest has none.
         workers: threads that read.
         need_splits: whether splits are drawn where the manifest has none.
         write_record: False reads the record of `record_dir` and writes none.
-        labels: as of `parse_manifest`.
+        labels: see `parse_manifest`.
         choose: takes the slides that are wanted, before their files are read.
 
     Raises:
@@ -64,7 +64,7 @@ def load_feature_cohort(
     features_dir = Path(features_dir)
     manifest, problems = parse_manifest(manifest_path, classes, need_slides=False, labels=labels)
     if not features_dir.is_dir():
-        hint = "HINT: give the folder with one file a slide."
+        hint = "HINT: give the folder with one file per slide."
         problems.append(f"--features_dir must be a folder, got {features_dir}. {hint}")
     if problems:
         raise ManifestError(manifest.source, problems)

@@ -49,10 +49,10 @@ class FeatureFile:
     """One slide's bag on disk: in a cohort of features what a TileGrid is in one of slides.
 
     Attributes:
-        slide_id: of the slide.
-        path: of the file.
-        n_rows, width: of its features, [N, D].
-        n_bytes, modified_ns: of the file, when it was examined.
+        slide_id: the slide's name.
+        path: where the file is.
+        n_rows, width: N and D of the features [N, D].
+        n_bytes, modified_ns: the file's size and time, when it was examined.
         checksum: CRC-32 of the float32 features; None where they were not read.
     """
 
@@ -109,7 +109,7 @@ def read_features(path: str | Path) -> FeatureBag:
     if coords is not None:
         coords = coords.reshape(-1, 2).long()
         if len(coords) != len(features):
-            raise FeatureFileError(f"coords must have a row a feature, {len(features)}, got {len(coords)} ({path})")
+            raise FeatureFileError(f"coords must have a row per feature, {len(features)}, got {len(coords)} ({path})")
     return FeatureBag(features, coords)
 
 
@@ -353,7 +353,7 @@ def _require_checksums(path: Path) -> None:
 
 
 def _require_features(file: Any, path: Path) -> None:
-    """Of a safetensors file that is open."""
+    """Refuse an open safetensors file without features."""
     if "features" not in set(file.keys()):
         raise _no_features({name: _Head(tuple(file.get_slice(name).get_shape())) for name in file.keys()}, path)  # noqa: SIM118
 
@@ -379,7 +379,7 @@ class FeatureDataset(Dataset[tuple[Tensor, int, str]]):
     """Feature bags of a folder: (features float32 [N, D], label, slide_id).
 
     Args:
-        folder: with a file `<slide_id>.h5`, `.pt` or `.safetensors` a slide.
+        folder: a folder with one file `<slide_id>.h5`, `.pt` or `.safetensors` per slide.
         labels: (slide_id, label) in order.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The cohort: one row a slide, checked as a whole before anything is trained."""
+"""The cohort: one row per slide, checked as a whole before anything is trained."""
 
 import csv
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class SlideEntry:
 
     Attributes:
         slide_id: unique; names the slide in every output.
-        path: of the slide file; in a cohort of features it need not be there.
+        path: the slide's file; in a cohort of features it need not be there.
         label: index into the manifest's classes; None where the slide has none.
         patient_id: the slide's own id where the manifest has no patients.
         split: train, validation, test, or None where not yet assigned.
@@ -115,11 +115,11 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Man
 def parse_manifest(
     path: str | Path, classes: Sequence[str] | None = None, *, need_slides: bool = True, labels: str = "required"
 ) -> tuple[Manifest, list[str]]:
-    """As `read_manifest`, but returns the rows' problems beside the manifest, to be listed with those of the slides.
+    """Read a manifest, and return the rows' problems beside it, to be listed with those of the slides.
 
     Args:
-        path, classes: as of `read_manifest`.
-        need_slides: without, neither the column `path` nor the files that it names need be there.
+        path, classes: see `read_manifest`.
+        need_slides: whether the column `path`, and the files that it names, must be there.
         labels: "required": every slide has one, of at least two classes. "optional": there may be none; those that are
             there are checked. "unused": nothing is said of labels, patients and splits.
 
@@ -130,7 +130,7 @@ def parse_manifest(
     source = f"manifest {path}"
     table, folder = _read(path)
     if not table.rows:
-        raise ManifestError(source, ["must hold at least one slide, got none. HINT: write one row a slide."])
+        raise ManifestError(source, ["must hold at least one slide, got none. HINT: write one row per slide."])
     _require_columns(table, source, need_slides=need_slides, need_labels=labels == "required")
     used = {"slide_id", "mpp", *(["path"] if need_slides else [])}
     used |= {"label", "patient_id", "split"} if labels != "unused" else set()

@@ -37,10 +37,10 @@ def pack_cohort(
 
     Args:
         cohort: slides and grids.
-        directory: of the store.
-        quality: of JPEG, of tiles that cannot be copied from the slide.
+        directory: the store's folder.
+        quality: JPEG's, in tiles that cannot be copied from the slide.
         workers: threads, a slide each.
-        verify: of `pack_slide`.
+        verify: see `pack_slide`.
         on_slide: called whenever a slide is done.
 
     Raises:

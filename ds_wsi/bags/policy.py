@@ -17,12 +17,12 @@ class ReadPolicy:
     Args:
         workers: reading processes; 0 reads in the training process.
         tiles_per_slide: tiles of each training slide, drawn anew each epoch without repeats; None takes all.
-        chunk_tiles: tiles a request at the most; 0 takes as many as 24 MiB hold, 128 of 256 px (a request of less
+        chunk_tiles: tiles per request at the most; 0 takes as many as 24 MiB hold, 128 of 256 px (a request of less
             costs more to hand over, relative to its reading).
         open_slides: slides each worker keeps open.
-        max_failed_fraction: of the cohort's tiles that may fail to read before the run stops.
+        max_failed_fraction: the share of the cohort's tiles that may fail to read before the run stops.
         tile_store: folder that `ds-wsi tile --store` wrote, read in the slides' place; empty reads the slides.
-        timeout_s: that tiles which are due are waited for before the run stops; 0 waits for ever, as reading in the
+        timeout_s: how long tiles that are due are waited for before the run stops; 0 waits for ever, as reading in the
             training process always does.
     """
 
@@ -94,7 +94,7 @@ class AugmentPolicy:
         brightness, contrast, saturation: largest relative change, in [0, 1]; contrast about a tile's own mean grey.
         hue: largest change, in [0, 0.5] of the colour circle.
         blur: largest standard deviation of the Gaussian blur, in px.
-        blur_probability: of a slide's being blurred.
+        blur_probability: the probability that a slide is blurred.
     """
 
     flips: bool = setting(
@@ -106,7 +106,7 @@ class AugmentPolicy:
     )
     colour: float = setting(
         0.1,
-        "largest relative change of a colour channel, one draw a slide; 0.1 is 10%",
+        "largest relative change of a colour channel, one draw per slide; 0.1 is 10%",
         Decides.RESULT,
         option="augment_colour",
     )
@@ -115,28 +115,34 @@ class AugmentPolicy:
     )
     stain: float = setting(
         0.0,
-        "largest relative change of a stain's amount, haematoxylin or eosin, one draw a slide",
+        "largest relative change of a stain's amount, haematoxylin or eosin, one draw per slide",
         Decides.RESULT,
         option="augment_stain",
     )
     brightness: float = setting(
-        0.0, "largest relative change of the brightness, one draw a slide", Decides.RESULT, option="augment_brightness"
+        0.0,
+        "largest relative change of the brightness, one draw per slide",
+        Decides.RESULT,
+        option="augment_brightness",
     )
     contrast: float = setting(
-        0.0, "largest relative change of the contrast, one draw a slide", Decides.RESULT, option="augment_contrast"
+        0.0, "largest relative change of the contrast, one draw per slide", Decides.RESULT, option="augment_contrast"
     )
     saturation: float = setting(
-        0.0, "largest relative change of the saturation, one draw a slide", Decides.RESULT, option="augment_saturation"
+        0.0,
+        "largest relative change of the saturation, one draw per slide",
+        Decides.RESULT,
+        option="augment_saturation",
     )
     hue: float = setting(
         0.0,
-        "largest turn of the hue, as a share of the colour circle, 0 to 0.5, one draw a slide",
+        "largest turn of the hue, as a share of the colour circle, 0 to 0.5, one draw per slide",
         Decides.RESULT,
         option="augment_hue",
     )
     blur: float = setting(
         0.0,
-        "largest standard deviation, in px, of a Gaussian blur, one draw a slide",
+        "largest standard deviation, in px, of a Gaussian blur, one draw per slide",
         Decides.RESULT,
         option="augment_blur",
     )

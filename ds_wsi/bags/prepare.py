@@ -1,4 +1,4 @@
-"""From a public dataset's folder to manifests that training reads: read it, split it, write one CSV a split."""
+"""Manifests for training, made from a public dataset's folder: read it, split it, write one CSV per split."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -41,17 +41,17 @@ def split_dataset(
     validation_fraction: float = 0.0,
     seed: int = 0,
 ) -> tuple[Manifest, ...]:
-    """One manifest a split: published (a file, or a folder of folds), drawn in folds or runs, or the dataset's own.
+    """One manifest per split: published (a file, or a folder of folds), drawn in folds or runs, or the dataset's own.
 
     Args:
-        manifest: of the dataset.
-        split: see `apply_split`; a folder of folds gives one manifest a fold.
-        folds, runs: of `fold_splits` and `monte_carlo_splits`.
-        level: "patient" or "slide", of what is drawn or published.
-        keep_listed: of `apply_split`.
-        validation_fraction: of the training patients, held out for folds, for the dataset's own split, and for a
-            published one without validation.
-        seed: of what is drawn.
+        manifest: the dataset's.
+        split: see `apply_split`; a folder of folds gives one manifest per fold.
+        folds, runs: see `fold_splits` and `monte_carlo_splits`.
+        level: "patient" or "slide": what is drawn, or what a published split keeps apart.
+        keep_listed: see `apply_split`.
+        validation_fraction: the share of the training patients that is held out: of folds, of the dataset's own
+            split, and of a published split without validation.
+        seed: the seed of what is drawn.
 
     Raises:
         ValueError: more than one of split, folds and runs, or what has no effect on the one that is given.
@@ -127,9 +127,9 @@ def write_external(
     """Write the manifest of an external set in a model's classes, to test the model on it.
 
     Args:
-        path: of the CSV.
-        dataset, root, reading: of `read_dataset`.
-        classes, mapping: of `map_labels`.
+        path: where the CSV is written.
+        dataset, root, reading: see `read_dataset`.
+        classes, mapping: see `map_labels`.
 
     Raises:
         ManifestError: lists every problem of the dataset at once.

@@ -1,8 +1,8 @@
 """Published splits, given by the user as files: CLAM's and PANTHER's formats, one split or k folds.
 
 CLAM writes `splits_k.csv` with the columns train, val, test, each a list of slides of its own length; or, as
-`splits_k_bool.csv`, a slide a row with True in one of them. PANTHER writes a folder with train.csv, val.csv and
-test.csv, one slide a row.
+`splits_k_bool.csv`, one slide per row with True in one of them. PANTHER writes a folder with train.csv, val.csv and
+test.csv, one slide per row.
 """
 
 import re
@@ -66,7 +66,7 @@ def find_folds(folder: str | Path) -> tuple[Path, ...]:
     if twice:
         raise ManifestError(
             f"folds in {folder}",
-            [f"a fold must be there once, got {', '.join(twice)}. HINT: keep one cohort a folder."],
+            [f"a fold must be there once, got {', '.join(twice)}. HINT: keep one cohort per folder."],
         )
     return tuple(found[number][0] for number in numbers)
 
@@ -82,7 +82,7 @@ def apply_split(
     """The cohort with a published split.
 
     Args:
-        manifest: of all slides; its own splits are put aside.
+        manifest: the slides; its own splits are put aside.
         split: CLAM's CSV or PANTHER's folder.
         level: "patient" refuses a split that has a patient on two sides; "slide" takes it as the paper did and warns.
         keep_listed: drop, and count in the log, slides that the split does not name, instead of refusing them.

@@ -10,7 +10,7 @@ def map_labels(manifest: Manifest, classes: Sequence[str], mapping: Mapping[str,
     """The cohort with a model's classes, in their order.
 
     Args:
-        manifest: of an external set, say.
+        manifest: an external set's, say.
         classes: the model's.
         mapping: the cohort's class -> the model's; classes that are called the same need no entry.
 

@@ -29,7 +29,7 @@ def files_across_splits(slides: Sequence[SlideEntry], known_by: Sequence[object 
     """A line for each file that stands under several ids in different splits.
 
     Args:
-        slides: of the cohort.
+        slides: the cohort's.
         known_by: what each slide's file is known by; equal ones are one file, None is not compared.
     """
     return [
@@ -49,11 +49,11 @@ def warn_of_shared_files(slides: Sequence[SlideEntry], known_by: Sequence[object
 
 
 def require_files_apart(manifest: Manifest, known_by: Sequence[object | None] | None = None) -> None:
-    """Refuse splits that have one file on two sides; for splits that were drawn or read after the files were opened.
+    """Refuse splits with one file on two sides, where they were drawn or read after the files were opened.
 
     Args:
-        manifest: with splits.
-        known_by: as of `files_across_splits`; None takes the slides' fingerprints.
+        manifest: the slides, with splits.
+        known_by: see `files_across_splits`; None takes the slides' fingerprints.
 
     Raises:
         ManifestError: lists every such file.

@@ -1,4 +1,4 @@
-"""Which rank trains on which slides at which step: a pure plan of (seed, epoch), so that a resumed run repeats it."""
+"""The slides that each rank trains on at each step: a pure plan of (seed, epoch), so that a resumed run repeats it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class StepPlan:
 def plan_epoch(
     n_slides: int, layout: StepLayout, *, seed: int, epoch: int, lengths: Sequence[int] = ()
 ) -> tuple[StepPlan, ...]:
-    """Shuffle the slides by (seed, epoch) and deal them out: every slide once an epoch, none twice.
+    """Shuffle the slides by (seed, epoch) and deal them out: every slide once per epoch, none twice.
 
     Slides are dealt to the ranks in turn, so that a short last step leaves ranks within one bag of each other; with a
     policy, by its balance and under its cap. The slides of step k depend on the bags of a step alone, not on how they
@@ -94,8 +94,8 @@ def choose_tiles(n_tiles: int, wanted: int | None, key: tuple[int, int, int]) ->
     """Rows of a slide's grid to train on: `wanted` of them at random, in their order, none twice; None for all.
 
     Args:
-        n_tiles: of the slide; fewer than wanted are all taken.
-        wanted: tiles a slide, or None.
+        n_tiles: tiles of the slide; fewer than wanted are all taken.
+        wanted: tiles per slide, or None.
         key: (seed, epoch, slide): nothing else decides, so that any number of ranks trains on the same tiles.
     """
     if wanted is None or wanted >= n_tiles:
@@ -109,7 +109,7 @@ def share_tiles(lengths: Sequence[int], shares: Sequence[float]) -> tuple[tuple[
 
     Args:
         lengths: tiles of each bag.
-        shares: of each rank, relative to each other; equal ones differ by at most one tile over all bags together.
+        shares: one per rank, relative to each other; equal ones differ by at most one tile over all bags together.
 
     Returns:
         Per rank and bag, (start, stop) among the bag's tiles; an empty stretch where the rank has none of it.

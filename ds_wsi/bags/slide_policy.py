@@ -34,7 +34,7 @@ class SlidePolicy:
     Args:
         tissue_masks: folder of `<slide_id>.geojson` or `.png` that say where tissue is; slides without one are tiled by
             the policy's rule.
-        masks_in_bounds: as of `MaskFile.in_bounds`.
+        masks_in_bounds: see `MaskFile.in_bounds`.
         skip_bad_slides: leave out slides that cannot be used, where they would be refused.
         skipped: exactly the slides that another process has left out; None decides here.
     """
@@ -79,8 +79,8 @@ class SlidePolicy:
         """The slides that are left out, and the problems of the others.
 
         Args:
-            slides: that were opened.
-            results: of each: a SlideError, or anything else.
+            slides: the slides that were opened.
+            results: one per slide: a SlideError, or anything else.
         """
         bad = [
             (slide, str(error)) for slide, error in zip(slides, results, strict=True) if isinstance(error, SlideError)
@@ -104,7 +104,7 @@ def tell_skipped(skipped: Sequence[SkippedSlide], n_slides: int) -> None:
 
 
 def skipped_words(skipped: Sequence[SkippedSlide]) -> dict[str, str]:
-    """For the summary of a report; empty where none was left out."""
+    """The lines of a report's summary; empty where none was left out."""
     if not skipped:
         return {}
     names = ", ".join(slide.slide_id for slide in skipped)
@@ -124,7 +124,7 @@ def write_skipped(directory: str | Path, skipped: Sequence[SkippedSlide]) -> Non
 
 
 def tell_tissue(grids: Sequence[TileGrid], with_masks: bool) -> None:
-    """Log the share of tissue over all slides, and warn of slides where it is extreme, one line a kind."""
+    """Log the share of tissue over all slides, and warn of slides where it is extreme, one line per kind."""
     found = [(grid, grid.tissue) for grid in grids if grid.tissue is not None and grid.policy.tissue != "none"]
     if with_masks:
         masked = sum(bool(tissue.mask) for _, tissue in found)

@@ -43,10 +43,10 @@ def monte_carlo_splits(
     """The cohort with train, validation and test drawn anew for each of `runs` runs, stratified by label.
 
     Args:
-        manifest: its own splits are put aside.
+        manifest: the slides; their own splits are put aside.
         runs: how many draws; a draw does not depend on how many others there are.
-        fractions: of train, validation, test; 0 leaves a split empty.
-        seed: of all draws.
+        fractions: the shares of train, validation, test; 0 leaves a split empty.
+        seed: the seed of all draws.
         level: "patient", or "slide" as some papers split, see `slides_as_patients`.
 
     Raises:
@@ -66,11 +66,11 @@ def fold_splits(
     """The cohort `folds` times over, each patient in the test split of exactly one, stratified by label.
 
     Args:
-        manifest: its own splits are put aside.
+        manifest: the slides; their own splits are put aside.
         folds: how many, at least 2.
-        validation_fraction: of the patients that are not tested; 0 leaves validation out.
-        seed: of all draws.
-        level: as of `monte_carlo_splits`.
+        validation_fraction: the share of the patients that are not tested; 0 leaves validation out.
+        seed: the seed of all draws.
+        level: see `monte_carlo_splits`.
 
     Raises:
         ManifestError: fewer patients than folds.

@@ -13,14 +13,14 @@ def shift_stains(tiles: Tensor, gains: Tensor, offsets: Tensor) -> Tensor:
     """Multiply each stain's amount by a gain and add an offset: c' = gain c + offset.
 
     The augmentation is Tellez et al., "Whole-slide mitosis detection in H&E breast histology using PHH3 as a reference"
-    (2018), with one draw a slide. An amount of 1 lets 1 / e of the light of the stain's own colour through.
+    (2018), with one draw per slide. An amount of 1 lets 1 / e of the light of the stain's own colour through.
 
     Args:
         tiles: floating [N, 3, H, W] in [0, 255].
-        gains, offsets: float64 [3], of haematoxylin, eosin and residual; ones and zeros change nothing.
+        gains, offsets: float64 [3], for haematoxylin, eosin and residual; ones and zeros change nothing.
 
     Returns:
-        As `tiles`; a stronger stain than 255 levels show goes beyond the range, for the caller to clamp.
+        Floating [N, 3, H, W]. A stronger stain than 255 levels show goes beyond the range: the caller clamps it.
     """
     stains = torch.nn.functional.normalize(torch.tensor(STAINS, dtype=torch.float64), dim=1)
     # density = amounts @ stains, so amounts = density @ inverse: all together one matrix and a constant.

@@ -13,7 +13,7 @@ def log_cohort(manifest: Manifest, lengths: Sequence[int] = ()) -> None:
     """Log the block, and warn of classes that training or test lacks.
 
     Args:
-        manifest: with its splits, where it has some.
+        manifest: the slides, with their splits where there are some.
         lengths: tiles of each slide, where they are known.
     """
     logger.info("%s:\n%s", manifest.source, cohort_table(manifest, lengths))
@@ -22,7 +22,7 @@ def log_cohort(manifest: Manifest, lengths: Sequence[int] = ()) -> None:
 
 
 def cohort_table(manifest: Manifest, lengths: Sequence[int] = ()) -> str:
-    """The block: a column a split and one of all, aligned; see `log_cohort`."""
+    """The block: one column per split and one of all, aligned; see `log_cohort`."""
     return _aligned(cohort_lines(manifest, lengths))
 
 
@@ -46,7 +46,7 @@ def cohort_lines(manifest: Manifest, lengths: Sequence[int] = ()) -> list[tuple[
     if lengths:
         taken = [[lengths[row] for row in rows] for rows in columns.values()]
         lines.append(("tiles", *(str(sum(own)) for own in taken)))
-        lines.append(("tiles a slide", *(f"{min(own)} to {max(own)}" for own in taken)))
+        lines.append(("tiles per slide", *(f"{min(own)} to {max(own)}" for own in taken)))
     return lines
 
 

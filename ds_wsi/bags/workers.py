@@ -32,10 +32,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._utils import ExceptionWrapper
 
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.processes import end_with_parent, is_stopped, state_of, state_words
+from ds_wsi.runtime.seams import ExceptionWrapper
 from ds_wsi.slides.errors import SlideError
 
 LOOK_S = 1.0  # between looks at whether the other side lives
@@ -82,7 +82,7 @@ def answers(
         requests: consumed as the stream goes, `ahead` of what is taken.
         workers: processes, at least 1.
         ahead: requests under way at a time.
-        timeout_s: that one answer is waited for once it is due; 0 waits for ever.
+        timeout_s: how long an answer is waited for once it is due; 0 waits for ever.
         describe: what a request, and the last row that `tell` was given (-1: none), is about, in words.
 
     Raises:
@@ -301,7 +301,7 @@ def _memory_file() -> int:
             return os.dup(file.fileno())
 
 
-@cache  # one line a process
+@cache  # one line per process
 def _tell_transport() -> None:
     try:
         os.close(os.memfd_create("ds_wsi", os.MFD_CLOEXEC))

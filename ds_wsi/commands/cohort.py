@@ -83,8 +83,8 @@ def slides_of(
     Args:
         options: parsed.
         tiling: the policy.
-        classes, labels, choose: as of `load_cohort`.
-        skipped: as of `SlidePolicy`.
+        classes, labels, choose: see `load_cohort`.
+        skipped: see `SlidePolicy`.
 
     Raises:
         ManifestError: lists everything that is wrong with it.

@@ -35,6 +35,6 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 
 def _line(checked: Checked) -> str:
-    status, found, remedy = checked.finding
+    status, words, remedy = checked.finding
     hint = f"\n{'':{_NAME_WIDTH + 6}}HINT: {remedy}." if remedy else ""
-    return f"{status:<6}{checked.name:<{_NAME_WIDTH}}{found}{hint}"
+    return f"{status:<6}{checked.name:<{_NAME_WIDTH}}{words}{hint}"

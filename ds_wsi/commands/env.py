@@ -18,19 +18,19 @@ def add_env(subparsers: argparse._SubParsersAction) -> None:
 
 def run_env(options: argparse.Namespace) -> None:
     """`ds-wsi env`."""
-    found = describe_machine()
+    machine = describe_machine()
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(machine, indent=2))
         return
-    lines = list(_lines(found))
+    lines = list(_lines(machine))
     width = max(len(name) for name, _ in lines) + 2
     for name, value in lines:
         print(f"{name:<{width}}{value}")
 
 
-def _lines(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _lines(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """(name, value) of each value, names of nested ones joined by spaces."""
-    for key, value in found.items():
+    for key, value in values.items():
         name = f"{prefix}{key.removesuffix('_bytes') if key != 'bytes' else 'size'}"
         if isinstance(value, Mapping):
             yield from _lines(value, "" if key == "packages" else f"{key} ")

@@ -149,7 +149,7 @@ def _made_of(options: argparse.Namespace, protocol: "EvaluationProtocol") -> dic
 
 
 def _slides_digest(cohort: "Cohort", rows: "Sequence[int]") -> str:
-    """Of the evaluated slides, their labels, and what is read of them."""
+    """The digest of the evaluated slides, their labels, and what is read of them."""
     import hashlib
     import json
 
@@ -217,14 +217,16 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_features_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(*spellings("features_dir"), help="folder of features, a file a slide, for a model of features")
+    parser.add_argument(
+        *spellings("features_dir"), help="folder of features, one file per slide, for a model of features"
+    )
 
 
 def _pairs(text: str) -> dict[str, str]:
     pairs = [entry.split("=") for entry in text.split(",")]
     if not all(len(pair) == 2 and all(pair) for pair in pairs):
         raise argparse.ArgumentTypeError(f"must be pairs such as tumor=1,normal=0, got {text!r}")
-    return {theirs.strip(): ours.strip() for theirs, ours in pairs}
+    return {cohort_class.strip(): model_class.strip() for cohort_class, model_class in pairs}
 
 
 def _manifest_of(options: argparse.Namespace) -> str:
@@ -315,14 +317,14 @@ def _predictions(
         )
 
     # The main process tiles the slides, and says which of them are left out.
-    cohort = processes.main_first(load, lambda found: found.skipped)
+    cohort = processes.main_first(load, lambda cohort: cohort.skipped)
     processes.on_main(lambda: check(cohort))
     rows = range(len(cohort.grids))
-    own = deal_by_cost(cohort.lengths, processes.world_size)[processes.rank]
+    rows_here = deal_by_cost(cohort.lengths, processes.world_size)[processes.rank]
     policy, failures = tile_reading_of(options, cohort)
     slides = cohort.manifest.slides
-    stream = predict_slides(placed(model, options), slides, cohort.grids, own, policy, failures, protocol)
-    predictions = [found for share in processes.gather(list(stream)) for found in share]
+    stream = predict_slides(placed(model, options), slides, cohort.grids, rows_here, policy, failures, protocol)
+    predictions = [slide for share in processes.gather(list(stream)) for slide in share]
     if processes.is_main and options.norm_evaluation is None and stored_version(options.model) < NORMS_SINCE:
         _check_norms(options.model, model, cohort, rows, policy, failures)
     for reasons in processes.gather(failures.reasons):
@@ -374,9 +376,9 @@ def _chosen(options: argparse.Namespace, manifest: "Manifest", split: str, label
         ValueError: --slide_ids or --split names none; or, where labels are used, some of the slides have none.
     """
     slides = manifest.slides
-    wanted = getattr(options, "slide_ids", None)
-    if wanted:
-        ids = comma_separated(wanted)
+    slide_ids = getattr(options, "slide_ids", None)
+    if slide_ids:
+        ids = comma_separated(slide_ids)
         unknown = set(ids) - {slide.slide_id for slide in slides}
         if unknown:
             near = {name for wrong in unknown for name in get_close_matches(wrong, [s.slide_id for s in slides], 1)}

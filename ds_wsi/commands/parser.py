@@ -33,11 +33,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*names, **({"formatter_class": Help} | how))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; what is not known is refused here, by the command whose options are known."""
-        found, unknown = super().parse_known_args(args, namespace)
+        """Parse as argparse does; what is not known is refused here, by the command whose options are known."""
+        options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
-        return found, unknown
+        return options, unknown
 
     def error(self, message: str) -> NoReturn:
         """Print the message and leave with status 2."""
@@ -54,28 +54,28 @@ class Parser(argparse.ArgumentParser):
 
     def _meant(self, unknown: Sequence[str]) -> str:
         """A remedy for the first option that is not known."""
-        known = [option for option in self._option_string_actions if option.startswith("--")]
+        spellings = [option for option in self._option_string_actions if option.startswith("--")]
         for word in unknown:
             name, _, _ = word.partition("=")
             if not name.startswith("--"):
                 continue
             elsewhere = FOREIGN_NAMES.get(name[2:].replace("-", "_"))
-            if elsewhere is not None and "--learning_rate" in known:  # a command that trains
+            if elsewhere is not None and "--learning_rate" in spellings:  # a command that trains
                 words = f"did you mean {elsewhere}?" if elsewhere.startswith("--") else f"here it is {elsewhere}."
                 return f". HINT: {words}"
-            near = _nearest(name.replace("-", "_").replace("__", "--", 1), known)
+            near = _nearest(name.replace("-", "_").replace("__", "--", 1), spellings)
             if near:
                 return f". HINT: did you mean {near}?"
         return ""
 
 
-def _nearest(word: str, known: Sequence[str]) -> str | None:
+def _nearest(word: str, options: Sequence[str]) -> str | None:
     """The known word that is most like this one, whatever its case; or that it is a part of."""
-    lower = {one.lower(): one for one in reversed(known)}
+    lower = {one.lower(): one for one in reversed(options)}
     near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
     parts = [one for one in lower if len(word.lstrip("-")) > 3 and word.lower().lstrip("-") in one]
-    found = near[0] if near else parts[0] if parts else None
-    return None if found is None else lower[found]
+    nearest = near[0] if near else parts[0] if parts else None
+    return None if nearest is None else lower[nearest]
 
 
 def add_command(

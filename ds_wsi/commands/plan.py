@@ -53,10 +53,10 @@ def run_plan(options: argparse.Namespace) -> None:
 
     device = torch.device(options.device or ("cpu" if options.gpu is None else "cuda"))
     if options.probe:
-        found = probe(torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        rates = probe(torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")))
         print(
-            f"{device_key(device)}: {found.flops / 1e12:.3g} TFLOP/s, memory {found.memory / 1e9:.3g} GB/s, "
-            f"link {found.link / 1e9:.3g} GB/s, {found.launch * 1e6:.3g} us an operation (kept in {cache_path()})"
+            f"{device_key(device)}: {rates.flops / 1e12:.3g} TFLOP/s, memory {rates.memory / 1e9:.3g} GB/s, "
+            f"link {rates.link / 1e9:.3g} GB/s, {rates.launch * 1e6:.3g} us an operation (kept in {cache_path()})"
         )
     if options.output_dir:
         for name in ("plan.json", "plan.png"):

@@ -26,13 +26,13 @@ def run_compare(options: argparse.Namespace) -> None:
     """`ds-wsi compare`."""
     from ds_wsi.evaluation.comparison import compare_runs, comparison_to_json, format_comparison
 
-    place = Path(options.output_dir) / "comparison.json"
-    require_ours(place, lambda path: begins_with(path, '{\n  "a": '), "--output_dir")
+    output_path = Path(options.output_dir) / "comparison.json"
+    require_ours(output_path, lambda path: begins_with(path, '{\n  "a": '), "--output_dir")
     comparison = compare_runs(options.run_a, options.run_b, options.n_resamples, options.seed)
     print(f"A: {options.run_a}\nB: {options.run_b}\n{format_comparison(comparison)}")
-    found = {"a": options.run_a, "b": options.run_b, **comparison_to_json(comparison)}
-    write_json(place, found)
-    logger.info("written: %s", place)
+    content = {"a": options.run_a, "b": options.run_b, **comparison_to_json(comparison)}
+    write_json(output_path, content)
+    logger.info("written: %s", output_path)
 
 
 def add_report(subparsers: argparse._SubParsersAction) -> None:

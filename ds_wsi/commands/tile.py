@@ -31,7 +31,7 @@ def add_tile(subparsers: argparse._SubParsersAction) -> None:
     parser = add_command(subparsers, "tile", run_tile)
     add_cohort_options(parser)
     add_shared_options(parser, TILING_OPTIONS)
-    parser.add_argument(*spellings("output_dir"), required=True, help="folder in which one file a slide is written")
+    parser.add_argument(*spellings("output_dir"), required=True, help="folder in which one file per slide is written")
     parser.add_argument("--export", choices=("clam", "trident"), help="write that project's h5 files beside ours")
     parser.add_argument(
         *spellings("export_masks"), metavar="DIR", help="write each slide's tissue there, as GeoJSON that QuPath opens"
@@ -91,11 +91,11 @@ def run_tile(options: argparse.Namespace) -> None:
 def _summary(cohort: "Cohort") -> str:
     grids = cohort.tile_grids
     words = [counted(len(grids), "slide"), f"{counted(sum(cohort.lengths), 'tile')} of {grids[0].tile_size_px} px"]
-    found = [grid.tissue for grid in grids if grid.tissue is not None]
-    if found:
-        kept, whole = sum(cohort.lengths), sum(tissue.n_whole for tissue in found)
-        words[-1] += f" of {whole} ({kept / whole:.0%} kept)" if len(found) == len(grids) else ""
-        words.append(f"{sum(tissue.share for tissue in found) / len(found):.0%} of the area is tissue")
+    tissues = [grid.tissue for grid in grids if grid.tissue is not None]
+    if tissues:
+        kept, whole = sum(cohort.lengths), sum(tissue.n_whole for tissue in tissues)
+        words[-1] += f" of {whole} ({kept / whole:.0%} kept)" if len(tissues) == len(grids) else ""
+        words.append(f"{sum(tissue.share for tissue in tissues) / len(tissues):.0%} of the area is tissue")
     levels = Counter(f"level {grid.level}" + _resampled(grid.read_size_px, grid.tile_size_px) for grid in grids)
     shown = "; ".join(
         f"{words} ({count} slides)" if len(levels) > 1 else words for words, count in levels.most_common(4)
@@ -195,9 +195,9 @@ def _import_grids(options: argparse.Namespace) -> None:
     grids = []
     for entry in manifest.slides:
         try:
-            place = Path(options.output_dir) / f"{entry.slide_id}.safetensors"
-            if os.path.lexists(place):
-                read_grid(place)  # what is no grid is not written over
+            grid_path = Path(options.output_dir) / f"{entry.slide_id}.safetensors"
+            if os.path.lexists(grid_path):
+                read_grid(grid_path)  # what is no grid is not written over
             with Slide(entry.path, entry.mpp, entry.slide_id, fallback_mpp=options.slide_mpp) as slide:
                 grids.append(importer(Path(folder) / f"{entry.slide_id}{suffix}", slide))
         except SlideError as error:

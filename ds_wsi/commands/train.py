@@ -36,7 +36,7 @@ def add_train(subparsers: argparse._SubParsersAction) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     """`ds-wsi train`, and launch/train.py under any launcher."""
-    from ds_wsi.training.loop import train  # here, for DeepSpeed and Accelerate take seconds to import
+    from ds_wsi.training.loop import train  # here, because DeepSpeed and Accelerate take seconds to import
 
     settings, deepspeed_config = settings_from(options)
     if "write_config" in options:

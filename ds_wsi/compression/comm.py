@@ -18,12 +18,12 @@ class CommPolicy:
 
     Args:
         hook: "none", a hook's name, or "auto": dmgc, bf16 or none, whichever the cost model finds fastest.
-        keep, values, momentum, dense_below: of `TopK` and `DMGC`.
-        clip_norm: of a rank's gradient before the residual is added; 0 clips nothing.
-        dense_steps, stage_steps: of the warm-up (`KeepSchedule`); powersgd starts after `dense_steps` too.
-        topology, pull: of `DMGC`.
-        pull_keep: of `DMGC`; 0: as `keep`.
-        approx_rank: of powersgd's matrices.
+        keep, values, momentum, dense_below: see `TopK` and `DMGC`.
+        clip_norm: the norm that a rank's gradient is clipped to before the residual is added; 0 clips nothing.
+        dense_steps, stage_steps: steps of the warm-up (`KeepSchedule`); powersgd starts after `dense_steps` too.
+        topology, pull: see `DMGC`.
+        pull_keep: see `DMGC`; 0: as `keep`.
+        approx_rank: rank of powersgd's matrices.
     """
 
     hook: str = setting(
@@ -104,7 +104,7 @@ class CommPolicy:
 
     def build(self, hook: str) -> "Compressor | None":
         """The state of a named hook; None for those that need none of ours."""
-        import torch  # here, for help pages need none
+        import torch  # here, because help pages need none
 
         from ds_wsi.compression.compressor import Compressor
         from ds_wsi.compression.policy import DMGC, Cast, TopK

@@ -13,7 +13,7 @@ Where every rank has the whole optimizer (DDP, ZeRO 0, 3, FSDP2), owners send th
     pull  q = C(g);  everyone: theta <- Opt(theta, D(q));  the owner: r <- r + W (g - D(q))
 
 Adam changes all weights at each step, so that few of them are a poor picture of the change; a mean of sparse messages
-is sparse. What an owner could not send goes into its own residual, W times, for its residual enters the mean as 1/W: it
+is sparse. What an owner could not send goes into its own residual, W times, because that enters the mean as 1/W: it
 needs no state of its own, and is found by name when shards move. (Both ways with error feedback: Tang et al.,
 DoubleSqueeze, ICML 2019.) The mean
 weighs ranks alike: with B_w of B bags on rank w, scale its loss by W B_w / B.
@@ -56,8 +56,8 @@ class Compressor:
 
     Attributes:
         policy: TopK, DMGC or Cast.
-        residuals: of the gradients, by parameter name.
-        count: of the bytes.
+        residuals: the gradients' residuals, by parameter name.
+        count: counts the bytes.
         divided: messages of `Cast` so far that float16 would not have held ([Note: range] in exchange.py).
         step: must be the same on all ranks; `next_step` after each optimizer step.
     """
@@ -68,7 +68,7 @@ class Compressor:
         self.count = ByteCount()
         self.step = 0
         self.divided = 0
-        self._divided_now: list[Tensor] = []  # on their device: read once a step, not once a bucket
+        self._divided_now: list[Tensor] = []  # on their device: read once per step, not once per bucket
 
     def next_step(self) -> None:
         """The optimizer has stepped."""
@@ -190,19 +190,19 @@ def push(state: Compressor, bucket: Bucket, bounds: Sequence[int] | None = None)
     announced = ranks.announce([len(message) if finite else OVERFLOW for message in messages])
     if any(OVERFLOW in row for row in announced):
         return None
-    own = 0 if to_all else ranks.rank
-    _record(state, "push", route, sections, messages, _crossing(messages, ranks, None if to_all else own))
+    shard = 0 if to_all else ranks.rank
+    _record(state, "push", route, sections, messages, _crossing(messages, ranks, None if to_all else shard))
     # After the last use of `sent`, which it may change.
     whole = [(span.start, span.stop) for span in route.spans if span.whole]
     state.residuals.commit(pending, sent.indices, sent.values, whole=whole)
     if to_all:
         received = ranks.all_gather(messages[0], [row[0] for row in announced])
     else:
-        received = ranks.all_to_all(messages, [row[own] for row in announced])
-    start, stop = shards[own]
+        received = ranks.all_to_all(messages, [row[shard] for row in announced])
+    start, stop = shards[shard]
     total = torch.zeros(stop - start, device=bucket.buffer.device)
     for message in received:
-        route.read(message, own, total)
+        route.read(message, shard, total)
     return Shard(start, stop, total / ranks.size)
 
 
@@ -216,7 +216,7 @@ def pull_weights(state: Compressor, weights: Tensor, replica: Bucket, bounds: Se
         weights: [stop - start] float32, theta of this rank's shard after the optimizer's step.
         replica: theta_hat, flat float32; before the first step the same bits on all ranks. Changed in place, and then
             the same bits on all ranks again.
-        bounds: as in `push`.
+        bounds: see `push`.
 
     Raises:
         ValueError: a policy without owners, other dtypes or sizes, or weights that are not finite on any rank (the
@@ -265,10 +265,10 @@ def _pull(state: Compressor, route: Route, chosen: Selection, into: Tensor, flag
     return True
 
 
-def _crossing(messages: Sequence[Tensor], ranks: Ranks, own: int | None) -> int:
+def _crossing(messages: Sequence[Tensor], ranks: Ranks, shard: int | None) -> int:
     """Bytes that this rank sends to others: one message to all of them, or one to each but its own."""
     size = sum(len(message) for message in messages)
-    size = size * (ranks.size - 1) if own is None else size - len(messages[own])
+    size = size * (ranks.size - 1) if shard is None else size - len(messages[shard])
     return size + _ANNOUNCED * len(messages) * (ranks.size - 1)
 
 

@@ -1,6 +1,6 @@
 """Whether compression pays: the time of a step's communication by hook, from a probed link and a measured encoder.
 
-[Note: cost] Of d float32 values on W ranks, with bandwidth B bytes a second out of each rank and latency L a message:
+[Note: cost] d float32 values on W ranks; bandwidth B bytes per second out of each rank, latency L per message:
 
     none    2 (W-1) L + 2 (W-1)/W 4d / B             a ring's all-reduce
     bf16    the same of 2d bytes + c                  c for the casts, to 16 bits and back
@@ -35,7 +35,7 @@ class Link:
 
     Attributes:
         bytes_per_s: out of each rank, in an all-to-all.
-        latency_s: of a collective of a few bytes.
+        latency_s: the time of a collective of a few bytes.
     """
 
     ranks: int
@@ -48,7 +48,7 @@ class Choice:
     """The fastest hook and the numbers behind it.
 
     Attributes:
-        seconds: of a step's communication by hook.
+        seconds: a step's communication, by hook.
     """
 
     hook: str
@@ -61,7 +61,7 @@ class Choice:
         verdict = "compression does not pay" if self.hook == "none" else f"{self.hook} pays"
         return (
             f"{verdict}: a step's communication takes {times} ({self.link.ranks} ranks, "
-            f"{8e-6 * self.link.bytes_per_s:.0f} Mbps, {1e3 * self.link.latency_s:.2f} ms a message, "
+            f"{8e-6 * self.link.bytes_per_s:.0f} Mbps, {1e3 * self.link.latency_s:.2f} ms per message, "
             f"{1e3 * self.encode_s:.1f} ms to encode and decode)"
         )
 
@@ -145,8 +145,8 @@ def cast_time(numel: int, device: torch.device) -> float:
 def choose(policy: CommPolicy, numel: int, device: torch.device) -> Choice:
     """What "auto" does. Collective, and the same on every rank."""
     link = probe(device)
-    own = encode_time(policy, max(numel, 1), link.ranks, device), cast_time(max(numel, 1), device)
-    slowest = torch.tensor(own, dtype=torch.float64, device=Ranks.of(None, torch.empty(0, device=device)).device)
+    times = encode_time(policy, max(numel, 1), link.ranks, device), cast_time(max(numel, 1), device)
+    slowest = torch.tensor(times, dtype=torch.float64, device=Ranks.of(None, torch.empty(0, device=device)).device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     encode_s, cast_s = slowest.tolist()
     seconds = predict(policy, max(numel, 1), link, encode_s, cast_s)

@@ -32,7 +32,7 @@ class Ranks:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, tensor: Tensor) -> "Ranks":
-        """Of a group (None: the default one), for the exchange of `tensor`."""
+        """The ranks of a group (None: the default one), for the exchange of `tensor`."""
         # gloo takes a CUDA tensor only by way of the host, where the messages are anyway.
         device = torch.device("cpu") if dist.get_backend(group) == "gloo" else tensor.device
         return cls(group, dist.get_rank(group), dist.get_world_size(group), device)
@@ -40,17 +40,17 @@ class Ranks:
     def announce(self, numbers: Sequence[int]) -> list[list[int]]:
         """Each rank's `numbers`, as many on every rank. One all-to-all: gloo's all-gather puts twice the bytes."""
         mine = torch.tensor([list(numbers)] * self.size, dtype=torch.int64, device=self.device)
-        found = torch.empty_like(mine)
-        dist.all_to_all_single(found, mine, group=self.group)
-        return found.tolist()
+        announced = torch.empty_like(mine)
+        dist.all_to_all_single(announced, mine, group=self.group)
+        return announced.tolist()
 
     def all_to_all(self, messages: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         """Send `messages[r]` to rank r; returns what came from each, of the `lengths` announced. One all-to-all."""
         sent = torch.cat([message.to(self.device) for message in messages])
-        found = torch.empty(sum(lengths), dtype=torch.uint8, device=self.device)
+        received = torch.empty(sum(lengths), dtype=torch.uint8, device=self.device)
         sizes = [len(message) for message in messages]
-        dist.all_to_all_single(found, sent, list(lengths), sizes, group=self.group)
-        return list(found.split(list(lengths)))
+        dist.all_to_all_single(received, sent, list(lengths), sizes, group=self.group)
+        return list(received.split(list(lengths)))
 
     def all_gather(self, message: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """Every rank's message, of the `lengths` announced. One all-to-all; of a single message (a star) one broadcast.
@@ -61,14 +61,16 @@ class Ranks:
         sources = [source for source, length in enumerate(lengths) if length]
         if len(sources) > 1:
             copies = [message if rank != self.rank else message[:0] for rank in range(self.size)]
-            found = self.all_to_all(copies, [length if rank != self.rank else 0 for rank, length in enumerate(lengths)])
+            messages = self.all_to_all(
+                copies, [length if rank != self.rank else 0 for rank, length in enumerate(lengths)]
+            )
         else:
-            found = [torch.empty(length, dtype=torch.uint8, device=self.device) for length in lengths]
-        found[self.rank] = message.to(self.device)
+            messages = [torch.empty(length, dtype=torch.uint8, device=self.device) for length in lengths]
+        messages[self.rank] = message.to(self.device)
         if len(sources) == 1:
             at = sources[0] if self.group is None else dist.get_global_rank(self.group, sources[0])
-            dist.broadcast(found[sources[0]], at, group=self.group)
-        return found
+            dist.broadcast(messages[sources[0]], at, group=self.group)
+        return messages
 
 
 def dense_mean(flat: Tensor, ranks: Ranks, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class Direction:
 
     @property
     def message_bytes(self) -> int:
-        """Of all messages."""
+        """Bytes of all messages."""
         return sum(size for size, _ in self.messages)
 
 
@@ -106,10 +106,10 @@ def target_ratio(ours: ByteCount, dense: ByteCount) -> float:
 
 def share(total: int, weights: Sequence[int]) -> list[int]:
     """Integers in the proportion of `weights` that sum to `total` (to 0 where all weights are 0)."""
-    whole, seen, given, found = sum(weights), 0, 0, []
+    whole, seen, given, parts = sum(weights), 0, 0, []
     for weight in weights:
         seen += weight
         upto = total * seen // whole if whole else 0
-        found.append(upto - given)
+        parts.append(upto - given)
         given = upto
-    return found
+    return parts

@@ -21,10 +21,10 @@ class TopK:
     Attributes:
         keep: share of a bucket's entries that is sent, in (0, 1].
         values: how a value is sent: "fp32", "fp16", "bf16". What rounding takes is kept for later too.
-        momentum: of DGC's correction (the optimizer must then have none); 0: no correction.
-        clip_norm: of the gradient of a bucket, before the residual is added; None: no clipping.
+        momentum: the momentum of DGC's correction (the optimizer must then have none); 0: no correction.
+        clip_norm: the norm that a bucket's gradient is clipped to before the residual is added; None: no clipping.
         dense_below: parameters with fewer entries (biases, norms) are sent whole; 0: one selection over the bucket.
-        schedule: of the warm-up.
+        schedule: the warm-up.
     """
 
     keep: float = 0.01

@@ -64,7 +64,7 @@ class Residuals:
 
         Args:
             gradient: flat [sum of numels]; the parameters' gradients in the order of `names`.
-            scale: of the gradient (`clip_scale`).
+            scale: a factor of the gradient (`clip_scale`).
 
         Raises:
             ValueError: sizes that do not add up, or another size than the parameter had before.
@@ -155,8 +155,8 @@ class Residuals:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all tensors, one storage each (as safetensors asks), under `residual.NAME` and `velocity.NAME`."""
-        found = {_RESIDUAL + name: tensor.clone() for name, tensor in self._residual.items()}
-        return found | {_VELOCITY + name: tensor.clone() for name, tensor in self._velocity.items()}
+        tensors = {_RESIDUAL + name: tensor.clone() for name, tensor in self._residual.items()}
+        return tensors | {_VELOCITY + name: tensor.clone() for name, tensor in self._velocity.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace all residuals by those of `state_dict`.

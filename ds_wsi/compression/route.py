@@ -21,8 +21,8 @@ class Bucket:
 
     Attributes:
         buffer: [sum of numels], any floating dtype.
-        names, numels: of the parameters, in the order in which they lie in the buffer; the same on all ranks.
-        group: to exchange with; None: the default one.
+        names, numels: the parameters', in the order in which they lie in the buffer; the same on all ranks.
+        group: the group to exchange with; None: the default one.
     """
 
     buffer: Tensor
@@ -47,11 +47,11 @@ class Route:
     step: int
 
     def pieces(self, number: int) -> list[Span]:
-        """Of a shard."""
+        """The pieces of a shard."""
         return pieces_of(self.spans, *self.shards[number])
 
     def sections(self, sent: Selection, number: int, origin: int = 0) -> list[Section]:
-        """Of a shard, from a selection whose indices count from `origin` of the bucket."""
+        """The sections of a shard, from a selection whose indices count from `origin` of the bucket."""
         return sections_of(sent, self.pieces(number), self.shards[number][0] - origin)
 
     def message(self, sections: Sequence[Section], number: int, flags: int = 0) -> Tensor:
@@ -70,11 +70,11 @@ class Route:
         pieces = self.pieces(number)
         if not pieces:
             return []
-        found = decode(message, layout=layout_of(pieces), step=self.step)
-        if (found.shard, found.flags) != (number, flags):
-            raise WireError(f"a message must be of shard {number}, flags {flags}, got {found.shard}, {found.flags}")
-        apply(found, pieces, into)
-        return list(found.sections)
+        decoded = decode(message, layout=layout_of(pieces), step=self.step)
+        if (decoded.shard, decoded.flags) != (number, flags):
+            raise WireError(f"a message must be of shard {number}, flags {flags}, got {decoded.shard}, {decoded.flags}")
+        apply(decoded, pieces, into)
+        return list(decoded.sections)
 
     def bytes_by_tensor(self, by_shard: Iterable[Sequence[Section]]) -> Counter[str]:
         """Payload bytes of the shards' messages by parameter."""

@@ -1,4 +1,4 @@
-"""Which entries of a flat bucket are sent, and their way into and out of messages, shard by shard.
+"""The entries of a flat bucket that are sent, and their way into and out of messages, shard by shard.
 
 A bucket is cut into spans: runs of parameters that are sent whole, and runs of which the largest entries are sent. What
 is selected does not depend on the number of ranks; only then is the bucket cut at the shards' bounds. The parts of
@@ -78,8 +78,8 @@ def select(flat: Tensor, spans: Sequence[Span], keep: float) -> Selection:
     counts = [s.stop - s.start if s.whole else kept(s.stop - s.start, keep) for s in spans]
     if sum(counts) == len(flat):
         return Selection(None, flat)
-    found = [top_k(flat[s.start : s.stop], count) + s.start for s, count in zip(spans, counts)]
-    indices = torch.cat(found) if len(found) > 1 else found[0]
+    chosen = [top_k(flat[s.start : s.stop], count) + s.start for s, count in zip(spans, counts)]
+    indices = torch.cat(chosen) if len(chosen) > 1 else chosen[0]
     return Selection(indices, flat[indices])
 
 
@@ -123,7 +123,7 @@ def bytes_by_tensor(
     values: str,
 ) -> dict[str, int]:
     """Payload bytes of a shard's message by parameter: each section's in proportion to the entries sent."""
-    found = dict.fromkeys(names, 0)
+    sizes = dict.fromkeys(names, 0)
     offsets = torch.tensor(list(accumulate(numels, initial=0)))
     for section, piece in zip(sections, pieces, strict=True):
         d, nnz = section.numel, len(section.values)
@@ -132,5 +132,5 @@ def bytes_by_tensor(
             ends = torch.searchsorted(section.indices.cpu(), ends)
         size = section_bytes(cheapest(values, d, nnz), values, d, nnz)
         for name, part in zip(names, share(size, ends.diff().tolist())):
-            found[name] += part
-    return found
+            sizes[name] += part
+    return sizes

@@ -58,7 +58,7 @@ def nonzero(flat: Tensor) -> Tensor:
 
 
 def _top_k_device(flat: Tensor, k: int) -> Tensor:
-    """Of the k values torch.topk returns only the smallest is used: which of equal entries it picks is not defined."""
+    """The indices of the k largest, by torch.topk's smallest value alone: its choice among equals is not defined."""
     keys = flat.view(torch.int32) & _MAGNITUDE
     kth = keys.topk(k, sorted=False).values.min()
     above = (keys > kth).nonzero().flatten()
@@ -95,14 +95,14 @@ def _sampled_threshold(bits: np.ndarray, k: int) -> int:
 def _passing(bits: np.ndarray, threshold: int) -> np.ndarray:
     """Ascending indices of the entries whose magnitude's bits are at least `threshold`."""
     keys, mask = np.empty(_CHUNK, np.int32), np.zeros(_CHUNK, np.bool_)
-    found = [np.zeros(0, np.int64)]
+    indices = [np.zeros(0, np.int64)]
     for start in range(0, len(bits), _CHUNK):
         part = bits[start : start + _CHUNK]
         size = len(part)
         np.bitwise_and(part, _MAGNITUDE, out=keys[:size])
         np.greater_equal(keys[:size], threshold, out=mask[:size])
-        found.append(np.flatnonzero(mask[:size]) + start)
-    return np.concatenate(found)
+        indices.append(np.flatnonzero(mask[:size]) + start)
+    return np.concatenate(indices)
 
 
 def _select(keys: np.ndarray, indices: np.ndarray | None, k: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The wire format: what one rank sends to another in one step, all tensors in one message.
 
 [Note: layout]
-Little-endian; a header of 40 bytes, a table of 24 bytes an entry, then the payloads in the table's order:
+Little-endian; a header of 40 bytes, a table of 24 bytes per entry, then the payloads in the table's order:
 
     header  magic "DWGC", version u16, flags u16, step u64, source rank u32, shard u32, entries u32,
             checksum u32 (crc32 of the whole message with this field zero), bytes after the header u64
@@ -166,11 +166,11 @@ def _check(section: Section, indices: np.ndarray | None) -> None:
         raise ValueError(f"values must be finite {where}. HINT: discard the step on overflow")
 
 
-def _seal(table: np.ndarray, payloads: Sequence[bytes | np.ndarray], place: tuple[int, int, int], flags: int) -> Tensor:
+def _seal(table: np.ndarray, payloads: Sequence[bytes | np.ndarray], ids: tuple[int, int, int], flags: int) -> Tensor:
     """Header, table and payloads in one buffer, with the checksum."""
     length = table.nbytes + sum(len(part) for part in payloads)
     message = np.empty(HEADER.size + length, np.uint8)
-    step, source, shard = place
+    step, source, shard = ids
     header = HEADER.pack(MAGIC, VERSION, flags, step, source, shard, len(table), 0, length)
     message[: HEADER.size] = np.frombuffer(header, np.uint8)
     at = HEADER.size
@@ -202,15 +202,15 @@ def decode(message: Tensor, *, layout: Sequence[tuple[int, int]] | None = None, 
     if message.dtype != torch.uint8 or message.dim() != 1:
         raise WireError(f"a message must be 1-D uint8, got {message.dim()}-D {message.dtype}")
     data = np.ascontiguousarray(message.numpy(force=True))
-    place, flags, table = _read_header(data, layout)
-    if step is not None and place[0] != step:
-        raise WireError(f"a message must be of step {step}, got {place[0]} (rank {place[1]})")
+    ids, flags, table = _read_header(data, layout)
+    if step is not None and ids[0] != step:
+        raise WireError(f"a message must be of step {step}, got {ids[0]} (rank {ids[1]})")
     at, sections = HEADER.size + table.nbytes, []
     for row in table:
         end = at + int(row["length"])
         sections.append(_read_section(row, data[at:end]))
         at = end
-    return Message(*place, flags, tuple(sections))
+    return Message(*ids, flags, tuple(sections))
 
 
 def _read_header(
@@ -254,7 +254,7 @@ def _read_section(row: np.ndarray, payload: np.ndarray) -> Section:
     encoding, d, nnz = INDEX_ENCODINGS[row["index"]], int(row["d"]), int(row["nnz"])
     split = index_bytes(encoding, d, nnz)
     raw = torch.empty(nnz, dtype=VALUE_ENCODINGS[_VALUES[row["value"]]])
-    # A copy, for the payload may begin anywhere and torch reads aligned.
+    # A copy, because the payload may begin anywhere and torch reads aligned.
     raw.view(torch.uint8).copy_(torch.from_numpy(payload[split:]))
     if not torch.isfinite(raw).all():
         raise WireError(f"values must be finite (tensor {int(row['id'])})")

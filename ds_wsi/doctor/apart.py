@@ -38,10 +38,10 @@ def apart(function: Callable[..., Any], *arguments: Any, n_ranks: int = 1, timeo
     """What `function(*arguments)` returns in each of `n_ranks` fresh processes, by rank.
 
     Args:
-        function: of a module, whose name it has there.
-        arguments: that JSON can hold, as what it returns.
+        function: a module's function, found there by its name.
+        arguments: values that JSON can hold, as what it returns.
         n_ranks: processes; each has RANK, WORLD_SIZE and LOCAL_RANK as a launcher sets them.
-        timeout_s: after which all are killed.
+        timeout_s: the time after which all are killed.
 
     Raises:
         ApartError: a process failed, crashed or gave no answer in time. No process outlives this.
@@ -69,18 +69,18 @@ def finding_apart(
     """The worst finding of a function that returns one, in processes of its own; FAIL where one gives none.
 
     Args:
-        function, arguments, n_ranks, timeout_s: of `apart`.
-        remedy: where there is none.
+        function, arguments, n_ranks, timeout_s: see `apart`.
+        remedy: what to do where the function gives none.
     """
     try:
-        found = [Finding(*one) for one in apart(function, *arguments, n_ranks=n_ranks, timeout_s=timeout_s)]
+        findings = [Finding(*one) for one in apart(function, *arguments, n_ranks=n_ranks, timeout_s=timeout_s)]
     except ApartError as error:
         return Finding(FAIL, str(error), remedy)
-    return worst(found)
+    return worst(findings)
 
 
 def _wait(ranks: Sequence[subprocess.Popen], timeout_s: float) -> None:
-    """Until all have ended, one has failed, or the time is over."""
+    """Wait until all have ended, one has failed, or the time is over."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         states = [process.poll() for process in ranks]
@@ -133,7 +133,7 @@ def _environment(rank: int, n_ranks: int) -> Mapping[str, str]:
 
 
 def main() -> None:
-    """In the fresh process: call the function and write its answer."""
+    """Call the function and write its answer, in the fresh process."""
     end_with_parent()
     module, name, arguments = json.loads(sys.argv[2])
     rank = os.environ["RANK"]

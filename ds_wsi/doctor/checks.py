@@ -30,9 +30,9 @@ class Check:
     """A check.
 
     Args:
-        name: in the list.
+        name: the check's name in the list.
         run: the check.
-        timeout_s: after which it has failed.
+        timeout_s: the time after which it has failed.
         quick: whether `--quick` runs it.
     """
 
@@ -85,16 +85,16 @@ def run_check(check: Check) -> Finding:
 
     It runs in a thread that is left behind at its limit: a disk that does not answer holds it for ever.
     """
-    found: list[Finding] = []
+    findings: list[Finding] = []
 
     def run() -> None:
         try:
-            found.append(check.run())
+            findings.append(check.run())
         except Exception as error:
             lines = str(error).splitlines() or [""]
-            found.append(Finding(FAIL, f"{type(error).__name__}: {lines[0]}", _REPORT))
+            findings.append(Finding(FAIL, f"{type(error).__name__}: {lines[0]}", _REPORT))
 
     thread = threading.Thread(target=run, name=f"ds_wsi-{check.name}", daemon=True)
     thread.start()
     thread.join(check.timeout_s)
-    return found[0] if found else Finding(FAIL, f"no answer within {check.timeout_s:g} s", _REPORT)
+    return findings[0] if findings else Finding(FAIL, f"no answer within {check.timeout_s:g} s", _REPORT)

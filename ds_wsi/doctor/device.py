@@ -68,8 +68,8 @@ def _unseen(torch: Any, driver: str) -> Finding:
 
 
 def _gpu_finding(torch: Any, index: int) -> Finding:
-    known = torch.cuda.get_device_properties(index)
-    name = f"cuda:{index} {known.name}, capability {known.major}.{known.minor}"
+    properties = torch.cuda.get_device_properties(index)
+    name = f"cuda:{index} {properties.name}, capability {properties.major}.{properties.minor}"
     try:
         error = product_error(torch, torch.device("cuda", index))
         free, total = torch.cuda.mem_get_info(index)

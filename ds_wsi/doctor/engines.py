@@ -61,10 +61,10 @@ def two_steps(engine: str, on_gpu: bool) -> Finding:
     join_ranks("nccl" if on_gpu else "gloo")
     try:
         expected = _plain(device, dist.get_world_size())
-        found = _under(engine, device, dist.get_rank())
+        weights = _under(engine, device, dist.get_rank())
     finally:
         dist.destroy_process_group()
-    error = max(float((found[name] - value).abs().max()) for name, value in expected.items())
+    error = max(float((weights[name] - value).abs().max()) for name, value in expected.items())
     if not error <= BOUND:
         return Finding(FAIL, f"weights after {STEPS} steps are {error:.1e} from plain PyTorch's", INSTEAD[engine])
     words = f"{STEPS} steps, {os.environ['WORLD_SIZE']} ranks" if os.environ["WORLD_SIZE"] != "1" else f"{STEPS} steps"

@@ -58,8 +58,8 @@ def check_shared_memory() -> Finding:
     """The size of /dev/shm, for information: batches go through memory files instead (docs/stops.md)."""
     if not _SHM.is_dir():
         return Finding(PASS, f"no {_SHM}; nothing here uses it")
-    found = os.statvfs(_SHM)
-    return Finding(PASS, f"{format_bytes(found.f_blocks * found.f_frsize)}; nothing here uses it")
+    statistics = os.statvfs(_SHM)
+    return Finding(PASS, f"{format_bytes(statistics.f_blocks * statistics.f_frsize)}; nothing here uses it")
 
 
 def check_open_files() -> Finding:

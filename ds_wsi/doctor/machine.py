@@ -60,12 +60,12 @@ def describe_torch() -> dict[str, Any]:
         return {"problem": f"{type(error).__name__}: {error}"}
     devices = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        known = torch.cuda.get_device_properties(index)
+        properties = torch.cuda.get_device_properties(index)
         devices.append(
             {
-                "name": known.name,
-                "capability": f"{known.major}.{known.minor}",
-                "memory_bytes": known.total_memory,
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
                 "free_bytes": torch.cuda.mem_get_info(index)[0],
             }
         )

@@ -10,6 +10,7 @@ from packaging.specifiers import SpecifierSet
 
 from ds_wsi.doctor.apart import finding_apart
 from ds_wsi.doctor.finding import FAIL, PASS, WARN, Finding
+from ds_wsi.runtime.seams import SEAMS, SEEN, missing_seams
 from ds_wsi.runtime.words import counted
 
 IMPORTS_S = 90
@@ -20,8 +21,8 @@ class Needed(NamedTuple):
     """A package that ds_wsi uses.
 
     Attributes:
-        name: of the distribution.
-        bounds: of its version.
+        name: the distribution's.
+        bounds: the bounds of its version.
         optional: whether it belongs to an extra.
     """
 
@@ -36,13 +37,13 @@ def needed_packages() -> list[Needed]:
     Raises:
         PackageNotFoundError: ds_wsi runs from a folder that is not installed.
     """
-    found: dict[str, Needed] = {}
+    packages: dict[str, Needed] = {}
     for line in requires("ds_wsi") or []:
         one = Requirement(line)
         optional = one.marker is not None and "extra" in str(one.marker)
         if one.marker is None or optional or one.marker.evaluate():
-            found.setdefault(one.name, Needed(one.name, one.specifier, optional))
-    return list(found.values())
+            packages.setdefault(one.name, Needed(one.name, one.specifier, optional))
+    return list(packages.values())
 
 
 def installed_version(name: str) -> str | None:
@@ -63,11 +64,11 @@ def check_versions() -> Finding:
     if not SpecifierSet(python).contains(platform.python_version(), prereleases=True):
         return Finding(FAIL, f"Python {platform.python_version()}, not {python}", f"an environment of Python {python}")
     for name, bounds, optional in packages:
-        own = installed_version(name)
-        if own is None and optional:
+        installed = installed_version(name)
+        if installed is None and optional:
             continue
-        if own is None or not bounds.contains(own, prereleases=True):
-            wrong.append(f"{name} {own or 'not installed'}, not {bounds or 'there'}")
+        if installed is None or not bounds.contains(installed, prereleases=True):
+            wrong.append(f"{name} {installed or 'not installed'}, not {bounds or 'there'}")
             repairs.append(f'"{name}{bounds}"')
             needed = needed or not optional
     if wrong:
@@ -87,7 +88,20 @@ def check_imports() -> Finding:
         if not module.startswith("_") and any(owner.lower().replace("_", "-") in names for owner in owners)
     )
     slow = f"run it again where the packages lie on a slow disk; {_INSTALL_ANEW}"
-    return finding_apart(import_all, modules, timeout_s=IMPORTS_S, remedy=slow)
+    return finding_apart(import_and_look, modules, timeout_s=IMPORTS_S, remedy=slow)
+
+
+def import_and_look(modules: list[str]) -> Finding:
+    """Import each module, and look for the private names of theirs that ds_wsi uses. In a process of its own."""
+    imported = import_all(modules)
+    if imported.status != PASS:
+        return imported
+    missing = [row for package in SEEN for row in missing_seams(package) if not row.since]
+    if missing:
+        packages = " ".join(f'"{name}=={SEEN[name][1]}"' for name in sorted({row.package for row in missing}))
+        words = ", ".join(f"{row.dotted} ({row.purpose})" for row in missing)
+        return Finding(FAIL, f"private names that ds_wsi uses are gone: {words}", f"pip install {packages}")
+    return Finding(PASS, f"{imported.found}, {counted(len(SEAMS), 'private name')} there")
 
 
 def import_all(modules: list[str]) -> Finding:

@@ -25,7 +25,7 @@ from ds_wsi.runtime.files import json_number
 # bootstrap would give an interval of no width: the accuracy's is then exact, the others' is not told.
 SAME = 1e-12  # resamples that differ by less agree: they differ by rounding
 METHODS = ("bootstrap", "exact", "undetermined")
-CHUNK_ELEMENTS = 2**20  # counts held at once: 8 MiB an array, whatever the number of slides and resamples
+CHUNK_ELEMENTS = 2**20  # counts held at once: 8 MiB per array, whatever the number of slides and resamples
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MetricInterval:
     """A metric of the test slides and its interval.
 
     Attributes:
-        value: on the slides themselves; NaN where undefined.
+        value: the metric on the slides themselves; NaN where undefined.
         low, high: the interval's ends; NaN where no resample defines the metric, and where all resamples agree.
         n_resamples_used: resamples on which the metric is defined.
         confidence: the interval's level, in (0, 1).
@@ -71,8 +71,8 @@ def bootstrap_metrics(
         probabilities: float [N, C], each row a distribution over the classes, or [R, N, C] of R runs.
         n_resamples: how many; the same seed gives the same ones.
         confidence: the interval's level, in (0, 1).
-        seed: of the resampling.
-        patients: of each slide, N names; None takes each slide for a patient.
+        seed: the seed of the resampling.
+        patients: N names, one per slide; None takes each slide for a patient.
 
     Returns:
         METRIC_NAMES -> interval.
@@ -93,11 +93,11 @@ def bootstrap_metrics(
     each = [slide_metrics(label_array, run) for run in runs]
     values = {name: float(np.mean([metrics[name] for metrics in each])) for name in METRIC_NAMES}
     samples = resample_metrics(label_array, runs, patients, n_resamples, seed)
-    found = {name: percentile_interval(values[name], samples[name], confidence) for name in METRIC_NAMES}
+    intervals = {name: percentile_interval(values[name], samples[name], confidence) for name in METRIC_NAMES}
     if values["accuracy"] in (0.0, 1.0):
         drawn = len(label_array) if patients is None else len(set(patients))
-        found["accuracy"] = _exact_at_an_end(values["accuracy"], drawn, found["accuracy"])
-    return found
+        intervals["accuracy"] = _exact_at_an_end(values["accuracy"], drawn, intervals["accuracy"])
+    return intervals
 
 
 def resample_metrics(
@@ -108,7 +108,7 @@ def resample_metrics(
     Args:
         labels: int64 [N].
         runs: float64 [N, C] each.
-        patients: of each slide, or None.
+        patients: one per slide, or None.
         n_resamples, seed: the same ones give the same resamples for the same patients.
 
     Returns:
@@ -227,11 +227,11 @@ def percentile_interval(value: float, samples: FloatArray, confidence: float) ->
     return MetricInterval(value, float(low), float(high), int(defined.size), confidence)
 
 
-def _exact_at_an_end(value: float, count: int, found: MetricInterval) -> MetricInterval:
-    """Of a share of 0 or 1 among `count`: up to where none, or all, still has a probability of (1 - confidence) / 2."""
-    bound = ((1 - found.confidence) / 2) ** (1 / count)
+def _exact_at_an_end(value: float, count: int, interval: MetricInterval) -> MetricInterval:
+    """A share of 0 or 1 among `count`: up to where none, or all, still has a probability of (1 - confidence) / 2."""
+    bound = ((1 - interval.confidence) / 2) ** (1 / count)
     low, high = (bound, 1.0) if value == 1 else (0.0, 1 - bound)
-    return replace(found, low=low, high=high, method="exact")
+    return replace(interval, low=low, high=high, method="exact")
 
 
 def metrics_to_json(intervals: Mapping[str, MetricInterval]) -> dict[str, dict[str, float | int | str | None]]:

@@ -33,7 +33,7 @@ class Predictions:
         slide_ids, patient_ids: N each.
         labels: int64 [N].
         probabilities: float64 [N, C]; of several draws of tiles the mean.
-        protocol: on which tiles, in words.
+        protocol: the tiles that were predicted on, in words.
     """
 
     source: Path
@@ -53,7 +53,7 @@ class DeLong:
         auc_a, auc_b: areas under the ROC curves.
         difference: B minus A.
         covariance: float64 [2, 2] of the areas.
-        standard_error: of the difference.
+        standard_error: the difference's.
         z, p_value: two-sided, normal.
         low, high: the difference's interval.
     """
@@ -74,7 +74,7 @@ class Difference:
     """A metric of two models on the same slides, and the paired bootstrap of B minus A.
 
     Attributes:
-        a, b, difference: on the slides themselves; NaN where undefined.
+        a, b, difference: values on the slides themselves; NaN where undefined.
         low, high: the difference's percentile interval; NaN where all resamples agree.
         p_value: two-sided, of an exchange test: see `exchange_test`.
         n_resamples_used: resamples on which both are defined.
@@ -171,8 +171,8 @@ def compare_predictions(
 
     Args:
         a, b: the predictions.
-        n_resamples, seed: of the bootstrap.
-        confidence: of the intervals, in (0, 1).
+        n_resamples, seed: the bootstrap's.
+        confidence: the intervals' level, in (0, 1).
 
     Raises:
         ValueError: other classes, slides, labels or patients; names them.
@@ -211,7 +211,7 @@ def exchange_test(
         labels: int64 [N].
         scores: two of float64 [N, C].
         patients: N names; a patient's slides are exchanged together.
-        n_drawn, seed: of the exchanges that are drawn.
+        n_drawn, seed: how many exchanges are drawn, and by which seed.
 
     Returns:
         METRIC_NAMES -> p-value, NaN where a metric is undefined; how many patients differ; the smallest p-value that
@@ -238,9 +238,9 @@ def exchange_test(
     second = weighted_metrics(twice, both, np.concatenate([of_second, 1 - of_second], axis=1))
     p_values = {}
     for name in METRIC_NAMES:
-        found = np.abs(second[name] - first[name])
-        defined = found[np.isfinite(found)]
-        p_values[name] = math.nan if math.isnan(found[0]) else float(np.mean(defined >= found[0] - SAME))
+        differences = np.abs(second[name] - first[name])
+        defined = differences[np.isfinite(differences)]
+        p_values[name] = math.nan if math.isnan(differences[0]) else float(np.mean(defined >= differences[0] - SAME))
     return p_values, len(names), 2 / 2 ** len(names) if exact and names else 1.0 if exact else 1 / len(exchanged)
 
 
@@ -260,13 +260,13 @@ def _matching_rows(a: Predictions, b: Predictions) -> IntArray:
             "HINT: evaluate both on one manifest with `ds-wsi evaluate`."
         )
     order = np.array([rows[slide] for slide in a.slide_ids])
-    for what, ours, theirs in (
+    for what, of_a, of_b in (
         ("label", [a.classes[label] for label in a.labels], [b.classes[label] for label in b.labels[order]]),
         ("patient", list(a.patient_ids), [b.patient_ids[row] for row in order]),
     ):
         differing = [
             f"{slide} ({one!r} and {two!r})"
-            for slide, one, two in zip(a.slide_ids, ours, theirs, strict=True)
+            for slide, one, two in zip(a.slide_ids, of_a, of_b, strict=True)
             if one != two
         ]
         if differing:
@@ -287,13 +287,15 @@ def delong(positive: np.ndarray, scores_a: FloatArray, scores_b: FloatArray, con
     Args:
         positive: bool [N].
         scores_a, scores_b: float64 [N], higher for the positive class; ties count one half.
-        confidence: of the interval, in (0, 1).
+        confidence: the interval's level, in (0, 1).
 
     Source: DeLong, DeLong and Clarke-Pearson (1988), equations 3 to 6; the components from midranks, in O(N log N):
     Sun and Xu (2014), equations 5 and 6.
     """
     components = [_components(positive, scores) for scores in (scores_a, scores_b)]
-    auc_a, auc_b = (float(np.mean(ours)) if len(ours) and len(others) else math.nan for ours, others in components)
+    auc_a, auc_b = (
+        float(np.mean(positives)) if len(positives) and len(others) else math.nan for positives, others in components
+    )
     counts = (int(positive.sum()), int((~positive).sum()))
     covariance = np.full((2, 2), math.nan)
     if min(counts) > 1:
@@ -313,11 +315,11 @@ def delong(positive: np.ndarray, scores_a: FloatArray, scores_b: FloatArray, con
 
 
 def _components(positive: np.ndarray, scores: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """For each positive the share of negatives below it, for each negative the share of positives above it."""
-    ours, others = scores[positive], scores[~positive]
+    """Each positive's share of negatives below it, and each negative's share of positives above it."""
+    of_positives, others = scores[positive], scores[~positive]
     ranks = _midranks(scores)
-    below = (ranks[positive] - _midranks(ours)) / max(1, len(others))
-    above = 1 - (ranks[~positive] - _midranks(others)) / max(1, len(ours))
+    below = (ranks[positive] - _midranks(of_positives)) / max(1, len(others))
+    above = 1 - (ranks[~positive] - _midranks(others)) / max(1, len(of_positives))
     return below, above
 
 
@@ -345,16 +347,16 @@ def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
         "confidence": comparison.confidence,
         "difference": "b - a",
         "paired_bootstrap": {
-            name: {key: json_number(value) for key, value in vars(found).items()}
-            for name, found in comparison.metrics.items()
+            name: {key: json_number(value) for key, value in vars(measured).items()}
+            for name, measured in comparison.metrics.items()
         },
         "delong": None
         if test is None
         else {
-            key: [[json_number(value) for value in row] for row in found.tolist()]
+            key: [[json_number(value) for value in row] for row in measured.tolist()]
             if key == "covariance"
-            else json_number(found)
-            for key, found in vars(test).items()
+            else json_number(measured)
+            for key, measured in vars(test).items()
         },
     }
 
@@ -369,10 +371,10 @@ def format_comparison(comparison: Comparison) -> str:
         "patients, p by exchanging a patient's predictions",
         f"{'metric':<{width}}       A       B    B - A  {percent} interval      p",
     ]
-    for name, found in comparison.metrics.items():
+    for name, metric in comparison.metrics.items():
         lines.append(
-            f"{name:<{width}}  {_number(found.a):>6}  {_number(found.b):>6}  {_signed(found.difference):>7}  "
-            f"[{_signed(found.low)}, {_signed(found.high)}]  {_p(found.p_value)}"
+            f"{name:<{width}}  {_number(metric.a):>6}  {_number(metric.b):>6}  {_signed(metric.difference):>7}  "
+            f"[{_signed(metric.low)}, {_signed(metric.high)}]  {_p(metric.p_value)}"
         )
     if comparison.smallest_p > 1 - comparison.confidence:
         lines.append(
@@ -383,14 +385,14 @@ def format_comparison(comparison: Comparison) -> str:
 
 
 def _delong_lines(comparison: Comparison, percent: str) -> list[str]:
-    found = comparison.delong
-    if found is None:
+    test = comparison.delong
+    if test is None:
         return ["DeLong: of two classes only"]
-    if math.isnan(found.p_value):
+    if math.isnan(test.p_value):
         return ["DeLong: undefined, the difference has no variance or a class fewer than two slides"]
     line = (
-        f"DeLong: AUC {_number(found.auc_a)} and {_number(found.auc_b)}, difference {_signed(found.difference)} "
-        f"({percent} [{_signed(found.low)}, {_signed(found.high)}]), z {found.z:.3f}, p {_p(found.p_value)}"
+        f"DeLong: AUC {_number(test.auc_a)} and {_number(test.auc_b)}, difference {_signed(test.difference)} "
+        f"({percent} [{_signed(test.low)}, {_signed(test.high)}]), z {test.z:.3f}, p {_p(test.p_value)}"
     )
     if comparison.n_patients == comparison.n_slides:
         return [line]

@@ -27,7 +27,7 @@ def draw_curves(
     """Write a PNG of the losses and of the validation metrics over the epochs.
 
     Args:
-        history: one mapping an epoch: "epoch", and "train_loss", "eval_loss", "eval_auc", "eval_accuracy" and others;
+        history: one mapping per epoch: "epoch", and "train_loss", "eval_loss", "eval_auc", "eval_accuracy" and others;
             a key that is absent, None or not finite leaves a gap.
         path: where to; written atomically.
         best_epoch: the epoch whose weights were kept; marked in both panels.

@@ -52,7 +52,7 @@ def build_extractor(
 
     Args:
         name: a timm model's name, `hf-hub:ORG/NAME` or `local-dir:PATH`; the latter two come with weights.
-        tiling: of the tiles.
+        tiling: how the tiles were made.
         weights: a local file; None takes those of the name, or random ones of seed 0, of which it warns.
         pretrained: take the weights that timm has for the name.
         features: one of `FEATURES`; None for what the encoder's authors take.
@@ -91,9 +91,9 @@ def extract_features(
     slides, and each yields those of the others as kept.
 
     Args:
-        model: whose encoder it is, on the device to compute on.
-        config: of the model.
-        cohort: of slides.
+        model: the model whose encoder it is, on the device to compute on.
+        config: the model's names and sizes.
+        cohort: a cohort of slides.
         directory: where to.
         policy: how tiles are read.
         failures: where unreadable tiles are recorded.
@@ -122,7 +122,7 @@ def extract_features(
     directory.mkdir(parents=True, exist_ok=True)
     grids = cohort.tile_grids
     names = {row: grids[row].slide_id for row in rows}
-    found: list[ExtractedSlide] = []
+    kept_before: list[ExtractedSlide] = []
     with Claims(rows, lambda row: lock_path(directory, names[row])) as claims:
 
         def undone() -> Iterator[int]:
@@ -131,23 +131,23 @@ def extract_features(
                 if count is None:
                     yield row
                 else:  # another call has written it meanwhile
-                    found.append(ExtractedSlide(names[row], _place(directory, names[row]), count, False))
+                    kept_before.append(ExtractedSlide(names[row], _place(directory, names[row]), count, False))
                     claims.give_back(row)
 
         while claims.left:
             order = undone()
             first = next(order, None)
             if first is not None:
-                wanted = chain([first], order)  # asked for as slides are read ahead: a few are held at a time
+                rows_read = chain([first], order)  # asked for as slides are read ahead: a few are held at a time
                 slides = cohort.manifest.slides
-                for row, features, tiles in encode_slides(model, slides, grids, wanted, policy, failures):
+                for row, features, tiles in encode_slides(model, slides, grids, rows_read, policy, failures):
                     path = _place(directory, names[row])
                     coords = torch.from_numpy(grids[row].coords)[tiles]
                     write_features(path, features.float(), coords, grids[row].tile_size_level0_px, about[row])
                     claims.give_back(row)
                     yield ExtractedSlide(names[row], path, len(features), True)
-            yield from found
-            found.clear()
+            yield from kept_before
+            kept_before.clear()
             if first is None and claims.left:
                 claims.wait()
 
@@ -158,37 +158,37 @@ def _place(directory: Path, slide_id: str) -> Path:
 
 def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
     """The rows of each slide whose file is there and whole; files of another encoder or program are an error."""
-    found, problems, unrecorded = {}, [], 0
+    n_rows_of, problems, unrecorded = {}, [], 0
     made_alike = ("encoder", "mean_and_std", "pixels")  # mostly, of all slides
-    for wanted in about:
-        slide_id = wanted["slide_id"]
+    for expected in about:
+        slide_id = expected["slide_id"]
         for suffix in SUFFIXES:
             path = directory / f"{slide_id}{suffix}"
             if not os.path.lexists(path):
                 continue
-            theirs: dict[str, str] = {}
+            recorded: dict[str, str] = {}
             if path == _place(directory, slide_id) and path.is_file():
                 try:
-                    theirs, n_rows = _in_todays_words(read_about(path)), read_shape(path)[0]
+                    recorded, n_rows = _in_todays_words(read_about(path)), read_shape(path)[0]
                 except FeatureFileError as error:
                     if not _was_ours(path):
                         problems.append(f"features must be a whole file of `ds-wsi features`, got another: {error}")
                         continue
                     logger.warning("written anew: %s", error)
                     continue
-            of_before = {name: value for name, value in wanted.items() if name not in RECORDED_SINCE}
-            if theirs in (wanted, of_before):
-                unrecorded += theirs == of_before
-                found[slide_id] = n_rows
+            of_before = {name: value for name, value in expected.items() if name not in RECORDED_SINCE}
+            if recorded in (expected, of_before):
+                unrecorded += recorded == of_before
+                n_rows_of[slide_id] = n_rows
                 continue
-            other = next(name for name in wanted if theirs.get(name) != wanted[name])
-            if not theirs:
+            other = next(name for name in expected if recorded.get(name) != expected[name])
+            if not recorded:
                 problems.append(f"features must be a file that `ds-wsi features` wrote, got another ({path})")
                 continue
             # What differs from slide to slide stands behind: files of one kind are then told on one line.
-            own = f"{path}; of this command: {wanted[other]}" if other not in made_alike else str(path)
-            rule = f"{other} must be {wanted[other]}" if other in made_alike else f"{other} must be this command's"
-            problems.append(f"{rule}, got {theirs.get(other, 'none')} ({own})")
+            where = f"{path}; of this command: {expected[other]}" if other not in made_alike else str(path)
+            rule = f"{other} must be {expected[other]}" if other in made_alike else f"{other} must be this command's"
+            problems.append(f"{rule}, got {recorded.get(other, 'none')} ({where})")
     if unrecorded:
         logger.warning(
             "%s: %d of the features files are of an earlier version, which recorded no fingerprint: kept. HINT: "
@@ -201,7 +201,7 @@ def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
             f"--output_dir must hold features of this encoder and these slides alone, got "
             f"{counted(len(problems), 'other file')}:\n{lines}\nHINT: give another folder, or delete them."
         )
-    return found
+    return n_rows_of
 
 
 def _in_todays_words(about: dict[str, str]) -> dict[str, str]:

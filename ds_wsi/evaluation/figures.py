@@ -17,10 +17,10 @@ SHOWN_CURVES = 12
 
 
 def confusion_section(predictions: Sequence[Mapping[str, Any]]) -> str:
-    """A table of counts: a row a label, a column a predicted class; empty without predictions.
+    """A table of counts: one row per label, one column per predicted class; empty without predictions.
 
     Args:
-        predictions: as of `write_report`.
+        predictions: see `write_report`.
     """
     if not predictions:
         return ""
@@ -69,7 +69,7 @@ def roc_section(predictions: Sequence[Mapping[str, Any]]) -> str:
     Empty where no class has slides of both kinds.
 
     Args:
-        predictions: as of `write_report`.
+        predictions: see `write_report`.
     """
     classes = classes_of(predictions)
     shown = classes[1:] if len(classes) == 2 else classes

@@ -35,26 +35,26 @@ def require_same_evaluation(folder: Path, made_of: Mapping[str, Any]) -> None:
     """Refuse a folder with results of something else, or of nobody knows what.
 
     Args:
-        folder: of the results.
+        folder: the results' folder.
         made_of: name -> value of what this evaluation is made of, as JSON has it; names that the earlier one did not
             record, and names that are not known yet, are not compared.
 
     Raises:
         ValueError: names what differs, or the files that are in the way.
     """
-    found = [name for name in NAMES if os.path.lexists(folder / name)]
-    if not found:
+    present = [name for name in NAMES if os.path.lexists(folder / name)]
+    if not present:
         return
-    theirs = _read(folder / MARK)
-    if theirs is None:
+    recorded = _read(folder / MARK)
+    if recorded is None:
         raise ValueError(
-            f"--output_dir must not hold other files under the names of an evaluation's, got {', '.join(found)} "
+            f"--output_dir must not hold other files under the names of an evaluation's, got {', '.join(present)} "
             f"without a whole {MARK} ({folder}). {HINT}"
         )
     lines = [
-        f"{name} {theirs[name]}, now {value}"
+        f"{name} {recorded[name]}, now {value}"
         for name, value in made_of.items()
-        if name in theirs and theirs[name] != value
+        if name in recorded and recorded[name] != value
     ]
     if lines:
         raise ValueError(

@@ -88,12 +88,12 @@ class Table:
             for cell in other.cells.values()
         ]
         defined = [mean for mean in means if not math.isnan(mean)]
-        own = row.cells[training].statistics[metric].mean
-        return len(defined) > 1 and own >= max(defined) - 1e-12  # the same mean, summed in another order
+        candidate = row.cells[training].statistics[metric].mean
+        return len(defined) > 1 and candidate >= max(defined) - 1e-12  # the same mean, summed in another order
 
 
 def build_tables(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> tuple[Table, ...]:
-    """One table a dataset, in the order of their names; rows by method, evaluation, order of the classes and variant.
+    """One table per dataset, in the order of their names; rows by method, evaluation, order of the classes and variant.
 
     Raises:
         ValueError: two runs with the same seed and split in one cell.
@@ -108,8 +108,8 @@ def build_tables(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> tuple[T
             for (method, protocol, classes), group in sorted(by_row.items(), key=lambda item: item[0])
             for row in _rows(method, protocol, f"classes {', '.join(classes)}" if several else "", group, metrics)
         ]
-        found = {training for row in rows for training in row.cells}
-        trainings = [name for name in TRAININGS if name in found] + sorted(found - set(TRAININGS))
+        occurring = {training for row in rows for training in row.cells}
+        trainings = [name for name in TRAININGS if name in occurring] + sorted(occurring - set(TRAININGS))
         tables.append(Table(dataset, tuple(metrics), tuple(trainings), tuple(rows)))
     return tuple(tables)
 
@@ -122,7 +122,7 @@ def _grouped(runs: Iterable[FinishedRun], key: Callable[[FinishedRun], Key]) -> 
 
 
 def _rows(method: str, protocol: str, classes: str, runs: list[FinishedRun], metrics: Sequence[str]) -> list[Row]:
-    """A row a variant; a training without variants, such as the one frozen baseline, stands in each.
+    """A row per variant; a training without variants, such as the one frozen baseline, stands in each.
 
     `classes` begins the variant's words: kappa and f1 are other metrics where the classes come in another order.
     """

@@ -146,7 +146,7 @@ def _check_tiles(coords: np.ndarray, attention: np.ndarray, tile_size_level0_px:
     if attention.ndim != 1 or not len(attention) or coords.shape != (len(attention), 2):
         raise ValueError(
             f"coords and attention must have shapes [N, 2] and [N] with N >= 1, got {list(coords.shape)} and "
-            f"{list(attention.shape)}. HINT: give one weight a tile; tiles that failed to read have neither."
+            f"{list(attention.shape)}. HINT: give one weight per tile; tiles that failed to read have neither."
         )
     if not np.isfinite(attention).all():
         row = int(np.flatnonzero(~np.isfinite(attention))[0])

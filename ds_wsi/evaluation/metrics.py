@@ -71,11 +71,11 @@ def _check_shapes(labels: np.ndarray, probabilities: np.ndarray, slide_ids: Sequ
     if labels.shape != probabilities.shape[:1]:
         raise ValueError(
             f"labels must have shape [{len(probabilities)}] as probabilities has {len(probabilities)} rows, "
-            f"got {list(labels.shape)}. HINT: give one class index a slide."
+            f"got {list(labels.shape)}. HINT: give one class index per slide."
         )
     if slide_ids is not None and len(slide_ids) != len(probabilities):
         raise ValueError(
-            f"slide_ids must have {len(probabilities)} names, got {len(slide_ids)}. HINT: give one name a slide."
+            f"slide_ids must have {len(probabilities)} names, got {len(slide_ids)}. HINT: give one name per slide."
         )
     if len(labels) == 0:
         raise ValueError("labels must hold at least one slide, got 0. HINT: look whether the split is empty.")
@@ -111,7 +111,7 @@ def _slide(row: Any, slide_ids: Sequence[str] | None) -> str:
 
 
 def _balanced_accuracy(labels: IntArray, predicted: IntArray) -> float:
-    from sklearn.metrics import recall_score  # here, for it takes a second that options do not need
+    from sklearn.metrics import recall_score  # here, because it takes a second that options do not need
 
     present = np.unique(labels)
     if len(present) < 2:
@@ -120,7 +120,7 @@ def _balanced_accuracy(labels: IntArray, predicted: IntArray) -> float:
 
 
 def _auc(labels: IntArray, probabilities: FloatArray) -> float:
-    from sklearn.metrics import roc_auc_score  # here, for it takes a second that options do not need
+    from sklearn.metrics import roc_auc_score  # here, because it takes a second that options do not need
 
     present = np.unique(labels)
     if len(present) < 2:
@@ -130,7 +130,7 @@ def _auc(labels: IntArray, probabilities: FloatArray) -> float:
 
 
 def _quadratic_weighted_kappa(labels: IntArray, predicted: IntArray, classes: int) -> float:
-    from sklearn.metrics import cohen_kappa_score  # here, for it takes a second that options do not need
+    from sklearn.metrics import cohen_kappa_score  # here, because it takes a second that options do not need
 
     if len(np.union1d(labels, predicted)) < 2:
         return math.nan  # no disagreement is expected by chance: 0 / 0
@@ -139,7 +139,7 @@ def _quadratic_weighted_kappa(labels: IntArray, predicted: IntArray, classes: in
 
 
 def _f1(labels: IntArray, predicted: IntArray, classes: int) -> float:
-    from sklearn.metrics import f1_score  # here, for it takes a second that options do not need
+    from sklearn.metrics import f1_score  # here, because it takes a second that options do not need
 
     occurring = np.union1d(labels, predicted)
     if classes > 2:

@@ -41,12 +41,12 @@ class NormPlan:
     Args:
         training: the population that was trained, of a `NormPolicy`.
         candidates: evaluations to choose from, in the order in which ties are decided; one is taken unmeasured.
-        metric: by which they are compared, then by the lower loss.
+        metric: what they are compared by, before the lower loss.
         rows: slides on which they are measured.
-        split: whose slides these are.
+        split: the split that these slides are of.
         recalibration: parts of the training slides over which statistics are taken anew.
         gap: parts of some training slides, on which the gap is measured; empty where there can be none.
-        bags_per_population: of those, that training averages over at once.
+        bags_per_population: how many of those training averages over at once.
     """
 
     training: str = "frozen"
@@ -79,8 +79,8 @@ class NormChoice:
 
     Args:
         evaluation: the candidate that is best.
-        metrics: of each candidate on the slides, keys prefixed with `eval_`; empty where there was no slide.
-        split: whose slides they are.
+        metrics: each candidate's on the slides, keys prefixed with `eval_`; empty where there was no slide.
+        split: the split that these slides are of.
         statistics: running statistics of the encoder that the exported weights get; None: their own.
         gap: None where there can be none.
     """
@@ -92,13 +92,13 @@ class NormChoice:
     gap: NormGap | None = None
 
     def entry(self) -> dict[str, Any]:
-        """For a history: `norm_evaluation`, `norm_<candidate>_<metric>`, `norm_trained_loss`, `norm_exported_loss`."""
-        found: dict[str, Any] = {"norm_evaluation": self.evaluation, "norm_split": self.split}
+        """History values: `norm_evaluation`, `norm_<candidate>_<metric>`, `norm_trained_loss`, `norm_exported_loss`."""
+        values: dict[str, Any] = {"norm_evaluation": self.evaluation, "norm_split": self.split}
         for name, metrics in self.metrics.items():
-            found |= {f"norm_{name}_{key.removeprefix('eval_')}": value for key, value in metrics.items()}
+            values |= {f"norm_{name}_{key.removeprefix('eval_')}": value for key, value in metrics.items()}
         if self.gap is not None:
-            found |= {"norm_trained_loss": self.gap.trained, "norm_exported_loss": self.gap.exported}
-        return found
+            values |= {"norm_trained_loss": self.gap.trained, "norm_exported_loss": self.gap.exported}
+        return values
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Ranks:
     """The processes that measure together: alone by default.
 
     Args:
-        share: of items with costs, the indices that this process takes.
+        share: takes the items' costs, and gives the indices of those that this process takes.
         gather: what all processes' lists hold, in one list, on all of them.
         group: a process group of all of them, or None.
     """
@@ -139,11 +139,11 @@ def choose_norms(
 
     Args:
         model: whole, on the device to compute on.
-        slides, grids: of the cohort, row by row.
+        slides, grids: the cohort's, row by row.
         policy: how tiles are read.
         failures: where unreadable tiles are recorded.
         plan: what is measured.
-        ranks: that share the work.
+        ranks: the processes that share the work.
 
     Raises:
         Stopped: a process was asked to end, inside `deferring`; see there.
@@ -157,10 +157,10 @@ def choose_norms(
     variants = [NormVariant(name, statistics if name == "recalibrated" else None) for name in plan.candidates]
     metrics: dict[str, dict[str, float]] = {}
     if plan.rows:
-        own = [plan.rows[index] for index in ranks.share([len(grids[row]) for row in plan.rows])]
-        found = ranks.gather(list(predict_variants(model, slides, grids, own, policy, failures, variants)))
+        rows_here = [plan.rows[index] for index in ranks.share([len(grids[row]) for row in plan.rows])]
+        gathered = ranks.gather(list(predict_variants(model, slides, grids, rows_here, policy, failures, variants)))
         ranks.leave_if_asked()
-        for variant, predictions in zip(variants, zip(*found, strict=True), strict=True):
+        for variant, predictions in zip(variants, zip(*gathered, strict=True), strict=True):
             metrics[variant.name] = prediction_metrics(predictions, slides)
     best = best_candidate(metrics, plan.metric, plan.candidates)
     kept = statistics if best == "recalibrated" else None
@@ -177,9 +177,9 @@ def best_candidate(metrics: dict[str, dict[str, float]], metric: str, candidates
     """The candidate with the highest metric, then the lowest loss; the first where none was measured."""
 
     def rank(name: str) -> tuple[float, float]:
-        found = metrics.get(name, {})
-        loss = found.get("eval_loss", math.inf)
-        return found.get(f"eval_{metric}", -math.inf), -loss if loss == loss else -math.inf
+        of_candidate = metrics.get(name, {})
+        loss = of_candidate.get("eval_loss", math.inf)
+        return of_candidate.get(f"eval_{metric}", -math.inf), -loss if loss == loss else -math.inf
 
     return max(candidates, key=rank)  # the first of equals
 
@@ -194,20 +194,20 @@ def _recalibrated(
     ranks: Ranks,
 ) -> dict[str, Tensor]:
     """Running statistics over the tiles of these parts, all ranks' shares as one population."""
-    own = [parts[index] for index in ranks.share([_length(part) for part in parts])]
+    parts_here = [parts[index] for index in ranks.share([_length(part) for part in parts])]
     tiles = HeldTiles(slides, grids, policy)
-    for chunk in read_chunks(slides, grids, own, policy):
+    for chunk in read_chunks(slides, grids, parts_here, policy):
         failures.add(chunk)
         tiles.add(chunk.tiles)
         if asked():
             break
-    if not own:  # the other processes wait for this one at each norm
+    if not parts_here:  # the other processes wait for this one at each norm
         size = model_tiles(grids)
         tiles.add(torch.empty(0, 3, size, size, dtype=torch.uint8))
     evaluation = model.norm_evaluation
     model.set_norms(evaluation="running")
     try:
-        return TileEncoder(model).recalibrated(tiles, own, ranks.group)
+        return TileEncoder(model).recalibrated(tiles, parts_here, ranks.group)
     finally:
         model.set_norms(evaluation=evaluation)
 
@@ -241,9 +241,9 @@ def norm_gap(
             shown = _exported_features(encode, tiles, exported)
             for (slide, _), *features in zip(waiting, trained, shown, strict=True):
                 label = torch.tensor([slides[slide].class_index], device=encode.device)
-                for place, own in enumerate(features):
-                    logits = model.aggregate(stack_bags([own.to(encode.device)])).logits
-                    sums[place] += cross_entropy(logits.double(), label).item()
+                for index, part in enumerate(features):
+                    logits = model.aggregate(stack_bags([part.to(encode.device)])).logits
+                    sums[index] += cross_entropy(logits.double(), label).item()
             waiting = []
     finally:
         model.set_norms(evaluation=evaluation)

@@ -29,12 +29,12 @@ class HeldTiles:
     """Tiles in host memory, or, where they do not fit there, read again each time.
 
     Args:
-        slides, grids: of the cohort, row by row.
+        slides, grids: the cohort's, row by row.
         policy: how tiles are read.
 
     Attributes:
         chunks: uint8 [n, 3, S, S] each; None where they are read again.
-        count: tiles.
+        count: the number of tiles.
         first: one of them [1, 3, S, S], or a chunk without any.
     """
 
@@ -62,7 +62,7 @@ class HeldTiles:
             self.chunks.append(tiles)
 
     def clear(self) -> None:
-        """Before another slide."""
+        """Forget the slide; called before another one."""
         self.chunks, self.count, self.held_bytes, self.first = [], 0, 0, None
 
     def read(self, order: Order) -> Iterator[Tensor]:
@@ -74,17 +74,17 @@ class HeldTiles:
         if self.chunks is not None:
             yield from self.chunks or ([] if self.first is None else [self.first])
             return
-        found = 0
+        n_tiles = 0
         for chunk in read_chunks(self.slides, self.grids, order, self.policy):
-            found += len(chunk.tiles)
+            n_tiles += len(chunk.tiles)
             if len(chunk.tiles):
                 yield chunk.tiles
             if asked():
                 return
-        if found != self.count:
+        if n_tiles != self.count:
             names = ", ".join(self.slides[item.slide if isinstance(item, BagPart) else item].slide_id for item in order)
             raise RuntimeError(
-                f"slides must be read alike each time, got {found} tiles after {self.count} ({names[:200]}). "
+                f"slides must be read alike each time, got {n_tiles} tiles after {self.count} ({names[:200]}). "
                 "HINT: replace the files, or their drive."
             )
 
@@ -95,7 +95,7 @@ class TileEncoder:
     The encoder alone computes in the model's `evaluation_precision`; features are of the weights' dtype in any.
 
     Args:
-        model: in evaluation mode, with running statistics.
+        model: a model in evaluation mode, with running statistics.
     """
 
     def __init__(self, model: SlideModel) -> None:
@@ -152,9 +152,9 @@ class TileEncoder:
         """The encoder's running statistics over all these tiles, by their names in its state_dict; it keeps its own.
 
         Args:
-            tiles: that were held of `order`; of each rank of the group its own, one chunk at least.
+            tiles: what was held of `order`; each rank of the group has its own, one chunk at least.
             order: what they were read from.
-            group: whose ranks share the population, see `encode_population`.
+            group: the ranks that share the population, see `encode_population`.
         """
         state = self.model.encoder.state_dict(keep_vars=True)
         names = statistics_names(self.model.encoder)

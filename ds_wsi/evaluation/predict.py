@@ -27,7 +27,7 @@ class SlidePrediction(NamedTuple):
     """One slide's prediction.
 
     Attributes:
-        slide: its row in the cohort.
+        slide: the slide's row in the cohort.
         run_logits: [R, C] of the protocol's R runs, float32 (float64 of a float64 model).
         attention: float32 [N] of the first run, or None where the aggregator has none.
         kept: int64 [N], the rows of the first run's tiles in the slide's grid.
@@ -48,7 +48,7 @@ class SlideFeatures(NamedTuple):
     """One slide's features.
 
     Attributes:
-        slide: its row in the cohort.
+        slide: the slide's row in the cohort.
         features: float32 [N, D], on the host.
         kept: int64 [N], the rows of the tiles in the slide's grid.
     """
@@ -62,7 +62,7 @@ class NormVariant(NamedTuple):
     """One way to evaluate the norms of the same weights.
 
     Attributes:
-        name: of a `NormPolicy`'s evaluations, and not "auto".
+        name: one of a `NormPolicy`'s evaluations, and not "auto".
         statistics: the encoder's running statistics in the place of its own, by their names in its state_dict; None:
             its own.
     """
@@ -72,7 +72,7 @@ class NormVariant(NamedTuple):
 
 
 def own_variant(model: SlideModel) -> NormVariant:
-    """As the model says itself."""
+    """The variant that the model itself names."""
     return NormVariant(model.norm_evaluation)
 
 
@@ -93,9 +93,9 @@ def encode_slides(
     model's mode is restored at the end.
 
     Args:
-        model: on the device to compute on; it says itself what its norms average over, and in which precision.
-        slides, grids: of the cohort, row by row.
-        rows: of the slides to encode; asked for as the slides are read ahead.
+        model: the model, on the device to compute on; it knows what its norms average over, and in which precision.
+        slides, grids: the cohort's, row by row.
+        rows: the slides to encode; asked for as the slides are read ahead.
         policy: how tiles are read; a chunk is the encoder's batch.
         failures: where unreadable tiles are recorded.
     """
@@ -127,25 +127,25 @@ def _encoded(
             failures.add(chunk)
             of_features = chunk.tiles.dim() == 2  # features on disk
             if of_features or len(chunk.tiles):
-                for variant, own, norms in zip(variants, parts, populations, strict=True):
+                for variant, encoded, norms in zip(variants, parts, populations, strict=True):
                     if of_features:
-                        own.append(chunk.tiles)
+                        encoded.append(chunk.tiles)
                     elif not norms:
-                        place = f"slide {slides[chunk.request.slide].slide_id}"
-                        with naming(place), encode.statistics(variant.statistics):
-                            own.append(encode(chunk.tiles))
+                        where = f"slide {slides[chunk.request.slide].slide_id}"
+                        with naming(where), encode.statistics(variant.statistics):
+                            encoded.append(encode(chunk.tiles))
             if not of_features and any(populations):
                 tiles.add(chunk.tiles)
             kept.append(chunk.kept)
             if chunk.request.last:
                 slide = chunk.request.slide
                 failures.require_tiles(slide, sum(map(len, kept)))
-                for variant, own, norms in zip(variants, parts, populations, strict=True):
+                for variant, encoded, norms in zip(variants, parts, populations, strict=True):
                     if norms and not of_features:
                         with encode.statistics(variant.statistics):
-                            own += encode.over_all(tiles, [slide], norms)
+                            encoded += encode.over_all(tiles, [slide], norms)
                 model.set_norms(evaluation=evaluation)  # the caller's meanwhile
-                yield slide, [torch.cat(own) for own in parts], torch.cat(kept)
+                yield slide, [torch.cat(encoded) for encoded in parts], torch.cat(kept)
                 model.set_norms(evaluation="running")
                 parts, kept = [[] for _ in variants], []
                 tiles.clear()
@@ -172,8 +172,8 @@ def predict_slides(
     In the memory of `encode_slides`, and on the device the features [N, D] of a slide when it is complete.
 
     Args:
-        model, slides, grids, rows, policy, failures: as of `encode_slides`.
-        protocol: which tiles; draws are from those that could be read.
+        model, slides, grids, rows, policy, failures: see `encode_slides`.
+        protocol: the tiles that are taken; draws are from those that could be read.
     """
     variants = [own_variant(model)]
     for (prediction,) in predict_variants(model, slides, grids, rows, policy, failures, variants, protocol):
@@ -191,7 +191,7 @@ def predict_variants(
     variants: Sequence[NormVariant],
     protocol: EvaluationProtocol = ALL_TILES,
 ) -> Iterator[tuple[SlidePrediction, ...]]:
-    """As `predict_slides`, a slide's prediction in each variant; its tiles are read once."""
+    """Predict as `predict_slides` does, each slide in each variant; its tiles are read once."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -199,7 +199,9 @@ def predict_variants(
         for slide, features, kept in _encoded(model, slides, grids, rows, policy, failures, variants):
             draws = [protocol.draw(len(kept), run, slides[slide].slide_id) for run in range(protocol.runs)]
             with naming(f"slide {slides[slide].slide_id}"):
-                predictions = tuple(_aggregate(model, slide, own, kept, device, draws) for own in features)
+                predictions = tuple(
+                    _aggregate(model, slide, of_variant, kept, device, draws) for of_variant in features
+                )
             yield predictions
     finally:
         model.train(training)
@@ -209,8 +211,8 @@ def prediction_metrics(predictions: Sequence[SlidePrediction], slides: Sequence[
     """The cross-entropy and the metrics of a split's predictions, keys prefixed with `eval_`; in any order.
 
     Args:
-        predictions: of slides with labels.
-        slides: of the cohort, row by row.
+        predictions: predictions of slides with labels.
+        slides: the cohort's, row by row.
     """
     predictions = sorted(predictions, key=lambda prediction: prediction.slide)
     labels = torch.tensor([slides[prediction.slide].class_index for prediction in predictions])
@@ -237,5 +239,5 @@ def _aggregate(
             attention = output.attention.float().cpu()
         logits.append(output.logits[0].to(torch.promote_types(output.logits.dtype, torch.float32)).cpu())
     if attention is not None and attention.dim() == 2:
-        attention = attention.mean(1)  # of several branches: a heat map shows one weight a tile
+        attention = attention.mean(1)  # of several branches: a heat map shows one weight per tile
     return SlidePrediction(slide, torch.stack(logits), attention, kept[draws[0]])

@@ -1,4 +1,4 @@
-"""On which tiles slides are tested: all of them, or so many at random, several times."""
+"""The tiles that slides are tested on: all of them, or so many at random, several times."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """Which tiles of a test slide a prediction is made from.
+    """The tiles of a test slide that a prediction is made from.
 
     The seed is not the training's: models trained with different seeds are tested on the same tiles.
 
     Args:
-        tiles: drawn of each slide in each run, without replacement; None takes all. A slide with fewer is taken whole.
+        tiles: tiles drawn of each slide in each run, none twice; None takes all. A slide with fewer is taken whole.
         runs: independent draws; 1 where all tiles are taken.
-        seed: of the draws.
+        seed: the seed of the draws.
     """
 
     tiles: int | None = None

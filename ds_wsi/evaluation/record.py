@@ -28,10 +28,10 @@ class RunRecord:
         dataset: the name of the test slides' dataset.
         encoder, aggregator: their names (of features on disk their encoder's, or the folder's); together the method.
         training: "frozen", "partly frozen" or "end to end": what was trained of the encoder.
-        seed: of the training.
-        split: which split or fold of the dataset; empty where there is but one.
-        test_split: which of the manifest's slides were tested: "test", or "all" of an external cohort.
-        evaluation: on which of their tiles.
+        seed: the training's seed.
+        split: the split or fold of the dataset; empty where there is but one.
+        test_split: the manifest's slides that were tested: "test", or "all" of an external cohort.
+        evaluation: the tiles of those slides that were predicted on.
         settings: name -> value of everything else that runs of one group share.
     """
 
@@ -94,9 +94,9 @@ class RunRecord:
         ):
             raise RunFolderError(f"{FILE_NAME} is not of format {FORMAT} version {VERSION}")
         digests = values.pop("results_sha256", None)
-        known = {entry.name for entry in fields(cls)}
-        if set(values) != known or not isinstance(digests, dict):
-            raise RunFolderError(f"torn: {FILE_NAME} must hold {sorted(known | {'results_sha256'})}")
+        names = {entry.name for entry in fields(cls)}
+        if set(values) != names or not isinstance(digests, dict):
+            raise RunFolderError(f"torn: {FILE_NAME} must hold {sorted(names | {'results_sha256'})}")
         for name in RESULTS:
             if not (directory / name).is_file():
                 raise RunFolderError(f"torn: no {name}")

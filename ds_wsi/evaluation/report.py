@@ -54,17 +54,17 @@ def write_report(
 
     Args:
         path: where to; written atomically.
-        title: of the page.
+        title: the page's.
         summary: settings and environment, name -> value.
         intervals: metric name -> value and interval, as `bootstrap_metrics` returns them.
-        predictions: one a slide: slide_id, label and predicted (class names), probabilities {class name: float},
+        predictions: one per slide: slide_id, label and predicted (class names), probabilities {class name: float},
             n_tiles, correct.
         curves_png: the training curves, or None.
         heatmaps: (slide_id, PNG) each.
-        failures: one a tile that could not be read, such as slide_id, x, y, reason; all of one form.
+        failures: one per tile that could not be read, such as slide_id, x, y, reason; all of one form.
         sections: heading -> plain text, put after the metrics; blank lines part paragraphs.
         resampled: what the intervals' bootstrap drew.
-        cohort: as `cohort_lines` returns it.
+        cohort: what `cohort_lines` returns.
         changed: settings that differ from the defaults, name -> value; None where there are none to tell of.
 
     Raises:
@@ -175,7 +175,7 @@ def _probability(row: Mapping[str, Any], name: str) -> str:
 
 
 def _cohort_section(lines: Sequence[Sequence[str]]) -> str:
-    """A row a line, its name first; the first line has the columns' headings."""
+    """One row per line, its name first; the first line has the columns' headings."""
     if not lines:
         return ""
     (_, *names), *rest = lines

@@ -127,7 +127,7 @@ def write_predictions(directory: Path, cohort: Cohort, predictions: Sequence[Sli
 
 
 def _finite(value: Any) -> Any:
-    """With null where JSON has no number."""
+    """The value, with null where JSON has no number."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return json_number(value) if isinstance(value, float) else value
@@ -136,13 +136,13 @@ def _finite(value: Any) -> Any:
 def _metrics_of_runs(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, dict[str, Any]]:
     """Metric -> its value in each run, their mean and sample standard deviation; None where undefined."""
     each = [slide_metrics(labels, run) for run in probabilities]
-    found = {}
+    of_metric = {}
     for name in METRIC_NAMES:
         values = [metrics[name] for metrics in each]
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
         numbers = [json_number(value) for value in (float(np.mean(values)), spread, *values)]
-        found[name] = {"mean": numbers[0], "std": numbers[1], "values": numbers[2:]}
-    return found
+        of_metric[name] = {"mean": numbers[0], "std": numbers[1], "values": numbers[2:]}
+    return of_metric
 
 
 def _protocol_words(protocol: EvaluationProtocol, runs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -152,9 +152,9 @@ def _protocol_words(protocol: EvaluationProtocol, runs: Mapping[str, Mapping[str
         "probability over the runs; heat maps show the first run's tiles."
     )
     spread = [
-        f"{name.replace('_', ' ')} {found['mean']:.3f} ± {found['std']:.3f}"
-        for name, found in runs.items()
-        if found["std"] is not None
+        f"{name.replace('_', ' ')} {metric['mean']:.3f} ± {metric['std']:.3f}"
+        for name, metric in runs.items()
+        if metric["std"] is not None
     ]
     return f"{words}\n\nMean ± sample standard deviation over the runs: {', '.join(spread)}." if spread else words
 

@@ -43,7 +43,7 @@ class Entry:
 
 
 def to_csv(tables: Sequence[Table]) -> str:
-    """A line a dataset, method, training and metric, in fractions with every digit; what is undefined is empty."""
+    """One line per dataset, method, training and metric, in fractions with every digit; what is undefined is empty."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -55,9 +55,9 @@ def to_csv(tables: Sequence[Table]) -> str:
                 lead = [table.dataset, record.encoder, record.aggregator, row.protocol, row.variant, training]
                 folders = " ".join(str(run.path) for run in cell.runs)
                 for metric in table.metrics:
-                    found = cell.statistics[metric]
+                    statistic = cell.statistics[metric]
                     change = row.difference(metric) if training == END_TO_END else math.nan
-                    numbers = [_digits(found.mean), _digits(found.std), found.n, _digits(change)]
+                    numbers = [_digits(statistic.mean), _digits(statistic.std), statistic.n, _digits(change)]
                     writer.writerow([*lead, metric, *numbers, folders])
     return buffer.getvalue()
 
@@ -67,7 +67,7 @@ def _digits(value: float) -> str:
 
 
 def to_markdown(tables: Sequence[Table], skipped: Skipped) -> str:
-    """A heading, a line of explanation and a table a dataset, then the folders that took no part."""
+    """A heading, a line of explanation and one table per dataset, then the folders that took no part."""
     parts = ["# Results\n"]
     for table in tables:
         names = [*_lead_names(table), *(f"{_title(metric)} {name}" for metric, name in _columns(table)), "Runs"]
@@ -96,7 +96,7 @@ def _markdown(text: str) -> str:
 
 
 def to_latex(tables: Sequence[Table], skipped: Skipped) -> str:
-    r"""A booktabs table a dataset, to be `\input`; the folders that took no part are comments."""
+    r"""One booktabs table per dataset, to be `\input`; the folders that took no part are comments."""
     parts = ["% needs \\usepackage{booktabs}"]
     parts += [f"% left out: {' '.join(f'{path}: {reason}'.split())}" for path, reason in skipped]
     parts += [_latex_table(table) for table in tables]
@@ -210,19 +210,19 @@ def _entries(table: Table, row: Row) -> list[Entry]:
     return [*entries, Entry(" / ".join(counts))]
 
 
-def _statistic_text(found: Statistic, n_runs: int) -> str:
-    if found.n == 0:
+def _statistic_text(statistic: Statistic, n_runs: int) -> str:
+    if statistic.n == 0:
         return NOTHING
-    text = f"{100 * found.mean:.2f}"
-    text += "" if math.isnan(found.std) else f" ± {100 * found.std:.2f}"
-    return text if found.n == n_runs else f"{text} ({found.n} of {n_runs})"
+    text = f"{100 * statistic.mean:.2f}"
+    text += "" if math.isnan(statistic.std) else f" ± {100 * statistic.std:.2f}"
+    return text if statistic.n == n_runs else f"{text} ({statistic.n} of {n_runs})"
 
 
 def _caption(table: Table) -> str:
     cells = [cell for row in table.rows for cell in row.cells.values()]
     several = any(len(cell.runs) > 1 for cell in cells)
     what = "Mean ± sample standard deviation over the runs, in %" if several else "In %"
-    if any(found.n < len(cell.runs) for cell in cells for found in cell.statistics.values()):
+    if any(statistic.n < len(cell.runs) for cell in cells for statistic in cell.statistics.values()):
         what += "; (n of m): only n of the m runs define the metric"
     sentences = [what, "Bold: the highest mean of the dataset under the same evaluation"]
     if table.has_difference:

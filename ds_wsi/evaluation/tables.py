@@ -69,18 +69,18 @@ def _identity(run: FinishedRun) -> str:
 
 def _predicts_the_same(a: Path, b: Path) -> bool:
     """Whether two runs tell the same slides the same probabilities."""
-    ours, theirs = read_predictions(a), read_predictions(b)
-    if sorted(ours.slide_ids) != sorted(theirs.slide_ids):
+    of_a, of_b = read_predictions(a), read_predictions(b)
+    if sorted(of_a.slide_ids) != sorted(of_b.slide_ids):
         return False
-    places = {slide_id: row for row, slide_id in enumerate(theirs.slide_ids)}
+    places = {slide_id: row for row, slide_id in enumerate(of_b.slide_ids)}
     return bool(
-        np.abs(ours.probabilities - theirs.probabilities[[places[name] for name in ours.slide_ids]]).max()
+        np.abs(of_a.probabilities - of_b.probabilities[[places[name] for name in of_a.slide_ids]]).max()
         <= SAME_PROBABILITY
     )
 
 
 def _classes(path: Path) -> tuple[str, ...]:
-    """In the order of the probabilities: metrics.json of earlier versions does not name them."""
+    """The classes, in the order of the probabilities: metrics.json of earlier versions does not name them."""
     with (path / "predictions.csv").open(newline="", encoding="utf-8") as file:
         return tuple(name.removeprefix(PREFIX) for name in next(csv.reader(file), []) if name.startswith(PREFIX))
 
@@ -105,9 +105,9 @@ def write_tables(run_dirs: Sequence[Path], output_dir: Path, metrics: Sequence[s
     variant is a row of its own. Runs no collective: one process calls it.
 
     Args:
-        run_dirs: as of `collect_runs`; unfinished and torn ones are listed with the reason, and take no part.
+        run_dirs: see `collect_runs`; unfinished and torn ones are listed with the reason, and take no part.
         output_dir: where the files go.
-        metrics: of METRIC_NAMES, in the order of the columns; by default AUC, accuracy and QWK after the metric
+        metrics: names of METRIC_NAMES, in the order of the columns; by default AUC, accuracy and QWK after the metric
             that chose the most of the models.
 
     Raises:

@@ -1,7 +1,7 @@
 """A process that predicts a split again and again, each time with other weights, while its caller goes on.
 
 A process and not a thread: in a thread each of the many small calls of a forward pass would wait for the interpreter
-that the training step holds, and torch's threads and its global generator are one a process.
+that the training step holds, and torch's threads and its global generator are one per process.
 """
 
 import multiprocessing
@@ -53,12 +53,12 @@ class ValidationWork:
     """What is predicted, and where.
 
     Args:
-        config: of the model whose weights will be given.
-        slides, grids: of the cohort, row by row.
+        config: describes the model whose weights will be given.
+        slides, grids: the cohort's, row by row.
         plan: what is measured, on which slides.
         policy: how tiles are read.
-        device: to compute on, as torch names it.
-        precision: of the encoder, of `PRECISIONS`.
+        device: the device to compute on, as torch names it.
+        precision: the encoder's, one of `PRECISIONS`.
     """
 
     config: ModelConfig
@@ -105,21 +105,21 @@ class Validator:
     def __init__(self, work: ValidationWork) -> None:
         require_device(work.device, "--validation_device")
         self._device, self._timeout_s = work.device, work.policy.timeout_s
-        self._connection, theirs = CONTEXT.Pipe()
+        self._connection, child_end = CONTEXT.Pipe()
         in_main = threading.current_thread() is threading.main_thread()
         caller = _Caller(os.getpid(), multiprocessing.get_start_method(), torch.get_num_threads(), in_main)
-        arguments = (work, theirs, caller)
+        arguments = (work, child_end, caller)
         # Not a daemon: those may not have readers.
         self._process = CONTEXT.Process(target=_serve, args=arguments, name="ds_wsi-validator", daemon=False)
         self._process.start()
-        theirs.close()  # else its end would not be seen
+        child_end.close()  # else its end would not be seen
         self._epoch: int | None = None
         self._result: ValidationResult | None = None
         self._ended = False
 
     @property
     def pid(self) -> int:
-        """Of the process, and of its group."""
+        """The id of the process, and of its group."""
         assert self._process.pid is not None
         return int(self._process.pid)
 
@@ -247,9 +247,9 @@ def _serve(work: ValidationWork, requests: Any, caller: _Caller) -> None:
         end_with_parent()
     threading.Thread(target=_end_with, args=(caller.pid,), daemon=True).start()
     setup_logging()
-    # A spawned process would spawn its readers, for seconds an epoch.
+    # A spawned process would spawn its readers, which costs seconds per epoch.
     multiprocessing.set_start_method(caller.start_method, force=True)
-    # On another number of threads a CPU rounds otherwise, and metrics would not be those of a validation in the caller.
+    # A CPU rounds otherwise on another number of threads, and metrics would differ from those of the caller.
     torch.set_num_threads(caller.threads)
     failures = FailureLog(work.slides, work.grids, work.policy.max_failed_fraction)
     while True:

@@ -37,12 +37,12 @@ class ModelConfig:
         classes: the class names, in the order of the logits; two or more.
         tiling: the TilingPolicy of the tiles it was trained on, or its fields; evaluation tiles slides the same way.
             Empty for a model of features.
-        mean, std: of the input's channels.
-        dropout: of the aggregator; None for its original's.
-        aggregator_options: others of its constructor, as JSON has them; for what is not there its original's.
+        mean, std: the channels' statistics that the input is normalised by.
+        dropout: the aggregator's; None for its original's.
+        aggregator_options: other arguments of its constructor, as JSON has them; others are as in its original.
         in_dim: the width of the features of a model of features; None with an encoder, which has its own.
         encoder_features: what leaves the encoder, one of `FEATURES`.
-        encoder_options: of `timm.create_model`, as JSON has them.
+        encoder_options: arguments of `timm.create_model`, as JSON has them.
         norm_training: what the encoder's BatchNorm averaged over in training, of a `NormPolicy`, and not "auto".
         norm_evaluation: what it averages over in evaluation; "recalibrated" statistics are in the weights.
     """
@@ -66,9 +66,9 @@ class ModelConfig:
         tiling: Any = self.tiling
         if is_dataclass(tiling) and not isinstance(tiling, type):
             object.__setattr__(self, "tiling", asdict(tiling))
-        for name, known in (("norm_training", TRAINING[1:]), ("norm_evaluation", EVALUATION[1:])):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name, choices in (("norm_training", TRAINING[1:]), ("norm_evaluation", EVALUATION[1:])):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if (self.encoder is None) == (self.in_dim is None):
             raise ValueError(
                 f"a model must have either an encoder or in_dim, got encoder {self.encoder!r} and in_dim {self.in_dim}"
@@ -95,7 +95,7 @@ class ModelConfig:
         dropout: float | None = None,
         aggregator_options: Mapping[str, Any] | None = None,
     ) -> "ModelConfig":
-        """With an encoder as its authors use it; `features` None takes what they take from it."""
+        """The config with an encoder as its authors use it; `features` None takes what they take from it."""
         return cls(
             encoder=source.architecture,
             aggregator=aggregator,
@@ -148,14 +148,14 @@ class ModelConfig:
 
     @classmethod
     def from_values(cls, values: dict[str, Any], place: str) -> "ModelConfig":
-        """From `asdict`'s values, with lists where JSON has no tuples; `place` is named in errors.
+        """The config of `asdict`'s values, with lists where JSON has no tuples; `place` is named in errors.
 
         Raises:
             ValueError: a key is missing or unknown.
         """
-        known = {entry.name for entry in fields(cls)}
-        if set(values) != known:
-            raise ValueError(f"config.json must hold the keys {sorted(known)}, got {sorted(values)} ({place})")
+        names = {entry.name for entry in fields(cls)}
+        if set(values) != names:
+            raise ValueError(f"config.json must hold the keys {sorted(names)}, got {sorted(values)} ({place})")
         fitted: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
@@ -173,7 +173,7 @@ def build_model(
     """Build the SlideModel that `config` describes, with random weights but for the encoder's where given.
 
     Args:
-        config: of the model.
+        config: the model's names and sizes.
         encoder_weights: a local file.
         encoder_source: what timm finds pretrained weights by, see `build_encoder`.
     """

@@ -71,7 +71,7 @@ def warn_of_unseen_edges(encoder: nn.Module, tile_size_px: int) -> None:
 
 
 class NoEncoder(nn.Module):
-    """In an encoder's place in a model of features: nothing to train, and nothing but features passes.
+    """What stands in an encoder's place in a model of features: nothing to train, and nothing but features passes.
 
     Args:
         in_dim: the width of the features.

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_wsi.models.choices import FEATURES
+from ds_wsi.runtime.seams import FakeTensorMode, is_zero3_part, whole_shape
 
 
 class ClassAndMean(nn.Module):
@@ -77,9 +77,10 @@ def features_shape(encoder: nn.Module, tile_size_px: int) -> tuple[int, ...]:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             tile = torch.empty(1, 3, tile_size_px, tile_size_px, device=like.device, dtype=like.dtype)
             # Built at ZeRO stage 3, its parameters are this rank's parts.
-            parts = {name: part for name, part in encoder.named_parameters() if hasattr(part, "ds_shape")}
+            parts = {name: part for name, part in encoder.named_parameters() if is_zero3_part(part)}
             whole = {
-                name: torch.empty(part.ds_shape, device=part.device, dtype=part.dtype) for name, part in parts.items()
+                name: torch.empty(whole_shape(part), device=part.device, dtype=part.dtype)
+                for name, part in parts.items()
             }
             out = torch.func.functional_call(encoder, whole, (tile,))
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -98,11 +99,11 @@ def _replace_classifier(encoder: nn.Module, last: nn.Module) -> None:
     """Put `last` in the place of the classifier that was left out: the last operation of timm's models."""
     get: Any = getattr(encoder, "get_classifier", None)
     classifier = None if get is None else get()
-    found = [name for name, part in encoder.named_modules() if part is classifier]
-    if not isinstance(classifier, nn.Identity) or len(found) != 1:
+    paths = [name for name, part in encoder.named_modules() if part is classifier]
+    if not isinstance(classifier, nn.Identity) or len(paths) != 1:
         raise ValueError(
             f"encoder_features must be pooled for {type(encoder).__name__}, whose end has no place for another. "
             "HINT: choose another encoder."
         )
-    parent, _, leaf = found[0].rpartition(".")
+    parent, _, leaf = paths[0].rpartition(".")
     setattr(encoder.get_submodule(parent), leaf, last)

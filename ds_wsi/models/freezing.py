@@ -26,8 +26,8 @@ def freeze_until(encoder: nn.Module, name: str) -> tuple[str, ...]:
     mode, dropout and BatchNorm's statistics included.
 
     Args:
-        encoder: to freeze a part of.
-        name: of the first submodule that is trained, such as `layer3` or `blocks.6`.
+        encoder: the encoder that is partly frozen.
+        name: the first submodule that is trained, such as `layer3` or `blocks.6`.
 
     Returns:
         The names of the frozen submodules.
@@ -35,7 +35,7 @@ def freeze_until(encoder: nn.Module, name: str) -> tuple[str, ...]:
     Raises:
         ValueError: there is no such submodule, or nothing comes before it.
     """
-    names = [found for found, _ in encoder.named_modules() if found]
+    names = [module_name for module_name, _ in encoder.named_modules() if module_name]
     if name not in names:
         shown = difflib.get_close_matches(name, names, n=5) or [child for child, _ in encoder.named_children()]
         raise ValueError(

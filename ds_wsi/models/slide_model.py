@@ -27,14 +27,14 @@ class SlideModel(nn.Module):
     Args:
         encoder: tiles [N, 3, S, S] -> features [N, D]; `NoEncoder` in a model of features.
         aggregator: StackedBags of features -> SlideOutput; one that says `needs_labels` is given the labels too.
-        mean, std: of the channels in [0, 1], for uint8 tiles; floating tiles are taken as normalised.
+        mean, std: the channels' statistics in [0, 1], for uint8 tiles; floating tiles are taken as normalised.
 
     Attributes:
         warming_up: train the aggregator alone for now, the encoder in evaluation mode and without a graph. Its
             parameters keep `requires_grad`, which engines must not see change, and get gradients of zero. Set it before
             `train`.
         memory_format: the order in memory of the encoder's input; None leaves tiles as they were read.
-        evaluation_precision: in which `ds_wsi.evaluation` lets the encoder compute, of `PRECISIONS`; "no" is the
+        evaluation_precision: what `ds_wsi.evaluation` lets the encoder compute in, one of `PRECISIONS`; "no" is the
             weights' own.
     """
 

@@ -50,13 +50,13 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     require_weights_file(path)
-    state, wanted = read_tensors(path), encoder.state_dict()
-    prefix = _prefix(state, wanted, path)
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    _require_fit(own, wanted, encoder, path)
-    taken = {key: own.get(key, value) for key, value in wanted.items()}
+    state, expected = read_tensors(path), encoder.state_dict()
+    prefix = _prefix(state, expected, path)
+    tensors = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    _require_fit(tensors, expected, encoder, path)
+    taken = {key: tensors.get(key, value) for key, value in expected.items()}
     encoder.load_state_dict(taken)
-    _log_taken(state, wanted, prefix, path)
+    _log_taken(state, expected, prefix, path)
 
 
 def require_weights_file(path: str | Path) -> None:
@@ -65,9 +65,9 @@ def require_weights_file(path: str | Path) -> None:
         raise ValueError(f"encoder weights must be a file, got {path} (missing). HINT: check --encoder_weights.")
 
 
-def _log_taken(state: Mapping[str, Tensor], wanted: Collection[str], prefix: str, path: Path) -> None:
-    n_taken = sum(prefix + key in state for key in wanted)
-    left = [key for key in state if not (key.startswith(prefix) and key.removeprefix(prefix) in wanted)]
+def _log_taken(state: Mapping[str, Tensor], expected: Collection[str], prefix: str, path: Path) -> None:
+    n_taken = sum(prefix + key in state for key in expected)
+    left = [key for key in state if not (key.startswith(prefix) and key.removeprefix(prefix) in expected)]
     words = f"{n_taken} tensors are the encoder's" + (f", whose names begin with {prefix!r}" if prefix else "")
     if left:
         words += f"; {len(left)} tensors are not the encoder's and were left out ({some(left, _SHOWN)})"
@@ -81,7 +81,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: it is torn, or holds what is no tensor or number.
     """
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         # Torch's own message advises weights_only=False, which would run code from the file.
         reason = str(error).splitlines()[0] if isinstance(error, SafetensorError) else type(error).__name__
@@ -96,12 +96,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"encoder weights must be a whole file of tensors and nothing else, got {reason} ({path}). HINT: {remedy}."
         ) from error
-    if not isinstance(found, Mapping):
+    if not isinstance(content, Mapping):
         raise ValueError(
-            f"encoder weights must be a dictionary of tensors, got {type(found).__name__} ({path}). "
+            f"encoder weights must be a dictionary of tensors, got {type(content).__name__} ({path}). "
             "HINT: torch.save(encoder.state_dict(), FILE)."
         )
-    return dict(_flat(found, ""))
+    return dict(_flat(content, ""))
 
 
 def _flat(values: Mapping[Any, Any], prefix: str) -> Iterable[tuple[str, Tensor]]:
@@ -112,20 +112,20 @@ def _flat(values: Mapping[Any, Any], prefix: str) -> Iterable[tuple[str, Tensor]
             yield from _flat(value, f"{prefix}{name}.")
 
 
-def _prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> str:
+def _prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> str:
     """What stands before the encoder's names in the file ([Note: prefixes])."""
     counts: Counter[str] = Counter()
     for key, value in state.items():
         words = key.split(".")
         for start in range(len(words)):
             name = ".".join(words[start:])
-            if name in wanted:
+            if name in expected:
                 # Names tell networks apart better than shapes, but of two with the same names shapes decide.
-                counts[".".join([*words[:start], ""]) if start else ""] += 2 + (value.shape == wanted[name].shape)
+                counts[".".join([*words[:start], ""]) if start else ""] += 2 + (value.shape == expected[name].shape)
     if not counts:
         raise ValueError(
-            f"encoder weights must be named as the encoder's ({some(wanted, _SHOWN)}), got none of its {len(wanted)} "
-            f"names among {len(state)} tensors ({some(state, _SHOWN)}; {path}). "
+            f"encoder weights must be named as the encoder's ({some(expected, _SHOWN)}), got none of its "
+            f"{len(expected)} names among {len(state)} tensors ({some(state, _SHOWN)}; {path}). "
             "HINT: --encoder must name the architecture that the file was saved from; a file of another library must "
             "be written again under timm's names."
         )
@@ -133,7 +133,7 @@ def _prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Pat
     rivals = [prefix for prefix, count in counts.items() if count == best]
     chosen = [prefix for prefix in rivals if not any(other in rivals for other in _better(prefix))]
     first = chosen[0]
-    different = [other for other in chosen if any(not _same(state, first + name, other + name) for name in wanted)]
+    different = [other for other in chosen if any(not _same(state, first + name, other + name) for name in expected)]
     if different:
         raise ValueError(
             f"encoder weights must be of one network, got {len(different) + 1} that fit, under "
@@ -157,21 +157,25 @@ def _same(state: Mapping[str, Tensor], one: str, other: str) -> bool:
     return state[one].shape == state[other].shape and torch.equal(state[one], state[other])
 
 
-def _require_fit(own: Mapping[str, Tensor], wanted: Mapping[str, Tensor], encoder: nn.Module, path: Path) -> None:
-    missing = [key for key in wanted if key not in own and not key.endswith(COUNTER)]
-    misfits = {key: (own[key], value) for key, value in wanted.items() if key in own and own[key].shape != value.shape}
+def _require_fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], encoder: nn.Module, path: Path) -> None:
+    missing = [key for key in expected if key not in tensors and not key.endswith(COUNTER)]
+    misfits = {
+        key: (tensors[key], value)
+        for key, value in expected.items()
+        if key in tensors and tensors[key].shape != value.shape
+    }
     if missing or misfits:
         shapes = [f"{key} {list(given.shape)} for {list(value.shape)}" for key, (given, value) in misfits.items()]
         raise ValueError(
-            f"encoder weights must fit the encoder, got {path} with {len(missing)} of {len(wanted)} tensors missing "
+            f"encoder weights must fit the encoder, got {path} with {len(missing)} of {len(expected)} tensors missing "
             f"({some(missing, _SHOWN)}) and {len(misfits)} of another shape ({some(shapes, _SHOWN)}). "
             f"HINT: {_remedy(missing, misfits, encoder)}"
         )
-    more = [key for key in own if key not in wanted and _is_inside(key, wanted, encoder)]
+    more = [key for key in tensors if key not in expected and _is_inside(key, expected, encoder)]
     if more:
         raise ValueError(
             f"encoder weights must be of the encoder's architecture, got {path} with {len(more)} tensors in parts of "
-            f"it that it has not ({some((f'{key} {list(own[key].shape)}' for key in more), _SHOWN)}). "
+            f"it that it has not ({some((f'{key} {list(tensors[key].shape)}' for key in more), _SHOWN)}). "
             "HINT: --encoder must name the architecture that the file was saved from, with its options (layer scale is "
             "init_values=1e-5 of `build_encoder`); hf-hub: and local-dir: names bring them along."
         )
@@ -194,7 +198,7 @@ def _remedy(missing: Collection[str], misfits: Mapping[str, tuple[Tensor, Tensor
     return "--encoder must name the architecture that the file was saved from, with its options."
 
 
-def _is_inside(key: str, wanted: Collection[str], encoder: nn.Module) -> bool:
+def _is_inside(key: str, expected: Collection[str], encoder: nn.Module) -> bool:
     """Whether a tensor belongs to a part that the encoder has, and is no classifier's ([Note: left over])."""
     if key.split(".")[-1] in TABLES:
         return False
@@ -203,7 +207,7 @@ def _is_inside(key: str, wanted: Collection[str], encoder: nn.Module) -> bool:
     if any(key.startswith(f"{head}.") for head in heads):
         return False
     first, dot, _ = key.partition(".")
-    return bool(dot) and any(name.startswith(f"{first}.") for name in wanted)
+    return bool(dot) and any(name.startswith(f"{first}.") for name in expected)
 
 
 def first_patches(encoder: nn.Module) -> int | None:

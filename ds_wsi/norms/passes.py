@@ -62,9 +62,9 @@ class _Settling:
         """Make the pending norm's moments final; False where no chunk stopped: all are."""
         if self.pending is None:
             return False
-        (norm, own, like), self.pending = self.pending, None
-        moments = own if self.group is None else merged_over(self.group, own, like)
-        require_variance(norm, moments, own)
+        (norm, rank_moments, like), self.pending = self.pending, None
+        moments = rank_moments if self.group is None else merged_over(self.group, rank_moments, like)
+        require_variance(norm, moments, rank_moments)
         assert moments is not None
         self.settled.append((norm, moments))
         return True
@@ -84,7 +84,7 @@ def encode_population(
     Args:
         encode: takes one chunk through the encoder that has the norms, without a gradient.
         chunks: makes an iterator over the chunks, the same ones each time.
-        norms: which normalise over the population; the others normalise as their mode says.
+        norms: those that normalise over the population; the others normalise as their mode says.
         one_chunk: whether there is one chunk, on every rank of the group.
         group: ranks that have chunks of the same population, each of them one chunk at least, perhaps without a tile:
             one all-gather of 2 C + 2 numbers for each norm.
@@ -138,11 +138,11 @@ def recalibrate(
     total: dict[nn.Module, Moments | None] = {}
     for norm, moments in settled:  # a norm that is called twice: both calls' populations as one
         total[norm] = merged(total.get(norm), moments)
-    for norm, found in total.items():
-        assert found is not None
+    for norm, population_moments in total.items():
+        assert population_moments is not None
         owner: Any = norm
-        owner.running_mean.copy_(found.mean)
-        owner.running_var.copy_(found.unbiased_var)
+        owner.running_mean.copy_(population_moments.mean)
+        owner.running_var.copy_(population_moments.unbiased_var)
 
 
 @torch.no_grad()
@@ -152,11 +152,11 @@ def fits_in_one_chunk(encoder: nn.Module, encode: Encode, tile: Tensor, n_tiles:
     Without a gradient the most that lives at once is about a layer's input and output, twice (a residual).
 
     Args:
-        encoder: in whose layers the bytes are counted.
-        encode: through it.
+        encoder: the encoder in whose layers the bytes are counted.
+        encode: takes tiles through the encoder.
         tile: [1, 3, S, S].
-        n_tiles: of the population, on this rank.
-        free_bytes: on the device.
+        n_tiles: the population's tiles on this rank.
+        free_bytes: free memory of the device.
     """
     largest = 0
 

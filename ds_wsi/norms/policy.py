@@ -27,7 +27,7 @@ class NormPolicy:
         evaluation: "running": the running statistics. "bag": each slide's own, over all its tiles. "recalibrated":
             running statistics that are taken anew over the training slides with the final weights. "auto" measures
             these on the validation split after each epoch and exports the best.
-        affine: under "frozen", whether the norms' weights and biases are trained.
+        affine: whether the norms' weights and biases are trained under "frozen".
         recalibration_tiles: tiles of each training slide over which statistics are taken anew; 0 takes all.
     """
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+from ds_wsi.runtime.seams import FakeTensor
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def merged_over(group: Any, own: Moments | None, like: Tensor) -> Moments | None
     """The moments over all ranks of a group, merged in the order of the ranks: one all-gather of 2 C + 2 numbers.
 
     Args:
-        group: whose ranks share the population; every one of them must call.
+        group: the ranks that share the population; every one of them must call.
         own: this rank's part; None where it has no element.
         like: [C], of the statistics' device and dtype.
 
@@ -114,7 +115,7 @@ def merged_over(group: Any, own: Moments | None, like: Tensor) -> Moments | None
 
 
 def _merged_on_device(one: Moments, other: Moments) -> Moments:
-    """As `merged`, of counts on the device, either of which may be 0."""
+    """The moments that `merged` gives, of counts on the device, either of which may be 0."""
     total = one.count + other.count
     delta, share = other.mean - one.mean, other.count / total.clamp(min=1)  # type: ignore[union-attr]
     return Moments(total, one.mean + delta * share, one.m2 + other.m2 + delta.square() * (one.count * share))
@@ -137,7 +138,7 @@ def correction(
 
     Args:
         gamma: weights [C], ones where the norm has none.
-        eps, count, mean, var: of the norm and of its population; var is the biased one.
+        eps, count, mean, var: the norm's and its population's; var is the biased one.
         dgamma, dbeta: sums of dy x and of dy over the population, all ranks included.
 
     Returns:

@@ -1,10 +1,11 @@
-"""Which statistics each BatchNorm of an encoder takes, set in place through its own flags and undone by them."""
+"""The statistics that each BatchNorm of an encoder takes, set in place through its own flags and undone by them."""
 
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from ds_wsi.runtime.seams import AnyBatchNorm
 
 GROUP = "population_group"
 STATISTICS = ("running", "own", "tracked")
@@ -13,7 +14,7 @@ _TRACKS = "_tracks_by_itself"  # what `track_running_stats` was before it was ch
 
 def batch_norms(module: nn.Module) -> list[Any]:
     """Every BatchNorm of `module`, each once, in the order of registration."""
-    return [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    return [part for part in module.modules() if isinstance(part, AnyBatchNorm)]
 
 
 def population_group(norm: nn.Module) -> Any:

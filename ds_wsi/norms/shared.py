@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.norms.population import (
     after_norm,
@@ -24,9 +23,10 @@ from ds_wsi.norms.population import (
 )
 from ds_wsi.norms.roles import GROUP, batch_norms, population_group
 from ds_wsi.runtime.numerics import memory_layout
+from ds_wsi.runtime.seams import AnyBatchNorm
 
 
-class _SharedNorm(_BatchNorm):
+class _SharedNorm(AnyBatchNorm):
     """What `share_norms` puts before a norm's own class: it normalises a population over all ranks of a group."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -34,9 +34,9 @@ class _SharedNorm(_BatchNorm):
         if group is None or not takes_population(self):
             return super().forward(input)
         like = input.new_empty(input.shape[1], dtype=torch.promote_types(input.dtype, torch.float32))
-        own = moments_of(input)
-        moments = merged_over(group, own, like)
-        require_variance(self, moments, own)
+        rank_moments = moments_of(input)
+        moments = merged_over(group, rank_moments, like)
+        require_variance(self, moments, rank_moments)
         assert moments is not None
         track(self, moments.mean, moments.unbiased_var)
         out = _Normalise.apply(input, moments.mean, moments.var, moments.count, self.weight, self.bias, self.eps, group)
@@ -115,11 +115,11 @@ def share_norms(module: nn.Module, group: Any) -> Callable[[], None]:
         norm.__dict__[GROUP] = group
 
     def undo() -> None:
-        for norm, kind, theirs in before:
+        for norm, kind, group_before in before:
             norm.__class__ = kind
             norm.__dict__.pop(GROUP, None)
-            if theirs is not None:
-                norm.__dict__[GROUP] = theirs
+            if group_before is not None:
+                norm.__dict__[GROUP] = group_before
         before.clear()
 
     return undo

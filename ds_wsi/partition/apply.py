@@ -16,6 +16,7 @@ from ds_wsi.partition.planning.plan import PartitionPlan
 from ds_wsi.partition.planning.search import PAPER_CHUNK
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.seams import check_seams
 
 
 class Handle:
@@ -84,6 +85,7 @@ def partition_layers(
     Raises:
         ValueError: the module or a part of it is partitioned already, or checkpoints itself.
     """
+    check_seams("torch", "class", "partition")
     if is_compiled(module):
         logger.warning(
             "partition: what torch.compile made of %s is left out, its chunks run uncompiled. "

@@ -37,17 +37,17 @@ def environment() -> dict[str, str | int]:
     """Versions, processor and threads of this process."""
     import torch
 
-    found: dict[str, str | int] = {"python": platform.python_version(), "platform": platform.platform()}
+    versions: dict[str, str | int] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    found["cpu"] = cpu_name()
-    found["cpu_count"] = os.cpu_count() or 0
-    found["threads"] = torch.get_num_threads()
-    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return found
+            versions[package] = "not installed"
+    versions["cpu"] = cpu_name()
+    versions["cpu_count"] = os.cpu_count() or 0
+    versions["threads"] = torch.get_num_threads()
+    versions["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return versions
 
 
 def cpu_name() -> str:

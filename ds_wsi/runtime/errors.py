@@ -99,13 +99,13 @@ def _words(error: Exception) -> str | None:
 
 def _place(error: BaseException) -> str:
     """The innermost line of this package's that the error passed."""
-    found, at = "", error.__traceback__
+    where, at = "", error.__traceback__
     while at is not None:
         name = at.tb_frame.f_code.co_filename
         if _is_package(name):
-            found = f" [ds_wsi/{os.path.relpath(name, _PACKAGE)}:{at.tb_lineno}]"
+            where = f" [ds_wsi/{os.path.relpath(name, _PACKAGE)}:{at.tb_lineno}]"
         at = at.tb_next
-    return found
+    return where
 
 
 def _innermost(at: TracebackType | None) -> TracebackType | None:

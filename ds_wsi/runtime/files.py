@@ -21,8 +21,8 @@ def atomic_path(path: str | os.PathLike[str], n_bytes: int | None = None) -> Ite
     file's permissions are those that the umask leaves, whatever its writer chose: some keep a file to its owner.
 
     Args:
-        path: of the file.
-        n_bytes: that it will have, where it is known.
+        path: where the file is written.
+        n_bytes: the file's size, where it is known.
 
     Raises:
         DiskFullError: there is no room for it; names the folder.

@@ -15,8 +15,8 @@ class Fingerprint(NamedTuple):
     """What a file is known by.
 
     Attributes:
-        n_bytes: its size.
-        sha256: of its content, or of pieces of it (`file_fingerprint`); hexadecimal.
+        n_bytes: the file's size.
+        sha256: the hash of its content, or of pieces of it (`file_fingerprint`); hexadecimal.
     """
 
     n_bytes: int
@@ -38,13 +38,13 @@ def file_fingerprint(path: str | os.PathLike[str]) -> Fingerprint:
         OSError: no such file, or not readable.
     """
     path = os.path.realpath(path)
-    found = os.stat(path)
-    return _fingerprint(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    status = os.stat(path)
+    return _fingerprint(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @lru_cache(maxsize=2**16)
 def _fingerprint(path: str, device: int, inode: int, n_bytes: int, *times: int) -> Fingerprint:
-    """Read once a process while the file stays as it is."""
+    """Read once per process while the file stays as it is."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         if n_bytes <= WHOLE_BYTES:

@@ -40,8 +40,8 @@ def naming_full_disk(folder: Path, n_bytes: int | None = None, written: Path | N
     """Turn any writer's error that means a full disk into a `DiskFullError`.
 
     Args:
-        folder: that is written to, where the error does not name a file.
-        n_bytes: that are written, where it is known before.
+        folder: the folder that is written to, where the error does not name a file.
+        n_bytes: how much is written, where it is known before.
         written: a folder that holds nothing but what was written so far.
 
     Raises:
@@ -65,23 +65,23 @@ def naming_full_disk(folder: Path, n_bytes: int | None = None, written: Path | N
 
 def free_bytes(folder: Path) -> int | None:
     """Room for this user on a folder's disk; None where the system does not tell."""
-    place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
     try:
-        found = os.statvfs(place)
+        statistics = os.statvfs(existing)
     except OSError:
         return None
     # File systems without blocks or files of their own, as of some clouds, tell 0 of 0.
-    return found.f_bavail * found.f_frsize if found.f_blocks else None
+    return statistics.f_bavail * statistics.f_frsize if statistics.f_blocks else None
 
 
 def _error(folder: Path, number: int, needed: str) -> DiskFullError:
     free = free_bytes(folder)
     left = "" if free is None else f", {format_bytes(free)} free"
     with suppress(OSError):
-        found = os.statvfs(folder)
-        if found.f_files and not found.f_favail:
+        statistics = os.statvfs(folder)
+        if statistics.f_files and not statistics.f_favail:
             left += " (and no room for another file's name)"
     return DiskFullError(
         number,
@@ -110,9 +110,9 @@ def _number(error: BaseException, folder: Path) -> int | None:
 
 
 def _bytes_below(folder: Path) -> int:
-    found = 0
-    for place, _, files in os.walk(folder):
+    n_bytes = 0
+    for parent, _, files in os.walk(folder):
         for name in files:
             with suppress(OSError):
-                found += os.lstat(os.path.join(place, name)).st_size
-    return found
+                n_bytes += os.lstat(os.path.join(parent, name)).st_size
+    return n_bytes

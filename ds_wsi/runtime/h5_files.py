@@ -39,11 +39,11 @@ def number_attributes(holder: Any, names: Iterable[str]) -> dict[str, Any]:
     Raises:
         OSError, RuntimeError, KeyError, ValueError, TypeError: HDF5's own.
     """
-    found = {}
+    attributes = {}
     for name in names:
         if name not in holder.attrs:
             continue
         kind = holder.attrs.get_id(name)
         if kind.dtype.kind in "fiub" and kind.get_storage_size() < 2**16:
-            found[name] = holder.attrs[name]
-    return found
+            attributes[name] = holder.attrs[name]
+    return attributes

@@ -10,7 +10,7 @@ def lazily(package: str, home: Mapping[str, Sequence[str]]) -> Callable[[str], A
     """The `__getattr__` of a package whose names are those of other modules.
 
     Args:
-        package: its `__name__`.
+        package: the package's `__name__`.
         home: module -> the names that are taken from it.
     """
     module_of = {name: module for module, names in home.items() for name in names}

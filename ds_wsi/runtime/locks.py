@@ -57,9 +57,9 @@ def only_one(folder: Path, what: str, remedy: str) -> Iterator[None]:
     """Hold the lock of a folder, which is there, in the block.
 
     Args:
-        folder: that must not be worked in twice.
+        folder: a folder that must not be worked in twice.
         what: the option or thing that it is, for the error.
-        remedy: for the error.
+        remedy: what the error advises.
 
     Raises:
         HeldError: another process holds it; says which, on which machine and since when.
@@ -77,7 +77,7 @@ def only_one(folder: Path, what: str, remedy: str) -> Iterator[None]:
 def take(path: Path) -> int | None:
     """Lock this file, which is made; None where another process, or this one, holds it.
 
-    Where the file system has no locks the file is taken, with one warning a folder.
+    Where the file system has no locks the file is taken, with one warning per folder.
 
     Raises:
         OSError: the folder is missing or cannot be written to, or the file is a symbolic link.
@@ -125,9 +125,9 @@ def release(path: Path, lock: int) -> None:
 def holder(path: Path) -> str:
     """Who holds a lock, in words."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        here = " on this machine" if found["host"] == socket.gethostname() else f" on {found['host']}"
-        return f"process {found['pid']}{here} ({found['command']}, since {found['since']})"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        here = " on this machine" if record["host"] == socket.gethostname() else f" on {record['host']}"
+        return f"process {record['pid']}{here} ({record['command']}, since {record['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
@@ -156,16 +156,16 @@ def shared_map(
             release(path, lock)
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        found: list[Any] = list(pool.map(lambda item: locked(item, waits=False), items))
-        later = [index for index, result in enumerate(found) if isinstance(result, _Later)]
+        results: list[Any] = list(pool.map(lambda item: locked(item, waits=False), items))
+        later = [index for index, result in enumerate(results) if isinstance(result, _Later)]
         if later:
             logger.info(
                 "%s works on %d of %d slides: they come last",
                 *(holder(path_of(items[later[0]]) or Path()), len(later), len(items)),
             )
         for index, result in zip(later, pool.map(lambda index: locked(items[index], waits=True), later), strict=True):
-            found[index] = result
-    return found
+            results[index] = result
+    return results
 
 
 class _Later:
@@ -176,7 +176,7 @@ class Claims(Generic[T]):
     """Items that several processes share, each held from `free` until `give_back`; all are let go at the block's end.
 
     Args:
-        items: in order.
+        items: the items, in order.
         path_of: an item's lock, in a folder that is there.
 
     Attributes:
@@ -210,7 +210,7 @@ class Claims(Generic[T]):
         self.left.remove(item)
 
     def wait(self) -> None:
-        """Before another look at the items that others hold; holds none, so that none waits for this process."""
+        """Wait before another look at the items that others hold; holds none, so that none waits for this process."""
         assert not self._locks, "another process may wait for what is held"
         if not self._told:
             self._told = True
@@ -220,11 +220,11 @@ class Claims(Generic[T]):
 
 def _is_still_there(path: Path, descriptor: int) -> bool:
     try:
-        found = os.stat(path, follow_symlinks=False)
+        by_path = os.stat(path, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    own = os.fstat(descriptor)
-    return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
+    by_descriptor = os.fstat(descriptor)
+    return (by_path.st_dev, by_path.st_ino) == (by_descriptor.st_dev, by_descriptor.st_ino)
 
 
 def _sign(descriptor: int) -> None:

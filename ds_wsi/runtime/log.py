@@ -32,7 +32,7 @@ class _Logger(logging.Logger):
     """A logger whose level, while nobody has set it, is the user's root's, or INFO where there is none."""
 
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802 (logging's name)
-        """As logging's, without its cache: what a user sets up later counts."""
+        """Answer as logging does, without its cache: what a user sets up later counts."""
         return not self.disabled and self.manager.disable < level and level >= self.getEffectiveLevel()
 
     def getEffectiveLevel(self) -> int:  # noqa: N802 (logging's name)

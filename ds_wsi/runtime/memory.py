@@ -13,11 +13,17 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ds_wsi.runtime.environment import ranks_on_machine
+from ds_wsi.runtime.seams import (
+    TorchDispatchMode,
+    check_seams,
+    operation_of,
+    storage_key,
+    tree_leaves,
+    writes_to_inputs,
+)
 
 _KINDS = ("allocated", "active", "reserved")  # as torch.cuda.memory_stats names them
 
@@ -39,7 +45,7 @@ class DevicePeaks:
     retries: int = 0
 
     def __str__(self) -> str:
-        """In GiB."""
+        """The numbers in GiB."""
         sizes = f"allocated {self.allocated / 2**30:.2f} GiB, active {self.active / 2**30:.2f} GiB"
         return f"{sizes}, reserved {self.reserved / 2**30:.2f} GiB, {self.retries} allocation retries"
 
@@ -91,6 +97,7 @@ class ByteMeter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
+        check_seams("torch", "meter")
         super().__init__()
         self.live = self.peak = self.host_live = self.host_peak = 0
         self.copied = self.flops = self.touched = self.operations = 0
@@ -102,11 +109,11 @@ class ByteMeter(TorchDispatchMode):
         self.operations += 1
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        given = {leaf.untyped_storage()._cdata for leaf in inputs}
+        given = {storage_key(leaf) for leaf in inputs}
         for leaf in outputs:
-            if leaf.untyped_storage()._cdata not in given:  # else a view, or in place
+            if storage_key(leaf) not in given:  # else a view, or in place
                 self._book(leaf)
-        packet = func._overloadpacket
+        packet = operation_of(func)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         elif "_scaled_dot_product" in str(packet) and len(inputs) >= 3:
@@ -115,7 +122,7 @@ class ByteMeter(TorchDispatchMode):
             query, key, value = inputs[-3:] if products == 2 else inputs[1:4]
             self.flops += 2 * products * query.numel() * key.shape[-2]
             del value
-        if any(leaf.untyped_storage()._cdata not in given for leaf in outputs) or func._schema.is_mutable:
+        if any(storage_key(leaf) not in given for leaf in outputs) or writes_to_inputs(func):
             size = sum(leaf.numel() * leaf.element_size() for leaf in (*inputs, *outputs))
             if _host_depth:
                 self.copied += size // 2
@@ -134,7 +141,7 @@ class ByteMeter(TorchDispatchMode):
 
     def _book(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(tensor)
         if key in self._known:
             return
         size, host = storage.nbytes(), _host_depth > 0
@@ -166,7 +173,7 @@ def free_bytes(device: torch.device) -> int:
 def free_host_bytes() -> int:
     """This rank's share of half of what is free: of the machine's memory and of its control group's.
 
-    The ranks of a machine share it evenly, for each of them plans by itself.
+    The ranks of a machine share it evenly, because each of them plans by itself.
     """
     free = psutil.virtual_memory().available
     for limit_name, used_name in (

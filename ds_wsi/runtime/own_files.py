@@ -12,15 +12,15 @@ def begins_with(path: Path, *heads: str) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
-        found = file.read(HEAD_BYTES)
-    return any(found.startswith(head.encode()) for head in heads)
+        content = file.read(HEAD_BYTES)
+    return any(content.startswith(head.encode()) for head in heads)
 
 
 def require_ours(path: Path, is_ours: Callable[[Path], bool], what: str) -> None:
     """Refuse to write over a file of another program, or of the user's.
 
     Args:
-        path: to be written; nothing may be there.
+        path: the file to be written; nothing may be there.
         is_ours: whether what is there was written by this program.
         what: the option, or the words, that name the place.
 

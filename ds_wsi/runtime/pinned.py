@@ -16,7 +16,7 @@ class PageLocked:
     object goes.
 
     Args:
-        size: in bytes.
+        size: number of bytes.
         device: the GPU.
 
     Attributes:

@@ -22,8 +22,8 @@ class Progress:
 
     Args:
         what: is being done, such as "tiling".
-        unit: of what is counted.
-        total: of them; it may be told with the first `step`.
+        unit: the noun of what is counted.
+        total: how many there are; it may be told with the first `step`.
         initial: how many are done already.
         shown: False counts without a bar and without lines.
         leave: the bar stays when all is done.
@@ -57,7 +57,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """The seconds since the start."""
         return time.monotonic() - self._started
 
     def step(self, total: int | None = None, n: int = 1, words: str = "") -> None:

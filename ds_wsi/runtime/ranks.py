@@ -1,4 +1,4 @@
-"""Which rank is to blame: a rank that dies leaves the others with a broken collective that does not say so.
+"""The rank to blame: one that dies leaves the others with a broken collective that does not say so.
 
 Each rank shows a beat in the process group's store, from a thread of its own, and the same thread watches the others'
 beats. Under gloo a collective fails with an exception, which `watch_ranks` turns into one that names the rank. Under
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.processes import GONE, state_of, state_words
+from ds_wsi.runtime.seams import default_store
 from ds_wsi.runtime.signals import Stopped
 
 _BEAT_S = 1.0
@@ -48,7 +49,7 @@ def watch_ranks() -> Iterator[None]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield
         return
-    store: Any = dist.distributed_c10d._get_default_store()
+    store = default_store()
     watch = RankWatch(store, dist.get_rank(), dist.get_world_size())
     watch.start()
     last_word = _LEFT
@@ -69,8 +70,8 @@ class RankWatch:
     """This rank's beat, and what it sees of the others'.
 
     Args:
-        store: of the process group.
-        rank, world: of this process.
+        store: the process group's store.
+        rank, world: this process's rank, and how many there are.
     """
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
@@ -105,19 +106,19 @@ class RankWatch:
 
         Counted in looks and not in seconds: where all ranks of a machine were held up together, nobody is missed.
         """
-        found = []
+        accusations = []
         for other, word in self._words(self.store).items():
             before, times = self._seen.get(other, ("", 0))
             times = times + 1 if word == before else 0
             self._seen[other] = word, times
             if word.startswith(_FAILED) and times == 0:
-                found.append(self._failed(other, word))
+                accusations.append(self._failed(other, word))
             elif times == _LOST and not word.startswith((_FAILED, _LEFT)):
-                found.append(f"{self._died(other, word)}: no sign of it for {_LOST * _BEAT_S:.0f} s")
-        return found
+                accusations.append(f"{self._died(other, word)}: no sign of it for {_LOST * _BEAT_S:.0f} s")
+        return accusations
 
     def accusation(self, error: BaseException) -> str:
-        """Whose fault it is that a collective failed with this error; takes some seconds."""
+        """Say whose fault it is that a collective failed with this error; takes some seconds."""
         first_line = str(error).splitlines()[0]
         seen_by = f"seen by rank {self.rank}/{self.world}: {first_line}"
         try:
@@ -149,7 +150,7 @@ class RankWatch:
         return f"{'; '.join(blamed)}, {seen_by}"
 
     def _ask(self) -> dict[int, str]:
-        """As `_words`, by a thread: a store whose process is stopped does not answer, past torch's own timeout."""
+        """Call `_words` in a thread: a store whose process is stopped does not answer, past torch's own timeout."""
         answers: queue.SimpleQueue[dict[int, str] | Exception] = queue.SimpleQueue()
 
         def ask() -> None:
@@ -195,8 +196,8 @@ class RankWatch:
 
     def _died(self, other: int, word: str) -> str:
         """What became of a rank that no longer beats: where it is a process of this machine, the system tells."""
-        _, _, place = word.partition(" ")
-        host, _, pid = place.rpartition(" ")
+        _, _, process = word.partition(" ")
+        host, _, pid = process.rpartition(" ")
         state = state_of(int(pid)) if host == socket.gethostname() and pid.isdigit() else GONE
         if state == GONE:
             return f"rank {other}/{self.world} died without a word (killed, or out of memory?)"
@@ -213,13 +214,13 @@ class RankWatch:
 
 def _is_of_communication(error: BaseException) -> bool:
     text = str(error)
-    known = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     if isinstance(error, dist.DistError):
         return True
     if not isinstance(error, RuntimeError):
         return False
     # A store of files only says "Wait timeout", where a group is made and a rank does not come.
-    return any(word in text for word in known) or ("timeout" in text.lower() and _is_raised_by_torchs(error))
+    return any(word in text for word in signs) or ("timeout" in text.lower() and _is_raised_by_torchs(error))
 
 
 def _is_raised_by_torchs(error: BaseException) -> bool:

@@ -39,11 +39,11 @@ class Setting:
         option: name of the command-line option; empty: the field is a key of the JSON's section alone.
         kind: what the option takes: `FLAG`, `SWITCH`, a tuple of choices, or a function of the typed text.
         words: the default in words, where it is no value that could be typed.
-        group: of the help page; empty: the group of the field's dataclass.
+        group: the group on the help page; empty: the group of the field's dataclass.
         needs: another field of the dataclass and the values of it with which this one has an effect; no values: any
             but the empty one.
         column: whether tables of runs have a column for it, so that it does not part runs within a cell.
-        resolved: of one that decides by what it stands for: the name under which that is compared.
+        resolved: where it decides by what it stands for: the name under which that is compared.
         bare: the value of an option that is given without one; None: it must be given one.
         metavar: what the help page calls the value; empty: by its kind.
     """
@@ -81,7 +81,7 @@ def setting(default: Any, help: str, decides: Decides, **more: Any) -> Any:
 
 
 def size_in_bytes(text: str) -> int:
-    """As `parse_bytes`, with its words where argparse would say only that the value is invalid."""
+    """Parse as `parse_bytes` does, with its words where argparse would say only that the value is invalid."""
     try:
         return parse_bytes(text)
     except ValueError as error:

@@ -51,11 +51,11 @@ def _launchers() -> list[tuple[int, int]]:
     if not any(name in os.environ for name in _LAUNCHED):
         return []
     parent = os.getppid()
-    found = [(os.getpid(), parent)]
+    ancestors = [(os.getpid(), parent)]
     above = parent_of(parent)
     if "deepspeed.launcher.launch" in command_of(parent) and "deepspeed" in command_of(above):
-        found.append((parent, above))
-    return found
+        ancestors.append((parent, above))
+    return ancestors
 
 
 class _Watch:
@@ -159,7 +159,7 @@ def heeding_signals() -> Iterator[None]:
 
 @contextmanager
 def deferring() -> Iterator[None]:
-    """In the block signals are only noted: it looks at `asked` where it can end without a loss."""
+    """Signals are only noted in the block: it looks at `asked` where it can end without a loss."""
     watch = _watch
     if watch is None:
         yield

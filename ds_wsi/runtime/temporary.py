@@ -31,8 +31,8 @@ def temporary_folder(parent: Path, n_bytes: int | None = None) -> Iterator[Path]
     """Make a folder below `parent` that nobody else has, and remove it with all that is in it at the end.
 
     Args:
-        parent: of the folder.
-        n_bytes: that will be written, where it is known: an error tells it.
+        parent: where the folder is made.
+        n_bytes: how much will be written, where it is known: an error tells it.
 
     Raises:
         DiskFullError: there is no room for what the block writes.
@@ -96,9 +96,9 @@ def _sign(folder: Path) -> int:
 def _is_dead(record: int, name: str) -> bool:
     try:
         fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        found = json.loads(os.read(record, 2**16))
+        content = json.loads(os.read(record, 2**16))
     except (OSError, ValueError):  # the writer lives, or was killed before the record was whole
         return False
-    if not isinstance(found, dict) or (found.get("program"), found.get("name")) != (PROGRAM, name):
+    if not isinstance(content, dict) or (content.get("program"), content.get("name")) != (PROGRAM, name):
         return False
-    return found.get("host") == socket.gethostname() or time.time() - os.fstat(record).st_mtime > OTHER_HOST_S
+    return content.get("host") == socket.gethostname() or time.time() - os.fstat(record).st_mtime > OTHER_HOST_S

@@ -92,8 +92,8 @@ class TensorFile:
 
     def read(self, name: str) -> Tensor:
         """A tensor on the CPU, in memory of its own."""
-        found: Tensor = self._opened.get_tensor(name)
-        return found
+        tensor: Tensor = self._opened.get_tensor(name)
+        return tensor
 
     def read_like(self, name: str, target: Tensor, shape: torch.Size | None = None) -> Tensor:
         """A tensor that must have the shape of `target`, or the given one: a file is not trusted to fit.
@@ -101,13 +101,13 @@ class TensorFile:
         Raises:
             ValueError: another shape.
         """
-        found, wanted = self.read(name), target.shape if shape is None else shape
-        if found.shape != wanted:
+        tensor, expected = self.read(name), target.shape if shape is None else shape
+        if tensor.shape != expected:
             raise ValueError(
-                f"{name} of {self.path} must have the shape {tuple(wanted)}, got {tuple(found.shape)}. "
+                f"{name} of {self.path} must have the shape {tuple(expected)}, got {tuple(tensor.shape)}. "
                 "HINT: the file is of another model."
             )
-        return found
+        return tensor
 
 
 @contextmanager

@@ -20,8 +20,8 @@ class SealError(ValueError):
 
 def sealed(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     """The metadata with both checksums."""
-    found = {**metadata, OF_TENSORS: _of_tensors(tensors)}
-    return {**found, OF_HEAD: _of_head(found)}
+    head = {**metadata, OF_TENSORS: _of_tensors(tensors)}
+    return {**head, OF_HEAD: _of_head(head)}
 
 
 def opened(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray] | None = None) -> dict[str, str]:
@@ -30,14 +30,14 @@ def opened(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray] | None
     Raises:
         SealError: a checksum is another.
     """
-    found = dict(metadata)
-    head = found.pop(OF_HEAD, None)
-    if (head is not None or OF_TENSORS in found) and head != _of_head(found):
-        raise SealError(f"a head of CRC-32 {_of_head(found)}, where {head} was written")
-    data = found.pop(OF_TENSORS, None)
+    content = dict(metadata)
+    head = content.pop(OF_HEAD, None)
+    if (head is not None or OF_TENSORS in content) and head != _of_head(content):
+        raise SealError(f"a head of CRC-32 {_of_head(content)}, where {head} was written")
+    data = content.pop(OF_TENSORS, None)
     if data is not None and tensors is not None and data != _of_tensors(tensors):
         raise SealError(f"tensors of CRC-32 {_of_tensors(tensors)}, where {data} was written")
-    return found
+    return content
 
 
 def _of_head(metadata: Mapping[str, str]) -> str:
@@ -45,9 +45,9 @@ def _of_head(metadata: Mapping[str, str]) -> str:
 
 
 def _of_tensors(tensors: Mapping[str, np.ndarray]) -> str:
-    found = 0
+    checksum = 0
     for name, values in sorted(tensors.items()):
-        found = zlib.crc32(json.dumps([name, str(values.dtype), list(values.shape)]).encode(), found)
+        checksum = zlib.crc32(json.dumps([name, str(values.dtype), list(values.shape)]).encode(), checksum)
         whole: Any = np.ascontiguousarray(values).reshape(-1).view(np.uint8)  # numpy does not say that it is a buffer
-        found = zlib.crc32(whole, found)
-    return f"{found:08x}"
+        checksum = zlib.crc32(whole, checksum)
+    return f"{checksum:08x}"

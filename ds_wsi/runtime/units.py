@@ -12,10 +12,10 @@ def parse_bytes(text: str, name: str = "a size") -> int:
     Raises:
         ValueError: no number, an unknown unit, or nothing at all.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].lower() not in _UNITS:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"{name} must be bytes such as 24GiB or 800MB, got {text!r}")
-    size = int(float(found[1]) * _UNITS[found[2].lower()])
+    size = int(float(match[1]) * _UNITS[match[2].lower()])
     if size < 1:
         raise ValueError(f"{name} must be positive, got {text!r}")
     return size

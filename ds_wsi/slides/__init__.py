@@ -1,4 +1,4 @@
-"""From a slide file to its tiles: opening, tissue, tile grids, coordinates on disk, and the demo's synthetic slides."""
+"""Slide files and their tiles: opening, tissue, tile grids, coordinates on disk, and the demo's synthetic slides."""
 
 from typing import TYPE_CHECKING
 

@@ -35,8 +35,8 @@ def write_grid(grid: TileGrid, path: str | Path, slide: Fingerprint | None = Non
     """Write a grid atomically: `coords` as a tensor, everything else as JSON in the metadata.
 
     Args:
-        grid: to write.
-        path: of the file.
+        grid: the grid that is written.
+        path: where the file is written.
         slide: fingerprint of the slide's file, by which the grid is known again.
     """
     apart = ("coords", "policy", "tissue")
@@ -71,13 +71,13 @@ def read_grid(path: str | Path) -> TileGrid:
             f"tile grid must be a whole safetensors file, got {error} ({path}). HINT: delete it."
         ) from error
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION or coords is None:
-        found = f"{metadata.get('format')} {metadata.get('version')}"
-        raise SlideError(f"tile grid must be of format {FORMAT} {VERSION}, got {found} ({path}). HINT: delete it.")
+        got = f"{metadata.get('format')} {metadata.get('version')}"
+        raise SlideError(f"tile grid must be of format {FORMAT} {VERSION}, got {got} ({path}). HINT: delete it.")
     try:
         policy, values = stored_tiling(json.loads(metadata["policy"])), json.loads(metadata["grid"])
         policy["grey_range"] = tuple(policy["grey_range"])
-        found = values.pop("tissue", None)
-        tissue = None if found is None else TissueFound(**found)
+        stored = values.pop("tissue", None)
+        tissue = None if stored is None else TissueFound(**stored)
         return TileGrid(coords=coords, policy=TilingPolicy(**policy), tissue=tissue, **values)
     except (KeyError, TypeError, ValueError) as error:
         raise SlideError(
@@ -86,7 +86,7 @@ def read_grid(path: str | Path) -> TileGrid:
 
 
 def read_slide_fingerprint(path: str | Path) -> Fingerprint | None:
-    """Of which slide file a grid that `read_grid` reads was made; None where an earlier version wrote it.
+    """The fingerprint of the slide file that a stored grid was made of; None where an earlier version wrote it.
 
     Raises:
         SlideError: it is written there, and torn.
@@ -175,11 +175,11 @@ def import_clam(path: str | Path, slide: Slide) -> TileGrid:
     level, size = int(attributes["patch_level"]), int(attributes["patch_size"])
     if not 0 <= level < len(slide.level_downsamples):
         raise SlideError(f"patch_level must be a level of slide {slide.slide_id}, got {level} ({path})")
-    own = slide.level_downsamples[level]
-    written = np.atleast_1d(attributes.get("downsample", own)).astype(np.float64)
-    if (np.abs(written / own - 1) > SAME_RATIO).any():
+    downsample = slide.level_downsamples[level]
+    written = np.atleast_1d(attributes.get("downsample", downsample)).astype(np.float64)
+    if (np.abs(written / downsample - 1) > SAME_RATIO).any():
         raise SlideError(
-            f"downsample must be {own:g}, as of level {level} of slide {slide.slide_id}, got {written.tolist()} "
+            f"downsample must be {downsample:g}, as of level {level} of slide {slide.slide_id}, got {written.tolist()} "
             f"({path}). HINT: is it the file of another slide?"
         )
     return _imported(slide, coords, "clam", path, size, size, level, size * slide.level_downsamples[level])
@@ -193,10 +193,10 @@ def import_trident(path: str | Path, slide: Slide) -> TileGrid:
     """
     coords, attributes = _read_h5(path, TRIDENT_ATTRIBUTES)
     size, size_level0 = int(attributes["patch_size"]), int(attributes["patch_size_level0"])
-    for name, own in (("level0_width", slide.width_px), ("level0_height", slide.height_px)):
-        if int(attributes.get(name, own)) != own:
+    for name, size_px in (("level0_width", slide.width_px), ("level0_height", slide.height_px)):
+        if int(attributes.get(name, size_px)) != size_px:
             raise SlideError(
-                f"{name} must be {own}, as of slide {slide.slide_id}, got {attributes[name]} ({path}). "
+                f"{name} must be {size_px}, as of slide {slide.slide_id}, got {attributes[name]} ({path}). "
                 "HINT: is it the file of another slide?"
             )
     plan = plan_level(slide.mpp, slide.level_downsamples, slide.mpp * size_level0 / size, size)

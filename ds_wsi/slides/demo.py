@@ -47,9 +47,9 @@ class DemoPolicy:
     """What the demo cohort holds.
 
     Args:
-        train, validation, test: slides in each split; classes alternate, two slides a patient.
+        train, validation, test: slides in each split; classes alternate, two slides per patient.
         min_side_px, max_side_px: side of the square slide at 0.5 um/px; bags differ in length by the square of it.
-        seed: of everything drawn.
+        seed: the seed of everything drawn.
     """
 
     train: int = 64
@@ -68,7 +68,7 @@ class DemoPolicy:
         """Refuse a cohort that could not be split or drawn."""
         for name in ("train", "validation", "test"):
             if getattr(self, name) < 2:
-                raise ValueError(f"{name} must be at least 2 (one slide a class), got {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 2 (one slide per class), got {getattr(self, name)}")
         if not 4 * FOCUS_RADIUS_PX <= self.min_side_px <= self.max_side_px:
             raise ValueError(
                 f"min_side_px must lie in [{4 * FOCUS_RADIUS_PX}, max_side_px={self.max_side_px}], "
@@ -81,8 +81,9 @@ class StainsPolicy(DemoPolicy):
     """What the cohort "stains" holds: smaller slides than "plain", more of them, and tumours of more foci.
 
     Args:
-        centres: of the slides to train and to validate on; pairs of a normal and a tumour slide share one.
-        test_centres: of the test slides, all others.
+        centres: how many the slides to train and to validate on come from; pairs of a normal and a tumour slide share
+            one.
+        test_centres: how many the test slides come from, all of them others.
     """
 
     train: int = 96
@@ -125,7 +126,7 @@ class Centre:
 
     Args:
         stain: factors of the optical density of red, green and blue.
-        gamma: of the transmitted light.
+        gamma: the exponent of the transmitted light.
         white: factors of red, green and blue, brightness included.
         blur_px: standard deviation at BASE_MPP.
     """
@@ -192,8 +193,8 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
     policy = policy or DemoPolicy()
     directory = Path(directory)
     manifest, stamp = directory / "manifest.csv", directory / "demo.json"
-    wanted = {"format_version": policy.format_version, **asdict(policy)}
-    if stamp.exists() and json.loads(stamp.read_text()) != wanted:
+    recipe = {"format_version": policy.format_version, **asdict(policy)}
+    if stamp.exists() and json.loads(stamp.read_text()) != recipe:
         raise ValueError(
             f"{directory} must hold the demo of this policy, got another ({stamp} differs). "
             "HINT: delete the folder, or give another --demo_dir."
@@ -202,7 +203,7 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
         return manifest
     remove_left_behind(directory / "slides")
     require_ours(manifest, lambda _: stamp.exists(), "the demo's folder")
-    write_text(stamp, json.dumps(wanted))
+    write_text(stamp, json.dumps(recipe))
     rows = list(_rows(policy))
     logger.info("drawing %d demo slides in %s", len(rows), directory)
     for index, row in Progress("demo slides", "slide", len(rows)).over(enumerate(rows)):
@@ -248,7 +249,7 @@ def _rows(policy: DemoPolicy) -> Iterator[dict[str, str]]:
 
 
 def _centre(index: int, policy: DemoPolicy) -> Centre | None:
-    """Of a slide; both slides of a pair, one of each class, have the same."""
+    """The centre of a slide; both slides of a pair, one of each class, have the same."""
     if not isinstance(policy, StainsPolicy):
         return None
     pair, centres, first = _pair(index, policy)
@@ -316,11 +317,11 @@ def draw_slide(
     """Return one slide at 0.5 um/px, without pen marks: uint8 [side, side, 3].
 
     Args:
-        tumor: its class.
-        side_px: of the square slide.
+        tumor: whether the slide is of this class.
+        side_px: side of the square slide.
         rng: draws everything.
-        foci: of a tumour.
-        contrast: of the nuclei.
+        foci: how many a tumour has.
+        contrast: how far the nuclei stand out.
         rings: share of the foci's nuclei that are rings, in [0, 1].
     """
     tissue = _tissue(side_px, rng)

@@ -9,7 +9,7 @@ class TileReadError(SlideError):
     """A tile that could not be read.
 
     Attributes:
-        slide_id, x, y: which, level-0 px.
+        slide_id, x, y: the slide and the tile's top left, level-0 px.
         cause: the error below.
     """
 

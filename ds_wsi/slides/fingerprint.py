@@ -17,18 +17,18 @@ def slide_fingerprint(path: str | Path) -> Fingerprint:
     path = Path(path)
     if path.is_dir():
         return _of_files(path, Fingerprint(0, ""))
-    own = file_fingerprint(path)
+    of_file = file_fingerprint(path)
     folder = path.with_suffix("")
     if path.suffix.lower() != ".mrxs" or not folder.is_dir():
-        return own
-    return _of_files(folder, own)
+        return of_file
+    return _of_files(folder, of_file)
 
 
-def _of_files(folder: Path, own: Fingerprint) -> Fingerprint:
-    digest = hashlib.sha256(own.sha256.encode())
-    n_bytes = own.n_bytes
+def _of_files(folder: Path, first: Fingerprint) -> Fingerprint:
+    digest = hashlib.sha256(first.sha256.encode())
+    n_bytes = first.n_bytes
     for part in sorted(entry for entry in folder.iterdir() if entry.is_file()):
-        found = file_fingerprint(part)
-        digest.update(f"{part.name} {found.sha256}\n".encode())
-        n_bytes += found.n_bytes
+        of_part = file_fingerprint(part)
+        digest.update(f"{part.name} {of_part.sha256}\n".encode())
+        n_bytes += of_part.n_bytes
     return Fingerprint(n_bytes, digest.hexdigest())

@@ -17,8 +17,8 @@ class JpegTiles:
 
     Args:
         file: the open TIFF.
-        page: of the level.
-        downsample: of the level.
+        page: the level's page.
+        downsample: level-0 px per pixel of the level.
     """
 
     def __init__(self, file: tifffile.TiffFile, page: tifffile.TiffPage, downsample: float) -> None:
@@ -51,10 +51,10 @@ class JpegTiles:
 
     def read(self, x: int, y: int) -> bytes | None:
         """The JPEG of the tile at (x, y), level-0 px; None where it is not at a tile's corner, absent or broken."""
-        place = [value / self._downsample / self._page.tilewidth for value in (x, y)]
-        column, row = (round(value) for value in place)
+        position = [value / self._downsample / self._page.tilewidth for value in (x, y)]
+        column, row = (round(value) for value in position)
         # A thousandth of a tile is below a pixel: downsamples of odd sizes are not whole numbers.
-        if abs(column - place[0]) > 1e-3 or abs(row - place[1]) > 1e-3:
+        if abs(column - position[0]) > 1e-3 or abs(row - position[1]) > 1e-3:
             return None
         index = row * self._columns + column
         n_bytes = self._page.databytecounts[index]
@@ -76,11 +76,11 @@ class JpegTiles:
             if jpeg is None:
                 continue
             try:
-                wanted = slide.read_tile(x, y, grid.level, grid.read_size_px, grid.tile_size_px)
+                expected = slide.read_tile(x, y, grid.level, grid.read_size_px, grid.tile_size_px)
             except TileReadError:
                 continue
-            found = _decode(jpeg)
-            if found is None or not np.array_equal(found, wanted):
+            decoded = _decode(jpeg)
+            if decoded is None or not np.array_equal(decoded, expected):
                 return False
             compared += 1
         return compared > 0
@@ -106,7 +106,7 @@ def _page(file: tifffile.TiffFile, slide: Slide, grid: TileGrid) -> tifffile.Tif
 
 
 def _decode(jpeg: bytes) -> np.ndarray | None:
-    import imagecodecs  # here, for it takes half a second that reading from slides does not need
+    import imagecodecs  # here, because it takes half a second that reading from slides does not need
 
     try:
         return np.asarray(imagecodecs.jpeg8_decode(jpeg))

@@ -31,7 +31,7 @@ class MaskFile(NamedTuple):
 
     Attributes:
         path: `.geojson` or `.png`.
-        in_bounds: its places count from the scanned area's corner, as in QuPath, and not from level 0's. The two differ
+        in_bounds: places count from the scanned area's corner, as in QuPath, and not from level 0's. The two differ
             where a file names its scanned area (MRXS, SCN).
     """
 
@@ -51,13 +51,13 @@ def find_mask(folder: str | Path, slide_id: str) -> Path | None:
     Raises:
         SlideError: there are both.
     """
-    found = [path for path in (Path(folder) / f"{slide_id}{suffix}" for suffix in SUFFIXES) if path.is_file()]
-    if len(found) > 1:
-        names = " and ".join(path.name for path in found)
+    paths = [path for path in (Path(folder) / f"{slide_id}{suffix}" for suffix in SUFFIXES) if path.is_file()]
+    if len(paths) > 1:
+        names = " and ".join(path.name for path in paths)
         raise SlideError(
             f"slide {slide_id} must have one mask, got {names} ({folder}). HINT: keep the one that is meant."
         )
-    return found[0] if found else None
+    return paths[0] if paths else None
 
 
 def read_mask(file: MaskFile, slide: Slide, downsample: float) -> np.ndarray:
@@ -68,8 +68,8 @@ def read_mask(file: MaskFile, slide: Slide, downsample: float) -> np.ndarray:
 
     Args:
         file: `.geojson` or `.png`.
-        slide: whose it is.
-        downsample: level-0 px a pixel of the mask that is returned.
+        slide: the open slide that the file belongs to.
+        downsample: level-0 px per pixel of the mask that is returned.
 
     Returns:
         bool [ceil(height / downsample), ceil(width / downsample)]; a pixel is tissue where its centre is.
@@ -89,8 +89,8 @@ def read_mask(file: MaskFile, slide: Slide, downsample: float) -> np.ndarray:
         return _read_png(path, slide, shape, downsample, area)
     where = f"(slide {slide.slide_id}, {path})"
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-        drawn, taken_away = _regions(found)
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        drawn, taken_away = _regions(content)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise SlideError(
             f"mask must be GeoJSON with Polygon or MultiPolygon, got {type(error).__name__}: {error} {where}. HINT: "
@@ -156,16 +156,16 @@ def _read_png(
 
 
 def _indices(places: np.ndarray, length: float, count: int) -> np.ndarray:
-    """In which of `count` pixels along a length each place lies; -1 outside."""
-    found = np.floor(places * count / length).astype(int)
-    return np.where((found >= 0) & (found < count), found, -1)
+    """The pixel, of `count` along a length, in which each place lies; -1 outside."""
+    indices = np.floor(places * count / length).astype(int)
+    return np.where((indices >= 0) & (indices < count), indices, -1)
 
 
-def _regions(found: Any) -> tuple[list[list[Ring]], list[list[Ring]]]:
+def _regions(content: Any) -> tuple[list[list[Ring]], list[list[Ring]]]:
     """The polygons, each its rings, that are tissue, and those that are not."""
     drawn: list[list[Ring]] = []
     taken_away: list[list[Ring]] = []
-    for feature in _features(found):
+    for feature in _features(content):
         properties = feature.get("properties") or {}
         kind = str(properties.get("objectType") or properties.get("object_type") or "annotation").lower()
         if kind not in DRAWN:
@@ -176,12 +176,12 @@ def _regions(found: Any) -> tuple[list[list[Ring]], list[list[Ring]]]:
     return drawn, taken_away
 
 
-def _features(found: Any) -> Sequence[Mapping[str, Any]]:
-    if isinstance(found, list):  # as QuPath wrote it before FeatureCollection
-        return found
-    if found["type"] == "FeatureCollection":
-        return list(found["features"])
-    return [found] if found["type"] == "Feature" else [{"geometry": found}]
+def _features(content: Any) -> Sequence[Mapping[str, Any]]:
+    if isinstance(content, list):  # as QuPath wrote it before FeatureCollection
+        return content
+    if content["type"] == "FeatureCollection":
+        return list(content["features"])
+    return [content] if content["type"] == "Feature" else [{"geometry": content}]
 
 
 def _class_name(properties: Mapping[str, Any]) -> str:
@@ -246,11 +246,11 @@ def write_mask(path: str | Path, mask: np.ndarray, downsample: float, slide: Sli
     `read_mask` at the same downsample gives the mask back, pixel for pixel.
 
     Args:
-        path: of the file.
+        path: where the file is written.
         mask: bool [H, W].
-        downsample: level-0 px a pixel.
-        slide: whose it is.
-        in_bounds: as of `MaskFile`.
+        downsample: level-0 px per pixel.
+        slide: the slide that the mask belongs to.
+        in_bounds: see `MaskFile`.
     """
     origin = np.array(slide.bounds[:2] if in_bounds else (0, 0))
     features = []

@@ -29,7 +29,7 @@ OTHER_MODES = {
     "CMYK": "inks (CMYK)",
     "LAB": "CIELAB colours",
 }
-DEEP = "convert it to 8 bits a channel; how its values map to grey levels is not in the file"
+DEEP = "convert it to 8 bits per channel; how its values map to grey levels is not in the file"
 TO_RGB = "convert it to RGB"
 ONE_IMAGE = "write the one that is meant to a file of its own"
 
@@ -54,7 +54,7 @@ class PlainImage:
     """An image as a slide of one level; has what this project uses of `openslide.OpenSlide`.
 
     Args:
-        path: of the file.
+        path: the image file.
 
     Raises:
         PlainImageError: no image of these formats, or one whose pixels are no colours of 8 bits.
@@ -132,9 +132,9 @@ def _open_bmp(path: Path) -> _Opened | None:
         needed = offset + stride * rows
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if len(mapped) < needed:
-        found = len(mapped)
+        n_bytes = len(mapped)
         mapped.close()
-        raise PlainImageError(f"image must hold {needed} bytes, got {found}: the file is cut short")
+        raise PlainImageError(f"image must hold {needed} bytes, got {n_bytes}: the file is cut short")
     bottom_up = height > 0
 
     def read(top: int, bottom: int) -> np.ndarray:
@@ -148,7 +148,7 @@ def _open_bmp(path: Path) -> _Opened | None:
 
 
 def _open_strips(path: Path) -> _Opened | None:
-    """A TIFF of 8 bits a channel in strips, decoded strip by strip; None for another file."""
+    """A TIFF of 8 bits per channel in strips, decoded strip by strip; None for another file."""
     try:
         file = tifffile.TiffFile(path)
     except (tifffile.TiffFileError, OSError, ValueError):
@@ -159,8 +159,8 @@ def _open_strips(path: Path) -> _Opened | None:
         _require_one_image(file)
         samples = page.samplesperpixel
         photometric = page.photometric.name if page.photometric is not None else "RGB"
-        known = photometric in ("RGB", "MINISBLACK", "YCBCR") and samples in (1, 3, 4)
-        if page.is_tiled or not known or (samples > 1 and page.planarconfig != 1):
+        supported = photometric in ("RGB", "MINISBLACK", "YCBCR") and samples in (1, 3, 4)
+        if page.is_tiled or not supported or (samples > 1 and page.planarconfig != 1):
             file.close()
             return None
     except BaseException:
@@ -178,10 +178,10 @@ def _open_strips(path: Path) -> _Opened | None:
             return kept[number]
         file.filehandle.seek(page.dataoffsets[number])
         data = file.filehandle.read(page.databytecounts[number])
-        found = page.decode(data, number, jpegtables=page.jpegtables)[0]
-        if found is None:
+        decoded = page.decode(data, number, jpegtables=page.jpegtables)[0]
+        if decoded is None:
             raise PlainImageError(f"strip {number} must be in the file, got no bytes")
-        pixels = _three_or_four(found.reshape(-1, width, samples))
+        pixels = _three_or_four(decoded.reshape(-1, width, samples))
         kept[number] = pixels
         while sum(one.nbytes for one in kept.values()) > STRIPS_BYTES and len(kept) > 1:
             kept.popitem(last=False)
@@ -219,7 +219,7 @@ def _three_or_four(pixels: np.ndarray) -> np.ndarray:
 
 def _require_colours(page: Any) -> None:
     if page.bitspersample != 8 and page.bitspersample != 1:
-        raise PlainImageError(f"image must have 8 bits a channel, got {page.bitspersample}", DEEP)
+        raise PlainImageError(f"image must have 8 bits per channel, got {page.bitspersample}", DEEP)
     name = page.photometric.name if page.photometric is not None else "RGB"
     if name not in ("RGB", "MINISBLACK", "YCBCR", "PALETTE") or page.samplesperpixel not in (1, 2, 3, 4):
         raise PlainImageError(
@@ -240,14 +240,14 @@ def _require_one_image(file: tifffile.TiffFile) -> None:
 
 def _tiff_resolution(page: Any) -> dict[str, str]:
     """The resolution tags under OpenSlide's names."""
-    found = {}
+    properties = {}
     for name in ("XResolution", "YResolution"):
         value = page.tags.get(name)
         if value is not None and value.value[1]:
-            found[f"tiff.{name}"] = str(value.value[0] / value.value[1])
+            properties[f"tiff.{name}"] = str(value.value[0] / value.value[1])
     unit = page.tags.get("ResolutionUnit")
-    found["tiff.ResolutionUnit"] = {2: "inch", 3: "centimeter"}.get(int(unit.value) if unit else 2, "none")
-    return found
+    properties["tiff.ResolutionUnit"] = {2: "inch", 3: "centimeter"}.get(int(unit.value) if unit else 2, "none")
+    return properties
 
 
 def _open_whole(path: Path) -> _Opened:
@@ -286,9 +286,9 @@ def _require_plain(image: Image.Image) -> None:
     if image.mode not in RGB_MODES:
         words = OTHER_MODES.get(image.mode, "16 bits" if image.mode.startswith("I;16") else image.mode)
         hint = DEEP if "bits" in words or "numbers" in words else TO_RGB
-        raise PlainImageError(f"image must be RGB, grey or of a palette, of 8 bits a channel, got {words}", hint)
+        raise PlainImageError(f"image must be RGB, grey or of a palette, of 8 bits per channel, got {words}", hint)
     if _is_deep_png(image):
-        raise PlainImageError("image must have 8 bits a channel, got 16", DEEP)
+        raise PlainImageError("image must have 8 bits per channel, got 16", DEEP)
     if getattr(image, "n_frames", 1) > 1:
         raise PlainImageError(f"image must be one, got {getattr(image, 'n_frames', 1)} frames", ONE_IMAGE)
     if image.width * image.height > MAX_DECODED_PIXELS:
@@ -296,7 +296,7 @@ def _require_plain(image: Image.Image) -> None:
 
 
 def _is_deep_png(image: Image.Image) -> bool:
-    """Whether a PNG has 16 bits a channel, of which Pillow would drop the lower 8 without a word."""
+    """Whether a PNG has 16 bits per channel, of which Pillow would drop the lower 8 without a word."""
     return image.format == "PNG" and any("16" in str(entry[3]) for entry in getattr(image, "tile", ()))
 
 

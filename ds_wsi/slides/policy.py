@@ -19,14 +19,15 @@ class TilingPolicy:
     Args:
         tile_size_px: side of a tile.
         mpp: resolution of the tiles, um/px (0.5 is what scanners call 20x).
-        min_tissue_fraction: of a tile's area that must be tissue, in [0, 1].
+        min_tissue_fraction: the share of a tile's area that must be tissue, in [0, 1].
         overview_mpp: resolution of the tissue mask, um/px; finer where a tile has fewer than 16 of its pixels a side.
         grey_range: grey values that can be tissue, both ends included.
         tissue: the rule that finds tissue: "auto", by the colour of the slide's own glass (see `auto_mask`); "grey", by
             the grey range alone; "otsu", in the grey range and above Otsu's threshold on saturation; "none", every tile
             is taken.
-        tissue_version: of the rule "auto": a model's tiles stay what they were when a later version changes it.
-        use_saturation: as earlier versions had it: True is "otsu", False is "grey".
+        tissue_version: the version of the rule "auto": a model's tiles stay what they were when a later version
+            changes it.
+        use_saturation: what earlier versions had: True is "otsu", False is "grey".
     """
 
     tile_size_px: int = setting(
@@ -104,10 +105,10 @@ def stored_tiling(values: Mapping[str, Any], key: str = "tiling") -> dict[str, A
     Raises:
         ValueError: `use_saturation` is no truth value; names it below `key`.
     """
-    found = dict(values)
-    if "use_saturation" in found:
-        used = found.pop("use_saturation")
+    fields_of_today = dict(values)
+    if "use_saturation" in fields_of_today:
+        used = fields_of_today.pop("use_saturation")
         if not isinstance(used, bool):
             raise ValueError(f"{key}.use_saturation must be of type bool, got {used!r}")
-        found.setdefault("tissue", "otsu" if used else "grey")
-    return found
+        fields_of_today.setdefault("tissue", "otsu" if used else "grey")
+    return fields_of_today

@@ -1,4 +1,4 @@
-"""Which reader opens a slide's path: OpenSlide, a folder of DICOM by one of its files, or a plain image."""
+"""The reader that opens a slide's path: OpenSlide, also for a folder of DICOM by one of its files, or a plain image."""
 
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def _file_of_dicom(folder: Path, where: str) -> Path:
             f"folder of DICOM must hold one series, got {len(series)} {where}. HINT: name a file of the one that is "
             f"meant, such as {names}."
         )
-    found = f"none that OpenSlide reads ({'; '.join(reasons[:2])})" if reasons else "none"
+    got = f"none that OpenSlide reads ({'; '.join(reasons[:2])})" if reasons else "none"
     raise SlideError(
-        f"slide that is a folder must hold the DICOM files of a slide, got {found} {where}. HINT: name its file."
+        f"slide that is a folder must hold the DICOM files of a slide, got {got} {where}. HINT: name its file."
     )

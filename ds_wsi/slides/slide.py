@@ -34,7 +34,7 @@ class Overview(NamedTuple):
 
     Attributes:
         pixels: uint8 [H, W, 3].
-        downsample: level-0 px a pixel.
+        downsample: level-0 px per pixel.
         unreadable: bool [H, W], the pixels of which the file could not be read, which are in the background's colour.
     """
 
@@ -47,10 +47,10 @@ class Slide:
     """An open slide, with a tile cache of its own of bounded size.
 
     Args:
-        path: of the file.
+        path: the slide's file.
         mpp: um/px at level 0, which goes before the file's own.
         slide_id: names the slide in messages; by default the file's stem.
-        cache_bytes: of decoded data that OpenSlide keeps for this slide.
+        cache_bytes: how much decoded data OpenSlide keeps for this slide.
         fallback_mpp: um/px at level 0 where the file tells none that can be used.
 
     Raises:
@@ -162,17 +162,17 @@ class Slide:
         """Read a square tile.
 
         Args:
-            x, y: its top left, level-0 px.
-            level: to read from.
-            read_size_px: its side at that level.
-            tile_size_px: its side when returned; resampled where the two differ.
+            x, y: top left of the tile, level-0 px.
+            level: the level to read from.
+            read_size_px: the tile's side at that level.
+            tile_size_px: the tile's side when returned; resampled where the two differ.
             out: uint8 [tile_size_px, tile_size_px, 3] to write to.
 
         Returns:
             uint8 [tile_size_px, tile_size_px, 3], transparent pixels in the slide's background colour.
 
         Raises:
-            TileReadError: the reader failed; the next read opens the file anew, for the old handle is dead.
+            TileReadError: the reader failed; the next read opens the file anew, because the old handle is dead.
         """
         shape = (tile_size_px, tile_size_px, 3)
         if out is None:
@@ -212,7 +212,7 @@ class Slide:
         """The whole slide, box-averaged, in bounded memory whatever its levels are; warns of unreadable parts.
 
         Args:
-            downsample: level-0 px a pixel of the overview, at least 1.
+            downsample: level-0 px per pixel of the overview, at least 1.
 
         Returns:
             uint8 [ceil(height / downsample), ceil(width / downsample), 3], whose pixel (i, j) covers level-0 rows
@@ -225,7 +225,7 @@ class Slide:
         return pixels, downsample
 
     def read_overview_with_gaps(self, downsample: float) -> Overview:
-        """As `read_overview_downsampled`, and which pixels could not be read.
+        """The overview that `read_overview_downsampled` reads, and which pixels could not be read.
 
         Where a part of a level is broken, the levels above it are tried; what none of them has is narrowed down to
         pieces of 64 px.
@@ -251,7 +251,7 @@ class Slide:
                 f"slide must be readable for its overview, got {reader.reason} {where}. HINT: replace the file; "
                 "--skip_bad_slides leaves it out."
             )
-        y, x = (int(place[0] * reader.downsample) for place in reader.unreadable.nonzero())
+        y, x = (int(pixel[0] * reader.downsample) for pixel in reader.unreadable.nonzero())
         logger.warning(
             "slide %s: %.2g%% of it could not be read for its overview, the first near (%d, %d): %s (%s)",
             *(self.slide_id, 100 * reader.unreadable.mean(), x, y, reader.reason, self.path),
@@ -275,8 +275,8 @@ class _OverviewReader:
     """Fills an overview block by block, and marks what cannot be read.
 
     Args:
-        slide: to read.
-        downsample: of the overview.
+        slide: the open slide.
+        downsample: level-0 px per pixel of the overview.
         overview: uint8 [H, W, 3], written to.
     """
 
@@ -287,26 +287,26 @@ class _OverviewReader:
 
     def fill(self, top: int, left: int, rows: int, columns: int, level: int) -> None:
         """Read a block from a level, and where it is broken its quarters, and in the end those of finer levels."""
-        place = slice(top, top + rows), slice(left, left + columns)
+        block = slice(top, top + rows), slice(left, left + columns)
         side_px = max(rows, columns) * self.downsample / self.slide.level_downsamples[level]
         # Of a finer level a block may be large: it is divided before it is read.
         if side_px <= 2 * OVERVIEW_BLOCK_PX:
             x, y = left * self.downsample, top * self.downsample
             try:
-                self.overview[place] = self.slide._block(x, y, level, self.downsample, rows, columns)
+                self.overview[block] = self.slide._block(x, y, level, self.downsample, rows, columns)
                 return
             except READ_ERRORS as error:
                 self.slide.close()  # the handle is dead
                 self.n_failed, self.reason = self.n_failed + 1, str(error)
             if self.n_failed > MAX_FAILED_READS:
-                self.unreadable[place] = True
+                self.unreadable[block] = True
                 return
         if side_px > GAP_PX and max(rows, columns) > 1:
             self._fill_quarters(top, left, rows, columns, level)
         elif level > 0:
             self.fill(top, left, rows, columns, level - 1)
         else:
-            self.unreadable[place] = True
+            self.unreadable[block] = True
 
     def _fill_quarters(self, top: int, left: int, rows: int, columns: int, level: int) -> None:
         upper, first = max(1, rows // 2), max(1, columns // 2)

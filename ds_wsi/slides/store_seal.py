@@ -1,7 +1,7 @@
 """The seal of a tile store's file: a checksum, behind the Arrow stream, of everything but the JPEGs.
 
 Arrow trusts what a file says of itself: one flipped byte among the offsets ends the process. So the seal is checked
-before Arrow sees the file, and costs little, for it covers some 30 bytes a tile; each JPEG has a CRC-32 of its own,
+before Arrow sees the file. It costs little, because it covers some 30 bytes per tile; each JPEG has its own CRC-32,
 inside the sealed part. Arrow's readers stop at the end of the stream, and do not see it:
 
     (start, stop) of each stretch of JPEGs     2 x uint64 each
@@ -65,17 +65,17 @@ def is_sealed(path: Path) -> bool:
             edges = [0, *(edge for stretch in stretches for edge in stretch), end]
             if end < 0 or edges != sorted(edges):
                 raise SealError("a damaged seal")
-            found = _checksum(data, end, stretches, packed)
-    if found != checksum:
-        raise SealError(f"CRC-32 {found:08x}, where {checksum:08x} was written")
+            actual = _checksum(data, end, stretches, packed)
+    if actual != checksum:
+        raise SealError(f"CRC-32 {actual:08x}, where {checksum:08x} was written")
     return True
 
 
 def _checksum(data: mmap.mmap, end: int, stretches: Sequence[tuple[int, int]], packed: bytes) -> int:
-    found, start = 0, 0
+    checksum, start = 0, 0
     with memoryview(data) as view:
         for stop, following in [*stretches, (end, end)]:
             with view[start:stop] as part:
-                found = zlib.crc32(part, found)
+                checksum = zlib.crc32(part, checksum)
             start = following
-    return zlib.crc32(packed, found)
+    return zlib.crc32(packed, checksum)

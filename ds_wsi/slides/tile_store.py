@@ -1,4 +1,4 @@
-"""A slide's tiles packed once as JPEG: one Arrow file a slide, read by (slide, row) without opening the slide.
+"""A slide's tiles packed once as JPEG: one Arrow file per slide, read by (slide, row) without opening the slide.
 
 Where the tiles of the grid are the TIFF's own JPEG tiles, their bytes are copied, and the pixels are OpenSlide's. Other
 tiles are encoded anew, at the quality that the file names. The file is an Arrow stream, as `datasets` writes it
@@ -80,10 +80,10 @@ def pack_slide(
 
     Args:
         slide: open.
-        grid: its tiles, the rows of the store.
-        directory: of the store.
-        quality: of JPEG, 1 to 100, of the tiles that cannot be copied.
-        verify: read a file that is there and keep it only where every tile has its checksum.
+        grid: the slide's tiles, the rows of the store.
+        directory: the store's folder.
+        quality: JPEG's, 1 to 100, for the tiles that cannot be copied.
+        verify: whether a file that is there is read, and kept only where every tile has its checksum.
 
     Returns:
         Whether the file was written now.
@@ -124,10 +124,10 @@ def _batch(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordBatch:
 
 def _packed(slide: Slide, grid: TileGrid, quality: int) -> Iterator[PackedTile]:
     """Tile after tile of the grid: copied where the slide has it as JPEG, else encoded."""
-    own = JpegTiles.of(slide, grid)
+    jpeg_tiles = JpegTiles.of(slide, grid)
     try:
         for x, y in grid.coords.tolist():
-            jpeg = own.read(x, y) if own else None
+            jpeg = jpeg_tiles.read(x, y) if jpeg_tiles else None
             if jpeg is not None:
                 yield PackedTile(jpeg, copied=True)
                 continue
@@ -138,8 +138,8 @@ def _packed(slide: Slide, grid: TileGrid, quality: int) -> Iterator[PackedTile]:
             else:
                 yield PackedTile(_encode(tile, quality))
     finally:
-        if own:
-            own.close()
+        if jpeg_tiles:
+            jpeg_tiles.close()
 
 
 def _encode(tile: np.ndarray, quality: int) -> bytes:
@@ -163,15 +163,15 @@ def _require_ours(path: Path, slide_id: str) -> None:
 
 def _header(grid: TileGrid, slide_path: Path, quality: int) -> dict[str, Any]:
     """What a store is known by: another grid, slide file or quality is another store."""
-    found = slide_fingerprint(slide_path)
+    fingerprint = slide_fingerprint(slide_path)
     names = [field.name for field in fields(grid) if field.name not in ("coords", "policy", "source", "tissue")]
     return {
         "format": FORMAT,
         "version": VERSION,
         "n_tiles": len(grid),
         "coords_sha256": hashlib.sha256(np.ascontiguousarray(grid.coords, dtype="<i8").tobytes()).hexdigest(),
-        "slide_bytes": found.n_bytes,
-        FINGERPRINT: found.sha256,
+        "slide_bytes": fingerprint.n_bytes,
+        FINGERPRINT: fingerprint.sha256,
         "quality": quality,
         **{name: getattr(grid, name) for name in names},
     }
@@ -181,10 +181,10 @@ def store_problem(path: Path, grid: TileGrid, slide_path: Path, quality: int | N
     """Why a file is not the whole store of this grid and slide, or None; tiles are not read.
 
     Args:
-        path: of the store's file.
-        grid: whose rows are wanted.
-        slide_path: of the slide.
-        quality: of JPEG, where it matters.
+        path: the store's file.
+        grid: the grid whose rows the store should hold.
+        slide_path: the slide's file.
+        quality: JPEG's, where it matters.
     """
     where = f"(slide {grid.slide_id}, {path}). {HINT}"
     if not path.is_file():
@@ -194,8 +194,8 @@ def store_problem(path: Path, grid: TileGrid, slide_path: Path, quality: int | N
             header = stored.header
     except StoreError as error:
         return str(error)
-    wanted = _header(grid, slide_path, header["quality"] if quality is None else quality)
-    for name, value in wanted.items():
+    expected = _header(grid, slide_path, header["quality"] if quality is None else quality)
+    for name, value in expected.items():
         if name == "version" or (name == FINGERPRINT and name not in header):
             continue  # of an earlier version: see `lacks_fingerprint`; to pack again takes long
         if header.get(name) != value:
@@ -226,8 +226,8 @@ class _Batch(NamedTuple):
 
 def _header_of(schema: pa.Schema) -> dict[str, Any]:
     """What the file says of itself; empty where it is no store's."""
-    found = json.loads((schema.metadata or {}).get(b"ds_wsi", b"{}"))
-    return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
+    header = json.loads((schema.metadata or {}).get(b"ds_wsi", b"{}"))
+    return header if isinstance(header, dict) and header.get("format") == FORMAT else {}
 
 
 class StoredSlide:
@@ -300,9 +300,9 @@ class StoredSlide:
         if not value.is_valid:
             raise ValueError(batch.reasons[row].as_py())
         jpeg = bytes(value.as_buffer())
-        found = zlib.crc32(jpeg)
-        if found != batch.crcs[row]:
-            raise ValueError(f"CRC-32 must be {batch.crcs[row]:08x}, got {found:08x} ({self.path}). {HINT}")
+        checksum = zlib.crc32(jpeg)
+        if checksum != batch.crcs[row]:
+            raise ValueError(f"CRC-32 must be {batch.crcs[row]:08x}, got {checksum:08x} ({self.path}). {HINT}")
         return jpeg
 
     def _find(self, row: int) -> "tuple[_Batch, int]":
@@ -334,7 +334,7 @@ class TileStore:
     """A folder of packed slides, a bounded number of them open; pickles and forks as an empty one.
 
     Args:
-        directory: of the store.
+        directory: the store's folder.
         max_open: files mapped at a time, the least recently used closed first.
     """
 

@@ -1,4 +1,4 @@
-"""Which tiles a slide has: a grid at a requested resolution, kept where there is tissue."""
+"""The tiles of a slide: a grid at a requested resolution, kept where there is tissue."""
 
 import math
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ class TissueFound:
     """What a slide was found to hold.
 
     Attributes:
-        share: of the scanned area that is tissue.
-        grey_share: of the scanned area that is in the grey range once its glass is white; what a mask from outside is
-            not measured against.
+        share: the part of the scanned area that is tissue.
+        grey_share: the part of the scanned area in the grey range once its glass is white; None where a mask from
+            outside decides.
         n_whole: whole tiles of the scanned area, of which the grid's are those with enough tissue.
         n_unreadable: tiles of the grid that are there only because their part of the overview could not be read.
         mask: the file that said what is tissue, with its checksum, or empty.
@@ -44,15 +44,15 @@ class TileGrid:
     """A slide's tiles.
 
     Attributes:
-        slide_id: of the slide.
+        slide_id: the slide's name.
         coords: int64 [N, 2], top left (x, y) of each tile, level-0 px, row by row.
         tile_size_px: side of a tile as it is returned.
         tile_size_level0_px: side of a tile at level 0.
         level, read_size_px: where and how large it is read.
-        mpp: of the tiles, um/px.
-        slide_mpp: of level 0, um/px.
-        slide_width_px, slide_height_px: of level 0.
-        policy: that chose them.
+        mpp: resolution of the tiles, um/px.
+        slide_mpp: resolution of level 0, um/px.
+        slide_width_px, slide_height_px: size of level 0.
+        policy: the policy that chose the tiles.
         source: ds_wsi, or whose coordinates were imported.
         tissue: what was found; None of imported grids, and of those that earlier versions wrote.
     """
@@ -76,7 +76,7 @@ class TileGrid:
 
 
 class LevelPlan(NamedTuple):
-    """From which level tiles are read: their side there and at level 0, and whether they are resampled."""
+    """The level that tiles are read from: their side there and at level 0, and whether they are resampled."""
 
     level: int
     read_size_px: int
@@ -91,14 +91,18 @@ def plan_level(slide_mpp: float, level_downsamples: Sequence[float], mpp: float,
     resampled; where even level 0 is coarser than asked, a smaller square of it is enlarged.
     """
     downsample = mpp / slide_mpp
-    fine_enough = [level for level, own in enumerate(level_downsamples) if own <= downsample * (1 + MPP_TOLERANCE)]
+    fine_enough = [
+        level
+        for level, level_downsample in enumerate(level_downsamples)
+        if level_downsample <= downsample * (1 + MPP_TOLERANCE)
+    ]
     level = max(fine_enough, key=lambda index: level_downsamples[index], default=0)
-    own = level_downsamples[level]
-    ratio = downsample / own
+    level_downsample = level_downsamples[level]
+    ratio = downsample / level_downsample
     if abs(ratio - 1) <= MPP_TOLERANCE:
-        return LevelPlan(level, tile_size_px, tile_size_px * own, False)
+        return LevelPlan(level, tile_size_px, tile_size_px * level_downsample, False)
     read_size_px = max(1, round(tile_size_px * ratio))
-    return LevelPlan(level, read_size_px, read_size_px * own, True)
+    return LevelPlan(level, read_size_px, read_size_px * level_downsample, True)
 
 
 def plan_coords(bounds: tuple[int, int, int, int], tile_size_level0_px: float) -> np.ndarray:
@@ -141,7 +145,7 @@ def tile_slide(slide: Slide, policy: TilingPolicy, mask: MaskFile | None = None)
             f"{slide.height_px} px {where}. HINT: take it out of the manifest, or leave it out with --skip_bad_slides; "
             "a smaller tile_size_px fits."
         )
-    kept, found = _with_tissue(slide, policy, plan, coords, mask, where)
+    kept, tissue = _with_tissue(slide, policy, plan, coords, mask, where)
     _require_readable(slide, plan, policy.tile_size_px, kept, where)
     return TileGrid(
         slide_id=slide.slide_id,
@@ -155,7 +159,7 @@ def tile_slide(slide: Slide, policy: TilingPolicy, mask: MaskFile | None = None)
         slide_width_px=slide.width_px,
         slide_height_px=slide.height_px,
         policy=policy,
-        tissue=found,
+        tissue=tissue,
     )
 
 
@@ -208,7 +212,7 @@ class SlideTissue(NamedTuple):
         mask: bool [H, W].
         grey: bool [H, W], the pixels in the grey range once the glass is white; None where a mask from outside decides.
         unreadable: bool [H, W], what could not be read.
-        downsample: level-0 px a pixel.
+        downsample: level-0 px per pixel.
     """
 
     mask: np.ndarray
@@ -230,9 +234,9 @@ def find_tissue(
 
     Args:
         slide: open.
-        policy: its rule and the resolution of the overview.
+        policy: gives the rule and the resolution of the overview.
         mask: a file that says where tissue is.
-        tile_size_level0_px: of a tile that the overview resolves; by default as the policy's tiles are.
+        tile_size_level0_px: side of a tile that the overview resolves; by default the side of the policy's tiles.
     """
     if tile_size_level0_px is None:
         plan = plan_level(slide.mpp, slide.level_downsamples, policy.mpp, policy.tile_size_px)
@@ -240,10 +244,10 @@ def find_tissue(
     finest = tile_size_level0_px * slide.mpp / MASK_CELLS_PER_TILE
     downsample = max(1.0, min(policy.overview_mpp, finest) / slide.mpp)
     if mask is not None:
-        found = read_mask(mask, slide, downsample)
-        return SlideTissue(found, None, np.zeros_like(found), downsample)
+        mask_here = read_mask(mask, slide, downsample)
+        return SlideTissue(mask_here, None, np.zeros_like(mask_here), downsample)
     overview = slide.read_overview_with_gaps(downsample)
     white = white_glass(overview.pixels, policy.grey_range)
     grey = grey_mask(white, policy.grey_range)
-    found = tissue_mask(overview.pixels, policy.tissue, slide.mpp * downsample, policy.grey_range, white)
-    return SlideTissue(found & ~overview.unreadable, grey & ~overview.unreadable, overview.unreadable, downsample)
+    mask_here = tissue_mask(overview.pixels, policy.tissue, slide.mpp * downsample, policy.grey_range, white)
+    return SlideTissue(mask_here & ~overview.unreadable, grey & ~overview.unreadable, overview.unreadable, downsample)

@@ -53,8 +53,8 @@ def tissue_mask(
 
     Args:
         rgb: uint8 [H, W, 3].
-        rule: of `TISSUE_RULES`.
-        mpp: of the overview, um/px, for sizes.
+        rule: one of `TISSUE_RULES`.
+        mpp: resolution of the overview, um/px, for sizes.
         grey_range: grey values that can be tissue, both ends included.
         white: the picture as `white_glass` has it, where that is known.
 
@@ -160,7 +160,7 @@ def pen_mask(rgb: np.ndarray, hsv: np.ndarray | None = None) -> np.ndarray:
 
 
 def _without_specks(mask: np.ndarray, mpp: float) -> np.ndarray:
-    """Without small pieces, where the others hold nearly all of the tissue, and without small holes."""
+    """The mask without small pieces, where the others hold nearly all of the tissue, and without small holes."""
     a_pixel = (mpp / 1000) ** 2  # mm2
     labels, count = label(mask)
     if count:
@@ -184,7 +184,7 @@ def tile_fractions(mask: np.ndarray, corners: np.ndarray, side: float) -> np.nda
     Args:
         mask: bool [H, W].
         corners: float [N, 2], top left (x, y) in pixels of the mask.
-        side: of the squares, in pixels of the mask; what lies outside the mask counts as not covered.
+        side: side of the squares, in pixels of the mask; what lies outside the mask counts as not covered.
 
     Returns:
         float64 [N] in [0, 1].

@@ -1,4 +1,4 @@
-"""Which worker computes which bags: a synchronous step takes as long as its slowest rank."""
+"""The bags that each worker computes: a synchronous step takes as long as its slowest rank."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,8 +21,8 @@ def assign_bags(
     Args:
         lengths: tiles of each bag.
         workers: how many.
-        cost: of a bag of so many tiles.
-        max_tiles: of one worker; None for no limit.
+        cost: the cost of a bag of so many tiles.
+        max_tiles: tiles of one worker at the most; None for no limit.
         balance: see above.
 
     Returns:
@@ -37,10 +37,10 @@ def assign_bags(
                 raise OverCapError(index, f"a bag must have at most {max_tiles} tiles, got {length}")
     if balance == "round_robin":
         dealt = [list(range(len(lengths)))[worker::workers] for worker in range(workers)]
-        over = [sum(lengths[index] for index in own) for own in dealt]
+        over = [sum(lengths[index] for index in bags) for bags in dealt]
         if max_tiles is not None and max(over) > max_tiles:
             raise OverCapError(None, f"a worker must have at most {max_tiles} tiles, got {max(over)} in turn")
-        return tuple(tuple(own) for own in dealt)
+        return tuple(tuple(bags) for bags in dealt)
     costs = [cost(length) for length in lengths]
     loads, tiles = [0.0] * workers, [0] * workers
     dealt = [[] for _ in range(workers)]
@@ -55,7 +55,7 @@ def assign_bags(
         loads[worker] += costs[index]
         tiles[worker] += lengths[index]
         dealt[worker].append(index)
-    return tuple(tuple(sorted(own)) for own in dealt)
+    return tuple(tuple(sorted(bags)) for bags in dealt)
 
 
 class OverCapError(ValueError):

@@ -19,7 +19,7 @@ class HostTiles:
     Args:
         tiles: uint8 [sum N, 3, S, S] on the host, page-locked where copies shall run ahead.
         lengths: tiles of each bag.
-        changes: of each bag's tiles (augmentation), on the device; None changes nothing.
+        changes: what changes each bag's tiles (augmentation), on the device; None changes nothing.
     """
 
     def __init__(self, tiles: Tensor, lengths: Sequence[int], changes: Sequence[Change] | None = None) -> None:
@@ -38,7 +38,7 @@ class HostTiles:
         return HostTiles(self.tiles[first:last], [b - a for a, b in zip([0, *ends], ends, strict=False)], self.changes)
 
     def dim(self) -> int:
-        """As of the tensor."""
+        """The number of dimensions, as a tensor has it."""
         return self.tiles.dim()
 
     def change(self, part: Tensor, first: int) -> Tensor:
@@ -59,7 +59,7 @@ class PreparedTiles:
 
     Args:
         tiles: the stack.
-        normalise: of changed tiles.
+        normalise: normalises tiles that were changed.
     """
 
     def __init__(self, tiles: HostTiles, normalise: Change) -> None:
@@ -80,7 +80,7 @@ class HostStacks:
     Two buffers take turns, so that a stack can be laid while the one before it is copied.
 
     Args:
-        device: that the tiles go to.
+        device: the device that the tiles go to.
     """
 
     def __init__(self, device: torch.device) -> None:

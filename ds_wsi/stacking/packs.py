@@ -37,18 +37,18 @@ class PackedForward:
         outputs, bounds = [], bounds_of(bags.cu_seqlens)
         for first, last in packs:
             start = bounds[first]
-            own = with_bounds(
+            pack_bounds = with_bounds(
                 bags.cu_seqlens[first : last + 1] - start, [bound - start for bound in bounds[first : last + 1]]
             )
-            part = StackedBags(bags.values[start : bounds[last]], own)
+            part = StackedBags(bags.values[start : bounds[last]], pack_bounds)
             with stack_bounds(part.cu_seqlens, first):
                 outputs.append(self.original(part, *(None if one is None else one[first:last] for one in more)))
         return type(outputs[0])(*(_joined(parts) for parts in zip(*outputs, strict=True)))
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    found = [part for part in parts if part is not None]
-    return torch.cat(found) if len(found) == len(parts) else None
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if len(present) == len(parts) else None
 
 
 def pack_bags(aggregator: nn.Module, pack_bytes: int) -> Callable[[], None]:
@@ -56,7 +56,7 @@ def pack_bags(aggregator: nn.Module, pack_bytes: int) -> Callable[[], None]:
 
     Args:
         aggregator: takes a StackedBags and returns a named tuple of tensors by bag or by instance.
-        pack_bytes: of a pack's instances; 0 takes the stack whole.
+        pack_bytes: bytes of a pack's instances; 0 takes the stack whole.
     """
     before = aggregator.__dict__.get("forward")
     aggregator.forward = PackedForward(aggregator.forward, pack_bytes)

@@ -17,12 +17,12 @@ class StackingPolicy:
             gradient_accumulation_steps.
         virtual_workers: stacks that a rank computes one after the other in a step, each a share of its bags; None:
             gradient_accumulation_steps.
-        max_tiles_per_rank: of one stack; None for no limit. A bag of more is refused.
-        balance: which bags a worker gets: "lpt", the costliest first to the least loaded; "round_robin", in turn.
-        cost_per_tile, cost_per_tile_squared: of a bag of n tiles, a n + b n^2, in any unit (`fit_cost`).
-        framework: "dpgs" stacks bags without loss; the others are what it is compared with: "classic" takes a step a
+        max_tiles_per_rank: tiles of one stack at the most; None for no limit. A bag of more is refused.
+        balance: how bags are dealt to workers: "lpt", the costliest first to the least loaded; "round_robin", in turn.
+        cost_per_tile, cost_per_tile_squared: a and b of a bag's cost, a n + b n^2, in any unit (`fit_cost`).
+        framework: "dpgs" stacks bags without loss; the others are what it is compared with: "classic" takes a step per
             bag, "padding" pads a stack to its longest bag, "sampling" draws `sample_tiles` instances of every bag.
-        sample_tiles: of "sampling".
+        sample_tiles: instances per bag under "sampling".
         pack_bytes: instances of a stack that an aggregator computes at a time, so that they stay in the cache; 0: all.
     """
 
@@ -105,5 +105,5 @@ class StackingPolicy:
         return self.bags_per_step is not None or self.max_tiles_per_rank is not None
 
     def cost(self, tiles: int) -> float:
-        """Of a bag."""
+        """The cost of a bag of so many tiles."""
         return self.cost_per_tile * tiles + self.cost_per_tile_squared * tiles * tiles

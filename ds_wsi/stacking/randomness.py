@@ -40,8 +40,8 @@ def bag_randomness(keys: Sequence[int], part: int = 0) -> Iterator[None]:
     """Key what is drawn inside by bag.
 
     Args:
-        keys: of the bags of the stack, in order: (seed, step, bag id) mixed into one number each.
-        part: which part of the bags this rank has.
+        keys: one per bag of the stack, in order: (seed, step, bag id) mixed into one number each.
+        part: the part of the bags that this rank has.
     """
     token = _present.set(_Bags(keys, part=part))
     try:
@@ -98,12 +98,12 @@ class _KeyedDropout(nn.Dropout):
         else:
             _warn_once(type(self).__name__, rows)
             return super().forward(input)
-        place = self.__dict__["place"] + 1_000 * bags.calls[id(self)]
+        number = self.__dict__["place"] + 1_000 * bags.calls[id(self)]
         bags.calls[id(self)] += 1
         generator = torch.Generator(device=input.device)
         kept = []
         for key, length in zip(bags.keys, lengths, strict=True):
-            generator.manual_seed((key + (place + 1) * _MIX + part * 7919) % 2**63)
+            generator.manual_seed((key + (number + 1) * _MIX + part * 7919) % 2**63)
             kept.append(torch.rand(length, *input.shape[1:], device=input.device, generator=generator) >= self.p)
         return input * torch.cat(kept) / (1 - self.p)
 
@@ -116,7 +116,7 @@ def _warn_once(name: str, rows: int) -> None:
 def key_dropouts(module: nn.Module) -> list[nn.Module]:
     """Let the dropouts of an aggregator draw by bag inside `bag_randomness`, in place; they are returned."""
     changed: list[Any] = [part for part in module.modules() if type(part) is nn.Dropout]
-    for place, part in enumerate(changed):
+    for number, part in enumerate(changed):
         part.__class__ = _KeyedDropout
-        part.__dict__["place"] = place
+        part.__dict__["place"] = number
     return changed

@@ -55,7 +55,7 @@ def segment_topk(values: Tensor, cu_seqlens: Tensor, k: int | Sequence[int]) -> 
     Args:
         values: [sum N].
         cu_seqlens: int64 [B + 1].
-        k: of every bag, or of each; a bag that is shorter gives all it has.
+        k: how many of every bag, or of each; a bag that is shorter gives all it has.
 
     Returns:
         The rows, int64 [K]: bag after bag, the largest value first, equal values by their index; and their
@@ -67,9 +67,9 @@ def segment_topk(values: Tensor, cu_seqlens: Tensor, k: int | Sequence[int]) -> 
     # How many are taken is known on the host: a mask over the rows would wait for the device to count them.
     bounds = bounds_on(values.device, map(min, lengths, repeat(k) if isinstance(k, int) else k))
     count = bounds_of(bounds)[-1]
-    own = segment_ids(bounds, count)
-    place = cu_seqlens[own] + torch.arange(count, device=values.device) - bounds[own]
-    return order[place], bounds
+    segments = segment_ids(bounds, count)
+    positions = cu_seqlens[segments] + torch.arange(count, device=values.device) - bounds[segments]
+    return order[positions], bounds
 
 
 def widened(values: Tensor) -> Tensor:

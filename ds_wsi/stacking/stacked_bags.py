@@ -12,11 +12,11 @@ _ON_HOST = "ds_wsi_bounds"  # an attribute of cu_seqlens: the same numbers, for 
 
 def bounds_of(cu_seqlens: Tensor) -> list[int]:
     """The numbers of cu_seqlens [B + 1] on the host, which waits for the device the first time at most."""
-    known: list[int] | None = cu_seqlens.__dict__.get(_ON_HOST)
-    if known is None:
-        known = cu_seqlens.tolist()
-        cu_seqlens.__dict__[_ON_HOST] = known
-    return known
+    bounds: list[int] | None = cu_seqlens.__dict__.get(_ON_HOST)
+    if bounds is None:
+        bounds = cu_seqlens.tolist()
+        cu_seqlens.__dict__[_ON_HOST] = bounds
+    return bounds
 
 
 def lengths_of(cu_seqlens: Tensor) -> list[int]:
@@ -68,7 +68,7 @@ class StackedBags(NamedTuple):
     def with_values(self, values: Tensor) -> "StackedBags":
         """The same bags holding other values [sum N, ...], such as the features of their tiles."""
         if len(values) != len(self.values):
-            raise ValueError(f"values must have one row an instance, {len(self.values)}, got {len(values)}")
+            raise ValueError(f"values must have one row per instance, {len(self.values)}, got {len(values)}")
         return StackedBags(values, self.cu_seqlens)
 
     def to(self, device: torch.device | str) -> "StackedBags":
@@ -83,7 +83,7 @@ def stack_bags(bags: Sequence[Tensor], *, allow_empty: bool = False) -> StackedB
     """Concatenate bags [N_i, ...] of one dtype, device and trailing shape.
 
     Args:
-        bags: in order.
+        bags: the bags, in order.
         allow_empty: N_i may be 0, where other ranks hold the bag's instances.
 
     Returns:

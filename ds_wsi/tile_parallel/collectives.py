@@ -22,7 +22,7 @@ class Traffic:
     """Bytes that this rank hands to collectives, and how many it calls, by name; forward and backward.
 
     Attributes:
-        bytes, calls: since the start or `clear`.
+        bytes, calls: counted since the start or `clear`.
     """
 
     def __init__(self) -> None:
@@ -84,13 +84,13 @@ def _summed(values: Tensor, group: Any, traffic: Traffic) -> Tensor:
 
 def share_numbers(numbers: list[int], group: Any, device: torch.device, traffic: Traffic) -> Tensor:
     """Every rank's integers: int64 [T, n], on the host."""
-    own = torch.tensor(numbers, dtype=torch.int64)
+    mine = torch.tensor(numbers, dtype=torch.int64)
     if group is None:
-        return own.unsqueeze(0)
-    own = own.to(device)
-    everyone = own.new_empty(size_of(group), len(numbers))
-    traffic.count("all_gather numbers", own)
-    dist.all_gather_into_tensor(everyone, own.unsqueeze(0), group=group)
+        return mine.unsqueeze(0)
+    mine = mine.to(device)
+    everyone = mine.new_empty(size_of(group), len(numbers))
+    traffic.count("all_gather numbers", mine)
+    dist.all_gather_into_tensor(everyone, mine.unsqueeze(0), group=group)
     return everyone.cpu()
 
 
@@ -106,19 +106,19 @@ class _AllRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], group: Any, traffic: Traffic) -> Tensor:
         ctx.counts, ctx.group, ctx.traffic = counts, group, traffic
-        own = rows.new_zeros(max(counts), *rows.shape[1:])
-        own[: len(rows)] = rows
-        everyone = own.new_empty(len(counts) * len(own), *rows.shape[1:])
-        traffic.count("all_gather features", own)
-        dist.all_gather_into_tensor(everyone, own, group=group)
+        mine = rows.new_zeros(max(counts), *rows.shape[1:])
+        mine[: len(rows)] = rows
+        everyone = mine.new_empty(len(counts) * len(mine), *rows.shape[1:])
+        traffic.count("all_gather features", mine)
+        dist.all_gather_into_tensor(everyone, mine, group=group)
         return torch.cat([part[:count] for part, count in zip(everyone.chunk(len(counts)), counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         counts, longest = ctx.counts, max(ctx.counts)
         padded = grads[0].new_zeros(len(counts), longest, *grads[0].shape[1:])
-        for part, own in zip(padded, grads[0].split(counts), strict=True):
-            part[: len(own)] = own
+        for part, gradient in zip(padded, grads[0].split(counts), strict=True):
+            part[: len(gradient)] = gradient
         mine = padded.new_empty(1, *padded.shape[1:])
         ctx.traffic.count("reduce_scatter gradients", padded)
         dist.reduce_scatter_tensor(mine, padded, group=ctx.group)
@@ -150,9 +150,9 @@ class _RowsToFirst(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         group, traffic, grad = ctx.group, ctx.traffic, grads[0]
         if rank_in(group) > 0:
-            own = grad.new_empty(ctx.shape, dtype=ctx.kind)
-            _exchange([(dist.irecv, own, 0)], group, traffic, "scatter gradients")
-            return own, None, None, None
+            mine = grad.new_empty(ctx.shape, dtype=ctx.kind)
+            _exchange([(dist.irecv, mine, 0)], group, traffic, "scatter gradients")
+            return mine, None, None, None
         parts = list(grad.contiguous().split(ctx.counts))
         sent = [(dist.isend, part.contiguous(), rank) for rank, part in enumerate(parts) if rank]
         _exchange(sent, group, traffic, "scatter gradients")

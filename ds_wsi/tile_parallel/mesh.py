@@ -12,8 +12,8 @@ class TileMesh:
     """This rank's place in the mesh; rank = slide_rank * tile_size + tile_rank.
 
     Attributes:
-        group: of the ranks that share a bag; None where it is one rank.
-        tile_rank, tile_size: in that group.
+        group: the ranks that share a bag; None where it is one rank.
+        tile_rank, tile_size: this rank's place in that group, and the group's size.
         slide_rank, slide_size: the group among the groups.
         mesh: torch's, dimensions ("slide", "tile"); None without a process group.
     """
@@ -30,7 +30,7 @@ def tile_mesh(size: int, device_type: str = "cpu") -> TileMesh:
     """Arrange all ranks in groups of `size` that share bags. Collective: makes process groups.
 
     Args:
-        size: ranks a tile group.
+        size: ranks per tile group.
         device_type: "cpu" or "cuda", of the mesh.
 
     Raises:

@@ -44,6 +44,6 @@ class TileParallelPolicy:
             raise ValueError(f"aggregator must be one of {', '.join(EXCHANGES)}, got {self.aggregator!r}")
         if self.shares and (len(self.shares) != self.size or min(self.shares) < 0 or sum(self.shares) <= 0):
             raise ValueError(
-                f"shares must be one number a rank of the group, {self.size}, none negative and not all 0, "
+                f"shares must be one number per rank of the group, {self.size}, none negative and not all 0, "
                 f"got {list(self.shares)}"
             )

@@ -12,6 +12,7 @@ from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.roles import batch_norms
 from ds_wsi.norms.shared import share_norms
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.seams import AnyDropout
 from ds_wsi.runtime.seeding import keyed_generators
 from ds_wsi.stacking.randomness import stack_bounds
 from ds_wsi.stacking.segment_ops import segment_ids
@@ -31,8 +32,8 @@ class SharedForward:
 
     Attributes:
         exchange: "sharded", "replicated" or "gather".
-        seed: of what the aggregator draws, the same on all ranks of the group; None: the first rank draws one, and an
-            all-gather of a number a rank shares it.
+        seed: what the aggregator draws by, the same on all ranks of the group; None: the first rank draws one, and an
+            all-gather of one number per rank shares it.
         traffic: bytes and calls of the exchange.
     """
 
@@ -68,7 +69,7 @@ class SharedForward:
         if labels is not None and scores is not None and getattr(aggregator, "needs_labels", False):
             auxiliary = self._instance_loss(embedded, scores, bags.cu_seqlens, labels)
         seed = None
-        draws = any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in aggregator.modules())
+        draws = any(isinstance(part, AnyDropout) and part.p > 0 for part in aggregator.modules())
         if aggregator.training and draws:
             seed = self.seed
             if seed is None:
@@ -83,8 +84,8 @@ class SharedForward:
         chosen = aggregator.candidates(scores.detach(), cu_seqlens)
         counts = torch.bincount(segment_ids(cu_seqlens, len(embedded))[chosen], minlength=len(cu_seqlens) - 1)
         lengths = share_numbers(counts.tolist(), self.group, scores.device, self.traffic)  # [T, B]
-        own = torch.cat([embedded[chosen], scores[chosen].to(embedded.dtype)], 1)
-        rows = all_rows(own, lengths.sum(1).tolist(), self.group, self.traffic)
+        mine = torch.cat([embedded[chosen], scores[chosen].to(embedded.dtype)], 1)
+        rows = all_rows(mine, lengths.sum(1).tolist(), self.group, self.traffic)
         order, whole = _in_bag_order(lengths, rows.device)
         instances, their_scores = rows[order].split([embedded.shape[1], scores.shape[1]], 1)
         return aggregator.instance_loss(instances, their_scores, whole, labels)
@@ -111,31 +112,31 @@ class SharedForward:
             times = float(size_of(self.group))
             logits = Scaled.apply(out.logits, times)
             auxiliary = None if out.auxiliary_loss is None else Scaled.apply(out.auxiliary_loss, times)
-            for known in (logits, auxiliary):
-                if known is not None:
-                    dist.broadcast(known.detach().clone(), group_src=0, group=self.group)
+            for value in (logits, auxiliary):
+                if value is not None:
+                    dist.broadcast(value.detach().clone(), group_src=0, group=self.group)
             return SlideOutput(logits, None, auxiliary)
         # A bag of one row of zeros: engines wait for a gradient of every parameter on every rank, and it is zero here.
         n_bags = lengths.shape[1]
         blank = rows.detach().new_zeros(n_bags, *rows.shape[1:])
         with keyed_generators(seed, rows.device):
             out = self.original(StackedBags(blank, bounds_on(rows.device, [1] * n_bags)), *labels)
-        found = []
+        received = []
         nothing = rows.sum() * 0.0
         for value in (out.logits, out.auxiliary_loss):
             if value is not None:
-                known = value.detach().clone()
-                dist.broadcast(known, group_src=0, group=self.group)
-                found.append(known + value.sum() * 0.0 + nothing)
-        return SlideOutput(found[0], None, found[1] if len(found) > 1 else None)
+                copy = value.detach().clone()
+                dist.broadcast(copy, group_src=0, group=self.group)
+                received.append(copy + value.sum() * 0.0 + nothing)
+        return SlideOutput(received[0], None, received[1] if len(received) > 1 else None)
 
 
 def _in_bag_order(lengths: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """From rows in the order of ranks to rows in the order of bags.
+    """The way from rows in the order of ranks to rows in the order of bags.
 
     Args:
         lengths: int64 [T, B], rows of each rank and bag.
-        device: of what is returned.
+        device: where the result lies.
 
     Returns:
         (indices int64 [sum N], cu_seqlens int64 [B + 1] of the whole bags).
@@ -178,10 +179,10 @@ def shard_tiles(model: Any, mesh: TileMesh, policy: TileParallelPolicy | None = 
     Call it before the model is partitioned or wrapped by an engine.
 
     Args:
-        model: with attributes `encoder` (tiles -> features [N, D]) and `aggregator` (StackedBags -> SlideOutput), as
+        model: has attributes `encoder` (tiles -> features [N, D]) and `aggregator` (StackedBags -> SlideOutput), as
             SlideModel.
-        mesh: of `tile_mesh`.
-        policy: which exchange; its defaults otherwise.
+        mesh: the mesh of `tile_mesh`.
+        policy: names the exchange; its defaults otherwise.
 
     Returns:
         A handle; `handle.remove()` undoes it.

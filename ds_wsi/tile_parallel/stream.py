@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.models.aggregators.pooled import PooledAggregator
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.population import takes_population
 from ds_wsi.runtime.numerics import autocast_now
+from ds_wsi.runtime.seams import AnyBatchNorm, is_zero3_part
 from ds_wsi.runtime.seeding import generator_states, keyed_generators, set_generator_states
 from ds_wsi.stacking.segment_ops import widened
 from ds_wsi.tile_parallel.collectives import Traffic, max_over, sum_over
@@ -45,12 +45,12 @@ def stream_bag(
             would be a chunk (`partition_layers` trains such encoders, exactly).
         aggregator: "attention" or "mean" pooling.
         tiles: [N, ...], on any device; or a sequence of chunks that can be read twice, alike both times.
-        chunk_size: tiles a chunk, of a tensor.
+        chunk_size: tiles per chunk of a tensor.
         prepare: applied to a chunk on the encoder's device, before the encoder.
-        keep_chunks: that keep their graph, as many as fit.
+        keep_chunks: how many keep their graph: as many as fit.
         group: ranks that share the bag, each with tiles of its own, perhaps none. One all-reduce of maxima and one of
             sums in forward, one of gradients in backward.
-        seed: of the aggregator's head, the same on all ranks of a group.
+        seed: the seed of the aggregator's head, the same on all ranks of a group.
         traffic: counts them.
 
     Returns:
@@ -82,14 +82,14 @@ def _require_streamable(encoder: nn.Module, aggregator: Any) -> None:
             'HINT: partition_layers(encoder, PartitionPolicy("recompute")) keeps the features, and nothing else.'
         )
     for name, part in encoder.named_modules():
-        if isinstance(part, _BatchNorm) and takes_population(part):
+        if isinstance(part, AnyBatchNorm) and takes_population(part):
             raise ValueError(
                 f"a streamed encoder must not have a train-mode {type(part).__name__}, got {name!r}: its population "
                 "would be a chunk. HINT: partition_layers trains it exactly; or freeze the norms with eval()."
             )
     for owner in (encoder, aggregator):
         for name, parameter in owner.named_parameters():
-            if hasattr(parameter, "ds_id") or hasattr(parameter, "placements"):
+            if is_zero3_part(parameter) or hasattr(parameter, "placements"):
                 raise ValueError(
                     f"a streamed bag needs whole parameters, got {name!r} in shards (ZeRO-3 or FSDP2), which would be "
                     'gathered for every chunk. HINT: partition_layers(encoder, PartitionPolicy("recompute")).'
@@ -194,7 +194,7 @@ class _Work:
         assert self.totals is not None
         assert self.pooled is not None
         # A rank without a tile: engines wait for a gradient of every parameter.
-        found: list[Tensor | None] = [None if len(self.chunks) else torch.zeros_like(part) for part in parameters]
+        sums: list[Tensor | None] = [None if len(self.chunks) else torch.zeros_like(part) for part in parameters]
         through_z = (grad * self.pooled).sum(1)  # g . z, [M]
         ambient = generator_states(self.device)
         for index in range(len(self.chunks)):
@@ -214,15 +214,15 @@ class _Work:
             if not pairs:
                 continue
             outputs, gradients = zip(*pairs, strict=True)
-            for place, part in enumerate(torch.autograd.grad(outputs, parameters, gradients, allow_unused=True)):
+            for number, part in enumerate(torch.autograd.grad(outputs, parameters, gradients, allow_unused=True)):
                 if part is not None:
-                    wide, before = widened(part), found[place]
-                    found[place] = wide if before is None else before.add_(wide)
+                    wide, before = widened(part), sums[number]
+                    sums[number] = wide if before is None else before.add_(wide)
         set_generator_states(ambient, self.device)
-        return [None if part is None else part.to(p.dtype) for part, p in zip(found, parameters, strict=True)]
+        return [None if part is None else part.to(p.dtype) for part, p in zip(sums, parameters, strict=True)]
 
     def attention(self) -> Tensor | None:
-        """Of this rank's tiles: [n], or [n, M] of several branches; None under "mean"."""
+        """The attention of this rank's tiles: [n], or [n, M] of several branches; None under "mean"."""
         if self.aggregator.pooling != "attention" or self.largest is None or self.totals is None:
             return None
         if not self.scores:

@@ -6,6 +6,7 @@ tiles and the engine: `fingerprint`, which holds both.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -109,9 +110,8 @@ def _partition(run: "Run") -> str | None:
 
 def _draws(module: nn.Module) -> bool:
     """Whether a module draws in training: dropout, and stochastic depth as timm and torchvision have it."""
-    is_named = type(module).__name__.endswith(("Dropout", "DropPath", "StochasticDepth"))
-    is_dropout = is_named or isinstance(module, nn.modules.dropout._DropoutNd)
-    return is_dropout and any(getattr(module, name, 0) for name in ("p", "drop_prob"))
+    is_dropout = re.search(r"Dropout(\d?d)?$|DropPath$|StochasticDepth$", type(module).__name__)
+    return bool(is_dropout) and any(getattr(module, name, 0) for name in ("p", "drop_prob"))
 
 
 def _norm_stacks(run: "Run") -> dict[str, Any] | None:

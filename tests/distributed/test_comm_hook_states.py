@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from test_comm_hooks import ENGINES, ZERO, Trainer, register, trained
 
+from ds_wsi.runtime.seams import missing_seams
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -146,6 +147,9 @@ def test_bytes_are_those_of_the_calls_and_of_the_formula():
 
 
 def test_the_pull_is_in_the_place_of_the_all_gather():
+    missing = next(missing_seams("deepspeed", "pull"), None)
+    if missing is not None:  # test_seams.py holds newer versions to the table
+        pytest.skip(f"the installed DeepSpeed has no {missing.leaf}: dmgc pulls means of gradients")
     for found in run_ranks(each(counted), 2, ("zero1", "zero2", "zero1 topk")):
         assert found["zero1"]["gathers"] == found["zero2"]["gathers"] == 0
         assert found["zero1 topk"]["gathers"] >= 2 * found["zero1"]["numel"], "without a pull weights are gathered"
@@ -493,11 +497,18 @@ def accumulated():
                 x, y = batch_of(number, dist.get_rank())
                 accelerator.backward(F.cross_entropy(model(x), y))
         found[hook] = torch.cat([p.detach().flatten().clone() for p in accelerator.unwrap_model(model).parameters()])
-    return {**found, "messages": len(handle.count.push.messages), "step": handle.state_dict()["step"].item()}
+    coalesces = hasattr(model, "coalesce_grad_reduction")
+    return {
+        **found,
+        "coalesces": coalesces,
+        "messages": len(handle.count.push.messages),
+        "step": handle.state_dict()["step"].item(),
+    }
 
 
 def test_accelerates_accumulation_sends_once_a_step():
     for row in run_ranks(accumulated, 2):
         torch.testing.assert_close(row["dmgc"], row["none"], rtol=0, atol=1e-6)  # another order of the same sum
-        assert row["messages"] == 3 * 2, "two buckets a step"
+        # Before there was `coalesce_grad_reduction` ZeRO 2 reduced in each micro-step, of which a step has three.
+        assert row["messages"] == 3 * 2 * (1 if row["coalesces"] else 3), "two buckets a step"
         assert row["step"] == 3

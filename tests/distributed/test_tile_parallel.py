@@ -306,7 +306,7 @@ def test_what_cannot_be_shared_is_refused():
         tile_mesh(2)
     with pytest.raises(ValueError, match="aggregator must be one of auto, sharded, replicated, gather, got 'ring'"):
         TileParallelPolicy(2, "ring")
-    with pytest.raises(ValueError, match="shares must be one number a rank of the group, 2"):
+    with pytest.raises(ValueError, match="shares must be one number per rank of the group, 2"):
         TileParallelPolicy(2, shares=(1.0,))
     model = make_model()
     model.aggregator = nn.Linear(WIDTH, 2)

@@ -1,4 +1,4 @@
-"""Rotation, stain, jitter and blur: one draw a slide, chunk by chunk, in bounded memory."""
+"""Rotation, stain, jitter and blur: one draw per slide, chunk by chunk, in bounded memory."""
 
 import math
 from dataclasses import replace

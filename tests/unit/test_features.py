@@ -74,7 +74,7 @@ def test_what_is_wrong_is_said(tmp_path):
         (tmp_path / "other.h5", r"must hold 'features', .* got 'coords' \[2, 2\]"),
         (write(tmp_path / "nan.h5", features=broken), "must be finite, got 1 rows that are not, of 4"),
         (write(tmp_path / "flat.h5", features=FEATURES[0]), r"must be \[N, D\] with N >= 1, got \[3\]"),
-        (write(tmp_path / "short.h5", coords=COORDS[:2]), "coords must have a row a feature, 4, got 2"),
+        (write(tmp_path / "short.h5", coords=COORDS[:2]), "coords must have a row per feature, 4, got 2"),
     ):
         with pytest.raises(FeatureFileError, match=words):
             read_features(path)

@@ -102,17 +102,17 @@ def test_transparent_pixels_are_background(tmp_path):
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (lambda path: tiff(path, IMAGE.astype(np.uint16) * 257), r"8 bits a channel, got 16 .*HINT: convert it to 8"),
+        (lambda path: tiff(path, IMAGE.astype(np.uint16) * 257), r"8 bits per channel, got 16 .*HINT: convert it to 8"),
         (
             lambda path: pillow(path, IMAGE[..., 0].astype(np.uint16) * 257, format="PNG"),
-            r"of 8 bits a channel, got 16",
+            r"of 8 bits per channel, got 16",
         ),
         (
             lambda path: Image.fromarray(IMAGE).convert("CMYK").save(path, "JPEG"),
             r"got inks \(CMYK\).*convert it to RGB",
         ),
         (lambda path: Image.fromarray(IMAGE).convert("1").save(path, "PNG"), r"got one bit"),
-        (lambda path: pillow(path, IMAGE[..., 0].astype(np.float32), format="TIFF"), r"8 bits a channel, got 32"),
+        (lambda path: pillow(path, IMAGE[..., 0].astype(np.float32), format="TIFF"), r"8 bits per channel, got 32"),
         (lambda path: tiff(path, np.stack([IMAGE, IMAGE])), r"one image of its size, got 2 of 150 x 70 px"),
         (
             lambda path: Image.fromarray(IMAGE).save(
@@ -137,7 +137,7 @@ def test_a_png_of_16_bits_and_colours_is_refused(tmp_path):
     import imagecodecs
 
     (tmp_path / "deep.png").write_bytes(imagecodecs.png_encode(IMAGE.astype(np.uint16) * 3))
-    with pytest.raises(SlideError, match=r"8 bits a channel, got 16 .*HINT"):
+    with pytest.raises(SlideError, match=r"8 bits per channel, got 16 .*HINT"):
         Slide(tmp_path / "deep.png")
 
 

@@ -12,7 +12,7 @@ from tiny_runs import train, write_cohort
 
 from ds_wsi.evaluation import norm_choice, predict
 from ds_wsi.runtime.signals import STATUS, Stopped, asked, deferring, heeding_signals
-from ds_wsi.training import loop, outcome, resume
+from ds_wsi.training import loop, one_step, outcome, resume
 
 pytestmark = pytest.mark.usefixtures("default_signals")
 EPOCHS = 3
@@ -41,8 +41,8 @@ def at_call(monkeypatch, module, name, number, action):
 
 # Of 18 steps, 6 an epoch, 4 slides validated after each, and 2 tested. Many more: tests/chaos.
 MOMENTS = [
-    (loop, "_forward_backward", 0, signal.SIGUSR1),
-    (loop, "_forward_backward", 5, signal.SIGTERM),  # an epoch's last step
+    (one_step, "_micro_loss", 0, signal.SIGUSR1),
+    (one_step, "_micro_loss", 5, signal.SIGTERM),  # an epoch's last step
     (predict, "_aggregate", 4, signal.SIGINT),
     (norm_choice, "best_candidate", 2, signal.SIGTERM),
     (resume, "save_checkpoint", 0, signal.SIGUSR1),

@@ -590,14 +590,14 @@ class TestMessages:
         ]
         manifest = parsed(write(tmp_path, ("slide_id", "label", "split", "patient_id"), *rows))
         assert cohort_table(manifest, (3, 5, 20, 1)).splitlines() == [
-            "                  train  validation    test      all",
-            "  slides              2           1       1        4",
-            "  patients            1           1       1        3",
-            "  label x             1           1       0        2",
-            "  label y             1           0       0        1",
-            "  label z             0           0       1        1",
-            "  tiles               8          20       1       29",
-            "  tiles a slide  3 to 5    20 to 20  1 to 1  1 to 20",
+            "                    train  validation    test      all",
+            "  slides                2           1       1        4",
+            "  patients              1           1       1        3",
+            "  label x               1           1       0        2",
+            "  label y               1           0       0        1",
+            "  label z               0           0       1        1",
+            "  tiles                 8          20       1       29",
+            "  tiles per slide  3 to 5    20 to 20  1 to 1  1 to 20",
         ]
         assert class_warnings(manifest) == [
             "class x has no slide in the test split, which leaves its metrics undefined",

@@ -1,7 +1,7 @@
-"""CAMELYON17: `stage_labels.csv` and five slides a patient from five centers.
+"""CAMELYON17: `stage_labels.csv` and five slides per patient from five centers.
 
-The file's `.zip` rows are a patient's stage (pN0 and so on), its `.tif` rows a slide's. The test patients (100 and
-above) are not in it: their slides join where corrections name them.
+The file's `.zip` rows are of patients with their stage (pN0 and so on), its `.tif` rows of slides. The test patients
+(100 and above) are not in it: their slides join where corrections name them.
 """
 
 import re
@@ -31,17 +31,17 @@ def read_camelyon17(
     corrections: str | Path | None = None,
     test_centers: Sequence[str] = (),
 ) -> Manifest:
-    """Read CAMELYON17, five slides a patient.
+    """Read CAMELYON17, five slides per patient.
 
     The split is the official one where corrections bring in test patients; by `test_centers` where given; else there
     is none yet, and one is drawn by patient.
 
     Args:
-        root: holds `training/center_k`, `center_k`, or `images` with all slides; a folder a patient is looked into.
+        root: holds `training/center_k`, `center_k`, or `images` with all slides; patients may have folders in it.
         labels: `stage_labels.csv`, by default the one in `root`.
         target: "stage" (negative, itc, micro, macro) or "tumor" (normal, tumor; isolated tumour cells are tumour).
         corrections: labels that override, see `corrections`; `remove` leaves a slide out.
-        test_centers: whose slides are the test split, "0" to "4".
+        test_centers: the centers whose slides are the test split, "0" to "4".
 
     Raises:
         ManifestError: lists every problem of every row at once.

@@ -22,12 +22,12 @@ NAME_COLUMNS = ("image_id", "slide_id", "FILENAME")
 def read_panda(
     root: str | Path, labels: str | Path | None = None, *, drop: str | Path | None = None, missing_ok: bool = False
 ) -> Manifest:
-    """Read the PANDA cohort: six classes, the ISUP grades; each slide is its own patient, for the file names none.
+    """Read the PANDA cohort: six classes, the ISUP grades; each slide is its own patient, because the file names none.
 
     Args:
         root: holds `train_images`.
         labels: `train.csv`, by default the one in `root`.
-        drop: slides to leave out (the noisy ones): a CSV with a column image_id, or one name a line.
+        drop: slides to leave out (the noisy ones): a CSV with a column image_id, or one name per line.
         missing_ok: leave out, and count in the log, rows without an image instead of refusing them.
 
     Raises:

@@ -36,7 +36,7 @@ def read_table(path: str | Path, columns: Mapping[str, Sequence[str]], required:
     """Read a CSV or TSV of labels.
 
     Args:
-        path: of the file.
+        path: the file.
         columns: name of a value -> the headings under which distributors give it, the first that is there is taken.
         required: names without which the file cannot be used.
 
@@ -75,7 +75,7 @@ def read_table(path: str | Path, columns: Mapping[str, Sequence[str]], required:
 
 
 def read_names(path: str | Path, columns: Sequence[str]) -> list[tuple[str, str]]:
-    """(slide name, place) of a list of slides: a CSV with one of the columns, or a text file with one name a line."""
+    """(slide name, place) of a list of slides: a CSV with one of the columns, or a text file with one name per line."""
     path = Path(path)
     if path.suffix.lower() in (".csv", ".tsv"):
         return [(slide_name(row["name"]), row.place) for row in read_table(path, {"name": columns}, ["name"])]
@@ -162,12 +162,12 @@ class CohortBuilder:
         """Add a slide, or note what is wrong with it.
 
         Args:
-            row: of the label file.
+            row: the row of the label file.
             slide_id: a second one of the name is a problem.
             candidates: where its image can lie, its suffix in capitals too; the first that is there is taken.
             label: a class, or anything else where `require` has noted it.
             patient_id: the slide's own id where left out.
-            split, mpp, center: as of `SlideEntry`.
+            split, mpp, center: see `SlideEntry`.
         """
         if not is_slide_id(slide_id):
             self.problems.append(

@@ -39,7 +39,7 @@ def read_tcga(
         labels: a CSV or TSV with a slide and a label column, or the GDC's sample sheet, whose Project ID is the label;
             or with a patient and a label column, which is then that of all the patient's slides (PRAD's ISUP grades);
             by default each folder in `root` is a class (LUAD, LUSC).
-        label_column: its heading, where it is none of the usual ones (an ISUP grade, say).
+        label_column: heading of the label column, where it is none of the usual ones (an ISUP grade, say).
         one_per_patient: keep each patient's first slide by name; how many are left out is logged.
 
     Raises:
@@ -100,7 +100,7 @@ def _table(labels: str | Path, label_column: str | None, places: dict[str, list[
 
 
 def _by_patient(rows: list[LabelRow], places: dict[str, list[Path]]) -> list[LabelRow]:
-    """A row a slide: a patient's label is that of all its slides; a patient without one keeps its row, to be named."""
+    """One row per slide: a patient's label is that of all its slides. A patient without one keeps its row."""
     slides: dict[str, list[str]] = defaultdict(list)
     for paths in places.values():
         slides[paths[0].name[:PATIENT_CHARACTERS].upper()].append(paths[0].name)

@@ -23,7 +23,7 @@ def recognised(table: Table) -> tuple[Table, str | None]:
 
 
 def joined(clini: Table, slides: Table) -> Table:
-    """STAMP's two tables as one: a row a slide, with what the clini table has of its patient.
+    """STAMP's two tables as one: one row per slide, with what the clini table has of its patient.
 
     Raises:
         ManifestError: a patient is in two rows of the clini table.
@@ -35,7 +35,7 @@ def joined(clini: Table, slides: Table) -> Table:
     if twice:
         raise ManifestError(
             "STAMP's clini table",
-            [f"PATIENT must be unique in it, got again {', '.join(twice[:5])}. HINT: keep one row a patient."],
+            [f"PATIENT must be unique in it, got again {', '.join(twice[:5])}. HINT: keep one row per patient."],
         )
     shared = [heading for heading in clini.headings if heading in slides.headings and heading not in ("", "PATIENT")]
     if shared:
@@ -113,7 +113,7 @@ def _stamp(table: Table) -> tuple[Table, str]:
 
 
 def _without(table: Table, heading: str) -> Table:
-    """Without a column that has become another."""
+    """The table without a column that has become another."""
     return replace(table, headings=tuple(name for name in table.headings if name != heading))
 
 

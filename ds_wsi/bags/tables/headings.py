@@ -44,7 +44,7 @@ def heading_problems(headings: Sequence[str], used: Collection[str]) -> list[str
     """What is wrong with headings: a column that is used under another spelling, or beside another spelling of it.
 
     Args:
-        headings: of the table, each once.
+        headings: the table's, each once.
         used: those of `COLUMNS` on which the command's result depends.
     """
     problems = []

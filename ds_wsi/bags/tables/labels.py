@@ -19,7 +19,7 @@ def spelling_problems(labels: Sequence[str], apart: str = "") -> list[str]:
     """A problem for each class that is spelled in several ways: Tumor and tumor, 1 and 1.0, high grade and high-grade.
 
     Args:
-        labels: of all rows.
+        labels: one per row.
         apart: what can be done where they are different classes, to end the hint.
     """
     problems = []
@@ -46,13 +46,13 @@ def label_problems(
     """What is wrong with labels: none, a word for none, no class, or a class in several spellings.
 
     Args:
-        labels: of all rows.
-        places: of the rows, for messages.
-        classes: in the order of the logits.
+        labels: one per row.
+        places: where each row stands, for messages.
+        classes: class names in the order of the logits.
         given: the classes were given, so that they decide what is a label; else they are the labels found.
         empty_ok: a row need not have a label.
         remedy: what else can be done about a label that is no class, to end the hint.
-        apart: of `spelling_problems`.
+        apart: see `spelling_problems`.
     """
     problems = []
     where: Mapping[str, list[str]] = defaultdict(list)

@@ -15,9 +15,9 @@ def path_problem(text: str, folder: Path, place: str) -> str | None:
     """What is wrong with a slide's path, and what to write; None where it is a file's.
 
     Args:
-        text: as the table has it.
+        text: the path as the table has it.
         folder: where relative paths start.
-        place: for the message.
+        place: where the cell stands, for the message.
     """
     folder = folder.absolute()  # in messages "." says nothing
     path = folder / text

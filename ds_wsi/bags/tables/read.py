@@ -34,9 +34,9 @@ class Table:
     """A table of texts.
 
     Attributes:
-        headings: in the file's order.
-        rows: in the file's order.
-        names: of a column that `datasets` keeps as ClassLabel, its names in their order.
+        headings: heads of the columns, in the file's order.
+        rows: the cells of each row, in the file's order.
+        names: heading of a column that `datasets` keeps as ClassLabel -> its names in their order.
         decimal_comma: 0,25 is a number in it.
     """
 
@@ -46,7 +46,7 @@ class Table:
     decimal_comma: bool = False
 
     def renamed(self, headings: Mapping[str, str]) -> "Table":
-        """With other headings, old -> new."""
+        """The table with other headings, old -> new."""
         return replace(
             self,
             headings=tuple(headings.get(heading, heading) for heading in self.headings),
@@ -58,7 +58,7 @@ class Table:
         )
 
     def with_column(self, heading: str, values: Sequence[str]) -> "Table":
-        """With one more column, or another in its place."""
+        """The table with one more column, or with another in its place."""
         rows = (
             TableRow({**row.values, heading: value}, row.place) for row, value in zip(self.rows, values, strict=True)
         )
@@ -120,7 +120,7 @@ def _of_records(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
-    """Records: a list of them, one a line, or a column after the other as pandas writes by default."""
+    """Records: a list of them, one per line, or a column after the other as pandas writes by default."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
@@ -139,7 +139,7 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
         else:
             found = [json.loads(line, object_pairs_hook=once) for line in text.splitlines() if line.strip()]
     except json.JSONDecodeError as error:
-        raise _error(path, f"must be JSON, got {error}. HINT: a list of records, or one record a line") from error
+        raise _error(path, f"must be JSON, got {error}. HINT: a list of records, or one record per line") from error
     if isinstance(found, dict) and isinstance(found.get("data"), list):
         found = found["data"]
     if isinstance(found, dict):
@@ -160,12 +160,12 @@ def _json_of(text: str, once: Any) -> Any:
     try:
         return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError:
-        # Records one a line, in a file that is called .json.
+        # Records one per line, in a file that is called .json.
         return [json.loads(line, object_pairs_hook=once) for line in text.splitlines() if line.strip()]
 
 
 def _read_arrow(path: Path) -> Table:
-    import pyarrow  # here, for a CSV does not need it
+    import pyarrow  # here, because a CSV does not need it
     import pyarrow.feather
     import pyarrow.parquet
 
@@ -179,7 +179,7 @@ def _read_arrow(path: Path) -> Table:
 
 
 def _plain_columns(schema: Any) -> list[str]:
-    """The columns that hold one value a row: not the images or features that a dataset may hold beside."""
+    """The columns that hold one value per row: not the images or features that a dataset may hold beside."""
     from pyarrow import types
 
     large = (types.is_nested, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
@@ -236,7 +236,7 @@ def _class_names(schema: Any) -> dict[str, tuple[str, ...]]:
 
 def _read_saved(path: Path) -> Table:
     """A folder of `save_to_disk`: a dataset, or a DatasetDict, whose splits become the column `split`."""
-    import datasets  # here, for it takes a second that other files do not need
+    import datasets  # here, because it takes a second that other files do not need
 
     try:
         found = datasets.load_from_disk(str(path))

@@ -39,7 +39,7 @@ def number_of(text: str, decimal_comma: bool = False) -> float | None:
     """The finite number that a text is, in decimal or exponent form; None where it is none.
 
     Args:
-        text: such as 0.25 or 2.5e-1.
+        text: a number's, such as 0.25 or 2.5e-1.
         decimal_comma: 0,25 is a number too.
     """
     if not _NUMBER.fullmatch(text) or ("," in text and not decimal_comma):
@@ -52,9 +52,9 @@ def mpp_of(text: str, decimal_comma: bool, place: str) -> tuple[float | None, st
     """The resolution in um/px that a cell gives, None where it is empty; and what is wrong with it, or None.
 
     Args:
-        text: of the cell.
+        text: the cell's.
         decimal_comma: 0,25 is a number too.
-        place: for the message.
+        place: where the cell stands, for the message.
     """
     if not text:
         return None, None

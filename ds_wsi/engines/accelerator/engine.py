@@ -32,6 +32,7 @@ from ds_wsi.engines.sharded.zero import gather_as_one
 from ds_wsi.norms.roles import population_group
 from ds_wsi.runtime.choices import OPTIMIZERS, precision_words
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.seams import check_seams
 
 __all__ = [
     "Accelerator",
@@ -313,6 +314,7 @@ def tracked_buffers(accelerator: Accelerator, module: nn.Module) -> list[Tracked
     """The floating buffers that are saved and that processes track by themselves; none where there is one process."""
     if accelerator.num_processes == 1:
         return []
+    check_seams("torch", "buffers")
     return [
         TrackedBuffer(f"{prefix}.{name}" if prefix else name, buffer, part)
         for prefix, part in module.named_modules()

@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator
 from ds_wsi.engines.machine.timeouts import restoring_timeouts
+from ds_wsi.runtime.seams import check_seams
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -29,6 +30,7 @@ _LAUNCHED_WITH = os.environ.get(_USES_DEEPSPEED)
 
 def forget_engine() -> None:
     """Let the next Accelerator be built as if it were the first of this process; a process group stays."""
+    check_seams("accelerate", "engine")
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     # A DeepSpeed engine's Accelerator says in the environment that there is one; the next may have none.
@@ -56,6 +58,7 @@ def engine_scope() -> Iterator[None]:
             # DeepSpeed, where it is in use, would hand its clone of the world's group to the next engine.
             groups: Any = sys.modules.get("deepspeed.utils.groups")
             if groups is not None:
+                check_seams("deepspeed", "scope")
                 groups._WORLD_GROUP = None
         forget_engine()
         gc.collect()  # modules, engine and hooks refer to each other

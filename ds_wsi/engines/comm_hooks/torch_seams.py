@@ -1,4 +1,4 @@
-"""Where DDP and FSDP2 hand over their gradients: both have a public place for it."""
+"""Where DDP and FSDP2 hand over their gradients: DDP has a public place for it, FSDP2 one that takes private names."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ds_wsi.compression import Compressor
 from ds_wsi.engines.comm_hooks.reducer import Reducer
+from ds_wsi.runtime.seams import check_seams, fsdp_param_groups
 
 _SWITCH = "_ds_wsi_comm_switch"
 
@@ -38,6 +39,7 @@ def hook_ddp(model: DistributedDataParallel, run: Callable[[dist.GradBucket], Fu
     Raises:
         ValueError: a hook that is there already, or sparse gradients.
     """
+    check_seams("torch", "hook ddp")
     sparse = [name for name, module in model.module.named_modules() if getattr(module, "sparse", False)]
     if sparse:
         raise ValueError(f"gradients must be dense for a hook, got sparse ones ({sparse[0]}). HINT: sparse=False")
@@ -148,6 +150,7 @@ def hook_fsdp(model: nn.Module, reducer: Reducer) -> Callable[[], None]:
     Raises:
         ValueError: a mesh of more than one dimension, or parameters sharded along another dimension than the first.
     """
+    check_seams("torch", "hook fsdp2")
     names = {
         (id(module), leaf): f"{prefix}.{leaf}" if prefix else leaf
         for prefix, module in model.named_modules()
@@ -158,7 +161,7 @@ def hook_fsdp(model: nn.Module, reducer: Reducer) -> Callable[[], None]:
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
-        for group in module._get_fsdp_state()._fsdp_param_groups:
+        for group in fsdp_param_groups(module):
             trained = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
             if any(p.fsdp_placement.dim != 0 for p in trained) or group.mesh_info.mesh.ndim != 1:
                 raise ValueError(

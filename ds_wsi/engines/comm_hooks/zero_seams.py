@@ -7,13 +7,13 @@
     stage 3     optimizer.__avg_scatter_grads and         a bucket's parameters -> each one's partition
                 __avg_scatter_contiguous_grads
 
-They were the same from DeepSpeed 0.18.0 to 0.19.8; another signature is refused, not tried.
+Another signature than that of the table in `ds_wsi.runtime.seams` is refused, not tried.
 
 [Note: one pass] Stages 2 and 3 reduce in every micro-step. With a hook, gradients stay local until the step's last one
-(`engine.coalesce_grad_reduction`): a message a step, at the price of whole gradients in between.
+(`engine.coalesce_grad_reduction`): a message a step, at the price of whole gradients in between. A DeepSpeed without it
+sends in each micro-step, and a warning says so.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,17 +25,10 @@ from torch import Tensor
 from ds_wsi.engines.comm_hooks.patches import Patches
 from ds_wsi.engines.comm_hooks.reducer import Reducer
 from ds_wsi.engines.comm_hooks.zero_weights import Replicas
+from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.seams import SEEN, check_replaced, check_seams, fp16_scale_of
 
 _STAGE3 = "_DeepSpeedZeroOptimizer_Stage3"
-SIGNATURES: dict[int, dict[str, tuple[str, ...]]] = {
-    0: {"allreduce_bucket": ("bucket", "dp_group", "dp_world_size")},
-    1: {"gradient_reduction_w_predivide": ("tensor", "communication_data_type")},
-    2: {"gradient_reduction_w_predivide": ("tensor", "communication_data_type")},
-    3: {
-        f"{_STAGE3}__avg_scatter_grads": ("params_to_reduce", "communication_data_type"),
-        f"{_STAGE3}__avg_scatter_contiguous_grads": ("buffer_to_reduce", "communication_data_type"),
-    },
-}
 
 
 def refuse(engine: Any) -> None:
@@ -43,6 +36,7 @@ def refuse(engine: Any) -> None:
 
     Raises:
         ValueError: says what, and what to change.
+        SeamError: another version's methods.
     """
     optimizer, stage = engine.optimizer, int(engine.zero_optimization_stage())
 
@@ -84,26 +78,7 @@ def refuse(engine: Any) -> None:
         "leave it out",
     )
     owner = engine if stage == 0 else optimizer
-    for name, expected in SIGNATURES[stage].items():
-        found = parameters_of(getattr(owner, name, None))
-        require(
-            found == expected,
-            f"{name} must take {expected}, as in DeepSpeed 0.18.0 to 0.19.8, got {found}",
-            "install one of these versions",
-        )
-
-
-def parameters_of(method: Any) -> tuple[str, ...] | None:
-    """The names of a bound method's parameters; None: no method."""
-    if not callable(method):
-        return None
-    names = tuple(inspect.signature(method).parameters)
-    if names == ("args", "kwargs"):  # DeepSpeed's profiling wrapper does not say what it wraps
-        cells = getattr(method, "__closure__", None) or ()
-        wrapped = [cell.cell_contents for cell in cells if inspect.isfunction(cell.cell_contents)]
-        if wrapped:
-            return tuple(inspect.signature(wrapped[0]).parameters)[1:]
-    return names
+    check_replaced(owner, f"replaced zero{stage}")
 
 
 def autocast_scaler(engine: Any) -> Any:
@@ -118,7 +93,7 @@ def loss_scale_of(engine: Any) -> Callable[[], float] | None:
     if scaler is not None:
         return lambda: float(scaler.get_scale())
     if engine.fp16_enabled():
-        return lambda: float(engine._get_optimizer_loss_scale())
+        return fp16_scale_of(engine.optimizer)
     return None
 
 
@@ -128,6 +103,7 @@ def hook_engine(engine: Any, reducer: Reducer, *, pull: bool) -> Callable[[], No
     Args:
         pull: weights come back compressed (ZeRO 1 and 2): gradients then go to their owners alone.
     """
+    check_seams("deepspeed", "hook zero")
     refuse(engine)
     stage, patches = int(engine.zero_optimization_stage()), Patches()
     if stage == 0:
@@ -138,6 +114,12 @@ def hook_engine(engine: Any, reducer: Reducer, *, pull: bool) -> Callable[[], No
         _hook_stage12(engine, reducer, patches, pull)
     if stage >= 2 and hasattr(engine, "coalesce_grad_reduction"):
         _coalesce(engine, patches)
+    elif stage >= 2 and engine.gradient_accumulation_steps() > 1:
+        logger.warning(
+            "this DeepSpeed has no coalesce_grad_reduction: ZeRO %d sends in each micro-step, not once per step. "
+            'HINT: pip install "deepspeed==%s".',
+            *(stage, SEEN["deepspeed"][1]),
+        )
     return patches.undo
 
 

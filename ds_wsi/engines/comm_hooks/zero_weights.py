@@ -20,6 +20,7 @@ from torch import Tensor
 from ds_wsi.compression import Bucket, pull_weights
 from ds_wsi.engines.comm_hooks.patches import Patches
 from ds_wsi.engines.comm_hooks.reducer import Reducer
+from ds_wsi.runtime.seams import lacking
 
 
 class _Layout:
@@ -132,10 +133,9 @@ def unfit(optimizer: Any) -> str | None:
     """What a ZeRO 1 or 2 optimizer lacks for the pull, or None."""
     from deepspeed import comm
 
-    known = ("bit16_groups_flat", "round_robin_bit16_offsets", "partition_size", "single_partition_of_fp32_groups")
-    missing = [name for name in known if not hasattr(optimizer, name)]
-    if missing:
-        return f"the optimizer of DeepSpeed 0.19.8, got one without {missing[0]}"
+    missing = lacking(optimizer, "zero12", "pull")
+    if missing is not None:
+        return f"the optimizer of DeepSpeed 0.19.8, got one without {missing}"
     if any(flat.dtype != torch.float32 for flat in optimizer.bit16_groups_flat):
         return f"float32 weights, got {optimizer.bit16_groups_flat[0].dtype}"
     if not comm.has_all_gather_into_tensor():

@@ -8,6 +8,7 @@ from typing import Any
 from ds_wsi.engines.machine.cpu import without_gpu
 from ds_wsi.engines.machine.ops import choose_adam
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.seams import check_seams
 
 DEFAULT_BUCKET = 500_000_000  # gradients, where the config says nothing
 _GRADIENT_BYTES = 4  # mixed precision is by autocast: they are float32
@@ -68,6 +69,7 @@ def fill_auto(
 
 def suit_machine(config: dict[str, Any]) -> None:
     """Take the Adam that this machine can build, in place in `config`, and tell what the buckets cost its GPU."""
+    check_seams("deepspeed", "zero3", "ops")
     choose_adam(config)
     words = bucket_words(config)
     if words and not without_gpu():

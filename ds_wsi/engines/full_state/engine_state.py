@@ -26,6 +26,7 @@ from ds_wsi.engines.full_state.zero3 import put_zero3, take_zero3
 from ds_wsi.engines.full_state.zero12 import put_zero12, take_zero12
 from ds_wsi.engines.sharded.fsdp import copy_whole, whole
 from ds_wsi.engines.sharded.zero import gathered, is_zero3
+from ds_wsi.runtime.seams import check_seams
 from ds_wsi.runtime.tensor_file import TensorFile
 
 COUNTS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
@@ -270,7 +271,10 @@ def _engine(accelerator: Accelerator) -> Any:
 def _zero_optimizer(accelerator: Accelerator) -> Any:
     """The optimizer that owns partitions, or None: under ZeRO 0 each rank has the whole one."""
     engine = _engine(accelerator)
-    return engine.optimizer if engine is not None and int(engine.zero_optimization_stage()) else None
+    if engine is None or not int(engine.zero_optimization_stage()):
+        return None
+    check_seams("deepspeed", "zero3", "zero12", "state zero3")
+    return engine.optimizer
 
 
 def _scaler(accelerator: Accelerator) -> Any:

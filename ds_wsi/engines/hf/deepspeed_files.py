@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ds_wsi.runtime.seams import check_seams
+
 
 @contextmanager
 def tensors_alone() -> Iterator[None]:
@@ -15,6 +17,7 @@ def tensors_alone() -> Iterator[None]:
     Raises:
         ValueError: a file that holds something else; names it.
     """
+    check_seams("deepspeed", "files")
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

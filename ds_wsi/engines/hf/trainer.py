@@ -39,6 +39,7 @@ from ds_wsi.norms import NormPolicy, batch_norms, natural_evaluation
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.seams import check_seams
 from ds_wsi.stacking.packs import PackedForward, pack_bags
 
 
@@ -247,6 +248,7 @@ class SlideTrainer(Trainer):
                 'ModelConfig(encoder, "abmil", classes, tiling), or of features ModelConfig(None, "abmil", classes, '
                 "in_dim=512)"
             )
+        check_seams("transformers", "trainer")
         _require_arguments(args, keywords)
         _require_precision(model, args)
         self.policies = apply_policies(model, args, norm)

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_wsi.runtime.seams import check_seams
+
 _C10D: Any = dist.distributed_c10d
 _DEFAULTS = ("default_pg_timeout", "default_pg_nccl_timeout")  # read whenever a group is made without a timeout
 
 
 def set_timeouts(timeout: timedelta) -> None:
     """Give the timeout to all process groups that there are, and to those that are made without one from now on."""
+    check_seams("torch", "timeouts")
     for name in _DEFAULTS:
         setattr(_C10D, name, timeout)
     if dist.is_initialized():
@@ -30,6 +33,7 @@ def set_timeouts(timeout: timedelta) -> None:
 @contextmanager
 def restoring_timeouts() -> Iterator[None]:
     """When the block is left, groups that are then made without a timeout have the one that they had before it."""
+    check_seams("torch", "timeouts")
     before = {name: getattr(_C10D, name) for name in _DEFAULTS}
     try:
         yield

@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ds_wsi.runtime.seams import check_seams
+
 _USES_FSDP = "ACCELERATE_USE_FSDP"
 # The launcher's variable -> (Accelerate's value where it is absent, the one that is followed, what serves instead).
 _LAUNCHER = {
@@ -65,6 +67,7 @@ def build_with_fsdp(plugin: FullyShardedDataParallelPlugin, **keywords: Any) -> 
     Raises:
         ValueError: there is one process.
     """
+    check_seams("accelerate", "engine")
     launched = launched_with_fsdp()
     try:
         accelerator = Accelerator(fsdp_plugin=plugin, **keywords)

@@ -23,8 +23,8 @@ def build_aggregator(name: str, in_dim: int, num_classes: int, **options: float 
     Args:
         name: a key of `AGGREGATORS`.
         in_dim: width of the features.
-        num_classes: of the logits.
-        options: of the aggregator's own constructor, by name; what is not given is its original's.
+        num_classes: width C of the logits.
+        options: arguments of the aggregator's own constructor, by name; what is not given is its original's.
 
     Raises:
         ValueError: an unknown name or option, an option of another type than its default, sizes that are not

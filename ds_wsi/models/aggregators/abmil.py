@@ -15,7 +15,7 @@ class ABMIL(PooledAggregator):
         in_dim: width D of the features.
         num_classes: C.
         hidden_dim: width of the attention's hidden layer.
-        dropout: of the pooled feature z, in training.
+        dropout: the share of the pooled feature z that is dropped in training.
     """
 
     gated = False

@@ -27,7 +27,7 @@ class ABMILX(nn.Module):
         num_classes: C.
         embed_dim: width D' of h, a multiple of `heads`.
         heads: parts of h, D' / heads wide each; they share all weights.
-        dropout: of h, in training.
+        dropout: the share of h that is dropped in training.
 
     Attributes:
         packed: bags of a stack are computed together, but for U, which has no parameters.

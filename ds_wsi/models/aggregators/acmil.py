@@ -33,8 +33,8 @@ class ACMIL(PooledAggregator):
         hidden_dim: width of the attention's hidden layer.
         branches: M.
         masked: the number of instances among which a branch loses some; 0 masks none.
-        mask_share: of them, in [0, 1): a bag keeps at least one instance.
-        dropout: of what the classifiers are given, in training.
+        mask_share: the share of them that it loses, in [0, 1): a bag keeps at least one instance.
+        dropout: the share of the classifiers' input that is dropped in training.
     """
 
     needs_labels = True
@@ -85,7 +85,7 @@ class ACMIL(PooledAggregator):
         return SlideOutput(self.head(pooled), attention.mean(1), loss)
 
     def draw_masks(self, scores: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Which instances each branch loses in this step: bool [sum N, M]."""
+        """The instances that each branch loses in this step: bool [sum N, M]."""
         branches = scores.shape[1]
         sizes = [min(length, self.masked) for length in lengths_of(cu_seqlens)]
         drawn = []

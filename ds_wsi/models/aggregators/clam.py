@@ -33,7 +33,7 @@ class CLAMSB(PooledAggregator):
         hidden_dim: width of the attention's hidden layer.
         k_sample: k; a bag with fewer instances gives all it has to either side.
         subtyping: see above.
-        dropout: of h and inside the attention, in training.
+        dropout: the share of h, and inside the attention, that is dropped in training.
     """
 
     needs_labels = True
@@ -96,9 +96,9 @@ class CLAMSB(PooledAggregator):
     def instance_loss(self, embedded: Tensor, scores: Tensor, cu_seqlens: Tensor, labels: Tensor) -> Tensor:
         """The weighted clustering loss of each bag, [B], from scores rather than attention: no ties by rounding."""
         bag_labels = labels[segment_ids(cu_seqlens, len(embedded))]
-        own = scores.gather(1, bag_labels.unsqueeze(1)).squeeze(1) if self.multi_branch else scores[:, 0]
-        top, bounds = segment_topk(own, cu_seqlens, self.k_sample)
-        bottom, _ = segment_topk(-own, cu_seqlens, self.k_sample)
+        class_scores = scores.gather(1, bag_labels.unsqueeze(1)).squeeze(1) if self.multi_branch else scores[:, 0]
+        top, bounds = segment_topk(class_scores, cu_seqlens, self.k_sample)
+        bottom, _ = segment_topk(-class_scores, cu_seqlens, self.k_sample)
         samples = [(top, bag_labels[top], True), (bottom, bag_labels[bottom], False)]
         if self.subtyping:
             for step in range(1, self.num_classes):

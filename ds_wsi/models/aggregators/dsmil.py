@@ -24,7 +24,7 @@ class DSMIL(nn.Module):
         in_dim: width D of the features.
         num_classes: C.
         query_dim: width Q of the queries.
-        dropout: of z, in training.
+        dropout: the share of z that is dropped in training.
 
     Attributes:
         packed: bags of a stack are computed together.

@@ -41,9 +41,9 @@ class DTFD(nn.Module):
         num_classes: C.
         embed_dim: width D' of h.
         hidden_dim: width of either attention's hidden layer.
-        pseudo_bags: in a bag; a bag with fewer instances has one for each.
+        pseudo_bags: how many a bag is split into; a bag with fewer instances has one for each.
         distillation: "maxs", "maxmins" or "afs".
-        dropout: of what either classifier is given, in training.
+        dropout: the share of either classifier's input that is dropped in training.
 
     Attributes:
         packed: bags of a stack are computed together: a pseudo-bag is a bag of a finer stack.
@@ -98,8 +98,8 @@ class DTFD(nn.Module):
         attention = within.squeeze(1) * shares[segment_ids(instance_bounds, len(embedded))]
         loss = None
         if labels is not None:
-            wanted = labels[segment_ids(pseudo_bounds, len(pooled))]
-            loss = segment_mean(F.cross_entropy(widened(guesses), wanted, reduction="none"), pseudo_bounds)
+            targets = labels[segment_ids(pseudo_bounds, len(pooled))]
+            loss = segment_mean(F.cross_entropy(widened(guesses), targets, reduction="none"), pseudo_bounds)
         return SlideOutput(logits, attention[rows.argsort()], loss)
 
     def split(self, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ class GatedAttention(nn.Module):
         in_dim: width of h.
         hidden_dim: width of V h and U h.
         branches: M.
-        dropout: of tanh(V h) and of sigmoid(U h), in training.
+        dropout: the share of tanh(V h) and of sigmoid(U h) that is dropped in training.
     """
 
     def __init__(self, in_dim: int, hidden_dim: int, branches: int = 1, dropout: float = 0.0) -> None:

@@ -26,12 +26,12 @@ class RRTMIL(PerBagAggregator):
         in_dim: width D of the features.
         num_classes: C.
         embed_dim: width D' of h, a multiple of `heads`.
-        heads: of both attentions.
+        heads: heads of both attentions.
         regions: a side of the square has this many.
         epeg_kernel: length of the convolution over the attention maps (EPEG), odd.
-        representatives: of a region in CR-MSA.
-        dropout: of h, in training.
-        attention_dropout: of what each attention adds, in training.
+        representatives: instances that stand for a region in CR-MSA.
+        dropout: the share of h that is dropped in training.
+        attention_dropout: the share of what each attention adds that is dropped in training.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class RegionAttention(nn.Module):
 
     Args:
         dim: width of the instances.
-        heads: of dim / heads each.
+        heads: heads, dim / heads wide each.
         epeg_kernel: length of the convolution, None for none.
-        dropout: of the result, in training.
+        dropout: the share of the result that is dropped in training.
     """
 
     def __init__(self, dim: int, heads: int, epeg_kernel: int | None, dropout: float) -> None:

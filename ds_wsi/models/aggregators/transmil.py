@@ -28,9 +28,9 @@ class TransMIL(PerBagAggregator):
         in_dim: width D of the features.
         num_classes: C.
         embed_dim: width D' of h, a multiple of `heads`.
-        heads: of the attention, D' / heads wide each.
-        landmarks: of the attention; the original has D' / 2.
-        dropout: of what each attention adds, in training.
+        heads: heads of the attention, D' / heads wide each.
+        landmarks: landmarks of the attention; the original has D' / 2.
+        dropout: the share of what each attention adds that is dropped in training.
     """
 
     def __init__(
@@ -97,9 +97,9 @@ class NystromAttention(nn.Module):
 
     Args:
         dim: width of the tokens.
-        heads: of dim / heads each.
+        heads: heads, dim / heads wide each.
         landmarks: their number.
-        dropout: of the result, in training.
+        dropout: the share of the result that is dropped in training.
     """
 
     def __init__(self, dim: int, heads: int, landmarks: int, dropout: float) -> None:
