@@ -869,3 +869,32 @@ class Coarse(nn.Module):
 @both
 def test_rounding_in_a_coarser_dtype_is_no_difference(norm, checked):
     exact(Net(norm, Coarse()).double(), checked)
+
+
+def test_a_module_that_is_wrong_in_one_tile_alone_is_taken_where_no_chunk_has_one():
+    """As torch's BatchNorm on a CPU is for a transposed gradient; with chunks of two, one tile can remain."""
+
+    class WrongAlone(nn.Module):
+        def forward(self, x):
+            return x * 2 if len(x) == 1 else x
+
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), WrongAlone(), nn.ReLU()).double()
+    partition_layers(module, PartitionPolicy(mode="recompute", chunk_size=3))
+    plain = copy.deepcopy(module[0])
+    x = tiles(7)
+    torch.testing.assert_close(module(x), plain(x).relu())
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), WrongAlone()).double()
+    partition_layers(other, PartitionPolicy(mode="recompute", chunk_size=2))
+    with pytest.raises(ValueError, match="must treat tiles independently|must be computed in a partition"):
+        other(tiles(7))
+
+
+def test_what_hangs_on_odd_and_even_places_in_a_chunk_is_seen():
+    class EverySecond(nn.Module):
+        def forward(self, x):
+            return torch.cat([x[::2] * 2, x[1::2]])[torch.arange(len(x)).argsort()]
+
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), EverySecond()).double()
+    partition_layers(module, PartitionPolicy(mode="recompute", chunk_size=4))
+    with pytest.raises(ValueError, match="EverySecond"):
+        module(tiles(8))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_wsi.partition.checking.case import Case
-from ds_wsi.partition.checking.verdict import Verdict
+from ds_wsi.partition.checking.verdict import CHUNKS, Verdict
 from ds_wsi.partition.execution.input_tensor import Prepare, prepared
 from ds_wsi.partition.module.restored import Restored
 from ds_wsi.partition.module.surroundings import undisturbed
@@ -109,7 +109,7 @@ def check_case(case: Case, sample: Tensor) -> str:
 
 def _judge(case: Case, sample: Tensor, dtype: torch.dtype) -> tuple[str, str | None]:
     """(Why nothing can be said, or ""; why the module is refused, or None)."""
-    reason = ""
+    reason, first = "", None
     for count in (len(sample),) if len(sample) < TILES[0] or not case.by_tile else TILES:
         tiles = sample[:count]
         if len(tiles) < count:
@@ -130,8 +130,20 @@ def _judge(case: Case, sample: Tensor, dtype: torch.dtype) -> tuple[str, str | N
             except Exception as error:  # the module alone does not take these tiles; the call itself will tell
                 reason = f"{type(error).__name__}: {error}"
                 continue
-            return verdict.conclude()
+            unknown, refusal = verdict.conclude()
+        if refusal is not None and first is None and CHUNKS.get(count) == count - 1 and _leaves_no_tile_alone(case):
+            first = refusal  # of a chunk of one tile, which no call has: a number of tiles without one decides
+            continue
+        return unknown, refusal and (first or refusal)
+    if first is not None:
+        return "", first
     return reason or "it takes none of the numbers of tiles that were tried", None
+
+
+def _leaves_no_tile_alone(case: Case) -> bool:
+    """Whether no call has a chunk of one tile, but for a call of one tile: see `tile_ranges`."""
+    sizes = [part.chunk_size for part in case.plan.segments]
+    return case.by_tile and case.plan.bn_population == "stack" and min(sizes, default=0) > 2
 
 
 def tiles_that_fit(plan: PartitionPlan, tiles: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_wsi.partition.graph.segments import leaving_remainders
 from ds_wsi.partition.module.arguments import Arguments
 from ds_wsi.partition.module.observed import Calls, Operations, Recorded, copied, size, version_of
 from ds_wsi.partition.module.outputs import form_of, tensors_of
@@ -98,7 +99,8 @@ class Trials:
         self.held.rewind()
         self.apart = {}
         calls = Calls(self.held.names, self.held.module, None, self._compare if self.by_tile else None)
-        return self._run(self._forwards[chunk], self.tiles, watch=(calls,))
+        with leaving_remainders():
+            return self._run(self._forwards[chunk], self.tiles, watch=(calls,))
 
     def reversed(self) -> Outcome:
         """The module alone with its tiles in the opposite order, its results put back in order: the noise."""

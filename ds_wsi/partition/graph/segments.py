@@ -1,6 +1,9 @@
 """A graph cut into segments, each with its mode, its levels and its chunks."""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,6 +147,19 @@ class Segment:
         return [Chunk(i, len(found), (first, last), population) for i, (first, last, population) in enumerate(found)]
 
 
+_REMAINDERS = ContextVar("remainders of one tile", default=False)
+
+
+@contextmanager
+def leaving_remainders() -> Iterator[None]:
+    """Let a single tile remain for a while: the check tries chunks of uneven sizes on few tiles."""
+    token = _REMAINDERS.set(True)
+    try:
+        yield
+    finally:
+        _REMAINDERS.reset(token)
+
+
 def tile_ranges(bag: Range, size: int) -> list[Range]:
     """The ranges of at most `size` tiles that a bag is cut into: full ones, and what remains.
 
@@ -152,7 +168,7 @@ def tile_ranges(bag: Range, size: int) -> list[Range]:
     """
     start, end = bag
     cuts = [*range(start, end, size), end]
-    if size > 2 and len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:
+    if size > 2 and len(cuts) > 2 and cuts[-1] - cuts[-2] == 1 and not _REMAINDERS.get():
         cuts[-2] -= 1
     return list(itertools.pairwise(cuts))
 
