@@ -1,11 +1,11 @@
 """A run's checkpoints: where it stands is saved, and a run that shares what decides its end goes on from there.
 
-    model.safetensors              weights and buffers, by name          engines/full_state.py
+    model.safetensors              weights and buffers, by name          engines/full_state/engine_state.py
     optimizer.safetensors          the optimizer's state, by name        likewise
     weight_average.safetensors     with --ema_decay
     random-RANK-of-RANKS           a process's generators                random_state.py
     statistics-RANK-of-RANKS       running statistics that it tracks     own_statistics.py
-    comm_hook-RANK-of-RANKS        what its hook owes                    engines/hook_state.py
+    comm_hook-RANK-of-RANKS        what its hook owes                    engines/comm_hooks/state_files.py
     state.json                     where it stands, and of which run     same_run.py
 
 What the model and the optimizer have learned is whole: any engine on any number of processes goes on from it.

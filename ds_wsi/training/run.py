@@ -43,8 +43,7 @@ from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import ModelConfig, SlideModel, SlideOutput
 from ds_wsi.norms import batch_norms
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
-from ds_wsi.partition.planning.uniform import DEFAULT_CHUNK
-from ds_wsi.partition.planning.uniform import planning_size as bucket
+from ds_wsi.partition.planning.uniform import DEFAULT_CHUNK, planning_size
 from ds_wsi.runtime.choices import precision_words
 from ds_wsi.runtime.forwards import Handle
 from ds_wsi.runtime.log import logger
@@ -332,7 +331,7 @@ def _partition(
         precision = DTYPES[settings.optim.mixed_precision]
         tiles *= settings.optim.per_device_train_batch_size * together
         # As bags of this length are planned, so that what is told is what is used.
-        shape = (bucket(tiles) if wanted.mode == "auto" else tiles, 3, size, size)
+        shape = (planning_size(tiles) if wanted.mode == "auto" else tiles, 3, size, size)
         plan = plan_partition(module.encoder, shape, wanted, autocast=precision, device=device)
         logger.info("%s", plan.summary)
         logger.debug("%s", plan)

@@ -1,8 +1,11 @@
 """The peers that need a GPU have native gradients on the simulated device, and need fewer bytes."""
 
+import pytest
+
 from .lane import measure
 
 
+@pytest.mark.slow  # beside the lane, which has four minutes
 def test_peers_have_native_gradients_in_fewer_bytes() -> None:
     found = measure("peers")
     assert sum("deepspeed" in name for name in found) == 3
