@@ -218,6 +218,9 @@ ROWS: list[tuple[str, str, int, bool, dict[str, Any]]] = [
 ]
 
 
+IN_FLOAT32 = ("naflexvit_base_patch16_gap",)  # it interpolates its positions in float32
+
+
 def _build(family: str, name: str, options: dict[str, Any], draws: bool) -> nn.Module:
     """By timm's name, or by the class of that name in the model file, whose constructor takes more arguments.
 
@@ -243,6 +246,7 @@ def models() -> list[ZooModel]:
             partial(_build, family, name, options),
             (3, side, side),
             (3, 2 * side + 5, side) if rows else None,
+            floor=1e-6 if name in IN_FLOAT32 else 1e-9,
         )
         for family, name, side, rows, options in ROWS
     ]
