@@ -287,10 +287,11 @@ def _fixed(plain: Reference, axis: str, mode: str) -> Outcome:
 def _drawn(plain: Reference, axis: str, mode: str) -> Outcome:
     """A module that draws.
 
-    In one chunk it draws what the plain module draws: the steps are equal. Across norms mode "recompute" draws in another
-    order, as any mode does where the module has branches, which are computed level by level; that is no fault. In several it draws chunk by chunk: without BatchNorm its step is the plain
-    module's on each chunk in turn. With BatchNorm its step is the plain one where every tile has the same draw, and its
-    gradient is that of its own draw, by differences along a direction.
+    In one chunk it draws what the plain module draws: the steps are equal. Across norms mode "recompute" draws in
+    another order, and so does any mode where the module has branches, which are computed level by level: that is no
+    fault. In several chunks it draws chunk by chunk: without BatchNorm its step is the plain module's on each chunk in
+    turn. With BatchNorm its step is the plain one where every tile has the same draw, and its gradient is that of its
+    own draw, by differences along a direction.
     """
     couples = plain.module.training and plain.norms > 0
 
