@@ -94,7 +94,8 @@ def on_this_rank(case) -> dict[str, Tensor]:
     model = make_model(case.get("aggregator", "gated_abmil"))
     handle = shard_tiles(model, mesh, TileParallelPolicy(4, case["exchange"]))
     if case.get("norms") is False:
-        handle._undo_norms()
+        for undo in handle._undo:  # the norms no longer see the other ranks
+            undo()
     if case.get("alone"):
         del model.aggregator.__dict__["forward"]
     if "mode" in case:
