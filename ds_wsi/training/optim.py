@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.tensor_file import TensorFile
-from ds_wsi.training.choices import SCHEDULES
+from ds_wsi.training.settings.optim import SCHEDULES
 
 DECAY_AN_EPOCH = 0.955  # of the exponential schedule, as the end-to-end papers on PANDA have it
 

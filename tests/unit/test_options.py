@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_wsi.runtime.setting import size_in_bytes, tiles_or_all
-from ds_wsi.training.choices import SCHEDULES
 from ds_wsi.training.optim import learning_rate_at
 from ds_wsi.training.options import add_train_options, settings_from
 from ds_wsi.training.setting_list import OPTIONS
 from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.settings.optim import SCHEDULES
 
 
 def parse(*arguments):

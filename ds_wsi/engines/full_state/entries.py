@@ -46,7 +46,7 @@ def flat_states(
         inner: the optimizer that steps.
         group: of its parameter groups.
         own: what this rank steps of the group.
-        names: of the group's parameters.
+        names: names of the group's parameters.
         states, by_name: a file, and the kinds of state in it by parameter.
 
     Raises:

@@ -62,7 +62,7 @@ class NvmeSpill:
         return cls(wanted.nvme_path, wanted.nvme_budget_bytes) if wanted.nvme_path else None
 
     def write(self, data: Tensor) -> Block:
-        """See `ds_wsi.partition.execution.host_store.Spill`.
+        """What `ds_wsi.partition.execution.host_store.Spill` asks of a disk.
 
         Raises:
             OSError: the budget or the disk is full, or the disk fails.
@@ -77,12 +77,12 @@ class NvmeSpill:
         return place
 
     def read(self, place: Block, data: Tensor) -> None:
-        """See `ds_wsi.partition.execution.host_store.Spill`."""
+        """What `ds_wsi.partition.execution.host_store.Spill` asks of a disk."""
         self._check(self._handle.sync_pread(data, self._file, place[1]), "read", data.numel())
         self.read_bytes += data.numel()
 
     def free(self, place: Block) -> None:
-        """See `ds_wsi.partition.execution.host_store.Spill`."""
+        """What `ds_wsi.partition.execution.host_store.Spill` asks of a disk."""
         self._free.give_back(place)
 
     def _grow(self, size: int) -> None:

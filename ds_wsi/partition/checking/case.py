@@ -23,7 +23,7 @@ class Case:
         partitioned: makes its forward of a plan.
         plan: of the call.
         arguments: beside the tiles.
-        device: of the computation.
+        device: the device that computes.
         backward: whether the call saves for one.
         input_grad: whether a gradient reaches the tiles.
     """

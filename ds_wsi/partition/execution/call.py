@@ -39,7 +39,7 @@ class PartitionedCall:
         prepare: applied to each chunk of the input on the device, without gradient.
         save: whether backward will follow.
         wants_input_grad: whether a gradient shall reach `x`.
-        device: of the computation.
+        device: the device that computes.
         autocast: a context of the autocast settings in force at the call.
         track: whether running statistics are updated.
         store: of host memory; None makes one.

@@ -63,7 +63,7 @@ class ChunkRanges:
         return value if (first, last) == (low, high) else value[:, :, first - low : last - low]
 
     def make_value(self, node: fx.Node, *, host: bool, source: bool = False) -> StoredTensor:
-        """An empty value, or gradient; `source`: of the segment's input, which the segment before owns."""
+        """An empty value, or gradient; `source`: it is the segment's input, which the segment before owns."""
         store = self.store if host else None
         in_rows = node in self.heights and (self.segment.in_rows or source)
         return RowBlocks(self.heights[node], store) if in_rows else TileChunks(store)

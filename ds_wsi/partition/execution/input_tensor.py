@@ -25,7 +25,7 @@ class InputTensor:
     Args:
         tensor: on the device or on the host; page-locked host memory is copied ahead of its use.
         dim: that chunks divide.
-        device: of the computation.
+        device: the device that computes.
         prepare: applied to each chunk on the device: see `prepared`.
         store: whose stream copies ahead; None copies when a chunk is read.
     """

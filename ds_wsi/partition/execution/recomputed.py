@@ -13,7 +13,7 @@ class RecomputedSegment:
     """One segment of one call in mode "recompute".
 
     Args:
-        runner: of the segment's chunks.
+        runner: what runs the segment's chunks.
         source: the segment's input.
         sums: that the parameters' gradients are added to.
     """

@@ -15,7 +15,7 @@ class SegmentNorms:
     Args:
         segment: whose norms they are.
         populations: how many the call has.
-        device: of the computation.
+        device: the device that computes.
         track_images: the tiles or images of the call, by which running statistics are updated; None: they stay.
         tensors: the call's parameters.
     """

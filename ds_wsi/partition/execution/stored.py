@@ -22,7 +22,7 @@ class StoredSegment:
     """One segment of one call in every mode but "recompute".
 
     Args:
-        runner: of the segment's chunks.
+        runner: what runs the segment's chunks.
         source: the segment's input.
         sums: that the parameters' gradients are added to.
 

@@ -62,7 +62,7 @@ class Restored:
 
     Args:
         module: of which parts.
-        device: of the computation.
+        device: the device that computes.
         dtype: of the floating-point stand-ins; None for each one's own.
     """
 

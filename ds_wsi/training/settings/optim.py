@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 from ds_wsi.runtime.choices import LEARNING_RATE, OPTIMIZERS, WEIGHT_DECAY
 from ds_wsi.runtime.setting import SWITCH, Decides, numbers, setting
-from ds_wsi.training.choices import SCHEDULES
 
 if TYPE_CHECKING:
     pass
 
 ADAM_BETA = 0.9
+SCHEDULES = ("cosine", "linear", "constant", "exponential")
 TUNED_LEARNING_RATE = 3e-5  # at most, by default, of an encoder that starts from weights
 
 
