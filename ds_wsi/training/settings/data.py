@@ -1,14 +1,10 @@
 """Which slides a run is given."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ds_wsi.bags.policy import CHECKS
 from ds_wsi.runtime.setting import Decides, names, setting
 from ds_wsi.slides.policy import DEMO_DIRS
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,9 @@
 """Which model a run trains."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ds_wsi.models.choices import AGGREGATORS, FEATURES
 from ds_wsi.runtime.setting import SWITCH, Decides, assignments, names, setting
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,9 @@
 """How a run optimises."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ds_wsi.runtime.choices import LEARNING_RATE, OPTIMIZERS, WEIGHT_DECAY
 from ds_wsi.runtime.setting import SWITCH, Decides, numbers, setting
-
-if TYPE_CHECKING:
-    pass
 
 ADAM_BETA = 0.9
 SCHEDULES = ("cosine", "linear", "constant", "exponential")
