@@ -6,6 +6,7 @@ The public names; each is documented where it is defined.
 from typing import TYPE_CHECKING
 
 from ds_wsi.runtime.lazy import lazily
+from ds_wsi.runtime.moved import find_moved_modules
 
 if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort, load_cohort
@@ -61,6 +62,8 @@ __all__ = [
     "tile_slide",
     "trainer_arguments",
 ]
+
+find_moved_modules()
 
 # `ds-wsi --help` needs none of them, and who reads slides no engine.
 __getattr__ = lazily(
