@@ -17,10 +17,10 @@ from packaging.version import Version
 
 import ds_wsi
 from ds_wsi.runtime import seams
-from ds_wsi.runtime.seams import SEAMS, SEEN, Seam, SeamError, check_replaced, check_seams, missing_seams
+from ds_wsi.runtime.seams import SEAMS, SEEN, Seam, SeamError, check_replaced, check_seams, checks, missing_seams
 
 ROOT = Path(ds_wsi.__file__).parent
-TABLE = "runtime/seams.py"
+TABLE = "runtime/seams/"
 # Python's own: documented in spite of the underscore, or of the standard library, which we install with Python.
 PYTHONS = {
     *("_asdict", "_replace", "_fields"),  # of a NamedTuple
@@ -118,7 +118,7 @@ def stray(trees: dict[str, ast.Module]) -> list[str]:
     """Each private name that the table lacks, or that is written where it may not be."""
     ours, found = made_here(trees), []
     for path, tree in trees.items():
-        if path == TABLE:
+        if path.startswith(TABLE):
             continue
         package = path.split("/")[0]
         for line, name in foreign_names(tree, ours):
@@ -162,7 +162,9 @@ def test_no_row_is_of_the_past():
     trees = sources()
     by_package: dict[str, set[str]] = {}
     for path, tree in trees.items():
-        by_package.setdefault("table" if path == TABLE else path.split("/")[0], set()).update(written_names(tree))
+        by_package.setdefault("table" if path.startswith(TABLE) else path.split("/")[0], set()).update(
+            written_names(tree)
+        )
     classes = set(seams.CLASSES.values())
     for row in SEAMS:
         mangled = row.leaf.partition("_Stage3")[2]  # a method that begins with two underscores
@@ -171,7 +173,7 @@ def test_no_row_is_of_the_past():
             written = by_package[place]
             assert any(form in written for form in forms), f"{row.name} is no longer written in {place}"
         if not row.places:
-            text = (ROOT / TABLE).read_text().partition("def __getattr__")[2]
+            text = (ROOT / TABLE / "readers.py").read_text()
             assert row.name in classes or row.leaf in text, f"{row.name} is used by no function of {TABLE}"
 
 
@@ -199,9 +201,9 @@ def module(monkeypatch, tmp_path):
     made.__file__ = str(path)
     made.Group = type("Group", (), {"step": lambda self, index, closure: None})
     monkeypatch.setitem(sys.modules, "torch.renamed", made)
-    seams._text_of.cache_clear()
+    checks._text_of.cache_clear()
     yield
-    seams._text_of.cache_clear()
+    checks._text_of.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -216,8 +218,8 @@ def module(monkeypatch, tmp_path):
     ],
 )
 def test_a_missing_name_is_refused_with_versions_and_remedy(module, monkeypatch, row, words):
-    monkeypatch.setattr(seams, "SEAMS", (row,))
-    monkeypatch.setattr(seams, "version", lambda package: "9.9")
+    monkeypatch.setattr(checks, "SEAMS", (row,))
+    monkeypatch.setattr(checks, "version", lambda package: "9.9")
     check_seams.cache_clear()
     with pytest.raises(SeamError) as refused:
         check_seams("torch", "x")
@@ -228,10 +230,10 @@ def test_a_missing_name_is_refused_with_versions_and_remedy(module, monkeypatch,
 
 def test_an_optional_name_and_another_use_are_not_missed(module, monkeypatch):
     row = Seam("torch.renamed:*._orig_size", "x", "a shape")
-    monkeypatch.setattr(seams, "SEAMS", (row._replace(optional=True), row._replace(use="y")))
+    monkeypatch.setattr(checks, "SEAMS", (row._replace(optional=True), row._replace(use="y")))
     assert list(missing_seams("torch", "x")) == []
     assert len(list(missing_seams("torch"))) == 1
-    monkeypatch.setattr(seams, "SEAMS", (row._replace(name="torch.renamed:*._renamed_size"),))
+    monkeypatch.setattr(checks, "SEAMS", (row._replace(name="torch.renamed:*._renamed_size"),))
     assert list(missing_seams("torch", "x")) == []
 
 
