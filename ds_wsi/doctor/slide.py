@@ -21,7 +21,7 @@ def read_a_slide() -> Finding:
     import numpy as np
 
     from ds_wsi.slides import Slide, SlideError, TileReadError, TilingPolicy, tile_slide
-    from ds_wsi.slides.demo import write_pyramid
+    from ds_wsi.slides.pyramid import write_pyramid
 
     ramp = np.linspace(40, 215, SIDE_PX)
     picture = np.stack([*np.meshgrid(ramp, ramp), np.full((SIDE_PX, SIDE_PX), 128.0)], axis=-1).astype(np.uint8)

@@ -13,32 +13,25 @@ of the tumours harder to see: few nuclei of their foci are rings. It is for enco
 
 import csv
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import tifffile
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 
 from ds_wsi.runtime.files import atomic_path, write_text
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.own_files import require_ours
 from ds_wsi.runtime.progress import Progress
 from ds_wsi.runtime.temporary import remove_left_behind
+from ds_wsi.slides.demo_centres import Centre
+from ds_wsi.slides.demo_drawing import FOCUS_RADIUS_PX, draw_slide, pen_marks
+from ds_wsi.slides.pyramid import write_pyramid
 
 CLASSES = ("normal", "tumor")
 BASE_MPP = 0.5  # um/px at which tissue is drawn
-TIFF_TILE_PX = 256
-FOCUS_RADIUS_PX = 88  # at BASE_MPP: about six 64 px tiles
-SOLID_RADII_PX = (3.2, 4.0, 4.8)
-EOSIN = np.array([222, 150, 190], dtype=np.float32)
-HAEMATOXYLIN = np.array([96, 62, 140], dtype=np.float32)
-GLASS = np.array([243, 242, 245], dtype=np.float32)
-MIN_SATURATION, MIN_LIGHT = 0.15, 0.2  # of what eosin stains, at a centre
-RING_RATIO = 1.9  # outer radius of a ring over the solid nucleus's
 MANIFEST_FIELDS = ("slide_id", "path", "label", "patient_id", "split")
 
 
@@ -118,67 +111,6 @@ class SparsePolicy(StainsPolicy):
 
 
 DEMOS: dict[str, type[DemoPolicy]] = {"plain": DemoPolicy, "stains": StainsPolicy, "sparse": SparsePolicy}
-
-
-@dataclass(frozen=True)
-class Centre:
-    """How a laboratory stains and a scanner sees.
-
-    Args:
-        stain: factors of the optical density of red, green and blue.
-        gamma: the exponent of the transmitted light.
-        white: factors of red, green and blue, brightness included.
-        blur_px: standard deviation at BASE_MPP.
-    """
-
-    stain: tuple[float, float, float]
-    gamma: float
-    white: tuple[float, float, float]
-    blur_px: float
-
-    @classmethod
-    def draw(cls, seed: int, number: int) -> "Centre":
-        """The centre of this number, alike in every cohort of the seed."""
-        rng = np.random.default_rng([seed, 77, number])
-        while True:
-            amount, colour = rng.uniform(-0.3, 0.6), rng.normal(0, 0.25, 3)
-            white, bright = rng.uniform(-0.04, 0.04, 3), rng.uniform(-0.12, 0.05)
-            blur, gamma = rng.uniform(0, 0.9), rng.uniform(-0.25, 0.25)
-            drawn = cls(_triple(np.exp(amount + colour)), math.exp(gamma), _triple((1 + white) * (1 + bright)), blur)
-            if drawn.shows_tissue:
-                return drawn
-
-    def of_slide(self, rng: np.random.Generator) -> "Centre":
-        """The same centre on another day."""
-        while True:
-            stain = np.array(self.stain) * np.exp(rng.normal(0, 0.15) + rng.normal(0, 0.08, 3))
-            gamma = self.gamma * math.exp(rng.normal(0, 0.06))
-            white = np.array(self.white) * (1 + rng.normal(0, 0.01, 3)) * (1 + rng.normal(0, 0.03))
-            drawn = Centre(_triple(stain), gamma, _triple(white), max(0.0, self.blur_px + rng.normal(0, 0.1)))
-            if drawn.shows_tissue:
-                return drawn
-
-    @property
-    def shows_tissue(self) -> bool:
-        """Whether tissue is told from glass and pen: what is paler or greyer is glass, what is darker is pen."""
-        pale, inked = self.light(EOSIN), self.light((EOSIN + GLASS) / 2)
-        saturation = min(1 - float(shown.min() / shown.max()) for shown in (pale, inked))
-        return saturation > MIN_SATURATION and float(pale.min()) > MIN_LIGHT
-
-    def light(self, colours: np.ndarray) -> np.ndarray:
-        """Colours [..., 3] in [0, 255] as this centre shows them, in [0, 1] and a little above."""
-        density = -np.log((colours.astype(np.float32) + 1) / 256) * np.array(self.stain, dtype=np.float32)
-        return np.exp(-density * self.gamma) * np.array(self.white, dtype=np.float32)
-
-    def scan(self, image: np.ndarray) -> np.ndarray:
-        """A slide, uint8 [H, W, 3], as this centre shows it."""
-        picture = Image.fromarray(np.clip(self.light(image) * 255, 0, 255).astype(np.uint8))
-        return np.asarray(picture.filter(ImageFilter.GaussianBlur(self.blur_px)))
-
-
-def _triple(values: np.ndarray) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
 
 
 def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
@@ -297,146 +229,9 @@ def write_demo_slide(
     image = draw_slide(tumor=tumor, side_px=side_px, rng=rng, foci=foci, contrast=contrast, rings=rings)
     # No pen on what another centre has stained: the ink can be so much more saturated than pale tissue that Otsu's
     # threshold lies between these two, and the slide has no tissue.
-    image = _pen_marks(image, rng) if centre is None else centre.of_slide(rng).scan(image)
+    image = pen_marks(image, rng) if centre is None else centre.of_slide(rng).scan(image)
     scale = int(rng.integers(1, 3))
     if scale == 2:
         picture = Image.fromarray(image)
         image = np.asarray(picture.resize((side_px * 2, side_px * 2), Image.Resampling.BICUBIC))
     write_pyramid(path, image, mpp=BASE_MPP / scale)
-
-
-def draw_slide(
-    *,
-    tumor: bool,
-    side_px: int,
-    rng: np.random.Generator,
-    foci: int = DemoPolicy.foci,
-    contrast: float = DemoPolicy.contrast,
-    rings: float = DemoPolicy.few_rings,
-) -> np.ndarray:
-    """Return one slide at 0.5 um/px, without pen marks: uint8 [side, side, 3].
-
-    Args:
-        tumor: whether the slide is of this class.
-        side_px: side of the square slide.
-        rng: draws everything.
-        foci: how many a tumour has.
-        contrast: how far the nuclei stand out.
-        rings: share of the foci's nuclei that are rings, in [0, 1].
-    """
-    tissue = _tissue(side_px, rng)
-    places = _focus_centres(tissue, rng, count=2 + foci)
-    crowded, pale = _disc_field(side_px, places[:1]), _disc_field(side_px, places[1:2])
-    lesion = _disc_field(side_px, places[2:]) if tumor else np.zeros_like(tissue)
-    density = (0.0055 + 0.006 * crowded - 0.003 * pale) * (tissue > 0.5)  # nuclei per px
-    share = rings * (lesion >= 0.5)
-    solid = _nuclei(density * (1 - share), _solid_kernels(), rng)
-    pale_centred = _nuclei(density * share, _ring_kernels(), rng)
-    return _stain(tissue, contrast * np.clip(solid + pale_centred, 0, 1), pale, rng)
-
-
-def _smooth_noise(side_px: int, cells: int, rng: np.random.Generator) -> np.ndarray:
-    grid = rng.normal(size=(cells, cells)).astype(np.float32)
-    picture = Image.fromarray(grid).resize((side_px, side_px), Image.Resampling.BICUBIC)
-    return np.asarray(picture)
-
-
-def _tissue(side_px: int, rng: np.random.Generator) -> np.ndarray:
-    """An irregular blob with holes: float32 [side, side], 1 inside, soft at the edge."""
-    y, x = np.mgrid[0:side_px, 0:side_px].astype(np.float32) / side_px - 0.5
-    angle, squeeze = rng.uniform(0, math.pi), rng.uniform(0.8, 1.0)
-    u, v = x * math.cos(angle) + y * math.sin(angle), (y * math.cos(angle) - x * math.sin(angle)) / squeeze
-    outline = 0.40 - np.hypot(u, v) + 0.05 * _smooth_noise(side_px, 6, rng)
-    holes = 1.5 - _smooth_noise(side_px, max(6, side_px // 96), rng)
-    return np.clip(np.minimum(outline * side_px / 4, holes * 8), 0, 1)
-
-
-def _focus_centres(tissue: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Centres [count, 2] (y, x) inside the tissue, as far from each other as a few tries find."""
-    inside = np.argwhere(tissue > 0.99)
-    tries = inside[rng.integers(0, len(inside), size=(64, count))]
-    gaps = np.linalg.norm(tries[:, :, None] - tries[:, None, :], axis=-1) + np.eye(count) * tissue.shape[0]
-    return tries[gaps.min(axis=(1, 2)).argmax()]
-
-
-def _disc_field(side_px: int, centres: np.ndarray) -> np.ndarray:
-    y, x = np.mgrid[0:side_px, 0:side_px]
-    field = np.zeros((side_px, side_px), dtype=np.float32)
-    for cy, cx in centres:
-        field = np.maximum(field, np.hypot(y - cy, x - cx) < FOCUS_RADIUS_PX)
-    return field
-
-
-def _kernel(outer_px: float, inner_px: float) -> np.ndarray:
-    reach = math.ceil(outer_px) + 1
-    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
-    r = np.hypot(x, y)
-    return np.clip(outer_px - r + 0.5, 0, 1) - np.clip(inner_px - r + 0.5, 0, 1)
-
-
-def _solid_kernels() -> list[np.ndarray]:
-    return [_kernel(r, -1.0) for r in SOLID_RADII_PX]
-
-
-def _ring_kernels() -> list[np.ndarray]:
-    # outer^2 - inner^2 = r^2: a ring of the same ink as the solid nucleus of radius r.
-    return [_kernel(RING_RATIO * r, r * math.sqrt(RING_RATIO**2 - 1)) for r in SOLID_RADII_PX]
-
-
-def _nuclei(density: np.ndarray, kernels: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Stamp kernels at Poisson points of the given density per pixel; overlapping ink adds up."""
-    side = density.shape[0]
-    ink = np.zeros((side + 32, side + 32), dtype=np.float32)
-    for kernel in kernels:
-        reach = kernel.shape[0] // 2
-        for cy, cx in np.argwhere(rng.random(density.shape) < density / len(kernels)):
-            top, left = cy + 16 - reach, cx + 16 - reach
-            ink[top : top + kernel.shape[0], left : left + kernel.shape[1]] += kernel
-    return ink[16:-16, 16:-16]
-
-
-def _stain(tissue: np.ndarray, nuclei: np.ndarray, pale: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    eosin = EOSIN + rng.normal(0, 4, 3)
-    haematoxylin = HAEMATOXYLIN + rng.normal(0, 4, 3)
-    side = tissue.shape[0]
-    fibres = (0.10 * _smooth_noise(side, side // 10, rng) + 0.08 * _smooth_noise(side, 8, rng) - 0.25 * pale)[..., None]
-    ground = eosin + np.clip(fibres, -0.4, 0.4) * (eosin - GLASS)
-    inked = ground + nuclei[..., None] * 0.85 * (haematoxylin - ground)
-    image = GLASS + tissue[..., None] * (inked - GLASS) + rng.normal(0, 2.5, (side, side, 1))
-    return np.clip(image, 0, 255).astype(np.uint8)
-
-
-def _pen_marks(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    picture = Image.fromarray(image)
-    draw = ImageDraw.Draw(picture)
-    side = image.shape[0]
-    colour = [(30, 60, 160), (20, 120, 60), (15, 15, 20)][int(rng.integers(3))]
-    corner = rng.uniform(0.03, 0.12, 2) * side
-    points = [tuple(corner + np.array([t * side * 0.35, side * 0.03 * math.sin(9 * t)])) for t in np.linspace(0, 1, 24)]
-    draw.line(points, fill=colour, width=max(6, side // 90))
-    return np.asarray(picture)
-
-
-def write_pyramid(path: Path, image: np.ndarray, mpp: float, min_side_px: int = 192) -> None:
-    """Write uint8 [H, W, 3] as a tiled JPEG TIFF, halved level by level while its shorter side is >= min_side_px."""
-    pixels_per_cm = 1e4 / mpp
-    with atomic_path(path) as temporary, tifffile.TiffWriter(temporary) as tiff:
-        level, downsample = Image.fromarray(image), 1
-        while True:
-            tiff.write(
-                np.asarray(level),
-                tile=(TIFF_TILE_PX, TIFF_TILE_PX),
-                photometric="rgb",  # of the input; stored as YCbCr
-                subsampling=(1, 1),
-                compression="jpeg",
-                compressionargs={"level": 88},
-                subfiletype=0 if downsample == 1 else 1,
-                resolution=(pixels_per_cm / downsample, pixels_per_cm / downsample),
-                resolutionunit="CENTIMETER",
-                metadata=None,
-                software=False,
-            )
-            if min(level.size) // 2 < min_side_px:
-                return
-            level = level.reduce(2)
-            downsample *= 2

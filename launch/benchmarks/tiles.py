@@ -22,8 +22,9 @@ from ds_wsi.bags.bag import read_chunks
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.runtime.log import logger
-from ds_wsi.slides.demo import DemoPolicy, make_demo, write_pyramid
+from ds_wsi.slides.demo import DemoPolicy, make_demo
 from ds_wsi.slides.policy import TilingPolicy
+from ds_wsi.slides.pyramid import write_pyramid
 from ds_wsi.slides.slide import Slide
 from ds_wsi.slides.tiling import TileGrid, plan_coords, plan_level
 from launch.benchmarks.table import Bound, Result

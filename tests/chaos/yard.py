@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_runs import SLIDES, listing, write_cohort, write_table
 
-from ds_wsi.slides.demo import write_pyramid
+from ds_wsi.slides.pyramid import write_pyramid
 from ds_wsi.training.checkpoint import list_checkpoints, verify
 from ds_wsi.training.run_folder import MARK
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_wsi.slides.demo import write_pyramid
+from ds_wsi.slides.pyramid import write_pyramid
 
 CAMELYON16 = [
     ("normal_001.tif", "normal", "negative", "0"),

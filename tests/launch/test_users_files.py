@@ -13,7 +13,7 @@ from tiny_runs import SLIDES, evaluate, listing, train, write_cohort, write_tabl
 
 from ds_wsi.cli import main
 from ds_wsi.runtime.log import logger
-from ds_wsi.slides.demo import write_pyramid
+from ds_wsi.slides.pyramid import write_pyramid
 from runs import ROOT, environment
 
 pytestmark = pytest.mark.launch

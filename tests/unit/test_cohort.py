@@ -13,9 +13,9 @@ from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.manifest import SPLITS, ManifestError
 from ds_wsi.bags.slide_policy import SKIPPED_FILE, SkippedSlide, SlidePolicy, write_skipped
 from ds_wsi.slides.coords import export_trident, import_trident, read_grid, write_grid
-from ds_wsi.slides.demo import write_pyramid
 from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.slides.policy import TilingPolicy
+from ds_wsi.slides.pyramid import write_pyramid
 from ds_wsi.slides.slide import Slide
 from ds_wsi.slides.tiling import tile_slide
 

@@ -17,9 +17,9 @@ from ds_wsi.bags.features import FeatureFileError, read_about, read_features, re
 from ds_wsi.runtime.fingerprint import Fingerprint
 from ds_wsi.slides import tile_store
 from ds_wsi.slides.coords import export_clam, import_clam, read_grid, read_slide_fingerprint, write_grid
-from ds_wsi.slides.demo import write_pyramid
 from ds_wsi.slides.masks import MaskFile, read_mask, write_mask
 from ds_wsi.slides.policy import TilingPolicy
+from ds_wsi.slides.pyramid import write_pyramid
 from ds_wsi.slides.slide import Slide, SlideError, TileReadError
 from ds_wsi.slides.tile_store import StoredSlide, StoreError, damaged_rows, pack_slide, store_path
 from ds_wsi.slides.tiling import tile_slide

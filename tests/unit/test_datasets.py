@@ -8,8 +8,8 @@ from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.datasets import read_camelyon16, read_camelyon17, read_panda, read_tcga
 from ds_wsi.bags.manifest import ManifestError, read_manifest, write_manifest
 from ds_wsi.cli import main
-from ds_wsi.slides.demo import write_pyramid
 from ds_wsi.slides.policy import TilingPolicy
+from ds_wsi.slides.pyramid import write_pyramid
 from miniatures import CAMELYON16, CAMELYON17, PANDA, TCGA, camelyon16, camelyon17, panda, table, tcga, touch
 
 

@@ -1,4 +1,5 @@
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import openslide
@@ -8,6 +9,7 @@ from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.manifest import read_manifest
 from ds_wsi.slides import demo
 from ds_wsi.slides.demo import Centre, DemoPolicy, SparsePolicy, StainsPolicy, make_demo
+from ds_wsi.slides.demo_drawing import draw_slide
 from ds_wsi.slides.policy import TilingPolicy
 
 SMALL = DemoPolicy(train=2, validation=2, test=2, min_side_px=352, max_side_px=416)
@@ -138,11 +140,11 @@ def test_half_of_the_sparse_tumours_of_each_centre_have_few_rings():
 
 def test_fewer_rings_leave_ink_and_change_nuclei():
     """Rings carry the ink of solid nuclei: their share changes the picture, not its mean."""
+    draw = partial(draw_slide, side_px=384, foci=3, contrast=1.0)
     drawn = {
-        rings: demo.draw_slide(tumor=True, side_px=384, rng=np.random.default_rng(3), foci=3, rings=rings).astype(float)
-        for rings in (0.0, 0.06, 1.0)
+        rings: draw(tumor=True, rng=np.random.default_rng(3), rings=rings).astype(float) for rings in (0.0, 0.06, 1.0)
     }
-    normal = demo.draw_slide(tumor=False, side_px=384, rng=np.random.default_rng(3), foci=3)
+    normal = draw(tumor=False, rng=np.random.default_rng(3), rings=1.0)
     assert abs(drawn[0.06].mean() - drawn[1.0].mean()) < 1.0
     assert (drawn[1.0] != drawn[0.0]).any(-1).mean() > 0.1
     assert (drawn[0.0] == normal).all(), "a tumour without a ring is no tumour"

@@ -19,7 +19,8 @@ from ds_wsi.doctor import checks, compilers, device, engines, limits, machine, r
 from ds_wsi.doctor.apart import ApartError, apart, finding_apart
 from ds_wsi.doctor.checks import CHECKS, Check, run_check
 from ds_wsi.doctor.finding import FAIL, PASS, WARN, Finding, worst
-from ds_wsi.runtime.seams import SEEN, Seam, checks
+from ds_wsi.runtime.seams import SEEN, Seam
+from ds_wsi.runtime.seams import checks as seam_checks
 
 SHORT_S = 10.0
 
@@ -115,10 +116,10 @@ def test_a_package_that_cannot_be_imported(tmp_path, monkeypatch):
 def test_private_names_that_are_gone(monkeypatch):
     row = Seam("torch.gone:*._size", "x", "a shape")
     monkeypatch.setattr(versions, "SEEN", {"torch": SEEN["torch"]})
-    monkeypatch.setattr(checks, "SEAMS", (row, row._replace(since="99")))
+    monkeypatch.setattr(seam_checks, "SEAMS", (row, row._replace(since="99")))
     finding = versions.import_and_look(["json"])
     assert_is(finding, FAIL, "are gone: torch.gone > _size (a shape)", f'pip install "torch=={SEEN["torch"][1]}"')
-    monkeypatch.setattr(checks, "SEAMS", (row._replace(optional=True),))
+    monkeypatch.setattr(seam_checks, "SEAMS", (row._replace(optional=True),))
     assert_is(versions.import_and_look(["json"]), PASS, "1 module imported, ", "")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ds_wsi.bags.features import read_features
 from ds_wsi.cli import main
 from ds_wsi.runtime.tensor_seal import OF_HEAD, OF_TENSORS
-from ds_wsi.slides.demo import write_pyramid
+from ds_wsi.slides.pyramid import write_pyramid
 from ds_wsi.slides.tile_store import StoredSlide
 
 CHECKSUMS = (OF_HEAD, OF_TENSORS)  # earlier versions wrote none

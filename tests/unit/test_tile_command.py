@@ -19,7 +19,7 @@ from ds_wsi.cli import build_parser, main
 from ds_wsi.runtime import progress as progress_module
 from ds_wsi.runtime.progress import Progress, duration
 from ds_wsi.slides.coords import read_grid
-from ds_wsi.slides.demo import write_pyramid
+from ds_wsi.slides.pyramid import write_pyramid
 
 READ_SLIDES = ("tile", "train", "protocol", "features", "evaluate", "heatmap")
 

@@ -16,8 +16,8 @@ from ds_wsi.bags.manifest import ManifestError
 from ds_wsi.bags.packing import pack_cohort, require_store
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.cli import main
-from ds_wsi.slides.demo import write_pyramid
 from ds_wsi.slides.policy import TilingPolicy
+from ds_wsi.slides.pyramid import write_pyramid
 from ds_wsi.slides.slide import Slide, TileReadError
 from ds_wsi.slides.tile_store import StoredSlide, StoreError, TileStore, damaged_rows, pack_slide, store_path
 from ds_wsi.slides.tiling import tile_slide
