@@ -26,8 +26,10 @@ from ds_wsi.training.checkpoint import find_checkpoint
 from ds_wsi.training.epoch_plan import count_steps
 from ds_wsi.training.norm_plan import norm_plan
 from ds_wsi.training.one_step import TimedSteps, time_micro_steps
+from ds_wsi.training.output_folder import asked_folder
+from ds_wsi.training.prepare import engine_settings, prepare_run
 from ds_wsi.training.protocol import Protocol, plan_runs, read_cohort, split_cohort
-from ds_wsi.training.run import Run, asked_folder, engine_settings, prepare_run
+from ds_wsi.training.run import Run
 from ds_wsi.training.run_folder import require_run_folder
 from ds_wsi.training.same_run import known_early, require_same
 from ds_wsi.training.settings import TrainSettings

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_wsi.bags.bag import read_bags
+from ds_wsi.bags.sampler import StepPlan
 from ds_wsi.engines.accelerator.engine import average_buffers
 from ds_wsi.engines.accelerator.scope import closing_trackers, engine_scope
 from ds_wsi.engines.sharded.zero import full_state_dict
@@ -30,8 +32,9 @@ from ds_wsi.training.micro_step import MicroSteps
 from ds_wsi.training.one_step import train_step
 from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta, warn_of_warmup
 from ds_wsi.training.outcome import finish, finished_results, is_finished
+from ds_wsi.training.prepare import prepare_run
 from ds_wsi.training.resume import resume, save
-from ds_wsi.training.run import Run, prepare_run
+from ds_wsi.training.run import Run
 from ds_wsi.training.run_folder import alone_in, logging_to
 from ds_wsi.training.screen import tell_start
 from ds_wsi.training.settings import TrainSettings
@@ -153,30 +156,14 @@ def _stops_early(run: Run) -> bool:
 def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraining) -> dict[str, float]:
     progress, optim = run.progress, run.settings.optim
     plan = epoch_plan(run, progress.epoch)
+    rate_at = _rates(run, len(plan))
     _, total = count_steps(run)
-    rate_at = partial(
-        learning_rate_at,
-        total_steps=total,
-        peak=optim.learning_rate,
-        schedule=optim.lr_scheduler_type,
-        warmup_steps=optim.warmup_steps,
-        steps_per_epoch=len(plan),
-    )
     run.module.warming_up = encoder_rests(run.settings.model.freeze_encoder_epochs, progress.epoch)
     if progress.epoch == run.settings.model.freeze_encoder_epochs > 0 and progress.step_in_epoch == 0:
         forget_steps(run.optimizer)
     run.model.train()
-    tiles_read, start, rate, skipped = 0, time.perf_counter(), 0.0, 0
-    present = PresentRate()
-    bar = Progress(
-        f"epoch {progress.epoch + 1}/{optim.num_train_epochs}",
-        "slide",
-        sum(step.n_bags for step in plan),
-        initial=sum(step.n_bags for step in plan[: progress.step_in_epoch]),
-        shown=run.accelerator.is_main_process and not run.settings.run.disable_tqdm,
-        leave=True,
-    )
-    with bar:
+    tiles_read, start, rate, skipped, present = 0, time.perf_counter(), 0.0, 0, PresentRate()
+    with _epoch_bar(run, plan) as bar:
         for step, following in pairwise([*plan[progress.step_in_epoch :], None]):
             assert step is not None
             rate_now = rate_at(progress.global_step)
@@ -226,6 +213,31 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
         "peak_memory_bytes": float(peak_memory_bytes(run.device)),
         **(run.comm.metrics() if run.comm else {}),
     }
+
+
+def _rates(run: Run, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate of a step, by its number in the run."""
+    optim = run.settings.optim
+    return partial(
+        learning_rate_at,
+        total_steps=count_steps(run)[1],
+        peak=optim.learning_rate,
+        schedule=optim.lr_scheduler_type,
+        warmup_steps=optim.warmup_steps,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def _epoch_bar(run: Run, plan: Sequence[StepPlan]) -> Progress:
+    progress = run.progress
+    return Progress(
+        f"epoch {progress.epoch + 1}/{run.settings.optim.num_train_epochs}",
+        "slide",
+        sum(step.n_bags for step in plan),
+        initial=sum(step.n_bags for step in plan[: progress.step_in_epoch]),
+        shown=run.accelerator.is_main_process and not run.settings.run.disable_tqdm,
+        leave=True,
+    )
 
 
 def _end_epoch(run: Run, entry: dict[str, float]) -> None:

@@ -24,8 +24,8 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.training.dataset_options import WAYS, reading_of, splitting_of
 from ds_wsi.training.loop import train
 from ds_wsi.training.options import settings_from
+from ds_wsi.training.prepare import engine_settings
 from ds_wsi.training.presets import DEFAULTS, Preset, presets_of
-from ds_wsi.training.run import engine_settings
 from ds_wsi.training.run_mark import identity, mark_started, require_same, was_finished
 from ds_wsi.training.settings import TrainSettings
 

@@ -16,7 +16,7 @@ from .case import Moment, Shot
 
 # place -> the module whose name is looked up when it is called, and the name
 PLACES = {
-    "prepare": ("ds_wsi.training.run", "_load_cohort"),
+    "prepare": ("ds_wsi.training.prepare", "cohort_of"),
     "start": ("ds_wsi.training.loop", "tell_start"),
     "step": ("ds_wsi.training.one_step", "_micro_loss"),
     "save": ("ds_wsi.training.resume", "save_checkpoint"),

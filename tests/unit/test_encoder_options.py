@@ -19,7 +19,7 @@ from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.run import prepare_run
+from ds_wsi.training.prepare import prepare_run
 from ds_wsi.training.settings import ModelSettings, TrainSettings
 
 SMALL = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 3}
@@ -252,7 +252,7 @@ def test_epochs_without_the_encoder_must_leave_some_with_it():
     plugin = SimpleNamespace(zero_stage=3)
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ds_wsi.training.run.build_accelerator", lambda *_: accelerator)
+        patch.setattr("ds_wsi.training.prepare.build_accelerator", lambda *_: accelerator)
         with pytest.raises(ValueError, match=r"must be 0 at ZeRO stage 3.*got 2\. HINT: take stage 2"):
             prepare_run(replace(settings, model=ModelSettings(freeze_encoder_epochs=2)), None)
 

@@ -1,0 +1,90 @@
+"""The cohort of a run: read or drawn, tiled by one process, the same on all."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ds_wsi.bags.cohort import Cohort, load_cohort
+from ds_wsi.bags.feature_cohort import load_feature_cohort
+from ds_wsi.bags.manifest import Manifest
+from ds_wsi.bags.relabel import with_positive
+from ds_wsi.bags.slide_policy import SkippedSlide, SlidePolicy, write_skipped
+from ds_wsi.engines.accelerator.engine import (
+    Accelerator,
+    broadcast_object_list,
+)
+from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.progress import Progress as Bar
+from ds_wsi.slides.demo import DEMOS, make_demo
+from ds_wsi.training.settings import TrainSettings
+
+
+def cohort_of(settings: TrainSettings, accelerator: Accelerator, output_dir: Path, write_grids: bool) -> Cohort:
+    """The slides or features that a run trains on, with the positive class that its settings name. Collective."""
+    cohort = _read_cohort(settings, accelerator, output_dir, write_grids)
+    # After splits are drawn: those do not depend on it.
+    found = with_positive(cohort.manifest, settings.data.positive_class)
+    if len(found.classes) == 2:
+        logger.info("positive class, whose f1 is told: %s (--positive_class)", found.classes[1])
+    return replace(cohort, manifest=found)
+
+
+def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: Path, write_grids: bool) -> Cohort:
+    data, policies = settings.data, settings.policies
+
+    def checked(manifest: Manifest) -> Manifest:
+        with_positive(manifest, data.positive_class)  # told before slides are tiled
+        return manifest
+
+    # The main process tiles and writes the grids, the others then read them.
+    with accelerator.main_process_first():
+        manifest = data.manifest or make_demo(data.demo_folder, DEMOS[data.demo]())
+        if data.features_dir is not None:
+            return load_feature_cohort(
+                manifest,
+                data.features_dir,
+                check=data.check_features,
+                record_dir=data.tiles_dir or output_dir / "tiles",
+                classes=data.classes,
+                seed=data.split_seed,
+                workers=max(1, policies.reading.workers),
+                write_record=write_grids,
+                choose=checked,
+            )
+
+    def load(skipped: tuple[SkippedSlide, ...] | None) -> Cohort:
+        shown = accelerator.is_main_process and not settings.run.disable_tqdm
+        with Bar("opening and tiling", "slide", shown=shown) as bar:
+            return load_cohort(
+                manifest,
+                policies.tiling,
+                tiles_dir=data.tiles_dir or output_dir / "tiles",
+                classes=data.classes,
+                slide_mpp=data.slide_mpp,
+                seed=data.split_seed,
+                workers=max(1, policies.reading.workers),
+                write_grids=write_grids,
+                choose=checked,
+                slides=SlidePolicy(data.tissue_masks, data.masks_in_bounds, data.skip_bad_slides, skipped),
+                on_slide=bar.step,
+            )
+
+    # Which slides are left out is the main process's to say: another could find another file unreadable.
+    cohort = load(None) if accelerator.is_main_process else None
+    skipped = broadcast_object_list([None if cohort is None else cohort.skipped])[0]
+    if cohort is None:
+        return load(skipped)
+    if write_grids:
+        write_skipped(output_dir, cohort.skipped)
+    return cohort
+
+
+def require_splits(cohort: Cohort) -> None:
+    """Refuse a cohort that leaves nothing to train on or to test; tell one without validation."""
+    for split in ("train", "test"):
+        if not cohort.rows(split):
+            raise ValueError(
+                f"the {split} split must hold at least one slide, got none ({cohort.manifest.source}). "
+                "HINT: give some slides this split, or leave the column out and splits are drawn by patient."
+            )
+    if not cohort.rows("validation"):
+        logger.warning("no validation split: the last epoch's weights are exported")
