@@ -86,7 +86,8 @@ def strata_rows(table: SurvivalTable) -> tuple[Tensor, ...]:
     """Row numbers of each stratum's bags that have a target, by (time, id): int64 on the host, stratum by stratum."""
     order = table.canonical_order()
     _, counts = table.strata[order].unique_consecutive(return_counts=True)
-    return order.split(counts.tolist())
+    parts: tuple[Tensor, ...] = order.split(counts.tolist())
+    return parts
 
 
 def log_risk_sums(scores: Tensor, times: Tensor, at: Tensor) -> Tensor:

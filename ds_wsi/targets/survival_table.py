@@ -136,7 +136,9 @@ def gather_table(own: SurvivalTable, group: Any = None) -> GatheredTable:
     scores, times, events, strata, ids = torch.cat(kept, dim=1)
     rank = dist.get_rank(group)
     start = sum(counts[:rank])
-    table = SurvivalTable(scores.view(torch.float64), times.view(torch.float64), events.bool(), strata, ids)
+    # Cloned: torch saves no storage that is viewed as two types.
+    scores, times = (column.view(torch.float64).clone() for column in (scores, times))
+    table = SurvivalTable(scores, times, events.bool(), strata, ids)
     return GatheredTable(table, slice(start, start + len(own)))
 
 
