@@ -12,7 +12,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 # A package may import those of lower layers. Siblings of a layer do not import each other, but for the pairs allowed.
 LAYERS = (
     {"runtime"},
-    {"norms"},
+    {"norms", "targets"},
     {"slides", "partition", "stacking", "tile_parallel", "compression", "models"},
     {"bags"},
     {"config"},

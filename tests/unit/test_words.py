@@ -22,6 +22,7 @@ CLEAN = (
     "runtime",
     "slides",
     "stacking",
+    "targets",
     "tile_parallel",
 )
 # Rule -> the packages and modules of ds_wsi for which it holds; the aim is all.
