@@ -5,7 +5,7 @@ matrix product gives the confusion matrices, a sum over the sorted scores gives 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -120,6 +120,7 @@ def bootstrap_measures(
     confidence: float = 0.95,
     seed: int = 0,
     patients: Sequence[str] | None = None,
+    shares: Collection[str] = (),
 ) -> dict[str, MetricInterval]:
     """Compute metrics of any task with a percentile interval for each, as `bootstrap_metrics` does of classification.
 
@@ -127,6 +128,7 @@ def bootstrap_measures(
         measures: one per run over the slides; each maps counts [R, N] to metrics [R]. All give the same metrics.
         n_slides: N.
         n_resamples, confidence, seed, patients: the same as of `bootstrap_metrics`.
+        shares: the metrics that are shares of the slides, such as accuracy; at 0 or 1 their interval is the exact one.
 
     Returns:
         Metric -> interval, in the measures' order; the value is the mean over the runs.
@@ -139,10 +141,13 @@ def bootstrap_measures(
         raise ValueError(f"patients must have {n_slides} names, got {len(patients)}. HINT: give one name per slide.")
     whole = [measure(np.ones((1, n_slides), dtype=np.int64)) for measure in measures]
     samples = resample_measures(measures, n_slides, patients, n_resamples, seed)
-    return {
-        name: percentile_interval(float(np.mean([each[name][0] for each in whole])), samples[name], confidence)
-        for name in whole[0]
-    }
+    values = {name: float(np.mean([each[name][0] for each in whole])) for name in whole[0]}
+    intervals = {name: percentile_interval(values[name], samples[name], confidence) for name in values}
+    n_drawn = n_slides if patients is None else len(set(patients))
+    for name in shares:
+        if values[name] in (0.0, 1.0):
+            intervals[name] = _exact_at_an_end(values[name], n_drawn, intervals[name])
+    return intervals
 
 
 def resample_metrics(

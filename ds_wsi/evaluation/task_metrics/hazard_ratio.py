@@ -161,7 +161,7 @@ def _maximum(terms: _Terms) -> tuple[float, float]:
         step = slope / information
         for _ in range(MAX_STEPS):
             risen = _likelihood(terms, coefficient + step)
-            if risen[0] >= value - 1e-12 * abs(value):
+            if math.isfinite(risen[0]) and risen[0] >= value - 1e-12 * abs(value):
                 break
             step /= 2  # the likelihood is concave: a shorter step rises
         coefficient += step
@@ -170,7 +170,10 @@ def _maximum(terms: _Terms) -> tuple[float, float]:
 
 
 def _likelihood(terms: _Terms, coefficient: float) -> tuple[float, float, float]:
-    """Return the partial likelihood's logarithm, its slope and its negative curvature."""
+    """Return the partial likelihood's logarithm, its slope and its negative curvature.
+
+    Not finite where a step went so far that the hazards of all at risk vanish beside the highest.
+    """
     exponents = coefficient * terms.covariate
     shift = exponents.max()
     hazards = np.exp(exponents - shift)
@@ -180,6 +183,8 @@ def _likelihood(terms: _Terms, coefficient: float) -> tuple[float, float, float]
         at_risk = np.cumsum(hazards * terms.covariate**power)[terms.risk_end - 1]
         tied = np.add.reduceat(of_events * terms.of_events**power, terms.tied_starts)[terms.time_of]
         sums.append(at_risk - terms.share * tied)
+    if not (sums[0] > 0).all():
+        return -math.inf, math.nan, math.nan
     mean = sums[1] / sums[0]
     value = float((coefficient * terms.of_events - shift - np.log(sums[0])).sum())
     return value, float((terms.of_events - mean).sum()), float((sums[2] / sums[0] - mean**2).sum())

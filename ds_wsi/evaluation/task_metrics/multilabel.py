@@ -127,9 +127,9 @@ def _youden(targets: FloatArray, scores: FloatArray) -> float:
     is_known = np.isfinite(targets)
     positive, values = targets[is_known] == 1, scores[is_known]
     distinct, group = np.unique(-values, return_inverse=True)  # the highest score first
-    shares = [np.bincount(group, weights=kind, minlength=len(distinct)) for kind in (positive, ~positive)]
-    sensitivity, false_alarms = (np.cumsum(share) / share.sum() for share in shares)
-    return float(-distinct[np.argmax(sensitivity - false_alarms)])
+    true, false = (np.cumsum(np.bincount(group[kind], minlength=len(distinct))) for kind in (positive, ~positive))
+    # Youden's index times both numbers of slides, in whole numbers: rounding would part equal ones.
+    return float(-distinct[np.argmax(true * (~positive).sum() - false * positive.sum())])
 
 
 def _micro_auc(targets: FloatArray, scores: FloatArray, weights: FloatArray) -> FloatArray:
