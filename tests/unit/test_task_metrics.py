@@ -313,7 +313,7 @@ class TestMultilabel:
         with pytest.raises(ValueError, match="must be fitted on the validation split, got test"):
             fit_label_thresholds(self.TARGETS, self.SCORES, self.NAMES, split="test")
         fitted = fit_label_thresholds(self.TARGETS, self.SCORES, self.NAMES, split="validation")
-        # The lowest of three equal ones in scikit-learn 1.9.1, whose rates round apart, is 0.1; the others are the same.
+        # scikit-learn 1.9.1 has the same but for b, where its rounding parts three equal ones, and 0.1 wins.
         assert fitted.values == (-0.6, 1.1, 0.5)
         targets = self.TARGETS.copy()
         targets[:, 1] = 0
