@@ -58,6 +58,14 @@ def test_the_curves_and_the_slides_at_risk(figures, tmp_path):
     assert any("low risk (4 of 11 had the event)" in word for word in words)
 
 
+def test_the_interval_reaches_the_end_of_a_curve_that_falls_to_zero(figures, tmp_path):
+    draw_kaplan_meier({"all": kaplan_meier(follow_up([10, 20, 90], [1, 1, 1]))}, tmp_path / "a.png")
+    (band,) = figures[0].axes[0].collections
+    corners = band.get_paths()[0].vertices
+    assert np.isfinite(corners).all()
+    assert corners[:, 0].max() == 90
+
+
 def test_odd_curves_are_drawn(figures, tmp_path):
     curves = {f"group {number}": kaplan_meier(follow_up([0], [1])) for number in range(7)}  # more than colours
     draw_kaplan_meier(curves, tmp_path / "a.png")

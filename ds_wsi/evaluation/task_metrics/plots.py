@@ -75,6 +75,8 @@ def _draw_curve(axes: Axes, curve: SurvivalCurve, name: str, colour: str, line_s
     events = int(curve.events.sum())
     label = f"{name} ({events} of {int(curve.at_risk[0])} had the event)"
     axes.step(times, survival, where="post", color=colour, linestyle=line_style, linewidth=1.8, label=label)
+    # Where the curve ends at 0 it has no interval; NaN there would take the one before it away.
+    low, high = np.nan_to_num(low), np.nan_to_num(high)
     axes.fill_between(times, low, high, step="post", color=colour, alpha=0.13, linewidth=0)
     censored = curve.censored > 0
     axes.plot(curve.times[censored], curve.survival[censored], "|", color=colour, markersize=6, markeredgewidth=1)
@@ -91,7 +93,7 @@ def _draw_at_risk(
     for row, curve in enumerate(curves.values()):
         for tick, number in zip(ticks, curve.at_risk_at(ticks), strict=True):
             axes.text(tick, row, f"{number:g}", ha="center", va="center", fontsize=8.5)
-    axes.tick_params(length=0, labelbottom=False)
+    axes.tick_params(length=0, pad=12, labelbottom=False)  # clear of the numbers at 0
     for spine in axes.spines.values():
         spine.set_visible(False)
 
