@@ -132,12 +132,8 @@ def weighted_mean_auc(
     Source: Lambert and Chevret, Statistical Methods in Medical Research 25 (2016), 2088, equation 6.
     """
     survival = weighted_survival_at(follow_up, counts, reference.times)
-    drops = np.zeros_like(areas)
-    last = np.ones(len(areas))
-    for column in range(areas.shape[1]):
-        defined = np.isfinite(areas[:, column])
-        drops[:, column] = np.where(defined, last - survival[:, column], 0.0)
-        last = np.where(defined, survival[:, column], last)
+    # An AUC is undefined before the first case, where nothing drops, or from some time on: no drop is between.
+    drops = np.where(np.isfinite(areas), -np.diff(survival, axis=1, prepend=1.0), 0.0)
     return divide((drops * np.nan_to_num(areas)).sum(axis=1), drops.sum(axis=1))
 
 
