@@ -5,8 +5,9 @@ matrix product gives the confusion matrices, a sum over the sorted scores gives 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,20 @@ from ds_wsi.evaluation.metrics import (
     check_predictions,
     slide_metrics,
 )
+from ds_wsi.evaluation.weighted import (
+    area_under_roc,
+    confusion_counts,
+    divide,
+    mean_where,
+    quadratic_weighted_kappa,
+)
 from ds_wsi.runtime.files import json_number
 
 # An interval is a percentile bootstrap's. Where all resamples agree, as they do for twenty slides of twenty right, a
 # bootstrap would give an interval of no width: the accuracy's is then exact, the others' is not told.
 SAME = 1e-12  # resamples that differ by less agree: they differ by rounding
 METHODS = ("bootstrap", "exact", "undetermined")
+Measure = Callable[[IntArray], Mapping[str, FloatArray]]  # how often each slide counts, [R, N] -> metric -> [R]
 CHUNK_ELEMENTS = 2**20  # counts held at once: 8 MiB per array, whatever the number of slides and resamples
 
 
@@ -83,10 +92,7 @@ def bootstrap_metrics(
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; Clopper and Pearson, Biometrika
     26 (1934), 404.
     """
-    if n_resamples < 1:
-        raise ValueError(f"n_resamples must be at least 1, got {n_resamples}. HINT: 2000 is usual.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be in (0, 1), got {confidence}. HINT: 0.95 is usual.")
+    _check_resampling(n_resamples, confidence)
     probabilities = np.asarray(probabilities, dtype=np.float64)
     runs = list(probabilities) if probabilities.ndim == 3 else [probabilities]
     label_array, _ = check_predictions(labels, runs[0])
@@ -97,6 +103,50 @@ def bootstrap_metrics(
     if values["accuracy"] in (0.0, 1.0):
         drawn = len(label_array) if patients is None else len(set(patients))
         intervals["accuracy"] = _exact_at_an_end(values["accuracy"], drawn, intervals["accuracy"])
+    return intervals
+
+
+def _check_resampling(n_resamples: int, confidence: float) -> None:
+    if n_resamples < 1:
+        raise ValueError(f"n_resamples must be at least 1, got {n_resamples}. HINT: 2000 is usual.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}. HINT: 0.95 is usual.")
+
+
+def bootstrap_measures(
+    measures: Sequence[Measure],
+    n_slides: int,
+    n_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    patients: Sequence[str] | None = None,
+    shares: Collection[str] = (),
+) -> dict[str, MetricInterval]:
+    """Compute metrics of any task with a percentile interval for each, as `bootstrap_metrics` does of classification.
+
+    Args:
+        measures: one per run over the slides; each maps counts [R, N] to metrics [R]. All give the same metrics.
+        n_slides: N.
+        n_resamples, confidence, seed, patients: the same as of `bootstrap_metrics`.
+        shares: the metrics that are shares of the slides, such as accuracy; at 0 or 1 their interval is the exact one.
+
+    Returns:
+        Metric -> interval, in the measures' order; the value is the mean over the runs.
+
+    Raises:
+        ValueError: n_resamples or confidence out of range, patients that are not one per slide.
+    """
+    _check_resampling(n_resamples, confidence)
+    if patients is not None and len(patients) != n_slides:
+        raise ValueError(f"patients must have {n_slides} names, got {len(patients)}. HINT: give one name per slide.")
+    whole = [measure(np.ones((1, n_slides), dtype=np.int64)) for measure in measures]
+    samples = resample_measures(measures, n_slides, patients, n_resamples, seed)
+    values = {name: float(np.mean([each[name][0] for each in whole])) for name in whole[0]}
+    intervals = {name: percentile_interval(values[name], samples[name], confidence) for name in values}
+    n_drawn = n_slides if patients is None else len(set(patients))
+    for name in shares:
+        if values[name] in (0.0, 1.0):
+            intervals[name] = _exact_at_an_end(values[name], n_drawn, intervals[name])
     return intervals
 
 
@@ -114,14 +164,31 @@ def resample_metrics(
     Returns:
         METRIC_NAMES -> float64 [n_resamples], NaN where any run's metric is undefined.
     """
-    names = range(len(labels)) if patients is None else patients
+    measures = [partial(weighted_metrics, labels, run) for run in runs]
+    return resample_measures(measures, len(labels), patients, n_resamples, seed)
+
+
+def resample_measures(
+    measures: Sequence[Measure], n_slides: int, patients: Sequence[str] | None, n_resamples: int, seed: int
+) -> dict[str, FloatArray]:
+    """Compute the mean over the runs of metrics of any task of each resample.
+
+    Args:
+        measures: one per run; each maps counts, int64 [R, N], to metrics, float64 [R] by name.
+        n_slides: N.
+        patients, n_resamples, seed: the same as of `resample_metrics`.
+
+    Returns:
+        Metric -> float64 [n_resamples], NaN where any run's metric is undefined.
+    """
+    names = range(n_slides) if patients is None else patients
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}  # in the slides' order
     groups = np.array([numbers[name] for name in names])
-    parts: dict[str, list[FloatArray]] = {name: [] for name in METRIC_NAMES}
+    parts: dict[str, list[FloatArray]] = {}
     for counts in resample_counts(len(numbers), n_resamples, seed):
-        each = [weighted_metrics(labels, run, counts[:, groups]) for run in runs]
-        for name in METRIC_NAMES:
-            parts[name].append(np.mean([metrics[name] for metrics in each], axis=0))
+        each = [measure(counts[:, groups]) for measure in measures]
+        for name in each[0]:
+            parts.setdefault(name, []).append(np.mean([metrics[name] for metrics in each], axis=0))
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
@@ -149,72 +216,43 @@ def weighted_metrics(labels: IntArray, probabilities: FloatArray, counts: IntArr
     """
     classes = probabilities.shape[1]
     weights = counts.astype(np.float64)  # whole numbers: sums are exact
-    confusion = _confusion(labels, probabilities.argmax(axis=1), weights, classes)
+    confusion = confusion_counts(labels, probabilities.argmax(axis=1), weights, classes)
     present = confusion.sum(axis=2) > 0  # [R, C]
     values = (
         np.trace(confusion, axis1=1, axis2=2) / weights.sum(axis=1),
         _balanced_accuracy(confusion, present),
         _auc(labels, probabilities, weights, present),
-        _quadratic_weighted_kappa(confusion),
+        quadratic_weighted_kappa(confusion),
         _f1(confusion),
     )
     return dict(zip(METRIC_NAMES, values, strict=True))
 
 
-def _confusion(labels: IntArray, predicted: IntArray, weights: FloatArray, classes: int) -> FloatArray:
-    cells = np.zeros((len(labels), classes * classes))  # [N, C * C], one-hot
-    cells[np.arange(len(labels)), labels * classes + predicted] = 1
-    return (weights @ cells).reshape(-1, classes, classes)  # [R, true, predicted]
-
-
 def _balanced_accuracy(confusion: FloatArray, present: npt.NDArray[np.bool_]) -> FloatArray:
-    recall = _divide(np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2))
-    return _mean_where(recall, present & (present.sum(axis=1, keepdims=True) > 1))
+    recall = divide(np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2))
+    return mean_where(recall, present & (present.sum(axis=1, keepdims=True) > 1))
 
 
 def _auc(
     labels: IntArray, probabilities: FloatArray, weights: FloatArray, present: npt.NDArray[np.bool_]
 ) -> FloatArray:
     classes = range(1, 2) if probabilities.shape[1] == 2 else range(probabilities.shape[1])
-    areas = np.stack([_one_vs_rest_auc(labels == index, probabilities[:, index], weights) for index in classes], axis=1)
-    return _mean_where(areas, present[:, classes] & np.isfinite(areas))
-
-
-def _one_vs_rest_auc(positive: npt.NDArray[np.bool_], scores: FloatArray, weights: FloatArray) -> FloatArray:
-    """Fraction of (positive, negative) pairs in the right order, equal scores counting one half: float64 [R]."""
-    order = np.argsort(scores, kind="stable")
-    firsts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # where each group of equal scores begins
-    ordered, is_positive = weights[:, order], positive[order]
-    positives = np.add.reduceat(ordered * is_positive, firsts, axis=1)  # [R, groups]
-    negatives = np.add.reduceat(ordered * ~is_positive, firsts, axis=1)
-    below = np.cumsum(negatives, axis=1) - negatives / 2
-    return _divide((positives * below).sum(axis=1), positives.sum(axis=1) * negatives.sum(axis=1))
-
-
-def _quadratic_weighted_kappa(confusion: FloatArray) -> FloatArray:
-    grades = np.arange(confusion.shape[1])
-    penalty = (grades[:, None] - grades[None, :]) ** 2
-    expected = confusion.sum(axis=2)[:, :, None] * confusion.sum(axis=1)[:, None, :]  # [R, C, C]
-    total = confusion.sum(axis=(1, 2))
-    return 1 - _divide(total * (penalty * confusion).sum(axis=(1, 2)), (penalty * expected).sum(axis=(1, 2)))
+    areas = np.stack(
+        [
+            area_under_roc(probabilities[:, index], weights * (labels == index), weights * (labels != index))
+            for index in classes
+        ],
+        axis=1,
+    )
+    return mean_where(areas, present[:, classes] & np.isfinite(areas))
 
 
 def _f1(confusion: FloatArray) -> FloatArray:
     # 2 TP / (2 TP + FP + FN) for each class; 0 / 0 where a class occurs nowhere.
-    scores = _divide(
+    scores = divide(
         2 * np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=1) + confusion.sum(axis=2)
     )  # [R, C]
-    return scores[:, 1] if scores.shape[1] == 2 else _mean_where(scores, np.isfinite(scores))
-
-
-def _divide(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
-    """Divide; NaN where the denominator is zero."""
-    return np.divide(numerator, denominator, out=np.full_like(denominator, np.nan), where=denominator != 0)
-
-
-def _mean_where(values: FloatArray, chosen: npt.NDArray[np.bool_]) -> FloatArray:
-    """Mean of the chosen values of each row; NaN where none is."""
-    return _divide(np.where(chosen, values, 0.0).sum(axis=1), chosen.sum(axis=1).astype(np.float64))
+    return scores[:, 1] if scores.shape[1] == 2 else mean_where(scores, np.isfinite(scores))
 
 
 def percentile_interval(value: float, samples: FloatArray, confidence: float) -> MetricInterval:
