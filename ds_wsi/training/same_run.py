@@ -233,7 +233,7 @@ def _step_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     remedy = f"--bags_per_step {wanted}" if rest or not each else f"--gradient_accumulation_steps {each}"
     return (
         f"slides of an optimizer step must be as many as the checkpoint's, {wanted}, got {ours[STEP]} "
-        f"({counted(processes, 'process')} x {counted(slides, 'slide')} x {counted(micro_steps, 'micro-step')}): give "
+        f"(world_size {processes} x {counted(slides, 'slide')} x {counted(micro_steps, 'micro-step')}): give "
         f"{remedy}"
     )
 
