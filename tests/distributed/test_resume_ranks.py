@@ -432,7 +432,7 @@ def test_runs_go_on_with_one_and_with_four_processes(whole_runs, cohort):
     few = {"optim": {"gradient_accumulation_steps": 1}}
     one += [("ddp", "few", "ddp/checkpoint-2", few), ("ddp", "hook-1", "hook/checkpoint-2", HOOK)]
     alone = run_ranks(train_runs, 1, one, str(cohort))[0]
-    assert "an optimizer step must be as many as the checkpoint's, 4, got 1 (1 process x 1 slide x 1" in alone["few"]
+    assert "an optimizer step must be as many as the checkpoint's, 4, got 1 (world_size 1 x 1 slide x 1" in alone["few"]
     assert "give --gradient_accumulation_steps 4" in alone["few"]
     assert "comm_hook must be the checkpoint's, topk" in alone["hook-1"]
     assert "Go on with two or more processes" in alone["hook-1"]
