@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ds_wsi.partition.planning.rates import Rates
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
-from launch.benchmarks.sweep import Machine, Training
+from launch.benchmarks.device_training import Machine, Training
 
 GIB = 2**30
 COLUMNS = (

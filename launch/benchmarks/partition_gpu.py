@@ -12,7 +12,7 @@ On a CPU, or with `quick`, the same at sizes that take seconds: a test of this s
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,52 +26,17 @@ from ds_wsi.partition.planning.rates import find_rates, probe
 from ds_wsi.partition.policy import MODES
 from ds_wsi.runtime.log import logger
 from launch.benchmarks import peers_gpu
-from launch.benchmarks.gpu_run import GIB, Pooled, Run, TimeIsUpError, normaliser, random_tiles
-from launch.benchmarks.sweep import (
-    SHARES,
-    DoesNotFitError,
-    Machine,
-    Training,
-    build,
-    chunk_of,
-    find_machine,
-    planned,
-    read_options,
-    resnet18,
-)
+from launch.benchmarks.device_training import DoesNotFitError, Machine, Training, build, find_machine, resnet18
+from launch.benchmarks.gpu_bags import bags_part
+from launch.benchmarks.gpu_run import GIB, TimeIsUpError, normaliser
+from launch.benchmarks.gpu_steps import FULL, QUICK, QUICK_GPU, SizedRun, first_step, fitted, total_memory
+from launch.benchmarks.sweep import chunk_of, read_options
 from launch.benchmarks.table import Bound, Result
 
 NATIVE_BOUND = 1.3  # (a): seconds over native's on the whole card
 PAPER_BOUND = 6.0  # (a): paper's seconds over ours
 EXACT_BOUND = 1e-10  # float64: relative difference of gradients
 PARTS = ("exact", "image", "large", "bags", "peers", "paper", "largest")
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """What is measured: sides and caps (None: the whole card) of (a) and (b), numbers and side of tiles of (c)."""
-
-    image: tuple[int, float | None]
-    large: tuple[int, float | None]
-    largest: tuple[int, float | None]
-    bags: tuple[int, ...]
-    bag_cap: float
-    tile: int
-    exact: int
-    sample: int  # tiles of the native measurement
-
-
-FULL = _Sizes((13_824, 24), (32_768, 80), (65_536, None), (2_048, 12_800, 41_000), 24, 256, 224, 512)
-QUICK = _Sizes((96, None), (160, 0.047), (224, None), (8, 16, 32), 0.047, 32, 40, 8)
-QUICK_GPU = replace(QUICK, large=(160, 1.0), bag_cap=1.0)  # an allocator's blocks alone exceed less
-
-
-@dataclass
-class _Run(Run):
-    """With its sizes and the user's options."""
-
-    sizes: _Sizes = FULL
-    options: dict[str, str] = field(default_factory=dict)
 
 
 def measure(*, quick: bool, slides: Sequence[str] = (), options: Mapping[str, str] | None = None) -> Result:
@@ -111,7 +76,7 @@ def measure(*, quick: bool, slides: Sequence[str] = (), options: Mapping[str, st
     if found["resume"] not in ("yes", "no"):
         raise ValueError(f"resume must be yes or no, got {found['resume']!r}")
     small = QUICK_GPU if machine.gpu else QUICK
-    run = _Run(machine, find_rates(machine.device), not quick, Path(found["rows"]), deadline)
+    run = SizedRun(machine, find_rates(machine.device), not quick, Path(found["rows"]), deadline)
     run.sizes, run.options = small if quick else FULL, found
     precision = "float32" if machine.amp is None else f"autocast to {str(machine.dtype)[6:]}"
     run.notes |= {"device": machine.name, "precision": precision, "quick": quick, "torch": torch.__version__}
@@ -132,7 +97,7 @@ def measure(*, quick: bool, slides: Sequence[str] = (), options: Mapping[str, st
     return Result("Partitioned layers on one GPU", run.rows, bounds, lambda figure: _draw(figure, run.rows), run.notes)
 
 
-def _measured(run: _Run, name: str) -> None:
+def _measured(run: SizedRun, name: str) -> None:
     """Measure one part: one's failure costs no other its numbers."""
     run.skipped.pop(name, None)
     try:
@@ -153,7 +118,7 @@ def _measured(run: _Run, name: str) -> None:
     run.save()
 
 
-def _bounds(run: _Run) -> list[Bound]:
+def _bounds(run: SizedRun) -> list[Bound]:
     """Of what was measured at full size; exactness at any."""
     bounds = []
     if "exact" in run.notes:
@@ -179,7 +144,7 @@ def _bounds(run: _Run) -> list[Bound]:
 def _image(machine: Machine, side: int, cap: float | None) -> Tensor:
     """uint8 [1, 3, side, side], made in bands; in host memory where it is more than a quarter of the cap."""
     size = 3 * side * side
-    host = size > (_total(machine) if cap is None else cap * GIB) / 4
+    host = size > (total_memory(machine) if cap is None else cap * GIB) / 4
     place: dict[str, Any] = {"pin_memory": machine.gpu} if host else {"device": machine.device}
     image = torch.empty(1, 3, side, side, dtype=torch.uint8, **place)  # page-locked: copied ahead of its use
     torch.manual_seed(0)
@@ -190,7 +155,7 @@ def _image(machine: Machine, side: int, cap: float | None) -> Tensor:
 
 
 def _planner(
-    run: _Run, image: Tensor, cap: float | None, *, chunk: int | None, search: str = "auto"
+    run: SizedRun, image: Tensor, cap: float | None, *, chunk: int | None, search: str = "auto"
 ) -> tuple[Training, float]:
     """Our training, fitted into the cap (GiB) with less and less of it as the budget, and its first step's seconds."""
 
@@ -205,44 +170,12 @@ def _planner(
             rates=run.rates,
             search=search,
         )
-        return training, _first_step(run, training, budget)
+        return training, first_step(run, training, budget)
 
-    return _fitted(run, cap, attempt, f"{image.shape[2]} px")
-
-
-def _fitted(
-    run: _Run, cap: float | None, attempt: Callable[[int], tuple[Training, float]], what: str
-) -> tuple[Training, float]:
-    """What `attempt` makes of the largest share of the cap (GiB) that it fits into.
-
-    Raises:
-        DoesNotFitError: it fits into none.
-    """
-    machine, reason = run.machine, "nothing was tried"
-    machine.cap(None if cap is None else cap * GIB)
-    size = _total(machine) if cap is None else int(cap * GIB)
-    for share in SHARES if machine.gpu else (1.0,):
-        try:
-            return attempt(int(share * size))
-        except DoesNotFitError as error:
-            reason = str(error)
-            logger.warning("%s within %.2f of the cap: %s", what, share, reason)
-        machine.rest(host=True)
-    raise DoesNotFitError(reason)
+    return fitted(run, cap, attempt, f"{image.shape[2]} px")
 
 
-def _first_step(run: _Run, training: Training, cap_bytes: int) -> float:
-    if training.plan is not None and run.machine.gpu:
-        run.need(1.5 * training.plan.seconds, f"a step, planned to take {training.plan.seconds:.1f} s,")
-    training.count(cap_bytes)
-    return training.step()
-
-
-def _total(machine: Machine) -> int:
-    return torch.cuda.get_device_properties(machine.device).total_memory if machine.gpu else 2**40
-
-
-def _image_part(run: _Run) -> None:
+def _image_part(run: SizedRun) -> None:
     """(a) against native: the two in turn, three times, each after a step that is not timed."""
     machine, (side, cap) = run.machine, run.sizes.image
     image = _image(machine, side, cap)
@@ -277,7 +210,7 @@ def _turn(machine: Machine, training: Training, cap: float | None, seconds: list
     seconds.append(training.step())
 
 
-def _paper_part(run: _Run) -> None:
+def _paper_part(run: SizedRun) -> None:
     """(a) against mode "paper": one step, and a second one, which then counts alone, if the time suffices."""
     machine, (side, cap) = run.machine, run.sizes.image
     image = _image(machine, side, cap)
@@ -292,7 +225,7 @@ def _paper_part(run: _Run) -> None:
     run.row(training, part="paper", case=f"{side} px", mode="paper", cap_gib=cap, seconds=seconds, **compared)
 
 
-def _paper(run: _Run, image: Tensor, cap_bytes: int) -> tuple[Training, float]:
+def _paper(run: SizedRun, image: Tensor, cap_bytes: int) -> tuple[Training, float]:
     """Mode "paper" with fewer and fewer maps on the card until it fits, and its first step's seconds.
 
     The largest maps there are of 1/32 of the cap at first: with those of 1/8 a ResNet-18 keeps all of layer1 there.
@@ -315,14 +248,14 @@ def _paper_once(machine: Machine, image: Tensor, budget: int) -> tuple[Training,
     return training, training.step()
 
 
-def _large_part(run: _Run) -> None:
+def _large_part(run: SizedRun) -> None:
     """(b), the first image: the planner's choice."""
     side, _ = run.sizes.large
     run.need(45, f"{side} px")
     _one_step(run, "large", run.sizes.large, chunk=chunk_of(run.options["chunk"], side, most=1024), search="auto")
 
 
-def _largest_part(run: _Run) -> None:
+def _largest_part(run: SizedRun) -> None:
     """(b), the second: even the first map is larger than the card, so everything is recomputed, from the image."""
     side, _ = run.sizes.largest
     run.need(45, f"{side} px")
@@ -330,7 +263,7 @@ def _largest_part(run: _Run) -> None:
     _one_step(run, "largest", run.sizes.largest, chunk=chunk, search="recompute")
 
 
-def _one_step(run: _Run, part: str, size: tuple[int, float | None], *, chunk: int | None, search: str) -> None:
+def _one_step(run: SizedRun, part: str, size: tuple[int, float | None], *, chunk: int | None, search: str) -> None:
     side, cap = size
     image = _image(run.machine, side, cap)
     training, seconds = _planner(run, image, cap, chunk=chunk, search=search)
@@ -342,82 +275,7 @@ def _one_step(run: _Run, part: str, size: tuple[int, float | None], *, chunk: in
     run.row(training, part=part, case=f"{side} px", mode="planner", cap_gib=cap, seconds=seconds)
 
 
-# -------------------------------------------------------------------------------------------------- bags
-
-
-def _bags_part(run: _Run) -> None:
-    """(c): bags in order of size, until the time is up."""
-    machine, sizes = run.machine, run.sizes
-    machine.cap(sizes.bag_cap * GIB)
-    a_tile = _native_seconds(run)
-    for count in sizes.bags:
-        run.need(30 + 4 * count * a_tile, f"a bag of {count} tiles")
-        try:
-            _bag(run, count, a_tile)
-        except DoesNotFitError as error:
-            run.skipped[f"bags: {count} tiles"] = str(error)
-        machine.rest(host=True)
-
-
-def _native_seconds(run: _Run) -> float:
-    """Of a tile, in a native step on as many as fit."""
-    machine, sizes = run.machine, run.sizes
-    tiles, prepare = random_tiles(machine, sizes.sample, sizes.tile, host=False), normaliser(machine)
-    model = Pooled(resnet18(machine, 0)).to(machine.device)
-    training = Training(machine, model, lambda: model(prepare(tiles)))
-    training.count(2**62)
-    took = [training.step() for _ in range(5)][2:]
-    case = f"{sizes.sample} tiles"
-    run.row(training, part="bags", case=case, mode="native", cap_gib=sizes.bag_cap, seconds=median(took))
-    return median(took) / sizes.sample
-
-
-def _bag(run: _Run, count: int, a_tile: float) -> None:
-    """One bag: a first step, which also pins host memory, then up to three in what is left of half a minute."""
-    machine, sizes = run.machine, run.sizes
-    tiles = random_tiles(machine, count, sizes.tile, host=True)
-    training, first = _fitted(run, sizes.bag_cap, lambda budget: _bag_once(run, tiles, budget), f"{count} tiles")
-    took, copied = [first], _copied(training)
-    while len(took) < 4 and sum(took) + took[-1] < min(30, run.left):
-        before = _copied(training)
-        took.append(training.step())
-        copied = tuple(now - then for now, then in zip(_copied(training), before, strict=True))
-    # A link carries both directions at once; the tiles themselves cross it once at least.
-    compute, transfer = a_tile * count, max(copied[0], copied[1] + tiles.nbytes) / run.rates.link
-    seconds = median(took[1:] or took)
-    run.notes[f"{count} tiles"] = {
-        "compute_s": compute,
-        "transfer_s": transfer,
-        "sent_bytes": copied[0],
-        "fetched_bytes": copied[1],
-        "input_bytes": tiles.nbytes,
-        "steps_s": took,
-    }
-    common = {"case": f"{count} tiles", "mode": "planner", "cap_gib": sizes.bag_cap, "seconds": seconds}
-    run.row(training, part="bags", **common, ratio=seconds / max(compute, transfer), over="floor")
-
-
-def _bag_once(run: _Run, tiles: Tensor, budget: int) -> tuple[Training, float]:
-    machine, host = run.machine, run.options["host_gib"]
-    model = Pooled(resnet18(machine, 0)).to(machine.device)
-    policy = PartitionPolicy(
-        gpu_budget_bytes=max(1, budget - machine.resident(model)),
-        host_budget_bytes=int(float(host) * GIB) if host else None,
-    )
-    plan = planned(machine, model.encoder, tuple(tiles.shape), policy, machine.dtype, run.rates)
-    handle, prepare = partition_layers(model.encoder, plan, check=False), normaliser(machine)
-    training = Training(machine, model, lambda: model(tiles, prepare=prepare), handle, plan)
-    return training, _first_step(run, training, budget)
-
-
-def _copied(training: Training) -> tuple[int, ...]:
-    """Bytes to host memory and back so far."""
-    forward = training.handle.forward if training.handle else None
-    store = forward._store if forward else None
-    return (store.sent_bytes, store.fetched_bytes) if store else (0, 0)
-
-
-def _peers_part(run: _Run) -> None:
+def _peers_part(run: SizedRun) -> None:
     for case in peers_gpu.cases(whole=run.whole):
         peers_gpu.compare(run, case)
 
@@ -425,7 +283,7 @@ def _peers_part(run: _Run) -> None:
 # --------------------------------------------------------------------------------------------- exactness
 
 
-def _exact_part(run: _Run) -> None:
+def _exact_part(run: SizedRun) -> None:
     """Every mode's gradients against native's in float64, on one image."""
     side = run.sizes.exact
     machine = Machine(run.machine.device, torch.float32)  # no autocast
@@ -463,11 +321,11 @@ def _draw(figure: Figure, rows: Sequence[dict[str, Any]]) -> None:
         axes.tick_params(labelsize=7)
 
 
-_MEASURES: dict[str, Callable[[_Run], None]] = {
+_MEASURES: dict[str, Callable[[SizedRun], None]] = {
     "exact": _exact_part,
     "image": _image_part,
     "large": _large_part,
-    "bags": _bags_part,
+    "bags": bags_part,
     "peers": _peers_part,
     "paper": _paper_part,
     "largest": _largest_part,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from launch.benchmarks import peers
+from launch.benchmarks.device_training import DoesNotFitError, Training, planned
 from launch.benchmarks.gpu_run import GIB, Pooled, Run, normaliser, random_tiles
-from launch.benchmarks.sweep import DoesNotFitError, Training, planned
 from launch.benchmarks.table import Bound
 
 FITS_BOUND = 1.02  # seconds over native's where the whole fits

@@ -9,11 +9,9 @@ from launch.benchmarks.stacking import (
     _bounds,
     _interval,
     _slowest,
-    camelyon_lengths,
-    digit_bags,
     fit,
-    witness_bags,
 )
+from launch.benchmarks.stacking_bags import camelyon_lengths, digit_bags, witness_bags
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ import torch
 
 from ds_wsi.partition.planning.rates import ASSUMED
 from ds_wsi.runtime.memory import DevicePeaks
-from launch.benchmarks import gpu_run, partition_gpu, peers_gpu, sweep
+from launch.benchmarks import device_training, gpu_run, gpu_steps, partition_gpu, peers_gpu, sweep
 from launch.benchmarks.table import write_result
 
 SMALL = {"sides": "96,160", "cap_gib": "0.047", "repeats": "2", "warmups": "0", "dtype": "float32"}
@@ -120,16 +120,16 @@ def test_all_gpu_numbers_at_small_size(tmp_path, monkeypatch):
 
 
 def test_parts_that_fail_or_come_too_late_are_named(tmp_path, monkeypatch):
-    def exact(run: partition_gpu._Run) -> None:
+    def exact(run: gpu_steps.SizedRun) -> None:
         run.row(None, part="exact", ratio=0.0)
 
-    def image(run: partition_gpu._Run) -> None:
+    def image(run: gpu_steps.SizedRun) -> None:
         raise RuntimeError("a kernel failed\nwith details")
 
-    def large(run: partition_gpu._Run) -> None:
+    def large(run: gpu_steps.SizedRun) -> None:
         run.deadline = 0
 
-    parts: dict[str, Callable[[partition_gpu._Run], None]] = {"exact": exact, "image": image, "large": large}
+    parts: dict[str, Callable[[gpu_steps.SizedRun], None]] = {"exact": exact, "image": image, "large": large}
     monkeypatch.setattr(partition_gpu, "_MEASURES", {**partition_gpu._MEASURES, **parts})
     result = partition_gpu.measure(quick=True, options={"rows": str(tmp_path / "rows.json")})
     assert [row["part"] for row in result.rows] == ["exact"]
@@ -154,9 +154,9 @@ def test_bounds_are_of_what_was_measured():
         run.need(5, "a step")
 
 
-def _full_run(*rows: dict) -> partition_gpu._Run:
-    machine = sweep.Machine(torch.device("cpu"), torch.float32)
-    run = partition_gpu._Run(machine, ASSUMED["cpu"], whole=True, rows_file=Path("rows.json"), deadline=0.0)
+def _full_run(*rows: dict) -> gpu_steps.SizedRun:
+    machine = device_training.Machine(torch.device("cpu"), torch.float32)
+    run = gpu_steps.SizedRun(machine, ASSUMED["cpu"], whole=True, rows_file=Path("rows.json"), deadline=0.0)
     run.rows += rows
     return run
 
@@ -184,7 +184,7 @@ def test_peers_claim_bytes_and_seconds_at_full_size():
 
 
 def test_rows_of_another_device_are_not_taken_over(tmp_path):
-    machine = sweep.Machine(torch.device("cpu"), torch.float32)
+    machine = device_training.Machine(torch.device("cpu"), torch.float32)
     notes = {"device": "a", "precision": "float32", "quick": True, "torch": "2"}
 
     def run(device: str) -> gpu_run.Run:
@@ -212,17 +212,17 @@ def gpu(monkeypatch):
     caps = []
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    monkeypatch.setattr(sweep, "device_peaks", lambda _: DevicePeaks(100, 123, 200, 0))
+    monkeypatch.setattr(device_training, "device_peaks", lambda _: DevicePeaks(100, 123, 200, 0))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=4 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: caps.append(share))
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
-    monkeypatch.setattr(sweep.Machine, "gpu", property(lambda machine: True))
+    monkeypatch.setattr(device_training.Machine, "gpu", property(lambda machine: True))
     return caps
 
 
 def test_out_of_memory_is_tried_again_with_less(gpu, monkeypatch):
-    machine, budgets = sweep.Machine(torch.device("cpu"), torch.float32), []
+    machine, budgets = device_training.Machine(torch.device("cpu"), torch.float32), []
     layer = torch.nn.Linear(2, 2)
 
     def build(machine, mode, image, budget, **options):
@@ -233,7 +233,7 @@ def test_out_of_memory_is_tried_again_with_less(gpu, monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
             return layer(image[:, :2, 0, 0])
 
-        return sweep.Training(machine, layer, fails)
+        return device_training.Training(machine, layer, fails)
 
     monkeypatch.setattr(sweep, "build", build)
     monkeypatch.setattr(sweep, "resnet18", lambda machine: layer)
