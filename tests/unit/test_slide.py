@@ -8,6 +8,7 @@ import tifffile
 from PIL import Image
 
 from ds_wsi.slides import slide as slide_module
+from ds_wsi.slides.pixels import background_of, opaque
 from ds_wsi.slides.slide import Slide, SlideCache, SlideError, TileReadError
 
 
@@ -123,12 +124,10 @@ def test_transparent_pixels_are_white(two_levels):
         assert (halved[:, 8:] == 255).all()
 
 
-def test_transparency_mixes_with_the_background(two_levels):
+def test_transparency_mixes_with_the_background():
     image = Image.new("RGBA", (3, 1))
     image.putdata([(200, 100, 0, 255), (200, 100, 0, 51), (1, 2, 3, 0)])
-    with Slide(two_levels) as slide:
-        slide._background = slide_module._background({"openslide.background-color": "204060"})
-        flat = slide._opaque(image)
+    flat = opaque(image, background_of({"openslide.background-color": "204060"}))
     # 51 / 255 is a fifth: 0.2 * (200, 100, 0) + 0.8 * (0x20, 0x40, 0x60).
     assert np.abs(flat[0].astype(int) - [[200, 100, 0], [66, 71, 77], [0x20, 0x40, 0x60]]).max() <= 1
 
