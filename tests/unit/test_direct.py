@@ -1,0 +1,131 @@
+"""The direct reader against OpenSlide, bit for bit."""
+
+import os
+
+import numpy as np
+import openslide
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from tiled_tiff import RGB, YCBCR, Kind, Page, write_tiff
+
+from ds_wsi.slides.direct.errors import NotDirectError
+from ds_wsi.slides.direct.proof import prove
+from ds_wsi.slides.direct.reader import DirectTiff
+from ds_wsi.slides.pixels import opaque
+
+CASES = int(os.environ.get("DS_WSI_DIRECT_CASES", "50"))
+WHITE = np.full(3, 255, dtype=np.float32)
+APERIO = b"Aperio Image Library v1\r\n64x64 |AppMag = 20|MPP = 0.5"
+# What a tile may say of its colours, which OpenSlide does not believe: JFIF's marker, Adobe's of RGB and of YCbCr.
+JFIF = b"\xff\xe0\x00\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0"
+ADOBE = [b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0" + bytes([transform]) for transform in (0, 1)]
+
+kinds = st.builds(
+    Kind,
+    order=st.sampled_from("<>"),
+    big=st.booleans(),
+    photometric=st.sampled_from([RGB, YCBCR]),
+    subsampling=st.sampled_from(["444", "422", "420", "440", "411"]),
+    tables_apart=st.booleans(),
+    progressive=st.booleans(),
+    restart_rows=st.integers(0, 2),
+    marker=st.sampled_from([b"", b"", JFIF, *ADOBE, b"\xff\xfe\x00\x06word"]),
+    quality=st.integers(5, 95),
+    short_counts=st.booleans(),
+    description=st.sampled_from([b"", b"written by hand", APERIO]),
+)
+
+
+@st.composite
+def slides(draw):
+    """A kind of file, and the pages of its levels."""
+    kind = draw(kinds)
+    if kind.progressive:
+        kind.tables_apart = False  # each tile has tables of its own
+    width, height = draw(st.integers(1, 180)), draw(st.integers(1, 180))
+    sides = st.sampled_from([16, 32, 48, 64])
+    pages = []
+    for _ in range(draw(st.integers(1, 3))):
+        tile = draw(sides), draw(sides)
+        n_tiles = -(-width // tile[0]) * -(-height // tile[1])
+        absent = draw(st.frozensets(st.integers(0, n_tiles - 1), max_size=3))
+        pages.append(Page((width, height), tile, absent))
+        by = draw(st.sampled_from([2, 3, 4]))
+        # Rounded down, as scanners do: downsamples that are no whole numbers.
+        width, height = max(1, width // by), max(1, height // by)
+    return kind, pages
+
+
+def openslide_region(handle, x0, y0, level, width, height):
+    return opaque(handle.read_region((x0, y0), level, (width, height)), WHITE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tiffs")
+
+
+@settings(
+    max_examples=CASES,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(slide=slides(), data=st.data())
+def test_random_tiffs_are_read_as_openslide_reads_them(folder, slide, data):
+    kind, pages = slide
+    path = folder / "random.tiff"
+    write_tiff(path, pages, kind)
+    with openslide.OpenSlide(path) as handle, DirectTiff(path) as direct:
+        assert prove(direct, handle) is None
+        assert direct.level_dimensions == handle.level_dimensions
+        assert direct.level_downsamples == handle.level_downsamples
+        for _ in range(6):
+            level = data.draw(st.integers(0, len(pages) - 1))
+            x0, y0 = (data.draw(st.integers(-40, 200)) for _ in "xy")
+            size = [data.draw(st.integers(1, 150)) for _ in "wh"]
+            pixels = outcome(lambda: direct.read_region(x0, y0, level, *size))  # noqa: B023
+            if isinstance(pixels, NotDirectError):
+                assert level > 0, pixels
+                assert "must begin on a pixel" in str(pixels) or "got none of its own" in str(pixels)
+            else:
+                np.testing.assert_array_equal(pixels, openslide_region(handle, x0, y0, level, *size))
+
+
+def outcome(read):
+    try:
+        return read()
+    except (openslide.OpenSlideError, OSError) as error:
+        return error
+
+
+@settings(max_examples=CASES, deadline=None, phases=[Phase.explicit, Phase.generate], derandomize=True)
+@given(slide=slides(), data=st.data())
+def test_a_damaged_file_is_refused_or_read_as_openslide_reads_it(folder, slide, data):
+    kind, pages = slide
+    path = folder / "damaged.tiff"
+    write_tiff(path, pages, kind)
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    else:
+        for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+            content[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    direct, handle = outcome(lambda: DirectTiff(path)), outcome(lambda: openslide.OpenSlide(path))
+    if isinstance(direct, NotDirectError) or isinstance(handle, openslide.OpenSlideError):
+        return
+    with direct, handle:
+        if prove(direct, handle) is not None:
+            return
+        for _ in range(4):
+            # Beginning in the level: beyond it OpenSlide decodes tiles of which it shows nothing.
+            x0, y0 = (data.draw(st.integers(-10, side - 1)) for side in direct.dimensions)
+            region = (x0, y0, 0, 60, 60)
+            pixels = outcome(lambda: direct.read_region(*region))  # noqa: B023
+            with openslide.OpenSlide(path) as anew:  # an error is the end of a handle
+                expected = outcome(lambda: openslide_region(anew, *region))  # noqa: B023
+            if isinstance(pixels, np.ndarray):
+                assert isinstance(expected, np.ndarray), expected
+                np.testing.assert_array_equal(pixels, expected)

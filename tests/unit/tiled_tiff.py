@@ -1,0 +1,177 @@
+"""Tiled JPEG TIFFs of every kind that OpenSlide reads, written by hand: what is in the file is what was asked for."""
+
+import io
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+from PIL import Image
+
+RGB, YCBCR = 2, 6
+SHORT, LONG, LONG8, ASCII, UNDEFINED = 3, 4, 16, 2, 7
+LETTERS = {SHORT: "H", LONG: "I", LONG8: "Q"}
+TABLES = (0xDB, 0xC4)  # DQT, DHT
+
+
+@dataclass
+class Page:
+    """One image.
+
+    Attributes:
+        size: width and height.
+        tile: width and height of its tiles.
+        absent: the tiles left out, by number.
+        tags: others, (type, value) by tag; None takes one away.
+    """
+
+    size: tuple[int, int]
+    tile: tuple[int, int] = (64, 64)
+    absent: frozenset[int] = frozenset()
+    tags: dict = field(default_factory=dict)
+
+    @property
+    def image(self):
+        """uint8 [H, W, 3]: RGB, or the planes that YCbCr is stored in."""
+        return picture(self.size[1], self.size[0], seed=sum(self.size))
+
+
+@dataclass
+class Kind:
+    """How the file is written."""
+
+    order: str = "<"
+    big: bool = False
+    photometric: int = YCBCR
+    subsampling: str = "420"
+    tables_apart: bool = False
+    progressive: bool = False
+    restart_rows: int = 0
+    marker: bytes = b""  # a segment of each tile that says something of colours, or nothing
+    quality: int = 80
+    short_counts: bool = False
+    description: bytes = b""
+
+
+def segments(jpeg):
+    """The marker segments before the scan, and what comes after them."""
+    position, found = 2, []
+    while jpeg[position + 1] != 0xDA:
+        end = position + 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
+        found.append(jpeg[position:end])
+        position = end
+    return found, jpeg[position:]
+
+
+def encode(tile, kind):
+    """uint8 [h, w, 3] to (tables, stream): the planes are stored as they are, whatever their colours."""
+    if kind.subsampling in ("440", "411"):
+        options = {"colorspace": "YCBCR", "outcolorspace": "YCBCR", "subsampling": kind.subsampling}
+        jpeg = imagecodecs.jpeg8_encode(np.ascontiguousarray(tile), level=kind.quality, **options)
+    else:
+        buffer = io.BytesIO()
+        image = Image.frombytes("YCbCr", tile.shape[1::-1], tile.tobytes())
+        options = {"restart_marker_rows": kind.restart_rows} if kind.restart_rows else {}
+        names = {"444": 0, "422": 1, "420": 2}
+        image.save(
+            buffer,
+            "JPEG",
+            quality=kind.quality,
+            subsampling=names[kind.subsampling],
+            progressive=kind.progressive,
+            **options,
+        )
+        jpeg = buffer.getvalue()
+    parts, scan = segments(jpeg)
+    parts = [part for part in parts if not 0xE0 <= part[1] <= 0xEF]
+    tables = b"".join(part for part in parts if part[1] in TABLES)
+    kept = [part for part in parts if not (kind.tables_apart and part[1] in TABLES)]
+    return b"\xff\xd8" + tables + b"\xff\xd9", b"\xff\xd8" + kind.marker + b"".join(kept) + scan
+
+
+def tiles_of(page):
+    """The tiles in their order, those at the borders filled with the image's last pixels."""
+    width, height = page.tile
+    rows, columns = -(-page.size[1] // height), -(-page.size[0] // width)
+    reach = (rows * height - page.size[1], columns * width - page.size[0])
+    padded = np.pad(page.image, ((0, reach[0]), (0, reach[1]), (0, 0)), mode="edge")
+    for row in range(rows):
+        for column in range(columns):
+            yield padded[row * height : (row + 1) * height, column * width : (column + 1) * width]
+
+
+def write_tiff(path, pages, kind):
+    """Write the pages; returns the place and size of each tile of each page."""
+    out = bytearray((b"II" if kind.order == "<" else b"MM") + struct.pack(kind.order + "H", 43 if kind.big else 42))
+    out += struct.pack(kind.order + "HH", 8, 0) if kind.big else b""
+    link = len(out)  # where the next directory's place is to be written
+    # OpenSlide reads 8 bytes there in any TIFF and, of a big-endian one, believes the last four: they hold the same.
+    out += bytes(8)
+    places = []
+    for number, page in enumerate(pages):
+        offsets, counts, tables = [], [], b""
+        for index, tile in enumerate(tiles_of(page)):
+            if index in page.absent:
+                offsets.append(0)
+                counts.append(0)
+                continue
+            tables, stream = encode(tile, kind)
+            offsets.append(len(out))
+            counts.append(len(stream))
+            out += stream + bytes(len(stream) % 2)
+        places.append(list(zip(offsets, counts)))
+        count_kind = SHORT if kind.short_counts and max(counts) < 2**16 else LONG
+        tags = {
+            254: (LONG, [min(number, 1)]),
+            256: (LONG, [page.size[0]]),
+            257: (LONG, [page.size[1]]),
+            258: (SHORT, [8, 8, 8]),
+            259: (SHORT, [7]),
+            262: (SHORT, [kind.photometric]),
+            277: (SHORT, [3]),
+            284: (SHORT, [1]),
+            322: (SHORT, [page.tile[0]]),
+            323: (SHORT, [page.tile[1]]),
+            324: (LONG8 if kind.big else LONG, offsets),
+            325: (count_kind, counts),
+        }
+        if kind.tables_apart and tables:
+            tags[347] = (UNDEFINED, tables)
+        if kind.description:
+            tags[270] = (ASCII, kind.description + b"\0")
+        tags.update(page.tags)
+        link = _write_directory(out, link, {tag: value for tag, value in tags.items() if value is not None}, kind)
+    if not kind.big:
+        out[8:12] = out[4:8]
+    Path(path).write_bytes(out)
+    return places
+
+
+def _write_directory(out, link, tags, kind):
+    """Append a directory and what its entries point to; returns where the place of the next one belongs."""
+    place = "Q" if kind.big else "I"
+    size = struct.calcsize(place)
+    entries = []
+    for tag, (kind_of_values, values) in sorted(tags.items()):
+        data = values if isinstance(values, bytes) else b""
+        if not isinstance(values, bytes):
+            data = struct.pack(f"{kind.order}{len(values)}{LETTERS[kind_of_values]}", *values)
+        if len(data) > size:
+            at = len(out)
+            out += data + bytes(len(data) % 2)
+            data = struct.pack(kind.order + place, at)
+        entries.append(
+            struct.pack(f"{kind.order}HH{place}", tag, kind_of_values, len(values)) + data.ljust(size, b"\0")
+        )
+    struct.pack_into(kind.order + place, out, link, len(out))
+    out += struct.pack(kind.order + ("Q" if kind.big else "H"), len(entries)) + b"".join(entries)
+    out += bytes(size)
+    return len(out) - size
+
+
+def picture(height, width, seed=0):
+    """Smooth colours with some grain: uint8 [height, width, 3]."""
+    rng = np.random.default_rng(seed)
+    smooth = Image.fromarray(rng.integers(30, 225, (5, 5, 3), dtype=np.uint8)).resize((width, height))
+    return np.clip(np.asarray(smooth) + rng.normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8)
