@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
+EXACT_FACTORS = (2, 4, 8, 16)  # whose reciprocals both of Pillow's ways to average have as whole numbers
+
 
 def background_of(properties: Mapping[str, str]) -> np.ndarray:
     """The slide's background colour, float32 [3] in [0, 255]: white where the file names none."""
@@ -26,6 +28,11 @@ def opaque(region: Image.Image, background: np.ndarray) -> np.ndarray:
 
 def resize(tile: np.ndarray, side_px: int) -> np.ndarray:
     """Resample uint8 [S, S, 3] to [side_px, side_px, 3]."""
+    factor, rest = divmod(tile.shape[0], side_px)
+    if not rest and factor in EXACT_FACTORS:
+        # As the average below, rows after columns, rounded to the same bits, in half of the time.
+        halved = Image.fromarray(np.ascontiguousarray(tile)).reduce((factor, 1)).reduce((1, factor))
+        return np.asarray(halved)
     # The box average is the physical answer when shrinking; enlarging interpolates.
     how = Image.Resampling.BOX if tile.shape[0] > side_px else Image.Resampling.BICUBIC
     return np.asarray(Image.fromarray(np.ascontiguousarray(tile)).resize((side_px, side_px), how))

@@ -8,7 +8,7 @@ import tifffile
 from PIL import Image
 
 from ds_wsi.slides import slide as slide_module
-from ds_wsi.slides.pixels import background_of, opaque
+from ds_wsi.slides.pixels import background_of, opaque, resize
 from ds_wsi.slides.slide import Slide, SlideCache, SlideError, TileReadError
 
 
@@ -139,6 +139,15 @@ def test_bounds_are_the_scanned_area(two_levels):
         assert slide.bounds == (0, 0, 256, 192)
         properties["openslide.bounds-height"] = "150"
         assert slide.bounds == (10, 20, 200, 150)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4, 8, 16])
+def test_shrinking_is_pillows_box_to_the_bit(factor):
+    rng = np.random.default_rng(factor)
+    for low in (0, 250):
+        tile = rng.integers(low, 256, (48 * factor, 48 * factor, 3), dtype=np.uint8)
+        expected = Image.fromarray(tile).resize((48, 48), Image.Resampling.BOX)
+        np.testing.assert_array_equal(resize(tile, 48), expected)
 
 
 @pytest.mark.parametrize("downsample", [8, 7.5, 40, 1])

@@ -23,18 +23,21 @@ class Page:
         size: width and height.
         tile: width and height of its tiles.
         absent: the tiles left out, by number.
+        contrast: 1, or less: no value is then near 0 or 255.
         tags: others, (type, value) by tag; None takes one away.
     """
 
     size: tuple[int, int]
     tile: tuple[int, int] = (64, 64)
     absent: frozenset[int] = frozenset()
+    contrast: float = 1.0
     tags: dict = field(default_factory=dict)
 
     @property
     def image(self):
         """uint8 [H, W, 3]: RGB, or the planes that YCbCr is stored in."""
-        return picture(self.size[1], self.size[0], seed=sum(self.size))
+        pixels = picture(self.size[1], self.size[0], seed=sum(self.size))
+        return (128 + self.contrast * (pixels.astype(float) - 128)).astype(np.uint8)
 
 
 @dataclass

@@ -83,7 +83,9 @@ def decode(jpeg: bytes, width_px: int, height_px: int, scale: int = 1, out: np.n
     Args:
         jpeg: made by `tile_jpeg`.
         width_px, height_px: the tile's size, which it has.
-        scale: 1, or 2, 4 or 8: the tile is shrunk so many times in the frequencies of its blocks.
+        scale: 1, or 2, 4 or 8, which divides the size: the tile is shrunk so many times in the frequencies of its
+            blocks. libjpeg makes of each plane the mean of so many pixels a side; it is not what averaging the decoded
+            tile gives, because planes are rounded, and colours at half resolution enlarged, after it and not before.
         out: uint8 [height, width, 3] to write to, contiguous.
 
     Returns:
@@ -93,7 +95,6 @@ def decode(jpeg: bytes, width_px: int, height_px: int, scale: int = 1, out: np.n
         NotDirectError: the file is broken.
     """
     assert scale in SCALES, scale
-    assert not (width_px % scale or height_px % scale), (scale, width_px, height_px)
     wanted_px = {"min_height": height_px // scale, "min_width": width_px // scale} if scale > 1 else {}
     try:
         pixels = simplejpeg.decode_jpeg(jpeg, "RGB", buffer=out, strict=True, **wanted_px)

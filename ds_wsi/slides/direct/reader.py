@@ -110,8 +110,8 @@ class DirectTiff:
             x0, y0: top left, level-0 px; may lie outside.
             level: the level to read from.
             width_px, height_px: size at that level.
-            scale: 1, or 2, 4 or 8: the rectangle is shrunk so many times as it is decoded, in the frequencies of
-                JPEG's blocks, which is near to the mean of the pixels, and not the same.
+            scale: 1, or 2, 4 or 8: the rectangle is shrunk so many times as it is decoded, which is near to the mean of
+                its pixels and not the same; see `jpeg_stream.decode`.
 
         Returns:
             uint8 [height_px / scale, width_px / scale, 3].
