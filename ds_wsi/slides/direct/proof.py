@@ -120,5 +120,5 @@ def _whole_places(side_px: int, downsample: float) -> np.ndarray:
     return places[np.abs(positions - np.round(positions)) <= WHOLE_PIXEL]
 
 
-def _nearest(places: np.ndarray, place: float) -> int:
-    return int(places[np.abs(places - place).argmin()])
+def _nearest(places: np.ndarray, position: float) -> int:
+    return int(places[np.abs(places - position).argmin()])
