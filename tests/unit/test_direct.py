@@ -34,6 +34,7 @@ kinds = st.builds(
     quality=st.integers(5, 95),
     short_counts=st.booleans(),
     description=st.sampled_from([b"", b"written by hand", APERIO]),
+    directories_first=st.booleans(),
 )
 
 
@@ -43,7 +44,9 @@ def slides(draw):
     kind = draw(kinds)
     if kind.progressive:
         kind.tables_apart = False  # each tile has tables of its own
-    width, height = draw(st.integers(1, 180)), draw(st.integers(1, 180))
+    # Half of the files have levels of whole downsamples, as of two; of scanners' others they are rounded down.
+    step = draw(st.sampled_from([1, 12]))
+    width, height = (draw(st.integers(1, 180 // step)) * step for _ in "wh")
     sides = st.sampled_from([16, 32, 48, 64])
     pages = []
     for _ in range(draw(st.integers(1, 3))):
@@ -52,7 +55,6 @@ def slides(draw):
         absent = draw(st.frozensets(st.integers(0, n_tiles - 1), max_size=3))
         pages.append(Page((width, height), tile, absent))
         by = draw(st.sampled_from([2, 3, 4]))
-        # Rounded down, as scanners do: downsamples that are no whole numbers.
         width, height = max(1, width // by), max(1, height // by)
     return kind, pages
 
@@ -88,7 +90,8 @@ def read_alike(folder, slide, data):
         assert direct.level_downsamples == handle.level_downsamples
         for _ in range(6):
             level = data.draw(st.integers(0, len(pages) - 1))
-            x0, y0 = (data.draw(st.integers(-40, 200)) for _ in "xy")
+            # On a pixel of the level, where it has whole ones.
+            x0, y0 = (int(data.draw(st.integers(-20, 90)) * direct.level_downsamples[level]) for _ in "xy")
             size = [data.draw(st.integers(1, 150)) for _ in "wh"]
             pixels = outcome(lambda: direct.read_region(x0, y0, level, *size))  # noqa: B023
             if isinstance(pixels, NotDirectError):
@@ -101,13 +104,14 @@ def read_alike(folder, slide, data):
 def damaged_is_refused_or_read_alike(folder, slide, data):
     kind, pages = slide
     path = folder / "damaged.tiff"
-    write_tiff(path, pages, kind)
+    tiles = [(at, at + size) for at, size in write_tiff(path, pages, kind)[0] if size]
     content = bytearray(path.read_bytes())
-    if data.draw(st.booleans()):
+    damage = data.draw(st.sampled_from(["torn", "anywhere", "tiles", "tiles"]))
+    if damage == "torn":
         del content[data.draw(st.integers(0, len(content) - 1)) :]
-    else:
-        for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
-            content[place] ^= 1 << data.draw(st.integers(0, 7))
+    for _ in range(data.draw(st.integers(1, 4)) if damage != "torn" else 0):
+        start, end = data.draw(st.sampled_from(tiles)) if damage == "tiles" and tiles else (0, len(content))
+        content[data.draw(st.integers(start, end - 1))] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(content)
     direct, handle = outcome(lambda: DirectTiff(path)), outcome(lambda: openslide.OpenSlide(path))
     if isinstance(direct, NotDirectError) or isinstance(handle, openslide.OpenSlideError):

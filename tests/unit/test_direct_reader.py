@@ -13,7 +13,7 @@ from tiled_tiff import LONG, RGB, SHORT, UNDEFINED, Kind, Page, picture, write_t
 from ds_wsi.slides.demo import write_pyramid
 from ds_wsi.slides.direct import jpeg_page
 from ds_wsi.slides.direct.errors import NotDirectError
-from ds_wsi.slides.direct.proof import prove
+from ds_wsi.slides.direct.proof import open_direct, prove
 from ds_wsi.slides.direct.reader import DirectTiff
 from ds_wsi.slides.direct.shrink import read_box, read_dct
 from ds_wsi.slides.direct.tile_cache import TileCache
@@ -99,6 +99,13 @@ def test_levels_are_proved_against_openslides(path, tmp_path, monkeypatch):
         write_tiff(other, pages, Kind())
         with openslide.OpenSlide(other) as handle, DirectTiff(path) as direct:
             assert prove(direct, handle) == words
+    with openslide.OpenSlide(other) as handle:
+        with pytest.raises(NotDirectError, match="must be OpenSlide's"):
+            open_direct(path, handle)
+        cache = TileCache()
+        with open_direct(other, handle, cache) as direct:
+            assert direct.level_dimensions == ((200, 120), (100, 60))
+        assert len(cache) == 0
     write_tiff(other, [Page((200, 120)), Page((100, 60))], Kind(description=APERIO))
     with openslide.OpenSlide(other) as handle, DirectTiff(path) as direct:
         assert prove(direct, handle) == "vendor must be OpenSlide's, aperio, got generic-tiff"

@@ -13,6 +13,7 @@ RGB, YCBCR = 2, 6
 SHORT, LONG, LONG8, ASCII, UNDEFINED = 3, 4, 16, 2, 7
 LETTERS = {SHORT: "H", LONG: "I", LONG8: "Q"}
 TABLES = (0xDB, 0xC4)  # DQT, DHT
+HEAD_BYTES = 16
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Kind:
     quality: int = 80
     short_counts: bool = False
     description: bytes = b""
+    directories_first: bool = False
 
 
 def segments(jpeg):
@@ -106,49 +108,61 @@ def tiles_of(page):
 
 def write_tiff(path, pages, kind):
     """Write the pages; returns the place and size of each tile of each page."""
+    data, places, tables = bytearray(), [], []
+    for page in pages:
+        places.append([])
+        tables.append(b"")
+        for index, tile in enumerate(tiles_of(page)):
+            if index in page.absent:
+                places[-1].append((0, 0))
+                continue
+            tables[-1], stream = encode(tile, kind)
+            places[-1].append((len(data), len(stream)))
+            data += stream + bytes(len(stream) % 2)
+    first = len(_file(pages, places, tables, data, kind, 0)) - len(data) if kind.directories_first else HEAD_BYTES
+    Path(path).write_bytes(_file(pages, places, tables, data, kind, first))
+    return [[(first + at, size) if size else (0, 0) for at, size in tiles] for tiles in places]
+
+
+def _file(pages, places, tables, data, kind, first):
+    """The whole file, whose tiles begin at `first`."""
     out = bytearray((b"II" if kind.order == "<" else b"MM") + struct.pack(kind.order + "H", 43 if kind.big else 42))
     out += struct.pack(kind.order + "HH", 8, 0) if kind.big else b""
     link = len(out)  # where the next directory's place is to be written
-    # OpenSlide reads 8 bytes there in any TIFF and, of a big-endian one, believes the last four: they hold the same.
-    out += bytes(8)
-    places = []
+    out = out.ljust(HEAD_BYTES, b"\0")
+    if not kind.directories_first:
+        out += data
     for number, page in enumerate(pages):
-        offsets, counts, tables = [], [], b""
-        for index, tile in enumerate(tiles_of(page)):
-            if index in page.absent:
-                offsets.append(0)
-                counts.append(0)
-                continue
-            tables, stream = encode(tile, kind)
-            offsets.append(len(out))
-            counts.append(len(stream))
-            out += stream + bytes(len(stream) % 2)
-        places.append(list(zip(offsets, counts)))
-        count_kind = SHORT if kind.short_counts and max(counts) < 2**16 else LONG
-        tags = {
-            254: (LONG, [min(number, 1)]),
-            256: (LONG, [page.size[0]]),
-            257: (LONG, [page.size[1]]),
-            258: (SHORT, [8, 8, 8]),
-            259: (SHORT, [7]),
-            262: (SHORT, [kind.photometric]),
-            277: (SHORT, [3]),
-            284: (SHORT, [1]),
-            322: (SHORT, [page.tile[0]]),
-            323: (SHORT, [page.tile[1]]),
-            324: (LONG8 if kind.big else LONG, offsets),
-            325: (count_kind, counts),
-        }
-        if kind.tables_apart and tables:
-            tags[347] = (UNDEFINED, tables)
-        if kind.description:
-            tags[270] = (ASCII, kind.description + b"\0")
+        offsets = [first + at if size else 0 for at, size in places[number]]
+        tags = _tags(number, page, offsets, [size for _, size in places[number]], kind)
+        if kind.tables_apart and tables[number]:
+            tags[347] = (UNDEFINED, tables[number])
         tags.update(page.tags)
         link = _write_directory(out, link, {tag: value for tag, value in tags.items() if value is not None}, kind)
     if not kind.big:
+        # OpenSlide reads 8 bytes there and, of a big-endian file, believes the last four: they hold the same.
         out[8:12] = out[4:8]
-    Path(path).write_bytes(out)
-    return places
+    return out + data if kind.directories_first else out
+
+
+def _tags(number, page, offsets, counts, kind):
+    tags = {
+        254: (LONG, [min(number, 1)]),
+        256: (LONG, [page.size[0]]),
+        257: (LONG, [page.size[1]]),
+        258: (SHORT, [8, 8, 8]),
+        259: (SHORT, [7]),
+        262: (SHORT, [kind.photometric]),
+        277: (SHORT, [3]),
+        284: (SHORT, [1]),
+        322: (SHORT, [page.tile[0]]),
+        323: (SHORT, [page.tile[1]]),
+        324: (LONG8 if kind.big else LONG, offsets),
+        325: (SHORT if kind.short_counts and max(counts) < 2**16 else LONG, counts),
+    }
+    if kind.description:
+        tags[270] = (ASCII, kind.description + b"\0")
+    return tags
 
 
 def _write_directory(out, link, tags, kind):

@@ -1,6 +1,7 @@
 """Whether what is read directly is what OpenSlide reads."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,9 +11,25 @@ import openslide
 from ds_wsi.slides.direct.errors import NotDirectError
 from ds_wsi.slides.direct.levels import Level
 from ds_wsi.slides.direct.reader import WHOLE_PIXEL, DirectTiff
+from ds_wsi.slides.direct.tile_cache import TileCache
 from ds_wsi.slides.pixels import background_of, opaque
 
 MAX_PROBE_PX = 512
+
+
+def open_direct(path: str | os.PathLike[str], openslide_handle: Any, cache: TileCache | None = None) -> DirectTiff:
+    """Open a slide that is proved to be read directly as OpenSlide reads it; see `DirectTiff` and `prove`.
+
+    Raises:
+        NotDirectError: it is not; the message is the reason, in one line.
+        OSError: the file cannot be opened.
+    """
+    slide = DirectTiff(path, cache)
+    reason = prove(slide, openslide_handle)
+    if reason is not None:
+        slide.close()
+        raise NotDirectError(reason)
+    return slide
 
 
 class Region(NamedTuple):
@@ -31,7 +48,8 @@ ReadRegion = Callable[[Region], np.ndarray | None]  # -> uint8 [h, w, 3], or Non
 def prove(slide: DirectTiff, openslide_handle: Any) -> str | None:
     """Why a slide must not be read directly, or None: levels, sizes and some tiles are compared with OpenSlide's.
 
-    On every level, corners, the middle, an edge and a tile without bytes are compared bit for bit.
+    Compared bit for bit are tiles at two corners and in the middle of every level, and one without bytes; of the finest
+    level also those at the other corners and at edges.
 
     Args:
         slide: open.
@@ -96,10 +114,12 @@ def difference(regions: Iterable[Region], read: ReadRegion, read_reference: Read
 
 
 def _probes(number: int, level: Level) -> Iterator[Region]:
-    """Tiles of a level: its corners, one inside, one at an edge, and one each that the file has and has not."""
+    """Tiles of a level: corners, one inside, one that the file has and one that it has not; of the finest, borders."""
     page = level.page
     right, bottom = page.columns - 1, page.rows - 1
-    tiles = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2), (bottom, right // 2)]
+    tiles = [(0, 0), (bottom, right), (bottom // 2, right // 2)]
+    if number == 0:
+        tiles += [(0, right), (bottom, 0), (bottom, right // 2), (bottom // 2, right)]
     is_absent = page.byte_counts == 0
     for group in (is_absent & ~level.redrawn, ~is_absent & ~level.redrawn):
         indices = group.nonzero()[0]

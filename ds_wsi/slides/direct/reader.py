@@ -127,7 +127,7 @@ class DirectTiff:
         if scale not in SCALES or width_px % scale or height_px % scale:
             raise ValueError(f"scale must be 1, 2, 4 or 8 and divide the region, got {scale}")
         downsample = self.levels[level].downsample
-        out = np.full((height_px // scale, width_px // scale, 3), BACKGROUND, dtype=np.uint8)
+        out = np.empty((height_px // scale, width_px // scale, 3), dtype=np.uint8)
         for top, left in itertools.product(range(0, height_px, PIECE_PX), range(0, width_px, PIECE_PX)):
             x = _Start.of(int(x0 + left * downsample), downsample)  # truncated as OpenSlide does
             y = _Start.of(int(y0 + top * downsample), downsample)
@@ -136,13 +136,15 @@ class DirectTiff:
         return out
 
     def _fill(self, piece: np.ndarray, x: _Start, y: _Start, level: int, scale: int) -> None:
-        """Draw the tiles that a piece of a region shows, uint8 [h, w, 3] in the background's colour."""
+        """Draw the tiles that a piece of a region shows, uint8 [h, w, 3], and the background where there is none."""
         page = self.levels[level].page
         if scale > 1:
             _require_shrinkable(page, piece, x, y, scale)
-        piece = piece[y.skipped_px :, x.skipped_px :]
+        whole, piece = piece, piece[y.skipped_px :, x.skipped_px :]
         left, top = x.first_px // scale, y.first_px // scale
         right, bottom = min(left + piece.shape[1], page.width_px), min(top + piece.shape[0], page.height_px)
+        if (bottom - top, right - left) != whole.shape[:2]:
+            whole[:] = BACKGROUND
         if left >= right or top >= bottom:
             return
         tile_width, tile_height = page.tile_width_px // scale, page.tile_height_px // scale
@@ -153,7 +155,9 @@ class DirectTiff:
                 y0, y1 = max(top, tile_top), min(bottom, tile_top + tile_height)
                 target = piece[y0 - top : y1 - top, x0 - left : x1 - left]
                 tile = self._tile(level, row, column, scale, target)
-                if tile is not None and tile is not target:
+                if tile is None:
+                    target[:] = BACKGROUND
+                elif tile is not target:
                     target[:] = tile[y0 - tile_top : y1 - tile_top, x0 - tile_left : x1 - tile_left]
 
     def _tile(self, level: int, row: int, column: int, scale: int, target: np.ndarray) -> np.ndarray | None:
