@@ -193,6 +193,38 @@ def test_between_pixels_of_a_level_openslide_interpolates(path):
             direct.read_region(100, 0, 1, 8, 8)
 
 
+def test_a_place_very_near_to_a_pixel_is_that_pixel(path):
+    # A downsample of 2.00025: places drift from the pixels, slowly.
+    write_tiff(path, [Page((4001, 32), (64, 16)), Page((2000, 16), (64, 16))], Kind(subsampling="444"))
+    n_read = 0
+    with openslide.OpenSlide(path) as handle, DirectTiff(path) as direct:
+        for x in range(0, 200):
+            try:
+                pixels = direct.read_region(x, 0, 1, 70, 16)
+            except NotDirectError:
+                continue
+            n_read += 1
+            np.testing.assert_array_equal(pixels, np.asarray(handle.read_region((x, 0), 1, (70, 16)).convert("RGB")))
+    assert 10 < n_read < 20
+
+
+def test_levels_are_found_as_openslide_finds_them(path):
+    pages = [Page((200, 100)), Page((50, 25)), Page((100, 50)), Page((25, 12), tags={254: (LONG, [0])})]
+    write_tiff(path, pages, Kind())
+    assert proved(path) is None
+    with DirectTiff(path) as direct:
+        assert direct.dimensions == (200, 100)
+        assert direct.level_dimensions == ((200, 100), (100, 50), (50, 25))
+    # An Aperio file's are all that are in tiles, in their order, and a larger one behind another is none.
+    write_tiff(path, [pages[0], pages[2], pages[3]], Kind(description=APERIO))
+    assert proved(path) is None
+    with DirectTiff(path) as direct:
+        assert direct.level_dimensions == ((200, 100), (100, 50), (25, 12))
+    write_tiff(path, [pages[0], pages[1], pages[2]], Kind(description=APERIO))
+    with pytest.raises(NotDirectError, match="levels must be ever smaller, got a larger one behind another"):
+        DirectTiff(path)
+
+
 def test_kept_tiles_are_bounded_shared_and_let_go(path, tmp_path):
     write_tiff(path, [Page((256, 128))], Kind())
     tile_bytes = 64 * 64 * 3
