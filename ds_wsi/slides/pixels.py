@@ -28,11 +28,42 @@ def opaque(region: Image.Image, background: np.ndarray) -> np.ndarray:
 
 def resize(tile: np.ndarray, side_px: int) -> np.ndarray:
     """Resample uint8 [S, S, 3] to [side_px, side_px, 3]."""
+    tile = np.ascontiguousarray(tile)
     factor, rest = divmod(tile.shape[0], side_px)
     if not rest and factor in EXACT_FACTORS:
-        # As the average below, rows after columns, rounded to the same bits, in half of the time.
-        halved = Image.fromarray(np.ascontiguousarray(tile)).reduce((factor, 1)).reduce((1, factor))
-        return np.asarray(halved)
+        return average(tile, factor)
     # The box average is the physical answer when shrinking; enlarging interpolates.
     how = Image.Resampling.BOX if tile.shape[0] > side_px else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(np.ascontiguousarray(tile)).resize((side_px, side_px), how))
+    return np.asarray(Image.fromarray(tile).resize((side_px, side_px), how))
+
+
+def average(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """The means of squares of pixels, to the bit those of Pillow's box filter, in half of its time or less.
+
+    Pillow rounds twice, half up: the mean of each row of a square, and the mean of these.
+
+    Args:
+        pixels: uint8 [H, W, 3], contiguous, whose sides `factor` divides.
+        factor: one of `EXACT_FACTORS`.
+
+    Returns:
+        uint8 [H / factor, W / factor, 3].
+    """
+    if factor != 2:
+        return np.asarray(Image.fromarray(pixels).reduce((factor, 1)).reduce((1, factor)))
+    height, width, _ = pixels.shape
+    # Of every pixel and the next one, though half of them are dropped: a pass over the bytes as they lie is faster than
+    # one by pixels of three.
+    across = np.empty_like(pixels)
+    flat = pixels.reshape(-1)
+    _mean(flat[:-3], flat[3:], across.reshape(-1)[:-3])
+    down = np.empty((height // 2, width, 3), dtype=np.uint8)
+    _mean(across[0::2], across[1::2], down)
+    every_other = np.ascontiguousarray(down.reshape(-1).view("V3")[::2])
+    return every_other.view(np.uint8).reshape(height // 2, width // 2, 3)
+
+
+def _mean(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    """(a + b + 1) // 2 without a wider type: a + b = 2 (a | b) - (a ^ b)."""
+    np.right_shift(np.bitwise_xor(a, b, out=out), 1, out=out)
+    np.subtract(np.bitwise_or(a, b), out, out=out)

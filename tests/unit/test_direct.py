@@ -7,11 +7,13 @@ import openslide
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tiled_tiff import RGB, YCBCR, Kind, Page, write_tiff
 
 from ds_wsi.slides.direct.errors import NotDirectError
 from ds_wsi.slides.direct.proof import prove
 from ds_wsi.slides.direct.reader import DirectTiff
+from ds_wsi.slides.direct.shrink import read_tile
 from ds_wsi.slides.pixels import opaque
 
 FEW, MANY = 60, int(os.environ.get("DS_WSI_DIRECT_CASES", "500"))
@@ -99,6 +101,10 @@ def read_alike(folder, slide, data):
                 assert "must begin on a pixel" in str(pixels) or "got none of its own" in str(pixels)
             else:
                 np.testing.assert_array_equal(pixels, openslide_region(handle, x0, y0, level, *size))
+                factor, side = data.draw(st.sampled_from([2, 3, 4, 8])), data.draw(st.integers(1, 20))
+                theirs = openslide_region(handle, x0, y0, level, factor * side, factor * side)
+                ours = read_tile(direct, x0, y0, level, factor * side, side)
+                np.testing.assert_array_equal(ours, Image.fromarray(theirs).resize((side, side), Image.Resampling.BOX))
 
 
 def damaged_is_refused_or_read_alike(folder, slide, data):

@@ -15,7 +15,7 @@ from ds_wsi.slides.direct import jpeg_page
 from ds_wsi.slides.direct.errors import NotDirectError
 from ds_wsi.slides.direct.proof import open_direct, prove
 from ds_wsi.slides.direct.reader import DirectTiff
-from ds_wsi.slides.direct.shrink import read_box, read_dct
+from ds_wsi.slides.direct.shrink import read_tile
 from ds_wsi.slides.direct.tile_cache import TileCache
 from ds_wsi.slides.slide import Slide
 
@@ -177,6 +177,7 @@ def test_wrong_arguments_are_told(path):
             ((0, 0, 1, 8, 8), r"level must be in \[0, 1\), got 1"),
             ((0, 0, 0, 8, 0), "region must have at least 1 px, got 8 x 0"),
             ((0, 0, 0, 8, 8, 3), "scale must be 1, 2, 4 or 8 and divide the region, got 3"),
+            ((0, 0, 0, 8, 8, 2, "mean"), "shrink must be 'box' or 'dct', got 'mean'"),
             ((0, 0, 0, 9, 8, 2), "scale must be 1, 2, 4 or 8 and divide the region, got 2"),
         ):
             with pytest.raises(ValueError, match=words):
@@ -242,10 +243,10 @@ def test_kept_tiles_are_bounded_shared_and_let_go(path, tmp_path):
         with pytest.raises(TypeError):
             one.read_region(1, 1, 0, 8, 8)  # the oldest, which went
     assert (len(cache), cache.n_bytes) == (0, 0)
-    cache.put((0, 0, 0, 1), np.zeros((64, 64, 4), dtype=np.uint8))  # as large as may be, and kept twice
-    cache.put((0, 0, 0, 1), np.zeros((64, 64, 3), dtype=np.uint8))
+    cache.put((0, 0, 0, 1, "box"), np.zeros((64, 64, 4), dtype=np.uint8))  # as large as may be, and kept twice
+    cache.put((0, 0, 0, 1, "box"), np.zeros((64, 64, 3), dtype=np.uint8))
     assert cache.n_bytes == tile_bytes
-    cache.put((0, 0, 1, 1), np.zeros((65, 64, 9), dtype=np.uint8))  # larger than all that may be kept
+    cache.put((0, 0, 1, 1, "box"), np.zeros((65, 64, 9), dtype=np.uint8))  # larger than all that may be kept
     assert (len(cache), cache.n_bytes) == (1, tile_bytes)
     assert len(pickle.loads(pickle.dumps(cache))) == 0
     with pytest.raises(ValueError, match="max_bytes must be at least 0, got -1"):
@@ -288,12 +289,12 @@ def test_shrinking_as_it_is_decoded_is_the_mean_of_the_pixels(path, factor):
         assert full.max() < 255
         side = 256 // factor
         means = full.reshape(side, factor, side, factor, 3).mean(axis=(1, 3))
-        shrunk = read_dct(direct, 128, 0, 0, 256, side)
+        shrunk = read_tile(direct, 128, 0, 0, 256, side, "dct")
         assert np.abs(shrunk - means).max() <= 1
         # One and a half times more: the rest is averaged.
         smaller = side * 2 // 3
         rest = Image.fromarray(np.rint(means).astype(np.uint8)).resize((smaller, smaller), Image.Resampling.BOX)
-        assert np.abs(read_dct(direct, 128, 0, 0, 256, smaller) - np.asarray(rest, dtype=int)).max() <= 1
+        assert np.abs(read_tile(direct, 128, 0, 0, 256, smaller, "dct") - np.asarray(rest, dtype=int)).max() <= 1
 
 
 def test_where_decoding_cannot_shrink_the_pixels_are_averaged(path):
@@ -301,11 +302,11 @@ def test_where_decoding_cannot_shrink_the_pixels_are_averaged(path):
     with DirectTiff(path) as direct, Slide(path) as slide:
         for x, y, read_px, tile_px in ((3, 0, 128, 64), (0, 2, 128, 32), (0, 0, 100, 100), (350, 0, 128, 64)):
             expected = slide.read_tile(x, y, 0, read_px, tile_px)
-            np.testing.assert_array_equal(read_box(direct, x, y, 0, read_px, tile_px), expected)
+            np.testing.assert_array_equal(read_tile(direct, x, y, 0, read_px, tile_px), expected)
             if (y, read_px) != (2, 128):
-                np.testing.assert_array_equal(read_dct(direct, x, y, 0, read_px, tile_px), expected)
+                np.testing.assert_array_equal(read_tile(direct, x, y, 0, read_px, tile_px, "dct"), expected)
         # From an even row by two at least, though four are wanted.
-        assert not np.array_equal(read_dct(direct, 0, 2, 0, 128, 32), slide.read_tile(0, 2, 0, 128, 32))
+        assert not np.array_equal(read_tile(direct, 0, 2, 0, 128, 32, "dct"), slide.read_tile(0, 2, 0, 128, 32))
 
 
 def test_a_real_slide_is_read_as_openslide_reads_it(shared_data):
@@ -314,8 +315,8 @@ def test_a_real_slide_is_read_as_openslide_reads_it(shared_data):
     with DirectTiff(path) as direct, Slide(path) as slide:
         for y in range(0, 2967, 256):
             for x in range(0, 2220, 512):
-                np.testing.assert_array_equal(read_box(direct, x, y, 0, 256, 256), slide.read_tile(x, y, 0, 256, 256))
-        shrunk = np.stack([read_dct(direct, x, 512, 0, 512, 256) for x in (0, 512, 1024)]).astype(int)
+                np.testing.assert_array_equal(read_tile(direct, x, y, 0, 256, 256), slide.read_tile(x, y, 0, 256, 256))
+        shrunk = np.stack([read_tile(direct, x, 512, 0, 512, 256, "dct") for x in (0, 512, 1024)]).astype(int)
         boxes = np.stack([slide.read_tile(x, 512, 0, 512, 256) for x in (0, 512, 1024)])
         assert 0 < np.abs(shrunk - boxes).mean() < 0.5
     with pytest.raises(NotDirectError, match="compression must be 7, got 33005"):

@@ -8,12 +8,14 @@ import numpy as np
 from ds_wsi.slides.direct.errors import NotDirectError
 from ds_wsi.slides.direct.jpeg_stream import RGB, YCBCR, decode, stream_head, tile_jpeg
 from ds_wsi.slides.direct.tiff_layout import Directory, SlideFile
+from ds_wsi.slides.pixels import average
 
 SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
 FILL_ORDER, DESCRIPTION, SAMPLES, PLANAR = 266, 270, 277, 284
 TILE_WIDTH, TILE_HEIGHT, OFFSETS, BYTE_COUNTS, JPEG_TABLES = 322, 323, 324, 325, 347
 IMAGE_DEPTH, TILE_DEPTH = 32997, 32998
 JPEG = 7  # compression
+BOX, DCT = "box", "dct"  # how a tile is shrunk
 REDUCED = 1  # bit of SUBFILE: an image of lower resolution of another
 MAX_TILE_PIXELS = 2**24  # 48 MB decoded: a damaged size must not ask for more memory than there is
 
@@ -104,14 +106,26 @@ class JpegPage:
         stream = file.read(int(self.offsets[index]), n_bytes)
         return tile_jpeg(self.head, stream, self.tile_width_px, self.tile_height_px)
 
-    def pixels(self, file: SlideFile, index: int, scale: int = 1, out: np.ndarray | None = None) -> np.ndarray | None:
-        """The decoded tile; see `jpeg` and `jpeg_stream.decode`.
+    def pixels(
+        self, file: SlideFile, index: int, scale: int = 1, shrink: str = BOX, out: np.ndarray | None = None
+    ) -> np.ndarray | None:
+        """The decoded tile, uint8 [tile_height_px / scale, tile_width_px / scale, 3]; None as from `jpeg`.
+
+        Args:
+            file: the open file.
+            index: the tile, row by row.
+            scale: 1, 2, 4 or 8.
+            shrink: BOX, the means of the decoded pixels; or DCT, see `jpeg_stream.decode`.
+            out: where it is decoded to; not where it is averaged.
 
         Raises:
             NotDirectError: the tile is broken.
         """
         jpeg = self.jpeg(file, index)
-        return None if jpeg is None else decode(jpeg, self.tile_width_px, self.tile_height_px, scale, out)
+        if jpeg is None:
+            return None
+        size = self.tile_width_px, self.tile_height_px
+        return average(decode(jpeg, *size), scale) if scale > 1 and shrink == BOX else decode(jpeg, *size, scale, out)
 
 
 def is_tiled(directory: Directory) -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ds_wsi.slides.direct.errors import NotDirectError
-from ds_wsi.slides.direct.jpeg_page import JpegPage
+from ds_wsi.slides.direct.jpeg_page import BOX, DCT, JpegPage
 from ds_wsi.slides.direct.jpeg_stream import SCALES
 from ds_wsi.slides.direct.levels import find_levels
 from ds_wsi.slides.direct.tiff_layout import SlideFile, read_directories
@@ -103,15 +103,18 @@ class DirectTiff:
         """Level-0 px per pixel of each level."""
         return tuple(level.downsample for level in self.levels)
 
-    def read_region(self, x0: int, y0: int, level: int, width_px: int, height_px: int, scale: int = 1) -> np.ndarray:
+    def read_region(
+        self, x0: int, y0: int, level: int, width_px: int, height_px: int, scale: int = 1, shrink: str = BOX
+    ) -> np.ndarray:
         """The pixels of a rectangle, white where the slide has none.
 
         Args:
             x0, y0: top left, level-0 px; may lie outside.
             level: the level to read from.
             width_px, height_px: size at that level.
-            scale: 1, or 2, 4 or 8: the rectangle is shrunk so many times as it is decoded, which is near to the mean of
-                its pixels and not the same; see `jpeg_stream.decode`.
+            scale: 1, or 2, 4 or 8: the rectangle is shrunk so many times, tile by tile.
+            shrink: "box", to the means of its pixels; or "dct", as it is decoded, which is near to them and not the
+                same (see `jpeg_stream.decode`).
 
         Returns:
             uint8 [height_px / scale, width_px / scale, 3].
@@ -126,16 +129,18 @@ class DirectTiff:
             raise ValueError(f"region must have at least 1 px, got {width_px} x {height_px}")
         if scale not in SCALES or width_px % scale or height_px % scale:
             raise ValueError(f"scale must be 1, 2, 4 or 8 and divide the region, got {scale}")
+        if shrink not in (BOX, DCT):
+            raise ValueError(f"shrink must be {BOX!r} or {DCT!r}, got {shrink!r}")
         downsample = self.levels[level].downsample
         out = np.empty((height_px // scale, width_px // scale, 3), dtype=np.uint8)
         for top, left in itertools.product(range(0, height_px, PIECE_PX), range(0, width_px, PIECE_PX)):
             x = _Start.of(int(x0 + left * downsample), downsample)  # truncated as OpenSlide does
             y = _Start.of(int(y0 + top * downsample), downsample)
             piece = out[top // scale : (top + PIECE_PX) // scale, left // scale : (left + PIECE_PX) // scale]
-            self._fill(piece, x, y, level, scale)
+            self._fill(piece, x, y, level, scale, shrink)
         return out
 
-    def _fill(self, piece: np.ndarray, x: _Start, y: _Start, level: int, scale: int) -> None:
+    def _fill(self, piece: np.ndarray, x: _Start, y: _Start, level: int, scale: int, shrink: str) -> None:
         """Draw the tiles that a piece of a region shows, uint8 [h, w, 3], and the background where there is none."""
         page = self.levels[level].page
         if scale > 1:
@@ -154,34 +159,35 @@ class DirectTiff:
                 x0, x1 = max(left, tile_left), min(right, tile_left + tile_width)
                 y0, y1 = max(top, tile_top), min(bottom, tile_top + tile_height)
                 target = piece[y0 - top : y1 - top, x0 - left : x1 - left]
-                tile = self._tile(level, row, column, scale, target)
+                tile = self._tile(level, row, column, scale, shrink, target)
                 if tile is None:
                     target[:] = BACKGROUND
                 elif tile is not target:
                     target[:] = tile[y0 - tile_top : y1 - tile_top, x0 - tile_left : x1 - tile_left]
 
-    def _tile(self, level: int, row: int, column: int, scale: int, target: np.ndarray) -> np.ndarray | None:
+    def _tile(
+        self, level: int, row: int, column: int, scale: int, shrink: str, target: np.ndarray
+    ) -> np.ndarray | None:
         """A decoded tile, kept or read now; None where the file has none; `target` itself where it was read to that."""
         source = self.levels[level]
         index = row * source.page.columns + column
         if source.redrawn[index]:
             raise NotDirectError(f"tile ({column}, {row}) of level {level} must be in the file, got none of its own")
-        key = (self._number, level, index, scale)
+        key = (self._number, level, index, scale, shrink)
         tile = self._cache.get(key)
         if tile is not None:
             return tile
         whole = (source.page.tile_height_px // scale, source.page.tile_width_px // scale, 3)
         # What is shown as a whole is not read again soon, and needs no copy.
-        out = target if target.shape == whole and target.flags.c_contiguous else None
+        is_shown_whole = target.shape == whole and target.flags.c_contiguous
+        out = target if is_shown_whole and (scale == 1 or shrink == DCT) else None
         try:
-            tile = source.page.pixels(self.file, index, scale, out)
+            tile = source.page.pixels(self.file, index, scale, shrink, out)
         except NotDirectError as error:
             raise NotDirectError(f"tile ({column}, {row}) of level {level} must be readable: {error}") from error
-        if out is not None and tile is not None:
-            return target
-        if tile is not None:
+        if tile is not None and not is_shown_whole:
             self._cache.put(key, tile)
-        return tile
+        return target if tile is not None and out is not None else tile
 
 
 def _require_shrinkable(page: JpegPage, piece: np.ndarray, x: _Start, y: _Start, scale: int) -> None:

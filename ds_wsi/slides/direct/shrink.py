@@ -3,20 +3,25 @@
 import numpy as np
 
 from ds_wsi.slides.direct.errors import NotDirectError
+from ds_wsi.slides.direct.jpeg_page import BOX
 from ds_wsi.slides.direct.jpeg_stream import SCALES
 from ds_wsi.slides.direct.reader import DirectTiff
 from ds_wsi.slides.pixels import resize
 
 
-def read_box(slide: DirectTiff, x0: int, y0: int, level: int, read_size_px: int, tile_size_px: int) -> np.ndarray:
-    """Read a square at full resolution and average its pixels: what `Slide.read_tile` makes of OpenSlide's.
+def read_tile(
+    slide: DirectTiff, x0: int, y0: int, level: int, read_size_px: int, tile_size_px: int, shrink: str = BOX
+) -> np.ndarray:
+    """Read a square tile.
 
     Args:
         slide: open.
         x0, y0: top left, level-0 px.
         level: the level to read from.
-        read_size_px: the square's side at that level.
-        tile_size_px: the side of what is returned.
+        read_size_px: the tile's side at that level.
+        tile_size_px: the tile's side when returned.
+        shrink: "box", the mean of the pixels, to the bit what `Slide.read_tile` makes of OpenSlide's; or "dct", shrunk
+            8, 4 or 2 times as it is decoded, as far as place and size allow, and averaged from there.
 
     Returns:
         uint8 [tile_size_px, tile_size_px, 3].
@@ -24,21 +29,15 @@ def read_box(slide: DirectTiff, x0: int, y0: int, level: int, read_size_px: int,
     Raises:
         NotDirectError: see `DirectTiff.read_region`.
     """
-    pixels = slide.read_region(x0, y0, level, read_size_px, read_size_px)
-    return pixels if read_size_px == tile_size_px else resize(pixels, tile_size_px)
-
-
-def read_dct(slide: DirectTiff, x0: int, y0: int, level: int, read_size_px: int, tile_size_px: int) -> np.ndarray:
-    """Read a square, shrunk 8, 4 or 2 times as it is decoded, as far as that is possible, and by averaging from there.
-
-    Arguments, value and errors are those of `read_box`, which reads the square where no such shrinking is possible.
-    """
     for scale in sorted(SCALES[1:], reverse=True):
-        if read_size_px % scale or read_size_px < scale * tile_size_px:
+        is_whole = read_size_px == scale * tile_size_px
+        # A mean of means would be rounded once more.
+        if read_size_px % scale or (not is_whole if shrink == BOX else read_size_px < scale * tile_size_px):
             continue
         try:
-            pixels = slide.read_region(x0, y0, level, read_size_px, read_size_px, scale)
+            pixels = slide.read_region(x0, y0, level, read_size_px, read_size_px, scale, shrink)
         except NotDirectError:
             continue  # not at this scale; a broken tile is told by the last attempt
-        return pixels if read_size_px == scale * tile_size_px else resize(pixels, tile_size_px)
-    return read_box(slide, x0, y0, level, read_size_px, tile_size_px)
+        return pixels if is_whole else resize(pixels, tile_size_px)
+    pixels = slide.read_region(x0, y0, level, read_size_px, read_size_px)
+    return pixels if read_size_px == tile_size_px else resize(pixels, tile_size_px)

@@ -6,7 +6,7 @@ from collections import OrderedDict
 import numpy as np
 
 CACHE_BYTES = 2**25
-Key = tuple[int, int, int, int]  # slide, level, tile, scale
+Key = tuple[int, int, int, int, str]  # slide, level, tile, scale, how it was shrunk
 
 
 class TileCache:
