@@ -102,9 +102,10 @@ def read_alike(folder, slide, data):
             else:
                 np.testing.assert_array_equal(pixels, openslide_region(handle, x0, y0, level, *size))
                 factor, side = data.draw(st.sampled_from([2, 3, 4, 8])), data.draw(st.integers(1, 20))
-                theirs = openslide_region(handle, x0, y0, level, factor * side, factor * side)
-                ours = read_tile(direct, x0, y0, level, factor * side, side)
-                np.testing.assert_array_equal(ours, Image.fromarray(theirs).resize((side, side), Image.Resampling.BOX))
+                tile = outcome(lambda: read_tile(direct, x0, y0, level, factor * side, side))  # noqa: B023
+                if not isinstance(tile, NotDirectError):
+                    full = Image.fromarray(openslide_region(handle, x0, y0, level, factor * side, factor * side))
+                    np.testing.assert_array_equal(tile, full.resize((side, side), Image.Resampling.BOX))
 
 
 def damaged_is_refused_or_read_alike(folder, slide, data):
