@@ -92,8 +92,9 @@ def read_alike(folder, slide, data):
         assert direct.level_downsamples == handle.level_downsamples
         for _ in range(6):
             level = data.draw(st.integers(0, len(pages) - 1))
-            # On a pixel of the level, where it has whole ones.
+            # On a pixel of the level, where it has whole ones; or before it begins, where they are rounded.
             x0, y0 = (int(data.draw(st.integers(-20, 90)) * direct.level_downsamples[level]) for _ in "xy")
+            x0, y0 = (at - data.draw(st.integers(0, 2)) if at < 0 else at for at in (x0, y0))
             size = [data.draw(st.integers(1, 150)) for _ in "wh"]
             pixels = outcome(lambda: direct.read_region(x0, y0, level, *size))  # noqa: B023
             if isinstance(pixels, NotDirectError):

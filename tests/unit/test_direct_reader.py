@@ -1,5 +1,6 @@
 """What the direct reader covers, refuses and keeps."""
 
+import itertools
 import os
 import pickle
 import threading
@@ -8,7 +9,7 @@ import numpy as np
 import openslide
 import pytest
 from PIL import Image
-from tiled_tiff import LONG, RGB, SHORT, UNDEFINED, Kind, Page, picture, write_tiff
+from tiled_tiff import LONG, LONG8, RGB, SHORT, UNDEFINED, Kind, Page, encode, picture, tiles_of, write_tiff
 
 from ds_wsi.slides.demo import write_pyramid
 from ds_wsi.slides.direct import jpeg_page
@@ -16,6 +17,7 @@ from ds_wsi.slides.direct.errors import NotDirectError
 from ds_wsi.slides.direct.proof import open_direct, prove
 from ds_wsi.slides.direct.reader import DirectTiff
 from ds_wsi.slides.direct.shrink import read_tile
+from ds_wsi.slides.direct.tiff_layout import Directory, Entry, SlideFile
 from ds_wsi.slides.direct.tile_cache import TileCache
 from ds_wsi.slides.slide import Slide
 
@@ -80,6 +82,25 @@ def test_a_file_that_is_no_whole_tiff_is_refused(path, content, words):
     path.write_bytes(content)
     with pytest.raises(NotDirectError, match=words):
         DirectTiff(path)
+
+
+def test_numbers_are_unsigned_and_no_larger_than_a_file(path):
+    path.write_bytes(b"\xff" * 16)
+    directory = Directory(SlideFile(path), 0, {324: Entry(LONG, 2, 0), 325: Entry(LONG8, 1, 0)}, "<")
+    assert directory.integers(324).tolist() == [2**32 - 1] * 2
+    with pytest.raises(NotDirectError, match="tag 325 must hold places in the file, got 18446744073709551615"):
+        directory.integers(325)
+
+
+def test_what_else_stands_among_the_tables_is_forgotten_with_each_tile(path):
+    kind = Kind(tables_apart=True, subsampling="444")
+    page = Page((128, 64))
+    tables, _ = encode(next(tiles_of(page)), kind)
+    # The interval of restarts, which the tiles do not have; a word; and colours.
+    others = b"\xff\xdd\x00\x04\x00\x02" + b"\xff\xfe\x00\x06word" + b"\xff\xee\x00\x0eAdobe\x00\x64" + bytes(5)
+    page.tags[347] = (UNDEFINED, tables[:-2] + others + tables[-2:])
+    write_tiff(path, [page], kind)
+    assert proved(path) is None
 
 
 def test_a_folder_and_a_missing_file_are_errors_of_the_system(path):
@@ -168,6 +189,15 @@ def test_regions_larger_than_openslides_pieces(path):
             theirs = np.asarray(handle.read_region((x, -2), level, size))
             expected = np.where(theirs[..., 3:] == 0, 255, theirs[..., :3])
             np.testing.assert_array_equal(direct.read_region(x, -2, level, *size), expected)
+
+
+def test_before_the_first_pixel_places_are_rounded_as_openslide_rounds_them(path):
+    write_tiff(path, [Page((200, 120)), Page((100, 60))], Kind(subsampling="444"))
+    with openslide.OpenSlide(path) as handle, DirectTiff(path) as direct:
+        for x, y in itertools.product(range(-4, 1), repeat=2):
+            theirs = np.asarray(handle.read_region((x, y), 1, (20, 20)))
+            expected = np.where(theirs[..., 3:] == 0, 255, theirs[..., :3])
+            np.testing.assert_array_equal(direct.read_region(x, y, 1, 20, 20), expected)
 
 
 def test_wrong_arguments_are_told(path):
