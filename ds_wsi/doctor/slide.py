@@ -8,7 +8,7 @@ from ds_wsi.doctor.finding import FAIL, PASS, Finding
 SLIDE_S = 60
 SIDE_PX, TILE_PX = 512, 128
 GREY_LEVELS = 8  # that JPEG may change of a smooth picture
-_REMEDY = "pip install --force-reinstall openslide-python openslide-bin tifffile imagecodecs"
+_REMEDY = "pip install --force-reinstall openslide-python openslide-bin tifffile imagecodecs simplejpeg"
 
 
 def check_slide() -> Finding:

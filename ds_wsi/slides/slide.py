@@ -12,6 +12,7 @@ from PIL import Image
 
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.errors import SlideError, TileReadError
+from ds_wsi.slides.pixels import background_of, opaque, resize
 from ds_wsi.slides.plain import RESOLUTION_SOURCE
 from ds_wsi.slides.readers import READ_ERRORS, open_handle
 
@@ -75,7 +76,7 @@ class Slide:
         self.level_dimensions: tuple[tuple[int, int], ...] = handle.level_dimensions
         self.level_downsamples: tuple[float, ...] = handle.level_downsamples
         self._properties = dict(handle.properties)
-        self._background = _background(self._properties)
+        self._background = background_of(self._properties)
 
     def __enter__(self) -> "Slide":
         return self
@@ -189,20 +190,9 @@ class Slide:
         except (*READ_ERRORS, SlideError) as error:
             self.close()
             raise TileReadError(self.slide_id, x, y, error) from error
-        tile = self._opaque(region)
-        np.copyto(out, tile if read_size_px == tile_size_px else _resize(tile, tile_size_px))
+        tile = opaque(region, self._background)
+        np.copyto(out, tile if read_size_px == tile_size_px else resize(tile, tile_size_px))
         return out
-
-    def _opaque(self, region: Image.Image) -> np.ndarray:
-        """RGBA to uint8 RGB [h, w, 3] on the slide's background."""
-        if np.frombuffer(region.tobytes("raw", "A"), dtype=np.uint8).min() == 255:
-            # Pillow's encoder drops the alpha on the way: several times faster than NumPy's copy of 3 bytes in 4.
-            rgb = np.frombuffer(region.tobytes("raw", "RGB"), dtype=np.uint8)
-            return rgb.reshape(region.height, region.width, 3)
-        rgba = np.asarray(region)
-        alpha = rgba[..., 3]
-        weight = alpha[..., None].astype(np.float32) / 255
-        return np.rint(rgba[..., :3] * weight + self._background * (1 - weight)).astype(np.uint8)
 
     def read_overview(self, mpp: float) -> tuple[np.ndarray, float]:
         """The whole slide at `mpp` um/px; see `read_overview_downsampled`."""
@@ -267,7 +257,7 @@ class Slide:
         size = (max(1, math.ceil(ends[0] - 1e-6)), max(1, math.ceil(ends[1] - 1e-6)))
         region = self._open().read_region((int(x), int(y)), level, size)
         box = (offset[0], offset[1], min(ends[0], size[0]), min(ends[1], size[1]))
-        picture = Image.fromarray(np.ascontiguousarray(self._opaque(region)))
+        picture = Image.fromarray(np.ascontiguousarray(opaque(region, self._background)))
         return np.asarray(picture.resize((columns, rows), Image.Resampling.BOX, box=box))
 
 
@@ -338,17 +328,6 @@ def _number(text: str | None) -> float | None:
     except ValueError:
         return None
     return value if value > 0 and math.isfinite(value) else None
-
-
-def _background(properties: dict[str, str]) -> np.ndarray:
-    colour = properties.get("openslide.background-color", "FFFFFF")
-    return np.array([int(colour[i : i + 2], 16) for i in (0, 2, 4)], dtype=np.float32)
-
-
-def _resize(tile: np.ndarray, side_px: int) -> np.ndarray:
-    # The box average is the physical answer when shrinking; enlarging interpolates.
-    how = Image.Resampling.BOX if tile.shape[0] > side_px else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(np.ascontiguousarray(tile)).resize((side_px, side_px), how))
 
 
 class SlideCache:

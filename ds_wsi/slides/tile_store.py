@@ -19,12 +19,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import imagecodecs
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from ds_wsi.runtime.files import atomic_path
+from ds_wsi.slides.direct.errors import NotDirectError
+from ds_wsi.slides.direct.jpeg_stream import decode
 from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.slides.jpeg_tiles import JpegTiles
 from ds_wsi.slides.slide import Slide, SlideError, TileReadError
@@ -316,8 +317,8 @@ class StoredSlide:
             TileReadError: as from the slide itself.
         """
         try:
-            imagecodecs.jpeg8_decode(self.jpeg(row), out=out)
-        except (ValueError, RuntimeError) as error:  # the codec's own errors are RuntimeErrors
+            decode(self.jpeg(row), out.shape[1], out.shape[0], out=out)
+        except (ValueError, NotDirectError) as error:
             batch, number = self._find(row)
             x, y = batch.x[number].as_py(), batch.y[number].as_py()
             raise TileReadError(str(self.header["slide_id"]), x, y, error) from error

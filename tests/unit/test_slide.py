@@ -8,6 +8,7 @@ import tifffile
 from PIL import Image
 
 from ds_wsi.slides import slide as slide_module
+from ds_wsi.slides.pixels import background_of, opaque, resize
 from ds_wsi.slides.slide import Slide, SlideCache, SlideError, TileReadError
 
 
@@ -123,12 +124,10 @@ def test_transparent_pixels_are_white(two_levels):
         assert (halved[:, 8:] == 255).all()
 
 
-def test_transparency_mixes_with_the_background(two_levels):
+def test_transparency_mixes_with_the_background():
     image = Image.new("RGBA", (3, 1))
     image.putdata([(200, 100, 0, 255), (200, 100, 0, 51), (1, 2, 3, 0)])
-    with Slide(two_levels) as slide:
-        slide._background = slide_module._background({"openslide.background-color": "204060"})
-        flat = slide._opaque(image)
+    flat = opaque(image, background_of({"openslide.background-color": "204060"}))
     # 51 / 255 is a fifth: 0.2 * (200, 100, 0) + 0.8 * (0x20, 0x40, 0x60).
     assert np.abs(flat[0].astype(int) - [[200, 100, 0], [66, 71, 77], [0x20, 0x40, 0x60]]).max() <= 1
 
@@ -140,6 +139,15 @@ def test_bounds_are_the_scanned_area(two_levels):
         assert slide.bounds == (0, 0, 256, 192)
         properties["openslide.bounds-height"] = "150"
         assert slide.bounds == (10, 20, 200, 150)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4, 8, 16])
+def test_shrinking_is_pillows_box_to_the_bit(factor):
+    rng = np.random.default_rng(factor)
+    for low in (0, 250):
+        tile = rng.integers(low, 256, (48 * factor, 48 * factor, 3), dtype=np.uint8)
+        expected = Image.fromarray(tile).resize((48, 48), Image.Resampling.BOX)
+        np.testing.assert_array_equal(resize(tile, 48), expected)
 
 
 @pytest.mark.parametrize("downsample", [8, 7.5, 40, 1])

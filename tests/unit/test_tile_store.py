@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from tiled_tiff import Kind, Page, write_tiff
 
 from ds_wsi.bags.bag import BagPart, FailureLog, read_bags
 from ds_wsi.bags.cohort import load_cohort
@@ -70,6 +71,22 @@ def test_the_slides_own_jpeg_tiles_are_copied_and_decode_to_openslides_pixels(sl
     assert all(column(path, "copied"))
     assert np.array_equal(stored_tiles(path, grid), tiles_of(slide, grid))
     assert list(zip(column(path, "x"), column(path, "y"))) == [tuple(xy) for xy in grid.coords.tolist()]
+
+
+def test_a_tile_of_broken_codes_is_not_copied(tmp_path):
+    places = write_tiff(tmp_path / "s.tiff", [Page((256, 256))], Kind())
+    content = bytearray((tmp_path / "s.tiff").read_bytes())
+    offset, size = places[0][5]
+    # Decoders that only warn of a code that cannot be would go on with wrong pixels.
+    content[offset + size // 2 : offset + size - 2] = bytes(size - 2 - size // 2)
+    (tmp_path / "s.tiff").write_bytes(content)
+    with Slide(tmp_path / "s.tiff", mpp=0.5) as slide:
+        grid = grid_of(slide, 64)
+        pack_slide(slide, grid, tmp_path / "store")
+    path = store_path(tmp_path / "store", "s")
+    assert column(path, "copied") == [row != 5 for row in range(16)]
+    (reason,) = [reason for reason in column(path, "reason") if reason]
+    assert "Corrupt JPEG data" in reason
 
 
 @pytest.mark.parametrize(("tile_size_px", "mpp"), [(240, 0.5), (64, 0.5), (128, 0.7)])
