@@ -89,7 +89,8 @@ def _same_calls(case: Case, few: Tensor, count: int) -> bool:
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             for part in case.module.modules():  # or what a forward writes would be written
-                for table in (part._parameters, part._buffers):
+                tables: tuple[dict[str, Any], ...] = part._parameters, part._buffers
+                for table in tables:
                     table.update({name: fake.from_tensor(item) for name, item in table.items() if item is not None})
             for size, called in ((len(few), one), (count, other)):
                 tiles = torch.empty((size, *few.shape[1:]), dtype=few.dtype, device=case.device)
