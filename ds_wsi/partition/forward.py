@@ -26,6 +26,7 @@ from ds_wsi.partition.module.outputs import form_of, tensors_of
 from ds_wsi.partition.module.partitioned import refuse_partitioned_parts
 from ds_wsi.partition.module.shards import anchored, is_anchor, refuse_shards
 from ds_wsi.partition.module.surroundings import (
+    carrier_of,
     refuse_checkpoint,
     refuse_saved_tensor_hooks,
     refuse_transforms,
@@ -114,7 +115,8 @@ class PartitionedForward:
     def _call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], cu_seqlens: Tensor | None, prepare: Prepare | None
     ) -> Any:
-        refuse_shards(self.module)
+        with exclusive(self.module):
+            refuse_shards(self.module)
         anchor = None
         if args and is_anchor(args[-1]):
             args, anchor = args[:-1], args[-1]
@@ -122,14 +124,15 @@ class PartitionedForward:
         x, arguments = Arguments.bind(self.original, args, kwargs, owner)
         if not hasattr(x, "shape") or not len(x.shape):
             raise ValueError(f"the tiles of a partitioned {owner} must be a tensor [N, ...], got a {type(x).__name__}")
-        shared = is_shared(self.module)
+        with exclusive(self.module):  # or another thread's stand-ins would be taken for the parameters
+            shared = is_shared(self.module)
+            device = next((parameter.device for parameter in self.module.parameters()), x.device)
         if x.shape[0] == 0 and not shared:
             return anchored(arguments.call(self.original, x if prepare is None else prepare(x)), anchor)
         arguments.require_shared(x.shape[0], owner)
         refuse_checkpoint()
-        device = next((parameter.device for parameter in self.module.parameters()), x.device)
         probe = x[:1] if prepare is None else prepare(x[:1].to(device))
-        with exclusive(self.module):  # or another thread's aliases would be taken for the parameters
+        with exclusive(self.module):
             parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
             save = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))
             early = self.wanted.mode not in ("auto", "native")  # else the plan decides
@@ -166,7 +169,13 @@ class PartitionedForward:
                 store=self._host_store(plan, x.shape[0], device),
                 arguments=arguments,
             )
-        out = PartitionedNode.apply(call, x, anchor, *parameters) if save else call.forward()
+        for part, name, value in call.program.traced.attributes:
+            setattr(part, name, value)  # as the forward itself would
+        if save:
+            call.carrier = carrier_of(x, *parameters)
+            out = PartitionedNode.apply(call, x, anchor, *parameters)
+        else:
+            out = call.forward()
         form = call.program.traced.form
         return out if form is None or form.is_plain else form.unpack(out)
 
@@ -284,7 +293,8 @@ class PartitionedForward:
         """The module's graph as the module is now, for inputs like the example."""
         place = example.shape if axis == "spatial" else example.shape[1:]
         kind = autocast_dtype(example.device)
-        seen = place, example.dtype, example.device, kind, example.arguments.key
+        # What a forward does may hang on whether autograd follows.
+        seen = place, example.dtype, example.device, kind, example.arguments.key, torch.is_grad_enabled()
         opaque = whole and stays_whole(self.module, axis)
         key = module_key(self.module), axis, opaque, self.wanted.compile, seen
         if key not in self._traces:
@@ -299,6 +309,7 @@ class PartitionedForward:
                     type(self.module).__name__,
                 )
             self._traces[key] = traced
+        self._traces[key].require(example)
         return self._traces[key]
 
     def _program(self, plan: PartitionPlan, example: Example) -> Program:

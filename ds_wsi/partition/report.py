@@ -122,7 +122,7 @@ def _mode_report(
     save = trained or example.requires_grad
     case = Case(module, module.forward, forward.on_trial, plan, Arguments(), device, save, example.requires_grad)
     try:
-        reason = check_case(case, sample_of(case, example, 8))
+        reason = check_case(case, sample_of(case, example, 8), len(example))
     except ValueError as error:
         return ModeReport(mode, False, str(error))
     if reason:

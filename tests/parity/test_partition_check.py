@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2, LayerNorm2d, SplitBatchNorm2d
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrizations
 
 import ds_wsi
@@ -748,7 +749,8 @@ def case_of(net, mode="lean", backward=True):
 def test_it_costs_ten_tiles_once_for_each_kind_of_call(monkeypatch):
     class Stem(nn.Conv2d):
         def forward(self, x):
-            seen.append(len(x))
+            if not isinstance(x, FakeTensor):  # which has no values to compute with
+                seen.append(len(x))
             return super().forward(x)
 
     seen = []

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from ds_wsi.partition.checking.case import Case
+from ds_wsi.partition.checking.conditions import by_number
 from ds_wsi.partition.checking.verdict import CHUNKS, Verdict
 from ds_wsi.partition.execution.input_tensor import Prepare, prepared
+from ds_wsi.partition.graph.trace import stays_whole
+from ds_wsi.partition.graph.unrecorded import ForbiddenError
 from ds_wsi.partition.module.restored import Restored
 from ds_wsi.partition.module.surroundings import undisturbed
 from ds_wsi.partition.planning.plan import PartitionPlan
@@ -65,7 +68,7 @@ class FirstCalls:
         while count:
             try:
                 sample = sample_of(case, x, count, prepare)
-                reason = check_case(case, sample)
+                reason = check_case(case, sample, len(x))
             except torch.OutOfMemoryError:
                 reason = "the device's memory does not hold it"
                 count //= 2
@@ -77,12 +80,13 @@ class FirstCalls:
             logger.debug("partition check: %s is exact in %s", case.owner, case.modes)
 
 
-def check_case(case: Case, sample: Tensor) -> str:
+def check_case(case: Case, sample: Tensor, tiles: int | None = None) -> str:
     """Compare the module with its partition on a few tiles.
 
     Args:
         case: what is compared.
         sample: tiles [n, ...] on the device, of which 4, 6 or 8 may be taken where the module does not take 5.
+        tiles: of the call; None for as many.
 
     Returns:
         Why nothing could be said; "" where the partition is exact.
@@ -92,13 +96,16 @@ def check_case(case: Case, sample: Tensor) -> str:
     """
     with _quietly(case.device):
         own, wide = _dtype(case, sample), torch.float64
-        reason, refusal = _judge(case, sample, own)
+        counts, refusal = _counts(case, sample, len(sample) if tiles is None else tiles)
+        if refusal is not None:
+            raise RefusedError(refusal)
+        reason, refusal = _judge(case, sample, own, counts)
         if refusal is None or own == wide:
             if refusal is not None:
                 raise RefusedError(refusal)
             return reason
         # A refusal ends a run: rounding must not be its reason.
-        unknown, confirmed = _judge(case, sample, wide)
+        unknown, confirmed = _judge(case, sample, wide, counts)
         if unknown:
             raise RefusedError(refusal)
         if confirmed is not None:
@@ -107,10 +114,22 @@ def check_case(case: Case, sample: Tensor) -> str:
         return ""
 
 
-def _judge(case: Case, sample: Tensor, dtype: torch.dtype) -> tuple[str, str | None]:
+def _counts(case: Case, sample: Tensor, tiles: int) -> tuple[tuple[int, ...], str | None]:
+    """(The numbers of tiles to try in turn; why the module is refused, or None)."""
+    if len(sample) < TILES[0] or not case.by_tile:
+        return (len(sample),), None
+    if not stays_whole(case.module, case.plan.axis):
+        return TILES, None
+    with Restored(case.module, case.device) as held:
+        other, refusal = by_number(case, held, sample, tiles)
+    # Where more tiles are more operations, the larger number shows more.
+    return ((len(sample),) if other else TILES), refusal
+
+
+def _judge(case: Case, sample: Tensor, dtype: torch.dtype, counts: tuple[int, ...]) -> tuple[str, str | None]:
     """(Why nothing can be said, or ""; why the module is refused, or None)."""
     reason, first = "", None
-    for count in (len(sample),) if len(sample) < TILES[0] or not case.by_tile else TILES:
+    for count in counts:
         tiles = sample[:count]
         if len(tiles) < count:
             break
@@ -118,8 +137,8 @@ def _judge(case: Case, sample: Tensor, dtype: torch.dtype) -> tuple[str, str | N
             tiles = tiles.to(dtype) if tiles.is_floating_point() else tiles
             try:
                 verdict = Verdict(case, held, tiles)
-            except RefusedError:
-                raise
+            except ForbiddenError as error:
+                raise RefusedError(str(error)) from error
             except ValueError as error:
                 if "must have tiles on its first axis" in str(error):
                     raise RefusedError(str(error)) from error
@@ -128,9 +147,18 @@ def _judge(case: Case, sample: Tensor, dtype: torch.dtype) -> tuple[str, str | N
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # the module alone does not take these tiles; the call itself will tell
+                # Chunks are differentiated by autograd.grad, as here.
+                if "use_reentrant" in str(error) and stays_whole(case.module, case.plan.axis):
+                    raise RefusedError(
+                        f"a partitioned {case.owner} must not checkpoint inside a partition, got a reentrant "
+                        'checkpoint. HINT: switch its checkpointing off; mode "checkpoint" does the same, exactly.'
+                    ) from error
                 reason = f"{type(error).__name__}: {error}"
                 continue
             unknown, refusal = verdict.conclude()
+        if unknown and count != counts[-1]:  # a chunk of one tile, say, that it does not take, and no call has
+            reason = unknown
+            continue
         if refusal is not None and first is None and CHUNKS.get(count) == count - 1 and _leaves_no_tile_alone(case):
             first = refusal  # of a chunk of one tile, which no call has: a number of tiles without one decides
             continue

@@ -35,7 +35,7 @@ _Event = tuple[str, str, str, list[Tensor]]  # "enter" or "leave", a sub-module,
 
 
 def find_mixing(held: Restored, run: Callable[[Tensor], Any], tiles: Tensor) -> Mixing | None:
-    """Replace every second tile, with the norms' statistics and the draws as they were: the others must stay.
+    """Replace half of the tiles, with the norms' statistics and the draws as they were: the others must stay.
 
     Args:
         held: the module.
@@ -49,12 +49,12 @@ def find_mixing(held: Restored, run: Callable[[Tensor], Any], tiles: Tensor) -> 
         return None
     norms = _Pinned(held)
     before = _observe(held, norms, run, tiles)
-    for start in (0, 1):
-        changed = _with_others(tiles, start)
-        kept = slice(1 - start, None, 2)
-        found = _first_change(before, _observe(held, norms, run, changed), len(tiles), kept)
-        if found is not None:
-            return found
+    for bit in range((len(tiles) - 1).bit_length()):  # any two tiles differ in one
+        for which in (0, 1):
+            changed = with_others(tiles, which, 1 << bit)
+            found = _first_change(before, _observe(held, norms, run, changed), len(tiles), (1 - which, 1 << bit))
+            if found is not None:
+                return found
     return None
 
 
@@ -86,13 +86,19 @@ class _Pinned:
             norm.__dict__["forward"] = forward_of(norm)
 
 
-def _with_others(tiles: Tensor, start: int) -> Tensor:
-    """Every second tile replaced by another, and larger: tiles may be alike; what is not negative stays so."""
+def with_others(tiles: Tensor, which: int, run: int = 1) -> Tensor:
+    """Every second run of tiles replaced by others, and larger: tiles may be alike; what is not negative stays so."""
     changed, others = tiles.clone(), tiles.roll(1, 0)
     if tiles.is_floating_point():
         others = 1.5 * others + 0.125 * tiles.abs().max()
-    changed[start::2] = others[start::2]
+    places = _places(len(tiles), which, run)
+    changed[places] = others[places]
     return changed
+
+
+def _places(count: int, which: int, run: int) -> list[int]:
+    """The tiles of every second run of this length."""
+    return [index for index in range(count) if index // run % 2 == which]
 
 
 def _observe(held: Restored, norms: _Pinned, run: Callable[[Tensor], Any], tiles: Tensor) -> list[_Event]:
@@ -114,7 +120,7 @@ def _observe(held: Restored, norms: _Pinned, run: Callable[[Tensor], Any], tiles
     return seen
 
 
-def _first_change(before: list[_Event], after: list[_Event], tiles: int, kept: slice) -> Mixing | None:
+def _first_change(before: list[_Event], after: list[_Event], tiles: int, kept: tuple[int, int]) -> Mixing | None:
     total = _change(before[-1][3], after[-1][3], tiles, kept)
     if total is None:
         return None
@@ -128,13 +134,13 @@ def _first_change(before: list[_Event], after: list[_Event], tiles: int, kept: s
     return Mixing("", total)
 
 
-def _change(before: list[Tensor], after: list[Tensor], tiles: int, kept: slice) -> float | None:
+def _change(before: list[Tensor], after: list[Tensor], tiles: int, kept: tuple[int, int]) -> float | None:
     """How much the tiles that stayed have changed; None where they are the same but for rounding."""
     worst = None
     for one, other in zip(before, after, strict=False):
         if one.shape != other.shape or one.dim() == 0 or one.shape[0] % tiles or not one.numel():
             continue
-        one, other = (part.unflatten(0, (tiles, -1))[kept] for part in (one, other))
+        one, other = (part.unflatten(0, (tiles, -1))[_places(tiles, *kept)] for part in (one, other))
         if torch.equal(one, other):
             continue
         change = distance(one, other)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ds_wsi.partition.graph.segments import leaving_remainders
+from ds_wsi.partition.graph.unrecorded import ForbiddenError
 from ds_wsi.partition.module.arguments import Arguments
-from ds_wsi.partition.module.observed import Calls, Operations, Recorded, copied, size, version_of
+from ds_wsi.partition.module.observed import Calls, Operations, Reads, Recorded, copied, size, version_of
 from ds_wsi.partition.module.outputs import form_of, tensors_of
 from ds_wsi.partition.module.restored import Restored
 
@@ -65,6 +66,7 @@ class Trials:
     recorded: Recorded = field(default_factory=Recorded)
     apart: dict[str, float] = field(default_factory=dict)  # of sub-modules, in the last partitioned run
     coarsest: float = 0.0  # eps of what the module alone computed in
+    reads: list[tuple[str, Any]] = field(default_factory=list)  # of its tiles' values, by Python, in the module alone
 
     def __post_init__(self) -> None:
         self._adopted: list[torch.Generator] = []
@@ -75,6 +77,7 @@ class Trials:
 
         Raises:
             ValueError: its output does not have tiles on its first axis.
+            ForbiddenError: it writes a parameter, or trains a tensor that is none.
         """
         self.held.rewind()
         if record:
@@ -86,10 +89,22 @@ class Trials:
                 self.held.adopt(generator, f"{name}'s own")
                 self._adopted.append(generator)
 
-        operations = Operations(calls, own)
-        outcome = self._run(self.original, self.tiles, watch=(calls, operations))
+        memory = self.held.memory()
+
+        def refuse(tensor: Tensor) -> None:
+            name = memory.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+            if name is not None:
+                raise ForbiddenError(self.held.must_not_write(name))
+
+        operations = Operations(calls, own, refuse)
+        reads = Reads(calls, {})
+        outcome = self._run(self.original, self.tiles, watch=(calls, operations, reads), alone=True)
+        self.reads = reads.seen
         self.coarsest = operations.coarsest
         self.recorded.forget()
+        replaced = self.held.replaced_parameter()
+        if replaced is not None:
+            raise ForbiddenError(self.held.must_not_write(replaced))
         return outcome
 
     def partition(self, chunk: int) -> Outcome:
@@ -114,6 +129,11 @@ class Trials:
     def faint(self) -> float:
         """A number that is small beside what the sub-modules gave."""
         return _FAINT * self.recorded.largest
+
+    def elsewhere(self, tiles: Tensor) -> Outcome:
+        """The module alone on other tiles."""
+        self.held.rewind()
+        return self._run(self.original, tiles, watch=())
 
     def twice(self) -> tuple[dict[Any, Any], dict[Any, Any]]:
         """Plain attributes after one forward of the module alone, and after a second."""
@@ -150,6 +170,7 @@ class Trials:
         *,
         watch: tuple[AbstractContextManager[Any], ...],
         flip: bool = False,
+        alone: bool = False,
     ) -> Outcome:
         with torch.set_grad_enabled(self.backward):
             leaf = tiles.detach().clone()
@@ -157,12 +178,16 @@ class Trials:
             given = leaf.requires_grad_(wanted).clone()  # what is no leaf may be written to
             with ExitStack() as stack:
                 for watcher in watch:
+                    if isinstance(watcher, Reads):
+                        watcher.mark(given)
                     stack.enter_context(watcher)
                 out = self.arguments.call(forward, given)
             if self.by_tile and len(tiles):
                 form_of(out, len(tiles), type(self.held.module).__name__)
             values: dict[str, Tensor | None] = {}
             outputs = tensors_of(out)
+            if alone and self.backward:
+                self._refuse_hidden(outputs, leaf)
             for index, tensor in enumerate(outputs):
                 values[f"output {index}"] = self._kept(tensor, flip)
             if self.backward:
@@ -193,6 +218,17 @@ class Trials:
         for name, gradient in zip(named, found, strict=True):
             values[f"gradient of {name!r}"] = None if gradient is None else copied(gradient)
         return values
+
+    def _refuse_hidden(self, outputs: list[Tensor], leaf: Tensor) -> None:
+        """Refuse a tensor that the module trains and does not hold as a parameter: no chunk would differentiate it."""
+        known = {*self.held.parameters(), id(leaf)}
+        for tensor in leaves_below(outputs):
+            if id(tensor) not in known:
+                owner, what = self.held.holder_of(tensor)
+                raise ForbiddenError(
+                    f"{owner} must hold what it trains as parameters, got {what} {list(tensor.shape)}, which requires "
+                    "a gradient and is none. HINT: register it, or its module, before partition_layers."
+                )
 
     def _kept(self, tensor: Tensor, flip: bool) -> Tensor:
         return copied(self._turned(tensor) if flip else tensor)
@@ -240,6 +276,21 @@ class Trials:
         return [id(item) for item in (*self._adopted, *parts) if isinstance(item, torch.Generator)]
 
 
+def leaves_below(outputs: list[Tensor]) -> list[Tensor]:
+    """The tensors that autograd would hand a gradient, from the graphs of these."""
+    waiting = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    found, seen = [], set(waiting)
+    for node in waiting:  # grows
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found.append(variable)
+        for follower, _ in node.next_functions:
+            if follower is not None and follower not in seen:
+                seen.add(follower)
+                waiting.append(follower)
+    return found
+
+
 def differences(one: Outcome, other: Outcome, faint: float) -> dict[str, float]:
     """How far the values of two runs are apart, as shares of each one's largest; outputs at least of `faint`."""
     largest = max(
@@ -263,6 +314,20 @@ def state_differences(one: Outcome, other: Outcome, start: dict[str, Tensor]) ->
         value, given = one.state.get(name), other.state.get(name)
         if value is not None and given is not None and value.shape == given.shape == before.shape:
             found[name] = distance(value, given, _NOTHING)
+    return found
+
+
+def left_behind(one: Outcome, other: Outcome, start: dict[str, Tensor], floor: float) -> list[str]:
+    """Tensors that a run keeps in the module, new or of a new shape, and the other run does not, or not those."""
+    found = []
+    for name in {**one.state, **other.state}:
+        values = [state.get(name) for state in (one.state, other.state)]
+        shapes = {None if value is None else value.shape for value in (start.get(name), *values)}
+        if len(shapes) == 1:
+            continue  # see `state_differences`
+        mine, theirs = values
+        if mine is None or theirs is None or distance(mine, theirs, _NOTHING) > floor:
+            found.append(name)
     return found
 
 

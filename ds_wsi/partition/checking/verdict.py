@@ -7,15 +7,29 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.partition.checking.case import Case
-from ds_wsi.partition.checking.mixing import Mixing, find_mixing
-from ds_wsi.partition.checking.trials import INPUT_AFTER, Outcome, Trials, differences, distance, state_differences
-from ds_wsi.partition.graph.trace import has_own_forward, needs_batch_statistics, needs_image_statistics
+from ds_wsi.partition.checking.conditions import by_value
+from ds_wsi.partition.checking.mixing import Mixing, find_mixing, with_others
+from ds_wsi.partition.checking.trials import (
+    INPUT_AFTER,
+    Outcome,
+    Trials,
+    differences,
+    distance,
+    left_behind,
+    state_differences,
+)
+from ds_wsi.partition.graph.trace import (
+    has_own_forward,
+    needs_batch_statistics,
+    needs_image_statistics,
+    stays_whole,
+)
 from ds_wsi.partition.module.observed import SameDraws
 from ds_wsi.partition.module.outputs import form_of
 from ds_wsi.partition.module.restored import Restored
 from ds_wsi.runtime.log import logger
 
-CHUNKS = {1: 1, 2: 1, 3: 2, 4: 3, 5: 3, 6: 5, 8: 5}  # tiles of the first of two chunks
+CHUNKS = {1: 1, 2: 1, 3: 2, 4: 3, 5: 3, 6: 5, 7: 5, 8: 5}  # tiles of the first of two chunks
 MANY_LEVELS = 20  # of norms: "recompute" computes each of them from the input
 _ROW_BLOCKS = 4
 _NOISE = 50
@@ -47,8 +61,9 @@ class Verdict:
         )
         self.plain = self.trials.plain()
         self.eps = max(self.eps, self.trials.coarsest)
-        self.floor = max(1e3 * self.eps, 1e-9)
-        self.ceiling = max(4e4 * self.eps, 1e-5)  # no noise excuses more: the order of tiles may be what matters
+        # Of 16 bits, too, no tile may hang on another: what is rounded there is a few of their eps apart.
+        self.floor = min(max(1e3 * self.eps, 1e-9), 2e-2)
+        self.ceiling = min(max(4e4 * self.eps, 1e-5), 0.2)  # no noise excuses more: the tiles' order may matter
 
     def conclude(self) -> tuple[str, str | None]:
         """(Why nothing can be said, or ""; why the module is refused, or None)."""
@@ -79,6 +94,8 @@ class Verdict:
             refusal = self._independent() or self._written_by_chunk()
         if refusal is None and self.many:
             refusal = self._forward_alone(chunk)
+        if refusal is None and count > 1 and stays_whole(self.case.module, self.case.plan.axis):
+            refusal = self._decides()
         return "", refusal
 
     def _partition(self, chunk: int) -> Outcome:
@@ -112,6 +129,9 @@ class Verdict:
         counted = self._attributes_differ(found)
         if counted is not None:
             return counted
+        kept = self._keeps_tiles(self.plain, found)
+        if kept is not None:
+            return kept
         if far or apart:
             return self._explained(far, apart)
         if not same_draws:
@@ -146,15 +166,52 @@ class Verdict:
         return None if mixing is None else self._mixes(mixing)
 
     def _written_by_chunk(self) -> str | None:
-        """For modules that draw: buffers that do not hang on the draws, in two chunks."""
+        """For modules that draw: what they write that does not hang on the draws, in two chunks."""
         mine = {name for name in self.start if not _is_statistic(self.held, name)}
-        if all(torch.equal(self.plain.state[name], self.start[name].cpu()) for name in mine & self.plain.state.keys()):
+        state = self.plain.state
+        same = state.keys() == self.start.keys() and all(
+            torch.equal(state[name], self.start[name].cpu()) for name in mine & state.keys()
+        )
+        if same and self.plain.attributes == self.attributes:
             return None
         with SameDraws():
             plain = self.trials.plain()
             found = self.trials.partition(CHUNKS.get(len(self.tiles), 1))
+            kept = self._keeps_tiles(plain, found)
+        counted = self._changes(plain.attributes, found.attributes, start=self.attributes)
         gaps = state_differences(plain, found, {name: self.start[name] for name in mine})
-        return self._writes({name: gap for name, gap in gaps.items() if not gap <= self.floor})
+        return counted or kept or self._writes({name: gap for name, gap in gaps.items() if not gap <= self.floor})
+
+    def _keeps_tiles(self, plain: Outcome, found: Outcome) -> str | None:
+        """For tensors that a forward keeps in the module: what hangs on the tiles a partition would not keep as it is.
+
+        A table that a module makes once, of positions say, does not.
+        """
+        names = left_behind(plain, found, self.start, self.floor)
+        if not names:
+            return None
+        other = self.trials.elsewhere(with_others(self.tiles, 0) if self.case.by_tile else self.tiles.flip(-1))
+        for name in names:
+            mine, theirs = plain.state.get(name), other.state.get(name)
+            if mine is None or theirs is None or distance(mine, theirs):
+                owner, key = self.held.place_of(name)
+                value = mine if mine is not None else found.state[name]
+                return (
+                    f"{self._who(owner)} must not keep what it computes of the tiles, got its attribute {key!r} "
+                    f"{list(value.shape)}. HINT: return it, or keep the sub-module out of the partition."
+                )
+        return None
+
+    def _decides(self) -> str | None:
+        """For a module that was not recorded, which would have told."""
+        reads = self.trials.reads
+        name = by_value(self.case, self.held, self.tiles, reads) if reads else None
+        if name is None:
+            return None
+        return (
+            f"{self._who(name)} must not decide by the values of all its tiles, got a condition that a chunk's may not "
+            "fulfil. HINT: partition the sub-modules before and after it."
+        )
 
     def _forward_alone(self, chunk: int) -> str | None:
         """The plan's own modes, forward only, where backward was checked in "lean"."""
@@ -242,7 +299,7 @@ class Verdict:
         order = [name for name in self.start if name in gaps]
         if not order:
             return None
-        owner, _, key = order[0].rpartition(".")
+        owner, key = self.held.place_of(order[0])
         return (
             f"{self._who(owner)} must not write its buffer {key!r} in forward, got {gaps[order[0]]:.1e} beside the "
             "plain module's. HINT: keep it out of the partition."
@@ -265,7 +322,22 @@ class Verdict:
                 f"{self._who('')} must treat tiles independently, got an error for {chunk} of {len(self.tiles)} tiles "
                 f"({type(alone).__name__}: {str(alone).splitlines()[0]}). HINT: partition a sub-module that does."
             )
-        return told, None
+        overwritten = self._overwritten() if "modified by an inplace operation" in told else None
+        return "" if overwritten else told, overwritten
+
+    def _overwritten(self) -> str | None:
+        """The sentence for a buffer that a forward reads for its backward, and a later chunk writes."""
+        state = self.plain.state
+        gaps = {name: distance(self.start[name].cpu(), state[name]) for name in self.start if name in state}
+        gaps = {name: gap for name, gap in gaps.items() if gap}
+        sentence = self._writes({name: gap for name, gap in gaps.items() if not _is_statistic(self.held, name)})
+        if sentence is None and gaps:
+            owner, key = self.held.place_of(next(iter(gaps)))
+            sentence = (
+                f"{self.case.owner} must not read the running statistics of {self._who(owner)} before it writes them, "
+                f"got {key!r} in the graph of a gradient. HINT: read a clone, or partition the parts beside it."
+            )
+        return sentence
 
     def _undivided_chunk(self) -> int:
         return len(self.tiles) if self.case.by_tile else max(1, self.tiles.shape[2] // _ROW_BLOCKS)
@@ -283,9 +355,9 @@ def _place(generator: str) -> str:
 
 def _is_statistic(held: Restored, name: str) -> bool:
     """Whether a buffer is a torch norm's running statistic, which draws before the norm change."""
-    owner = name.rpartition(".")[0]
+    owner, key = held.place_of(name)
     part = next(part for part, place in held.names.items() if place == owner)
-    return isinstance(part, nn.modules.batchnorm._NormBase)
+    return isinstance(part, nn.modules.batchnorm._NormBase) and key in part._buffers
 
 
 def _is_level(part: nn.Module, axis: str) -> bool:

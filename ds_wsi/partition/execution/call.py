@@ -85,6 +85,7 @@ class PartitionedCall:
         self._simulated = simulated
         if self.x is not None and save and not simulated:
             self.x.check = self._input.check
+        self.carrier: Tensor | None = None  # of its inputs, see `carrier_of`
         self.boundary_bytes = 0  # of the tensor between the last segment worked on and the next
         self.phase = phase or (lambda name, index: None)
 
@@ -146,7 +147,9 @@ class PartitionedCall:
                 self.boundary_bytes = input_grad.device_bytes
                 self.phase("backward", index)
         self.random.write(ambient)
-        x_grad = input_grad.whole() if self.wants_input_grad and input_grad is not None else None
+        x_grad = None
+        if self.wants_input_grad and input_grad is not None and not input_grad.is_empty:  # a forward may cut it off
+            x_grad = input_grad.whole()
         return x_grad, self.sums.by_id
 
     def _work(self, segment: Segment, source: ChunkedTensor) -> _Work:

@@ -78,7 +78,7 @@ class ChunkRunner:
             anchor = torch.empty(0, requires_grad=True)
             for node in graph.sources:
                 value = values[node].read(ranges.reads(node, chunk, needed)).detach()
-                wanted = value.is_floating_point() and self.needs_grad[node]
+                wanted = (value.is_floating_point() or value.is_complex()) and self.needs_grad[node]
                 leaves[node] = _Source.apply(anchor, value) if wanted else value
             own = None
             if corrected is not None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ds_wsi.partition.graph.contexts import is_detached
 from ds_wsi.partition.graph.trace import Traced
 
 
@@ -28,14 +29,14 @@ class GradientSums:
             output_grads: what flowed into the chunk's graph.
         """
         # autograd may hand out one tensor several times, or what flowed in: such a one must not be added to in place.
-        places = [tensor.untyped_storage()._cdata for tensor in (*found, *output_grads) if tensor is not None]
+        places = [_place(tensor) for tensor in (*found, *output_grads) if tensor is not None]
         for index, parameter in enumerate(parameters):
             gradient, found[index] = found[index], None
             if gradient is None:
                 continue
             wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             key = id(parameter)
-            owned = wide is not gradient or places.count(gradient.untyped_storage()._cdata) == 1
+            owned = wide is not gradient or places.count(_place(gradient)) == 1
             if key not in self.by_id:
                 self.by_id[key] = wide
                 if owned:
@@ -45,6 +46,11 @@ class GradientSums:
             else:
                 self.by_id[key] = self.by_id[key] + wide
                 self._owned.add(key)
+
+
+def _place(tensor: Tensor) -> int:
+    """Equal for tensors of one memory; an embedding's sparse gradient has none of its own."""
+    return id(tensor) if tensor.layout is not torch.strided else tensor.untyped_storage()._cdata
 
 
 def gradient_needs(traced: Traced, wants_input_grad: bool) -> dict[fx.Node, bool]:
@@ -59,5 +65,6 @@ def gradient_needs(traced: Traced, wants_input_grad: bool) -> dict[fx.Node, bool
             for part in str(node.target).split("."):
                 value = getattr(value, part)
             own = isinstance(value, Tensor) and value.requires_grad
-        needs[node] = own or any(needs[parent] for parent in node.all_input_nodes)
+        own = own or any(needs[parent] for parent in node.all_input_nodes)
+        needs[node] = own and not is_detached(node)
     return needs

@@ -19,6 +19,7 @@ class PartitionedNode(torch.autograd.Function):
     def forward(  # noqa: D102
         ctx: Any, call: PartitionedCall, x: Tensor, anchor: Tensor | None, *parameters: nn.Parameter
     ) -> Tensor:
+        ctx.carrier = call.carrier
         ctx.call, ctx.parameters, ctx.x_device = call, parameters, x.device
         ctx.flags = [(part, part.training) for part in call.program.traced.module.modules()]
         return call.forward()

@@ -25,6 +25,7 @@ from ds_wsi.partition.module.arguments import Arguments
 from ds_wsi.partition.module.outputs import OutputForm, form_of
 from ds_wsi.partition.module.surroundings import undisturbed
 from ds_wsi.runtime.numerics import autocast_dtype
+from ds_wsi.runtime.seeding import generator_states, set_generator_states
 
 _running = threading.RLock()  # `nn.Module.__call__` is replaced while a forward is recorded: one at a time
 
@@ -53,11 +54,13 @@ class Recording:
         graph: with a placeholder for the tiles, and one for each tensor beside them, with `meta["place"]`.
         values: of every node: tensors without numbers, or what the operation returned.
         form: of the output; the graph's own output is the joint tensor.
+        made: (part, name) -> value of plain attributes that were not there before.
     """
 
     graph: fx.Graph
     values: dict[fx.Node, Any]
     form: OutputForm
+    made: dict[tuple[str, str], Any]
 
 
 def record(
@@ -83,11 +86,19 @@ def record(
         ForbiddenError: the forward writes its input or a buffer, changes an attribute, or draws from another generator.
         UnrecordedError, or whatever the forward raises: with `stack`, the modules that it was in.
     """
-    recorder = Recorder(module, is_leaf, is_norm)
     shape = example.shape if tiles is None else (tiles, *example.shape[1:])
     with _running, ExitStack() as stack:
-        stack.enter_context(untouched(module))
+        made = stack.enter_context(untouched(module))
         stack.enter_context(undisturbed())
+        stack.enter_context(_unseeded(module, example.device))
+        kind = example.device.type if example.device.type != "meta" else "cpu"
+        cast = autocast_dtype(torch.device(kind))
+        if cast is not None:  # without the cache: it would keep tensors without numbers for those who come after
+            stack.enter_context(torch.autocast(kind, dtype=cast, cache_enabled=False))
+        graded = torch.is_grad_enabled()
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(graded))  # Python may ask; the operations themselves do without
+        recorder = Recorder(module, is_leaf, is_norm, kind)
         modes = _get_current_dispatch_mode_stack()
         if not any(isinstance(mode, FakeTensorMode) for mode in modes) and example.device.type != "meta":
             stack.enter_context(_disable_current_modes())  # a meter would count what takes no memory
@@ -96,12 +107,6 @@ def record(
         if recorder.pretends is None and example.device.type != "meta":
             recorder.pretends = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         recorder.make_twins()
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        kind = example.device.type if example.device.type != "meta" else "cpu"
-        cast = autocast_dtype(torch.device(kind))
-        if cast is not None:  # without the cache: it would keep tensors without numbers for those who come after
-            stack.enter_context(torch.autocast(kind, dtype=cast, cache_enabled=False))
         x = torch.empty(shape, dtype=example.dtype, device=example.device)
         recorder.source(x, "input", "must not change its input in place")
         beside = {
@@ -117,7 +122,7 @@ def record(
         except Exception as error:
             error.stack = recorder.stack  # type: ignore[attr-defined]
             raise
-        recorder.paused = True
+        recorder.paused, recorder.surroundings = True, recorder.ambient
         form = form_of(output, shape[0], type(module).__name__)
         leaves = [recorder.leaf_of(leaf) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         if not all(isinstance(leaf, fx.Node) for leaf in leaves):
@@ -129,7 +134,21 @@ def record(
             recorder.values[target] = torch.empty((shape[0], 1), dtype=form.dtype, device=example.device)
         recorder.graph.output(target)
     _erase_unused(recorder.graph, {name for name, part in module.named_modules() if part.training and is_norm(part)})
-    return Recording(recorder.graph, recorder.values, form)
+    return Recording(recorder.graph, recorder.values, form, made)
+
+
+@contextmanager
+def _unseeded(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Refuses a forward that seeds torch's generators: what draws again in backward would not see it."""
+    device = device if device.type == "cuda" else torch.device("cpu")
+    states = generator_states(device)
+    yield
+    if not all(map(torch.equal, states, generator_states(device))):
+        set_generator_states(states, device)
+        raise ForbiddenError(
+            f"{type(module).__name__} must not seed torch's generators in forward, got another state. "
+            "HINT: seed them before the call."
+        )
 
 
 def where_it_stopped(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ds_wsi.partition.graph.contexts import surroundings_now
 from ds_wsi.partition.graph.recorded_ops import (
     PURE,
     Here,
@@ -25,6 +26,11 @@ from ds_wsi.partition.graph.recorded_ops import (
 from ds_wsi.partition.graph.unrecorded import ForbiddenError, UnrecordedError
 from ds_wsi.partition.module.hooks import is_compiled, uncompiled
 from ds_wsi.partition.module.observed import version_of
+
+_DIFFERENTIATES = {
+    torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_hook, Tensor.requires_grad_,
+    Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook,
+}  # fmt: skip
 
 
 @dataclass
@@ -60,6 +66,7 @@ class Recorder(TorchFunctionMode):
     Args:
         module: whose forward is run.
         is_leaf, is_norm: see `record`.
+        kind: of the device whose autocast settings count.
 
     Attributes:
         values: of every node.
@@ -68,7 +75,7 @@ class Recorder(TorchFunctionMode):
     """
 
     def __init__(
-        self, module: nn.Module, is_leaf: Callable[[nn.Module, str], bool], is_norm: Callable[..., bool]
+        self, module: nn.Module, is_leaf: Callable[[nn.Module, str], bool], is_norm: Callable[..., bool], kind: str
     ) -> None:
         super().__init__()
         self.module, self.is_leaf, self.is_norm = module, is_leaf, is_norm
@@ -85,6 +92,9 @@ class Recorder(TorchFunctionMode):
         self.twins: dict[int, Tensor] = {}  # of each parameter, buffer and attribute
         self.paused = False
         self.thread = threading.get_ident()
+        self.kind = kind
+        self.detached = False
+        self.ambient = self.surroundings = surroundings_now(kind, graded=True)
 
     # ------------------------------------------------------------------------------------------ what is called
 
@@ -92,6 +102,12 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.paused or threading.get_ident() != self.thread:
             return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            # Within an autograd.Function, a checkpoint say, it is off already.
+            self.detached = not args[0] and (self.detached or torch.is_grad_enabled())
+            return func(*args, **kwargs)
+        if func in _DIFFERENTIATES or getattr(func, "__name__", "") == "__set__":
+            raise UnrecordedError(f"{name_of(func)} is called, which is no function of values")
         return self._record(func, args, kwargs, lambda: func(*args, **kwargs))
 
     def call_module(self, call: Callable[..., Any], leaf: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -143,7 +159,9 @@ class Recorder(TorchFunctionMode):
         if any(isinstance(leaf, torch.Generator) for leaf in pytree.tree_leaves((args, kwargs))):
             raise ForbiddenError(self._in_module("must draw from torch's default generators, got one of its own"))
         before = [(tensor, version_of(tensor)) for tensor in _tensors((args, kwargs))]
-        result = compute()
+        self.surroundings = surroundings_now(self.kind, graded=not self.detached)
+        with torch.no_grad():
+            result = compute()
         written = {id(tensor): tensor for tensor, version in before if version_of(tensor) != version}
         found = _tensors(result)
         if not found and not written:
@@ -323,6 +341,8 @@ class Recorder(TorchFunctionMode):
                 "call_function", target, args, kwargs, name=name_of(target).strip("_") or None
             )
         node.meta["module"] = self._where()
+        if self.surroundings != self.ambient:
+            node.meta["surroundings"] = self.surroundings
         return node
 
     def _where(self) -> str:

@@ -5,10 +5,12 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ds_wsi.partition.graph.contexts import is_detached, surroundings_of
 from ds_wsi.partition.graph.halo import Conv, Pointwise, Range, Window, convolve, row_rule
 from ds_wsi.partition.graph.norm import Corrected, NormSite, Statistics
 from ds_wsi.partition.graph.replay import Random
-from ds_wsi.partition.graph.trace import Traced, ancestors, evaluate, resolved
+from ds_wsi.partition.graph.sizes import resolved
+from ds_wsi.partition.graph.trace import Traced, ancestors, evaluate
 from ds_wsi.partition.module.arguments import Arguments
 from ds_wsi.partition.module.hooks import compute_weights, is_plain_convolution, twin
 from ds_wsi.partition.module.outputs import form_of, tensors_of
@@ -142,46 +144,48 @@ class Subgraph:
         tensors = arguments.tensors if self.constants else {}
         values.update((node, tensors[self.traced.arguments[node]]) for node in self.constants)
         for node in self.nodes:
-            if node in self.sites:
-                z = self._input(node, node.all_input_nodes[0], values, needed)
-                if corrected is not None and node in corrected:
-                    own = corrected[node]
-                    if own is not None and needed is not None:
-                        start = needed[node.all_input_nodes[0]][0]
-                        z_rows = values[node.all_input_nodes[0]]
-                        z_rows = Corrected.apply(
-                            z_rows, self.sites[node], statistics[node], (own[0] - start, own[1] - start)
-                        )
-                        first, last = needed[node]
-                        z = z_rows[:, :, first - start : last - start]
-                    else:
-                        z = Corrected.apply(z, self.sites[node], statistics[node], None)
-                values[node] = self.sites[node].apply(z, statistics[node])
-            elif self.rules is not None and isinstance(self.rules.get(node), Window):
-                values[node] = self._window(node, values, needed, known)
-            else:
-                args = fx.map_arg(node.args, lambda item: self._input(node, item, values, needed))  # noqa: B023
-                kwargs = fx.map_arg(node.kwargs, lambda item: self._input(node, item, values, needed))  # noqa: B023
-                if node.meta.get("sized"):
-                    args, kwargs = resolved(args, tiles), resolved(kwargs, tiles)
-                if known is not None and node in known and self._defers(node):
-                    leaf: Any = self._leaves[node]
-                    values[node] = self._deferred(leaf, args[0], known[node])
-                elif self._is_quiet(node):
-                    values[node] = self._compute(node, args, kwargs, tiles, arguments)
+            with surroundings_of(node):
+                if node in self.sites:
+                    z = self._input(node, node.all_input_nodes[0], values, needed)
+                    if corrected is not None and node in corrected:
+                        own = corrected[node]
+                        if own is not None and needed is not None:
+                            start = needed[node.all_input_nodes[0]][0]
+                            z_rows = values[node.all_input_nodes[0]]
+                            z_rows = Corrected.apply(
+                                z_rows, self.sites[node], statistics[node], (own[0] - start, own[1] - start)
+                            )
+                            first, last = needed[node]
+                            z = z_rows[:, :, first - start : last - start]
+                        else:
+                            z = Corrected.apply(z, self.sites[node], statistics[node], None)
+                    values[node] = self.sites[node].apply(z, statistics[node])
+                elif self.rules is not None and isinstance(self.rules.get(node), Window):
+                    values[node] = self._window(node, values, needed, known)
                 else:
-                    # What does not depend on the tiles is drawn once a call, for all chunks.
-                    values[node] = random.call(
-                        (node, chunk if node in self.traced.dependent else None),
-                        lambda: self._compute(node, args, kwargs, tiles, arguments),  # noqa: B023
-                    )
+                    args = fx.map_arg(node.args, lambda item: self._input(node, item, values, needed))  # noqa: B023
+                    kwargs = fx.map_arg(node.kwargs, lambda item: self._input(node, item, values, needed))  # noqa: B023
+                    if node.meta.get("sized"):
+                        args, kwargs = resolved(args, tiles), resolved(kwargs, tiles)
+                    if known is not None and node in known and self._defers(node):
+                        leaf: Any = self._leaves[node]
+                        values[node] = self._deferred(leaf, args[0], known[node])
+                    elif self._is_quiet(node):
+                        values[node] = self._compute(node, args, kwargs, tiles, arguments)
+                    else:
+                        # What does not depend on the tiles is drawn once a call, for all chunks.
+                        values[node] = random.call(
+                            (node, chunk if node in self.traced.dependent else None),
+                            lambda: self._compute(node, args, kwargs, tiles, arguments),  # noqa: B023
+                        )
             for dead in self._dead_after.get(node, ()):
                 del values[dead]
         return {node: values[node] for node in self.targets}
 
     def _defers(self, node: fx.Node) -> bool:
         """Whether backward needs no result of the node's convolution; hooks may be set at any time."""
-        return node in self._deferrable and is_plain_convolution(self._leaves[node])
+        deferrable = node in self._deferrable and not is_detached(node)
+        return deferrable and is_plain_convolution(self._leaves[node])
 
     def _compute(self, node: fx.Node, args: Any, kwargs: Any, tiles: int, arguments: Arguments) -> Any:
         if node not in self._leaves:
@@ -200,23 +204,26 @@ class Subgraph:
         traced = self.traced
         compute_weights(traced.module, tiles)
         out = arguments.call(traced.forward, tiles)
-        if traced.form is not None and traced.form.is_plain and isinstance(out, Tensor) and len(out) == count:
+        rows = None if traced.form is None or not traced.form.is_plain else traced.form.leaves[0].shape
+        if rows is not None and isinstance(out, Tensor) and out.shape == (count, *rows):
             return out
         form = form_of(out, count, type(traced.module).__name__)
         if traced.form is None:
             traced.form = form
         elif form != traced.form:
-            shapes = [list(tensor.shape) for tensor in tensors_of(out)]
             raise ValueError(
-                f"the output of {type(traced.module).__name__} must have tiles on its first axis, got {shapes} for "
-                f"{count} tiles. HINT: partition the part that returns features of tiles."
+                f"the output of {type(traced.module).__name__} must have tiles on its first axis and be the same "
+                f"otherwise, got {form.words} for {count} tiles, and {traced.form.words} for others. "
+                "HINT: partition the part that returns features of tiles."
             )
         return form.pack(tensors_of(out)) if not form.is_plain else out
 
     def _is_quiet(self, node: fx.Node) -> bool:
         """Whether the operation is known to draw no random number."""
         if node in self._leaves:
-            return isinstance(self._leaves[node], _QUIET)
+            # A subclass, a forward of its own or a parametrization may draw.
+            leaf = self._leaves[node]
+            return type(leaf) in _QUIET and "forward" not in leaf.__dict__
         return getattr(node.target, "__name__", "") in _QUIET_FUNCTIONS or node.op == "get_attr"
 
     def _input(

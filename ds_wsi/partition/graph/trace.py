@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ds_wsi.norms.population import takes_population
 from ds_wsi.partition.graph.record import Example, Recording, record, where_it_stopped
+from ds_wsi.partition.graph.sizes import FEW, MANY, MORE, NAMED, join
 from ds_wsi.partition.graph.unrecorded import ForbiddenError, UnrecordedError
 from ds_wsi.partition.module.outputs import OutputForm, form_of
+from ds_wsi.runtime.log import logger
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 ROOT = ""  # the target of an untraced module's only operation
@@ -38,21 +39,6 @@ def stays_whole(module: nn.Module, axis: str) -> bool:
     return axis == "batch" and not any(needs_batch_statistics(part) for part in module.modules())
 
 
-class Size:
-    """A number that depends on how many tiles there are: `each` a tile, and `more`."""
-
-    def __init__(self, each: int, more: int) -> None:
-        self.each, self.more = each, more
-
-    def of(self, tiles: int) -> int:
-        """The number for a chunk."""
-        return self.each * tiles + self.more
-
-    def __repr__(self) -> str:
-        """As in a graph's listing."""
-        return f"{self.each} tiles + {self.more}"
-
-
 class Traced:
     """A module's graph, for one setting of its `training` flags and one kind of input.
 
@@ -72,6 +58,7 @@ class Traced:
         values: of nodes: tensors without numbers, of the example's shape.
         by_tile: nodes that have one row for each tile.
         form: of the output; None where it is not known before the first chunk.
+        attributes: (part, name, value) that the forward sets, whatever the tiles.
 
     Raises:
         ValueError: the forward cannot be recorded, or does what no partition may do.
@@ -92,6 +79,9 @@ class Traced:
         self.form: OutputForm | None = None
         self.values: dict[fx.Node, Any] = {}
         self.by_tile: set[fx.Node] = set()
+        self.attributes: list[tuple[nn.Module, str, Any]] = []
+        self._whole: set[str] = set()
+        self._counts = {0}  # of tiles, for which the operations are known to be these
         if self.opaque:
             graph = _one_operation()
         else:
@@ -134,16 +124,52 @@ class Traced:
         if self.axis == "spatial":
             recording = self._record(example, None)
         else:
-            recording = self._record(example, _FEW)
-            other = self._record(example, _MORE)
-            _join(recording, other, type(self.module).__name__)
+            recording = self._record(example, FEW)
+            other = self._record(example, MORE)
+            join(recording, other, type(self.module).__name__)
+            self._counts |= {FEW, MORE}
+            parts = {name: part for name, part in self.module.named_modules()}
+            self.attributes = [
+                (parts[name], key, value)
+                for (name, key), value in recording.made.items()
+                if other.made.get((name, key)) == value and type(other.made[name, key]) is type(value)
+            ]
             self.by_tile = {
                 node
                 for node, value in recording.values.items()
-                if isinstance(value, Tensor) and value.dim() and value.shape[0] == _FEW
+                if isinstance(value, Tensor) and value.dim() and value.shape[0] == FEW
             }
         self.values, self.form = recording.values, recording.form
         return recording.graph
+
+    def require(self, example: Example) -> None:
+        """Refuse a module whose operations are others for as many tiles as the example has.
+
+        Raises:
+            ValueError: they are.
+        """
+        tiles = example.shape[0] if example.shape[0] <= NAMED else MANY
+        if self.opaque or self.axis == "spatial" or self.form is None or tiles in self._counts:
+            return
+        if needs_batch_statistics(self.module) and is_known_norm(type(self.module)):
+            return
+        try:
+            whole = self._whole
+            other = record(
+                self.module,
+                self.forward,
+                example,
+                tiles=tiles,
+                is_leaf=lambda part, name: name in whole or _is_leaf(part, name),
+                is_norm=_keeps_shape,
+            )
+        except ForbiddenError:
+            raise
+        except Exception as error:  # so many tiles are perhaps more than it takes; the call itself will tell
+            logger.debug("%s is not recorded for %d tiles: %s", type(self.module).__name__, tiles, error)
+        else:
+            join(Recording(self.graph, self.values, self.form, {}), other, type(self.module).__name__, tiles)
+        self._counts.add(tiles)
 
     def _one_norm(self, example: Example) -> fx.Graph:
         """A norm is a part of others' graphs, whose forward nobody runs; as the whole module too."""
@@ -156,7 +182,7 @@ class Traced:
 
     def _record(self, example: Example, tiles: int | None) -> Recording:
         """The forward recorded; a sub-module that cannot be looked into stays whole, where no barrier is in it."""
-        whole: set[str] = set()
+        whole = self._whole
 
         def is_leaf(part: nn.Module, name: str) -> bool:
             return name in whole or _is_leaf(part, name)
@@ -188,64 +214,6 @@ class Traced:
             f"or in space, got {reason} in {name!r} ({type(part).__name__})" + (f", {where}" if where else "") + ". "
             "HINT: partition the sub-module that holds the layers, or set its BatchNorm to evaluation mode."
         )
-
-
-_FEW, _MORE = 4, 6  # tiles of the two runs by which numbers that depend on their count are told
-
-
-def _join(one: Recording, other: Recording, owner: str) -> None:
-    """Write into `one` the sizes that depend on the number of tiles, by what they are in `other`.
-
-    Raises:
-        ValueError: the operations themselves depend on it.
-    """
-    mates = dict(zip(other.graph.nodes, one.graph.nodes, strict=False))
-    wanted = "must do the same with any number of tiles"
-    if len(one.graph.nodes) != len(other.graph.nodes):
-        counts = f"{len(one.graph.nodes)} operations for {_FEW} and {len(other.graph.nodes)} for {_MORE}"
-        raise ValueError(f"{owner} {wanted}, got {counts}. HINT: partition the part without it.")
-
-    def join(node: fx.Node, first: Any, second: Any) -> Any:
-        if isinstance(second, fx.Node):
-            second = mates[second]
-        if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)) and len(first) == len(second):
-            items = [join(node, *pair) for pair in zip(first, second, strict=True)]
-            return tuple(items) if isinstance(first, tuple) else items
-        if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
-            return {key: join(node, first[key], second[key]) for key in first}
-        if isinstance(first, slice) and isinstance(second, slice):
-            bounds = [join(node, getattr(first, bound), getattr(second, bound)) for bound in ("start", "stop", "step")]
-            return slice(*bounds)
-        if isinstance(first, Tensor) and isinstance(second, Tensor):
-            return first
-        if type(first) is int and type(second) is int and first != second:
-            each, rest = divmod(second - first, _MORE - _FEW)
-            if rest == 0:
-                node.meta["sized"] = True
-                return Size(each, first - each * _FEW)
-        if type(first) is not type(second) or first != second:
-            raise ValueError(
-                f"{owner} {wanted}, got {first!r} for {_FEW} and {second!r} for {_MORE} in {node.name!r} of "
-                f"{node.meta.get('module')!r}. HINT: partition the part without it."
-            )
-        return first
-
-    for node, mate in zip(list(one.graph.nodes), list(other.graph.nodes), strict=True):
-        if node.op != mate.op or _function(node) != _function(mate):
-            raise ValueError(
-                f"{owner} {wanted}, got {node.name!r} for {_FEW} and {mate.name!r} for {_MORE} in "
-                f"{node.meta.get('module')!r}. HINT: partition the part without it."
-            )
-        node.args, node.kwargs = join(node, node.args, mate.args), join(node, node.kwargs, mate.kwargs)
-
-
-def _function(node: fx.Node) -> Any:
-    return str(node.target) if node.op != "call_function" else getattr(node.target, "__name__", node.target)
-
-
-def resolved(arguments: Any, tiles: int) -> Any:
-    """A node's arguments with the sizes of a chunk of this many tiles."""
-    return map_aggregate(arguments, lambda item: item.of(tiles) if isinstance(item, Size) else item)
 
 
 def evaluate(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:

@@ -2,17 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from ds_wsi.partition.graph.unrecorded import ForbiddenError
-from ds_wsi.partition.module.identity import plain_attributes
-from ds_wsi.partition.module.restored import containers_of, foreign_generators, mark, own_generators, refill
+from ds_wsi.partition.module.holdings import PLAIN, attributes_of, containers_of, refill
+from ds_wsi.partition.module.restored import foreign_generators, mark, own_generators
 
 
 @contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
+def untouched(module: nn.Module) -> Iterator[dict[tuple[str, str], Any]]:
     """Every part's attributes are afterwards what they were, and all generators but torch's where they were.
+
+    Yields:
+        (part, name) -> value of the numbers, flags and strings that were not there before: filled at the end.
 
     Raises:
         ForbiddenError: a number, flag or string has another value, or one of these generators has moved.
@@ -24,13 +28,14 @@ def untouched(module: nn.Module) -> Iterator[None]:
         (
             dict(part.__dict__),
             {key: dict(part.__dict__[key]) for key in _TABLES},
-            dict(plain_attributes(part)),
+            dict(attributes_of(part)),
             containers_of(part),
         )
         for _, part in parts
     ]
+    made: dict[tuple[str, str], Any] = {}
     try:
-        yield
+        yield made
         for generator, state in zip(generators, states, strict=True):
             if mark(generator.read()) != mark(state):
                 raise ForbiddenError(
@@ -38,8 +43,10 @@ def untouched(module: nn.Module) -> Iterator[None]:
                     f"{generator.name}. HINT: torch.rand."
                 )
         for (name, part), (_, _, plain, _) in zip(parts, before, strict=True):
-            for key, value in plain_attributes(part):
+            for key, value in attributes_of(part):
                 old = plain.get(key)
+                if old is None and type(value) in PLAIN and value is not None and key in part.__dict__:
+                    made[name, key] = value
                 if old is not None and value is not None and value != old:
                     raise ForbiddenError(
                         f"{name!r} ({type(part).__name__}) must not change its attribute {key!r} in forward, got "

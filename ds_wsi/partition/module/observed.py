@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as nn_module
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_wsi.partition.module.outputs import tensors_of
@@ -32,6 +34,7 @@ class Calls:
     def __init__(self, names: dict[nn.Module, str], root: nn.Module, enter: Seen | None, leave: Seen | None) -> None:
         self.names, self.root, self.enter, self.leave = names, root, enter, leave
         self.stack: list[str] = []
+        self.looking = False  # what runs is `leave`, not the module
         self._thread = threading.get_ident()
 
     def __enter__(self) -> "Calls":
@@ -69,7 +72,9 @@ class Calls:
             del self.stack[len(self.stack) - 1 - self.stack[::-1].index(name) :]
         found = real_tensors(output)
         if self.leave is not None and found is not None:
+            self.looking = True
             self.leave(name, self.innermost, found)
+            self.looking = False
 
 
 @dataclass
@@ -108,24 +113,75 @@ class Operations(TorchDispatchMode):
     Args:
         calls: that tells which sub-module runs.
         found: called with the generator and the sub-module's name, before it draws.
+        writes: called with a tensor before it is written.
 
     Attributes:
         coarsest: the largest eps of what an operation gave; a module may compute in float32 what it gets in float64.
     """
 
-    def __init__(self, calls: Calls, found: Callable[[torch.Generator, str], None]) -> None:
+    def __init__(
+        self, calls: Calls, found: Callable[[torch.Generator, str], None], writes: Callable[[Tensor], None]
+    ) -> None:
         super().__init__()
-        self.calls, self.found, self.coarsest = calls, found, 0.0
+        self.calls, self.found, self.writes, self.coarsest = calls, found, writes, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         generator = kwargs.get("generator")
         if generator is not None:
             self.found(generator, self.calls.innermost)
+        if func._schema.is_mutable:
+            for index, place in enumerate(func._schema.arguments):
+                item = args[index] if index < len(args) else kwargs.get(place.name)
+                if place.alias_info is not None and place.alias_info.is_write and isinstance(item, Tensor):
+                    self.writes(item)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result.is_floating_point():
             self.coarsest = max(self.coarsest, torch.finfo(result.dtype).eps)
         return result
+
+
+class Reads(TorchDispatchMode):
+    """Sees which numbers Python reads of the tiles' values, and gives it others.
+
+    Args:
+        calls: that tells which sub-module runs.
+        wrong: number of a read -> what it gives.
+
+    Attributes:
+        seen: (sub-module, value) of each read.
+    """
+
+    def __init__(self, calls: Calls, wrong: dict[int, Any]) -> None:
+        super().__init__()
+        self.calls, self.wrong = calls, wrong
+        self.seen: list[tuple[str, Any]] = []
+        self._known: dict[int, StorageWeakRef] = {}  # memories that depend on the tiles
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [item for item in pytree.tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+        if self.calls.looking or not any(map(self._depends, given)):
+            return result
+        if isinstance(result, (bool, int, float)):
+            place = len(self.seen)
+            self.seen.append((self.calls.innermost, result))
+            return self.wrong.get(place, result)
+        written = given if func._schema.is_mutable else []
+        for item in (*written, *pytree.tree_leaves(result)):
+            if isinstance(item, Tensor):
+                self.mark(item)
+        return result
+
+    def mark(self, tensor: Tensor) -> None:
+        """These are the tiles, or a tensor that depends on them."""
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            self._known[storage._cdata] = StorageWeakRef(storage)
+
+    def _depends(self, tensor: Tensor) -> bool:
+        known = self._known.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+        return known is not None and not known.expired()
 
 
 class SameDraws(TorchDispatchMode):
@@ -149,6 +205,7 @@ def real_tensors(value: Any) -> list[Tensor] | None:
 
 def copied(tensor: Tensor) -> Tensor:
     """In host memory: the device has a budget."""
+    tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
     with host_allocation():
         return tensor.detach().to("cpu", copy=True)
 

@@ -42,6 +42,17 @@ class OutputForm:
         """One tensor with a row for each tile: nothing to do."""
         return self.tree is None and self.leaves[0].per_tile == 1
 
+    @property
+    def words(self) -> str:
+        """The output's leaves, for a sentence."""
+        leaves = (
+            f"{'' if leaf.per_tile == 1 else f'{leaf.per_tile} '}rows {list(leaf.shape)}"
+            if isinstance(leaf, Rows)
+            else repr(leaf)
+            for leaf in self.leaves
+        )
+        return ", ".join(leaves)
+
     def pack(self, tensors: list[Tensor]) -> Tensor:
         """The output's tensors, in their order, as one: [tiles, numbers]."""
         rows = [leaf for leaf in self.leaves if isinstance(leaf, Rows)]
@@ -85,6 +96,10 @@ def form_of(output: Any, tiles: int, owner: str) -> OutputForm:
     form: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, Tensor):
+            if leaf.layout is not torch.strided or leaf.is_nested:
+                raise ValueError(
+                    f"the output of {owner} must be dense tensors, got a {leaf.layout} one. HINT: to_dense()."
+                )
             if leaf.dim() == 0 or leaf.shape[0] == 0 or leaf.shape[0] % tiles:
                 raise ValueError(
                     f"the output of {owner} must have tiles on its first axis, got {list(leaf.shape)} for {tiles} "

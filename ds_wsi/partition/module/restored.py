@@ -14,18 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.norms.population import after_norm
 from ds_wsi.norms.roles import GROUP
-from ds_wsi.partition.module.identity import plain_attributes
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
+from ds_wsi.partition.module.holdings import (
+    HOOKS,
+    attributes_of,
+    containers_of,
+    hidden_modules,
+    refill,
+    tensors_of_part,
 )
-_INTERNAL = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS}
 
 
 class LocalNorm(_BatchNorm):
@@ -73,6 +69,7 @@ class Restored:
         self._saved: list[tuple[nn.Module, type, dict[str, Any]]] = []
         self._base: dict[nn.Module, dict[str, Any]] = {}
         self._containers: list[tuple[Any, Any]] = []
+        self._values: dict[int, tuple[Any, Tensor]] = {}  # id of a stand-in -> the stand-in, its memory
 
     def __enter__(self) -> "Restored":
         self._states = [generator.read() for generator in self.generators]
@@ -81,7 +78,7 @@ class Restored:
         for part, kind, held in self._saved:
             base = dict(held)
             base["_parameters"] = {name: self._parameter(item, stand_ins) for name, item in part._parameters.items()}
-            for name in _HOOKS:
+            for name in HOOKS:
                 if name in base:
                     base[name] = OrderedDict((key, hook) for key, hook in base[name].items() if computes_weight(hook))
             base.pop(GROUP, None)
@@ -89,6 +86,7 @@ class Restored:
             self._containers += containers_of(part)
             if issubclass(kind, nn.SyncBatchNorm):
                 part.__class__ = LocalNorm
+        self._values = {id(item): (item, item.detach()) for item in stand_ins.values()}
         self.rewind()
         return self
 
@@ -103,16 +101,21 @@ class Restored:
 
     def rewind(self) -> None:
         """Everything as at the beginning, for the next run."""
-        self._refill()
         copies: dict[int, Tensor] = {}
         with torch.no_grad():
+            self._refill(copies)
+            for stand_in, value in self._values.values():
+                if _storage(stand_in) != _storage(value):
+                    stand_in.data = value
             for part, base in self._base.items():
                 part.__dict__.clear()
                 part.__dict__.update(base)
+                for table in ("_parameters", "_modules"):
+                    part.__dict__[table] = dict(base[table])
                 buffers = base["_buffers"]
                 part.__dict__["_buffers"] = {name: self._copy(item, copies) for name, item in buffers.items()}
                 for name, item in base.items():
-                    if type(item) is Tensor and item.grad_fn is None:
+                    if _is_state(item):
                         part.__dict__[name] = self._copy(item, copies)
         for generator, state in zip(self.generators, self._states, strict=True):
             generator.write(state)
@@ -132,26 +135,77 @@ class Restored:
         return [mark(generator.read()) for generator in self.generators]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Buffers and tensors that are attributes, by qualified name."""
-        found = {}
-        for part, name in self.names.items():
-            for key, item in (*part._buffers.items(), *part.__dict__.items()):
-                if isinstance(item, Tensor) and item.grad_fn is None:
-                    found[f"{name}.{key}" if name else key] = item
-        return found
-
-    def attributes(self) -> dict[tuple[str, str], Any]:
-        """Plain values of every part, and in its lists and dicts, by (part, attribute)."""
+        """Buffers and tensors that are attributes, or in containers, by qualified name."""
         return {
-            (name, key): value
+            f"{name}.{place}" if name else place: tensor
             for part, name in self.names.items()
-            for key, value in plain_attributes(part)
-            if not (key == "forward" or key in _INTERNAL)
+            for place, tensor in tensors_of_part(part)
         }
 
-    def _refill(self) -> None:
+    def attributes(self) -> dict[tuple[str, str], Any]:
+        """Plain values of every part, and in its containers, by (part, place)."""
+        return {(name, place): value for part, name in self.names.items() for place, value in attributes_of(part)}
+
+    def place_of(self, name: str) -> tuple[str, str]:
+        """(The part, the place in it) of a qualified name."""
+        owner = max((part for part in self.names.values() if name.startswith(f"{part}.")), key=len, default="")
+        return owner, name[len(owner) + 1 :] if owner else name
+
+    def parameters(self) -> dict[int, str]:
+        """The names of the module's parameters, by the ids of the tensors and of their stand-ins."""
+        found: dict[int, str] = {}
+        for part, name in self.names.items():
+            for held in (self._base[part]["_parameters"], self._original(part)["_parameters"]):
+                for key, item in held.items():
+                    if item is not None:
+                        found.setdefault(id(item), f"{name}.{key}" if name else key)
+        return found
+
+    def replaced_parameter(self) -> str | None:
+        """The name of a parameter in whose place there is another, or other memory, since `rewind`."""
+        for part, name in self.names.items():
+            for key, item in self._base[part]["_parameters"].items():
+                if item is not None and (
+                    part._parameters.get(key) is not item or _storage(item) != _storage(self._values[id(item)][1])
+                ):
+                    return f"{name}.{key}" if name else key
+        return None
+
+    def must_not_write(self, parameter: str) -> str:
+        """The sentence that refuses a module which writes this parameter."""
+        owner, key = self.place_of(parameter)
+        return f"{self.who(owner)} must not write its parameter {key!r} in forward. HINT: keep it out of the partition."
+
+    def who(self, name: str) -> str:
+        """A part, for a sentence."""
+        return f"{name!r} ({next(type(part).__name__ for part, place in self.names.items() if place == name)})"
+
+    def holder_of(self, tensor: Tensor) -> tuple[str, str]:
+        """(The part that holds a tensor which is no parameter of it, what the tensor is there), for a sentence."""
+        for part, name in self.names.items():
+            for place, item in tensors_of_part(part):
+                if item is tensor:
+                    return self.who(name), repr(place)
+            for module in hidden_modules(part):
+                for key, item in module.named_parameters():
+                    if item is tensor:
+                        return self.who(name), f"{key!r} of a {type(module).__name__} that is no sub-module of it,"
+        return self.who(""), "a tensor"
+
+    def memory(self) -> dict[int, str]:
+        """The names of the parameters, by the storages of their stand-ins."""
+        names = self.parameters()
+        return {_storage(value): names[key] for key, (_, value) in self._values.items() if value.numel()}
+
+    def _original(self, part: nn.Module) -> dict[str, Any]:
+        return next(held for saved, _, held in self._saved if saved is part)
+
+    def _refill(self, copies: dict[int, Tensor] | None = None) -> None:
         for container, content in self._containers:
-            refill(container, content)
+            wanted = content
+            if copies is not None:
+                wanted = _with(content, lambda item: self._copy(item, copies) if _is_state(item) else item)
+            refill(container, wanted)
 
     def _parameter(self, parameter: Any, stand_ins: dict[int, Any]) -> Any:
         if parameter is None:
@@ -169,7 +223,28 @@ class Restored:
         if id(tensor) not in copies:
             wide = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
             copies[id(tensor)] = tensor.detach().to(wide, copy=True)
+            if tensor.is_leaf and tensor.requires_grad:
+                copies[id(tensor)].requires_grad_()
         return copies[id(tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _is_state(item: Any) -> bool:
+    """Whether it is a tensor that a module keeps, not one of a graph."""
+    return type(item) is Tensor and item.grad_fn is None
+
+
+def _with(content: Any, change: Callable[[Any], Any]) -> Any:
+    """A container's content with its items changed."""
+    if isinstance(content, dict):
+        changed = content.copy()
+        for key, item in content.items():
+            changed[key] = change(item)
+        return changed
+    return content if isinstance(content, set) else type(content)(map(change, content))
 
 
 def default_generators(device: torch.device) -> list[Generator]:
@@ -203,21 +278,6 @@ def own_generators(module: nn.Module) -> Iterator[Generator]:
                 if found is not None and id(item) not in seen:
                     seen.add(id(item))
                     yield found
-
-
-def containers_of(part: nn.Module) -> list[tuple[Any, Any]]:
-    """Lists, dicts and sets among a part's attributes, each with a copy: see `refill`."""
-    own = [item for key, item in part.__dict__.items() if key not in _INTERNAL]
-    return [(item, item.copy()) for item in own if type(item) in (list, dict, set)]
-
-
-def refill(container: Any, content: Any) -> None:
-    """Give a container its content back."""
-    if type(container) is list:
-        container[:] = content
-    else:
-        container.clear()
-        container.update(content)
 
 
 def mark(state: Any) -> bytes:

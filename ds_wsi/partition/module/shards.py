@@ -33,7 +33,7 @@ def give_anchor(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
 
 def is_anchor(value: Any) -> bool:
     """Whether an argument is the empty tensor that a leaf module of ZeRO-3 is given: see `give_anchor`."""
-    return isinstance(value, Tensor) and value.numel() == 0 and value.requires_grad
+    return isinstance(value, Tensor) and value.shape == (0,) and value.requires_grad
 
 
 def anchored(out: Tensor, anchor: Tensor | None) -> Tensor:

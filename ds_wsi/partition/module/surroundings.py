@@ -44,8 +44,28 @@ def refuse_batched(grad: Tensor) -> None:
         raise RuntimeError(_ONCE.format("several gradients at once (is_grads_batched, or torch.func)"))
 
 
+class _Carrier(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(_ONCE.format("create_graph"))
+
+
+def carrier_of(*tensors: Tensor) -> Tensor:
+    """An empty tensor that hangs on these in autograd's graph, and holds none of them."""
+    carrier: Tensor = _Carrier.apply(*tensors)
+    return carrier
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A Function's backward whose results raise where they are differentiated: under create_graph."""
+    """A Function's backward whose results raise where they are differentiated: under create_graph.
+
+    `ctx.carrier`, see `carrier_of`, is of the Function's inputs: or who asks for gradients of results with respect to
+    them, as `torch.autograd.functional.hvp` does, would be told that there are none.
+    """
 
     @wraps(backward)
     def wrapped(ctx: Any, *grads: Any) -> Any:
@@ -54,8 +74,9 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return results
         # Even where `grads` need no gradient: the results depend on the parameters.
-        raising: Any = torch._C._functions.DelayedError(_ONCE.format("create_graph").encode(), len(results))
-        return raising(*(None if result is None else result.detach().requires_grad_() for result in results))
+        raising: Any = torch._C._functions.DelayedError(_ONCE.format("create_graph").encode(), len(results) + 1)
+        required = (None if result is None else result.detach().requires_grad_() for result in results)
+        return tuple(raising(*required, getattr(ctx, "carrier", None)))[:-1]
 
     return wrapped
 

@@ -1,0 +1,51 @@
+"""Contexts that a forward enters itself: no_grad and autocast, in which a recorded operation runs again."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+
+class Surroundings(NamedTuple):
+    """What an operation was called in.
+
+    Args:
+        graded: whether autograd followed it.
+        kind: of the device.
+        dtype: of autocast on it; None where that is off.
+    """
+
+    graded: bool
+    kind: str
+    dtype: torch.dtype | None
+
+
+def surroundings_now(kind: str, *, graded: bool) -> Surroundings:
+    """Those in force, where the forward has not cut itself off by no_grad."""
+    graded = graded and not torch.is_inference_mode_enabled()
+    return Surroundings(graded, kind, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+
+
+def is_detached(node: fx.Node) -> bool:
+    """Whether the forward itself cuts the operation from autograd."""
+    found = node.meta.get("surroundings")
+    return found is not None and not found.graded
+
+
+def surroundings_of(node: fx.Node) -> AbstractContextManager[None]:
+    """Those that the forward has entered around the operation; nothing where it has entered none."""
+    found = node.meta.get("surroundings")
+    return nullcontext() if found is None else _entered(found)
+
+
+@contextmanager
+def _entered(found: Surroundings) -> Iterator[None]:
+    graded = torch.is_grad_enabled() and found.graded
+    with (
+        torch.set_grad_enabled(graded),
+        # Without the cache of cast weights: see `autocast_now`.
+        torch.autocast(found.kind, dtype=found.dtype, enabled=found.dtype is not None, cache_enabled=False),
+    ):
+        yield
