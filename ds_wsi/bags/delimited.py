@@ -7,6 +7,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_wsi.runtime.files import read_file
+
 TAB_SUFFIXES = (".tsv", ".txt")
 SHOWN_ROWS = 5  # in messages
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # which Excel writes and reads as the first line
@@ -39,27 +41,26 @@ def read_delimited(path: str | Path) -> tuple[list[str], list[DelimitedRow]]:
             names the columns or the lines.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"table must be text in UTF-8, got byte 0x{error.object[error.start]:02x} at position {error.start} "
-            f"({path}). HINT: save it as CSV UTF-8."
-        ) from error
+    text = read_utf8(path)
     first, _, rest = text.partition("\n")
     separator = SEPARATOR_LINE.fullmatch(first.strip())
     delimiter = separator[1] if separator else _delimiter(path, first)
     skipped = 1 if separator else 0
-    reader = csv.reader(io.StringIO(rest if separator else text), delimiter=delimiter)
-    headings = [heading.strip() for heading in next(reader, [])]
-    cells, lines, too_long = [], [], []
-    for row in reader:
-        values = [cell.strip() for cell in row]
-        if any(values[len(headings) :]):
-            too_long.append(reader.line_num + skipped)
-        if any(values):
-            cells.append((values + [""] * len(headings))[: len(headings)])
-            lines.append(reader.line_num + skipped)
+    try:
+        reader = csv.reader(io.StringIO(rest if separator else text), delimiter=delimiter)
+        headings = [heading.strip() for heading in next(reader, [])]
+        cells, lines, too_long = [], [], []
+        for row in reader:
+            values = [cell.strip() for cell in row]
+            if any(values[len(headings) :]):
+                too_long.append(reader.line_num + skipped)
+            if any(values):
+                cells.append((values + [""] * len(headings))[: len(headings)])
+                lines.append(reader.line_num + skipped)
+    except (csv.Error, TypeError) as error:  # a value without an end, a sign that divides nothing
+        raise ValueError(
+            f"table must be CSV, got {error} ({path}). HINT: a value in double quotes must end with one."
+        ) from error
     if too_long:
         shown = ", ".join(map(str, too_long[:SHOWN_ROWS])) + (", ..." if len(too_long) > SHOWN_ROWS else "")
         raise ValueError(
@@ -75,6 +76,22 @@ def read_delimited(path: str | Path) -> tuple[list[str], list[DelimitedRow]]:
         for row, line in zip(cells, lines, strict=True)
     ]
     return headings, rows
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file, without its mark of order.
+
+    Raises:
+        ValueError: it is no file, or not UTF-8; names it and the byte.
+        OSError: it is missing, or not readable.
+    """
+    try:
+        return read_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"table must be text in UTF-8, got byte 0x{error.object[error.start]:02x} at position {error.start} "
+            f"({path}). HINT: save it as CSV UTF-8."
+        ) from error
 
 
 def _require_once(headings: list[str], columns: list[int], path: Path) -> None:

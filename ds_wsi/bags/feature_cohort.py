@@ -16,7 +16,7 @@ from ds_wsi.bags.policy import CHECKS
 from ds_wsi.bags.same_files import files_across_splits, require_files_apart, warn_of_shared_files
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.bags.summary import log_cohort
-from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.files import read_object, write_json
 from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import remove_left_behind
@@ -175,8 +175,20 @@ def _read_record(record_dir: str | Path | None) -> dict[str, dict[str, Any]]:
     path = None if record_dir is None else Path(record_dir) / RECORD
     if path is None or not path.is_file():
         return {}
-    record: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return record
+    try:
+        content = read_object(path, RECORD)
+        record: dict[str, dict[str, Any]] = content["files"]
+        if content["sha256"] == _digest(record):
+            return record
+        reason = "another checksum than was written"
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"none ({error})"
+    logger.warning("%s must be the record of files that were read, got %s: they are read again", path, reason)
+    return {}
+
+
+def _digest(record: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _write_record(record_dir: str | Path, files: Sequence[FeatureFile]) -> None:
@@ -192,4 +204,5 @@ def _write_record(record_dir: str | Path, files: Sequence[FeatureFile]) -> None:
         for file in files
     }
     if any(record.get(name) != entry for name, entry in entries.items()):
-        write_json(Path(record_dir) / RECORD, record | entries)
+        record |= entries
+        write_json(Path(record_dir) / RECORD, {"sha256": _digest(record), "files": record})

@@ -1,7 +1,6 @@
 """Features on disk as bags: CLAM's and TRIDENT's h5, CLAM's .pt, our safetensors; and the collator that stacks them."""
 
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from torch.utils.data import Dataset
 
 from ds_wsi.bags.tile_side import side_of
 from ds_wsi.runtime.files import atomic_path
-from ds_wsi.runtime.h5_files import number_attributes, numbers
+from ds_wsi.runtime.h5_files import member, number_attributes, numbers, opened_h5
 from ds_wsi.runtime.tensor_seal import opened, sealed
+from ds_wsi.runtime.torch_files import load_tensors, require_in_memory
 from ds_wsi.stacking.stacked_bags import StackedBags, stack_bags
 
 SUFFIXES = (".h5", ".pt", ".safetensors")
@@ -121,14 +121,14 @@ def read_shape(path: str | Path) -> tuple[int, int]:
     path = _checked(path)
     with _named_errors(path):
         if path.suffix == ".h5":
-            with h5py.File(path, "r") as file:
+            with opened_h5(path) as file:
                 shape = _h5_features(file, path).shape
         elif path.suffix == ".safetensors":
             with safe_open(str(path), framework="pt") as file:
                 _require_features(file, path)
                 shape = file.get_slice("features").get_shape()
         else:
-            shape = _pt_tensors(path, mmap=zipfile.is_zipfile(path))[0].shape
+            shape = _pt_tensors(path, mmap=True)[0].shape
     return _bag_shape(shape, path)
 
 
@@ -145,10 +145,11 @@ def read_places(path: str | Path) -> tuple[np.ndarray, float] | None:
     side: Any = None
     with _named_errors(path):
         if path.suffix == ".h5":
-            with h5py.File(path, "r") as file:
-                coords = numbers(file["coords"]) if "coords" in file else None
+            with opened_h5(path) as file:
+                dataset = member(file, "coords")
+                coords = None if dataset is None else numbers(dataset)
                 name = "patch_size_level0"
-                side = None if coords is None else number_attributes(file["coords"], (name,)).get(name)
+                side = None if dataset is None else number_attributes(dataset, (name,)).get(name)
         elif path.suffix == ".safetensors":
             with safe_open(str(path), framework="np") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -269,14 +270,19 @@ def _kind(value: Any) -> str:
 
 
 def _h5_features(file: h5py.File, path: Path) -> Any:
-    if not isinstance(file.get("features"), h5py.Dataset):
-        raise _no_features(dict(file), path)
-    return file["features"]
+    dataset = member(file, "features")
+    if not isinstance(dataset, h5py.Dataset):
+        links = {name: file.get(name, getlink=True) for name in file}
+        raise _no_features(
+            {name: file[name] if isinstance(link, h5py.HardLink) else link for name, link in links.items()}, path
+        )
+    return dataset
 
 
 def _read_h5(path: Path) -> tuple[Tensor, Tensor | None]:
-    with h5py.File(path, "r") as file:
-        coords = torch.from_numpy(numbers(file["coords"]).astype(np.int64)) if "coords" in file else None
+    with opened_h5(path) as file:
+        dataset = member(file, "coords")
+        coords = None if dataset is None else torch.from_numpy(numbers(dataset).astype(np.int64))
         return torch.from_numpy(numbers(_h5_features(file, path)).astype(np.float32)), coords
 
 
@@ -285,9 +291,7 @@ def _read_pt(path: Path) -> tuple[Tensor, Tensor | None]:
 
 
 def _pt_tensors(path: Path, mmap: bool) -> tuple[Tensor, Tensor | None]:
-    if not mmap and zipfile.is_zipfile(path):
-        _require_checksums(path)
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    content = load_tensors(path, mmap=mmap)
     if isinstance(content, Mapping):
         features, coords = content.get("features"), content.get("coords")
         if not isinstance(features, Tensor):
@@ -302,20 +306,11 @@ def _pt_tensors(path: Path, mmap: bool) -> tuple[Tensor, Tensor | None]:
             f"features in .pt must be a tensor, or a dict with 'features', got {type(content).__name__}{items} "
             f"({path}). HINT: torch.save(features, path), of one tensor [N, D]."
         )
+    require_in_memory(features, "features")
+    if isinstance(coords, Tensor):
+        require_in_memory(coords, "coords")
     # Saved without no_grad they still ask for a gradient, of a graph that is gone.
     return features.detach(), coords.detach() if isinstance(coords, Tensor) else None
-
-
-def _require_checksums(path: Path) -> None:
-    """Torch's files are archives with a CRC-32 of each record, which torch itself does not look at."""
-    with zipfile.ZipFile(path) as archive:
-        broken = archive.testzip()
-    if broken is not None:
-        raise FeatureFileError(
-            f"features in .pt must have the checksums that were written, got another of {broken} ({path}). HINT: "
-            "extract them again; a file that was saved under torch.serialization.set_crc32_options(False) has none, "
-            "save it without."
-        )
 
 
 def _require_features(file: Any, path: Path) -> None:

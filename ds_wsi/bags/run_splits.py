@@ -1,6 +1,7 @@
 """splits.csv in a run's folder: on which slides it trained, validated and tested, where it drew the splits too."""
 
 import csv
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +45,7 @@ def read_splits(folder: Path) -> RunSplits | None:
         ValueError: the file is none of `write_splits`.
     """
     path = folder / FILE_NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     columns, rows = read_delimited(path)
     if tuple(columns) != COLUMNS:

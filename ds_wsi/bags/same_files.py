@@ -20,7 +20,7 @@ def fingerprint_of(slide: SlideEntry) -> Fingerprint | None:
     """The fingerprint of the slide's file; None where it cannot be read, or is empty as failed downloads are."""
     try:
         fingerprint = slide_fingerprint(slide.path)
-    except OSError:
+    except (OSError, ValueError):  # missing, not ours to read, or no file
         return None
     return fingerprint if fingerprint.n_bytes else None
 

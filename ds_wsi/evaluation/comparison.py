@@ -1,7 +1,6 @@
 """Two models on the same slides: DeLong's test of the AUCs; a paired bootstrap and an exchange test of every metric."""
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from ds_wsi.evaluation.bootstrap import SAME, percentile_interval, resample_metr
 from ds_wsi.evaluation.delong import DeLong, delong
 from ds_wsi.evaluation.metrics import METRIC_NAMES, FloatArray, IntArray, check_predictions, slide_metrics
 from ds_wsi.evaluation.protocol import EvaluationProtocol
-from ds_wsi.runtime.files import json_number
+from ds_wsi.evaluation.record import FILE_NAME as RECORD
+from ds_wsi.evaluation.record import RunFolderError, RunRecord
+from ds_wsi.runtime.files import json_number, read_object
 from ds_wsi.runtime.words import some
 
 SHOWN_SLIDES = 5  # in messages
@@ -93,6 +94,14 @@ def read_predictions(directory: str | Path) -> Predictions:
     path = Path(directory) / "predictions.csv"
     if not path.is_file():
         raise ValueError(f"a run's folder must hold predictions.csv, got none at {path}. HINT: is the run finished?")
+    if (path.parent / RECORD).is_file():
+        try:
+            RunRecord.read(path.parent)
+        except RunFolderError as error:
+            raise ValueError(
+                f"a run's results must be as they were written, got {error} ({path.parent}). HINT: write them again "
+                "with `ds-wsi evaluate`."
+            ) from error
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -128,7 +137,7 @@ def _protocol(path: Path) -> str:
     if not path.is_file():
         return f"unknown tiles (no {path.name})"
     try:
-        protocol = EvaluationProtocol(**json.loads(path.read_text(encoding="utf-8"))["evaluation"])
+        protocol = EvaluationProtocol(**read_object(path, path.name)["evaluation"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"metrics.json must tell how the model was evaluated, got {error} ({path}). HINT: write it again with "

@@ -142,6 +142,7 @@ def extract_features(
                 slides = cohort.manifest.slides
                 for row, features, tiles in encode_slides(model, slides, grids, rows_read, policy, failures):
                     path = _place(directory, names[row])
+                    _require_finite(features, names[row])
                     coords = torch.from_numpy(grids[row].coords)[tiles]
                     write_features(path, features.float(), coords, grids[row].tile_size_level0_px, about[row])
                     claims.give_back(row)
@@ -150,6 +151,15 @@ def extract_features(
             kept_before.clear()
             if first is None and claims.left:
                 claims.wait()
+
+
+def _require_finite(features: torch.Tensor, slide_id: str) -> None:
+    broken = int((~features.isfinite().all(1)).sum())
+    if broken:
+        raise ValueError(
+            f"features must be finite, got {broken} rows that are not, of {len(features)} (slide {slide_id}). HINT: "
+            "--precision bf16 or no, where fp16 was given; or other weights."
+        )
 
 
 def _place(directory: Path, slide_id: str) -> Path:

@@ -1,6 +1,5 @@
 """An evaluation's folder: it may be new, hold other files, or an earlier evaluation of the very same."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from ds_wsi.evaluation.record import FILE_NAME as RECORD
 from ds_wsi.evaluation.record import RESULTS
 from ds_wsi.evaluation.results import REPORT
-from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.files import read_json, write_json
 
 MARK = "evaluation.json"
 FORMAT, VERSION = "ds_wsi.evaluation", 1
@@ -72,7 +71,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     if path.is_symlink() or not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, MARK)
     except ValueError:
         return None
     if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):

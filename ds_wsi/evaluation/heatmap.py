@@ -72,9 +72,9 @@ def is_heat_map(path: Path) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             return image.info.get("Software") == SOFTWARE
-    except OSError:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # another's PNG, perhaps damaged
         return False
 
 

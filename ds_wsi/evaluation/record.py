@@ -1,13 +1,12 @@
 """run.json: what a finished run was, so that a table can place it. Written last; a folder without it is unfinished."""
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ds_wsi.evaluation.protocol import EvaluationProtocol
-from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.files import read_json, read_object, write_json
 
 FILE_NAME = "run.json"
 MARK_NAME = "protocol.json"  # with what a protocol began the run
@@ -85,9 +84,9 @@ class RunRecord:
                 f"unfinished: no {FILE_NAME}, which is written last" if directory.is_dir() else "no such folder"
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path, FILE_NAME)
         except ValueError as error:
-            raise RunFolderError(f"torn: {FILE_NAME} is no JSON ({error})") from error
+            raise RunFolderError(f"torn: {error}") from error
         if not isinstance(values, dict) or (values.pop("format", None), values.pop("version", None)) != (
             FORMAT,
             VERSION,
@@ -102,7 +101,32 @@ class RunRecord:
                 raise RunFolderError(f"torn: no {name}")
             if _digest(directory / name) != digests.get(name):
                 raise RunFolderError(f"torn: {name} is not the one that {FILE_NAME} was written for")
-        return cls(**values | {"evaluation": EvaluationProtocol(**values["evaluation"])})
+        try:
+            record = cls(**values | {"evaluation": EvaluationProtocol(**values["evaluation"])})
+        except (TypeError, ValueError) as error:
+            raise RunFolderError(f"torn: {FILE_NAME} must tell how the run was evaluated, got {error}") from error
+        for entry in fields(cls):
+            kind = {"seed": int, "settings": dict, "evaluation": EvaluationProtocol}.get(entry.name, str)
+            if type(getattr(record, entry.name)) is not kind:
+                raise RunFolderError(f"torn: {entry.name} of {FILE_NAME} must be of type {kind.__name__}")
+        return record
+
+
+def read_metrics(directory: Path) -> dict[str, dict[str, Any]]:
+    """The metrics of a run's metrics.json: name -> its value, None where it is undefined, and its interval.
+
+    Raises:
+        RunFolderError: there are none.
+    """
+    path = directory / "metrics.json"
+    try:
+        metrics = read_object(path, path.name)["metrics"]
+        whole = all(type(entry["value"]) in (int, float, type(None)) for entry in metrics.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunFolderError(f"torn: {path.name} must hold metrics, got {error!r} ({path})") from error
+    if not whole:
+        raise RunFolderError(f"torn: metrics must be numbers or null, got others ({path})")
+    return dict(metrics)
 
 
 def _digest(path: Path) -> str:

@@ -257,7 +257,7 @@ def _summary_section(summary: Mapping[str, str]) -> str:
 
 def _image(path: Path, kind: str, longest_px: int, description: str) -> str:
     """Embed an image, reduced to `longest_px` where it is larger."""
-    with Image.open(path) as opened:
+    with Image.open(path, formats=("PNG",)) as opened:
         image = opened.convert("RGB")
     image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -13,7 +13,7 @@ import numpy as np
 from ds_wsi.evaluation.comparison import PREFIX, read_predictions
 from ds_wsi.evaluation.grouping import FinishedRun, build_tables
 from ds_wsi.evaluation.metrics import METRIC_NAMES
-from ds_wsi.evaluation.record import FILE_NAME, MARK_NAME, RunFolderError, RunRecord
+from ds_wsi.evaluation.record import FILE_NAME, MARK_NAME, RunFolderError, RunRecord, read_metrics
 from ds_wsi.evaluation.table_formats import CSV_COLUMNS, to_csv, to_html, to_latex, to_markdown
 from ds_wsi.runtime.files import write_text
 from ds_wsi.runtime.log import logger
@@ -94,7 +94,7 @@ def _runs_of(path: Path) -> list[Path]:
 
 
 def _metrics(path: Path) -> dict[str, float]:
-    metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+    metrics = read_metrics(path)
     return {name: math.nan if entry["value"] is None else float(entry["value"]) for name, entry in metrics.items()}
 
 

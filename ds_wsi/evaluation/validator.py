@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from safetensors.torch import load_file
 
 from ds_wsi.bags.bag import FailureLog, ReadFailureError
 from ds_wsi.bags.features import FeatureFile
@@ -27,8 +26,9 @@ from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.bags.workers import WorkerError
 from ds_wsi.evaluation.norm_choice import NormChoice, NormPlan, choose_norms
 from ds_wsi.models import ModelConfig, build_model
+from ds_wsi.models.weights_file import read_weights
 from ds_wsi.runtime.log import setup_logging
-from ds_wsi.runtime.processes import end_with_parent, is_stopped, state_of
+from ds_wsi.runtime.processes import end_with_parent, from_own_path, is_stopped, state_of
 from ds_wsi.slides.slide import SlideError
 from ds_wsi.slides.tiling import TileGrid
 
@@ -111,7 +111,8 @@ class Validator:
         arguments = (work, child_end, caller)
         # Not a daemon: those may not have readers.
         self._process = CONTEXT.Process(target=_serve, args=arguments, name="ds_wsi-validator", daemon=False)
-        self._process.start()
+        with from_own_path():
+            self._process.start()
         child_end.close()  # else its end would not be seen
         self._epoch: int | None = None
         self._result: ValidationResult | None = None
@@ -275,7 +276,7 @@ def _end_with(caller: int) -> None:
 
 def _validate(work: ValidationWork, weights: Path, failures: FailureLog) -> ValidationResult:
     model = build_model(work.config)
-    model.load_state_dict(load_file(weights))
+    model.load_state_dict(read_weights(weights))
     model.to(work.device)
     model.evaluation_precision = work.precision
     choice = choose_norms(model, work.slides, work.grids, work.policy, failures, work.plan)

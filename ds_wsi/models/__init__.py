@@ -7,7 +7,7 @@ from ds_wsi.runtime.lazy import lazily
 if TYPE_CHECKING:
     from ds_wsi.models.aggregators import AGGREGATORS, build_aggregator
     from ds_wsi.models.choices import FEATURES
-    from ds_wsi.models.config import ModelConfig, build_model, load_model, save_model, save_weights
+    from ds_wsi.models.config import ModelConfig, build_model, load_model, save_model
     from ds_wsi.models.encoder import NoEncoder, build_encoder
     from ds_wsi.models.freezing import freeze, freeze_until
     from ds_wsi.models.hub import EncoderSource, resolve_encoder
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ds_wsi.models.output import SlideOutput
     from ds_wsi.models.slide_model import SlideModel
     from ds_wsi.models.weights import load_encoder_weights
+    from ds_wsi.models.weights_file import save_weights
 
 __all__ = [
     "AGGREGATORS",
@@ -51,7 +52,6 @@ __getattr__ = lazily(
             "build_model",
             "load_model",
             "save_model",
-            "save_weights",
         ),
         "ds_wsi.models.encoder": (
             "NoEncoder",
@@ -73,5 +73,6 @@ __getattr__ = lazily(
         "ds_wsi.models.output": ("SlideOutput",),
         "ds_wsi.models.slide_model": ("SlideModel",),
         "ds_wsi.models.weights": ("load_encoder_weights",),
+        "ds_wsi.models.weights_file": ("save_weights",),
     },
 )

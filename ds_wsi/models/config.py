@@ -1,22 +1,21 @@
 """What is needed to rebuild a model: its sizes and names, read from and written to config.json."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ds_wsi.models.aggregators import build_aggregator
 from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, NoEncoder, build_encoder
 from ds_wsi.models.hub import EncoderSource
 from ds_wsi.models.slide_model import SlideModel
+from ds_wsi.models.weights_file import WeightsFileError, read_weights, require_finite, save_weights
 from ds_wsi.norms.policy import EVALUATION, TRAINING
-from ds_wsi.runtime.files import atomic_path, write_json
+from ds_wsi.runtime.files import read_object, write_json
 
 VERSION = 4
 NORMS_SINCE = 4
@@ -24,6 +23,17 @@ NEW_IN: dict[int, dict[str, Any]] = {
     2: {"in_dim": None, "encoder_features": "pooled", "encoder_options": {}},
     3: {"aggregator_options": {}},
     4: {"norm_training": "bag", "norm_evaluation": "running"},  # older models were exported so, whatever they trained
+}
+
+
+# Of the values in a file: what they may be.
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("aggregator", "encoder_features", "norm_training", "norm_evaluation"), (str,)),
+    **dict.fromkeys(("classes", "mean", "std"), (tuple,)),
+    **dict.fromkeys(("tiling", "aggregator_options", "encoder_options"), (dict,)),
+    "encoder": (str, type(None)),
+    "in_dim": (int, type(None)),
+    "dropout": (float, int, type(None)),
 }
 
 
@@ -128,16 +138,10 @@ class ModelConfig:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"the model's folder must hold config.json, got none at {path}")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"config.json must be JSON, got {error} ({path}). HINT: copy the whole folder again."
-            ) from error
-        if not isinstance(values, dict):
-            raise ValueError(f"config.json must be a JSON object, got {type(values).__name__} ({path})")
+        values = read_object(path, "config.json")
         version = values.pop("version", None)
-        if values.pop("format", None) != "ds_wsi.SlideModel" or version not in range(1, VERSION + 1):
+        is_version = type(version) is int and 1 <= version <= VERSION
+        if values.pop("format", None) != "ds_wsi.SlideModel" or not is_version:
             raise ValueError(
                 f"config.json must be of format ds_wsi.SlideModel, version 1 to {VERSION}, got another ({path}). HINT: "
                 "what save_pretrained wrote is read by ds_wsi.SlideModelForSlideClassification"
@@ -159,12 +163,19 @@ class ModelConfig:
         fitted: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
+        for name, kinds in _KINDS.items():
+            if type(fitted[name]) not in kinds:
+                raise ValueError(f"{name} must be of type {kinds[0].__name__}, got {values[name]!r} ({place})")
+        for name in ("mean", "std"):
+            channels = fitted[name]
+            if len(channels) != 3 or not all(type(value) in (int, float) and isfinite(value) for value in channels):
+                raise ValueError(f"{name} must be three numbers, one for each channel, got {values[name]!r} ({place})")
         return cls(**fitted)
 
 
 def stored_version(directory: str | Path) -> int:
     """The version of a folder's config.json: what was exported before 4 says nothing of its norms."""
-    return int(json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["version"])
+    return int(read_object(Path(directory) / "config.json", "config.json")["version"])
 
 
 def build_model(
@@ -205,13 +216,19 @@ def load_model(directory: str | Path) -> tuple[SlideModel, ModelConfig]:
     """
     directory = Path(directory)
     config = ModelConfig.read(directory / "config.json")
-    model = build_model(config)
+    try:
+        model = build_model(config)
+    except Exception as error:  # timm and torch refuse sizes and options that are none in many ways
+        raise ValueError(
+            f"config.json must describe a model, got {type(error).__name__}: {error} ({directory / 'config.json'})"
+        ) from error
     weights = directory / "model.safetensors"
     if not weights.is_file():
         raise ValueError(f"the model's folder must hold model.safetensors, got none at {weights}")
     try:
-        model.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
+        model.load_state_dict(read_weights(weights))
+        require_finite(model)
+    except (WeightsFileError, RuntimeError) as error:
         raise ValueError(
             f"the model's weights must be safetensors of the model that config.json describes, got others "
             f"({str(error).splitlines()[0]}, {weights}). HINT: copy the whole folder again."
@@ -224,12 +241,6 @@ def save_model(directory: str | Path, config: ModelConfig, state: dict[str, Tens
     directory = Path(directory)
     config.write(directory / "config.json")
     save_weights(directory / "model.safetensors", state)
-
-
-def save_weights(path: Path, state: dict[str, Tensor]) -> None:
-    """Write whole weights as safetensors, atomically."""
-    with atomic_path(path, sum(value.nbytes for value in state.values())) as temporary:
-        save_file({name: value.contiguous() for name, value in state.items()}, temporary, {"format": "pt"})
 
 
 def _input_size(encoder: str, config: ModelConfig) -> dict[str, object]:

@@ -4,8 +4,9 @@ Only timm loads: safetensors where the repository has them, tensors alone otherw
 """
 
 import difflib
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,14 @@ from timm.data import resolve_data_config
 from timm.models import load_model_config_from_hf
 from torch import nn
 
+from ds_wsi.runtime.files import read_object
 from ds_wsi.runtime.log import logger
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
+# Arguments of `timm.create_model` that name files or addresses of weights. Options may be a stranger's, of a model's
+# config.json: they say how an encoder is built, and never what is opened.
+OF_WEIGHTS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 @dataclass(frozen=True)
@@ -181,17 +187,19 @@ def resolve_encoder(name: str) -> EncoderSource:
         if name.startswith(HUB):
             cfg, architecture, options = load_model_config_from_hf(name.removeprefix(HUB))
         else:
-            whole = json.loads((Path(name.removeprefix(FOLDER)) / "config.json").read_text(encoding="utf-8"))
+            whole = read_object(Path(name.removeprefix(FOLDER)) / "config.json", "config.json of an encoder")
             architecture, cfg, options = (
                 whole["architecture"],
                 whole.get("pretrained_cfg", whole),
                 whole.get("model_args"),
             )
-    except (OSError, EntryNotFoundError, KeyError, ValueError) as error:  # no JSON, or no name of a repository
+        # No classifier, and the features decide on no pooling.
+        arguments = {key: value for key, value in (options or {}).items() if key != "num_classes" and value != ""}
+        layers_by_name(arguments)
+        return _source(name, architecture, cfg, arguments)
+    # No JSON, no name of a repository, or no configuration of a model.
+    except (OSError, EntryNotFoundError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise _not_loaded(name, error) from error
-    # No classifier, and the features decide on no pooling.
-    arguments = {key: value for key, value in (options or {}).items() if key != "num_classes" and value != ""}
-    return _source(name, architecture, cfg, arguments)
 
 
 def require_timm_name(name: str) -> None:
@@ -223,19 +231,39 @@ def build_from_hub(source: str, **options: object) -> nn.Module:
     Raises:
         ValueError: the weights cannot be downloaded or read, or are not of the model.
     """
+    arguments = layers_by_name(options)
     try:
-        return timm.create_model(source, pretrained=True, num_classes=0, **layers_by_name(options))
-    except (OSError, EntryNotFoundError, RuntimeError) as error:
+        with _tensors_alone():
+            return timm.create_model(source, pretrained=True, num_classes=0, **arguments)
+    except Exception as error:  # of a damaged file timm and torch raise whatever comes to hand
         raise _not_loaded(source, error) from error
+
+
+@contextmanager
+def _tensors_alone() -> Iterator[None]:
+    """Inside, `torch.load` runs nothing: earlier timm (1.0.16) has it take any pickle of a folder."""
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
+    os.environ[FORCE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def layers_by_name(options: Mapping[str, object]) -> dict[str, object]:
     """Options of `timm.create_model` from JSON's: a layer by its name in `timm.layers`.
 
     Raises:
-        ValueError: timm has no such layer.
+        ValueError: timm has no such layer, or an option says where weights lie.
     """
     arguments = dict(options)
+    named = sorted(set(arguments) & set(OF_WEIGHTS))
+    if named:
+        raise ValueError(
+            f"options of an encoder must not say where its weights are, got {named[0]}={arguments[named[0]]!r}. HINT: "
+            "--encoder_weights FILE, or the name of the encoder."
+        )
     layer = arguments.get("mlp_layer")  # of an activation or a norm timm takes names itself
     if isinstance(layer, str):
         if not callable(getattr(timm.layers, layer, None)):
@@ -246,6 +274,8 @@ def layers_by_name(options: Mapping[str, object]) -> dict[str, object]:
 
 def _not_loaded(name: str, error: Exception) -> ValueError:
     reason = (str(error).strip().splitlines() or [""])[0]
+    if "weights_only" in str(error) or "Weights only" in str(error):  # torch and timm advise to run what is in it
+        reason = "a file that holds other things than tensors, which could run code when it is read."
     return ValueError(
         f"the weights of encoder {name!r} must be downloaded or lie in a folder, got {type(error).__name__}: {reason} "
         "HINT: --encoder_weights FILE takes them from a local file; a gated model needs `hf auth login` and its "

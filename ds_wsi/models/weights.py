@@ -10,7 +10,6 @@ network. A tensor within the encoder's own parts that it has not (a third block 
 scale) is no such thing: the file is of another architecture, whose features these would not be.
 """
 
-import pickle
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -22,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ds_wsi.models.weights_file import WeightsFileError, require_finite
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.torch_files import TorchFileError, load_tensors
 from ds_wsi.runtime.words import some
 
 # Of two networks in one file the first is taken: the one that is meant to be used further.
@@ -56,6 +57,10 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
     _require_fit(tensors, expected, encoder, path)
     taken = {key: tensors.get(key, value) for key, value in expected.items()}
     encoder.load_state_dict(taken)
+    try:
+        require_finite(encoder)
+    except WeightsFileError as error:
+        raise ValueError(f"encoder weights must be finite, got {error} ({path}). HINT: another file.") from error
     _log_taken(state, expected, prefix, path)
 
 
@@ -81,10 +86,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: it is torn, or holds what is no tensor or number.
     """
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        content = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
+    except Exception as error:  # of a damaged file torch raises whatever comes to hand, KeyError and IndexError too
         # Torch's own message advises weights_only=False, which would run code from the file.
-        reason = str(error).splitlines()[0] if isinstance(error, SafetensorError) else type(error).__name__
+        told = isinstance(error, SafetensorError | TorchFileError)
+        reason = str(error).splitlines()[0] if told else type(error).__name__
         remedy = "copy or download it again; or save the weights again as .safetensors"
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named:
@@ -133,7 +139,9 @@ def _prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: P
     rivals = [prefix for prefix, count in counts.items() if count == best]
     chosen = [prefix for prefix in rivals if not any(other in rivals for other in _better(prefix))]
     first = chosen[0]
-    different = [other for other in chosen if any(not _same(state, first + name, other + name) for name in expected)]
+    different = [
+        other for other in chosen[1:] if any(not _same(state, first + name, other + name) for name in expected)
+    ]
     if different:
         raise ValueError(
             f"encoder weights must be of one network, got {len(different) + 1} that fit, under "

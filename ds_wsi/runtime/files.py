@@ -1,13 +1,15 @@
 """Files that are either whole or absent: written beside their final name, synced, then renamed."""
 
+import errno
 import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ds_wsi.runtime.full_disk import naming_full_disk
 from ds_wsi.runtime.temporary import temporary_folder, usual_mode
@@ -75,6 +77,63 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON to `path` atomically; NaN and infinity are refused, JSON has none."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Read a regular file; a pipe or a device, which may never begin or never end, is an error.
+
+    Raises:
+        ValueError: it is no file; names it.
+        OSError: it is missing, a folder, or not readable.
+    """
+    with open_file(path) as file:
+        return file.read()
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file to read, without waiting: see `read_file`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would wait
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{os.fspath(path)} must be a file, got a pipe or a device")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def require_file(path: str | os.PathLike[str]) -> None:
+    """Refuse what `read_file` refuses, for a library that opens the file itself."""
+    open_file(path).close()
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
+    """Read a JSON file as `json.loads` has it.
+
+    Args:
+        path: the file.
+        what: what it is, for the error.
+
+    Raises:
+        ValueError: it is no file, or no JSON in UTF-8; names it.
+        OSError: it is missing, or not readable.
+    """
+    content = read_file(path)
+    try:
+        return json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} must be JSON in UTF-8, got {error} ({os.fspath(path)})") from error
+
+
+def read_object(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object: see `read_json`."""
+    content = read_json(path, what)
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} must be a JSON object, got {type(content).__name__} ({os.fspath(path)})")
+    return content
 
 
 def json_number(value: float) -> float | None:

@@ -3,8 +3,9 @@
 import hashlib
 import os
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
+
+from ds_wsi.runtime.files import open_file
 
 WHOLE_BYTES = 2**25  # files of up to 32 MiB are hashed whole
 PIECE_BYTES = 2**16
@@ -46,7 +47,7 @@ def file_fingerprint(path: str | os.PathLike[str]) -> Fingerprint:
 def _fingerprint(path: str, device: int, inode: int, n_bytes: int, *times: int) -> Fingerprint:
     """Read once per process while the file stays as it is."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
         if n_bytes <= WHOLE_BYTES:
             digest.update(file.read())
         else:

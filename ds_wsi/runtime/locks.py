@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ds_wsi.runtime.files import read_json
 from ds_wsi.runtime.full_disk import naming_full_disk
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import is_temporary
@@ -125,7 +126,7 @@ def release(path: Path, lock: int) -> None:
 def holder(path: Path) -> str:
     """Who holds a lock, in words."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, "a lock")
         here = " on this machine" if record["host"] == socket.gethostname() else f" on {record['host']}"
         return f"process {record['pid']}{here} ({record['command']}, since {record['since']})"
     except (OSError, ValueError, KeyError, TypeError):

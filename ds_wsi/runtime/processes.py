@@ -1,11 +1,14 @@
 """What another process of this machine does, as Linux tells it."""
 
 import ctypes
+import os
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 GONE = "?"
+SAFE_PATH = "PYTHONSAFEPATH"
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _WORDS = {
     "T": "it is stopped (SIGSTOP, or a debugger)",
@@ -52,3 +55,20 @@ def end_with_parent() -> None:
     """Have Linux kill this process when the thread that started it ends: stopped, too, or in a read that never ends."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+@contextmanager
+def from_own_path() -> Iterator[None]:
+    """Python processes that are started in the block import nothing from the present folder, which may be a stranger's.
+
+    A fresh interpreter looks there first, and multiprocessing starts one: a file `socket.py` there would be run.
+    """
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before

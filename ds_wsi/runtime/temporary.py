@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -95,9 +96,11 @@ def _sign(folder: Path) -> int:
 
 def _is_dead(record: int, name: str) -> bool:
     try:
+        if not stat.S_ISREG(os.fstat(record).st_mode):  # no record: a pipe would be waited for
+            return False
         fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
         content = json.loads(os.read(record, 2**16))
-    except (OSError, ValueError):  # the writer lives, or was killed before the record was whole
+    except (OSError, ValueError, RecursionError):  # the writer lives, or was killed before the record was whole
         return False
     if not isinstance(content, dict) or (content.get("program"), content.get("name")) != (PROGRAM, name):
         return False

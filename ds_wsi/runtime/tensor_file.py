@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ds_wsi.runtime.files import require_file
+
 PIECE_BYTES = 2**24
 _NAMES = {
     torch.float64: "F64",
@@ -43,8 +45,13 @@ class Written(NamedTuple):
     sha256: str
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
-    """Write CPU tensors to `path`, which must not be there, and flush them to the disk.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Written:
+    """Write CPU tensors to `path`, which must not be there, and flush them to the disk: the same bytes each time.
+
+    Args:
+        path: where to.
+        tensors: name -> tensor, on the CPU.
+        metadata: name -> text, in the file's head.
 
     Raises:
         ValueError: a dtype that the format has no name for.
@@ -52,7 +59,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
     """
     # The largest items first, so that each tensor lies at a multiple of its item's size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
     for name in order:
         tensor = tensors[name]
@@ -118,6 +125,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         ValueError: the file is missing, or is not safetensors.
     """
     try:
+        require_file(path)
         with safe_open(path, "pt") as opened:
             yield TensorFile(opened, path)
     except (SafetensorError, FileNotFoundError) as error:

@@ -10,9 +10,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ds_wsi.runtime.files import atomic_path
+from ds_wsi.runtime.files import atomic_path, require_file
 from ds_wsi.runtime.fingerprint import Fingerprint
-from ds_wsi.runtime.h5_files import number_attributes, numbers
+from ds_wsi.runtime.h5_files import member, number_attributes, numbers, opened_h5
 from ds_wsi.runtime.own_files import require_ours
 from ds_wsi.runtime.tensor_seal import opened, sealed
 from ds_wsi.slides.policy import TilingPolicy, stored_tiling
@@ -61,6 +61,7 @@ def read_grid(path: str | Path) -> TileGrid:
         SlideError: a torn file, or one of another format or version.
     """
     try:
+        require_file(path)
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             coords = file.get_tensor("coords") if "coords" in file.keys() else None  # noqa: SIM118
@@ -205,11 +206,12 @@ def import_trident(path: str | Path, slide: Slide) -> TileGrid:
 
 def _read_h5(path: str | Path, required: tuple[str, ...]) -> tuple[np.ndarray, dict[str, Any]]:
     try:
-        with h5py.File(path, "r") as file:
-            if "coords" not in file:
+        with opened_h5(path) as file:
+            dataset = member(file, "coords")
+            if dataset is None:
                 raise SlideError(f"coordinates must be in a dataset `coords`, got {list(file)} ({path})")
-            coords, names = numbers(file["coords"]), (*required, *OTHER_ATTRIBUTES)
-            attributes = number_attributes(file, names) | number_attributes(file["coords"], names)
+            coords, names = numbers(dataset), (*required, *OTHER_ATTRIBUTES)
+            attributes = number_attributes(file, names) | number_attributes(dataset, names)
     except SlideError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:

@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from ds_wsi.runtime.files import atomic_path, write_text
+from ds_wsi.runtime.files import atomic_path, read_json, write_text
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.own_files import require_ours
 from ds_wsi.runtime.progress import Progress
@@ -126,7 +126,7 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
     directory = Path(directory)
     manifest, stamp = directory / "manifest.csv", directory / "demo.json"
     recipe = {"format_version": policy.format_version, **asdict(policy)}
-    if stamp.exists() and json.loads(stamp.read_text()) != recipe:
+    if stamp.exists() and read_json(stamp, "the demo's policy") != recipe:
         raise ValueError(
             f"{directory} must hold the demo of this policy, got another ({stamp} differs). "
             "HINT: delete the folder, or give another --demo_dir."
@@ -164,7 +164,8 @@ def is_drawn(directory: str | Path, policy: DemoPolicy) -> bool:
     stamp = Path(directory) / "demo.json"
     if not (stamp.is_file() and (Path(directory) / "manifest.csv").is_file()):
         return False
-    return bool(json.loads(stamp.read_text()) == {"format_version": policy.format_version, **asdict(policy)})
+    recipe = {"format_version": policy.format_version, **asdict(policy)}
+    return bool(read_json(stamp, "the demo's policy") == recipe)
 
 
 def _rows(policy: DemoPolicy) -> Iterator[dict[str, str]]:

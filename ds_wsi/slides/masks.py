@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,9 +50,12 @@ def find_mask(folder: str | Path, slide_id: str) -> Path | None:
     """The mask `<slide_id>.geojson` or `<slide_id>.png` of a folder; None where it has none.
 
     Raises:
-        SlideError: there are both.
+        SlideError: there are both, or what has the name is no file.
     """
-    paths = [path for path in (Path(folder) / f"{slide_id}{suffix}" for suffix in SUFFIXES) if path.is_file()]
+    paths = [path for path in (Path(folder) / f"{slide_id}{suffix}" for suffix in SUFFIXES) if os.path.lexists(path)]
+    for path in paths:
+        if not path.is_file():  # a link to nowhere is a mask that was meant, too
+            raise SlideError(f"mask must be a file, got none at {path} (slide {slide_id}). HINT: write it again.")
     if len(paths) > 1:
         names = " and ".join(path.name for path in paths)
         raise SlideError(
@@ -91,7 +95,7 @@ def read_mask(file: MaskFile, slide: Slide, downsample: float) -> np.ndarray:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         drawn, taken_away = _regions(content)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise SlideError(
             f"mask must be GeoJSON with Polygon or MultiPolygon, got {type(error).__name__}: {error} {where}. HINT: "
             "export it from QuPath with File > Export objects as GeoJSON."
@@ -127,7 +131,7 @@ def _read_png(
     """The pixels of a mask of the area (x, y, width, height)."""
     where = f"(slide {slide.slide_id}, {path})"
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:  # of others Pillow starts programs: Ghostscript
             values = np.asarray(image)  # of a palette its indices
             names = image.getbands()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

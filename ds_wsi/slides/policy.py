@@ -91,7 +91,7 @@ class TilingPolicy:
         if self.tile_size_px < 1:
             raise ValueError(f"tile_size_px must be at least 1, got {self.tile_size_px}")
         for name in ("mpp", "overview_mpp"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.min_tissue_fraction <= 1:
             raise ValueError(f"min_tissue_fraction must be in [0, 1], got {self.min_tissue_fraction}")

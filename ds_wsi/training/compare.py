@@ -4,7 +4,6 @@ Every training is a process of its own, one after the other: the memory of one i
 finished is not trained again.
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -14,10 +13,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ds_wsi.evaluation import record
 from ds_wsi.evaluation.record import RunFolderError, RunRecord
 from ds_wsi.models import AGGREGATORS
 from ds_wsi.models.packaged import ENCODER
-from ds_wsi.runtime.files import write_json, write_text
+from ds_wsi.runtime.files import read_json, write_json, write_text
 from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.words import counted
@@ -143,7 +143,7 @@ def _require_same(run: ComparedRun, output_dir: Path, cohort: ComparedCohort) ->
     if not mark.is_file():
         logger.warning("%s is of an earlier version, which did not record its options: kept", output_dir / run.name)
         return
-    begun, wanted = json.loads(mark.read_text(encoding="utf-8")), _made_of(run, cohort)
+    begun, wanted = read_json(mark, "the record of a run's options"), _made_of(run, cohort)
     if begun != wanted:
         raise ValueError(
             f"a finished run must be of the same options and weights, {wanted}, got {begun} ({mark}). "
@@ -161,7 +161,7 @@ def _is_finished(folder: Path) -> bool:
 
 def read_metrics(folder: Path) -> dict[str, float]:
     """The test metrics of a finished run, keys of `METRICS`; NaN where undefined."""
-    found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+    found = record.read_metrics(folder)
     return {name: float("nan") if found[name]["value"] is None else found[name]["value"] for name in METRICS}
 
 

@@ -1,6 +1,5 @@
 """Validation while training, and what a finished run leaves behind."""
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from ds_wsi.bags.sampler import deal_by_cost
 from ds_wsi.bags.slide_policy import skipped_words, tell_skipped
@@ -19,9 +17,10 @@ from ds_wsi.evaluation.curves import draw_curves
 from ds_wsi.evaluation.norm_choice import GAP_NATS, GAP_RATIO, NormChoice, NormGap, Ranks, choose_norms
 from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction, predict_slides
 from ds_wsi.evaluation.protocol import EvaluationProtocol
-from ds_wsi.evaluation.record import RunFolderError, RunRecord
+from ds_wsi.evaluation.record import RunFolderError, RunRecord, read_metrics
 from ds_wsi.evaluation.results import REPORT, write_results
 from ds_wsi.models import SlideModel, build_model, load_model, save_model
+from ds_wsi.models.weights_file import read_weights
 from ds_wsi.norms.policy import CANDIDATES, POPULATIONS
 from ds_wsi.runtime.choices import precision_words
 from ds_wsi.runtime.environment import command_line, environment
@@ -113,7 +112,7 @@ def export(run: Run, state: dict[str, torch.Tensor], choice: NormChoice) -> None
 def export_file(run: Run, weights: Path, choice: NormChoice) -> None:
     """As `export`, of a file of weights in the run's folder, which is moved."""
     if choice.statistics is not None:
-        export(run, load_file(weights), choice)
+        export(run, read_weights(weights), choice)
         weights.unlink()
         return
     replace(run.config, norm_evaluation=choice.evaluation).write(run.output_dir / "config.json")
@@ -199,7 +198,7 @@ def finished_results(run: Run, started: float) -> dict[str, Any]:
         return {}
     report = run.output_dir / REPORT
     logger.info("finished already: report %s, nothing is trained or tested again", report)
-    metrics = json.loads((run.output_dir / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+    metrics = read_metrics(run.output_dir)
     seconds = time.perf_counter() - started
     return {"output_dir": str(run.output_dir), "metrics": metrics_from_json(metrics), "seconds": seconds}
 

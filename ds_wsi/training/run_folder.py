@@ -1,8 +1,9 @@
 """A run's folder: new, empty, or its own; what marks it, and the files that are kept there as the run goes."""
 
-import json
+import errno
 import logging
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ds_wsi.evaluation.record import MARK_NAME as PROTOCOL_MARK
-from ds_wsi.runtime.files import write_json, write_text
+from ds_wsi.runtime.files import read_json, write_json, write_text
 from ds_wsi.runtime.locks import is_of_work, only_one
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.signals import Stopped
@@ -89,6 +90,8 @@ def logging_to(path: Path) -> Iterator[None]:
     try:
         if not os.path.lexists(place):
             write_text(place, head)
+        if not stat.S_ISREG(os.lstat(place).st_mode):  # of a pipe no line would ever come
+            raise OSError(errno.EINVAL, "it is no file")
         descriptor = os.open(place, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         logger.warning("%s is not written: %s", place, error.strerror)
@@ -152,7 +155,7 @@ def _read(path: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, path.name)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -9,7 +9,7 @@ from ds_wsi.bags.delimited import read_delimited
 from ds_wsi.config import SECTION
 from ds_wsi.evaluation.record import FILE_NAME as RECORD
 from ds_wsi.evaluation.record import MARK_NAME, RunFolderError, RunRecord
-from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.files import read_object, write_json
 from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.locks import is_of_work
 from ds_wsi.runtime.log import logger
@@ -79,7 +79,7 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
         return
     if not list_checkpoints(folder) and not (folder / RECORD).exists():
         return
-    remembered = json.loads(mark.read_text(encoding="utf-8"))
+    remembered = read_object(mark, "the record of a protocol's run")
     # The version that wrote the mark had no such setting: it did what the default does.
     begun = {key_of(place): json.loads(json.dumps(one.default)) for place, one in SETTINGS.items()} | remembered
     unknown = [name for name in CONTENTS if name not in begun]

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from ds_wsi.engines.accelerator.engine import broadcast_object_list
 from ds_wsi.evaluation.norm_choice import GAP_REMEDY, NormChoice
 from ds_wsi.evaluation.validator import ValidationResult, ValidationWork, Validator
 from ds_wsi.models import save_weights
+from ds_wsi.models.weights_file import read_weights
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.signals import Stopped, asked
 from ds_wsi.training.checkpoint import PENDING_WEIGHTS
@@ -39,7 +39,7 @@ class AtTheEnd:
         """Make up for a validation that the resumed run, which validated beside training, had not finished."""
         run = self.run
         if run.progress.pending:
-            state = load_file(run.output_dir / PENDING_WEIGHTS)
+            state = read_weights(run.output_dir / PENDING_WEIGHTS)
             self._validate(state)
             run.progress.pending = False
             run.accelerator.wait_for_everyone()  # all have read it

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_wsi.config import SECTION, is_plan, write_section
-from ds_wsi.runtime.files import write_text
+from ds_wsi.runtime.files import read_file, write_text
 from ds_wsi.runtime.setting import FLAG, SWITCH
 from ds_wsi.training.setting_list import GROUPS, OPTIONS, SETTINGS, Declared, value_at
 from ds_wsi.training.settings import TrainSettings
@@ -29,8 +29,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     import yaml  # here, for help pages need none
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(read_file(path).decode())
+    # Values that look like dates or numbers, and are none, raise ValueErrors of their own.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"--config must be a YAML file, got {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping | None):
         raise ValueError(f"--config must hold options and their values, got {type(content).__name__} in {path}")

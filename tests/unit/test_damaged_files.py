@@ -2,18 +2,25 @@
 
 import json
 import multiprocessing
+import shutil
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 
+import datasets
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
 from test_tile_store import ALL_TILES, picture
 
 from ds_wsi.bags.features import FeatureFileError, read_about, read_features, read_places, read_shape, write_features
+from ds_wsi.bags.problems import ManifestError
+from ds_wsi.bags.tables.read import read_table_file
 from ds_wsi.runtime.fingerprint import Fingerprint
 from ds_wsi.slides import tile_store
 from ds_wsi.slides.coords import export_clam, import_clam, read_grid, read_slide_fingerprint, write_grid
@@ -248,3 +255,36 @@ def test_a_mask_with_a_changed_byte_ends_no_process(suffix, tmp_path):
         counts = damage_all(path, check)
     # GeoJSON is text: another digit is another corner.
     assert {*counts} <= ({"read", "refused"} if suffix == ".png" else {"read", "refused", "other values"})
+
+
+@pytest.mark.parametrize("kind", ["arrow", "feather", "parquet", "saved"])
+def test_a_table_with_a_changed_byte_ends_no_process(kind, tmp_path):
+    """Arrow believes its files: an offset that leads out of one ended the process."""
+    table = pa.table({"slide_id": [f"s{number}" for number in range(6)], "label": ["a", "b"] * 3})
+    path = tmp_path / f"m.{kind}"
+    if kind == "saved":
+        datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+        path = next((tmp_path / "saved").glob("*.arrow"))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(table, path, write_statistics=False)
+    elif kind == "feather":
+        pyarrow.feather.write_feather(table, path, compression="uncompressed")
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+
+    def check(damaged):
+        place = damaged
+        if kind == "saved":
+            place = path.parent / "damaged"
+            for name in ("state.json", "dataset_info.json"):
+                shutil.copy(path.parent / name, place / name)
+        try:
+            read_table_file(place)
+        except ManifestError as error:
+            return "refused" if str(place) in str(error) else f"without its name: {error}"
+        return "read"
+
+    counts = damage_all(path, check)
+    assert {*counts} <= {"read", "refused"}
+    assert counts["refused"] > 200

@@ -5,9 +5,13 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 import pytest
@@ -244,6 +248,102 @@ def test_encoder_weights_and_folders_of_encoders(payloads, marker, tmp_path):
         with pytest.raises(Exception, match=r"(?i)encoder|weights|checkpoint|pickle|safetensors"):
             build_extractor(f"local-dir:{place}", TilingPolicy(tile_size_px=64))
     assert not marker.exists()
+
+
+def test_a_folder_of_an_encoder_under_a_timm_that_takes_any_pickle(payloads, marker, tmp_path, monkeypatch):
+    """As timm 1.0.16 reads the file of such a folder; what it finds is torch's own answer."""
+    from timm.models import _builder
+
+    from ds_wsi.models.encoder import build_encoder
+
+    monkeypatch.setattr(
+        _builder, "load_state_dict_from_path", lambda path: torch.load(path / "pytorch_model.bin", weights_only=False)
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet", "num_classes": 0}))
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    for content in payloads.values():
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ValueError, match=r"the weights of encoder 'local-dir:"):
+            build_encoder("test_resnet", source=f"local-dir:{tmp_path}")
+        assert not marker.exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"])
+def test_the_options_of_a_folder_do_not_name_weights(payloads, marker, tmp_path, name):
+    from ds_wsi.models.hub import resolve_encoder
+
+    (tmp_path / "e.pth").write_bytes(payloads["torch"])
+    value = str(tmp_path / "e.pth") if name == "checkpoint_path" else {"file": str(tmp_path / "e.pth")}
+    about = {"architecture": "test_resnet", "model_args": {name: value}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="must not say where its weights are"):
+        resolve_encoder(f"local-dir:{tmp_path}")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("reader", ["mask", "heat map", "report"])
+def test_an_image_of_another_format_starts_no_program(marker, tmp_path, monkeypatch, reader):
+    """Pillow has Ghostscript draw PostScript, whatever the file is called."""
+    from PIL import Image
+
+    from ds_wsi.evaluation.heatmap import is_heat_map
+    from ds_wsi.evaluation.report import _image
+    from ds_wsi.slides.demo import write_pyramid
+    from ds_wsi.slides.masks import MaskFile, read_mask
+    from ds_wsi.slides.slide import Slide, SlideError
+
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{marker}'\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    picture = tmp_path / "s.png"
+    picture.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n")
+    if reader == "mask":
+        write_pyramid(tmp_path / "s.tiff", np.full((64, 64, 3), 200, np.uint8), mpp=0.5)
+        with Slide(tmp_path / "s.tiff") as slide, pytest.raises(SlideError, match=r"readable PNG.*s\.png"):
+            read_mask(MaskFile(picture), slide, 1)
+    elif reader == "heat map":
+        assert not is_heat_map(picture)
+    else:
+        with pytest.raises(OSError, match=r"s\.png"):
+            _image(picture, "PNG", 64, "")
+    assert not marker.exists()
+    with Image.open(picture) as image, pytest.raises(OSError):
+        image.load()
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("name", ["socket.py", "pickle.py", "multiprocessing.py"])
+def test_a_process_imports_nothing_from_the_present_folder(marker, tmp_path, monkeypatch, name):
+    from ds_wsi.runtime.processes import from_own_path
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / name).write_text(f"open({str(marker)!r}, 'w').close()\nraise SystemExit\n")
+    monkeypatch.chdir(tmp_path / "here")
+    start = [sys.executable, "-c", "import multiprocessing.spawn"]
+    with from_own_path():
+        assert subprocess.run(start, check=False).returncode == 0
+    assert not marker.exists()
+    assert "PYTHONSAFEPATH" not in os.environ
+    subprocess.run(start, check=False, capture_output=True)
+    assert marker.exists()
+
+
+def test_the_trainer_refuses_checkpoints_that_are_unpickled():
+    from transformers import TrainingArguments
+
+    from ds_wsi.engines.hf.trainer import _require_arguments
+
+    arguments = TrainingArguments(output_dir="x", use_cpu=True, report_to=[])
+    _require_arguments(arguments, {})
+    arguments.fsdp = "full_shard"
+    with pytest.raises(ValueError, match="fsdp must be off"):
+        _require_arguments(arguments, {})
+    arguments.fsdp = ""
+    arguments.deepspeed_plugin = SimpleNamespace(deepspeed_config={"checkpoint": {"load_universal": True}})
+    with pytest.raises(ValueError, match="load_universal of the DeepSpeed config must be off"):
+        _require_arguments(arguments, {})
 
 
 def test_grids_coordinates_and_packed_tiles(payloads, marker, tmp_path):

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ds_wsi.bags.delimited import read_delimited
+from ds_wsi.bags.delimited import read_delimited, read_utf8
 from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry, patient_problems
 from ds_wsi.bags.tables.labels import sorted_labels, spelling_problems
 from ds_wsi.bags.tables.names import is_slide_id, slide_name
@@ -86,7 +86,7 @@ def read_names(path: str | Path, columns: Sequence[str]) -> list[tuple[str, str]
         raise ManifestError(
             f"list {path}", [f"list of slides must be a file, got none ({path}). HINT: check its path."]
         )
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = read_utf8(path).splitlines()
     return [(slide_name(line.strip()), f"{path.name}, row {n}") for n, line in enumerate(lines, 1) if line.strip()]
 
 

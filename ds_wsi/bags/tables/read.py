@@ -9,6 +9,7 @@ from typing import Any
 
 from ds_wsi.bags.delimited import read_delimited
 from ds_wsi.bags.problems import ManifestError
+from ds_wsi.runtime.files import read_file, read_object, require_file
 from ds_wsi.runtime.log import logger
 
 DELIMITED = (".csv", ".tsv")
@@ -130,7 +131,7 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
         return dict(pairs)
 
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _error(path, f"must be JSON in UTF-8, got {error}. HINT: write it anew in UTF-8") from error
     try:
@@ -138,7 +139,9 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
             content = _json_of(text, once)
         else:
             content = [json.loads(line, object_pairs_hook=once) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+    except ManifestError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise _error(path, f"must be JSON, got {error}. HINT: a list of records, or one record per line") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
@@ -170,11 +173,15 @@ def _read_arrow(path: Path) -> Table:
     import pyarrow.parquet
 
     try:
+        require_file(path)
         if path.suffix.lower() == ".parquet":
             columns = _plain_columns(pyarrow.parquet.read_schema(path))
             return _of_arrow(pyarrow.parquet.read_table(path, columns=columns))
         return _of_arrow(_read_ipc(path))
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except ManifestError:
+        raise
+    # Of a damaged file Arrow raises whatever comes to hand, and so does what is made of its words.
+    except Exception as error:
         raise _error(path, f"must be a whole {path.suffix} file, got {error}. HINT: write it anew") from error
 
 
@@ -199,6 +206,7 @@ def _read_ipc(path: Path) -> Any:
 
 def _of_arrow(table: Any) -> Table:
     """The texts of a pyarrow.Table, the names of its ClassLabels in the place of their numbers."""
+    table.validate(full=True)  # Arrow believes its files: one damaged offset would end the process
     names = _class_names(table.schema)
     columns: dict[str, list[str]] = {}
     for heading, column in zip(table.column_names, table.columns, strict=True):
@@ -239,7 +247,10 @@ def _read_saved(path: Path) -> Table:
     import datasets  # here, because it takes a second that other files do not need
 
     try:
+        _require_own_files(path)
         dataset = datasets.load_from_disk(str(path))
+        for part in dataset.values() if isinstance(dataset, datasets.DatasetDict) else [dataset]:
+            part.data.validate(full=True)  # before a row is taken: Arrow believes its files
     except FileNotFoundError as error:
         holds = ", ".join(sorted(entry.name for entry in path.iterdir())[:3]) or "nothing"
         raise _error(
@@ -247,6 +258,8 @@ def _read_saved(path: Path) -> Table:
             f"folder must be one that `datasets` saved (save_to_disk), got {holds}. "
             "HINT: give the table's file, or that folder",
         ) from error
+    except Exception as error:  # of a damaged folder `datasets` raises whatever comes to hand
+        raise _error(path, f"must be a whole folder of save_to_disk, got {error}. HINT: save it anew") from error
     if not isinstance(dataset, datasets.DatasetDict):
         return _of_arrow(_arrow_of(dataset))
     parts = {name: _of_arrow(_arrow_of(part)) for name, part in dataset.items()}
@@ -254,6 +267,17 @@ def _read_saved(path: Path) -> Table:
         logger.info("%s: its only split, train, is taken as the whole cohort", path)
         return parts["train"]
     return _joined(path, parts)
+
+
+def _require_own_files(path: Path) -> None:
+    """Refuse pipes, which the library would wait for, and data that lie elsewhere: it opens what the folder names."""
+    for file in path.rglob("*"):
+        if not file.is_dir():
+            require_file(file)
+    for state in path.rglob("state.json"):
+        for entry in read_object(state, "state.json")["_data_files"]:
+            if Path(entry["filename"]).name != entry["filename"]:
+                raise ValueError(f"data outside of the folder, {entry['filename']}")
 
 
 def _arrow_of(dataset: Any) -> Any:

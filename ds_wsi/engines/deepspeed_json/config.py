@@ -7,6 +7,7 @@ from typing import Any
 
 from ds_wsi.engines.machine.cpu import without_gpu
 from ds_wsi.engines.machine.ops import choose_adam
+from ds_wsi.runtime.files import read_file
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.seams import check_seams
 
@@ -24,11 +25,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"the DeepSpeed config must be a file, got {path} (missing). HINT: check --deepspeed.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_file(path).decode())
     except json.JSONDecodeError as error:
         raise ValueError(
             f"the DeepSpeed config must be JSON, got {error.msg} ({path}, line {error.lineno}, column {error.colno})"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the DeepSpeed config must be JSON in UTF-8, got {error} ({path})") from error
     if not isinstance(config, dict):
         raise ValueError(f"the DeepSpeed config must be a JSON object, got {type(config).__name__} ({path})")
     return config

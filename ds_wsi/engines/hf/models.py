@@ -31,6 +31,7 @@ from ds_wsi.bags.features import collate_bags
 from ds_wsi.engines.sharded.zero import full_state_dict
 from ds_wsi.models import ModelConfig, SlideModel, build_model, load_model, save_model
 from ds_wsi.models.loss import IGNORED_LABEL, stack_loss
+from ds_wsi.runtime.files import read_object
 from ds_wsi.stacking import StackedBags, stack_bags
 
 
@@ -200,7 +201,7 @@ class SlideModelForSlideClassification(PreTrainedModel):
 def _require_kind(directory: str | Path, key: str, method: str) -> None:
     """Refuse a folder whose config.json is of the other kind; one without is anybody's."""
     path = Path(directory) / "config.json"
-    if not path.is_file() or key in json.loads(path.read_text(encoding="utf-8")):
+    if not path.is_file() or key in read_object(path, "config.json"):
         return
     other = "a run of ds_wsi" if key == "model_type" else "Transformers"
     hint = {

@@ -11,6 +11,7 @@ several ranks by their size, the repeats that fill the last one included; metric
 Dropout draws from torch's generators here, by rank and place, and is not keyed by bag as in `ds-wsi train`.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -353,7 +354,18 @@ def _require_arguments(args: TrainingArguments, keywords: Mapping[str, Any]) -> 
         "from the model, whose aggregator may need them",
         "a loss of your own in a subclass of the model",
     )
+    require(
+        not args.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true",
+        "fsdp must be off, got it on: PyTorch unpickles what lies in its checkpoints, and a stranger's code would run",
+        "DeepSpeed's ZeRO 3; or launch/train.py, whose checkpoints are tensors alone, with --fsdp",
+    )
     config = _deepspeed_config(args)
+    require(
+        not config.get("checkpoint", {}).get("load_universal"),
+        "checkpoint.load_universal of the DeepSpeed config must be off, got it on: DeepSpeed unpickles what lies in "
+        "such a checkpoint, and a stranger's code would run",
+        "leave it out",
+    )
     require(
         not config or "gradient_clipping" in config or args.max_grad_norm == 1,
         "gradient_clipping of the DeepSpeed config must be there where max_grad_norm is not 1, got none: Accelerate "

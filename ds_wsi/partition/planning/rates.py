@@ -1,17 +1,18 @@
 """How fast this machine computes and copies: measured once, kept in a file, assumed until then."""
 
-import json
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ds_wsi.runtime.files import write_json
+from ds_wsi.runtime.files import read_object, write_json
 from ds_wsi.runtime.log import logger
 
 
@@ -56,14 +57,21 @@ def device_key(device: torch.device) -> str:
 def find_rates(device: torch.device) -> Rates:
     """The measured rates of this device, or assumed ones."""
     try:
-        found = json.loads(cache_path().read_text(encoding="utf-8"))
-        return Rates(**found[device_key(device)])
+        return _rates_of(read_object(cache_path(), "the table of rates")[device_key(device)])
     except FileNotFoundError:
         pass
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         if not isinstance(error, KeyError):
             logger.warning("%s is not a table of rates (%s); assumed ones are used", cache_path(), error)
     return ASSUMED.get(device.type, ASSUMED["cuda"])
+
+
+def _rates_of(values: Mapping[str, Any]) -> Rates:
+    found = Rates(**values)
+    speeds = (found.flops, found.memory, found.link, found.launch, found.disk)
+    if not all(type(speed) in (int, float) and 0 < speed < math.inf for speed in speeds):
+        raise ValueError(f"rates that are no positive numbers: {speeds}")
+    return found
 
 
 def probe(device: torch.device) -> Rates:
@@ -87,7 +95,10 @@ def probe(device: torch.device) -> Rates:
     size = image.numel() * image.element_size()
     rates = Rates(2 * image.numel() * 64 * 9 / conv, 2 * size / add, size / copy, launch, measured=True)
     path = cache_path()
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        known = read_object(path, "the table of rates")
+    except (OSError, ValueError):  # none yet, or none that can be read: measured again where it is wanted
+        known = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**known, device_key(device): asdict(rates)})
     return rates

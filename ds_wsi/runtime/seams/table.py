@@ -71,6 +71,7 @@ SEAMS: tuple[Seam, ...] = (
         Seam(f"torch:_C._autograd._{verb}_saved_tensors_default_hooks", "partition", "hooks that save", _PARTITION)
         for verb in ("top", "pop", "push")
     ),
+    Seam("torch:_C._set_grad_enabled", "partition", "where gradients are switched off within a forward", _PARTITION),
     Seam("torch:_C._current_graph_task_id", "partition", "whether a backward is running", _PARTITION),
     Seam("torch.utils.checkpoint:_checkpoint_hook", "partition", "whether a checkpoint is around", _PARTITION),
     Seam("torch.nn.utils.parametrize:_cache_enabled", "partition", "weights that are computed once", _PARTITION),

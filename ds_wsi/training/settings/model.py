@@ -106,6 +106,8 @@ class ModelSettings:
         given = [name for name, _ in self.aggregator_options]
         if len(set(given)) < len(given):
             raise ValueError(f"--aggregator_options must name an option once, got {', '.join(given)}")
+        if self.dropout is not None and not 0 <= self.dropout <= 1:
+            raise ValueError(f"--dropout must be in [0, 1], got {self.dropout}")
         if "dropout" in given:
             raise ValueError("--aggregator_options must not hold dropout. HINT: --dropout sets it.")
         from ds_wsi.models.aggregators import check_aggregator  # here, for help pages need no torch
