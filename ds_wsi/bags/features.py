@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ds_wsi.bags.tile_side import side_of
 from ds_wsi.runtime.files import atomic_path
 from ds_wsi.runtime.h5_files import number_attributes, numbers
-from ds_wsi.runtime.tensor_seal import opened, sealed
+from ds_wsi.runtime.tensor_seal import in_order, opened, sealed
 from ds_wsi.stacking.stacked_bags import StackedBags, stack_bags
 
 SUFFIXES = (".h5", ".pt", ".safetensors")
@@ -182,6 +182,7 @@ def write_features(
     metadata = sealed(metadata, {name: value.numpy() for name, value in tensors.items()})
     with atomic_path(path, sum(value.nbytes for value in tensors.values())) as temporary:
         save_file(tensors, temporary, metadata)
+        in_order(temporary)
 
 
 def read_about(path: str | Path) -> dict[str, str]:
