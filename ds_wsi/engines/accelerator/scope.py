@@ -8,7 +8,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -141,13 +141,6 @@ class Processes:
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, value)
         return cast(list[T], found)
-
-
-def launched_processes() -> AbstractContextManager[Processes]:
-    """As `launched`, for what needs no engine; one process is connected with nobody."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return nullcontext(Processes(0, 1))
-    return launched(EngineSettings(1e-3, 0.0, 0.0, "adam", 1, 1), None)
 
 
 @contextmanager
