@@ -55,7 +55,7 @@ def pack_cohort(
         entry, grid = cohort.manifest.slides[row], cohort.tile_grids[row]
         try:
             with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
-                written = pack_slide(slide, grid, directory, quality, verify and row in own)
+                written = pack_slide(slide, grid, directory, quality, verify and row in to_verify)
             path = store_path(directory, entry.slide_id)
             with StoredSlide(path) as stored:
                 n_failed = stored.n_failed
@@ -66,7 +66,7 @@ def pack_cohort(
         on_slide()
         return PackedSlide(path, written, n_failed)
 
-    order, own = shard_order(cohort.lengths, shard), own_items(cohort.lengths, shard)
+    order, to_verify = shard_order(cohort.lengths, shard), own_items(cohort.lengths, shard)
     Path(directory).mkdir(parents=True, exist_ok=True)
     remove_left_behind(Path(directory))
     lock_of = lambda row: lock_path(Path(directory), cohort.manifest.slides[row].slide_id)  # noqa: E731

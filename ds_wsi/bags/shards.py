@@ -25,11 +25,11 @@ def shard_order(costs: Sequence[int], shard: Shard) -> list[int]:
     if shard.is_alone:
         return list(range(len(costs)))
     dealt = deal_by_cost(costs, shard.count)
-    own, *others = (
+    first, *others = (
         sorted(dealt[(shard.index + step) % shard.count], key=lambda item: (-costs[item], item))
         for step in range(shard.count)
     )
-    return own + [item for share in others for item in reversed(share)]
+    return first + [item for share in others for item in reversed(share)]
 
 
 def own_items(costs: Sequence[int], shard: Shard) -> frozenset[int]:
@@ -42,7 +42,7 @@ class SummaryFile:
 
     Args:
         path: the CSV.
-        columns: its head line, by which a file of an earlier call is known.
+        columns: the first line, which tells a file of an earlier call from a stranger's.
 
     Raises:
         ValueError: a file of something else has the name.

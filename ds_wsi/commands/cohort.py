@@ -74,7 +74,7 @@ def labels_of(options: argparse.Namespace) -> str:
 
 
 def shard_from(options: argparse.Namespace) -> Shard:
-    """Which of several processes on the same slides this one is: see `shard_of`."""
+    """The place of this process among those that share the slides: see `shard_of`."""
     return shard_of(options.shard)
 
 

@@ -90,11 +90,11 @@ def run_tile(options: argparse.Namespace) -> None:
     with in_turn(lock_path(Path(options.output_dir), "/summary")):  # no slide's name
         rows = [_summary_row(grid) for grid in cohort.tile_grids]
         is_first = shard.is_alone or not summary.holds(rows)
-        if options.export:
-            _export(cohort, options, only_missing=not is_first)
         if is_first:
             _tell(cohort, options, progress.seconds)
-            summary.write(rows)
+        if options.export:
+            _export(cohort, options, only_missing=not is_first)
+        summary.write(rows)
     if options.export_masks:
         _export_masks(cohort, options, policy, slides, shard)
     if options.store:

@@ -25,8 +25,8 @@ class Parts:
 
     Args:
         folder: theirs.
-        slide_ids: of each row.
-        made_of: of each row, what its prediction is known by: a file of another is written anew.
+        slide_ids: a name for each row of the cohort.
+        made_of: what decides each row's prediction: a file with another is written anew.
         failures: the tiles that could not be read, which a file tells too.
 
     Raises:

@@ -41,10 +41,10 @@ class Sharing:
     """What the processes work on, and which of them this is.
 
     Args:
-        model: on the device to compute on.
+        model: the model, on the device to compute on.
         cohort: the slides, the same on all.
         folder: the results'.
-        made_of: of each row, what its prediction and heat map are known by: those of another are made anew.
+        made_of: what decides each row's prediction and heat map: files with another are written anew.
         policy: how tiles are read.
         failures: where unreadable tiles are recorded, of all slides.
         protocol: the tiles that are taken.

@@ -64,8 +64,8 @@ def cpu_name() -> str:
 def command_line() -> str:
     """The command that this process was started with, ready for a shell; the same of all that share its work."""
     program, *arguments = sys.argv or [""]
-    own = [at for at, word in enumerate(arguments) if word.partition("=")[0] in _OWN_OPTIONS]
-    left_out = {at + step for at in own for step in range(1 if "=" in arguments[at] else 2)}
+    places = [at for at, word in enumerate(arguments) if word.partition("=")[0] in _OWN_OPTIONS]
+    left_out = {at + step for at in places for step in range(1 if "=" in arguments[at] else 2)}
     arguments = [word for at, word in enumerate(arguments) if at not in left_out]
     name = Path(program).name
     return shlex.join([name if name == "ds-wsi" else program, *arguments])

@@ -1,4 +1,4 @@
-"""Which of several processes this one is, where they share a cohort's slides without a process group.
+"""The place of this process among those that share a cohort's slides without a process group.
 
 A shard is a place in a queue, not a part of the cohort: it begins with its own slides and goes on with those that
 nobody holds (`runtime/locks.py`). So a shard that dies, or that was counted wrongly, leaves no hole.
@@ -90,7 +90,7 @@ def shard_of(given: Shard | None, environ: Mapping[str, str] = os.environ) -> Sh
 
 
 def local_index(environ: Mapping[str, str] = os.environ) -> int:
-    """Which of this machine's processes this one is, as its launcher says; 0 without one."""
+    """The place of this process among those of its machine, as its launcher says; 0 without one."""
     in_step = "SLURM_STEP_ID" in environ
     text = environ.get("LOCAL_RANK") or (environ.get("SLURM_LOCALID") if in_step else None) or "0"
     return int(text) if text.isdecimal() else 0
