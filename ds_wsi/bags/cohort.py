@@ -158,7 +158,7 @@ def tile_manifest(
         warn_of_shared_files(chosen, prints)
         if masks := slides.masks_problem(chosen):
             problems.append(masks)
-    order = shard_order([0 if found is None else found.n_bytes for found in prints], shard)
+    order = shard_order([0 if fingerprint is None else fingerprint.n_bytes for fingerprint in prints], shard)
     folder = Path(tiles_dir) if tiles_dir is not None and write_grids else None
     results = _tiled_once(tile, chosen, folder, workers, order)
     skipped, bad = slides.leave_out(chosen, results)

@@ -175,22 +175,24 @@ def commands(root, manifest, model):
     return [[str(word) for word in line] for line in lines]
 
 
-def run_all(lines, log, environ, dies_at, dies_after):
+def run_all(lines, log, environ, dies_at=0, dies_after=False, together=None):
     """All commands; the process kills itself at its n-th piece of work, before or after it is written."""
     locks._held.clear()
     os.environ.update(environ)
     begun = [0]
+    if together is not None:
+        together.wait(120)
 
     def watched(kind, real, name_of):
         def work(*args, **options):
-            begun[0] += 1
-            dies = begun[0] == dies_at
-            if dies and not dies_after:
+            if begun[0] + 1 == dies_at and not dies_after:
                 os.kill(os.getpid(), signal.SIGKILL)
             result = real(*args, **options)
-            if result is not False:  # of a slide that is packed already
-                os.write(log, f"{kind} {name_of(*args)} {os.getpid()}\n".encode())
-            if dies:
+            if result is False:  # the slide was packed already
+                return result
+            begun[0] += 1
+            os.write(log, f"{kind} {name_of(*args)} {os.getpid()}\n".encode())
+            if begun[0] == dies_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
@@ -201,13 +203,13 @@ def run_all(lines, log, environ, dies_at, dies_after):
     os._exit(max(main(line) for line in lines))
 
 
-def start(lines, log, shard, draw, life):
+def start(lines, log, shard, draw, life, together=None):
     """A shard's process: the even ones are told by the option, the odd ones by a Slurm array."""
     array = ARRAY | {"SLURM_ARRAY_TASK_ID": str(1 + 2 * shard)}
     environ, more = (array, []) if shard % 2 else ({}, ["--shard", f"{shard + 1}/4"])
-    dies_at = draw.randint(1, 6) if life < 2 else 0
+    dies_at = 1 if shard == LEFT_DEAD else draw.randint(2, 9) if life < 2 else 0
     given = [[*line, *more] for line in lines]
-    process = FORK.Process(target=run_all, args=(given, log, environ, dies_at, draw.random() < 0.5))
+    process = FORK.Process(target=run_all, args=(given, log, environ, dies_at, draw.random() < 0.5, together))
     process.start()
     return process
 
@@ -229,7 +231,8 @@ def test_shards_that_are_killed_and_started_again_do_each_slide_once_and_write_t
     capfd.readouterr()
     log = os.open(tmp_path / "log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     draw = random.Random(4)
-    lives = {shard: start(lines, log, shard, draw, 0) for shard in range(4)}
+    together = FORK.Barrier(4)
+    lives = {shard: start(lines, log, shard, draw, 0, together) for shard in range(4)}
     deaths = dict.fromkeys(range(4), 0)
     while lives:
         assert wait([process.sentinel for process in lives.values()], 240), "a shard waits for ever"
@@ -245,7 +248,7 @@ def test_shards_that_are_killed_and_started_again_do_each_slide_once_and_write_t
             else:
                 assert process.exitcode == 0, capfd.readouterr().err
     assert deaths[LEFT_DEAD] == 1
-    assert sum(deaths.values()) >= 4
+    assert sum(deaths.values()) >= 3
     done = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     kinds = [("tile", ""), ("mask", ""), ("pack", ""), ("features", ""), ("predict", "")]
     kinds += [("draw", "heatmaps/"), ("draw", "maps/")]
@@ -257,6 +260,21 @@ def test_shards_that_are_killed_and_started_again_do_each_slide_once_and_write_t
     assert [name for name in wanted if ours[name] != wanted[name]] == []
     assert {"features/features_summary.csv", "store/store_summary.csv", "tiles/tile_summary.csv"} <= wanted.keys()
     assert capfd.readouterr().out.count("metrics of 5 slides of all splits") == 1
+
+
+def test_slides_that_are_tiled_anew_with_another_policy_are_done_once(demo_manifest, tmp_path):
+    """The files are there and are not kept: which process takes a slide is still a matter of its lock."""
+    line = ["tile", "--manifest", str(demo_manifest), "--output_dir", str(tmp_path / "tiles"), "--tile_size_px"]
+    assert main([*line, "64"]) == 0
+    log = os.open(tmp_path / "log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    processes = [FORK.Process(target=run_all, args=([[*line, "32"]], log, {})) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    done = sorted(line.split()[1] for line in (tmp_path / "log").read_text().splitlines())
+    assert done == [f"demo_{number:03}" for number in range(8)]
 
 
 def contents(folder):
