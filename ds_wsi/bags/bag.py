@@ -7,7 +7,7 @@ chunks, and training has the next bag ready while it computes.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -326,14 +326,17 @@ class FailureLog:
 
     def check(self) -> None:
         """Raise ReadFailureError where the recorded failures exceed the threshold."""
-        total = sum(len(grid) for grid in self.grids)
-        if len(self.reasons) > self.max_failed_fraction * total:
-            counts = Counter(slide for slide, _, _ in self.reasons).most_common(5)
-            most = ", ".join(f"{name} ({count})" for name, count in counts)
-            (slide, x, y), reason = next(iter(self.reasons.items()))
+        self.check_counts(Counter(slide for slide, _, _ in self.reasons))
+
+    def check_counts(self, failed: Mapping[str, int]) -> None:
+        """Raise ReadFailureError where the failures of each slide, read here or by others, exceed the threshold."""
+        total, n_failed = sum(len(grid) for grid in self.grids), sum(failed.values())
+        if n_failed > self.max_failed_fraction * total:
+            most = ", ".join(f"{name} ({count})" for name, count in Counter(failed).most_common(5) if count)
+            first = [f" (first: {name} at ({x}, {y})): {why}" for (name, x, y), why in self.reasons.items()][:1]
             raise ReadFailureError(
                 f"failed tiles must be at most {self.max_failed_fraction:.2%} of the cohort's {total}, got "
-                f"{len(self.reasons)} (first: {slide} at ({x}, {y})): {reason}. Most are of {most}. "
+                f"{n_failed}{''.join(first)}. Most are of {most}. "
                 "HINT: replace the broken files, take them out of the manifest, or raise --max_failed_fraction."
             )
 

@@ -10,12 +10,14 @@ from typing import NamedTuple
 from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry, parse_manifest
 from ds_wsi.bags.same_files import files_across_splits, fingerprint_of, require_files_apart, warn_of_shared_files
+from ds_wsi.bags.shards import shard_order
 from ds_wsi.bags.slide_policy import AS_THEY_ARE, SkippedSlide, SlidePolicy, tell_skipped, tell_tissue
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.bags.summary import log_cohort
 from ds_wsi.runtime.fingerprint import Fingerprint
 from ds_wsi.runtime.locks import lock_path, shared_map
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.shards import ALONE, Shard
 from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.slides.coords import read_grid, read_slide_fingerprint, write_grid
 from ds_wsi.slides.masks import MaskFile
@@ -73,6 +75,7 @@ def load_cohort(
     choose: Callable[[Manifest], Manifest] | None = None,
     slides: SlidePolicy = AS_THEY_ARE,
     on_slide: Callable[[int], None] = lambda n_slides: None,
+    shard: Shard = ALONE,
 ) -> Cohort:
     """Read and check a whole cohort before anything is trained on it: the table first, then the slides.
 
@@ -91,6 +94,7 @@ def load_cohort(
         choose: takes the slides that are wanted, before any is opened.
         slides: how they are opened: masks from outside, and whether bad ones are left out.
         on_slide: called with the number of slides whenever one is done.
+        shard: this process, where several tile into `tiles_dir`.
 
     Raises:
         ManifestError: lists every problem of the manifest, before a slide is opened; else every problem of the slides.
@@ -108,6 +112,7 @@ def load_cohort(
         write_grids=write_grids,
         slides=slides,
         on_slide=on_slide,
+        shard=shard,
     )
     if need_splits:
         cohort = replace(cohort, manifest=assign_splits(cohort.manifest, seed=seed))
@@ -126,12 +131,13 @@ def tile_manifest(
     write_grids: bool = True,
     slides: SlidePolicy = AS_THEY_ARE,
     on_slide: Callable[[int], None] = lambda n_slides: None,
+    shard: Shard = ALONE,
 ) -> Cohort:
     """Open and tile every slide of a manifest; its splits stay as they are.
 
     Args:
         manifest: the slides, checked: each name is there once, and fit for a file.
-        policy, tiles_dir, slide_mpp, workers, write_grids, slides, on_slide: see `load_cohort`.
+        policy, tiles_dir, slide_mpp, workers, write_grids, slides, on_slide, shard: see `load_cohort`.
 
     Raises:
         ManifestError: lists every slide's problem, and the files that are on both sides of a split.
@@ -140,9 +146,10 @@ def tile_manifest(
     if tiles_dir is not None and write_grids:
         remove_left_behind(Path(tiles_dir))
 
-    def tile(row: int) -> _TiledSlide | SlideError:
-        result = _tile(chosen[row], policy, tiles_dir, slide_mpp, prints[row], write_grids, slides)
-        on_slide(len(chosen))
+    def tile(row: int, only_kept: bool = False) -> _Tiled | None:
+        result = _tile(chosen[row], policy, tiles_dir, slide_mpp, prints[row], write_grids, slides, only_kept)
+        if result is not None:
+            on_slide(len(chosen))
         return result
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
@@ -151,7 +158,9 @@ def tile_manifest(
         warn_of_shared_files(chosen, prints)
         if masks := slides.masks_problem(chosen):
             problems.append(masks)
-    results = _tiled_once(tile, chosen, Path(tiles_dir) if tiles_dir is not None and write_grids else None, workers)
+    order = shard_order([0 if fingerprint is None else fingerprint.n_bytes for fingerprint in prints], shard)
+    folder = Path(tiles_dir) if tiles_dir is not None and write_grids else None
+    results = _tiled_once(tile, chosen, folder, workers, order)
     skipped, bad = slides.leave_out(chosen, results)
     problems += bad
     if problems:
@@ -166,19 +175,28 @@ def tile_manifest(
 
 
 def _tiled_once(
-    tile: Callable[[int], "_TiledSlide | SlideError"], entries: Sequence[SlideEntry], folder: Path | None, workers: int
-) -> list["_TiledSlide | SlideError"]:
-    """Each slide tiled; of several processes that keep their grids in one folder by one of them alone."""
-    if folder is None:
-        with ThreadPoolExecutor(max(workers, 1)) as pool:
-            return list(pool.map(tile, range(len(entries))))
+    tile: "Callable[..., _Tiled | None]",
+    entries: Sequence[SlideEntry],
+    folder: Path | None,
+    workers: int,
+    order: Sequence[int],
+) -> "list[_Tiled]":
+    """Each slide tiled; of several processes that keep their grids in one folder by one of them alone.
+
+    What is kept needs no lock, so that its folder may be one that cannot be written to.
+    """
+    rows = range(len(entries))
+    kept: dict[int, _Tiled | None] = dict.fromkeys(rows)
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        if folder is None:
+            return [result for result in pool.map(tile, rows) if result is not None]
+        there = [row for row in rows if os.path.lexists(folder / f"{entries[row].slide_id}.safetensors")]
+        kept.update(zip(there, pool.map(lambda row: tile(row, only_kept=True), there), strict=True))
     folder.mkdir(parents=True, exist_ok=True)
-
-    def lock_of(row: int) -> Path | None:
-        name = entries[row].slide_id  # one that is there is mostly kept, perhaps in a folder that cannot be written to
-        return None if os.path.lexists(folder / f"{name}.safetensors") else lock_path(folder, name)
-
-    return shared_map(range(len(entries)), lock_of, tile, workers)
+    left = [row for row in order if kept[row] is None]
+    lock_of = lambda row: lock_path(folder, entries[row].slide_id)  # noqa: E731
+    kept.update(zip(left, shared_map(left, lock_of, tile, workers), strict=True))
+    return [result for result in kept.values() if result is not None]
 
 
 class _TiledSlide(NamedTuple):
@@ -188,6 +206,8 @@ class _TiledSlide(NamedTuple):
     grid: TileGrid
     kept: str
 
+
+_Tiled = _TiledSlide | SlideError
 
 # What becomes of the grid's file in `tiles_dir`.
 _NEW, _TAKEN, _TAKEN_BY_NAME, _REPLACED = "new", "taken", "taken by name", "replaced"
@@ -217,8 +237,9 @@ def _tile(
     print_of_file: Fingerprint | None,
     write_grids: bool,
     slides: SlidePolicy,
-) -> _TiledSlide | SlideError:
-    """The tiled slide; an error is returned, so that all can be listed."""
+    only_kept: bool,
+) -> _Tiled | None:
+    """The tiled slide, None where only a grid that is kept is wanted; errors are returned, so that all are listed."""
     try:
         mask = slides.mask_of(entry)
         with Slide(entry.path, entry.mpp, entry.slide_id, fallback_mpp=slide_mpp) as slide:
@@ -227,6 +248,8 @@ def _tile(
                 entry = replace(entry, mpp=mpp)
             path = None if tiles_dir is None else Path(tiles_dir) / f"{entry.slide_id}.safetensors"
             grid, kept = _kept_grid(path, slide, mpp, policy, print_of_file, mask) if path else (None, _NEW)
+            if grid is None and only_kept:
+                return None
             if grid is None:
                 grid = tile_slide(slide, policy, mask)
                 if path and write_grids:

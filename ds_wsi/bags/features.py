@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from ds_wsi.bags.tile_side import side_of
 from ds_wsi.runtime.files import atomic_path
 from ds_wsi.runtime.h5_files import member, number_attributes, numbers, opened_h5
+from ds_wsi.runtime.tensor_file import write_tensors
 from ds_wsi.runtime.tensor_seal import opened, sealed
 from ds_wsi.runtime.torch_files import load_tensors, require_in_memory
 from ds_wsi.stacking.stacked_bags import StackedBags, stack_bags
@@ -182,7 +183,7 @@ def write_features(
     tensors = {"features": features.contiguous(), "coords": coords.contiguous()}
     metadata = sealed(metadata, {name: value.numpy() for name, value in tensors.items()})
     with atomic_path(path, sum(value.nbytes for value in tensors.values())) as temporary:
-        save_file(tensors, temporary, metadata)
+        write_tensors(temporary, tensors, metadata)
 
 
 def read_about(path: str | Path) -> dict[str, str]:

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.manifest import ManifestError, SlideEntry
+from ds_wsi.bags.shards import own_items, shard_order
 from ds_wsi.runtime.locks import lock_path, shared_map
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.shards import ALONE, Shard
 from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tile_store import QUALITY, StoredSlide, lacks_fingerprint, pack_slide, store_path, store_problem
@@ -30,6 +32,7 @@ def pack_cohort(
     workers: int = 1,
     verify: bool = False,
     on_slide: Callable[[], None] = lambda: None,
+    shard: Shard = ALONE,
 ) -> tuple[PackedSlide, ...]:
     """Pack every slide's tiles; slides that are whole in the store already are kept, so that a killed call goes on.
 
@@ -40,8 +43,9 @@ def pack_cohort(
         directory: the store's folder.
         quality: JPEG's, in tiles that cannot be copied from the slide.
         workers: threads, a slide each.
-        verify: see `pack_slide`.
+        verify: see `pack_slide`; a shard checks the slides it begins with, because a check leaves no mark.
         on_slide: called whenever a slide is done.
+        shard: this process, where several pack into the folder.
 
     Raises:
         ManifestError: lists every slide that could not be opened, after the others are packed.
@@ -51,7 +55,7 @@ def pack_cohort(
         entry, grid = cohort.manifest.slides[row], cohort.tile_grids[row]
         try:
             with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
-                written = pack_slide(slide, grid, directory, quality, verify)
+                written = pack_slide(slide, grid, directory, quality, verify and row in to_verify)
             path = store_path(directory, entry.slide_id)
             with StoredSlide(path) as stored:
                 n_failed = stored.n_failed
@@ -62,10 +66,12 @@ def pack_cohort(
         on_slide()
         return PackedSlide(path, written, n_failed)
 
+    order, to_verify = shard_order(cohort.lengths, shard), own_items(cohort.lengths, shard)
     Path(directory).mkdir(parents=True, exist_ok=True)
     remove_left_behind(Path(directory))
     lock_of = lambda row: lock_path(Path(directory), cohort.manifest.slides[row].slide_id)  # noqa: E731
-    results = shared_map(range(len(cohort.grids)), lock_of, pack, workers)
+    packed = dict(zip(order, shared_map(order, lock_of, pack, workers), strict=True))
+    results = [packed[row] for row in sorted(packed)]
     problems = [str(result) for result in results if isinstance(result, SlideError)]
     if problems:
         raise ManifestError(cohort.manifest.source, problems)

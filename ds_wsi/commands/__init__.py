@@ -13,7 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train a slide model"),
     "protocol": ("train", "train a dataset's splits and seeds, and print their table"),
     "evaluate": ("evaluate", "evaluate an exported model on a cohort"),
-    "heatmap": ("evaluate", "draw an exported model's attention over slides"),
+    "heatmap": ("heatmap", "draw an exported model's attention over slides"),
     "compare": ("report", "compare two runs' predictions of the same slides"),
     "report": ("report", "tables of many runs, as CSV, Markdown, LaTeX and HTML"),
     "env": ("env", "versions, devices, cores and memory, for a report of a problem"),

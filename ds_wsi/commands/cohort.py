@@ -10,8 +10,9 @@ from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.runtime.choices import PRECISIONS, precision_words
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.setting import comma_separated
+from ds_wsi.runtime.shards import Shard, local_index, parse_shard, shard_of
 from ds_wsi.slides.policy import TilingPolicy
-from ds_wsi.training.options import add_shared_options, spellings
+from ds_wsi.training.options import add_local_rank, add_shared_options, spellings
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from ds_wsi.bags.bag import FailureLog
     from ds_wsi.bags.cohort import Cohort
     from ds_wsi.bags.manifest import Manifest
-    from ds_wsi.bags.slide_policy import SkippedSlide
     from ds_wsi.models import SlideModel
 
 STORE = "folder that `ds-wsi tile --store` wrote: tiles are read from it (default: none, the slides are read)"
@@ -39,6 +39,14 @@ def add_cohort_options(parser: argparse.ArgumentParser, *, required: bool = True
         "(default: the model's, or the labels of the manifest, sorted)",
     )
     add_shared_options(parser, SLIDE_OPTIONS)
+    parser.add_argument(
+        "--shard",
+        type=parse_shard,
+        metavar="I/N",
+        help="this is process I of N, from 1, that share the slides and the folder: each begins with its own and goes "
+        "on with those that nobody works on (default: what torchrun, accelerate launch, srun or a Slurm array says)",
+    )
+    add_local_rank(parser)
 
 
 def add_prediction_options(parser: argparse.ArgumentParser, *, need_manifest: bool) -> None:
@@ -65,6 +73,11 @@ def labels_of(options: argparse.Namespace) -> str:
     return "required" if options.classes else "unused"
 
 
+def shard_from(options: argparse.Namespace) -> Shard:
+    """The place of this process among those that share the slides: see `shard_of`."""
+    return shard_of(options.shard)
+
+
 def tiling_of(options: argparse.Namespace, tiling: TilingPolicy) -> TilingPolicy:
     """The policy with what the options say of it."""
     return replace(tiling, **{name: value for name, value in vars(options).items() if name in TILING_OPTIONS})
@@ -76,7 +89,6 @@ def slides_of(
     classes: Sequence[str] | None,
     labels: str,
     choose: "Callable[[Manifest], Manifest] | None" = None,
-    skipped: "tuple[SkippedSlide, ...] | None" = None,
 ) -> "Cohort":
     """The cohort of slides that the options name.
 
@@ -84,7 +96,6 @@ def slides_of(
         options: parsed.
         tiling: the policy.
         classes, labels, choose: see `load_cohort`.
-        skipped: see `SlidePolicy`.
 
     Raises:
         ManifestError: lists everything that is wrong with it.
@@ -101,7 +112,8 @@ def slides_of(
         need_splits=False,
         labels=labels,
         choose=choose,
-        slides=SlidePolicy(options.tissue_masks, options.masks_in_bounds, options.skip_bad_slides, skipped),
+        slides=SlidePolicy(options.tissue_masks, options.masks_in_bounds, options.skip_bad_slides),
+        shard=shard_from(options),
     )
 
 
@@ -137,7 +149,7 @@ def tile_reading_of(options: argparse.Namespace, cohort: "Cohort") -> "tuple[Rea
 
 
 def device_of(options: argparse.Namespace) -> "torch.device":
-    """The device given, else the GPU where there is one.
+    """The device given, else this process's GPU, or one that it shares, where there is one.
 
     Raises:
         ValueError: none of torch's, or one that is not there.
@@ -146,7 +158,12 @@ def device_of(options: argparse.Namespace) -> "torch.device":
 
     from ds_wsi.evaluation.validator import require_device
 
-    return require_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count() if name == "cuda" else 0
+    if count > 1:  # else Slurm shows each task its own GPU alone
+        name = f"cuda:{local_index() % count}"
+        torch.cuda.set_device(name)  # what is made without naming a device is made there too
+    return require_device(name, "--device")
 
 
 def placed(model: "SlideModel", options: argparse.Namespace) -> "SlideModel":

@@ -1,6 +1,7 @@
 """`ds-wsi features`: each slide's features, for training without an encoder."""
 
 import argparse
+from pathlib import Path
 
 from ds_wsi.commands.cohort import (
     OF_EVALUATION,
@@ -9,6 +10,7 @@ from ds_wsi.commands.cohort import (
     classes_of,
     labels_of,
     placed,
+    shard_from,
     slides_of,
     tell_left_out,
     tile_reading_of,
@@ -20,6 +22,8 @@ from ds_wsi.models.choices import FEATURES
 from ds_wsi.runtime.words import counted
 from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.training.options import add_shared_options, spellings
+
+SUMMARY, SUMMARY_COLUMNS = "features_summary.csv", ("slide_id", "n_rows", "n_unreadable")
 
 
 def add_features(subparsers: argparse._SubParsersAction) -> None:
@@ -40,6 +44,7 @@ def add_features(subparsers: argparse._SubParsersAction) -> None:
 
 def run_features(options: argparse.Namespace) -> None:
     """`ds-wsi features`."""
+    from ds_wsi.bags.shards import SummaryFile
     from ds_wsi.evaluation.extract import build_extractor, extract_features
     from ds_wsi.models import load_model
 
@@ -66,11 +71,19 @@ def run_features(options: argparse.Namespace) -> None:
         )
     cohort = slides_of(options, tiling, classes_of(options), labels_of(options))
     policy, failures = tile_reading_of(options, cohort)
-    for slide in extract_features(placed(model, options), config, cohort, options.output_dir, policy, failures):
-        print(
-            f"{slide.slide_id}\t{counted(slide.n_rows, 'row')}\t{'written' if slide.written else 'kept'}\t{slide.path}"
-        )
+    shard = shard_from(options)
+    summary = SummaryFile(Path(options.output_dir) / SUMMARY, SUMMARY_COLUMNS)
+    n_rows_of: dict[str, int] = {}
+    for slide in extract_features(placed(model, options), config, cohort, options.output_dir, policy, failures, shard):
+        n_rows_of[slide.slide_id] = slide.n_rows
+        word = "written" if slide.written else "kept"
+        if slide.written or shard.is_alone:
+            print(f"{slide.slide_id}\t{counted(slide.n_rows, 'row')}\t{word}\t{slide.path}")
+    unreadable = {grid.slide_id: len(grid) - n_rows_of[grid.slide_id] for grid in cohort.tile_grids}
+    failures.check_counts(unreadable)
+    summary.write([(name, n_rows_of[name], n_failed) for name, n_failed in unreadable.items()])
     print(
-        f"{options.output_dir}\twidth {model.encoder.num_features}, {counted(len(failures.reasons), 'tile')} unreadable"
+        f"{options.output_dir}\twidth {model.encoder.num_features}, "
+        f"{counted(sum(unreadable.values()), 'tile')} unreadable"
     )
     tell_left_out(cohort, options.output_dir)

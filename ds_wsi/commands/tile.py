@@ -11,10 +11,12 @@ from ds_wsi.commands.cohort import (
     add_cohort_options,
     classes_of,
     labels_of,
+    shard_from,
     tell_left_out,
     tiling_of,
 )
 from ds_wsi.commands.parser import add_command
+from ds_wsi.runtime.locks import in_turn, lock_path, shared_map
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress, duration
 from ds_wsi.runtime.words import counted
@@ -24,6 +26,11 @@ from ds_wsi.training.options import add_shared_options, spellings
 if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort
     from ds_wsi.bags.slide_policy import SlidePolicy
+    from ds_wsi.runtime.shards import Shard
+    from ds_wsi.slides.tiling import TileGrid
+
+SUMMARY, SUMMARY_COLUMNS = "tile_summary.csv", ("slide_id", "n_tiles", "tissue_share", "level", "mpp")
+STORE_SUMMARY, STORE_COLUMNS = "store_summary.csv", ("slide_id", "n_tiles", "n_unreadable", "n_bytes")
 
 
 def add_tile(subparsers: argparse._SubParsersAction) -> None:
@@ -53,15 +60,18 @@ def add_tile(subparsers: argparse._SubParsersAction) -> None:
 def run_tile(options: argparse.Namespace) -> None:
     """`ds-wsi tile`."""
     from ds_wsi.bags.cohort import load_cohort
+    from ds_wsi.bags.shards import SummaryFile
     from ds_wsi.bags.slide_policy import SlidePolicy
 
-    policy = tiling_of(options, TilingPolicy())
+    policy, shard = tiling_of(options, TilingPolicy()), shard_from(options)
     slides = SlidePolicy(options.tissue_masks, options.masks_in_bounds, options.skip_bad_slides)
     if options.import_clam or options.import_trident:
-        _import_grids(options)
+        if shard.index == 0:  # it takes seconds, and lists all problems at once
+            _import_grids(options)
         return
     if options.export_masks:
         _require_apart(options)
+    summary = SummaryFile(Path(options.output_dir) / SUMMARY, SUMMARY_COLUMNS)
     with Progress("tiling", "slide") as progress:
         cohort = load_cohort(
             options.manifest,
@@ -74,18 +84,34 @@ def run_tile(options: argparse.Namespace) -> None:
             labels=labels_of(options),
             slides=slides,
             on_slide=progress.step,
+            shard=shard,
         )
+    # Of several processes the one that finds all done first tells it.
+    with in_turn(lock_path(Path(options.output_dir), "/summary")):  # no slide's name
+        rows = [_summary_row(grid) for grid in cohort.tile_grids]
+        is_first = shard.is_alone or not summary.holds(rows)
+        if is_first:
+            _tell(cohort, options, progress.seconds)
+        if options.export:
+            _export(cohort, options, only_missing=not is_first)
+        summary.write(rows)
+    if options.export_masks:
+        _export_masks(cohort, options, policy, slides, shard)
+    if options.store:
+        _pack(cohort, options, shard)
+    tell_left_out(cohort, options.output_dir)
+
+
+def _tell(cohort: "Cohort", options: argparse.Namespace, seconds: float) -> None:
     for grid in cohort.tile_grids:
         share = "" if grid.tissue is None else f"\t{grid.tissue.share:.0%} tissue"
         print(f"{grid.slide_id}\t{counted(len(grid), 'tile')}{share}")
-    print(f"{options.output_dir}\t{_summary(cohort)}, {duration(progress.seconds)}")
-    if options.export:
-        _export(cohort, options)
-    if options.export_masks:
-        _export_masks(cohort, options, policy, slides)
-    if options.store:
-        _pack(cohort, options)
-    tell_left_out(cohort, options.output_dir)
+    print(f"{options.output_dir}\t{_summary(cohort)}, {duration(seconds)}")
+
+
+def _summary_row(grid: "TileGrid") -> tuple[object, ...]:
+    share = "" if grid.tissue is None else repr(grid.tissue.share)
+    return grid.slide_id, len(grid), share, grid.level, repr(grid.mpp)
 
 
 def _summary(cohort: "Cohort") -> str:
@@ -109,14 +135,17 @@ def _resampled(read_size_px: int, tile_size_px: int) -> str:
     return "" if read_size_px == tile_size_px else f" ({read_size_px} px resampled)"
 
 
-def _export(cohort: "Cohort", options: argparse.Namespace) -> None:
+def _export(cohort: "Cohort", options: argparse.Namespace, only_missing: bool) -> None:
     from ds_wsi.slides.coords import export_clam, export_trident
 
     exporter, suffix = (export_clam, ".h5") if options.export == "clam" else (export_trident, "_patches.h5")
     folder = Path(options.output_dir) / options.export / "patches"
     for grid in cohort.tile_grids:
-        exporter(grid, folder / f"{grid.slide_id}{suffix}")
-    print(f"{folder}\tcoordinates of {counted(len(cohort.grids), 'slide')} as {options.export.upper()} has them")
+        path = folder / f"{grid.slide_id}{suffix}"
+        if not (only_missing and path.exists()):
+            exporter(grid, path)
+    if not only_missing:
+        print(f"{folder}\tcoordinates of {counted(len(cohort.grids), 'slide')} as {options.export.upper()} has them")
 
 
 def _require_apart(options: argparse.Namespace) -> None:
@@ -128,24 +157,32 @@ def _require_apart(options: argparse.Namespace) -> None:
         )
 
 
-def _export_masks(cohort: "Cohort", options: argparse.Namespace, policy: TilingPolicy, slides: "SlidePolicy") -> None:
+def _export_masks(
+    cohort: "Cohort", options: argparse.Namespace, policy: TilingPolicy, slides: "SlidePolicy", shard: "Shard"
+) -> None:
     """Write the masks; a file that is there already and is another stays: it may have been corrected."""
+    from ds_wsi.bags.shards import shard_order
     from ds_wsi.slides.masks import write_mask
     from ds_wsi.slides.slide import Slide
     from ds_wsi.slides.tiling import find_tissue
 
     folder = Path(options.export_masks)
-    left: list[str] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = cohort.manifest.slides
+    paths = [folder / f"{entry.slide_id}.geojson" for entry in entries]
+    left = [entry.slide_id for entry, path in zip(entries, paths, strict=True) if path.exists()]
+
+    def write(row: int) -> None:
+        entry = entries[row]
+        if not paths[row].exists():
+            with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
+                tissue = find_tissue(slide, policy, slides.mask_of(entry))
+                write_mask(paths[row], tissue.mask, tissue.downsample, slide, options.masks_in_bounds)
+        progress.step()
+
     with Progress("masks", "slide", len(cohort.grids)) as progress:
-        for entry in cohort.manifest.slides:
-            path = folder / f"{entry.slide_id}.geojson"
-            if path.exists():
-                left.append(entry.slide_id)
-            else:
-                with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
-                    tissue = find_tissue(slide, policy, slides.mask_of(entry))
-                    write_mask(path, tissue.mask, tissue.downsample, slide, options.masks_in_bounds)
-            progress.step()
+        order = shard_order(cohort.lengths, shard)
+        shared_map(order, lambda row: lock_path(folder, entries[row].slide_id), write, 1)
     print(f"{folder}\t{len(cohort.grids) - len(left)} masks written, as GeoJSON for QuPath")
     if left:
         shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
@@ -155,9 +192,11 @@ def _export_masks(cohort: "Cohort", options: argparse.Namespace, policy: TilingP
         )
 
 
-def _pack(cohort: "Cohort", options: argparse.Namespace) -> None:
+def _pack(cohort: "Cohort", options: argparse.Namespace, shard: "Shard") -> None:
     from ds_wsi.bags.packing import pack_cohort
+    from ds_wsi.bags.shards import SummaryFile
 
+    summary = SummaryFile(Path(options.store) / STORE_SUMMARY, STORE_COLUMNS)
     with Progress("packing", "slide", len(cohort.grids)) as progress:
         packed = pack_cohort(
             cohort,
@@ -166,11 +205,18 @@ def _pack(cohort: "Cohort", options: argparse.Namespace) -> None:
             workers=options.workers,
             verify=options.verify,
             on_slide=progress.step,
+            shard=shard,
         )
-    n_bytes = sum(slide.path.stat().st_size for slide in packed)
+    sizes = [slide.path.stat().st_size for slide in packed]
+    summary.write(
+        [
+            (grid.slide_id, len(grid), slide.n_failed, size)
+            for grid, slide, size in zip(cohort.tile_grids, packed, sizes, strict=True)
+        ]
+    )
     print(
         f"{options.store}\t{counted(sum(cohort.lengths), 'tile')} of {counted(len(packed), 'slide')}, "
-        f"{n_bytes / 2**20:.1f} MiB, {sum(slide.written for slide in packed)} slides packed now, "
+        f"{sum(sizes) / 2**20:.1f} MiB, {sum(slide.written for slide in packed)} slides packed now, "
         f"{sum(slide.n_failed for slide in packed)} tiles unreadable, {duration(progress.seconds)}"
     )
 

@@ -5,7 +5,6 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +15,12 @@ from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.features import FORMAT, SUFFIXES, FeatureFileError, read_about, read_shape, write_features
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.bags.problems import condensed
+from ds_wsi.bags.shards import shard_order
 from ds_wsi.evaluation.predict import encode_slides
 from ds_wsi.models import ModelConfig, SlideModel, build_model, resolve_encoder
-from ds_wsi.runtime.locks import Claims, lock_path
+from ds_wsi.runtime.locks import lock_path, shared_stream
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.shards import ALONE, Shard
 from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.runtime.words import counted
 from ds_wsi.slides.fingerprint import slide_fingerprint
@@ -80,6 +81,7 @@ def extract_features(
     directory: str | Path,
     policy: ReadPolicy,
     failures: FailureLog,
+    shard: Shard = ALONE,
 ) -> Iterator[ExtractedSlide]:
     """Encode every slide and write `<slide_id>.safetensors`; whole files of the same encoder, tiles and slide are kept.
 
@@ -97,6 +99,7 @@ def extract_features(
         directory: where to.
         policy: how tiles are read.
         failures: where unreadable tiles are recorded.
+        shard: this process, where several write to the folder.
 
     Raises:
         ValueError: lists every file in the way: of another encoder, weights, tiles, slide or program.
@@ -118,39 +121,25 @@ def extract_features(
     for entry in cohort.manifest.slides:
         if entry.slide_id in kept:
             yield ExtractedSlide(entry.slide_id, _place(directory, entry.slide_id), kept[entry.slide_id], False)
-    rows = [row for row, entry in enumerate(cohort.manifest.slides) if entry.slide_id not in kept]
+    rows = [row for row in shard_order(cohort.lengths, shard) if about[row]["slide_id"] not in kept]
     directory.mkdir(parents=True, exist_ok=True)
     grids = cohort.tile_grids
-    names = {row: grids[row].slide_id for row in rows}
-    kept_before: list[ExtractedSlide] = []
-    with Claims(rows, lambda row: lock_path(directory, names[row])) as claims:
 
-        def undone() -> Iterator[int]:
-            for row in claims.free():
-                count = _kept(directory, [about[row]]).get(names[row])
-                if count is None:
-                    yield row
-                else:  # another call has written it meanwhile
-                    kept_before.append(ExtractedSlide(names[row], _place(directory, names[row]), count, False))
-                    claims.give_back(row)
+    def found(row: int) -> ExtractedSlide | None:
+        name = grids[row].slide_id
+        count = _kept(directory, [about[row]]).get(name)
+        return None if count is None else ExtractedSlide(name, _place(directory, name), count, False)
 
-        while claims.left:
-            order = undone()
-            first = next(order, None)
-            if first is not None:
-                rows_read = chain([first], order)  # asked for as slides are read ahead: a few are held at a time
-                slides = cohort.manifest.slides
-                for row, features, tiles in encode_slides(model, slides, grids, rows_read, policy, failures):
-                    path = _place(directory, names[row])
-                    _require_finite(features, names[row])
-                    coords = torch.from_numpy(grids[row].coords)[tiles]
-                    write_features(path, features.float(), coords, grids[row].tile_size_level0_px, about[row])
-                    claims.give_back(row)
-                    yield ExtractedSlide(names[row], path, len(features), True)
-            yield from kept_before
-            kept_before.clear()
-            if first is None and claims.left:
-                claims.wait()
+    def work(rows_read: Iterator[int]) -> Iterator[tuple[int, ExtractedSlide]]:
+        slides = cohort.manifest.slides
+        for row, features, tiles in encode_slides(model, slides, grids, rows_read, policy, failures):
+            path = _place(directory, grids[row].slide_id)
+            _require_finite(features, grids[row].slide_id)
+            coords = torch.from_numpy(grids[row].coords)[tiles]
+            write_features(path, features.float(), coords, grids[row].tile_size_level0_px, about[row])
+            yield row, ExtractedSlide(grids[row].slide_id, path, len(features), True)
+
+    yield from shared_stream(rows, lambda row: lock_path(directory, grids[row].slide_id), found, work)
 
 
 def _require_finite(features: torch.Tensor, slide_id: str) -> None:

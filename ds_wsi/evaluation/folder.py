@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ds_wsi.evaluation.parts import FOLDER as PARTS
 from ds_wsi.evaluation.record import FILE_NAME as RECORD
 from ds_wsi.evaluation.record import RESULTS
 from ds_wsi.evaluation.results import REPORT
@@ -12,7 +13,7 @@ from ds_wsi.runtime.files import read_json, write_json
 
 MARK = "evaluation.json"
 FORMAT, VERSION = "ds_wsi.evaluation", 1
-NAMES = (*RESULTS, REPORT, RECORD, "heatmaps", MARK)  # that an evaluation writes
+NAMES = (*RESULTS, REPORT, RECORD, "heatmaps", PARTS, MARK)  # that an evaluation writes
 OF_MODELS = ("config.json", "model.safetensors")
 HINT = "HINT: give a new folder."
 
@@ -62,19 +63,33 @@ def require_same_evaluation(folder: Path, made_of: Mapping[str, Any]) -> None:
         )
 
 
-def mark(folder: Path, made_of: Mapping[str, Any]) -> None:
-    """Write what the results that follow are made of."""
-    write_json(folder / MARK, {"format": FORMAT, "version": VERSION, "made_of": dict(made_of)})
+def mark(folder: Path, made_of: Mapping[str, Any], summary: str = "") -> None:
+    """Write what the results that follow are made of, and what the summary of all slides is known by, once it is there.
+
+    Nothing where they are marked so already: another process may have written the summary meanwhile.
+    """
+    if summary or _read(folder / MARK) != made_of:
+        about = {"summary": summary} if summary else {}
+        write_json(folder / MARK, {"format": FORMAT, "version": VERSION, "made_of": dict(made_of), **about})
+
+
+def summary_of(folder: Path) -> str:
+    """What the summary in the folder is known by; empty: it is not written, or by an earlier version."""
+    return str(_values(folder / MARK).get("summary", ""))
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    made_of = _values(path).get("made_of")
+    return made_of if isinstance(made_of, dict) else None
+
+
+def _values(path: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_file():
-        return None
+        return {}
     try:
         values = read_json(path, MARK)
     except ValueError:
-        return None
+        return {}
     if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-        return None
-    made_of = values.get("made_of")
-    return made_of if isinstance(made_of, dict) else None
+        return {}
+    return values

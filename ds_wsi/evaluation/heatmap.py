@@ -20,6 +20,7 @@ PANEL_INCHES = 4.5  # the longer side of a panel
 MIN_PANEL_WIDTH_INCHES = 2.1  # the colour bar's label fits below two of them
 DPI = 200
 SOFTWARE = "ds_wsi heat map"  # in the file, by which it is known
+MADE_OF = "ds_wsi made of"
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -32,6 +33,7 @@ def draw_attention(
     downsample: float,
     path: str | os.PathLike[str],
     title: str,
+    made_of: str = "",
 ) -> None:
     """Write a PNG: the thumbnail, and beside it the thumbnail under the tiles' attention.
 
@@ -43,6 +45,7 @@ def draw_attention(
         downsample: level-0 px for one thumbnail px.
         path: where to; written atomically.
         title: drawn as it is.
+        made_of: what it is known by, for `heat_map_of`.
 
     Raises:
         ValueError: see `attention_rgba`; a thumbnail that is not uint8 [h, w, 3].
@@ -64,18 +67,24 @@ def draw_attention(
     figure.suptitle(title, fontsize=10, parse_math=False, wrap=True)
     _color_bar(figure, [left, right])
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, facecolor="white", metadata={"Software": SOFTWARE})
+        known_by = {"Software": SOFTWARE, **({MADE_OF: made_of} if made_of else {})}
+        figure.savefig(temporary, dpi=DPI, facecolor="white", metadata=known_by)
 
 
 def is_heat_map(path: Path) -> bool:
     """Whether a file, no link, is a heat map that `draw_attention` drew."""
+    return heat_map_of(path) is not None
+
+
+def heat_map_of(path: Path) -> str | None:
+    """What a heat map is known by, empty where it was not told; None: the file is none, or there is none."""
     if path.is_symlink() or not path.is_file():
-        return False
+        return None
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            return image.info.get("Software") == SOFTWARE
+            return str(image.info.get(MADE_OF, "")) if image.info.get("Software") == SOFTWARE else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # another's PNG, perhaps damaged
-        return False
+        return None
 
 
 def attention_rgba(

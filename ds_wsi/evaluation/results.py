@@ -16,7 +16,7 @@ from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.summary import cohort_lines
 from ds_wsi.evaluation.bootstrap import MetricInterval, bootstrap_metrics, format_table, metrics_to_json
 from ds_wsi.evaluation.curves import draw_curves
-from ds_wsi.evaluation.heatmap import draw_attention
+from ds_wsi.evaluation.heatmap import draw_attention, heat_map_of
 from ds_wsi.evaluation.metrics import METRIC_NAMES, slide_metrics
 from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction
 from ds_wsi.evaluation.protocol import EvaluationProtocol
@@ -29,6 +29,7 @@ from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import TileGrid
 
 REPORT = "report.html"
+NO_ATTENTION = "the aggregator has no attention"
 OVERVIEW_SIDE_PX = 900  # of the thumbnails under the heat maps
 
 
@@ -52,12 +53,14 @@ def write_results(
     dataset: str = "",
     changed: Mapping[str, Any] | None = None,
     tell: Callable[[str], object] = logger.info,
+    made_of: Callable[[int], str] = lambda row: "",
 ) -> dict[str, MetricInterval]:
     """Write everything about a set of predictions below `directory`, and return the metrics with their intervals.
 
     `split` and `dataset` name the slides, "all" those of all splits; `changed` is as of `write_report`. Of several runs
     of the protocol, metrics are the mean of the runs', and predictions hold the mean probabilities. The metrics are
     told before heat maps are drawn, of the first `n_heatmaps` slides, of all with None; `shown` is for their bar.
+    `made_of` is as of `draw_heatmaps`.
     """
     slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
     labels, patients = np.array([slide.class_index for slide in slides]), [slide.patient_id for slide in slides]
@@ -94,7 +97,7 @@ def write_results(
     tell(f"{words}:\n{format_table(intervals)}")
     if positive is not None:
         tell(f"f1 is that of class {positive}, the second")
-    heatmaps = draw_heatmaps(directory / "heatmaps", cohort, predictions[:n_heatmaps], shown=shown)
+    heatmaps = draw_heatmaps(directory / "heatmaps", cohort, predictions[:n_heatmaps], shown=shown, made_of=made_of)
     write_report(
         directory / REPORT,
         title=title,
@@ -112,13 +115,18 @@ def write_results(
     return intervals
 
 
-def write_predictions(directory: Path, cohort: Cohort, predictions: Sequence[SlidePrediction]) -> None:
+def write_predictions(
+    directory: Path,
+    cohort: Cohort,
+    predictions: Sequence[SlidePrediction],
+    made_of: Callable[[int], str] = lambda row: "",
+) -> None:
     """Write what can be told of slides without labels: predictions.csv, without the column label, and heat maps."""
     logits = torch.stack([prediction.run_logits for prediction in predictions], dim=1).double()  # [R, N, C]
     rows = _prediction_rows(cohort, predictions, logits.softmax(-1).mean(dim=0).numpy())
     path = directory / "predictions.csv"
     _write_predictions(path, rows)
-    drawn = draw_heatmaps(directory / "heatmaps", cohort, predictions)
+    drawn = draw_heatmaps(directory / "heatmaps", cohort, predictions, made_of=made_of)
     logger.info(
         "no labels in %s: %s predicted, without metrics and report: %s, %s",
         *(cohort.manifest.source, f"{counted(len(rows), 'slide')} {'is' if len(rows) == 1 else 'are'}", path),
@@ -160,47 +168,75 @@ def _protocol_words(protocol: EvaluationProtocol, runs: Mapping[str, Mapping[str
 
 
 def draw_heatmaps(
-    directory: Path, cohort: Cohort, predictions: Sequence[SlidePrediction], *, shown: bool = True
+    directory: Path,
+    cohort: Cohort,
+    predictions: Sequence[SlidePrediction],
+    *,
+    shown: bool = True,
+    made_of: Callable[[int], str] = lambda row: "",
 ) -> list[tuple[str, Path]]:
-    """Draw each slide's attention over its thumbnail.
+    """Draw each slide's attention over its thumbnail; a heat map that is there and is known by `made_of` is kept.
 
     An aggregator without attention draws none, nor do features without coordinates or without their slide: each reason
     is logged once.
     """
-    drawn = []
+    drawn: list[tuple[str, Path]] = []
     left_out: dict[str, list[str]] = {}
     for prediction in Progress("heat maps", "slide", len(predictions), shown=shown).over(predictions):
-        if prediction.attention is None:
-            logger.info("no heat maps: the aggregator has no attention")
+        result = draw_heatmap(directory, cohort, prediction, made_of(prediction.slide))
+        if result == NO_ATTENTION:
+            logger.info("no heat maps: %s", NO_ATTENTION)
             return []
-        entry, grid = cohort.manifest.slides[prediction.slide], cohort.grids[prediction.slide]
-        path = directory / f"{entry.slide_id}.png"
-        label = cohort.manifest.label_name(entry)
-        title = f"{entry.slide_id} (label: {label})" if label else entry.slide_id
-        if isinstance(grid, TileGrid):
-            coords = grid.coords[prediction.kept.numpy()]
-            _draw(entry, coords, grid.tile_size_level0_px, prediction.attention, path, title)
-        elif (reason := _draw_features(entry, grid, prediction, path, title)) is not None:
-            left_out.setdefault(reason, []).append(entry.slide_id)
-            continue
-        drawn.append((entry.slide_id, path))
-    for reason, slide_ids in left_out.items():
-        names = ", ".join(slide_ids[:3]) + (", ..." if len(slide_ids) > 3 else "")
-        logger.info("no heat map of %s (%s): %s", counted(len(slide_ids), "slide"), names, reason)
+        slide_id = cohort.manifest.slides[prediction.slide].slide_id
+        if isinstance(result, Path):
+            drawn.append((slide_id, result))
+        else:
+            left_out.setdefault(result, []).append(slide_id)
+    tell_not_drawn(left_out)
     return drawn
 
 
+def tell_not_drawn(left_out: Mapping[str, Sequence[str]]) -> None:
+    """One line per reason, with its slides."""
+    for reason, slide_ids in left_out.items():
+        names = ", ".join(slide_ids[:3]) + (", ..." if len(slide_ids) > 3 else "")
+        logger.info("no heat map of %s (%s): %s", counted(len(slide_ids), "slide"), names, reason)
+
+
+def draw_heatmap(directory: Path, cohort: Cohort, prediction: SlidePrediction, made_of: str = "") -> Path | str:
+    """Draw a slide's attention; its file, or the reason for which there is none, of which `NO_ATTENTION` is one."""
+    if prediction.attention is None:
+        return NO_ATTENTION
+    entry, grid = cohort.manifest.slides[prediction.slide], cohort.grids[prediction.slide]
+    path = directory / f"{entry.slide_id}.png"
+    if made_of and heat_map_of(path) == made_of:
+        return path
+    label = cohort.manifest.label_name(entry)
+    title = f"{entry.slide_id} (label: {label})" if label else entry.slide_id
+    if isinstance(grid, TileGrid):
+        coords = grid.coords[prediction.kept.numpy()]
+        _draw(entry, coords, grid.tile_size_level0_px, prediction.attention, path, title, made_of)
+        return path
+    return _draw_features(entry, grid, prediction, path, title, made_of) or path
+
+
 def _draw(
-    entry: SlideEntry, coords: np.ndarray, tile_size_level0_px: float, attention: torch.Tensor, path: Path, title: str
+    entry: SlideEntry,
+    coords: np.ndarray,
+    tile_size_level0_px: float,
+    attention: torch.Tensor,
+    path: Path,
+    title: str,
+    made_of: str,
 ) -> None:
     with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
         downsample = max(1.0, max(slide.width_px, slide.height_px) / OVERVIEW_SIDE_PX)
         thumbnail, downsample = slide.read_overview_downsampled(downsample)
-    draw_attention(thumbnail, coords, tile_size_level0_px, attention.numpy(), downsample, path, title)
+    draw_attention(thumbnail, coords, tile_size_level0_px, attention.numpy(), downsample, path, title, made_of)
 
 
 def _draw_features(
-    entry: SlideEntry, file: FeatureFile, prediction: SlidePrediction, path: Path, title: str
+    entry: SlideEntry, file: FeatureFile, prediction: SlidePrediction, path: Path, title: str, made_of: str
 ) -> str | None:
     """Draw the attention over features on disk, or return why it cannot be drawn."""
     assert prediction.attention is not None
@@ -214,7 +250,7 @@ def _draw_features(
         )
     coords, side = places
     try:
-        _draw(entry, coords[prediction.kept.numpy()], side, prediction.attention, path, title)
+        _draw(entry, coords[prediction.kept.numpy()], side, prediction.attention, path, title, made_of)
     except SlideError:
         return "the slide cannot be read"
     except ValueError:

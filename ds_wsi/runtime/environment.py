@@ -19,6 +19,8 @@ _LOCAL_SIZES = (
     "MV2_COMM_WORLD_LOCAL_SIZE",
 )
 
+_OWN_OPTIONS = ("--shard", "--local_rank", "--local-rank")  # that say which process it is
+
 
 def ranks_on_machine() -> int:
     """How many ranks of this run share the machine, its memory and its disks: what the launcher set, 1 without one.
@@ -60,7 +62,10 @@ def cpu_name() -> str:
 
 
 def command_line() -> str:
-    """The command that this process was started with, ready for a shell."""
+    """The command that this process was started with, ready for a shell; the same of all that share its work."""
     program, *arguments = sys.argv or [""]
+    places = [at for at, word in enumerate(arguments) if word.partition("=")[0] in _OWN_OPTIONS]
+    left_out = {at + step for at in places for step in range(1 if "=" in arguments[at] else 2)}
+    arguments = [word for at, word in enumerate(arguments) if at not in left_out]
     name = Path(program).name
     return shlex.join([name if name == "ds-wsi" else program, *arguments])

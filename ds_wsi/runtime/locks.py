@@ -13,9 +13,10 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -69,6 +70,17 @@ def only_one(folder: Path, what: str, remedy: str) -> Iterator[None]:
     lock = take(path)
     if lock is None:
         raise HeldError(f"{what} must not be in use, got {folder}, in which {holder(path)} works. HINT: {remedy}.")
+    try:
+        yield
+    finally:
+        release(path, lock)
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Hold a lock in the block, after all who hold it before."""
+    while (lock := take(path)) is None:
+        time.sleep(WAIT_S)
     try:
         yield
     finally:
@@ -173,6 +185,9 @@ class _Later:
     """Another process works on the item."""
 
 
+_NONE = _Later()
+
+
 class Claims(Generic[T]):
     """Items that several processes share, each held from `free` until `give_back`; all are let go at the block's end.
 
@@ -217,6 +232,49 @@ class Claims(Generic[T]):
             self._told = True
             logger.info("%s works on the last %d slides: waiting", holder(self._path_of(self.left[0])), len(self.left))
         time.sleep(WAIT_S)
+
+
+def shared_stream(
+    items: Sequence[T],
+    path_of: Callable[[T], Path],
+    found: Callable[[T], R | None],
+    work: Callable[[Iterator[T]], Iterator[tuple[T, R]]],
+) -> Generator[R, None, None]:
+    """What `work` yields of the items, as `shared_map` does, for work that reads items ahead.
+
+    Args:
+        items: the items, in the order in which they are wanted; the lock of each is held from when `work` asks for it
+            until it has yielded it.
+        path_of: an item's lock, in a folder that is there.
+        found: what another process has left of an item that is held now; None: nothing.
+        work: takes items and yields each with its result, whose files are then there.
+
+    Yields:
+        Each item's result, those that others left when they are found.
+    """
+    with Claims(items, path_of) as claims:
+        others: list[R] = []
+
+        def undone() -> Iterator[T]:
+            for item in claims.free():
+                result = found(item)
+                if result is None:
+                    yield item
+                else:
+                    others.append(result)
+                    claims.give_back(item)
+
+        while claims.left:
+            order = undone()
+            first = next(order, _NONE)
+            if not isinstance(first, _Later):
+                for item, result in work(chain([first], order)):
+                    claims.give_back(item)
+                    yield result
+            yield from others
+            others.clear()
+            if isinstance(first, _Later) and claims.left:
+                claims.wait()
 
 
 def _is_still_there(path: Path, descriptor: int) -> bool:

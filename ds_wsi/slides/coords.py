@@ -14,7 +14,7 @@ from ds_wsi.runtime.files import atomic_path, require_file
 from ds_wsi.runtime.fingerprint import Fingerprint
 from ds_wsi.runtime.h5_files import member, number_attributes, numbers, opened_h5
 from ds_wsi.runtime.own_files import require_ours
-from ds_wsi.runtime.tensor_seal import opened, sealed
+from ds_wsi.runtime.tensor_seal import in_order, opened, sealed
 from ds_wsi.slides.policy import TilingPolicy, stored_tiling
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import TileGrid, TissueFound, plan_level
@@ -52,6 +52,7 @@ def write_grid(grid: TileGrid, path: str | Path, slide: Fingerprint | None = Non
     tensors = {"coords": np.ascontiguousarray(grid.coords)}
     with atomic_path(path, tensors["coords"].nbytes) as temporary:
         save_file(tensors, temporary, sealed(metadata, tensors))
+        in_order(temporary)
 
 
 def read_grid(path: str | Path) -> TileGrid:

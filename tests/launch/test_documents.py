@@ -252,7 +252,7 @@ def refusal(words, capsys):
 def test_every_command_has_options_that_exist(capsys):
     n_parsed = 0
     for page, line in command_lines():
-        found = re.search(r"(?:^|\s)(?:ds-wsi|launch/(\w+)\.py)\s*(.*)$", line)
+        found = re.search(r"(?:^|\s)(?:ds-wsi|-m ds_wsi\.cli|\S+/features\.sbatch|launch/(\w+)\.py)\s*(.*)$", line)
         if not found or " benchmark" in line or "..." in line:
             continue
         script, words = found[1], shlex.split(found[2])

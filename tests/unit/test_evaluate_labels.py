@@ -68,7 +68,7 @@ def test_slides_without_labels_are_predicted_without_metrics(evaluate, headings,
     assert code == 0
     assert "no labels in" in said
     assert "6 slides are predicted, without metrics and report" in said
-    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "predictions.csv"]
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "predictions", "predictions.csv"]
     assert predictions(out) == [{key: value for key, value in row.items() if key != "label"} for row in wanted]
 
 

@@ -8,7 +8,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,7 +23,6 @@ from ds_wsi.engines.machine.timeouts import restoring_timeouts
 from ds_wsi.runtime.seams import check_seams
 
 T = TypeVar("T")
-S = TypeVar("S")
 _USES_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 _LAUNCHED_WITH = os.environ.get(_USES_DEEPSPEED)
 
@@ -115,39 +114,6 @@ class Processes:
             raise
         self.share((False, value))
         return value
-
-    def main_first(self, function: Callable[[S | None], T], told: Callable[[T], S]) -> T:
-        """What the function returns on each process, which calls it when the main one has. Collective; see `on_main`.
-
-        For what leaves files on the main process that the others then read, and decides what they too must do.
-
-        Args:
-            function: called with None on the main process, with what that one told on the others.
-            told: what the main process tells of its value.
-        """
-        own: list[T] = []
-
-        def first() -> S:
-            own.append(function(None))
-            return told(own[0])
-
-        answer = self.on_main(first)
-        return own[0] if self.is_main else function(answer)
-
-    def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank, on every process. Collective: an all-gather, the identity on one process."""
-        if self.world_size == 1:
-            return [value]
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value)
-        return cast(list[T], found)
-
-
-def launched_processes() -> AbstractContextManager[Processes]:
-    """As `launched`, for what needs no engine; one process is connected with nobody."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return nullcontext(Processes(0, 1))
-    return launched(EngineSettings(1e-3, 0.0, 0.0, "adam", 1, 1), None)
 
 
 @contextmanager
