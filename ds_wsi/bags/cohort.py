@@ -15,7 +15,7 @@ from ds_wsi.bags.slide_policy import AS_THEY_ARE, SkippedSlide, SlidePolicy, tel
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.bags.summary import log_cohort
 from ds_wsi.runtime.fingerprint import Fingerprint
-from ds_wsi.runtime.locks import lock_path, shared_map
+from ds_wsi.runtime.locks import lock_path, remove_dead_locks, shared_map
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.shards import ALONE, Shard
 from ds_wsi.runtime.temporary import remove_left_behind
@@ -196,6 +196,8 @@ def _tiled_once(
     left = [row for row in order if kept[row] is None]
     lock_of = lambda row: lock_path(folder, entries[row].slide_id)  # noqa: E731
     kept.update(zip(left, shared_map(left, lock_of, tile, workers), strict=True))
+    if os.access(folder, os.W_OK):
+        remove_dead_locks(folder)
     return [result for result in kept.values() if result is not None]
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.manifest import ManifestError, SlideEntry
 from ds_wsi.bags.shards import own_items, shard_order
-from ds_wsi.runtime.locks import lock_path, shared_map
+from ds_wsi.runtime.locks import lock_path, remove_dead_locks, shared_map
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.shards import ALONE, Shard
 from ds_wsi.runtime.temporary import remove_left_behind
@@ -71,6 +71,7 @@ def pack_cohort(
     remove_left_behind(Path(directory))
     lock_of = lambda row: lock_path(Path(directory), cohort.manifest.slides[row].slide_id)  # noqa: E731
     packed = dict(zip(order, shared_map(order, lock_of, pack, workers), strict=True))
+    remove_dead_locks(Path(directory))
     results = [packed[row] for row in sorted(packed)]
     problems = [str(result) for result in results if isinstance(result, SlideError)]
     if problems:

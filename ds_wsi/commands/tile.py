@@ -16,7 +16,7 @@ from ds_wsi.commands.cohort import (
     tiling_of,
 )
 from ds_wsi.commands.parser import add_command
-from ds_wsi.runtime.locks import in_turn, lock_path, shared_map
+from ds_wsi.runtime.locks import in_turn, lock_path, remove_dead_locks, shared_map
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress, duration
 from ds_wsi.runtime.words import counted
@@ -183,6 +183,7 @@ def _export_masks(
     with Progress("masks", "slide", len(cohort.grids)) as progress:
         order = shard_order(cohort.lengths, shard)
         shared_map(order, lambda row: lock_path(folder, entries[row].slide_id), write, 1)
+    remove_dead_locks(folder)
     print(f"{folder}\t{len(cohort.grids) - len(left)} masks written, as GeoJSON for QuPath")
     if left:
         shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")

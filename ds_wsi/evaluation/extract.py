@@ -18,7 +18,7 @@ from ds_wsi.bags.problems import condensed
 from ds_wsi.bags.shards import shard_order
 from ds_wsi.evaluation.predict import encode_slides
 from ds_wsi.models import ModelConfig, SlideModel, build_model, resolve_encoder
-from ds_wsi.runtime.locks import lock_path, shared_stream
+from ds_wsi.runtime.locks import lock_path, remove_dead_locks, shared_stream
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.shards import ALONE, Shard
 from ds_wsi.runtime.temporary import remove_left_behind
@@ -140,6 +140,7 @@ def extract_features(
             yield row, ExtractedSlide(grids[row].slide_id, path, len(features), True)
 
     yield from shared_stream(rows, lambda row: lock_path(directory, grids[row].slide_id), found, work)
+    remove_dead_locks(directory)
 
 
 def _require_finite(features: torch.Tensor, slide_id: str) -> None:

@@ -15,7 +15,7 @@ from ds_wsi.evaluation.predict import SlidePrediction, predict_slides
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.results import NO_ATTENTION, draw_heatmap, tell_not_drawn
 from ds_wsi.models.slide_model import SlideModel
-from ds_wsi.runtime.locks import lock_path, shared_stream
+from ds_wsi.runtime.locks import lock_path, remove_dead_locks, shared_stream
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.shards import Shard
 from ds_wsi.runtime.temporary import remove_left_behind
@@ -94,6 +94,7 @@ class Sharing:
             else:
                 yield there
         yield from shared_stream(left, lambda row: lock_path(folder, slide_ids[row]), found, work)
+        remove_dead_locks(folder)
 
     def draw(self) -> Iterator[DrawnSlide]:
         """Every slide's heat map in the folder itself; those of slides without one are told at the end.
@@ -125,6 +126,7 @@ class Sharing:
                 logger.info("no heat maps: %s", NO_ATTENTION)
                 stream.close()
                 return
+        remove_dead_locks(folder)
         tell_not_drawn(left_out)
 
     def _predictions(self, rows: Iterator[int]) -> Iterator[SlidePrediction]:

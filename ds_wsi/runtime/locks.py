@@ -135,6 +135,13 @@ def release(path: Path, lock: int) -> None:
     os.close(lock)
 
 
+def remove_dead_locks(folder: Path) -> None:
+    """Remove the files of locks that nobody holds: a process that was killed after its last write leaves one."""
+    for path in folder.glob(".ds_wsi-*.lock"):
+        if is_lock(path) and (lock := take(path)) is not None:
+            release(path, lock)
+
+
 def holder(path: Path) -> str:
     """Who holds a lock, in words."""
     try:
