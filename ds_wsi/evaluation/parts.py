@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_wsi.bags.bag import FailureLog
 from ds_wsi.evaluation.predict import SlidePrediction
 from ds_wsi.runtime.files import atomic_path
 from ds_wsi.runtime.own_files import require_ours
-from ds_wsi.runtime.tensor_seal import in_order, opened, sealed
+from ds_wsi.runtime.tensor_file import write_tensors
+from ds_wsi.runtime.tensor_seal import opened, sealed
 
 FOLDER = "predictions"
 FORMAT, VERSION = "ds_wsi.prediction", "1"
@@ -58,8 +58,9 @@ class Parts:
             "unreadable": json.dumps(sorted(failed)),  # behind the format, by which the head is known
         }
         with atomic_path(self.path(row), sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-            save_file(tensors, temporary, sealed(metadata, {name: value.numpy() for name, value in tensors.items()}))
-            in_order(temporary)
+            write_tensors(
+                temporary, tensors, sealed(metadata, {name: value.numpy() for name, value in tensors.items()})
+            )
 
     def read(self, row: int) -> SlidePrediction | None:
         """A slide's prediction, whose failures are recorded; None where none is there that is whole and of the same."""
