@@ -7,6 +7,7 @@ earlier versions have neither, and are read as they are.
 import json
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
