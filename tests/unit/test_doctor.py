@@ -260,19 +260,19 @@ def test_a_slide_is_read(tmp_path, monkeypatch):
 
 
 def test_a_tiff_that_cannot_be_opened(tmp_path, monkeypatch):
-    from ds_wsi.slides import demo
+    from ds_wsi.slides import pyramid
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "write_pyramid", lambda path, picture, mpp: path.write_bytes(b"II*\0broken"))
+    monkeypatch.setattr(pyramid, "write_pyramid", lambda path, picture, mpp: path.write_bytes(b"II*\0broken"))
     assert_is(slide.read_a_slide(), FAIL, "slide.tiff", "pip install --force-reinstall openslide-python")
 
 
 def test_a_slide_with_other_pixels(tmp_path, monkeypatch):
-    from ds_wsi.slides import demo
+    from ds_wsi.slides import pyramid
 
-    write = demo.write_pyramid
+    write = pyramid.write_pyramid
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "write_pyramid", lambda path, picture, mpp: write(path, 255 - picture, mpp))
+    monkeypatch.setattr(pyramid, "write_pyramid", lambda path, picture, mpp: write(path, 255 - picture, mpp))
     assert_is(slide.read_a_slide(), FAIL, "pixels are wrong", "pip install --force-reinstall openslide-python")
 
 
@@ -282,10 +282,10 @@ def test_no_codec(tmp_path, monkeypatch):
     def write(path, picture, mpp):
         raise KeyError("JPEG requires the 'imagecodecs' package")
 
-    from ds_wsi.slides import demo
+    from ds_wsi.slides import pyramid
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "write_pyramid", write)
+    monkeypatch.setattr(pyramid, "write_pyramid", write)
     finding = run_check(Check("slide", slide.read_a_slide))
     assert_is(finding, FAIL, "imagecodecs", "DS_WSI_TRACEBACK=1")
 

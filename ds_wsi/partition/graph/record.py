@@ -141,14 +141,17 @@ def record(
 def _unseeded(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Refuses a forward that seeds torch's generators: what draws again in backward would not see it."""
     device = device if device.type == "cuda" else torch.device("cpu")
-    states = generator_states(device)
+    with _disable_current_modes():  # among tensors without numbers a state would have none
+        states = generator_states(device)
     yield
-    if not all(map(torch.equal, states, generator_states(device))):
+    with _disable_current_modes():
+        if all(map(torch.equal, states, generator_states(device))):
+            return
         set_generator_states(states, device)
-        raise ForbiddenError(
-            f"{type(module).__name__} must not seed torch's generators in forward, got another state. "
-            "HINT: seed them before the call."
-        )
+    raise ForbiddenError(
+        f"{type(module).__name__} must not seed torch's generators in forward, got another state. "
+        "HINT: seed them before the call."
+    )
 
 
 def where_it_stopped(error: BaseException) -> str:
