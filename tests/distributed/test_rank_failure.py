@@ -108,7 +108,7 @@ def prepares(rank, folder, manifest, how):
     from ds_wsi.config import DsWsiConfig
     from ds_wsi.engines.machine import cpu
     from ds_wsi.slides.policy import TilingPolicy
-    from ds_wsi.training import loop, run
+    from ds_wsi.training import loop, run_cohort
     from ds_wsi.training.settings import DataSettings, ModelSettings, RunSettings, TrainSettings
 
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
@@ -126,7 +126,7 @@ def prepares(rank, folder, manifest, how):
                 raise MemoryError("no memory for the grids")
             os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
 
-        run.load_cohort = goes
+        run_cohort.load_cohort = goes
     settings = TrainSettings(
         DataSettings(manifest=manifest, tiles_dir=str(folder / "tiles")),
         ModelSettings(encoder="resnet10t"),
