@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_wsi.engines.accelerator.engine import gather_object
@@ -64,7 +65,12 @@ def _local(parameter: nn.Parameter) -> Tensor:
     if hasattr(whole, "to_local"):
         return whole.to_local().detach()
     partition = getattr(whole, "ds_tensor", None)
-    return (whole if partition is None else partition).detach()
+    if partition is None:
+        return whole.detach()
+    # Where a weight does not divide, the last partitions are longer than what is left of it; in the rest of a gradient
+    # DeepSpeed leaves whatever its memory held before, and an optimizer steps that too.
+    before = dist.get_rank(whole.ds_process_group) * partition.numel()
+    return partition.detach().reshape(-1)[: max(0, whole.ds_numel - before)]
 
 
 def skips_overflow(run: Run) -> bool:

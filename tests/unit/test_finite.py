@@ -106,3 +106,20 @@ def test_a_run_with_large_weights_goes_on(tmp_path, monkeypatch):
     folder = write_cohort(tmp_path)
     monkeypatch.setattr(one_step, "weights_seem_finite", lambda module, device: torch.tensor(False))
     assert train(folder, tmp_path / "run", epochs=1) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("rank", "numel", "own"), [(0, 3, 2), (1, 3, 1), (1, 2, 0), (3, 5, 0)])
+def test_what_pads_a_partition_is_no_weight(monkeypatch, rank, numel, own, value):
+    """Partitions of two elements, of a weight of `numel`: only the first `own` of this rank's are weights."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: {"the ranks": rank}[group])
+    net = nn.Linear(1, 1)
+    for parameter in net.parameters():
+        parameter.ds_tensor, parameter.ds_numel, parameter.ds_process_group = torch.ones(2), numel, "the ranks"
+    net.weight.ds_tensor[own:] = value
+    assert weights_are_finite(net)
+    assert bool(weights_seem_finite(net, torch.device("cpu")))
+    if own:
+        net.weight.ds_tensor[own - 1] = value
+        assert not weights_are_finite(net)
+        assert not bool(weights_seem_finite(net, torch.device("cpu")))

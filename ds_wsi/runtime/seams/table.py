@@ -118,7 +118,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_PARAMETERS}:*.ds_shape", "zero3", "a parameter's whole shape", _BOTH),
     Seam(f"{_PARAMETERS}:*.ds_numel", "zero3", "a parameter's whole size", _ENGINES + _TRAINING),
     Seam(f"{_PARAMETERS}:*.ds_tensor", "zero3", "this rank's part of a parameter", _ENGINES + _TRAINING),
-    Seam(f"{_PARAMETERS}:*.ds_process_group", "zero3", "who shares a parameter", _ENGINES),
+    Seam(f"{_PARAMETERS}:*.ds_process_group", "zero3", "who shares a parameter", _ENGINES + _TRAINING),
     Seam(f"{_PARAMETERS}:*.partition_numel", "zero3", "the size of a rank's part", _ENGINES),
     Seam("deepspeed.runtime.zero.parameter_offload:*.ds_z3_leaf_module", "zero3", "a leaf's parameters", _PARTITION),
     # --- DeepSpeed: where an engine hands over its gradients (replaced on an instance) ---
