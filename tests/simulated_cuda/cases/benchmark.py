@@ -12,7 +12,7 @@ from typing import Any
 
 from ds_wsi.partition import PartitionPolicy
 from ds_wsi.partition.planning.rates import ASSUMED
-from launch.benchmarks import partition_gpu
+from launch.benchmarks import gpu_bags, partition_gpu
 from simulated_cuda.cases import report, run_script
 
 PARTS = "image,bags"  # test_modes.py has what "exact" has; the others take long
@@ -21,9 +21,10 @@ PARTS = "image,bags"  # test_modes.py has what "exact" has; the others take long
 def main(folder: Path) -> None:
     """Run the script; what it wrote."""
     module: Any = partition_gpu
+    bags: Any = gpu_bags
     module.probe = lambda device: ASSUMED[device.type]
     module.QUICK_GPU = replace(module.QUICK_GPU, bags=(24,))
-    module.PartitionPolicy = partial(PartitionPolicy, mode="offload", chunk_size=8)
+    bags.PartitionPolicy = partial(PartitionPolicy, mode="offload", chunk_size=8)
     options = (f"parts={PARTS}", "mode=offload", f"rows={folder / 'rows.json'}")
     given = [word for option in options for word in ("--option", option)]
     run_script("launch/benchmark.py", "partition_gpu", "--quick", "--output_dir", str(folder), *given)
