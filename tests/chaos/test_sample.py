@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from ds_wsi.training import checkpoint, loop, resume, run
+from ds_wsi.training import checkpoint, loop, output_folder, resume
 
 from . import launch
 from .campaign import attempt, warm_up
@@ -72,7 +72,7 @@ def test_silence_is_seen(root, monkeypatch):
 
 def test_a_stranger_is_seen(root, monkeypatch):
     """A run that sweeps its folder as a glob would."""
-    real = run.begin
+    real = output_folder.begin
 
     def sweeping(path):
         for one in path.glob(".*.tmp"):
@@ -80,7 +80,7 @@ def test_a_stranger_is_seen(root, monkeypatch):
                 one.unlink()
         real(path)
 
-    monkeypatch.setattr(run, "begin", sweeping)
+    monkeypatch.setattr(output_folder, "begin", sweeping)
     fallen(Case("kill", at=STEP), root, STRANGER)
 
 
