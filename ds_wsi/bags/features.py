@@ -102,14 +102,18 @@ def read_features(path: str | Path) -> FeatureBag:
     with _named_errors(path):
         features, coords = readers[path.suffix](path)
     features = features.reshape(_bag_shape(features.shape, path)).float()
-    broken = int((~features.isfinite().all(1)).sum())
-    if broken:
+    if broken := rows_not_finite(features):
         raise FeatureFileError(f"features must be finite, got {broken} rows that are not, of {len(features)} ({path})")
     if coords is not None:
         coords = coords.reshape(-1, 2).long()
         if len(coords) != len(features):
             raise FeatureFileError(f"coords must have a row per feature, {len(features)}, got {len(coords)} ({path})")
     return FeatureBag(features, coords)
+
+
+def rows_not_finite(features: Tensor) -> int:
+    """How many rows of features [N, D] hold infinity or no number."""
+    return int((~features.isfinite().all(1)).sum())
 
 
 def read_shape(path: str | Path) -> tuple[int, int]:

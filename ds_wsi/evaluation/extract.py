@@ -12,7 +12,15 @@ import torch
 
 from ds_wsi.bags.bag import FailureLog
 from ds_wsi.bags.cohort import Cohort
-from ds_wsi.bags.features import FORMAT, SUFFIXES, FeatureFileError, read_about, read_shape, write_features
+from ds_wsi.bags.features import (
+    FORMAT,
+    SUFFIXES,
+    FeatureFileError,
+    read_about,
+    read_shape,
+    rows_not_finite,
+    write_features,
+)
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.bags.problems import condensed
 from ds_wsi.bags.shards import shard_order
@@ -144,8 +152,7 @@ def extract_features(
 
 
 def _require_finite(features: torch.Tensor, slide_id: str) -> None:
-    broken = int((~features.isfinite().all(1)).sum())
-    if broken:
+    if broken := rows_not_finite(features):
         raise ValueError(
             f"features must be finite, got {broken} rows that are not, of {len(features)} (slide {slide_id}). HINT: "
             "--precision bf16 or no, where fp16 was given; or other weights."

@@ -30,7 +30,7 @@ def confusion_counts(labels: IntArray, predicted: IntArray, weights: FloatArray,
         classes: C.
 
     Returns:
-        Float64 [R, C, C]: of each row of weights the sums by true, then predicted class.
+        Float64 [R, C, C]: the sums of each row of weights, by true, then predicted class.
     """
     cells = np.zeros((len(labels), classes * classes))  # [N, C * C], one-hot
     cells[np.arange(len(labels)), labels * classes + predicted] = 1

@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_wsi.models.output import SlideOutput
-from ds_wsi.stacking.segment_ops import widened
+from ds_wsi.runtime.numerics import widened
+from ds_wsi.targets.sums import MISSING
 
-IGNORED_LABEL = -100  # torch's and the HF Trainer's: such a bag is in no sum and in no count
+IGNORED_LABEL = MISSING  # such a bag is in no sum and in no count
 
 
 def stack_loss(output: SlideOutput, labels: Tensor, weights: Tensor | None = None) -> Tensor:

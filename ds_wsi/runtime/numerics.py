@@ -35,6 +35,11 @@ def autocast_now(device: torch.device) -> Callable[[], AbstractContextManager[An
     return lambda: torch.autocast(kind, dtype=dtype, cache_enabled=False)
 
 
+def widened(values: Tensor) -> Tensor:
+    """Half precision as float32, wider types as they are: the type to accumulate in."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
 def memory_layout(x: Tensor) -> torch.memory_format:
     """Channels last where `x` is stored so, else contiguous."""
     if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):

@@ -10,6 +10,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from ds_wsi.runtime.numerics import widened
 from ds_wsi.stacking.stacked_bags import bounds_of, bounds_on, lengths_of
 
 
@@ -70,8 +71,3 @@ def segment_topk(values: Tensor, cu_seqlens: Tensor, k: int | Sequence[int]) -> 
     segments = segment_ids(bounds, count)
     positions = cu_seqlens[segments] + torch.arange(count, device=values.device) - bounds[segments]
     return order[positions], bounds
-
-
-def widened(values: Tensor) -> Tensor:
-    """Half precision as float32, wider types as they are: the type to accumulate in."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

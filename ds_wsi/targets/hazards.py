@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_wsi.runtime.numerics import widened
 from ds_wsi.runtime.words import counted
-from ds_wsi.targets.sums import MISSING, masked_sum, wide
+from ds_wsi.targets.sums import MISSING, masked_sum
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def hazard_loss(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha:g}. HINT: --nll_alpha 0 is the likelihood.")
-    z, present = wide(logits), bins != MISSING
+    z, present = widened(logits), bins != MISSING
     last = torch.where(present, bins, 0)[:, None]  # [B, 1]
     log_hazards = F.logsigmoid(z).gather(1, last).squeeze(1)
     # Masked, not subtracted from the sum through the bin: of a hazard near 1 the difference would keep nothing.
@@ -112,7 +113,7 @@ def hazard_loss(
 
 def hazard_survival(logits: Tensor) -> Tensor:
     """S_k = prod_{j <= k} (1 - h_j), the chance of no event through bin k: [B, K] of logits [B, K]."""
-    return F.logsigmoid(-wide(logits)).cumsum(1).exp()
+    return F.logsigmoid(-widened(logits)).cumsum(1).exp()
 
 
 def hazard_risk(logits: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_wsi.targets.sums import masked_sum, wide
+from ds_wsi.runtime.numerics import widened
+from ds_wsi.targets.sums import masked_sum
 
 
 def multilabel_loss(
@@ -30,7 +31,7 @@ def multilabel_loss(
             f"targets must have the logits' shape, {list(logits.shape)}, got {list(targets.shape)}. HINT: one column "
             "per label, empty where it is missing."
         )
-    z, present = wide(logits), ~targets.isnan()
+    z, present = widened(logits), ~targets.isnan()
     safe = torch.where(present, targets, 0.0).to(z.dtype)
     factors = None if pos_weight is None else pos_weight.to(z)
     losses = F.binary_cross_entropy_with_logits(z, safe, reduction="none", pos_weight=factors)

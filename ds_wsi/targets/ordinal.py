@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_wsi.targets.sums import MISSING, masked_sum, single_output, wide
+from ds_wsi.runtime.numerics import widened
+from ds_wsi.targets.sums import MISSING, masked_sum, single_output
 
 
 def bits_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -55,7 +56,7 @@ def corn_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> 
 
 def coral_logits(scores: Tensor, biases: Tensor) -> Tensor:
     """CORAL's logits [B, K - 1], of scores f [B] or [B, 1] and biases [K - 1], which are trained."""
-    return single_output(scores)[:, None] + wide(biases)
+    return single_output(scores)[:, None] + widened(biases)
 
 
 def coral_biases(n_classes: int) -> Tensor:
@@ -65,7 +66,7 @@ def coral_biases(n_classes: int) -> Tensor:
 
 def link_cuts(raw: Tensor) -> Tensor:
     """Ordered cuts c [K - 1] of the numbers that are trained: c_0 = raw_0, c_k = c_{k-1} + softplus(raw_k)."""
-    numbers = wide(raw)
+    numbers = widened(raw)
     return torch.cat([numbers[:1], F.softplus(numbers[1:])]).cumsum(0)
 
 
@@ -97,19 +98,19 @@ def link_loss(scores: Tensor, raw: Tensor, labels: Tensor, weights: Tensor | Non
     edge = below.new_zeros(len(below), 1)  # P(y <= K - 1) = 1 and P(y <= -1) = 0: no term
     upper = torch.cat([F.logsigmoid(below), edge], dim=1)
     lower = torch.cat([edge, F.logsigmoid(-below)], dim=1)
-    between = F.pad(F.logsigmoid(wide(raw)[1:]), (1, 1))  # [K]
+    between = F.pad(F.logsigmoid(widened(raw)[1:]), (1, 1))  # [K]
     losses = -(upper + lower + between).gather(1, labels).squeeze(1)
     return masked_sum(losses, present, weights)
 
 
 def chances_above(logits: Tensor) -> Tensor:
     """P(y > k), [B, K - 1], of the logits of `bits_loss`: those of bits need not fall with k."""
-    return wide(logits).sigmoid()
+    return widened(logits).sigmoid()
 
 
 def corn_chances_above(logits: Tensor) -> Tensor:
     """P(y > k) = prod_{j <= k} sigmoid(z_j), [B, K - 1], of the logits of `corn_loss`."""
-    return F.logsigmoid(wide(logits)).cumsum(1).exp()
+    return F.logsigmoid(widened(logits)).cumsum(1).exp()
 
 
 def link_chances_above(scores: Tensor, raw: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ def raw_score(above: Tensor) -> Tensor:
 
 def _bit_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The questions' cross-entropies [B, K - 1], and which bags are labelled, [B, 1]."""
-    z, present = wide(logits), labels != MISSING
+    z, present = widened(logits), labels != MISSING
     n_questions = z.shape[1]
     bits_of = torch.ones(n_questions + 1, n_questions, dtype=z.dtype, device=z.device).tril(-1)  # [y, k] = [y > k]
     # Looked up, not compared: a class that does not exist would pass for the last or the first.

@@ -7,12 +7,9 @@ it is divided by belongs to the whole step and comes from outside, see `targets.
 import torch
 from torch import Tensor
 
+from ds_wsi.runtime.numerics import widened
+
 MISSING = -100  # a class or a bin that is not known: torch's and the HF Trainer's number; of real targets it is NaN
-
-
-def wide(outputs: Tensor) -> Tensor:
-    """Outputs in the type in which losses are computed: half precision as float32, wider types as they are."""
-    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 def single_output(outputs: Tensor) -> Tensor:
@@ -28,7 +25,7 @@ def single_output(outputs: Tensor) -> Tensor:
             f"outputs must be one per bag, [B] or [B, 1], got {list(outputs.shape)}. HINT: build the head with "
             "num_outputs 1, or take the target's own column."
         )
-    return wide(outputs).reshape(-1)
+    return widened(outputs).reshape(-1)
 
 
 def masked_sum(losses: Tensor, present: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -50,4 +47,4 @@ def connected_zero(outputs: Tensor) -> Tensor:
 
     Not 0 x outputs: that is NaN where an output is not finite.
     """
-    return wide(outputs)[:0].sum()
+    return widened(outputs)[:0].sum()

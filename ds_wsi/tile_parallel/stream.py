@@ -16,10 +16,9 @@ from torch.autograd.function import once_differentiable
 from ds_wsi.models.aggregators.pooled import PooledAggregator
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.population import takes_population
-from ds_wsi.runtime.numerics import autocast_now
+from ds_wsi.runtime.numerics import autocast_now, widened
 from ds_wsi.runtime.seams import AnyBatchNorm, is_zero3_part
 from ds_wsi.runtime.seeding import generator_states, keyed_generators, set_generator_states
-from ds_wsi.stacking.segment_ops import widened
 from ds_wsi.tile_parallel.collectives import Traffic, max_over, sum_over
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ds_wsi.models.aggregators.gated_attention import GatedAttention
 from ds_wsi.models.aggregators.pooled import PooledAggregator, attention_pool
 from ds_wsi.models.output import SlideOutput
+from ds_wsi.runtime.numerics import widened
 from ds_wsi.stacking.randomness import bag_draws
-from ds_wsi.stacking.segment_ops import segment_sum, segment_topk, widened
+from ds_wsi.stacking.segment_ops import segment_sum, segment_topk
 from ds_wsi.stacking.stacked_bags import StackedBags, lengths_of
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ds_wsi.models.aggregators.gated_attention import GatedAttention, xavier_linears
 from ds_wsi.models.aggregators.pooled import PooledAggregator, attention_pool
 from ds_wsi.models.output import SlideOutput
-from ds_wsi.stacking.segment_ops import segment_ids, segment_mean, segment_topk, widened
+from ds_wsi.runtime.numerics import widened
+from ds_wsi.stacking.segment_ops import segment_ids, segment_mean, segment_topk
 from ds_wsi.stacking.stacked_bags import StackedBags
 
 BAG_WEIGHT = 0.7  # of the bag's loss in the original's weighted mean; the instances' loss has the rest

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_wsi.models.output import SlideOutput
-from ds_wsi.stacking.segment_ops import segment_ids, segment_softmax, segment_sum, segment_topk, widened
+from ds_wsi.runtime.numerics import widened
+from ds_wsi.stacking.segment_ops import segment_ids, segment_softmax, segment_sum, segment_topk
 from ds_wsi.stacking.stacked_bags import StackedBags
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ds_wsi.models.aggregators.gated_attention import xavier_linears
 from ds_wsi.models.aggregators.per_bag import PerBagAggregator
-from ds_wsi.stacking.segment_ops import widened
+from ds_wsi.runtime.numerics import widened
 
 BLOCK_ELEMENTS = 2**25  # of attention maps that are computed at once
 

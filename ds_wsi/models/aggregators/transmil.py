@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_wsi.models.aggregators.per_bag import PerBagAggregator
-from ds_wsi.stacking.segment_ops import widened
+from ds_wsi.runtime.numerics import widened
 
 PINV_ITERATIONS = 6
 RESIDUAL_KERNEL = 33

@@ -86,7 +86,7 @@ def check_case(case: Case, sample: Tensor, tiles: int | None = None) -> str:
     Args:
         case: what is compared.
         sample: tiles [n, ...] on the device, of which 4, 6 or 8 may be taken where the module does not take 5.
-        tiles: of the call; None for as many.
+        tiles: how many the call has; None: as many as the sample.
 
     Returns:
         Why nothing could be said; "" where the partition is exact.

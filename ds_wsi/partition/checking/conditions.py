@@ -34,8 +34,8 @@ def by_number(case: Case, held: Restored, tiles: Tensor, count: int) -> tuple[bo
     Args:
         case: what is checked.
         held: the module.
-        tiles: of the check.
-        count: of the call's tiles.
+        tiles: the check's few tiles.
+        count: how many tiles the call has.
 
     Returns:
         (Whether it does for 4 and 6 tiles, as a loop over tiles; why it is refused: it does for `count` alone).
@@ -118,7 +118,7 @@ def by_value(case: Case, held: Restored, tiles: Tensor, seen: list[tuple[str, An
     Args:
         case: what is checked.
         held: the module.
-        tiles: of the check.
+        tiles: the check's few tiles.
         seen: what it reads of them, see `Reads`.
     """
 

@@ -14,6 +14,7 @@ from ds_wsi.partition.module.arguments import Arguments
 from ds_wsi.partition.module.observed import Calls, Operations, Reads, Recorded, copied, size, version_of
 from ds_wsi.partition.module.outputs import form_of, tensors_of
 from ds_wsi.partition.module.restored import Restored
+from ds_wsi.runtime.seams import storage_key
 
 INPUT_AFTER = "input after the call"
 _SMALL = 1e-2  # of the largest gradient: what is smaller is compared with that
@@ -92,7 +93,7 @@ class Trials:
         memory = self.held.memory()
 
         def refuse(tensor: Tensor) -> None:
-            name = memory.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+            name = memory.get(storage_key(tensor)) if tensor.layout is torch.strided else None
             if name is not None:
                 raise ForbiddenError(self.held.must_not_write(name))
 

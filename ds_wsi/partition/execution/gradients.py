@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from ds_wsi.partition.graph.contexts import is_detached
 from ds_wsi.partition.graph.trace import Traced
+from ds_wsi.runtime.seams import storage_key
 
 
 class GradientSums:
@@ -50,7 +51,7 @@ class GradientSums:
 
 def _place(tensor: Tensor) -> int:
     """Equal for tensors of one memory; an embedding's sparse gradient has none of its own."""
-    return id(tensor) if tensor.layout is not torch.strided else tensor.untyped_storage()._cdata
+    return id(tensor) if tensor.layout is not torch.strided else storage_key(tensor)
 
 
 def gradient_needs(traced: Traced, wants_input_grad: bool) -> dict[fx.Node, bool]:

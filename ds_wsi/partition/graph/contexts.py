@@ -13,7 +13,7 @@ class Surroundings(NamedTuple):
 
     Args:
         graded: whether autograd followed it.
-        kind: of the device.
+        kind: the device's type, which names autocast's settings.
         dtype: of autocast on it; None where that is off.
     """
 
@@ -23,7 +23,7 @@ class Surroundings(NamedTuple):
 
 
 def surroundings_now(kind: str, *, graded: bool) -> Surroundings:
-    """Those in force, where the forward has not cut itself off by no_grad."""
+    """The surroundings in force; `graded` is whether the forward has not cut itself off by no_grad."""
     graded = graded and not torch.is_inference_mode_enabled()
     return Surroundings(graded, kind, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
 
@@ -35,7 +35,7 @@ def is_detached(node: fx.Node) -> bool:
 
 
 def surroundings_of(node: fx.Node) -> AbstractContextManager[None]:
-    """Those that the forward has entered around the operation; nothing where it has entered none."""
+    """A context of what the forward entered around the operation; an empty one where it entered none."""
     found = node.meta.get("surroundings")
     return nullcontext() if found is None else _entered(found)
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_wsi.partition.module.outputs import tensors_of
 from ds_wsi.runtime.memory import host_allocation
+from ds_wsi.runtime.seams import storage_key, writes_to_inputs
 
 Seen = Callable[[str, str, list[Tensor]], None]  # a sub-module, the one that called it, tensors
 
@@ -130,7 +131,7 @@ class Operations(TorchDispatchMode):
         generator = kwargs.get("generator")
         if generator is not None:
             self.found(generator, self.calls.innermost)
-        if func._schema.is_mutable:
+        if writes_to_inputs(func):
             for index, place in enumerate(func._schema.arguments):
                 item = args[index] if index < len(args) else kwargs.get(place.name)
                 if place.alias_info is not None and place.alias_info.is_write and isinstance(item, Tensor):
@@ -167,7 +168,7 @@ class Reads(TorchDispatchMode):
             place = len(self.seen)
             self.seen.append((self.calls.innermost, result))
             return self.wrong.get(place, result)
-        written = given if func._schema.is_mutable else []
+        written = given if writes_to_inputs(func) else []
         for item in (*written, *pytree.tree_leaves(result)):
             if isinstance(item, Tensor):
                 self.mark(item)
@@ -176,11 +177,10 @@ class Reads(TorchDispatchMode):
     def mark(self, tensor: Tensor) -> None:
         """These are the tiles, or a tensor that depends on them."""
         if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
-            self._known[storage._cdata] = StorageWeakRef(storage)
+            self._known[storage_key(tensor)] = StorageWeakRef(tensor.untyped_storage())
 
     def _depends(self, tensor: Tensor) -> bool:
-        known = self._known.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+        known = self._known.get(storage_key(tensor)) if tensor.layout is torch.strided else None
         return known is not None and not known.expired()
 
 

@@ -22,6 +22,7 @@ from ds_wsi.partition.module.holdings import (
     refill,
     tensors_of_part,
 )
+from ds_wsi.runtime.seams import storage_key
 
 
 class LocalNorm(_BatchNorm):
@@ -105,7 +106,7 @@ class Restored:
         with torch.no_grad():
             self._refill(copies)
             for stand_in, value in self._values.values():
-                if _storage(stand_in) != _storage(value):
+                if storage_key(stand_in) != storage_key(value):
                     stand_in.data = value
             for part, base in self._base.items():
                 part.__dict__.clear()
@@ -166,7 +167,7 @@ class Restored:
         for part, name in self.names.items():
             for key, item in self._base[part]["_parameters"].items():
                 if item is not None and (
-                    part._parameters.get(key) is not item or _storage(item) != _storage(self._values[id(item)][1])
+                    part._parameters.get(key) is not item or storage_key(item) != storage_key(self._values[id(item)][1])
                 ):
                     return f"{name}.{key}" if name else key
         return None
@@ -195,7 +196,7 @@ class Restored:
     def memory(self) -> dict[int, str]:
         """The names of the parameters, by the storages of their stand-ins."""
         names = self.parameters()
-        return {_storage(value): names[key] for key, (_, value) in self._values.items() if value.numel()}
+        return {storage_key(value): names[key] for key, (_, value) in self._values.items() if value.numel()}
 
     def _original(self, part: nn.Module) -> dict[str, Any]:
         return next(held for saved, _, held in self._saved if saved is part)
@@ -226,10 +227,6 @@ class Restored:
             if tensor.is_leaf and tensor.requires_grad:
                 copies[id(tensor)].requires_grad_()
         return copies[id(tensor)]
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _is_state(item: Any) -> bool:
