@@ -1,5 +1,6 @@
 """Broken worlds for the processes that test_doctor.py starts; a module of its own, which imports no torch."""
 
+import atexit
 import os
 import signal
 import sys
@@ -20,6 +21,11 @@ def hang_on_rank_1(pid_file: str) -> None:
 
 def crash() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def answer_and_crash_at_exit() -> str:
+    atexit.register(os.abort)
+    return "the answer"
 
 
 def leave() -> None:

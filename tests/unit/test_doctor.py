@@ -63,6 +63,10 @@ def test_a_crash_and_an_error_are_told_in_a_line(function, n_ranks, words):
     assert str(left.value) == words
 
 
+def test_an_answer_stands_although_the_process_dies_at_its_exit():
+    assert apart(worlds.answer_and_crash_at_exit, n_ranks=2, timeout_s=30) == ["the answer", "the answer"]
+
+
 def test_the_worst_finding_is_that_of_all_ranks():
     assert worst([Finding(PASS, "a"), Finding(WARN, "b"), Finding(PASS, "c")]).found == "b"
     assert worst([Finding(WARN, "a"), Finding(FAIL, "b")]).found == "b"
