@@ -67,8 +67,8 @@ def _local(parameter: nn.Parameter) -> Tensor:
     partition = getattr(whole, "ds_tensor", None)
     if partition is None:
         return whole.detach()
-    # Where a weight does not divide, the last partitions are longer than what is left of it; in the rest of a gradient
-    # DeepSpeed leaves whatever its memory held before, and an optimizer steps that too.
+    # Where a weight does not divide, the last partitions are longer than what is left of it. In their rest DeepSpeed
+    # leaves whatever its memory held before; its gradients are zero there: no norm and no search for overflow sees it.
     before = dist.get_rank(whole.ds_process_group) * partition.numel()
     return partition.detach().reshape(-1)[: max(0, whole.ds_numel - before)]
 
