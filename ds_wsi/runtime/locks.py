@@ -2,6 +2,9 @@
 
 The lock is the system's (POSIX record locks), which ends with the process however it dies, and holds between machines
 on network file systems that have locks. So no lock is ever stale: a file that a killed process left is taken over.
+
+[Note: a lock's file is opened once] The system lets a process's lock go when the process closes any descriptor of the
+file, whichever it was locked by. So what this process holds is answered from memory, and its file is not opened again.
 """
 
 import errno
@@ -31,7 +34,7 @@ NAME = re.compile(r"\.ds_wsi-[0-9a-f]{32}\.lock")
 PROGRAM = "ds_wsi"
 WAIT_S = 0.5
 _WITHOUT = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-_held: set[Path] = set()  # of this process, to which its own locks do not show
+_held: dict[Path, str] = {}  # what this process holds, to which its own locks do not show -> what it signed
 _told: set[Path] = set()
 
 
@@ -95,9 +98,28 @@ def take(path: Path) -> int | None:
     Raises:
         OSError: the folder is missing or cannot be written to, or the file is a symbolic link.
     """
-    path = path.absolute()
-    if path in _held:
+    path, mark = _resolved(path), _record()
+    if _held.setdefault(path, mark) is not mark:  # in one operation: of two threads one takes it
         return None
+    try:
+        descriptor = _locked(path)
+        if descriptor is None:
+            del _held[path]
+            return None
+        try:
+            with naming_full_disk(path.parent):
+                _sign(descriptor, mark)
+        except BaseException:
+            _let_go(path, descriptor)
+            raise
+    except BaseException:
+        del _held[path]
+        raise
+    return descriptor
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor of the file, locked and still the one of that name; None where another process holds it."""
     while True:
         with naming_full_disk(path.parent):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -115,24 +137,28 @@ def take(path: Path) -> int | None:
                     "%s: its file system has no locks (%s); start no second command there", path.parent, error.strerror
                 )
         if _is_still_there(path, descriptor):
-            break
+            return descriptor
         os.close(descriptor)  # the one that held it has removed it: the next file of the name is another
-    try:
-        with naming_full_disk(path.parent):
-            _sign(descriptor)
-    except BaseException:
-        release(path, descriptor)
-        raise
-    _held.add(path)
-    return descriptor
 
 
 def release(path: Path, lock: int) -> None:
     """Give a lock back that `take` gave, and remove its file."""
+    path = _resolved(path)
+    try:
+        _let_go(path, lock)
+    finally:
+        _held.pop(path, None)  # last: see [Note: a lock's file is opened once]
+
+
+def _let_go(path: Path, descriptor: int) -> None:
     with suppress(OSError):
         os.unlink(path)
-    _held.discard(path.absolute())
-    os.close(lock)
+    os.close(descriptor)
+
+
+def _resolved(path: Path) -> Path:
+    """The one name of a lock in this process, however its folder is spelt; the file itself may be a link, to refuse."""
+    return path.parent.resolve() / path.name
 
 
 def remove_dead_locks(folder: Path) -> None:
@@ -145,7 +171,8 @@ def remove_dead_locks(folder: Path) -> None:
 def holder(path: Path) -> str:
     """Who holds a lock, in words."""
     try:
-        record = read_json(path, "a lock")
+        signed = _held.get(_resolved(path))  # see [Note: a lock's file is opened once]
+        record = read_json(path, "a lock") if signed is None else json.loads(signed)
         here = " on this machine" if record["host"] == socket.gethostname() else f" on {record['host']}"
         return f"process {record['pid']}{here} ({record['command']}, since {record['since']})"
     except (OSError, ValueError, KeyError, TypeError):
@@ -293,9 +320,16 @@ def _is_still_there(path: Path, descriptor: int) -> bool:
     return (by_path.st_dev, by_path.st_ino) == (by_descriptor.st_dev, by_descriptor.st_ino)
 
 
-def _sign(descriptor: int) -> None:
+def _record() -> str:
+    """Who this process is, for those that find its lock."""
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]).strip() or PROGRAM
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since, "command": command})
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since, "command": command})
+
+
+def _sign(descriptor: int, record: str) -> None:
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode(), 0)
+    os.pwrite(descriptor, record.encode(), 0)
+
+
+os.register_at_fork(after_in_child=_held.clear)  # the parent holds them, and the system says so

@@ -12,7 +12,18 @@ from tiny_runs import train, write_cohort
 
 from ds_wsi.cli import main
 from ds_wsi.evaluation import extract
-from ds_wsi.runtime.locks import Claims, HeldError, is_lock, lock_path, only_one, release, shared_map, take
+from ds_wsi.runtime.locks import (
+    Claims,
+    HeldError,
+    holder,
+    is_lock,
+    lock_path,
+    only_one,
+    release,
+    remove_dead_locks,
+    shared_map,
+    take,
+)
 from ds_wsi.training import loop
 
 FORK = multiprocessing.get_context("fork")
@@ -66,10 +77,67 @@ def test_a_forked_child_neither_holds_nor_frees_its_parents_lock(tmp_path):
 
 
 def _try(path, queue):
+    queue.put(take(path) is not None)
+
+
+def _another_gets_it(path):
+    process = FORK.Process(target=_try, args=(path, queue := FORK.Queue()))
+    process.start()
+    got = queue.get(timeout=10)
+    process.join()
+    return got
+
+
+@pytest.mark.parametrize("spelt", ["as it is", "by a link", "through another folder"])
+def test_a_second_attempt_in_the_process_does_not_let_the_lock_go(tmp_path, spelt):
+    """Closing any descriptor of a locked file would: neither asking for it nor asking who holds it may open it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    again = {"as it is": folder, "by a link": tmp_path / "link", "through another folder": tmp_path / "other/../run"}
+    with only_one(folder, "--output_dir", "wait"):
+        with (
+            pytest.raises(HeldError, match=f"process {os.getpid()} on this machine"),
+            only_one(again[spelt], "--output_dir", "wait"),
+        ):
+            pass
+        assert take(lock_path(again[spelt])) is None
+        assert str(os.getpid()) in holder(lock_path(again[spelt]))
+        remove_dead_locks(again[spelt])
+        assert not _another_gets_it(lock_path(folder))
+    assert _another_gets_it(lock_path(folder))
+
+
+def test_of_two_threads_that_ask_at_once_one_gets_it(tmp_path, monkeypatch):
     from ds_wsi.runtime import locks
 
-    locks._held.clear()  # what the fork inherited
-    queue.put(take(path) is not None)
+    path, real, found = lock_path(tmp_path), locks._locked, []
+
+    def asked_for_meanwhile(wanted):
+        if not found:
+            found.append(None)
+            found[0] = take(path)
+        return real(wanted)
+
+    monkeypatch.setattr(locks, "_locked", asked_for_meanwhile)
+    lock = take(path)
+    assert lock is not None
+    assert found == [None], "both got it"
+    assert not _another_gets_it(path)
+    release(path, lock)
+
+
+def test_what_could_not_be_locked_is_not_taken_for_held(tmp_path):
+    path = lock_path(tmp_path / "none")
+    with pytest.raises(FileNotFoundError):
+        take(path)
+    path.parent.mkdir()
+    process = held_by_another(path)
+    assert take(path) is None
+    process.kill()
+    process.join()
+    release(path, take(path))
 
 
 def test_a_symbolic_link_is_not_followed(tmp_path):
@@ -184,9 +252,6 @@ def test_the_same_command_twice_is_refused_and_the_first_goes_on(tmp_path, monke
 
 
 def _second(folder, queue):
-    from ds_wsi.runtime import locks
-
-    locks._held.clear()
     loop.train_step = None
     queue.put(train(folder, folder / "run", "--resume_from_checkpoint", epochs=1))
 

@@ -21,7 +21,6 @@ from ds_wsi.evaluation import extract, heatmap, results
 from ds_wsi.evaluation.parts import Parts
 from ds_wsi.models import ModelConfig, build_model, resolve_encoder
 from ds_wsi.models.config import save_model
-from ds_wsi.runtime import locks
 from ds_wsi.runtime.environment import command_line
 from ds_wsi.runtime.shards import ALONE, Shard, local_index, parse_shard, shard_of
 from ds_wsi.slides import masks
@@ -177,7 +176,6 @@ def commands(root, manifest, model):
 
 def run_all(lines, log, environ, dies_at=0, dies_after=False, together=None):
     """All commands; the process kills itself at its n-th piece of work, before or after it is written."""
-    locks._held.clear()
     os.environ.update(environ)
     begun = [0]
     if together is not None:
