@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_wsi.engines.accelerator.engine import Accelerator, broadcast_object_list
-from ds_wsi.runtime.files import link_or_copy, sync_directory, sync_file, write_json
+from ds_wsi.runtime.files import link_or_copy, open_file, read_file, sync_directory, sync_file, write_json
 from ds_wsi.runtime.full_disk import naming_full_disk
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.temporary import temporary_folder
@@ -30,7 +30,7 @@ from ds_wsi.training.saver import Patience, Saver
 
 FORMAT = "ds_wsi.checkpoint.2"
 FILE_LIST = "files.json"
-STATE = "state.json"
+STATE, MODEL = "state.json", "model.safetensors"
 PENDING_WEIGHTS = "pending-validation.safetensors"  # of the last finished epoch, where it is not validated yet
 NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -202,7 +202,7 @@ def _await_part(temporary: Path, rank: int, patience: Patience) -> dict[str, Wri
                 f"a checkpoint must have the files of every process, got none of rank {rank} in time "
                 f"({temporary.name}). HINT: --output_dir must be a folder that all processes share."
             )
-    answer = json.loads(place.read_text(encoding="utf-8"))
+    answer = json.loads(read_file(place))
     if "failed" in answer:
         raise RuntimeError(f"rank {rank} could not write its part of {temporary.name}: {answer['failed']}")
     return {name: Written(**entry) for name, entry in answer["files"].items()}
@@ -215,7 +215,7 @@ def remove_checkpoint(directory: Path) -> None:
     name was not written by the run: it stays, with the folder, and a warning names it. Symbolic links are not followed.
     """
     try:
-        listed = json.loads((directory / FILE_LIST).read_text(encoding="utf-8"))
+        listed = json.loads(read_file(directory / FILE_LIST))
     except (OSError, ValueError, RecursionError):
         listed = None
     names = {*listed, FILE_LIST} if isinstance(listed, dict) else set()
@@ -271,7 +271,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ValueError: of an earlier version, whose files are not opened; or no such state.
     """
     try:
-        state: Any = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state: Any = json.loads(read_file(checkpoint / STATE))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{STATE} of {checkpoint} must be JSON, got {error}. HINT: an earlier checkpoint.") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -339,13 +339,17 @@ def verify(directory: Path) -> str | None:
     if not (directory / FILE_LIST).is_file():
         return f"{FILE_LIST} is missing"
     try:
-        listed = json.loads((directory / FILE_LIST).read_text(encoding="utf-8"))
+        listed = json.loads(read_file(directory / FILE_LIST))
     except (ValueError, RecursionError):
         return f"{FILE_LIST} is not JSON"
     # A damaged list can still be JSON.
     entries = listed.values() if isinstance(listed, dict) else ()
     if not entries or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries):
         return f"{FILE_LIST} does not list files with bytes and sha256"
+    # All that is read must be listed, or it would be used as it is.
+    unlisted = {STATE, MODEL, *(path.name for path in directory.glob("*.safetensors"))} - listed.keys()
+    if unlisted:
+        return f"{FILE_LIST} does not list {', '.join(sorted(unlisted))}"
     for name, entry in listed.items():
         path = directory / name
         if not path.is_file():
@@ -358,5 +362,5 @@ def verify(directory: Path) -> str | None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

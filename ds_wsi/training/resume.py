@@ -25,13 +25,13 @@ from ds_wsi.runtime.files import link_or_copy
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.tensor_file import of_rank, open_tensors
 from ds_wsi.training import own_statistics
-from ds_wsi.training.checkpoint import FORMAT, PENDING_WEIGHTS, Contents, read_state, save_checkpoint
+from ds_wsi.training.checkpoint import FORMAT, MODEL, PENDING_WEIGHTS, Contents, read_state, save_checkpoint
 from ds_wsi.training.norm_plan import has_moving_norms
 from ds_wsi.training.random_state import put_random, take_random
 from ds_wsi.training.run import Progress, Run
 from ds_wsi.training.same_run import fingerprint, require_same
 
-MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "weight_average.safetensors"
+OPTIMIZER, AVERAGE = "optimizer.safetensors", "weight_average.safetensors"
 RANDOM, STATISTICS = "random", "statistics"  # a file a process
 
 

@@ -112,6 +112,37 @@ def test_a_torn_list_is_named(tmp_path, text):
     assert "files.json" in verify(folder)
 
 
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "rank-00001.safetensors"])
+def test_what_would_be_read_and_is_not_listed_is_named(tmp_path, name):
+    """It would be used without its SHA-256."""
+    folder = write_checkpoint(tmp_path / "checkpoint-1")
+    listed = json.loads((folder / FILE_LIST).read_text())
+    listed.pop(name, None)
+    (folder / FILE_LIST).write_text(json.dumps(listed))
+    (folder / name).touch()
+    assert verify(folder) == f"files.json does not list {name}"
+    (folder / name).unlink()
+    assert (verify(folder) is None) == (name == "rank-00001.safetensors")
+
+
+@pytest.mark.parametrize("name", [FILE_LIST, "state.json", "model.safetensors"])
+def test_a_pipe_in_a_checkpoint_is_waited_for_nowhere(tmp_path, name, messages):
+    folder = write_checkpoint(tmp_path / "checkpoint-1")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert verify(folder) == f"{name} is missing"
+    if name == FILE_LIST:
+        remove_checkpoint(folder)
+        assert (folder / "state.json").is_file()
+        assert "is kept" in messages[-1]
+    listed = {"a": {"bytes": 0, "sha256": ""}}
+    if name == "state.json":
+        (folder / FILE_LIST).write_text(json.dumps(listed))
+        assert "does not list" in verify(folder)
+        with pytest.raises(ValueError, match=r"state\.json must be a file, got a pipe"):
+            read_state(folder)
+
+
 def test_any_flipped_byte_of_the_list_is_noticed(tmp_path):
     folder = write_checkpoint(tmp_path / "checkpoint-1")
     content = (folder / FILE_LIST).read_bytes()
@@ -243,7 +274,7 @@ class OneProcess:
 def save_one(saver, folder, step):
     saver.make_room()
     own = {"own.safetensors": {"x": torch.arange(3)}}
-    save_checkpoint(saver, OneProcess(), folder, step, Contents({}, {}, own), 2)
+    save_checkpoint(saver, OneProcess(), folder, step, Contents({}, {"model.safetensors": {"w": torch.ones(2)}}, own), 2)
 
 
 def save(folder, step):

@@ -37,6 +37,7 @@ from ds_wsi.slides.coords import import_clam, read_grid
 from ds_wsi.slides.masks import find_mask
 from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.slides.slide import SlideError
+from ds_wsi.training.checkpoint import read_state
 from ds_wsi.training.run_folder import is_run_folder, logging_to
 from ds_wsi.training.yaml_config import read_yaml
 
@@ -65,6 +66,7 @@ READERS = {
     "coordinates": (lambda path: import_clam(path, None), "a.h5"),
     "weights": (read_weights, "a.safetensors"),
     "checkpoint": (lambda path: open_tensors(path).__enter__(), "a.safetensors"),
+    "state": (lambda path: read_state(path.parent), "state.json"),
     "encoder": (lambda path: load_encoder_weights(torch.nn.Linear(1, 1), path), "a.pth"),
     "mask": (lambda path: find_mask(path.parent, path.stem), "a.geojson"),
     "features": (read_features, "a.pt"),
