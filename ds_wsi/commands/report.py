@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ds_wsi.commands.parser import add_command
 from ds_wsi.evaluation.metrics import METRIC_NAMES
+from ds_wsi.runtime.bounds import MOST_RESAMPLES, MOST_SEED, whole
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.own_files import begins_with, require_ours
@@ -18,8 +19,10 @@ def add_compare(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("run_a", metavar="RUN_A", help="a run's folder, the baseline")
     parser.add_argument("run_b", metavar="RUN_B", help="the other run's folder")
     parser.add_argument(*spellings("output_dir"), required=True, help="folder for comparison.json")
-    parser.add_argument(*spellings("n_resamples"), type=int, default=2000, help="bootstrap draws (default: 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
+    parser.add_argument(
+        *spellings("n_resamples"), type=whole(1, MOST_RESAMPLES), default=2000, help="bootstrap draws (default: 2000)"
+    )
+    parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="seed of the bootstrap (default: 0)")
 
 
 def run_compare(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from ds_wsi.commands.cohort import (
     tiling_of,
 )
 from ds_wsi.commands.parser import add_command
+from ds_wsi.runtime.bounds import MOST_WORKERS, whole
 from ds_wsi.runtime.locks import in_turn, lock_path, remove_dead_locks, shared_map
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress, duration
@@ -49,12 +50,17 @@ def add_tile(subparsers: argparse._SubParsersAction) -> None:
         )
     parser.add_argument("--store", metavar="DIR", help="also pack the tiles there, for training with --tile_store DIR")
     parser.add_argument(
-        *spellings("jpeg_quality"), type=int, default=90, help="JPEG quality of packed tiles, 1 to 100 (default: 90)"
+        *spellings("jpeg_quality"),
+        type=whole(1, 100),
+        default=90,
+        help="JPEG quality of packed tiles, 1 to 100 (default: 90)",
     )
     parser.add_argument(
         "--verify", action="store_true", help="check the tiles that are packed, pack damaged slides anew"
     )
-    parser.add_argument("--workers", type=int, default=1, help="number of threads, a slide each (default: 1)")
+    parser.add_argument(
+        "--workers", type=whole(1, MOST_WORKERS), default=1, help="number of threads, a slide each (default: 1)"
+    )
 
 
 def run_tile(options: argparse.Namespace) -> None:

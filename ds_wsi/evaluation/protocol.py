@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_wsi.runtime.bounds import MOST_DRAWS, require_at_most
+
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
@@ -29,6 +31,7 @@ class EvaluationProtocol:
             raise ValueError(f"--eval_tiles must be at least 1, or all, got {self.tiles}")
         if self.runs < 1:
             raise ValueError(f"--eval_runs must be at least 1, got {self.runs}")
+        require_at_most("--eval_runs", self.runs, MOST_DRAWS)
         if self.tiles is None and self.runs > 1:
             raise ValueError(
                 f"--eval_runs must be 1 where all tiles are taken, got {self.runs}: the runs would be the same. "

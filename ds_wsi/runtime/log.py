@@ -43,13 +43,23 @@ class _Logger(logging.Logger):
 
 
 def rank() -> int:
-    """This process's rank as its launcher set it (0 without a launcher)."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's rank as its launcher set it (0 without a launcher).
+
+    Raises:
+        ValueError: RANK is no number.
+    """
+    text = os.environ.get("RANK") or "0"
+    if not text.isdecimal():
+        raise ValueError(f"RANK must be a number, got {text!r}. HINT: unset it, or start the command by its launcher.")
+    return int(text)
 
 
 def level_of_rank(level: int = logging.INFO) -> int:
-    """Everything on rank 0, warnings and errors on the others."""
-    return level if rank() == 0 else max(level, logging.WARNING)
+    """Everything on rank 0, warnings and errors on the others; everything too where RANK is no number."""
+    try:
+        return level if rank() == 0 else max(level, logging.WARNING)
+    except ValueError:  # who needs the rank refuses it: a help page does not
+        return level
 
 
 def _set_up_by_user() -> bool:

@@ -4,6 +4,7 @@ import re
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+MOST_BYTES = 2**60
 
 
 def parse_bytes(text: str, name: str = "a size") -> int:
@@ -15,10 +16,14 @@ def parse_bytes(text: str, name: str = "a size") -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"{name} must be bytes such as 24GiB or 800MB, got {text!r}")
-    size = int(float(match[1]) * _UNITS[match[2].lower()])
-    if size < 1:
-        raise ValueError(f"{name} must be positive, got {text!r}")
-    return size
+    size = float(match[1]) * _UNITS[match[2].lower()]
+    if not 1 <= size <= MOST_BYTES:
+        raise ValueError(f"{name} must be from 1 byte to {format_bytes(MOST_BYTES)}, got {_shortened(text)!r}")
+    return int(size)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) < 50 else f"{text[:40]}..."
 
 
 def format_bytes(size: int) -> str:

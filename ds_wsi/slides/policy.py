@@ -1,5 +1,6 @@
 """What a user asks of the tiling of slides."""
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from typing import Any
@@ -8,6 +9,8 @@ from ds_wsi.runtime.setting import Decides, setting
 
 TISSUE_RULES = ("auto", "grey", "otsu", "none")
 TISSUE_VERSION = 1  # of the rule "auto"; another value for every change of the masks that it makes
+POSSIBLE_MPP = (0.05, 10.0)  # of a slide, um/px, that a user may say: from 100x oil immersion to a macro camera
+POSSIBLE_TILE_MPP = (0.05, 1000.0)  # of tiles: from what any optics resolve to a few pixels a slide
 DEMO_DIRS = {"plain": "runs/demo_slides", "stains": "runs/demo_stains", "sparse": "runs/demo_sparse"}
 DEMO_TILE_SIZE_PX = 64  # what the demo cohort's regions were drawn for
 
@@ -93,6 +96,9 @@ class TilingPolicy:
         for name in ("mpp", "overview_mpp"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if not POSSIBLE_TILE_MPP[0] <= getattr(self, name) <= POSSIBLE_TILE_MPP[1]:
+                low, high = POSSIBLE_TILE_MPP
+                raise ValueError(f"{name} must be in [{low:g}, {high:g}] um/px, got {getattr(self, name):g}")
         if not 0 <= self.min_tissue_fraction <= 1:
             raise ValueError(f"min_tissue_fraction must be in [0, 1], got {self.min_tissue_fraction}")
         if len(self.grey_range) != 2 or not 0 <= self.grey_range[0] <= self.grey_range[1] <= 255:
@@ -112,3 +118,25 @@ def stored_tiling(values: Mapping[str, Any], key: str = "tiling") -> dict[str, A
             raise ValueError(f"{key}.use_saturation must be of type bool, got {used!r}")
         fields_of_today.setdefault("tissue", "otsu" if used else "grey")
     return fields_of_today
+
+
+def require_slide_mpp(value: float | None) -> None:
+    """Refuse a resolution that no slide has, before any is read.
+
+    Raises:
+        ValueError: names the option.
+    """
+    low, high = POSSIBLE_MPP
+    if value is not None and not low <= value <= high:
+        raise ValueError(f"--slide_mpp must be in [{low:g}, {high:g}] um/px, got {value:g}")
+
+
+def parse_slide_mpp(text: str) -> float:
+    """The resolution that is typed, as `require_slide_mpp` has it."""
+    try:
+        value = float(text)
+        require_slide_mpp(value)
+    except ValueError as error:
+        words = str(error).removeprefix("--slide_mpp ") if "must" in str(error) else f"must be a number, got {text!r}"
+        raise argparse.ArgumentTypeError(words) from error
+    return value

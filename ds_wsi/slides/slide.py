@@ -14,6 +14,7 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.slides.errors import SlideError, TileReadError
 from ds_wsi.slides.pixels import background_of, opaque, resize
 from ds_wsi.slides.plain import RESOLUTION_SOURCE
+from ds_wsi.slides.policy import POSSIBLE_MPP
 from ds_wsi.slides.readers import READ_ERRORS, open_handle
 
 __all__ = ["Slide", "SlideCache", "SlideError", "TileReadError"]
@@ -21,7 +22,6 @@ __all__ = ["Slide", "SlideCache", "SlideError", "TileReadError"]
 # um/px at level 0 that a file is believed: scanners have 0.12 (80x) to 2 (5x), and converters wrote values 10 times too
 # small (0.05 for 0.5, 0.1 for 1) and too large (2.5 for 0.25, 5 for 0.5).
 PLAUSIBLE_MPP = (0.11, 2.1)
-POSSIBLE_MPP = (0.05, 10.0)  # that a user may say: from 100x oil immersion to a macro camera
 SAME_MPP = 0.05  # mpp-x and mpp-y may differ by: square tiles are squares of tissue
 MPP_HINT = "HINT: give the true value in the manifest's `mpp` column, or with --slide_mpp."
 CM_IN_UM, INCH_IN_UM = 10_000.0, 25_400.0

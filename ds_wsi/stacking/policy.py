@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ds_wsi.runtime.bounds import MOST_MICRO_STEPS, MOST_TILES, require_at_most
 from ds_wsi.runtime.setting import Decides, setting
 
 FRAMEWORKS = ("dpgs", "classic", "padding", "sampling")
@@ -91,6 +92,8 @@ class StackingPolicy:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        require_at_most("virtual_workers", self.virtual_workers or 1, MOST_MICRO_STEPS)
+        require_at_most("sample_tiles", self.sample_tiles, MOST_TILES)
         for name in ("cost_per_tile", "cost_per_tile_squared", "pack_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

@@ -273,8 +273,8 @@ class OneProcess:
 
 def save_one(saver, folder, step):
     saver.make_room()
-    own = {"own.safetensors": {"x": torch.arange(3)}}
-    save_checkpoint(saver, OneProcess(), folder, step, Contents({}, {"model.safetensors": {"w": torch.ones(2)}}, own), 2)
+    shared, own = {"model.safetensors": {"w": torch.ones(2)}}, {"own.safetensors": {"x": torch.arange(3)}}
+    save_checkpoint(saver, OneProcess(), folder, step, Contents({}, shared, own), 2)
 
 
 def save(folder, step):

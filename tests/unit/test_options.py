@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_wsi.runtime.setting import size_in_bytes, tiles_or_all
+from ds_wsi.slides.policy import parse_slide_mpp
 from ds_wsi.training.optim import learning_rate_at
 from ds_wsi.training.options import add_train_options, settings_from
 from ds_wsi.training.setting_list import OPTIONS
@@ -54,6 +55,7 @@ EXAMPLES = {
     tiles_or_all: ("256", 256),
     int: ("3", 3),
     float: ("0.25", 0.25),
+    parse_slide_mpp: ("0.25", 0.25),
     str: ("x", "x"),
     "flag": (None, True),
     "switch": (None, True),

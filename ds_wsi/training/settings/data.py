@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ds_wsi.bags.policy import CHECKS
 from ds_wsi.runtime.setting import Decides, names, setting
-from ds_wsi.slides.policy import DEMO_DIRS
+from ds_wsi.slides.policy import DEMO_DIRS, parse_slide_mpp, require_slide_mpp
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class DataSettings:
         Decides.RESOLVED,
         resolved="grids",
         option="slide_mpp",
-        kind=float,
+        kind=parse_slide_mpp,
+        metavar="X",
         words="none, such slides are refused",
     )
     tissue_masks: str | None = setting(
@@ -136,9 +137,10 @@ class DataSettings:
     )
 
     def __post_init__(self) -> None:
-        """Refuse a demo beside a cohort."""
+        """Refuse a demo beside a cohort, and a resolution that is none."""
         if self.manifest is not None and self.demo != "plain":
             raise ValueError(f"--demo must not be given with --manifest, got {self.demo}. HINT: leave out one of them.")
+        require_slide_mpp(self.slide_mpp)
 
     @property
     def demo_folder(self) -> str:

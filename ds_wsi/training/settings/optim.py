@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ds_wsi.runtime.bounds import LARGEST_FACTOR, MOST_MICRO_STEPS, require_at_most
 from ds_wsi.runtime.choices import LEARNING_RATE, OPTIMIZERS, WEIGHT_DECAY
 from ds_wsi.runtime.setting import SWITCH, Decides, numbers, setting
 
@@ -98,6 +99,7 @@ class OptimSettings:
         for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        require_at_most("--gradient_accumulation_steps", self.gradient_accumulation_steps, MOST_MICRO_STEPS)
         for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
@@ -108,6 +110,8 @@ class OptimSettings:
             raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}")
         if self.encoder_learning_rate is not None and not 0 < self.encoder_learning_rate < float("inf"):
             raise ValueError(f"--encoder_learning_rate must be positive, got {self.encoder_learning_rate}")
+        for name in ("learning_rate", "encoder_learning_rate", "weight_decay", "max_grad_norm"):
+            require_at_most(f"--{name}", getattr(self, name) or 0, LARGEST_FACTOR)
         if self.class_weights is not None and not all(0 < weight < float("inf") for weight in self.class_weights):
             raise ValueError(f"--class_weights must be positive, got {self.class_weights}")
         if self.momentum and self.optim != "sgd":

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ds_wsi.evaluation.metrics import METRIC_NAMES
+from ds_wsi.runtime.bounds import LONGEST_TIMEOUT_S, require_at_most, require_seed
 from ds_wsi.runtime.choices import MEMORY_FORMATS, PRECISIONS, TF32
 from ds_wsi.runtime.setting import SWITCH, Decides, setting, tiles_or_all
 
@@ -215,6 +216,8 @@ class RunSettings:
             raise ValueError(f"--heatmaps must be at least 0, got {self.heatmaps}. HINT: 0 draws none.")
         if self.ddp_timeout < 1:
             raise ValueError(f"--ddp_timeout must be at least 1 second, got {self.ddp_timeout}")
+        require_at_most("--ddp_timeout", self.ddp_timeout, LONGEST_TIMEOUT_S)
+        require_seed("--seed", self.seed)
 
     @property
     def evaluation(self) -> "EvaluationProtocol":
