@@ -12,4 +12,4 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__fi
 from ds_wsi.cli import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(["protocol", "camelyon16", *sys.argv[1:]]))
+    sys.exit(main(["protocol", "camelyon16", *sys.argv[1:]], ends_process=True))

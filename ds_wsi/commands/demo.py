@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ds_wsi.commands.parser import add_command
 from ds_wsi.runtime.bounds import MOST_DRAWS, MOST_SEED, whole
+from ds_wsi.runtime.streams import show
 from ds_wsi.slides.demo import DEMOS, make_demo
 from ds_wsi.slides.policy import DEMO_DIRS
 from ds_wsi.training.compare import COMPARED
@@ -44,7 +45,7 @@ def run_demo(options: argparse.Namespace) -> None:
     folder = options.demo_dir or DEMO_DIRS[options.demo]
     if options.pretrained and not options.compare:
         raise ValueError("--pretrained must be given with --compare, got it alone. HINT: --compare gated_abmil.")
-    print(make_demo(folder, DEMOS[options.demo]()))
+    show(make_demo(folder, DEMOS[options.demo]()))
     if options.compare:
         from ds_wsi.models.packaged import write_packaged_weights
         from ds_wsi.training.compare import ComparedCohort, compare, compared_runs
@@ -53,4 +54,4 @@ def run_demo(options: argparse.Namespace) -> None:
         weights = None
         if options.pretrained:
             weights = str(write_packaged_weights(Path(folder) / "efficientnet_lite0.safetensors"))
-        print(compare(runs, Path(options.output_dir), ComparedCohort(options.demo, folder, weights)))
+        show(compare(runs, Path(options.output_dir), ComparedCohort(options.demo, folder, weights)))

@@ -6,6 +6,7 @@ import json
 from ds_wsi.commands.parser import add_command
 from ds_wsi.doctor.checks import Checked, run_checks
 from ds_wsi.doctor.finding import FAIL, PASS, WARN
+from ds_wsi.runtime.streams import show
 
 _NAME_WIDTH = 18
 
@@ -23,14 +24,14 @@ def run_doctor(options: argparse.Namespace) -> int:
     for checked in run_checks(options.quick):
         done.append(checked)
         if not options.json:
-            print(_line(checked), flush=True)
+            show(_line(checked))
     counts = {status: sum(one.finding.status == status for one in done) for status in (PASS, WARN, FAIL)}
     if options.json:
         rows = [{"name": one.name, **one.finding._asdict(), "seconds": round(one.seconds, 1)} for one in done]
-        print(json.dumps({"checks": rows, "counts": counts}, indent=2))
+        show(json.dumps({"checks": rows, "counts": counts}, indent=2))
     else:
         seconds = sum(one.seconds for one in done)
-        print(", ".join(f"{count} {status}" for status, count in counts.items()) + f" in {seconds:.0f} s")
+        show(", ".join(f"{count} {status}" for status, count in counts.items()) + f" in {seconds:.0f} s")
     return 1 if counts[FAIL] else 0
 
 

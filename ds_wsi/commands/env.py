@@ -7,6 +7,7 @@ from typing import Any
 
 from ds_wsi.commands.parser import add_command
 from ds_wsi.doctor.machine import describe_machine
+from ds_wsi.runtime.streams import show
 from ds_wsi.runtime.units import format_bytes
 
 
@@ -20,12 +21,12 @@ def run_env(options: argparse.Namespace) -> None:
     """`ds-wsi env`."""
     machine = describe_machine()
     if options.json:
-        print(json.dumps(machine, indent=2))
+        show(json.dumps(machine, indent=2))
         return
     lines = list(_lines(machine))
     width = max(len(name) for name, _ in lines) + 2
     for name, value in lines:
-        print(f"{name:<{width}}{value}")
+        show(f"{name:<{width}}{value}")
 
 
 def _lines(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

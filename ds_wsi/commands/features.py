@@ -19,6 +19,7 @@ from ds_wsi.commands.cohort import (
 from ds_wsi.commands.parser import add_command
 from ds_wsi.config import read_section
 from ds_wsi.models.choices import FEATURES
+from ds_wsi.runtime.streams import show
 from ds_wsi.runtime.words import counted
 from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.training.options import add_shared_options, spellings
@@ -78,11 +79,11 @@ def run_features(options: argparse.Namespace) -> None:
         n_rows_of[slide.slide_id] = slide.n_rows
         word = "written" if slide.written else "kept"
         if slide.written or shard.is_alone:
-            print(f"{slide.slide_id}\t{counted(slide.n_rows, 'row')}\t{word}\t{slide.path}")
+            show(f"{slide.slide_id}\t{counted(slide.n_rows, 'row')}\t{word}\t{slide.path}")
     unreadable = {grid.slide_id: len(grid) - n_rows_of[grid.slide_id] for grid in cohort.tile_grids}
     failures.check_counts(unreadable)
     summary.write([(name, n_rows_of[name], n_failed) for name, n_failed in unreadable.items()])
-    print(
+    show(
         f"{options.output_dir}\twidth {model.encoder.num_features}, "
         f"{counted(sum(unreadable.values()), 'tile')} unreadable"
     )

@@ -13,6 +13,7 @@ from ds_wsi.commands.predicting import (
     sharing_of,
     tell_old_norms,
 )
+from ds_wsi.runtime.streams import show
 from ds_wsi.training.options import spellings
 
 
@@ -38,7 +39,7 @@ def run_heatmap(options: argparse.Namespace) -> None:
     sharing = sharing_of(options, model, cohort, EvaluationProtocol())
     for drawn in sharing.draw():
         if sharing.shard.is_alone or drawn.drawn_here:
-            print(drawn.path)
+            show(drawn.path)
     sharing.failures.check()
     if sharing.shard.index == 0:
         tell_old_norms(options, sharing)

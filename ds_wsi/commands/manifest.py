@@ -4,6 +4,7 @@ import argparse
 
 from ds_wsi.bags.datasets import DATASETS
 from ds_wsi.commands.parser import add_command
+from ds_wsi.runtime.streams import show
 from ds_wsi.runtime.words import counted
 from ds_wsi.training.dataset_options import add_reading_options, add_split_options, reading_of, splitting_of
 from ds_wsi.training.options import spellings
@@ -28,5 +29,5 @@ def run_manifest(options: argparse.Namespace) -> None:
     manifest = read_dataset(options.dataset, options.data_dir, reading_of(given))
     manifests = split_dataset(manifest, **splitting_of(given))
     for path, written in zip(write_manifests(manifests, options.output), manifests, strict=True):
-        print(f"{path}\t{counted(len(written.slides), 'slide')}\t--classes {','.join(written.classes)}")
-        print(cohort_table(written))
+        show(f"{path}\t{counted(len(written.slides), 'slide')}\t--classes {','.join(written.classes)}")
+        show(cohort_table(written))

@@ -7,6 +7,7 @@ from ds_wsi.commands.parser import add_command
 from ds_wsi.partition.policy import POLICY_MODES, PartitionPolicy
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.own_files import begins_with, require_ours
+from ds_wsi.runtime.streams import show
 from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.training.options import spellings
 
@@ -54,7 +55,7 @@ def run_plan(options: argparse.Namespace) -> None:
     device = torch.device(options.device or ("cpu" if options.gpu is None else "cuda"))
     if options.probe:
         rates = probe(torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-        print(
+        show(
             f"{device_key(device)}: {rates.flops / 1e12:.3g} TFLOP/s, memory {rates.memory / 1e9:.3g} GB/s, "
             f"link {rates.link / 1e9:.3g} GB/s, {rates.launch * 1e6:.3g} us an operation (kept in {cache_path()})"
         )
@@ -81,12 +82,13 @@ def run_plan(options: argparse.Namespace) -> None:
     )
     precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
     plan = plan_partition(encoder, shape, policy, autocast=precision, device=device)
-    print(plan)
     if options.output_dir:
         folder = Path(options.output_dir)
         write_json(folder / "plan.json", {"ds_wsi": {"partition": {"plan": plan.to_section()}}})
         draw_plan(plan, folder / "plan.png")
-        print(f"written: {folder / 'plan.json'}, {folder / 'plan.png'}")
+    show(plan)
+    if options.output_dir:
+        show(f"written: {folder / 'plan.json'}, {folder / 'plan.png'}")
 
 
 def _is_ours(path: Path) -> bool:

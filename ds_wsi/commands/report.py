@@ -10,6 +10,7 @@ from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.own_files import begins_with, require_ours
 from ds_wsi.runtime.setting import comma_separated
+from ds_wsi.runtime.streams import show
 from ds_wsi.training.options import spellings
 
 
@@ -32,9 +33,9 @@ def run_compare(options: argparse.Namespace) -> None:
     output_path = Path(options.output_dir) / "comparison.json"
     require_ours(output_path, lambda path: begins_with(path, '{\n  "a": '), "--output_dir")
     comparison = compare_runs(options.run_a, options.run_b, options.n_resamples, options.seed)
-    print(f"A: {options.run_a}\nB: {options.run_b}\n{format_comparison(comparison)}")
     content = {"a": options.run_a, "b": options.run_b, **comparison_to_json(comparison)}
     write_json(output_path, content)
+    show(f"A: {options.run_a}\nB: {options.run_b}\n{format_comparison(comparison)}")
     logger.info("written: %s", output_path)
 
 
@@ -58,5 +59,5 @@ def run_report(options: argparse.Namespace) -> None:
 
     metrics = comma_separated(options.metric.lower()) if options.metric else None
     folder = Path(options.output_dir)
-    print(write_tables([Path(run) for run in options.runs], folder, metrics))
+    show(write_tables([Path(run) for run in options.runs], folder, metrics))
     logger.info("written: %s", ", ".join(str(folder / name) for name in FILES))

@@ -20,6 +20,7 @@ from ds_wsi.runtime.bounds import MOST_WORKERS, whole
 from ds_wsi.runtime.locks import in_turn, lock_path, remove_dead_locks, shared_map
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress, duration
+from ds_wsi.runtime.streams import show
 from ds_wsi.runtime.words import counted
 from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.training.options import add_shared_options, spellings
@@ -96,11 +97,14 @@ def run_tile(options: argparse.Namespace) -> None:
     with in_turn(lock_path(Path(options.output_dir), "/summary")):  # no slide's name
         rows = [_summary_row(grid) for grid in cohort.tile_grids]
         is_first = shard.is_alone or not summary.holds(rows)
+        if options.export:
+            folder = _export(cohort, options, only_missing=not is_first)
+        summary.write(rows)
         if is_first:
             _tell(cohort, options, progress.seconds)
-        if options.export:
-            _export(cohort, options, only_missing=not is_first)
-        summary.write(rows)
+        if is_first and options.export:
+            words = f"coordinates of {counted(len(cohort.grids), 'slide')} as {options.export.upper()} has them"
+            show(f"{folder}\t{words}")
     if options.export_masks:
         _export_masks(cohort, options, policy, slides, shard)
     if options.store:
@@ -111,8 +115,8 @@ def run_tile(options: argparse.Namespace) -> None:
 def _tell(cohort: "Cohort", options: argparse.Namespace, seconds: float) -> None:
     for grid in cohort.tile_grids:
         share = "" if grid.tissue is None else f"\t{grid.tissue.share:.0%} tissue"
-        print(f"{grid.slide_id}\t{counted(len(grid), 'tile')}{share}")
-    print(f"{options.output_dir}\t{_summary(cohort)}, {duration(seconds)}")
+        show(f"{grid.slide_id}\t{counted(len(grid), 'tile')}{share}")
+    show(f"{options.output_dir}\t{_summary(cohort)}, {duration(seconds)}")
 
 
 def _summary_row(grid: "TileGrid") -> tuple[object, ...]:
@@ -141,7 +145,8 @@ def _resampled(read_size_px: int, tile_size_px: int) -> str:
     return "" if read_size_px == tile_size_px else f" ({read_size_px} px resampled)"
 
 
-def _export(cohort: "Cohort", options: argparse.Namespace, only_missing: bool) -> None:
+def _export(cohort: "Cohort", options: argparse.Namespace, only_missing: bool) -> Path:
+    """Write another project's files; the folder of them."""
     from ds_wsi.slides.coords import export_clam, export_trident
 
     exporter, suffix = (export_clam, ".h5") if options.export == "clam" else (export_trident, "_patches.h5")
@@ -150,8 +155,7 @@ def _export(cohort: "Cohort", options: argparse.Namespace, only_missing: bool) -
         path = folder / f"{grid.slide_id}{suffix}"
         if not (only_missing and path.exists()):
             exporter(grid, path)
-    if not only_missing:
-        print(f"{folder}\tcoordinates of {counted(len(cohort.grids), 'slide')} as {options.export.upper()} has them")
+    return folder
 
 
 def _require_apart(options: argparse.Namespace) -> None:
@@ -190,7 +194,7 @@ def _export_masks(
         order = shard_order(cohort.lengths, shard)
         shared_map(order, lambda row: lock_path(folder, entries[row].slide_id), write, 1)
     remove_dead_locks(folder)
-    print(f"{folder}\t{len(cohort.grids) - len(left)} masks written, as GeoJSON for QuPath")
+    show(f"{folder}\t{len(cohort.grids) - len(left)} masks written, as GeoJSON for QuPath")
     if left:
         shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
         logger.warning(
@@ -221,7 +225,7 @@ def _pack(cohort: "Cohort", options: argparse.Namespace, shard: "Shard") -> None
             for grid, slide, size in zip(cohort.tile_grids, packed, sizes, strict=True)
         ]
     )
-    print(
+    show(
         f"{options.store}\t{counted(sum(cohort.lengths), 'tile')} of {counted(len(packed), 'slide')}, "
         f"{sum(sizes) / 2**20:.1f} MiB, {sum(slide.written for slide in packed)} slides packed now, "
         f"{sum(slide.n_failed for slide in packed)} tiles unreadable, {duration(progress.seconds)}"
@@ -262,8 +266,9 @@ def _import_grids(options: argparse.Namespace) -> None:
     for grid in grids:
         path = Path(options.output_dir) / f"{grid.slide_id}.safetensors"
         write_grid(grid, path, slide_fingerprint(paths[grid.slide_id]))
-        print(f"{grid.slide_id}\t{counted(len(grid), 'tile')} from {grid.source}")
-    print(f"{options.output_dir}\t{len(grids)} grids, {sum(map(len, grids))} tiles imported from {folder}")
+    for grid in grids:
+        show(f"{grid.slide_id}\t{counted(len(grid), 'tile')} from {grid.source}")
+    show(f"{options.output_dir}\t{len(grids)} grids, {sum(map(len, grids))} tiles imported from {folder}")
 
 
 def _require_imports(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from ds_wsi.bags.datasets import DATASETS
 from ds_wsi.commands import COMMANDS
 from ds_wsi.commands.parser import add_command
 from ds_wsi.runtime.log import rank
+from ds_wsi.runtime.streams import show
 from ds_wsi.training.dataset_options import add_protocol_options
 from ds_wsi.training.options import add_train_options, settings_from, spellings
 
@@ -44,7 +45,7 @@ def run_train(options: argparse.Namespace) -> None:
 
         if rank() == 0:
             write_yaml(settings, options.write_config)
-            print(f"{options.write_config}: ds-wsi train --config {options.write_config} trains with it")
+            show(f"{options.write_config}: ds-wsi train --config {options.write_config} trains with it")
         return
     if options.dry_run:
         from ds_wsi.training.dry_run import dry_run
@@ -73,7 +74,7 @@ def run_protocol(options: argparse.Namespace) -> None:
 
     if "list_presets" in options:
         if rank() == 0:
-            print(describe(presets_of(options.dataset)))
+            show(describe(presets_of(options.dataset)))
         return
     if "data_dir" not in options:
         raise ValueError("--data_dir must be given, got none. HINT: the folder into which the dataset was unpacked.")
@@ -103,4 +104,4 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
 def _print_some(text: str) -> None:
     """Nothing on the processes that have nothing to say."""
     if text:
-        print(text)
+        show(text)

@@ -17,6 +17,7 @@ from ds_wsi.partition.module.restored import Restored
 from ds_wsi.partition.planning.plan import gib
 from ds_wsi.partition.policy import MODES, PartitionPolicy
 from ds_wsi.runtime.memory import ByteMeter
+from ds_wsi.runtime.streams import show
 
 _TRIED = ("native", *MODES)
 
@@ -103,7 +104,7 @@ def check_partition(
     device = next((parameter.device for parameter in module.parameters()), example.device)
     found = tuple(_mode_report(module, example.to(device), mode, axis, chunk_size, device) for mode in modes)
     report = PartitionReport(type(module).__name__, tuple(example.shape), found)
-    print(report)  # noqa: T201
+    show(report)
     return report
 
 

@@ -68,8 +68,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` (UTF-8) to `path` atomically."""
-    content = text.encode()
+    """Write `text` (UTF-8) to `path` atomically; a byte of a name that is no UTF-8 is escaped."""
+    content = text.encode(errors="backslashreplace")
     with atomic_path(path, len(content)) as temporary:
         temporary.write_bytes(content)
 

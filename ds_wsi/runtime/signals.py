@@ -8,6 +8,7 @@ wait until the main thread is back from a library's call.
 Launchers and Slurm send the signals to all of a job's processes: those that a command forks ignore them, but SIGTERM.
 """
 
+import atexit
 import multiprocessing
 import os
 import select
@@ -64,6 +65,7 @@ class _Watch:
     def __init__(self) -> None:
         self.reason = ""
         self.deferred = 0
+        self.is_over = False
         self._first_press = 0.0
         self._told = False
         self._read, self._write = socket.socketpair()
@@ -80,8 +82,9 @@ class _Watch:
         self._thread.start()
 
     def end(self) -> None:
+        """Put the handlers back that were there before; of a watch that is over, ignore the signals from now on."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, signal.SIG_IGN if self.is_over else handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._wakeup)
         self._ended.set()
         with suppress(OSError):
@@ -100,6 +103,8 @@ class _Watch:
             end.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.is_over:
+            return
         name = signal.Signals(number).name
         self.reason = self.reason or name
         if not self.deferred:
@@ -128,7 +133,8 @@ class _Watch:
             logger.warning("%s: what has been done is kept first; Ctrl-C leaves without", name)
 
     def _leave(self) -> None:
-        logger.warning("a second SIGINT: left at once, what was done since the last checkpoint is lost")
+        lost = "" if self.is_over else ", what was done since the last checkpoint is lost"
+        logger.warning("a second SIGINT: left at once%s", lost)
         for child in multiprocessing.active_children():
             child.kill()
         os._exit(128 + signal.SIGINT)
@@ -138,8 +144,12 @@ _watch: _Watch | None = None
 
 
 @contextmanager
-def heeding_signals() -> Iterator[None]:
+def heeding_signals(*, to_the_end: bool = False) -> Iterator[None]:
     """Let the signals raise `Stopped` in the block. Nothing in another thread than the main one, or inside of another.
+
+    Args:
+        to_the_end: whether the process ends after the block: the signals then change its exit status no more, but that
+            a second Ctrl-C still leaves at once, until Python takes the process down.
 
     Raises:
         Stopped: the process was asked to end, and nothing defers it.
@@ -150,11 +160,26 @@ def heeding_signals() -> Iterator[None]:
         return
     _watch = _Watch()
     _watch.start()
+    if to_the_end:
+        atexit.register(_watch.end)  # now: it runs after what libraries register
     try:
         yield
     finally:
-        _watch.end()
-        _watch = None
+        if to_the_end:
+            _watch.is_over = True
+        else:
+            _watch.end()
+            _watch = None
+
+
+def stop_where_asked() -> None:
+    """Raise what a signal has raised already, where that did not come through.
+
+    Raises:
+        Stopped: see `heeding_signals`.
+    """
+    if _watch is not None and _watch.reason and not _watch.deferred:
+        raise Stopped(_watch.reason)
 
 
 @contextmanager

@@ -42,6 +42,11 @@ def require_run_folder(path: Path, *, resumes: bool) -> None:
     Raises:
         ValueError: names some of what is there.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        escaped = str(path).encode(errors="backslashreplace").decode()
+        raise ValueError(f"--output_dir must be of UTF-8, got {escaped}. HINT: another name.") from error
     if not resumes and (checkpoints := list_checkpoints(path)):
         raise ValueError(
             f"--output_dir must be a new folder, got {path}, which holds {checkpoints[0].name}. "

@@ -156,3 +156,81 @@ def test_a_forked_child_is_left_alone():
             os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         assert asked() == ""
+
+
+COMMAND = """
+import argparse, atexit, os, signal, sys, time
+from ds_wsi import cli
+
+def hit(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
+
+ALL = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT]
+real, number = cli._parsed, ALL[int(sys.argv[2])]
+sys.argv[1:], moment = ["--version"], sys.argv[1]
+
+def at_parsing(arguments):
+    hit(number)
+    return real(arguments)
+
+def in_an_import_that_takes_all(arguments):
+    try:
+        hit(number)
+    except BaseException:
+        pass
+    return argparse.Namespace(run=lambda options: 0)
+
+def never(arguments):
+    return argparse.Namespace(run=lambda options: 3)
+
+cli._parsed = {"parsing": at_parsing, "import": in_an_import_that_takes_all}.get(moment, never)
+
+class LastOfAll:
+    def __del__(self, kill=os.kill, pid=os.getpid(), numbers=ALL):
+        for number in numbers:
+            kill(pid, number)
+
+status = cli.main()
+if moment == "end":
+    hit(*ALL)
+    atexit.register(hit, number)
+    last = LastOfAll()
+if moment == "hangs":
+    hit(signal.SIGINT)
+    time.sleep(1.2)
+    hit(signal.SIGINT)
+    time.sleep(20)
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "status"),
+    [
+        *(("parsing", number, STATUS) for number in range(4)),
+        ("import", 0, STATUS),
+        ("import", 3, STATUS),
+        ("end", 0, 3),
+        ("hangs", 0, 130),
+    ],
+)
+def test_signals_before_and_after_a_commands_work(moment, number, status):
+    """From the first lines to the last a signal has the promised exit status, or changes none that is there."""
+    command = [sys.executable, "-c", COMMAND, moment, str(number)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (status != STATUS) or "the same command goes on" in done.stderr
+
+
+def test_a_call_of_the_command_puts_the_handlers_back():
+    """Where the process goes on after it."""
+    from ds_wsi.cli import main
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)]
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)]
+    assert after == before
