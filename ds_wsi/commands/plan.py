@@ -49,7 +49,7 @@ def run_plan(options: argparse.Namespace) -> None:
 
     from ds_wsi.models import build_encoder
     from ds_wsi.partition.planning.draw import draw_plan
-    from ds_wsi.partition.planning.rates import cache_path, device_key, probe
+    from ds_wsi.partition.planning.rates import device_key, probe
     from ds_wsi.partition.planning.search import plan_partition
 
     device = torch.device(options.device or ("cpu" if options.gpu is None else "cuda"))
@@ -57,7 +57,7 @@ def run_plan(options: argparse.Namespace) -> None:
         rates = probe(torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")))
         show(
             f"{device_key(device)}: {rates.flops / 1e12:.3g} TFLOP/s, memory {rates.memory / 1e9:.3g} GB/s, "
-            f"link {rates.link / 1e9:.3g} GB/s, {rates.launch * 1e6:.3g} us an operation (kept in {cache_path()})"
+            f"link {rates.link / 1e9:.3g} GB/s, {rates.launch * 1e6:.3g} us an operation"
         )
     if options.output_dir:
         for name in ("plan.json", "plan.png"):

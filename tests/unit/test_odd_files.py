@@ -211,8 +211,10 @@ def test_json_that_is_another_is_named_or_read_anew(cohort, text, tmp_path, monk
             read()
     assert is_run_folder(run)  # by its checkpoint
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cache_path().parent.mkdir()
-    cache_path().write_bytes(content)
+    cache = tmp_path / "ds_wsi" / "rates.json"
+    assert cache_path() == cache
+    cache.parent.mkdir()
+    cache.write_bytes(content)
     assert find_rates(torch.device("cpu")) == ASSUMED["cpu"]
     (tmp_path / "m.json").write_bytes(content)
     with pytest.raises(ManifestError):

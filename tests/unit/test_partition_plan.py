@@ -1,5 +1,6 @@
 import copy
 import json
+import pwd
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from torch import nn
 from ds_wsi.cli import main
 from ds_wsi.config import DsWsiConfig, read_section, write_section
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
+from ds_wsi.partition.planning import rates as planning_rates
 from ds_wsi.partition.planning.rates import ASSUMED, Rates, find_rates
 from ds_wsi.runtime.units import parse_bytes
 
@@ -217,3 +219,23 @@ def test_measured_rates_are_kept_and_used(tmp_path, monkeypatch, capsys):
     assert min(rates.flops, rates.memory, rates.link, rates.launch) > 0
     (tmp_path / "ds_wsi" / "rates.json").write_text("not a table")
     assert find_rates(cpu) == ASSUMED["cpu"]
+
+
+@pytest.mark.parametrize("place", ["no home", "no folder"])
+def test_rates_that_cannot_be_kept_are_measured_all_the_same(place, tmp_path, monkeypatch, capsys):
+    """A pod's user can have neither a name nor a home."""
+    if place == "no home":
+        for name in ("HOME", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(planning_rates, "_seconds", lambda work, device: 1e-3)
+    words = ["plan", "--encoder", "test_resnet", "--tiles", "2", "--gpu", "1GiB", "--tile_size_px", "32"]
+    assert main([*words, "--probe", "--device", "cpu"]) == 0
+    told = capsys.readouterr()
+    assert "TFLOP/s" in told.out
+    assert "rates assumed" in told.out
+    assert "the rates are not kept" in told.err
+    assert find_rates(torch.device("cpu")) == ASSUMED["cpu"]

@@ -41,10 +41,13 @@ class Rates:
 ASSUMED = {"cuda": Rates(3.5e13, 7e11, 2.4e10, 1e-5), "cpu": Rates(6e10, 8e9, 6e9, 2e-5)}
 
 
-def cache_path() -> Path:
-    """The file of measured rates: below $XDG_CACHE_HOME, or ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "ds_wsi" / "rates.json"
+def cache_path() -> Path | None:
+    """The file of measured rates: below $XDG_CACHE_HOME, or ~/.cache; None for a user without a home, as of a pod."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "ds_wsi" / "rates.json"
+    except RuntimeError:
+        return None
 
 
 def device_key(device: torch.device) -> str:
@@ -56,13 +59,15 @@ def device_key(device: torch.device) -> str:
 
 def find_rates(device: torch.device) -> Rates:
     """The measured rates of this device, or assumed ones."""
+    path = cache_path()
     try:
-        return _rates_of(read_object(cache_path(), "the table of rates")[device_key(device)])
+        if path is not None:
+            return _rates_of(read_object(path, "the table of rates")[device_key(device)])
     except FileNotFoundError:
         pass
     except (OSError, KeyError, TypeError, ValueError) as error:
         if not isinstance(error, KeyError):
-            logger.warning("%s is not a table of rates (%s); assumed ones are used", cache_path(), error)
+            logger.warning("%s is not a table of rates (%s); assumed ones are used", path, error)
     return ASSUMED.get(device.type, ASSUMED["cuda"])
 
 
@@ -75,7 +80,7 @@ def _rates_of(values: Mapping[str, Any]) -> Rates:
 
 
 def probe(device: torch.device) -> Rates:
-    """Measure this device's rates (a few seconds) and store them.
+    """Measure this device's rates (a few seconds), and store them where that can be; a warning says where it cannot.
 
     Raises:
         ValueError: the device is not here.
@@ -94,14 +99,25 @@ def probe(device: torch.device) -> Rates:
     launch = _seconds(lambda: one + 1, device)
     size = image.numel() * image.element_size()
     rates = Rates(2 * image.numel() * 64 * 9 / conv, 2 * size / add, size / copy, launch, measured=True)
+    try:
+        _keep(rates, device)
+    except OSError as error:
+        hint = "HINT: XDG_CACHE_HOME names a folder to keep them in."
+        logger.warning("the rates are not kept, and plans assume others: %s. %s", error, hint)
+    return rates
+
+
+def _keep(rates: Rates, device: torch.device) -> None:
     path = cache_path()
+    if path is None:
+        raise FileNotFoundError("there is no home folder")
     try:
         known = read_object(path, "the table of rates")
     except (OSError, ValueError):  # none yet, or none that can be read: measured again where it is wanted
         known = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**known, device_key(device): asdict(rates)})
-    return rates
+    logger.info("rates of %s are kept in %s", device_key(device), path)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
