@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ds_wsi.runtime.bounds import MOST_MICRO_STEPS, MOST_TILES, require_at_most
+from ds_wsi.runtime.bounds import LARGEST_FACTOR, MOST_MICRO_STEPS, MOST_TILES, require_at_most
 from ds_wsi.runtime.setting import Decides, setting
 
 FRAMEWORKS = ("dpgs", "classic", "padding", "sampling")
@@ -95,8 +95,10 @@ class StackingPolicy:
         require_at_most("virtual_workers", self.virtual_workers or 1, MOST_MICRO_STEPS)
         require_at_most("sample_tiles", self.sample_tiles, MOST_TILES)
         for name in ("cost_per_tile", "cost_per_tile_squared", "pack_bytes"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("cost_per_tile", "cost_per_tile_squared"):
+            require_at_most(name, getattr(self, name), LARGEST_FACTOR)
         if self.framework == "classic" and self.bags_per_step not in (None, 1):
             raise ValueError(f'bags_per_step must be 1 in framework "classic", got {self.bags_per_step}')
         if self.framework == "classic":

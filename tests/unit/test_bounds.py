@@ -23,6 +23,7 @@ REFUSED = [
     (OptimSettings, "weight_decay", 1e300),
     (StackingPolicy, "virtual_workers", HUGE),
     (StackingPolicy, "sample_tiles", HUGE),
+    *((StackingPolicy, "cost_per_tile", float(value)) for value in ("nan", "inf")),
     (ReadPolicy, "workers", 100_000),
     (AugmentPolicy, "blur", 1e300),
     (EvaluationProtocol, "runs", HUGE),

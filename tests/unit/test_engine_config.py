@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ds_wsi.engines.accelerator.engine import average_buffers
-from ds_wsi.engines.deepspeed_json.config import fill_auto, read_config
+from ds_wsi.engines.deepspeed_json.config import fill_auto, read_config, suit_machine
 from ds_wsi.engines.sharded.zero import full_state_dict
 
 VALUES = {
@@ -112,3 +112,24 @@ def test_running_statistics_are_averaged_and_constants_left_alone():
     assert module[1].running_mean.equal(torch.ones(2))
     assert module[1].running_var.equal(torch.full((2,), 2.0))
     assert module[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("zero_optimization.stage", value) for value in ("x", [1], {}, True, None, 4, -1, float("nan"), 10**20)),
+        *(("optimizer.type", value) for value in (float("nan"), 1, [1], {}, True)),
+        *((key, value) for key in ("optimizer", "zero_optimization", "optimizer.params", "fp16") for value in (3, [1])),
+        ("zero_optimization.offload_optimizer", "cpu"),
+        ("zero_optimization.reduce_bucket_size", [1]),
+    ],
+)
+def test_a_value_of_another_kind_is_named(key, value, tmp_path):
+    """These keys are looked into before DeepSpeed reads them."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    (tmp_path / "ds.json").write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=rf"^{key} of the DeepSpeed config must be"):
+        read_config(tmp_path / "ds.json")
+    with pytest.raises(ValueError, match=rf"^{key} of the DeepSpeed config must be"):
+        suit_machine(value)

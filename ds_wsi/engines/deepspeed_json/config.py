@@ -12,6 +12,20 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.seams import check_seams
 
 DEFAULT_BUCKET = 500_000_000  # gradients, where the config says nothing
+_SECTION: tuple[Any, str] = (Mapping, "an object")
+# Those above come first: what lies below them is looked for in an object.
+_KINDS: Mapping[str, tuple[Any, str]] = {
+    "optimizer": _SECTION,
+    "optimizer.params": _SECTION,
+    "optimizer.type": (str, "a name"),
+    "zero_optimization": _SECTION,
+    "zero_optimization.stage": (int, "0 to 3"),
+    "zero_optimization.reduce_bucket_size": ((int, float, str), "a number"),
+    "zero_optimization.offload_optimizer": _SECTION,
+    "zero_optimization.offload_param": _SECTION,
+    "fp16": _SECTION,
+    "bf16": _SECTION,
+}
 _GRADIENT_BYTES = 4  # mixed precision is by autocast: they are float32
 
 
@@ -34,7 +48,25 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"the DeepSpeed config must be JSON in UTF-8, got {error} ({path})") from error
     if not isinstance(config, dict):
         raise ValueError(f"the DeepSpeed config must be a JSON object, got {type(config).__name__} ({path})")
+    require_kinds(config)
     return config
+
+
+def require_kinds(config: Mapping[str, Any]) -> None:
+    """Refuse values of another kind under the keys that are looked into before DeepSpeed reads them.
+
+    Raises:
+        ValueError: names the key and the value.
+    """
+    for key, (kind, words) in _KINDS.items():
+        place: Any = config
+        for name in key.split("."):
+            place = place.get(name) if isinstance(place, Mapping) else None
+        if place is not None and (not isinstance(place, kind) or isinstance(place, bool)):
+            raise ValueError(f"{key} of the DeepSpeed config must be {words}, got {json.dumps(place)}")
+    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    if stage is None or not 0 <= stage <= 3:
+        raise ValueError(f"zero_optimization.stage of the DeepSpeed config must be 0 to 3, got {json.dumps(stage)}")
 
 
 def fill_auto(
@@ -72,6 +104,7 @@ def fill_auto(
 
 def suit_machine(config: dict[str, Any]) -> None:
     """Take the Adam that this machine can build, in place in `config`, and tell what the buckets cost its GPU."""
+    require_kinds(config)
     check_seams("deepspeed", "zero3", "ops")
     choose_adam(config)
     words = bucket_words(config)
@@ -86,7 +119,7 @@ def bucket_bytes(config: dict[str, Any]) -> int:
     """
     zero = config.get("zero_optimization") or {}
     stage, size = zero.get("stage", 0), zero.get("reduce_bucket_size", DEFAULT_BUCKET)
-    if stage == 0 or not zero.get("contiguous_gradients", True) or size == "auto":
+    if stage == 0 or not zero.get("contiguous_gradients", True) or isinstance(size, str):  # "auto", or none
         return 0
     buckets = 2 if stage < 3 and zero.get("overlap_comm") else 1
     return buckets * int(size) * _GRADIENT_BYTES
