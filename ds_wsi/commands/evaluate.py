@@ -22,6 +22,7 @@ from ds_wsi.commands.predicting import (
 from ds_wsi.runtime.choices import precision_words
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.setting import tiles_or_all
+from ds_wsi.runtime.streams import show
 from ds_wsi.training.options import spellings
 
 TILES = "number of random tiles of each slide, such as 256, or all (default: all)"
@@ -125,7 +126,7 @@ def _write(
         protocol=sharing.protocol,
         split=options.split,
         dataset=dataset,
-        tell=print,
+        tell=show,
         made_of=sharing.known_by,
     )
     if record is not None:

@@ -46,7 +46,8 @@ def require_run_folder(path: Path, *, resumes: bool) -> None:
         str(path).encode()
     except UnicodeEncodeError as error:
         escaped = str(path).encode(errors="backslashreplace").decode()
-        raise ValueError(f"--output_dir must be of UTF-8, got {escaped}. HINT: another name.") from error
+        hint = "HINT: another name, or PYTHONUTF8=1."
+        raise ValueError(f"--output_dir must be of UTF-8, got {escaped}. {hint}") from error
     if not resumes and (checkpoints := list_checkpoints(path)):
         raise ValueError(
             f"--output_dir must be a new folder, got {path}, which holds {checkpoints[0].name}. "
