@@ -8,8 +8,9 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ds_wsi.runtime.full_disk import naming_full_disk
 from ds_wsi.runtime.temporary import temporary_folder, usual_mode
@@ -90,7 +91,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         return file.read()
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+def open_file(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a regular file to read, without waiting: see `read_file`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would wait
     try:
