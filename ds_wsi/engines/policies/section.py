@@ -127,8 +127,8 @@ def apply_section(section: Mapping[str, Any], model: nn.Module, config: Mapping[
             partition_layers(encoder, PartitionPolicy(mode="native", bn_population="bag"))
     if policies.stacking.pack_bytes:
         if aggregator is None:
-            key, value = "stacking.pack_bytes", policies.stacking.pack_bytes
-            raise _refused(key, value, "must be given with a model that has an aggregator", "leave it out")
+            key, size = "stacking.pack_bytes", policies.stacking.pack_bytes
+            raise _refused(key, size, "must be given with a model that has an aggregator", "leave it out")
         if not _has_forward(aggregator, PackedForward):
             pack_bags(aggregator, policies.stacking.pack_bytes)
     if zero3:
