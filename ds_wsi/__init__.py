@@ -11,6 +11,7 @@ from ds_wsi.runtime.moved import find_moved_modules
 if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort, load_cohort
     from ds_wsi.bags.manifest import Manifest, ManifestError, read_manifest
+    from ds_wsi.engines.accelerator.engine import pool_statistics
     from ds_wsi.engines.comm_hooks.register import attach, register_comm_hook
     from ds_wsi.engines.hf.models import SlideCollator, SlideModelConfig, SlideModelForSlideClassification
     from ds_wsi.engines.hf.trainer import CommHookCallback, SlideTrainer, apply_policies
@@ -53,6 +54,7 @@ __all__ = [
     "load_model",
     "partition_layers",
     "plan_partition",
+    "pool_statistics",
     "read_manifest",
     "register_comm_hook",
     "shard_tiles",
@@ -78,6 +80,7 @@ __getattr__ = lazily(
             "ManifestError",
             "read_manifest",
         ),
+        "ds_wsi.engines.accelerator.engine": ("pool_statistics",),
         "ds_wsi.engines.comm_hooks.register": (
             "attach",
             "register_comm_hook",

@@ -16,7 +16,7 @@ from ds_wsi.engines.deepspeed_json.auto import fill_for_model
 from ds_wsi.engines.deepspeed_json.config import read_config, suit_machine
 from ds_wsi.engines.machine import cpu
 from ds_wsi.engines.machine.timeouts import following_world
-from ds_wsi.engines.policies.section import apply_section
+from ds_wsi.engines.policies.section import apply_default_norms, apply_section
 
 # Set where DeepSpeed finds the ranks itself: by MPI's launchers, and on two clouds.
 _FOUND_BY_DEEPSPEED = (
@@ -30,8 +30,9 @@ def initialize(*arguments: Any, **keywords: Any) -> tuple[Any, Any, Any, Any]:
 
     "auto" is filled by the rules of `ds_wsi.engines.deepspeed_json.auto`; the section's norm, partition and
     stacking.pack_bytes are applied to the model, in place, and its hook to the engine, as `engine.comm_handle`
-    (`attach`). On one process nothing is exchanged. Process groups made here have the timeout that the script gave the
-    world's group. On a machine without a GPU, or without a compiler, no op of DeepSpeed is compiled.
+    (`attach`). The norms of a SlideModel of which nobody has said anything are decided, section or not. On one process
+    nothing is exchanged. Process groups made here have the timeout that the script gave the world's group. On a machine
+    without a GPU, or without a compiler, no op of DeepSpeed is compiled.
 
     Args:
         arguments, keywords: of the installed `deepspeed.initialize`, by place or by name: args, model, optimizer,
@@ -64,6 +65,8 @@ def initialize(*arguments: Any, **keywords: Any) -> tuple[Any, Any, Any, Any]:
     with following_world():
         if section is not None:
             apply_section(section, model, filled)
+        else:
+            apply_default_norms(model, filled)
         given["config"] = filled
         engine, *rest = deepspeed.initialize(**given)
         engine.comm_handle = None if section is None else attach(engine)

@@ -203,9 +203,10 @@ def build_model(
     in_dim: Any = encoder.num_features
     options = dict(config.aggregator_options) | ({} if config.dropout is None else {"dropout": config.dropout})
     aggregator = build_aggregator(config.aggregator, in_dim, len(config.classes), **options)
-    return SlideModel(encoder, aggregator, config.mean, config.std).set_norms(
-        config.norm_training, config.norm_evaluation
-    )
+    model = SlideModel(encoder, aggregator, config.mean, config.std)
+    norms = config.norm_training, config.norm_evaluation
+    # The defaults are nobody's choice: whoever trains the model may choose.
+    return model if norms == (model.norm_training, model.norm_evaluation) else model.set_norms(*norms)
 
 
 def load_model(directory: str | Path) -> tuple[SlideModel, ModelConfig]:
@@ -233,6 +234,7 @@ def load_model(directory: str | Path) -> tuple[SlideModel, ModelConfig]:
             f"the model's weights must be safetensors of the model that config.json describes, got others "
             f"({str(error).splitlines()[0]}, {weights}). HINT: copy the whole folder again."
         ) from error
+    model.norms_from = "config.json"
     return model.eval(), config
 
 

@@ -11,7 +11,7 @@ from ds_wsi.models.freezing import Untrained
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.policy import EVALUATION, TRAINING
 from ds_wsi.norms.population import takes_population
-from ds_wsi.norms.roles import batch_norms, is_shared, normalise_with
+from ds_wsi.norms.roles import batch_norms, is_shared, normalise_with, set_evaluated
 from ds_wsi.stacking.host_tiles import HostTiles, PreparedTiles
 from ds_wsi.stacking.randomness import bag_draws
 from ds_wsi.stacking.stacked_bags import StackedBags
@@ -21,8 +21,9 @@ class SlideModel(nn.Module):
     """Bags of tiles (or of features) to slide predictions, trained end to end.
 
     What the encoder's BatchNorm averages over is said by `set_norms`. At first that is each bag by itself: the encoder
-    sees one bag at a time, and a bag's gradient does not depend on what it was stacked with. An encoder whose forward
-    says `encodes_stacks` (a partitioned one) is given the whole stack, with its bounds where bags are populations.
+    sees one bag at a time, and a bag's gradient does not depend on what it was stacked with; in evaluation running
+    statistics, which are another model's then (docs/batchnorm.md). An encoder whose forward says `encodes_stacks` (a
+    partitioned one) is given the whole stack, with its bounds where bags are populations.
 
     Args:
         encoder: tiles [N, 3, S, S] -> features [N, D]; `NoEncoder` in a model of features.
@@ -34,6 +35,8 @@ class SlideModel(nn.Module):
             parameters keep `requires_grad`, which engines must not see change, and get gradients of zero. Set it before
             `train`.
         memory_format: the order in memory of the encoder's input; None leaves tiles as they were read.
+        norms_from: what said what the norms average over: None where nothing did, "set_norms", or "config.json" of the
+            folder that the weights came from.
         evaluation_precision: what `ds_wsi.evaluation` lets the encoder compute in, one of `PRECISIONS`; "no" is the
             weights' own.
     """
@@ -44,6 +47,7 @@ class SlideModel(nn.Module):
     memory_format: torch.memory_format | None = None
     norm_training = "bag"
     norm_evaluation = "running"
+    norms_from: str | None = None
     _idle = False
 
     def __init__(
@@ -74,10 +78,11 @@ class SlideModel(nn.Module):
                 together; for "step" the caller hands over all bags of the step in one call, and shares the norms among
                 the ranks (`ds_wsi.norms.shared.share_norms`).
             evaluation: "running" or "bag"; "recalibrated" is "running", of the statistics that the weights came with.
+                The model's `eval` sets it: the encoder's own takes running statistics, whatever was said.
         """
         if training is not None:
             assert training in TRAINING[1:], training
-            self.norm_training = training
+            self.norm_training, self.norms_from = training, "set_norms"
         if evaluation is not None:
             assert evaluation in EVALUATION[1:], evaluation
             self.norm_evaluation = evaluation
@@ -90,6 +95,7 @@ class SlideModel(nn.Module):
             self.encoder.eval()
         for name in getattr(self.encoder, "frozen_parts", ()):
             self.encoder.get_submodule(name).eval()
+        set_evaluated(batch_norms(self.encoder), not mode)
         for norm in batch_norms(self.encoder):
             if not mode:
                 normalise_with(norm, "own" if self.norm_evaluation == "bag" else "running")
@@ -118,6 +124,8 @@ class SlideModel(nn.Module):
             self.aggregator.eval()
         else:
             self.eval()
+            for norm in batch_norms(self.encoder):  # one blank tile has no statistics of its own
+                normalise_with(norm, "running")
         self._idle = joins
         try:
             yield

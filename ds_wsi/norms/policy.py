@@ -77,6 +77,13 @@ class NormPolicy:
             )
 
 
-def natural_evaluation(training: str) -> str:
-    """How a model is evaluated that was trained with this population, where nothing was measured."""
-    return "bag" if training == "bag" else "running"
+def natural_evaluation(training: str, bags: int) -> str:
+    """How a model is evaluated that was trained so, where nothing was measured.
+
+    A population of one bag is that bag, whatever it is called: running statistics are those of another model.
+
+    Args:
+        training: "bag", "stack", "step" or "frozen".
+        bags: how many are in the population of training; of no matter where norms are frozen.
+    """
+    return "bag" if training == "bag" or (training != "frozen" and bags <= 1) else "running"

@@ -1,5 +1,6 @@
 """The statistics that each BatchNorm of an encoder takes, set in place through its own flags and undone by them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -7,7 +8,9 @@ from torch import nn
 
 from ds_wsi.runtime.seams import AnyBatchNorm
 
-GROUP = "population_group"
+GROUP = "population_group"  # of a bag: the ranks that hold its tiles
+STEP_GROUP = "population_group_of_step"
+_EVALUATED = "population_group_is_of_bag"
 STATISTICS = ("running", "own", "tracked")
 _TRACKS = "_tracks_by_itself"  # what `track_running_stats` was before it was changed
 
@@ -17,13 +20,30 @@ def batch_norms(module: nn.Module) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, AnyBatchNorm)]
 
 
-def population_group(norm: nn.Module) -> Any:
-    """The group whose ranks share a norm's population: SyncBatchNorm's own, the one that was given to it, or None."""
+def population_group(norm: nn.Module, *, in_training: bool = False) -> Any:
+    """The group whose ranks share a norm's population: SyncBatchNorm's own, the one that was given to it, or None.
+
+    The ranks of a step share nothing in evaluation, where each has slides of its own, more and fewer; those that hold
+    the tiles of one bag do.
+
+    Args:
+        norm: any module.
+        in_training: the group of training, in whichever mode the norm is now.
+    """
     if not dist.is_initialized():
         return None
     if isinstance(norm, nn.SyncBatchNorm):
         return norm.process_group or dist.group.WORLD
-    return norm.__dict__.get(GROUP)
+    held = norm.__dict__
+    if STEP_GROUP in held and (in_training or not held.get(_EVALUATED, False)):
+        return held[STEP_GROUP]
+    return held.get(GROUP)
+
+
+def set_evaluated(norms: Iterable[nn.Module], evaluated: bool) -> None:
+    """Say whether norms are evaluated from now on, slide by slide, or trained: see `population_group`."""
+    for norm in norms:
+        norm.__dict__[_EVALUATED] = evaluated
 
 
 def starts_fresh(module: nn.Module) -> bool:

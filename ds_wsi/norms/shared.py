@@ -21,7 +21,7 @@ from ds_wsi.norms.population import (
     takes_population,
     track,
 )
-from ds_wsi.norms.roles import GROUP, batch_norms, population_group
+from ds_wsi.norms.roles import GROUP, STEP_GROUP, batch_norms, population_group
 from ds_wsi.runtime.numerics import memory_layout
 from ds_wsi.runtime.seams import AnyBatchNorm
 
@@ -94,32 +94,39 @@ def _shared_class(kind: type) -> type:
     return type(f"Shared{kind.__name__}", (_SharedNorm, kind), {})
 
 
-def share_norms(module: nn.Module, group: Any) -> Callable[[], None]:
+def share_norms(module: nn.Module, group: Any, *, of_step: bool = False) -> Callable[[], None]:
     """Let every BatchNorm of `module` normalise its population over the ranks of `group`, in place.
 
     A norm that shares with another group already shares with this one from now on. SyncBatchNorm is left alone: its
     population is its own process group's, as its owner chose. From here on each rank of the group must call the module
-    as often as the others, if need be with no tile at all.
+    as often as the others, if need be with no tile at all; the ranks of a step in training alone.
+
+    Args:
+        module: the encoder.
+        group: the processes that share.
+        of_step: whether its ranks have bags of their own, and share a step. In evaluation such a norm shares with those
+            that hold the tiles of a bag, or with none.
 
     Returns:
         What undoes it.
     """
+    key = STEP_GROUP if of_step else GROUP
     before: list[tuple[Any, type, Any]] = []
     for norm in batch_norms(module):
         if isinstance(norm, nn.SyncBatchNorm):
             continue
         kind: type = type(norm)
-        before.append((norm, kind, norm.__dict__.get(GROUP)))
+        before.append((norm, kind, norm.__dict__.get(key)))
         if not isinstance(norm, _SharedNorm):
             norm.__class__ = _shared_class(kind)
-        norm.__dict__[GROUP] = group
+        norm.__dict__[key] = group
 
     def undo() -> None:
         for norm, kind, group_before in before:
             norm.__class__ = kind
-            norm.__dict__.pop(GROUP, None)
+            norm.__dict__.pop(key, None)
             if group_before is not None:
-                norm.__dict__[GROUP] = group_before
+                norm.__dict__[key] = group_before
         before.clear()
 
     return undo

@@ -179,6 +179,13 @@ def initialized():
     found["section of a plain model"] = first_error(
         lambda: begin({"norm": {"training": "step"}}, torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
     )
+    found["norms"] = {name: norms_chosen(*case) for name, case in NORMS.items()}
+    halves = {"bf16": {"enabled": True}}
+    for name, more in (("a section", {"ds_wsi": {"compression": {"hook": "none"}}}), ("no section", {})):
+        config = base | halves | more
+        found[f"bf16, {name}"] = first_error(
+            lambda config=config: ds_wsi.initialize(model=make_slide_model(), config=config)
+        )
     # `attach` on an engine that is there.
     for name, section in {
         "partition": {"partition": {"mode": "lean"}},
@@ -199,6 +206,46 @@ def initialized():
     return found
 
 
+def norms_chosen(section, micro_steps, pair):
+    """What a SlideModel's norms average over once `initialize` has had it; `pair` None: nobody had said anything."""
+    import ds_wsi
+
+    model = make_slide_model()
+    if pair == "frozen":
+        model.encoder.requires_grad_(False)
+    elif pair is not None:
+        model.set_norms(*pair[:2]).norms_from = pair[2]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_steps,
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}},
+        "zero_optimization": {"stage": 0},
+    }
+    ds_wsi.initialize(model=model, config=config if section is None else config | {"ds_wsi": section})
+    return model.norm_training, model.norm_evaluation
+
+
+RUN = ("step", "bag", "config.json")
+# Section, micro-steps, what was said of the model before; and what is then so.
+NORMS = {
+    "no section": (None, 1, None),
+    "no section, accumulation": (None, 4, None),
+    "no norm": ({"compression": {"hook": "none"}}, 1, None),
+    "no norm, accumulation": ({"compression": {"hook": "none"}}, 4, None),
+    "auto, accumulation": ({"norm": {}}, 4, None),
+    "a frozen encoder": ({"norm": {"training": "stack"}}, 1, "frozen"),
+    "its own": (None, 1, ("bag", "running", "set_norms")),
+    "a run's": ({"compression": {"hook": "none"}}, 1, RUN),
+    "a run's, auto": ({"norm": {}}, 1, RUN),
+    "a run's, no section": (None, 1, RUN),
+}
+CHOSEN = {
+    **dict.fromkeys(("no section", "no norm"), ("step", "running")),  # of two bags, one a rank
+    **dict.fromkeys(("no section, accumulation", "no norm, accumulation", "auto, accumulation"), ("stack", "bag")),
+    "a frozen encoder": ("frozen", "running"),
+    "its own": ("bag", "running"),
+    **dict.fromkeys(("a run's", "a run's, auto", "a run's, no section"), ("step", "bag")),
+}
 SECTIONS = {
     "tiling": {"tiling": {"tile_size_px": 64}},
     "reading": {"reading": {"workers": 3}},
@@ -228,6 +275,9 @@ def test_initialize():
             words = found[f"section {name}"]
             assert words.startswith(f"ValueError: ds_wsi.{name}"), words
             assert "HINT" in words
+        assert found["norms"] == CHOSEN
+        for name in ("a section", "no section"):
+            assert "bf16 must be off for BatchNorm" in found[f"bf16, {name}"], found[f"bf16, {name}"]
         assert "ds_wsi.norm must be given with a SlideModel" in found["section of a plain model"]
         for name in ("partition", "norm"):
             assert f"ds_wsi.{name}" in found[f"attach {name}"]

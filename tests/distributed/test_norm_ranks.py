@@ -181,6 +181,7 @@ def statistics_on_rank(training: str) -> list:
     """Per engine: first norm's (mean, var) after 100 steps on the rank's own data, as a checkpoint would hold them."""
     import torch.distributed as dist
 
+    import ds_wsi
     from ds_wsi.engines.accelerator.engine import average_buffers
 
     found = []
@@ -197,7 +198,10 @@ def statistics_on_rank(training: str) -> list:
             optimizer.step()
             optimizer.zero_grad()
         module = accelerator.unwrap_model(wrapped)
-        average_buffers(accelerator, module)
+        if engine == "ddp":  # as in a loop of one's own
+            ds_wsi.pool_statistics(wrapped)
+        else:
+            average_buffers(accelerator, module)
         norm = module.encoder.first
         found.append([norm.running_mean.double().tolist(), norm.running_var.double().tolist()])
     return found
@@ -280,3 +284,43 @@ def test_statistics_taken_anew_are_those_of_all_ranks_tiles_in_one_call(shares, 
     for found in run_ranks(recalibrate_on_rank, 2, shares, one_chunk):
         for name, value in found.items():
             torch.testing.assert_close(value, dict(encoder.named_buffers())[name], rtol=1e-10, atol=1e-10, msg=name)
+
+
+def evaluate_on_rank(mode) -> dict:
+    """Of a model trained over a step of both ranks: logits of more slides on one rank; and of a bag that both hold."""
+    import torch.distributed as dist
+
+    from ds_wsi.norms.roles import is_shared
+    from ds_wsi.tile_parallel import shard_tiles, tile_mesh
+
+    rank, bags = dist.get_rank(), make_bags(torch.float64)
+    model = make_model(torch.float64)
+    apply_training("step", NormPolicy(), model)
+    if mode is not None:
+        partition_layers(model.encoder, PartitionPolicy(mode=mode, chunk_size=3, bn_population="bag"))
+    model.set_norms(evaluation="bag").eval()
+    found = {"training": model.train().encoder is not None and is_shared(model.encoder)}
+    with torch.no_grad():
+        model.eval()
+        own = bags if rank == 0 else bags[:2]
+        found["logits"] = torch.cat([model(stack_bags([bag])).logits for bag, _ in own])
+        if mode is None:
+            mesh = tile_mesh(2)
+            shard_tiles(model, mesh)
+            apply_training("step", NormPolicy(), model)
+            tiles = bags[4][0]
+            found["shared"] = model.eval()(stack_bags([tiles[:2] if mesh.tile_rank == 0 else tiles[2:]])).logits
+    return found
+
+
+@pytest.mark.parametrize("mode", [None, "lean"])
+def test_in_evaluation_a_slide_is_its_own_population_after_a_step_of_ranks(mode):
+    """The ranks share nothing there, so one may have more slides than the other; those that share a bag still do."""
+    alone = make_model(torch.float64).set_norms("step", "bag").eval()
+    with torch.no_grad():
+        expected = torch.cat([alone(stack_bags([bag])).logits for bag, _ in make_bags(torch.float64)])
+    for found in run_ranks(evaluate_on_rank, 2, mode):
+        assert found["training"], "in training they share"
+        torch.testing.assert_close(found["logits"], expected[: len(found["logits"])], rtol=1e-10, atol=1e-10)
+        if mode is None:
+            torch.testing.assert_close(found["shared"], expected[4:], rtol=1e-10, atol=1e-10)

@@ -111,6 +111,11 @@ def is_own_model(names):
     assert names["other"].logits.shape == (2, 2)
 
 
+def is_by_bag(names):
+    model = names["model"]
+    assert (model.norm_training, model.norm_evaluation) == ("bag", "bag")
+
+
 CHECKS = {
     "slide": is_slide,
     "partition": is_partition,
@@ -118,6 +123,7 @@ CHECKS = {
     "stacked features": is_stacked,
     "hooks": is_hooked,
     "own model": is_own_model,
+    "norms of a loop": is_by_bag,
     "trainer": is_trained,
     "trainer on features": is_trained_on_features,
 }

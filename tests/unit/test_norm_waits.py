@@ -7,7 +7,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_wsi.norms.population import merged, merged_over, moments_of
+from ds_wsi.norms.roles import population_group, set_evaluated
 from ds_wsi.norms.shared import share_norms
+from ds_wsi.partition import PartitionPolicy, plan_partition
 
 
 class Reads(TorchDispatchMode):
@@ -77,3 +79,21 @@ def test_counts_on_the_device_merge_as_those_on_the_host(reads, monkeypatch, dty
     assert torch.equal(found.mean, expected.mean)
     assert torch.equal(found.m2, expected.m2)
     assert torch.equal(found.unbiased_var, expected.unbiased_var)
+
+
+@pytest.mark.parametrize("of_step", [False, True])
+def test_norms_that_share_are_planned_without_their_group(reads, of_step):
+    """A plan is of a copy, and nobody copies a process group; nor has a step's group a say in evaluation."""
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)).train()
+    undo = share_norms(module, dist.group.WORLD, of_step=of_step)
+    plan = plan_partition(module, (5, 3, 8, 8), PartitionPolicy(mode="lean"))
+    assert [segment.mode for segment in plan.segments] == ["lean"] * len(plan.segments)
+    norm = module[1]
+    set_evaluated([norm], True)
+    assert (population_group(norm) is None) == of_step
+    assert population_group(norm, in_training=True) is dist.group.WORLD
+    set_evaluated([norm], False)
+    assert population_group(norm) is dist.group.WORLD
+    undo()
+    assert population_group(norm) is None
+    assert type(norm) is nn.BatchNorm2d

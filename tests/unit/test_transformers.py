@@ -259,8 +259,9 @@ def test_norms_are_trained_and_kept_as_the_policy_says(tmp_path):
         assert trainer.args.ddp_broadcast_buffers is False
         return tuple(model.config.slide_model[f"norm_{name}"] for name in ("training", "evaluation"))
 
-    assert trained(make()) == ("step", "running")
+    assert trained(make()) == ("step", "running")  # of eight bags
     assert trained(make(), gradient_accumulation_steps=2) == ("stack", "running")
+    assert trained(make(), gradient_accumulation_steps=2, per_device_train_batch_size=1) == ("stack", "bag")
     loaded = make()
     next(part for part in loaded.modules() if isinstance(part, torch.nn.BatchNorm2d)).running_mean.add_(1)
     assert trained(loaded) == ("frozen", "running")

@@ -43,6 +43,7 @@ __all__ = [
     "broadcast_object_list",
     "build_accelerator",
     "gather_object",
+    "pool_statistics",
     "prepare",
     "take_steps_whole",
 ]
@@ -302,6 +303,34 @@ def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
         buffer.copy_(mean)
 
 
+class _World:
+    """The processes of the default group, as `average_buffers` asks for them."""
+
+    @property
+    def num_processes(self) -> int:
+        return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "mean"
+        torch.distributed.all_reduce(tensor)
+        return tensor / self.num_processes
+
+
+@torch.no_grad()
+def pool_statistics(module: nn.Module) -> None:
+    """Make BatchNorm's running statistics those of all processes' bags, in place, before a model is saved or evaluated.
+
+    In a loop of one's own each process tracks the statistics of the bags that it sees, and one of them writes the file.
+    `ds-wsi train` and `SlideTrainer` do this by themselves. The identity on one process; norms over a step have the
+    same statistics on all processes already. Collective.
+
+    Args:
+        module: a model, plain or as an engine or DDP holds it.
+    """
+    world: Any = _World()
+    average_buffers(world, module)
+
+
 class TrackedBuffer(NamedTuple):
     """A buffer of which each process has its own, its name in the whole module, and the part that it is of."""
 
@@ -326,7 +355,7 @@ def tracked_buffers(accelerator: Accelerator, module: nn.Module) -> list[Tracked
 
 def population_spans(norm: nn.Module, n_ranks: int) -> bool:
     """Whether a module is a BatchNorm whose population lies on all ranks: they have tracked the same."""
-    group = population_group(norm) if isinstance(norm, _BatchNorm) else None
+    group = population_group(norm, in_training=True) if isinstance(norm, _BatchNorm) else None
     return group is not None and torch.distributed.get_world_size(group) == n_ranks
 
 

@@ -195,6 +195,7 @@ class SlideModelForSlideClassification(PreTrainedModel):
         for name, buffer in model.slide_model.named_buffers():
             if name not in saved:
                 buffer.data.copy_(fresh[name])
+        model.slide_model.norms_from = "config.json"
         return (model, info) if wants_info else model
 
 

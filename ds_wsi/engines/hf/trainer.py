@@ -34,9 +34,10 @@ from ds_wsi.engines.hf.deepspeed_files import tensors_alone
 from ds_wsi.engines.hf.models import SlideCollator, SlideModelForSlideClassification
 from ds_wsi.engines.hf.step_batches import OrIdle, StepBatches, bag_lengths
 from ds_wsi.engines.machine.nvme import NvmeSpill
-from ds_wsi.engines.policies.norms import apply_training, decide_training, partition_of, partition_population
+from ds_wsi.engines.policies.loops import Calls, Norms, decide_norms, require_whole_norms
+from ds_wsi.engines.policies.norms import apply_training, partition_of
 from ds_wsi.engines.sharded.zero import gather_as_one
-from ds_wsi.norms import NormPolicy, batch_norms, natural_evaluation
+from ds_wsi.norms import NormPolicy, batch_norms
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.runtime.log import logger
@@ -89,6 +90,15 @@ def apply_policies(
     Raises:
         ValueError: a policy that the HF Trainer cannot follow.
     """
+    policies, norms = _apply_policies(model, args, norm)
+    _evaluate(model, norms)
+    return policies
+
+
+def _apply_policies(
+    model: SlideModelForSlideClassification, args: TrainingArguments, norm: NormPolicy | None
+) -> tuple[DsWsiConfig, Norms]:
+    """What `apply_policies` does, but for the evaluation."""
     policies, slide_model = read_policies(args), model.slide_model
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None:
@@ -107,7 +117,7 @@ def apply_policies(
     unused = [name for name in ("tiling", "reading", "augment") if name in _deepspeed_config(args).get(SECTION, {})]
     if unused:
         logger.warning("%s of %s: of no effect, the HF Trainer's data set reads the bags", ", ".join(unused), SECTION)
-    _apply_norms(policies, model, args)
+    norms = _apply_norms(policies, model, args)
     zero3 = _deepspeed_config(args).get("zero_optimization", {}).get("stage") == 3
     wanted: Any = partition_of(policies.partition, slide_model.norm_training, 1)
     if not isinstance(slide_model.encoder.__dict__.get("forward"), PartitionedForward):
@@ -120,14 +130,14 @@ def apply_policies(
         pack_bags(slide_model.aggregator, policies.stacking.pack_bytes)
     if zero3:
         gather_as_one(slide_model)
-    return policies
+    return policies, norms
 
 
-def _apply_norms(policies: DsWsiConfig, model: SlideModelForSlideClassification, args: TrainingArguments) -> None:
-    """What the encoder's BatchNorm averages over, as in `ds-wsi train`, and written to the model's configuration.
+def _apply_norms(policies: DsWsiConfig, model: SlideModelForSlideClassification, args: TrainingArguments) -> Norms:
+    """What the encoder's BatchNorm averages over in training; the evaluation that goes with it is left to `_evaluate`.
 
     A step's micro-steps are calls of the Trainer's own: "step" is of one of them, and "auto" then takes the bags of a
-    micro-step of one process. The evaluation "auto" is what was trained; it is not measured here.
+    micro-step of one process.
 
     Raises:
         ValueError: norms over a step of several micro-steps, or a DDP that would copy rank 0's statistics.
@@ -138,40 +148,26 @@ def _apply_norms(policies: DsWsiConfig, model: SlideModelForSlideClassification,
             "rank's at each forward. HINT: leave it out"
         )
     args.ddp_broadcast_buffers = False
-    policy, slide_model = policies.norm, model.slide_model
+    slide_model = model.slide_model
     if not batch_norms(slide_model.encoder):
-        return
-    training = decide_training(policy, partition_population(policies.partition), slide_model.train())
-    if training == "step" and args.gradient_accumulation_steps > 1:
-        if policy.training == "step":
-            raise ValueError(
-                f"{SECTION}.norm.training must not be step with gradient_accumulation_steps > 1 under the HF Trainer, "
-                f"which calls the model once for each, got {args.gradient_accumulation_steps}. HINT: a larger "
-                "per_device_train_batch_size, partitioned, takes no more memory"
-            )
-        training = "stack"
-        logger.info(
-            "norm.training: stack, the bags of a micro-step of one process, whose %d make up a step",
-            args.gradient_accumulation_steps,
-        )
-    if training == "step" and args.world_size > 1 and policies.partition.mode == "auto":
-        # Each process would plan for its own stack, and their norms wait for each other in different orders.
-        if policy.training == "step":
-            raise ValueError(
-                f"{SECTION}.norm.training must not be step on several processes with a partition that plans each call. "
-                'HINT: name a mode of partition, such as "lean"'
-            )
-        training = "stack"
-        logger.info("norm.training: stack, for the partition plans the call of each process by itself")
-    apply_training(training, policy, slide_model)
-    evaluation = natural_evaluation(training) if policy.evaluation == "auto" else policy.evaluation
-    if evaluation == "recalibrated":
-        raise ValueError(
-            f"{SECTION}.norm.evaluation must not be recalibrated under the HF Trainer, which takes nothing anew. HINT: "
-            "launch/train.py does; or running"
-        )
-    slide_model.set_norms(evaluation=evaluation)
-    model.config.slide_model |= {"norm_training": training, "norm_evaluation": evaluation}
+        return Norms(slide_model.norm_training, slide_model.norm_evaluation)
+    calls = Calls(
+        bags=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        processes=args.world_size,
+        place="under the HF Trainer",
+        more_bags="per_device_train_batch_size=8",
+    )
+    norms = decide_norms(policies, slide_model, calls)
+    apply_training(norms.training, policies.norm, slide_model)
+    return norms
+
+
+def _evaluate(model: SlideModelForSlideClassification, norms: Norms) -> None:
+    """Let the model be evaluated as it is trained from now on, and its configuration say so."""
+    model.slide_model.set_norms(evaluation=norms.evaluation)
+    model.slide_model.norms_from = "config.json"
+    model.config.slide_model |= {"norm_training": norms.training, "norm_evaluation": norms.evaluation}
 
 
 class CommHookCallback(TrainerCallback):
@@ -251,8 +247,13 @@ class SlideTrainer(Trainer):
             )
         check_seams("transformers", "trainer")
         _require_arguments(args, keywords)
-        _require_precision(model, args)
-        self.policies = apply_policies(model, args, norm)
+        if config := _deepspeed_config(args):
+            require_whole_norms(model, config, [kind for kind in ("bf16", "fp16") if getattr(args, kind)])
+        is_of_run = model.slide_model.norms_from == "config.json"
+        self.policies, self._norms = _apply_policies(model, args, norm)
+        # Before it is trained a run's model is evaluated, and exported, as its config.json says.
+        if not is_of_run or self.policies.norm.evaluation != "auto":
+            _evaluate(model, self._norms)
         args.remove_unused_columns = False
         super().__init__(model=model, args=args, data_collator=data_collator or SlideCollator(), **keywords)
         self.comm = CommHookCallback(self)
@@ -260,6 +261,8 @@ class SlideTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **keywords: Any) -> Any:
         """Train as the Trainer does; no file of a checkpoint can run code when it is read."""
+        model: Any = self.model
+        _evaluate(model, self._norms)
         given = isinstance(resume_from_checkpoint, str | Path)
         self.comm.resume_from = resume_from_checkpoint if given else None
         with tensors_alone() if self.is_deepspeed_enabled else nullcontext():
@@ -380,14 +383,3 @@ def _require_arguments(args: TrainingArguments, keywords: Mapping[str, Any]) -> 
     )
     for name in ("compute_loss_func", "model_init"):
         require(keywords.get(name) is None, f"{name} must be None, got one", "subclass the model instead")
-
-
-def _require_precision(model: nn.Module, args: TrainingArguments) -> None:
-    config = _deepspeed_config(args)
-    halves = [kind for kind in ("bf16", "fp16") if getattr(args, kind) or config.get(kind, {}).get("enabled") is True]
-    norms = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
-    if config and halves and norms:
-        raise ValueError(
-            f"{halves[0]} must be off for BatchNorm under DeepSpeed, which halves its weights and not its statistics, "
-            f'got it on. HINT: "torch_autocast": {{"enabled": true, "dtype": "bfloat16"}} in the JSON'
-        )

@@ -67,16 +67,18 @@ def apply_training(training: str, policy: NormPolicy, module: SlideModel) -> Non
             norm.requires_grad_(False)
     module.set_norms(training)
     if training == "step" and dist.is_initialized() and dist.get_world_size() > 1:
-        share_norms(module.encoder, dist.new_group())
+        share_norms(module.encoder, dist.new_group(), of_step=True)
 
 
-def warn_of_few_bags(training: str, bags_in_step: int) -> None:
+def warn_of_few_bags(
+    training: str, bags_in_step: int, remedy: str = "--bags_per_step 8, or an encoder with weights"
+) -> None:
     """Say that a population of few bags is a poor one, once, where the norms average over it."""
     if training in ("bag", "step", "stack") and bags_in_step < FEW_BAGS:
         logger.warning(
             "norm.training %s: the encoder's BatchNorm averages over %s in training, and takes out of its "
-            "features what such few have in common. HINT: --bags_per_step 8, or an encoder with weights.",
-            *(training, counted(bags_in_step, "slide")),
+            "features what such few have in common. HINT: %s.",
+            *(training, counted(bags_in_step, "slide"), remedy),
         )
 
 

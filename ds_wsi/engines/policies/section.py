@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from ds_wsi.config import SECTION, DsWsiConfig, read_section
 from ds_wsi.engines.machine.nvme import NvmeSpill
-from ds_wsi.engines.policies.norms import apply_training, decide_training, partition_of, partition_population
+from ds_wsi.engines.policies.loops import Calls, decide_norms, require_whole_norms
+from ds_wsi.engines.policies.norms import apply_training, partition_of
 from ds_wsi.engines.sharded.zero import gather_as_one
 from ds_wsi.models import SlideModel
-from ds_wsi.norms import batch_norms, natural_evaluation
+from ds_wsi.norms import batch_norms
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.stacking.packs import PackedForward, pack_bags
@@ -76,8 +78,11 @@ def require_done(section: Mapping[str, Any], model: nn.Module) -> DsWsiConfig:
             f"{before}: ds_wsi.stacking.packs.pack_bags(model.aggregator, pack_bytes)",
         )
     norm = policies.norm
+    # What is frozen of the encoder takes running statistics, whatever the word.
+    frozen = not any(part.requires_grad for leaf in batch_norms(encoder) for part in leaf.parameters())
     for name, word in (("training", norm.training), ("evaluation", norm.evaluation)):
-        if word != "auto" and getattr(model, f"norm_{name}", None) != word and batch_norms(encoder):
+        found = getattr(model, f"norm_{name}", None)
+        if word not in ("auto", found) and batch_norms(encoder) and not (frozen and found == "frozen"):
             raise _refused(
                 f"norm.{name}",
                 word,
@@ -104,9 +109,16 @@ def apply_section(section: Mapping[str, Any], model: nn.Module, config: Mapping[
     policies = read_followed(section)
     _require_shared(policies, model)
     encoder, aggregator = _encoder(model), getattr(model, "aggregator", None)
-    training = _apply_norms(policies, "norm" in section, model, int(config.get("gradient_accumulation_steps", 1)))
+    require_whole_norms(model, config)
+    if isinstance(model, SlideModel):
+        _apply_norms(policies, model, config)
+    elif "norm" in section and batch_norms(model):
+        value = asdict(policies.norm)
+        raise _refused("norm", value, "must be given with a SlideModel", "leave it out; or SlideModel(encoder, ...)")
     zero3 = (config.get("zero_optimization") or {}).get("stage") == 3
-    wanted = policies.partition if training is None else partition_of(policies.partition, training, 1)
+    wanted = policies.partition
+    if isinstance(model, SlideModel):
+        wanted = partition_of(wanted, model.norm_training, 1)
     if not _has_forward(encoder, PartitionedForward):
         if wanted.mode != "native":
             partition_layers(encoder, wanted, spill=NvmeSpill.of(wanted))
@@ -115,8 +127,8 @@ def apply_section(section: Mapping[str, Any], model: nn.Module, config: Mapping[
             partition_layers(encoder, PartitionPolicy(mode="native", bn_population="bag"))
     if policies.stacking.pack_bytes:
         if aggregator is None:
-            key, value = "stacking.pack_bytes", policies.stacking.pack_bytes
-            raise _refused(key, value, "must be given with a model that has an aggregator", "leave it out")
+            key, size = "stacking.pack_bytes", policies.stacking.pack_bytes
+            raise _refused(key, size, "must be given with a model that has an aggregator", "leave it out")
         if not _has_forward(aggregator, PackedForward):
             pack_bags(aggregator, policies.stacking.pack_bytes)
     if zero3:
@@ -124,34 +136,30 @@ def apply_section(section: Mapping[str, Any], model: nn.Module, config: Mapping[
     return policies
 
 
-def _apply_norms(policies: DsWsiConfig, is_given: bool, model: nn.Module, accumulation: int) -> str | None:
-    """What the norms average over from now on; None of a model that is none of ours."""
-    policy = policies.norm
-    if not isinstance(model, SlideModel):
-        if is_given and batch_norms(model):
-            raise _refused(
-                "norm", asdict(policy), "must be given with a SlideModel", "leave it out; or SlideModel(encoder, ...)"
-            )
-        return None
-    if not is_given:  # it was built with its own
-        return model.norm_training
-    training = decide_training(policy, partition_population(policies.partition), model.train())
-    if training == "step" and accumulation > 1:
-        raise _refused(
-            "norm.training",
-            policy.training,
-            f"must not be step with gradient_accumulation_steps > 1, got {accumulation}: your loop calls the model "
-            "once for each",
-            '"stack" is of the bags of a micro-step; or one micro-step, partitioned, takes no more memory',
-        )
-    evaluation = natural_evaluation(training) if policy.evaluation == "auto" else policy.evaluation
-    if evaluation == "recalibrated":
-        raise _refused(
-            "norm.evaluation", evaluation, "must be taken over the training slides", "`ds-wsi train` does; or running"
-        )
-    apply_training(training, policy, model)
-    model.set_norms(evaluation=evaluation)
-    return training
+def apply_default_norms(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """What `apply_section` does with a SlideModel's norms, in place, where the config has no section. Collective."""
+    if isinstance(model, SlideModel):
+        require_whole_norms(model, config)
+        _apply_norms(DsWsiConfig(), model, config)
+
+
+def _apply_norms(policies: DsWsiConfig, model: SlideModel, config: Mapping[str, Any]) -> None:
+    """What the norms average over from now on, in training and in evaluation."""
+    if not batch_norms(model.encoder):
+        return
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    accumulation = int(config.get("gradient_accumulation_steps", 1))
+    bags = config.get("train_micro_batch_size_per_gpu") or int(config["train_batch_size"]) // (accumulation * world)
+    calls = Calls(
+        bags=max(1, int(bags)),
+        accumulation=accumulation,
+        processes=max(1, world // policies.tile_parallel.size),
+        place="in a loop of your own",
+        more_bags="8 bags in a call (train_micro_batch_size_per_gpu)",
+    )
+    norms = decide_norms(policies, model, calls)
+    apply_training(norms.training, policies.norm, model)
+    model.set_norms(evaluation=norms.evaluation)
 
 
 def _require_shared(policies: DsWsiConfig, model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.norms.population import after_norm
-from ds_wsi.norms.roles import GROUP
+from ds_wsi.norms.roles import GROUP, STEP_GROUP
 from ds_wsi.partition.module.holdings import (
     HOOKS,
     attributes_of,
@@ -82,7 +82,7 @@ class Restored:
             for name in HOOKS:
                 if name in base:
                     base[name] = OrderedDict((key, hook) for key, hook in base[name].items() if computes_weight(hook))
-            base.pop(GROUP, None)
+            base.pop(GROUP, None), base.pop(STEP_GROUP, None)
             self._base[part] = base
             self._containers += containers_of(part)
             if issubclass(kind, nn.SyncBatchNorm):

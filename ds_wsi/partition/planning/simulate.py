@@ -240,7 +240,7 @@ class _Uncompiled(nn.Module):
 
 
 _OF_ENGINES = re.compile(
-    "_hooks(_|$)|^_compiled_call_impl$|^ds_inflight|^_(external_params|original_parameters)$|^__composable_api|^population_group$"
+    "_hooks(_|$)|^_compiled_call_impl$|^ds_inflight|^_(external_params|original_parameters)$|^__composable_api|^population_group"
 )
 
 
