@@ -240,15 +240,15 @@ def tell_old_norms(
     some = tuple(BagPart(row, 0, min(cohort.lengths[row], CHECKED_TILES)) for row in rows)
     if not some:
         logger.warning(
-            "%s was exported by an earlier version, with running statistics of BatchNorm, which need not be what it was "
-            "trained with; without labels nothing can be compared. HINT: ds-wsi evaluate compares on labelled slides.",
+            "%s was exported by an earlier version, with running statistics of BatchNorm, which need not be what it "
+            "was trained with; without labels nothing can be compared. HINT: ds-wsi evaluate of slides with labels.",
             options.model,
         )
         return
     gap = norm_gap(
         model, slides, cohort.grids, policy, failures, NormPlan(training="bag", gap=some), NormVariant("running")
     )
-    if gap.is_wide:
+    if gap is not None and gap.is_wide:
         logger.warning(
             "%s was exported by an earlier version, with running statistics of BatchNorm: on %d slides its loss is "
             "%.4g, with each slide's own statistics, as it was trained, %.4g. HINT: --norm_evaluation bag.",

@@ -125,7 +125,7 @@ class Validator:
         return int(self._process.pid)
 
     def submit(self, epoch: int, weights: Path) -> None:
-        """Start to predict with the weights of this file, which must stay until the result is there.
+        """Start to predict with the weights of this epoch, from 1, in a file that must stay until the result is there.
 
         Raises:
             ValidatorError: the process died.
@@ -133,7 +133,7 @@ class Validator:
         assert self._epoch is None, "one at a time"
         self._epoch = epoch
         try:
-            self._connection.send(weights)
+            self._connection.send((epoch, weights))
         except OSError:
             self._raise_death()
 
@@ -255,13 +255,13 @@ def _serve(work: ValidationWork, requests: Any, caller: _Caller) -> None:
     failures = FailureLog(work.slides, work.grids, work.policy.max_failed_fraction)
     while True:
         try:
-            weights = requests.recv()
+            request = requests.recv()
         except EOFError:
             return
-        if weights is None:
+        if request is None:
             return
         try:
-            answer: ValidationResult | _Failure = _validate(work, weights, failures)
+            answer: ValidationResult | _Failure = _validate(work, *request, failures)
         except Exception as error:
             answer = _Failure(type(error).__name__, str(error), traceback.format_exc())
         requests.send(answer)
@@ -274,10 +274,10 @@ def _end_with(caller: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _validate(work: ValidationWork, weights: Path, failures: FailureLog) -> ValidationResult:
+def _validate(work: ValidationWork, epoch: int, weights: Path, failures: FailureLog) -> ValidationResult:
     model = build_model(work.config)
     model.load_state_dict(read_weights(weights))
     model.to(work.device)
     model.evaluation_precision = work.precision
-    choice = choose_norms(model, work.slides, work.grids, work.policy, failures, work.plan)
+    choice = choose_norms(model, work.slides, work.grids, work.policy, failures, work.plan.of_epoch(epoch))
     return ValidationResult(choice, dict(failures.reasons))

@@ -95,7 +95,7 @@ def encode_population(
         What `encode` returned for each chunk, and (norm, moments of its population) of each call of a norm, in order.
 
     Raises:
-        ValueError: a norm has one value per channel in all.
+        OneValueError: a norm has one value per channel in all.
     """
     settling = _Settling(group, one_chunk=one_chunk)
     with _normalising(norms, settling):

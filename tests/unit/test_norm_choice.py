@@ -375,3 +375,35 @@ def test_the_slides_without_a_label_are_no_part_of_the_check(cohort):
         patch.setattr("ds_wsi.models.config.stored_version", lambda _: 3)
         tell_old_norms(options, model, some, ReadPolicy(0), FailureLog(some.manifest.slides, some.grids, 0.0))
     assert measured == list(range(3, min(11, len(slides))))
+
+
+@pytest.mark.parametrize("how", ["between", "beside"])
+def test_epochs_in_which_the_encoder_rests_have_no_gap(run, how):
+    """Exported as trained there, with running statistics; afterwards each bag's own were trained."""
+    folder, options = run[0] / f"rest_{how}", run[1]
+    given = ["--freeze_encoder_epochs", "1", "--norm_training", "bag", "--norm_evaluation", "running"]
+    given += ["--validate_beside"] if how == "beside" else []
+    assert main([*options, *given, "--output_dir", str(folder)]) == 0
+    first, second = json.loads((folder / "history.json").read_text())
+    assert first["norm_trained_loss"] == first["norm_exported_loss"]
+    assert second["norm_trained_loss"] != pytest.approx(second["norm_exported_loss"], rel=1e-3)
+
+
+def test_a_run_of_frozen_norms_tells_an_evaluation_that_was_not_trained(run):
+    folder = run[0] / "frozen_bag"
+    given = ["--norm_training", "frozen", "--norm_evaluation", "bag", "--output_dir", str(folder)]
+    assert main([*run[1], *given]) == 0
+    norms = json.loads((folder / "metrics.json").read_text())["norms"]
+    assert (norms["training"], norms["evaluation"]) == ("frozen", "bag")
+    assert norms["gap"]["trained_loss"] != pytest.approx(norms["gap"]["exported_loss"], rel=1e-3)
+    assert "norm_bag_loss" in json.loads((folder / "history.json").read_text())[-1]
+
+
+@pytest.mark.parametrize(("training", "warned"), [("stack", True), ("step", False)])
+def test_few_slides_are_told_of_the_population_that_is_trained(run, capsys, training, warned):
+    """Eight micro-steps of one slide: a step has eight, a stack one."""
+    given = ["--norm_training", training, "--gradient_accumulation_steps", "8", "--dry_run"]
+    assert main([*run[1], *given, "--output_dir", str(run[0] / "dry")]) == 0
+    assert (
+        f"norm.training {training}: the encoder's BatchNorm averages over 1 slide" in capsys.readouterr().err
+    ) == warned
