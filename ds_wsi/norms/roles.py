@@ -17,6 +17,11 @@ def batch_norms(module: nn.Module) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, AnyBatchNorm)]
 
 
+def named_batch_norms(module: nn.Module) -> dict[str, Any]:
+    """Those of `batch_norms` by their names in `module`."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, AnyBatchNorm)}
+
+
 def population_group(norm: nn.Module) -> Any:
     """The group whose ranks share a norm's population: SyncBatchNorm's own, the one that was given to it, or None."""
     if not dist.is_initialized():

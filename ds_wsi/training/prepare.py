@@ -85,7 +85,7 @@ def prepare_run(
         accelerator,
         output_dir,
         cohort,
-        replace(config, norm_training=training),
+        replace(config, norm_training=training, fixed_norms=module.fixed_norms),
         accelerator.unwrap_model(model),
         model,
         optimizer,
