@@ -13,6 +13,7 @@ from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.policy import EVALUATION, TRAINING
 from ds_wsi.norms.population import takes_population
 from ds_wsi.norms.roles import batch_norms, is_shared, named_batch_norms, normalise_with
+from ds_wsi.runtime.log import logger
 from ds_wsi.stacking.host_tiles import HostTiles, PreparedTiles
 from ds_wsi.stacking.randomness import bag_draws
 from ds_wsi.stacking.stacked_bags import StackedBags
@@ -47,7 +48,7 @@ class SlideModel(nn.Module):
     norm_evaluation = "running"
     _given_fixed: frozenset[str] = frozenset()
     _fixed: frozenset[str] = frozenset()
-    _idle = False
+    _idle = _told_other_norms = False
 
     def __init__(
         self,
@@ -124,6 +125,8 @@ class SlideModel(nn.Module):
         for name in getattr(self.encoder, "frozen_parts", ()):
             self.encoder.get_submodule(name).eval()
         norms = named_batch_norms(self.encoder)
+        if mode and not self._told_other_norms:
+            self._tell_other_norms()
         if mode:  # before the encoder as a whole rests: what it says of its norms is no matter of an epoch
             self._fixed = self._given_fixed | {name for name, norm in norms.items() if not norm.training}
         if self.encoder_is_frozen:
@@ -136,6 +139,18 @@ class SlideModel(nn.Module):
                 frozen = self.norm_training == "frozen" or not norm.training or name in self._fixed
                 normalise_with(norm, "running" if frozen else "tracked")
         return self
+
+    def _tell_other_norms(self) -> None:
+        """Say once that the aggregator has norms, which no policy reaches: no aggregator of the papers has."""
+        self._told_other_norms = True
+        names = list(named_batch_norms(self.aggregator))
+        if names:
+            logger.warning(
+                "BatchNorm in the aggregator %s (%s) is outside of the norm policy: it averages over the rows of a "
+                "call in training, and takes running statistics in evaluation, which is another model where a call has "
+                "few slides. HINT: LayerNorm.",
+                *(type(self.aggregator).__name__, ", ".join(names[:5])),
+            )
 
     @property
     def _is_one_population(self) -> bool:

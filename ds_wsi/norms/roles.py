@@ -32,9 +32,15 @@ def population_group(norm: nn.Module) -> Any:
 
 
 def starts_fresh(module: nn.Module) -> bool:
-    """Whether the running statistics are still those of a new norm: nothing was loaded, nothing was trained."""
-    norms = [norm for norm in batch_norms(module) if norm.running_mean is not None]
-    return bool(norms) and all(bool((norm.running_mean == 0).all() and (norm.running_var == 1).all()) for norm in norms)
+    """Whether the running statistics are still those of new norms: nothing was loaded, nothing was trained.
+
+    So it is of norms without any, whose weights may have been loaded; and not of a module without a norm.
+    """
+    norms = batch_norms(module)
+    tracked = [norm for norm in norms if norm.running_mean is not None]
+    return bool(norms) and all(
+        bool((norm.running_mean == 0).all() and (norm.running_var == 1).all()) for norm in tracked
+    )
 
 
 def normalise_with(norm: Any, statistics: str) -> None:

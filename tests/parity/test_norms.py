@@ -176,6 +176,7 @@ def test_a_norm_takes_the_statistics_that_it_is_told_and_gives_its_flags_back():
     assert norm.num_batches_tracked == 1
     assert not starts_fresh(norm)
     assert not starts_fresh(nn.Linear(2, 2)), "nothing to start"
+    assert starts_fresh(nn.BatchNorm2d(3, track_running_stats=False)), "nothing was loaded"
 
 
 def test_what_fits_is_told_by_the_largest_layer(tiles):

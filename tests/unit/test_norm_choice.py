@@ -207,6 +207,16 @@ def test_what_training_averages_over_follows_from_the_weights(caplog):
         decide_training(NormPolicy(affine=False), "stack", fresh)
     assert decide_training(NormPolicy(training="frozen"), "stack", fresh) == "frozen"
     assert "statistics were never taken" in caplog.text
+    caplog.clear()
+    caplog.set_level("INFO")
+    stateless = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+    without = SlideModel(stateless, build_aggregator("mean", 4, 2))
+    assert decide_training(NormPolicy(), "stack", without) == "step", "there is nothing to freeze"
+    assert "it has no running statistics" in caplog.text
+    assert decide_training(NormPolicy(training="frozen"), "stack", without) == "frozen"
+    assert "it averages over each bag still. HINT: --norm_training step" in caplog.text
+    assert "loaded" not in caplog.text
+    assert "never taken" not in caplog.text
     fresh.encoder.requires_grad_(False)
     assert decide_training(NormPolicy(), "stack", fresh.train()) == "frozen", "with the encoder"
 
@@ -381,7 +391,16 @@ def test_the_slides_without_a_label_are_no_part_of_the_check(cohort):
 def test_epochs_in_which_the_encoder_rests_have_no_gap(run, how):
     """Exported as trained there, with running statistics; afterwards each bag's own were trained."""
     folder, options = run[0] / f"rest_{how}", run[1]
-    given = ["--freeze_until", "layer2", "--freeze_encoder_epochs", "1", "--norm_training", "bag", "--norm_evaluation", "running"]
+    given = [
+        "--freeze_until",
+        "layer2",
+        "--freeze_encoder_epochs",
+        "1",
+        "--norm_training",
+        "bag",
+        "--norm_evaluation",
+        "running",
+    ]
     given += ["--validate_beside"] if how == "beside" else []
     assert main([*options, *given, "--output_dir", str(folder)]) == 0
     first, second = json.loads((folder / "history.json").read_text())

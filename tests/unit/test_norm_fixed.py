@@ -185,6 +185,18 @@ def test_a_transformers_folder_says_which_norms_are_fixed(tmp_path):
     assert SlideModelForSlideClassification.from_pretrained(tmp_path / "hf").slide_model.fixed_norms == ()
 
 
+def test_norms_of_an_aggregator_are_told_once_by_name(caplog):
+    """No policy says what they average over; those of the encoder are the policy's."""
+    aggregator = build_aggregator("gated_abmil", 5, 2)
+    SlideModel(Encoder(), aggregator).train()
+    assert "outside of the norm policy" not in caplog.text
+    aggregator.extra = nn.BatchNorm1d(5)
+    model = SlideModel(Encoder(), aggregator).eval()
+    assert "outside of the norm policy" not in caplog.text, "it is a matter of training"
+    model.train().train()
+    assert caplog.text.count("BatchNorm in the aggregator GatedABMIL (extra) is outside of the norm policy") == 1
+
+
 @pytest.mark.parametrize("memory", ["one chunk", "chunks"])
 @pytest.mark.parametrize("mode", ["keep", "lean", "recompute", "paper"])
 @pytest.mark.parametrize("part", ["encoder", "inner"])
