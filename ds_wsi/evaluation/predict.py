@@ -150,14 +150,14 @@ def _encoded(
             if chunk.request.last:
                 slide = chunk.request.slide
                 failures.require_tiles(slide, sum(map(len, kept)))
-                found: list[Tensor | OneValueError] = []
+                answers: list[Tensor | OneValueError] = []
                 for variant, encoded, norms in zip(variants, parts, populations, strict=True):
                     if norms and not of_features:
-                        found.append(_over_slide(encode, tiles, slide, slides[slide].slide_id, variant, norms))
+                        answers.append(_over_slide(encode, tiles, slide, slides[slide].slide_id, variant, norms))
                     else:
-                        found.append(torch.cat(encoded))
+                        answers.append(torch.cat(encoded))
                 model.set_norms(evaluation=evaluation)  # the caller's meanwhile
-                yield slide, found, torch.cat(kept)
+                yield slide, answers, torch.cat(kept)
                 model.set_norms(evaluation="running")
                 parts, kept = [[] for _ in variants], []
                 tiles.clear()
@@ -175,8 +175,8 @@ def _over_slide(
     except OneValueError as error:
         remedy = ', or take norm_evaluation "running"' if variant.name == "bag" else ""
         refusal = OneValueError(
-            f"a slide's own statistics must be of more than one value a channel, got {counted(tiles.count, 'tile')} of "
-            f"{name} (norm_evaluation {variant.name}). HINT: leave the slide out{remedy}."
+            f"a slide's own statistics must be of more than one value per channel, got {counted(tiles.count, 'tile')} "
+            f"of {name} (norm_evaluation {variant.name}). HINT: leave the slide out{remedy}."
         )
         refusal.__cause__ = error
         return refusal

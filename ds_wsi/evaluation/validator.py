@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -260,8 +260,10 @@ def _serve(work: ValidationWork, requests: Any, caller: _Caller) -> None:
             return
         if request is None:
             return
+        epoch, weights = request
+        work_now = replace(work, plan=work.plan.of_epoch(epoch))
         try:
-            answer: ValidationResult | _Failure = _validate(work, *request, failures)
+            answer: ValidationResult | _Failure = _validate(work_now, weights, failures)
         except Exception as error:
             answer = _Failure(type(error).__name__, str(error), traceback.format_exc())
         requests.send(answer)
@@ -274,10 +276,10 @@ def _end_with(caller: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _validate(work: ValidationWork, epoch: int, weights: Path, failures: FailureLog) -> ValidationResult:
+def _validate(work: ValidationWork, weights: Path, failures: FailureLog) -> ValidationResult:
     model = build_model(work.config)
     model.load_state_dict(read_weights(weights))
     model.to(work.device)
     model.evaluation_precision = work.precision
-    choice = choose_norms(model, work.slides, work.grids, work.policy, failures, work.plan.of_epoch(epoch))
+    choice = choose_norms(model, work.slides, work.grids, work.policy, failures, work.plan)
     return ValidationResult(choice, dict(failures.reasons))

@@ -133,8 +133,8 @@ class SlideModel(nn.Module):
             self.encoder.eval()
         for name, norm in norms.items():
             if not mode:
-                own = self.norm_evaluation == "bag" and name not in self._fixed
-                normalise_with(norm, "own" if own else "running")
+                averages = self.norm_evaluation == "bag" and name not in self._fixed
+                normalise_with(norm, "own" if averages else "running")
             else:
                 frozen = self.norm_training == "frozen" or not norm.training or name in self._fixed
                 normalise_with(norm, "running" if frozen else "tracked")

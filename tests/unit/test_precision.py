@@ -134,7 +134,7 @@ def test_the_process_beside_training_validates_in_it_too(cohort, tmp_path):
     for precision in ("no", "bf16"):
         failures = FailureLog(slides, grids, 0.0)
         work = ValidationWork(config, slides, grids, plan, policy, "cpu", precision)
-        beside = validator._validate(work, 1, tmp_path / "model.safetensors", failures).choice.metrics
+        beside = validator._validate(work, tmp_path / "model.safetensors", failures).choice.metrics
         model.evaluation_precision = precision
         assert beside == choose_norms(model, slides, grids, policy, failures, plan).metrics
         found[precision] = beside["running"]["eval_loss"]
