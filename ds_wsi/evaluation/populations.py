@@ -190,11 +190,8 @@ class TileEncoder:
 @contextmanager
 def _as_one_call(encoder: nn.Module) -> Iterator[None]:
     """Let parts of the encoder that compute in chunks of their own run as they are: passes stop at a norm's call."""
-    lifted = [
-        (part, forward)
-        for part in encoder.modules()
-        if getattr(forward := part.__dict__.get("forward"), "encodes_stacks", False)
-    ]
+    forwards: list[tuple[nn.Module, Any]] = [(part, part.__dict__.get("forward")) for part in encoder.modules()]
+    lifted = [(part, forward) for part, forward in forwards if getattr(forward, "encodes_stacks", False)]
     for part, forward in lifted:
         part.forward = forward.original
     try:
