@@ -108,10 +108,21 @@ def _write(
     record: "RunRecord | None",
 ) -> None:
     """Write what is told of all slides: the report, or without labels their predictions."""
+    _write_files(options, sharing, predictions, summary, record)
+    # When all is on disk: an error of a check must not cost the predictions.
+    tell_old_norms(options, sharing.model, sharing.cohort, sharing.policy, sharing.failures)
+
+
+def _write_files(
+    options: argparse.Namespace,
+    sharing: "Sharing",
+    predictions: "Sequence[SlidePrediction]",
+    summary: dict[str, str],
+    record: "RunRecord | None",
+) -> None:
     from ds_wsi.evaluation.results import REPORT, write_predictions, write_results
 
     directory, cohort = sharing.folder, sharing.cohort
-    tell_old_norms(options, sharing)
     if all(slide.label is None for slide in cohort.manifest.slides):
         write_predictions(directory, cohort, predictions, sharing.known_by)
         return

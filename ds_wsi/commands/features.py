@@ -1,6 +1,7 @@
 """`ds-wsi features`: each slide's features, for training without an encoder."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from ds_wsi.commands.cohort import (
@@ -17,6 +18,7 @@ from ds_wsi.commands.cohort import (
     tiling_of,
 )
 from ds_wsi.commands.parser import add_command
+from ds_wsi.commands.predicting import add_norm_evaluation, tell_old_norms
 from ds_wsi.config import read_section
 from ds_wsi.models.choices import FEATURES
 from ds_wsi.runtime.streams import show
@@ -40,6 +42,7 @@ def add_features(subparsers: argparse._SubParsersAction) -> None:
     )
     for name in TILING_OPTIONS:
         add_shared_options(parser, (name,), default=f"{getattr(TilingPolicy(), name)}; with --model, the model's own")
+    add_norm_evaluation(parser)
     add_prediction_options(parser, need_manifest=True)
 
 
@@ -70,12 +73,18 @@ def run_features(options: argparse.Namespace) -> None:
             pretrained=options.pretrained,
             features=options.encoder_features,
         )
+    if options.norm_evaluation:
+        config = replace(config, norm_evaluation=options.norm_evaluation)
+        model.set_norms(evaluation=options.norm_evaluation)
     cohort = slides_of(options, tiling, classes_of(options), labels_of(options))
     policy, failures = tile_reading_of(options, cohort)
     shard = shard_from(options)
     summary = SummaryFile(Path(options.output_dir) / SUMMARY, SUMMARY_COLUMNS)
     n_rows_of: dict[str, int] = {}
-    for slide in extract_features(placed(model, options), config, cohort, options.output_dir, policy, failures, shard):
+    model = placed(model, options)
+    if options.model and shard.index == 0:
+        tell_old_norms(options, model, cohort, policy, failures)
+    for slide in extract_features(model, config, cohort, options.output_dir, policy, failures, shard):
         n_rows_of[slide.slide_id] = slide.n_rows
         word = "written" if slide.written else "kept"
         if slide.written or shard.is_alone:

@@ -42,5 +42,5 @@ def run_heatmap(options: argparse.Namespace) -> None:
             show(drawn.path)
     sharing.failures.check()
     if sharing.shard.index == 0:
-        tell_old_norms(options, sharing)
+        tell_old_norms(options, sharing.model, cohort, sharing.policy, sharing.failures)
     tell_left_out(cohort, options.output_dir)

@@ -28,8 +28,10 @@ from ds_wsi.training.dataset_options import add_reading_options, reading_of
 from ds_wsi.training.options import add_shared_options, spellings
 
 if TYPE_CHECKING:
+    from ds_wsi.bags.bag import FailureLog
     from ds_wsi.bags.cohort import Cohort
     from ds_wsi.bags.manifest import Manifest
+    from ds_wsi.bags.policy import ReadPolicy
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.shared import Sharing
     from ds_wsi.models import ModelConfig, SlideModel
@@ -46,14 +48,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         *spellings("map_labels"), type=_pairs, help="the cohort's classes in the model's words: tumor=1,normal=0"
     )
+    add_norm_evaluation(parser)
+    add_reading_options(parser)
+    add_prediction_options(parser, need_manifest=False)
+    add_shared_options(parser, OF_EVALUATION, default="as the model was trained")
+
+
+def add_norm_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Add how the norms of a model's encoder are evaluated."""
     parser.add_argument(
         *spellings("norm_evaluation"),
         choices=("running", "bag"),
         help="what its BatchNorm averages over (default: as it was exported)",
     )
-    add_reading_options(parser)
-    add_prediction_options(parser, need_manifest=False)
-    add_shared_options(parser, OF_EVALUATION, default="as the model was trained")
 
 
 def add_features_dir(parser: argparse.ArgumentParser) -> None:
@@ -208,23 +215,40 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def tell_old_norms(options: argparse.Namespace, sharing: "Sharing") -> None:
-    """Warn of a model of an earlier version whose running statistics are not what it was trained with."""
+def tell_old_norms(
+    options: argparse.Namespace,
+    model: "SlideModel",
+    cohort: "Cohort",
+    policy: "ReadPolicy",
+    failures: "FailureLog",
+) -> None:
+    """Warn of a model of an earlier version whose running statistics are not what it was trained with.
+
+    It is measured on slides with labels; where there is none, the warning says that nothing could be measured.
+    """
     from ds_wsi.bags.bag import BagPart
     from ds_wsi.evaluation.norm_choice import NormPlan, norm_gap
     from ds_wsi.evaluation.predict import NormVariant
     from ds_wsi.models.config import NORMS_SINCE, stored_version
     from ds_wsi.norms import batch_norms
 
-    model, cohort = sharing.model, sharing.cohort
     of_before = options.norm_evaluation is None and stored_version(options.model) < NORMS_SINCE
     if not (of_before and batch_norms(model.encoder)):
         return
-    lengths = cohort.lengths[:CHECKED_SLIDES]
-    some = tuple(BagPart(row, 0, min(length, CHECKED_TILES)) for row, length in enumerate(lengths))
-    plan, exported = NormPlan(training="bag", gap=some), NormVariant("running")
-    gap = norm_gap(model, cohort.manifest.slides, cohort.grids, sharing.policy, sharing.failures, plan, exported)
-    if gap.is_wide:
+    slides = cohort.manifest.slides
+    rows = [row for row, slide in enumerate(slides) if slide.label is not None][:CHECKED_SLIDES]
+    some = tuple(BagPart(row, 0, min(cohort.lengths[row], CHECKED_TILES)) for row in rows)
+    if not some:
+        logger.warning(
+            "%s was exported by an earlier version, with running statistics of BatchNorm, which need not be what it "
+            "was trained with; without labels nothing can be compared. HINT: ds-wsi evaluate of slides with labels.",
+            options.model,
+        )
+        return
+    gap = norm_gap(
+        model, slides, cohort.grids, policy, failures, NormPlan(training="bag", gap=some), NormVariant("running")
+    )
+    if gap is not None and gap.is_wide:
         logger.warning(
             "%s was exported by an earlier version, with running statistics of BatchNorm: on %d slides its loss is "
             "%.4g, with each slide's own statistics, as it was trained, %.4g. HINT: --norm_evaluation bag.",

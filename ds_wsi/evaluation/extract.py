@@ -231,6 +231,7 @@ def _encoder_words(model: SlideModel, config: ModelConfig) -> str:
             memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()), checksum
         )
     norms = "norms over each slide" if config.norm_evaluation == "bag" else ""
+    norms += f" but {len(config.fixed_norms)}" if norms and config.fixed_norms else ""
     precision = "" if model.evaluation_precision == "no" else f"in {model.evaluation_precision}"
     words = (config.encoder, leaves, options, norms, f"with weights {checksum:08x}", precision)
     return " ".join(word for word in words if word)

@@ -6,8 +6,8 @@ exported: the loss of the same weights on a few training slides, once with the p
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +19,11 @@ from ds_wsi.bags.features import FeatureFile
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
-from ds_wsi.evaluation.predict import NormVariant, predict_variants, prediction_metrics
+from ds_wsi.evaluation.predict import NormVariant, SlidePrediction, predict_variants, prediction_metrics
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.norms.policy import CANDIDATES
+from ds_wsi.norms.population import OneValueError
+from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.signals import Stopped, asked
 from ds_wsi.slides.tiling import TileGrid
 from ds_wsi.stacking.stacked_bags import stack_bags
@@ -47,6 +49,8 @@ class NormPlan:
         recalibration: parts of the training slides over which statistics are taken anew.
         gap: parts of some training slides, on which the gap is measured; empty where there can be none.
         bags_per_population: how many of those training averages over at once.
+        resting_epochs: so many first epochs train the aggregator alone, over an encoder in evaluation mode.
+        probes: other slides that the exported model will have to take, where some evaluation may not be able to.
     """
 
     training: str = "frozen"
@@ -57,6 +61,12 @@ class NormPlan:
     recalibration: tuple[BagPart, ...] = ()
     gap: tuple[BagPart, ...] = ()
     bags_per_population: int = 1
+    resting_epochs: int = 0
+    probes: tuple[int, ...] = ()
+
+    def of_epoch(self, epoch: int) -> "NormPlan":
+        """The plan after this epoch, from 1: while the encoder rests its norms take running statistics."""
+        return replace(self, training="frozen") if epoch <= self.resting_epochs else self
 
 
 class NormGap(NamedTuple):
@@ -79,7 +89,8 @@ class NormChoice:
 
     Args:
         evaluation: the candidate that is best.
-        metrics: each candidate's on the slides, keys prefixed with `eval_`; empty where there was no slide.
+        metrics: each candidate's on the slides, keys prefixed with `eval_`; empty where there was no slide. Without
+            those that cannot take all slides.
         split: the split that these slides are of.
         statistics: running statistics of the encoder that the exported weights get; None: their own.
         gap: None where there can be none.
@@ -137,6 +148,8 @@ def choose_norms(
 ) -> NormChoice:
     """Measure the candidates of a plan and choose; the model is as it was afterwards. Collective over the ranks.
 
+    A candidate whose norms have one value per channel, in a slide of one tile, is left out with a warning.
+
     Args:
         model: whole, on the device to compute on.
         slides, grids: the cohort's, row by row.
@@ -146,23 +159,35 @@ def choose_norms(
         ranks: the processes that share the work.
 
     Raises:
+        OneValueError: on all ranks, where no candidate is left; names the slide.
         Stopped: a process was asked to end, inside `deferring`; see there.
     """
     ranks = ranks or Ranks()
     training, model = model.training, model.eval()
-    statistics = None
+    statistics, refused = None, {}
     if "recalibrated" in plan.candidates:
-        statistics = _recalibrated(model, slides, grids, policy, failures, plan.recalibration, ranks)
+        try:
+            statistics = _recalibrated(model, slides, grids, policy, failures, plan.recalibration, ranks)
+        except OneValueError as error:  # of the population of all ranks, on all of them
+            refused["recalibrated"] = error
         ranks.leave_if_asked()
-    variants = [NormVariant(name, statistics if name == "recalibrated" else None) for name in plan.candidates]
+    possible = [name for name in plan.candidates if name not in refused]
+    variants = [NormVariant(name, statistics if name == "recalibrated" else None) for name in possible]
     metrics: dict[str, dict[str, float]] = {}
     if plan.rows:
-        rows_here = [plan.rows[index] for index in ranks.share([len(grids[row]) for row in plan.rows])]
+        rows = list(dict.fromkeys((*plan.rows, *plan.probes)))
+        rows_here = [rows[index] for index in ranks.share([len(grids[row]) for row in rows])]
         gathered = ranks.gather(list(predict_variants(model, slides, grids, rows_here, policy, failures, variants)))
         ranks.leave_if_asked()
-        for variant, predictions in zip(variants, zip(*gathered, strict=True), strict=True):
-            metrics[variant.name] = prediction_metrics(predictions, slides)
-    best = best_candidate(metrics, plan.metric, plan.candidates)
+        for variant, answers in zip(variants, zip(*gathered, strict=True), strict=True):
+            predictions = [one for one in answers if isinstance(one, SlidePrediction)]
+            errors = [one for one in answers if isinstance(one, OneValueError)]
+            if errors:
+                refused[variant.name] = errors[0]
+            else:
+                measured = [one for one in predictions if one.slide in plan.rows]
+                metrics[variant.name] = prediction_metrics(measured, slides)
+    best = best_candidate(metrics, plan.metric, _left(plan.candidates, refused))
     kept = statistics if best == "recalibrated" else None
     gap = None
     if plan.gap:
@@ -171,6 +196,16 @@ def choose_norms(
         ranks.leave_if_asked()
     model.train(training)
     return NormChoice(best, metrics, plan.split, kept, gap)
+
+
+def _left(candidates: Sequence[str], refused: Mapping[str, OneValueError]) -> list[str]:
+    """The candidates that can take all slides; the others are told."""
+    left = [name for name in candidates if name not in refused]
+    if not left:
+        raise next(iter(refused.values()))
+    for name, error in refused.items():
+        logger.warning("norm_evaluation %s is left out, the others are measured: %s", name, error)
+    return left
 
 
 def best_candidate(metrics: dict[str, dict[str, float]], metric: str, candidates: Sequence[str]) -> str:
@@ -221,37 +256,46 @@ def norm_gap(
     failures: FailureLog,
     plan: NormPlan,
     exported: NormVariant,
-) -> NormGap:
-    """The mean loss on the plan's parts with the population of training, and as exported; without dropout in both."""
+) -> NormGap | None:
+    """The mean loss on the plan's parts with the population of training, and as exported; without dropout in both.
+
+    Populations are as large as in training: what is left over of the parts makes none. Parts in which a norm has one
+    value per channel are left out; None where there is no other.
+    """
     evaluation = model.norm_evaluation
     model.set_norms(evaluation="running")
     encode = TileEncoder(model)
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums, n_bags = torch.zeros(2, dtype=torch.float64), 0
+    parts = plan.gap[: len(plan.gap) - len(plan.gap) % plan.bags_per_population or None]
     try:
         waiting: list[tuple[int, Tensor]] = []
-        bags = read_bags(slides, grids, plan.gap, policy, failures)
+        bags = read_bags(slides, grids, parts, policy, failures)
         for number, bag in enumerate(bags, 1):
             if asked():
                 break
             waiting.append((bag.slide, bag.tiles))
-            if len(waiting) < plan.bags_per_population and number < len(plan.gap):
+            if len(waiting) < plan.bags_per_population and number < len(parts):
                 continue
-            tiles = [one for _, one in waiting]
-            trained = encode.together(tiles)
-            shown = _exported_features(encode, tiles, exported)
-            for (slide, _), *features in zip(waiting, trained, shown, strict=True):
+            population, waiting = waiting, []
+            tiles = [one for _, one in population]
+            try:
+                of_training = plan.training != "frozen"
+                trained = encode.together(tiles) if of_training else _features(encode, tiles, NormVariant("running"))
+                shown = _features(encode, tiles, exported)
+            except OneValueError:
+                continue
+            n_bags += len(population)
+            for (slide, _), *features in zip(population, trained, shown, strict=True):
                 label = torch.tensor([slides[slide].class_index], device=encode.device)
                 for index, part in enumerate(features):
                     logits = model.aggregate(stack_bags([part.to(encode.device)])).logits
                     sums[index] += cross_entropy(logits.double(), label).item()
-            waiting = []
     finally:
         model.set_norms(evaluation=evaluation)
-    trained_loss, exported_loss = (sums / max(1, len(plan.gap))).tolist()
-    return NormGap(trained_loss, exported_loss)
+    return NormGap(*(sums / n_bags).tolist()) if n_bags else None
 
 
-def _exported_features(encode: TileEncoder, tiles: Sequence[Tensor], variant: NormVariant) -> list[Tensor]:
+def _features(encode: TileEncoder, tiles: Sequence[Tensor], variant: NormVariant) -> list[Tensor]:
     with encode.statistics(variant.statistics):
         if variant.name == "bag":
             return [encode.together([one])[0] for one in tiles]

@@ -13,7 +13,7 @@ from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.norms.passes import encode_population, fits_in_one_chunk, recalibrate
-from ds_wsi.norms.roles import batch_norms
+from ds_wsi.norms.roles import batch_norms, named_batch_norms
 from ds_wsi.runtime.memory import free_bytes, free_host_bytes
 from ds_wsi.runtime.numerics import autocast_to
 from ds_wsi.runtime.signals import asked
@@ -23,6 +23,7 @@ _HOST_SHARE = 4  # one byte in so many of the host's free ones holds a slide's t
 
 
 Order = Sequence[int | BagPart]
+Chunks = Callable[[], Iterable[Tensor]]
 
 
 class HeldTiles:
@@ -111,8 +112,8 @@ class TileEncoder:
 
     def norms_over_tiles(self, evaluation: str) -> list[nn.Module]:
         """The norms that average over a slide's tiles in this evaluation; those without running statistics in all."""
-        norms = batch_norms(self.model.encoder)
-        return norms if evaluation == "bag" else [norm for norm in norms if norm.running_mean is None]
+        of_bags = self.model.population_norms if evaluation == "bag" else []
+        return [norm for norm in batch_norms(self.model.encoder) if norm in of_bags or norm.running_mean is None]
 
     @contextmanager
     def statistics(self, values: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -132,24 +133,24 @@ class TileEncoder:
         """Features of all tiles that were held of `order`, which these norms average over, as one population."""
         one_chunk = tiles.chunks is not None and self._fit(tiles.first, tiles.count)
         whole = [torch.cat(list(tiles.read(order)))] if one_chunk else []
-        features, _ = encode_population(
-            self,
-            (lambda: whole) if one_chunk else (lambda: tiles.read(order)),
-            norms,
-            one_chunk=one_chunk,
-        )
+        chunks: Chunks = (lambda: whole) if one_chunk else (lambda: tiles.read(order))
+        with _as_one_call(self.model.encoder):
+            features, _ = encode_population(self, chunks, norms, one_chunk=one_chunk)
         return features
 
     def together(self, bags: Sequence[Tensor]) -> list[Tensor]:
         """Features of each of these bags, all of which the norms average over as one population."""
         one_chunk = self._fit(bags[0], sum(map(len, bags)))
         chunks = [torch.cat(list(bags))] if one_chunk else bags
-        norms = batch_norms(self.model.encoder)
-        features, _ = encode_population(self, lambda: chunks, norms, one_chunk=one_chunk)
+        with _as_one_call(self.model.encoder):
+            norms = self.norms_over_tiles("bag")
+            features, _ = encode_population(self, lambda: chunks, norms, one_chunk=one_chunk)
         return list(features[0].split([len(bag) for bag in bags])) if one_chunk else features
 
     def recalibrated(self, tiles: HeldTiles, order: Order, group: Any = None) -> dict[str, Tensor]:
-        """The encoder's running statistics over all these tiles, by their names in its state_dict; it keeps its own.
+        """Running statistics over all these tiles, by their names in the encoder's state_dict; it keeps its own.
+
+        They are of the norms that average over a population in training.
 
         Args:
             tiles: what was held of `order`; each rank of the group has its own, one chunk at least.
@@ -157,13 +158,15 @@ class TileEncoder:
             group: the ranks that share the population, see `encode_population`.
         """
         state = self.model.encoder.state_dict(keep_vars=True)
-        names = statistics_names(self.model.encoder)
+        norms = [norm for norm in self.model.population_norms if norm.running_mean is not None]
+        names = statistics_names(self.model.encoder, norms)
         before = {name: state[name].detach().clone() for name in names}
         one_chunk = self._all_fit(tiles, group)
         whole = [torch.cat(list(tiles.read(order)))] if one_chunk else []
-        chunks: Callable[[], Iterable[Tensor]] = (lambda: whole) if one_chunk else (lambda: tiles.read(order))
+        chunks: Chunks = (lambda: whole) if one_chunk else (lambda: tiles.read(order))
         try:
-            recalibrate(self.model.encoder, self, chunks, group=group, one_chunk=one_chunk)
+            with _as_one_call(self.model.encoder):
+                recalibrate(norms, self, chunks, group=group, one_chunk=one_chunk)
             return {name: state[name].detach().cpu().clone() for name in names}
         finally:
             _copy(state, before)
@@ -171,7 +174,8 @@ class TileEncoder:
     def _fit(self, tile: Tensor | None, count: int) -> bool:
         if tile is None or not len(tile):
             return True
-        return fits_in_one_chunk(self.model.encoder, self, tile[:1], count, free_bytes(self.device))
+        with _as_one_call(self.model.encoder):
+            return fits_in_one_chunk(self.model.encoder, self, tile[:1], count, free_bytes(self.device))
 
     def _all_fit(self, tiles: HeldTiles, group: Any) -> bool:
         """Whether every rank's tiles fit at once: all take the same passes. One all-reduce of one number."""
@@ -183,13 +187,26 @@ class TileEncoder:
         return bool(answer.item())
 
 
-def statistics_names(encoder: nn.Module) -> list[str]:
-    """The names of all running means and variances in the encoder's state_dict."""
-    norms = {id(norm) for norm in batch_norms(encoder) if norm.running_mean is not None}
+@contextmanager
+def _as_one_call(encoder: nn.Module) -> Iterator[None]:
+    """Let parts of the encoder that compute in chunks of their own run as they are: passes stop at a norm's call."""
+    forwards: list[tuple[nn.Module, Any]] = [(part, part.__dict__.get("forward")) for part in encoder.modules()]
+    lifted = [(part, forward) for part, forward in forwards if getattr(forward, "encodes_stacks", False)]
+    for part, forward in lifted:
+        part.forward = forward.original
+    try:
+        yield
+    finally:
+        for part, forward in lifted:
+            part.forward = forward
+
+
+def statistics_names(encoder: nn.Module, norms: Sequence[nn.Module]) -> list[str]:
+    """The names of these norms' running means and variances in the encoder's state_dict."""
     return [
         f"{name}.{leaf}" if name else leaf
-        for name, part in encoder.named_modules()
-        if id(part) in norms
+        for name, norm in named_batch_norms(encoder).items()
+        if norm in norms
         for leaf in ("running_mean", "running_var")
     ]
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_wsi.bags.bag import FailureLog, read_chunks
 from ds_wsi.bags.features import FeatureFile
@@ -15,8 +15,10 @@ from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.models.encoder import NoEncoder
 from ds_wsi.models.slide_model import SlideModel
+from ds_wsi.norms.population import OneValueError
 from ds_wsi.runtime.errors import naming
 from ds_wsi.runtime.signals import asked
+from ds_wsi.runtime.words import counted
 from ds_wsi.slides.tiling import TileGrid
 from ds_wsi.stacking.stacked_bags import stack_bags
 
@@ -98,8 +100,13 @@ def encode_slides(
         rows: the slides to encode; asked for as the slides are read ahead.
         policy: how tiles are read; a chunk is the encoder's batch.
         failures: where unreadable tiles are recorded.
+
+    Raises:
+        OneValueError: a slide has one value per channel for a norm that takes its own statistics; names the slide.
     """
     for slide, (features,), kept in _encoded(model, slides, grids, rows, policy, failures, [own_variant(model)]):
+        if isinstance(features, OneValueError):
+            raise features
         yield SlideFeatures(slide, features, kept)
 
 
@@ -111,8 +118,11 @@ def _encoded(
     policy: ReadPolicy,
     failures: FailureLog,
     variants: Sequence[NormVariant],
-) -> Iterator[tuple[int, list[Tensor], Tensor]]:
-    """(row, features [N, D] in each variant, kept rows) of each slide, whose tiles are read once for all variants."""
+) -> Iterator[tuple[int, list[Tensor | OneValueError], Tensor]]:
+    """(row, features [N, D] in each variant, kept rows) of each slide, whose tiles are read once for all variants.
+
+    In the place of features that a variant cannot give stands why.
+    """
     training, evaluation = model.training, model.norm_evaluation
     model.set_norms(evaluation="running").eval()
     encode = TileEncoder(model)
@@ -140,17 +150,36 @@ def _encoded(
             if chunk.request.last:
                 slide = chunk.request.slide
                 failures.require_tiles(slide, sum(map(len, kept)))
+                answers: list[Tensor | OneValueError] = []
                 for variant, encoded, norms in zip(variants, parts, populations, strict=True):
                     if norms and not of_features:
-                        with encode.statistics(variant.statistics):
-                            encoded += encode.over_all(tiles, [slide], norms)
+                        answers.append(_over_slide(encode, tiles, slide, slides[slide].slide_id, variant, norms))
+                    else:
+                        answers.append(torch.cat(encoded))
                 model.set_norms(evaluation=evaluation)  # the caller's meanwhile
-                yield slide, [torch.cat(encoded) for encoded in parts], torch.cat(kept)
+                yield slide, answers, torch.cat(kept)
                 model.set_norms(evaluation="running")
                 parts, kept = [[] for _ in variants], []
                 tiles.clear()
     finally:
         model.set_norms(evaluation=evaluation).train(training)
+
+
+def _over_slide(
+    encode: TileEncoder, tiles: HeldTiles, row: int, name: str, variant: NormVariant, norms: Sequence[nn.Module]
+) -> Tensor | OneValueError:
+    """Features [N, D] of a slide over all of whose tiles these norms average, or why there are none."""
+    try:
+        with naming(f"slide {name}"), encode.statistics(variant.statistics):
+            return torch.cat(encode.over_all(tiles, [row], norms))
+    except OneValueError as error:
+        remedy = ', or take norm_evaluation "running"' if variant.name == "bag" else ""
+        refusal = OneValueError(
+            f"a slide's own statistics must be of more than one value per channel, got {counted(tiles.count, 'tile')} "
+            f"of {name} (norm_evaluation {variant.name}). HINT: leave the slide out{remedy}."
+        )
+        refusal.__cause__ = error
+        return refusal
 
 
 @torch.no_grad()
@@ -174,9 +203,14 @@ def predict_slides(
     Args:
         model, slides, grids, rows, policy, failures: see `encode_slides`.
         protocol: the tiles that are taken; draws are from those that could be read.
+
+    Raises:
+        OneValueError: as `encode_slides` does.
     """
     variants = [own_variant(model)]
     for (prediction,) in predict_variants(model, slides, grids, rows, policy, failures, variants, protocol):
+        if isinstance(prediction, OneValueError):
+            raise prediction
         yield prediction
 
 
@@ -190,8 +224,11 @@ def predict_variants(
     failures: FailureLog,
     variants: Sequence[NormVariant],
     protocol: EvaluationProtocol = ALL_TILES,
-) -> Iterator[tuple[SlidePrediction, ...]]:
-    """Predict as `predict_slides` does, each slide in each variant; its tiles are read once."""
+) -> Iterator[tuple[SlidePrediction | OneValueError, ...]]:
+    """Predict as `predict_slides` does, each slide in each variant; its tiles are read once.
+
+    In the place of a prediction that a variant cannot give stands the error that names the slide: others are given.
+    """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -200,7 +237,10 @@ def predict_variants(
             draws = [protocol.draw(len(kept), run, slides[slide].slide_id) for run in range(protocol.runs)]
             with naming(f"slide {slides[slide].slide_id}"):
                 predictions = tuple(
-                    _aggregate(model, slide, of_variant, kept, device, draws) for of_variant in features
+                    of_variant
+                    if isinstance(of_variant, OneValueError)
+                    else _aggregate(model, slide, of_variant, kept, device, draws)
+                    for of_variant in features
                 )
             yield predictions
     finally:

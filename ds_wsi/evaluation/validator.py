@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -125,7 +125,7 @@ class Validator:
         return int(self._process.pid)
 
     def submit(self, epoch: int, weights: Path) -> None:
-        """Start to predict with the weights of this file, which must stay until the result is there.
+        """Start to predict with the weights of this epoch, from 1, in a file that must stay until the result is there.
 
         Raises:
             ValidatorError: the process died.
@@ -133,7 +133,7 @@ class Validator:
         assert self._epoch is None, "one at a time"
         self._epoch = epoch
         try:
-            self._connection.send(weights)
+            self._connection.send((epoch, weights))
         except OSError:
             self._raise_death()
 
@@ -255,13 +255,15 @@ def _serve(work: ValidationWork, requests: Any, caller: _Caller) -> None:
     failures = FailureLog(work.slides, work.grids, work.policy.max_failed_fraction)
     while True:
         try:
-            weights = requests.recv()
+            request = requests.recv()
         except EOFError:
             return
-        if weights is None:
+        if request is None:
             return
+        epoch, weights = request
+        work_now = replace(work, plan=work.plan.of_epoch(epoch))
         try:
-            answer: ValidationResult | _Failure = _validate(work, weights, failures)
+            answer: ValidationResult | _Failure = _validate(work_now, weights, failures)
         except Exception as error:
             answer = _Failure(type(error).__name__, str(error), traceback.format_exc())
         requests.send(answer)

@@ -17,19 +17,20 @@ from ds_wsi.models.weights_file import WeightsFileError, read_weights, require_f
 from ds_wsi.norms.policy import EVALUATION, TRAINING
 from ds_wsi.runtime.files import read_object, write_json
 
-VERSION = 4
+VERSION = 5
 NORMS_SINCE = 4
 NEW_IN: dict[int, dict[str, Any]] = {
     2: {"in_dim": None, "encoder_features": "pooled", "encoder_options": {}},
     3: {"aggregator_options": {}},
     4: {"norm_training": "bag", "norm_evaluation": "running"},  # older models were exported so, whatever they trained
+    5: {"fixed_norms": []},  # they were evaluated as if all norms had trained alike
 }
 
 
 # Of the values in a file: what they may be.
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("aggregator", "encoder_features", "norm_training", "norm_evaluation"), (str,)),
-    **dict.fromkeys(("classes", "mean", "std"), (tuple,)),
+    **dict.fromkeys(("classes", "mean", "std", "fixed_norms"), (tuple,)),
     **dict.fromkeys(("tiling", "aggregator_options", "encoder_options"), (dict,)),
     "encoder": (str, type(None)),
     "in_dim": (int, type(None)),
@@ -55,6 +56,7 @@ class ModelConfig:
         encoder_options: arguments of `timm.create_model`, as JSON has them.
         norm_training: what the encoder's BatchNorm averaged over in training, of a `NormPolicy`, and not "auto".
         norm_evaluation: what it averages over in evaluation; "recalibrated" statistics are in the weights.
+        fixed_norms: the encoder's norms that kept their running statistics in training, and keep them in evaluation.
     """
 
     encoder: str | None
@@ -70,6 +72,7 @@ class ModelConfig:
     encoder_options: dict[str, Any] = field(default_factory=dict)
     norm_training: str = "bag"
     norm_evaluation: str = "running"
+    fixed_norms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Take a policy's fields; refuse an encoder beside features of a given width, neither, or unknown values."""
@@ -157,6 +160,7 @@ class ModelConfig:
         Raises:
             ValueError: a key is missing or unknown.
         """
+        values = NEW_IN[VERSION] | values  # Transformers' files say no version
         names = {entry.name for entry in fields(cls)}
         if set(values) != names:
             raise ValueError(f"config.json must hold the keys {sorted(names)}, got {sorted(values)} ({place})")
@@ -206,7 +210,9 @@ def build_model(
     model = SlideModel(encoder, aggregator, config.mean, config.std)
     norms = config.norm_training, config.norm_evaluation
     # The defaults are nobody's choice: whoever trains the model may choose.
-    return model if norms == (model.norm_training, model.norm_evaluation) else model.set_norms(*norms)
+    if norms == (model.norm_training, model.norm_evaluation) and not config.fixed_norms:
+        return model
+    return model.set_norms(*norms, config.fixed_norms)
 
 
 def load_model(directory: str | Path) -> tuple[SlideModel, ModelConfig]:

@@ -1,7 +1,8 @@
 """Encoder and aggregator as one module."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from ds_wsi.models.freezing import Untrained
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.policy import EVALUATION, TRAINING
 from ds_wsi.norms.population import takes_population
-from ds_wsi.norms.roles import batch_norms, is_shared, normalise_with, set_evaluated
+from ds_wsi.norms.roles import batch_norms, is_shared, named_batch_norms, normalise_with, set_evaluated
+from ds_wsi.runtime.log import logger
 from ds_wsi.stacking.host_tiles import HostTiles, PreparedTiles
 from ds_wsi.stacking.randomness import bag_draws
 from ds_wsi.stacking.stacked_bags import StackedBags
@@ -48,7 +50,9 @@ class SlideModel(nn.Module):
     norm_training = "bag"
     norm_evaluation = "running"
     norms_from: str | None = None
-    _idle = False
+    _given_fixed: frozenset[str] = frozenset()
+    _fixed: frozenset[str] = frozenset()
+    _idle = _told_other_norms = False
 
     def __init__(
         self,
@@ -70,7 +74,9 @@ class SlideModel(nn.Module):
         """Whether no parameter of the encoder is trained, for now or at all."""
         return self.warming_up or not any(parameter.requires_grad for parameter in self.encoder.parameters())
 
-    def set_norms(self, training: str | None = None, evaluation: str | None = None) -> "SlideModel":
+    def set_norms(
+        self, training: str | None = None, evaluation: str | None = None, fixed: Iterable[str] | None = None
+    ) -> "SlideModel":
         """Say what the encoder's BatchNorm averages over, from now on; None leaves it as it is.
 
         Args:
@@ -79,6 +85,10 @@ class SlideModel(nn.Module):
                 the ranks (`ds_wsi.norms.shared.share_norms`).
             evaluation: "running" or "bag"; "recalibrated" is "running", of the statistics that the weights came with.
                 The model's `eval` sets it: the encoder's own takes running statistics, whatever was said.
+            fixed: names of norms of the encoder that keep their running statistics in every mode.
+
+        Raises:
+            ValueError: `fixed` names no norm of the encoder.
         """
         if training is not None:
             assert training in TRAINING[1:], training
@@ -86,23 +96,67 @@ class SlideModel(nn.Module):
         if evaluation is not None:
             assert evaluation in EVALUATION[1:], evaluation
             self.norm_evaluation = evaluation
+        if fixed is not None:
+            self._given_fixed = frozenset(fixed)
+            unknown = sorted(self._given_fixed - set(named_batch_norms(self.encoder)))
+            if unknown:
+                raise ValueError(
+                    f"fixed norms must be BatchNorms of {type(self.encoder).__name__}, got {unknown[0]!r}. "
+                    "HINT: ds_wsi.norms.named_batch_norms(encoder) has their names."
+                )
+            self._fixed = self._given_fixed
         return self.train(self.training)
 
+    @property
+    def fixed_norms(self) -> tuple[str, ...]:
+        """Names of the encoder's norms that were in evaluation mode while the others trained, or were given as such.
+
+        They are no part of what is averaged over, in evaluation either: with a slide's own statistics, or with running
+        ones that are taken anew, they would be others than those that were trained.
+        """
+        return tuple(name for name in named_batch_norms(self.encoder) if name in self._fixed)
+
+    @property
+    def population_norms(self) -> list[Any]:
+        """The encoder's other norms: those that average over a population where they are asked to."""
+        return [norm for name, norm in named_batch_norms(self.encoder).items() if name not in self._fixed]
+
     def train(self, mode: bool = True) -> "SlideModel":
-        """Set the mode; what is frozen of the encoder stays in evaluation mode, BatchNorm statistics included."""
+        """Set the mode; what is frozen of the encoder stays in evaluation mode, BatchNorm statistics included.
+
+        In training mode it is noted which norms stay behind by themselves: see `fixed_norms`.
+        """
         super().train(mode)
-        if self.encoder_is_frozen:
-            self.encoder.eval()
         for name in getattr(self.encoder, "frozen_parts", ()):
             self.encoder.get_submodule(name).eval()
-        set_evaluated(batch_norms(self.encoder), not mode)
-        for norm in batch_norms(self.encoder):
+        norms = named_batch_norms(self.encoder)
+        if mode and not self._told_other_norms:
+            self._tell_other_norms()
+        if mode:  # before the encoder as a whole rests: what it says of its norms is no matter of an epoch
+            self._fixed = self._given_fixed | {name for name, norm in norms.items() if not norm.training}
+        if self.encoder_is_frozen:
+            self.encoder.eval()
+        set_evaluated(norms.values(), not mode)
+        for name, norm in norms.items():
             if not mode:
-                normalise_with(norm, "own" if self.norm_evaluation == "bag" else "running")
+                averages = self.norm_evaluation == "bag" and name not in self._fixed
+                normalise_with(norm, "own" if averages else "running")
             else:
-                frozen = self.norm_training == "frozen" or not norm.training
+                frozen = self.norm_training == "frozen" or not norm.training or name in self._fixed
                 normalise_with(norm, "running" if frozen else "tracked")
         return self
+
+    def _tell_other_norms(self) -> None:
+        """Say once that the aggregator has norms, which no policy reaches: no aggregator of the papers has."""
+        self._told_other_norms = True
+        names = list(named_batch_norms(self.aggregator))
+        if names:
+            logger.warning(
+                "BatchNorm in the aggregator %s (%s) is outside of the norm policy: it averages over the rows of a "
+                "call in training, and takes running statistics in evaluation, which is another model where a call has "
+                "few slides. HINT: LayerNorm.",
+                *(type(self.aggregator).__name__, ", ".join(names[:5])),
+            )
 
     @property
     def _is_one_population(self) -> bool:

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_wsi.norms.population import Moments, after_norm, merged, merged_over, moments_of, require_variance
-from ds_wsi.norms.roles import batch_norms
 from ds_wsi.runtime.forwards import Handle
 
 Encode = Callable[[Tensor], Tensor]
@@ -95,7 +94,7 @@ def encode_population(
         What `encode` returned for each chunk, and (norm, moments of its population) of each call of a norm, in order.
 
     Raises:
-        ValueError: a norm has one value per channel in all.
+        OneValueError: a norm has one value per channel in all.
     """
     settling = _Settling(group, one_chunk=one_chunk)
     with _normalising(norms, settling):
@@ -123,14 +122,19 @@ def _normalising(norms: Sequence[nn.Module], settling: _Settling) -> Iterator[No
 
 @torch.no_grad()
 def recalibrate(
-    encoder: nn.Module, encode: Encode, chunks: Callable[[], Iterable[Tensor]], *, group: Any = None, one_chunk: bool
+    norms: Sequence[nn.Module],
+    encode: Encode,
+    chunks: Callable[[], Iterable[Tensor]],
+    *,
+    group: Any = None,
+    one_chunk: bool,
 ) -> None:
-    """Take the running statistics of every norm that has them anew, in place, over all chunks as one population.
+    """Take the running statistics of these norms anew, in place, over all chunks as one population.
 
-    They are those of the encoder in training mode on all chunks in one call, with the unbiased variance. Arguments and
+    They are those of the norms in training mode on all chunks in one call, with the unbiased variance. Arguments and
     collectives are those of `encode_population`.
     """
-    norms = [norm for norm in batch_norms(encoder) if norm.running_mean is not None]
+    norms = [norm for norm in norms if norm.running_mean is not None]
     _, settled = encode_population(encode, chunks, norms, one_chunk=one_chunk, group=group)
     total: dict[nn.Module, Moments | None] = {}
     for norm, moments in settled:  # a norm that is called twice: both calls' populations as one
@@ -151,7 +155,7 @@ def fits_in_one_chunk(encoder: nn.Module, encode: Encode, tile: Tensor, n_tiles:
     Args:
         encoder: the encoder in whose layers the bytes are counted.
         encode: takes tiles through the encoder.
-        tile: [1, 3, S, S].
+        tile: [1, 3, S, S]; it is taken twice, because a norm without running statistics may refuse one value a channel.
         n_tiles: the population's tiles on this rank.
         free_bytes: free memory of the device.
     """
@@ -164,8 +168,8 @@ def fits_in_one_chunk(encoder: nn.Module, encode: Encode, tile: Tensor, n_tiles:
 
     hooks = [part.register_forward_hook(count) for part in encoder.modules() if not list(part.children())]
     try:
-        encode(tile)
+        encode(torch.cat([tile, tile]))
     finally:
         for hook in hooks:
             hook.remove()
-    return 2 * largest * n_tiles <= free_bytes // _SHARE
+    return largest * n_tiles <= free_bytes // _SHARE

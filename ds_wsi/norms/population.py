@@ -150,6 +150,10 @@ def correction(
     return scale, shift
 
 
+class OneValueError(ValueError):
+    """A norm's population has one value per channel, or none: no variance."""
+
+
 def require_variance(norm: nn.Module, population: Moments | None, own: Moments | None) -> None:
     """Refuse a population of one value per channel, which has no variance.
 
@@ -159,13 +163,13 @@ def require_variance(norm: nn.Module, population: Moments | None, own: Moments |
         own: this rank's part; only a rank that has not two values itself needs to read the population's count.
 
     Raises:
-        ValueError: names the norm's kind and the remedy.
+        OneValueError: names the norm's kind and the remedy.
     """
     if own is not None and own.count > 1:
         return
     count = 0 if population is None else float(population.count)
     if count <= 1:
-        raise ValueError(
+        raise OneValueError(
             f"train-mode {type(norm).__name__} must see more than one value a channel, got {count:g}. "
             "HINT: give more tiles, or call eval()."
         )

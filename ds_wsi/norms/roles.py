@@ -20,6 +20,11 @@ def batch_norms(module: nn.Module) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, AnyBatchNorm)]
 
 
+def named_batch_norms(module: nn.Module) -> dict[str, Any]:
+    """Those of `batch_norms` by their names in `module`."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, AnyBatchNorm)}
+
+
 def population_group(norm: nn.Module, *, in_training: bool = False) -> Any:
     """The group whose ranks share a norm's population: SyncBatchNorm's own, the one that was given to it, or None.
 
@@ -47,9 +52,15 @@ def set_evaluated(norms: Iterable[nn.Module], evaluated: bool) -> None:
 
 
 def starts_fresh(module: nn.Module) -> bool:
-    """Whether the running statistics are still those of a new norm: nothing was loaded, nothing was trained."""
-    norms = [norm for norm in batch_norms(module) if norm.running_mean is not None]
-    return bool(norms) and all(bool((norm.running_mean == 0).all() and (norm.running_var == 1).all()) for norm in norms)
+    """Whether the running statistics are still those of new norms: nothing was loaded, nothing was trained.
+
+    So it is of norms without any, whose weights may have been loaded; and not of a module without a norm.
+    """
+    norms = batch_norms(module)
+    tracked = [norm for norm in norms if norm.running_mean is not None]
+    return bool(norms) and all(
+        bool((norm.running_mean == 0).all() and (norm.running_var == 1).all()) for norm in tracked
+    )
 
 
 def normalise_with(norm: Any, statistics: str) -> None:

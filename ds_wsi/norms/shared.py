@@ -59,7 +59,7 @@ class _Normalise(torch.autograd.Function):
         group: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, mean, var, weight)
-        ctx.count, ctx.eps, ctx.group = count, eps, group
+        ctx.count, ctx.eps, ctx.group, ctx.has_bias = count, eps, group, bias is not None
         weight, bias = (None if part is None else part.to(mean.dtype) for part in (weight, bias))
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps) if x.numel() else x.clone()
 
@@ -86,7 +86,8 @@ class _Normalise(torch.autograd.Function):
         # The parameters' gradients are this rank's part: the engine sums the ranks'.
         if weight is None:
             return dx.to(x.dtype), *[None] * 7
-        return dx.to(x.dtype), None, None, None, own_dgamma.to(weight.dtype), own_dbeta.to(weight.dtype), None, None
+        dbias = own_dbeta.to(weight.dtype) if ctx.has_bias else None
+        return dx.to(x.dtype), None, None, None, own_dgamma.to(weight.dtype), dbias, None, None
 
 
 @cache

@@ -88,7 +88,7 @@ def validate(run: Run, state: dict[str, torch.Tensor]) -> NormChoice:
     )
     choice = choose_norms(
         *(_plain_copy(run, state), cohort.manifest.slides, cohort.grids, run.settings.policies.reading, run.failures),
-        norm_plan(run),
+        norm_plan(run).of_epoch(int(run.progress.history[-1]["epoch"])),
         ranks,
     )
     share_failures(run)

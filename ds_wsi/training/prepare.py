@@ -33,6 +33,7 @@ from ds_wsi.stacking.host_tiles import HostStacks
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.forwards import choose_kernels, replace_forwards
 from ds_wsi.training.model import build_slide_model, check_encoder
+from ds_wsi.training.norm_plan import bags_of_population
 from ds_wsi.training.optim import WeightAverage, set_beta
 from ds_wsi.training.output_folder import checkpoint_of, output_folder
 from ds_wsi.training.run import Progress, Run
@@ -84,7 +85,7 @@ def prepare_run(
         accelerator,
         output_dir,
         cohort,
-        replace(config, norm_training=training),
+        replace(config, norm_training=training, fixed_norms=module.fixed_norms),
         accelerator.unwrap_model(model),
         model,
         optimizer,
@@ -100,7 +101,7 @@ def prepare_run(
         saver=Saver(settings.run.save_beside),
     )
     if batch_norms(module.encoder) and not module.encoder_is_frozen:
-        warn_of_few_bags(training, 1 if training == "bag" else run.step_layout.bags_per_step)
+        warn_of_few_bags(training, bags_of_population(training, run.step_layout))
     return run
 
 

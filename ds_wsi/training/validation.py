@@ -14,7 +14,7 @@ from ds_wsi.models.weights_file import read_weights
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.signals import Stopped, asked
 from ds_wsi.training.checkpoint import PENDING_WEIGHTS
-from ds_wsi.training.norm_plan import has_moving_norms, norm_plan
+from ds_wsi.training.norm_plan import measures_norms, norm_plan
 from ds_wsi.training.outcome import (
     best_entry,
     draw_history,
@@ -168,7 +168,7 @@ def record(run: Run, choice: NormChoice, export_weights: Callable[[], None]) -> 
     entry = progress.history[-1]
     if norm_plan(run).split == "validation":
         entry.update(choice.metrics.get(choice.evaluation, {}))
-    if has_moving_norms(run):
+    if measures_norms(run):
         entry.update(choice.entry())
     best = best_entry(progress.history, f"eval_{run.settings.run.metric_for_best_model}") is entry
     if best:

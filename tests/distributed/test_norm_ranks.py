@@ -16,7 +16,7 @@ from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.engines.policies.norms import apply_training
 from ds_wsi.models import SlideModel, build_aggregator
 from ds_wsi.models.loss import stack_loss
-from ds_wsi.norms import NormPolicy
+from ds_wsi.norms import NormPolicy, batch_norms
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.stacking import stack_bags
 from ds_wsi.training.step import bag_weight, idle_loss
@@ -269,7 +269,7 @@ def recalibrate_on_rank(shares, one_chunk) -> dict:
     own = [bags[slide][0] for slide in shares[dist.get_rank()]] or [torch.empty(0, 3, TILE_PX, TILE_PX).double()]
     chunks = [torch.cat(own)] if one_chunk else own
     encoder = model.eval().encoder
-    recalibrate(encoder, encoder, lambda: chunks, group=dist.group.WORLD, one_chunk=one_chunk)
+    recalibrate(batch_norms(encoder), encoder, lambda: chunks, group=dist.group.WORLD, one_chunk=one_chunk)
     return {name: value for name, value in encoder.named_buffers() if name.endswith(("mean", "var"))}
 
 

@@ -67,7 +67,7 @@ def test_statistics_of_a_population_are_those_of_one_call(name, one_chunk, tiles
     assert not drops or name == "lite0"
     torch.testing.assert_close(torch.cat(features), expected, rtol=0, atol=1e-10)
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items()), "it keeps its own"
-    recalibrate(encoder, encoder, lambda: chunks, one_chunk=one_chunk)
+    recalibrate(batch_norms(encoder), encoder, lambda: chunks, one_chunk=one_chunk)
     if name == "twice":  # a norm of two populations has both as one: a plain norm keeps the second alone
         return
     for own, theirs in zip(batch_norms(encoder), batch_norms(plain), strict=True):
@@ -176,6 +176,7 @@ def test_a_norm_takes_the_statistics_that_it_is_told_and_gives_its_flags_back():
     assert norm.num_batches_tracked == 1
     assert not starts_fresh(norm)
     assert not starts_fresh(nn.Linear(2, 2)), "nothing to start"
+    assert starts_fresh(nn.BatchNorm2d(3, track_running_stats=False)), "nothing was loaded"
 
 
 def test_what_fits_is_told_by_the_largest_layer(tiles):

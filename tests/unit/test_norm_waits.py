@@ -1,5 +1,7 @@
 """Shared norms do not read a number from the device: the CPU would wait for all that was queued."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -46,6 +48,20 @@ def test_a_forward_and_a_backward_of_shared_norms_read_nothing(reads):
     with reads:
         torch.ones(1).item()
     assert reads.count == 1
+
+
+@pytest.mark.parametrize("without", [{"bias": False}, {"affine": False}, {}])
+def test_shared_norms_have_the_gradients_of_plain_ones(reads, without):
+    """Of a norm with a weight and no bias too, for which there is no gradient to return."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **without), nn.ReLU()).double().train()
+    module, x = copy.deepcopy(plain), torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    share_norms(module, dist.group.WORLD)
+    dy = torch.randn(5, 4, 6, 6, dtype=torch.float64)
+    for one in (plain, module):
+        one(x).backward(dy)
+    for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_one_value_a_channel_is_refused_though_nothing_else_reads_the_count(reads):

@@ -152,6 +152,13 @@ class SlideModelForSlideClassification(PreTrainedModel):
             output = self.slide_model(bags, label)
         return SlideClassifierOutput(stack_loss(output, label) * 0.0, output.logits[:0])
 
+    def train(self, mode: bool = True) -> "SlideModelForSlideClassification":
+        """Set the mode; the configuration says which norms kept their statistics in training."""
+        super().train(mode)
+        if mode:
+            self.config.slide_model["fixed_norms"] = list(self.slide_model.fixed_norms)
+        return self
+
     @classmethod
     def from_run(cls, directory: str | Path) -> "SlideModelForSlideClassification":
         """From what `ds-wsi train` exported (`ds_wsi.load_model`); see [Note: two folders]."""

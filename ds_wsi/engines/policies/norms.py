@@ -36,6 +36,7 @@ def decide_training(policy: NormPolicy, bn_population: str, module: SlideModel) 
     if not any(norm.training for norm in norms):
         return "frozen"  # with what is frozen of the encoder
     training, fresh = policy.training, starts_fresh(module.encoder)
+    tracks = any(norm.running_mean is not None for norm in norms)
     if bn_population == "bag" and training not in ("auto", "bag"):
         raise ValueError(
             f'partition.bn_population must not be "bag" where norm.training is "{training}", got both. '
@@ -43,18 +44,30 @@ def decide_training(policy: NormPolicy, bn_population: str, module: SlideModel) 
         )
     if training == "auto":
         training = "bag" if bn_population == "bag" else "step" if fresh else "frozen"
-        why = "its statistics are new" if fresh else "its statistics were loaded"
+        of_fresh = "its statistics are new" if tracks else "it has no running statistics"
+        why = of_fresh if fresh else "its statistics were loaded"
         logger.info("norm.training: %s, for the encoder's BatchNorm: %s", training, why)
     if training == "frozen" and fresh:
-        logger.warning(
-            "norm.training is frozen, of an encoder whose statistics were never taken: its BatchNorm normalises "
-            "nothing. HINT: --encoder_weights, --pretrained, or --norm_training step."
-        )
+        _warn_of_frozen(tracks=tracks)
     if not policy.affine and training != "frozen":
         raise ValueError(
             f'norm.affine must be true where norm.training is "{training}", got false. HINT: --norm_training frozen.'
         )
     return training
+
+
+def _warn_of_frozen(*, tracks: bool) -> None:
+    """Say what frozen norms do that have nothing to be frozen with."""
+    if tracks:
+        logger.warning(
+            "norm.training is frozen, of an encoder whose statistics were never taken: its BatchNorm normalises "
+            "nothing. HINT: --encoder_weights, --pretrained, or --norm_training step."
+        )
+    else:
+        logger.warning(
+            "norm.training is frozen, of an encoder whose BatchNorm has no running statistics: it averages over each "
+            "bag still. HINT: --norm_training step."
+        )
 
 
 def apply_training(training: str, policy: NormPolicy, module: SlideModel) -> None:
