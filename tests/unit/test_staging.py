@@ -8,6 +8,7 @@ from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.partition.apply import partition_layers
 from ds_wsi.partition.execution.host_store import IN_FLIGHT, HostStore
 from ds_wsi.partition.execution.input_tensor import InputCost, input_cost
+from ds_wsi.partition.execution.saved_on_host import SavedOnHost
 from ds_wsi.partition.planning.search import plan_partition
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.memory import ByteMeter
@@ -72,6 +73,72 @@ def test_a_tensor_with_two_owners_comes_back_once(activation):
     assert store.sent_bytes > 0
     assert store.fetched_bytes == store.sent_bytes
     assert store.held_bytes == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_two_calls_on_one_input_are_outstanding(depth):
+    """The second saves tensors that lie in host memory already: in an order of its own."""
+    x, found = torch.randn(16, 3, 32, 32, dtype=torch.float64), []
+    for mode in ("native", "offload"):
+        module = encoder(depth=depth)
+        partition_layers(module, PartitionPolicy(mode=mode, chunk_size=2), check=False)
+        one, other = module(x), module(x)
+        (one.sum() + other.square().sum()).backward()
+        found.append([parameter.grad for parameter in module.parameters()])
+    for ours, theirs in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_what_a_call_saves_is_asked_for_in_its_own_order(monkeypatch):
+    """Where a tensor has two owners, each prefetches what it saved before it, not what the other did."""
+    store, asked = HostStore(CPU), []
+    tensors = [torch.randn(64, 64, requires_grad=True) for _ in range(4)]
+    first, second = (SavedOnHost(nn.Module(), store, torch.empty(0)) for _ in range(2))
+    with first.saving():
+        kept = [one.square() for one in tensors]
+    with second.saving():
+        outs = [tensors[index].square() for index in (3, 0)]
+    tickets = dict(zip((3, 0), second._tickets, strict=True))
+    assert store.sent_bytes == sum(one.nbytes for one in tensors)  # once each
+    monkeypatch.setattr(store, "prefetch", asked.append)
+    monkeypatch.setattr(store, "get", lambda ticket: ticket.place.view(ticket.shape))
+    outs[1].sum().backward()
+    assert asked == [tickets[3]]
+    del kept
+
+
+@pytest.mark.parametrize("mode", ["offload", "stream"])
+def test_views_of_one_memory_that_differ_by_a_promise_are_two_tensors(mode):
+    """A conjugate, and the imaginary part of one, share address, shape and version with what they are of."""
+
+    class Power(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+        def forward(self, x):
+            z = torch.fft.fft2(self.conv(x))
+            power = (z * z.conj()).real + z.imag * z.conj().imag * 0.3 + z.imag.exp().log1p()
+            return self.head(torch.log1p(power.abs()).mean((2, 3)))
+
+    x, found = torch.randn(8, 3, 16, 16, dtype=torch.float64) / 16, []
+    for wanted in ("native", mode):
+        torch.manual_seed(0)
+        module = Power().double()
+        partition_layers(module, PartitionPolicy(mode=wanted, chunk_size=2), check=False)
+        module(x).sum().backward()
+        found.append([parameter.grad for parameter in module.parameters()])
+    for ours, theirs in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_a_tensor_its_conjugate_and_its_negative_come_back_as_they_were_put():
+    store, z = HostStore(CPU), torch.randn(32, 32, dtype=torch.complex128)
+    given = [z, z.conj(), z.imag, z.conj().imag]
+    assert given[3].is_neg()
+    tickets = [store.put(one) for one in given]
+    for one, ticket in zip(given, tickets, strict=True):
+        assert torch.equal(store.get(ticket), one)
 
 
 def test_a_plan_counts_what_is_on_its_way(monkeypatch):

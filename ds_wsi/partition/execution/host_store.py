@@ -63,7 +63,6 @@ class Ticket:
     number: int = 0  # in the order of sending
     owners: int = 1
     key: Any = None
-    order: int = 0
     written: Future | None = None  # of its place on the disk
     reading: Future | None = None
 
@@ -151,12 +150,14 @@ class HostStore:
         """
         tensor = tensor.detach()
         storage = tensor.untyped_storage()
-        key = storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
+        seen = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+        key = storage._cdata, tensor._version, *seen
         known = self._known.get(key)
         # An address is used again once its storage is freed: then the entry is another tensor's.
         if known is not None and known[1]() is storage and not known[0].released:
             known[0].owners += 1
             return known[0]
+        tensor = tensor.resolve_conj().resolve_neg()  # bytes say nothing of what a view only promises
         if not tensor.is_contiguous() and not is_dense(tensor):
             tensor = tensor.contiguous()
         size = tensor.numel() * tensor.element_size()

@@ -29,6 +29,7 @@ class SavedOnHost:
     def __init__(self, module: nn.Module, store: HostStore, source: Tensor) -> None:
         self.module, self.store = module, store
         self._source = source.untyped_storage()._cdata
+        self._order: dict[Ticket, int] = {}  # of this call: another one may own the same tickets
         self._tickets: list[Ticket] = []
 
     @contextmanager
@@ -43,8 +44,8 @@ class SavedOnHost:
             if tensor.device != self.store.device or size < _MIN_OFFLOAD_BYTES or place in places:
                 return _Kept(tensor, places.get(place, "the input" if place == self._source else None))
             ticket = self.store.put(tensor)
-            if ticket.owners == 1:
-                ticket.order = len(self._tickets)
+            if ticket not in self._order:
+                self._order[ticket] = len(self._tickets)
                 self._tickets.append(ticket)
             return _OnHost(self.store, ticket)
 
@@ -55,8 +56,9 @@ class SavedOnHost:
         if isinstance(packed, _Kept):
             return packed.read()
         tensor = self.store.get(packed.ticket)
-        if packed.ticket.order:  # backward reads in about the reverse order
-            self.store.prefetch(self._tickets[packed.ticket.order - 1])
+        order = self._order[packed.ticket]
+        if order:  # backward reads in about the reverse order
+            self.store.prefetch(self._tickets[order - 1])
         return tensor
 
 
