@@ -51,6 +51,20 @@ def test_what_comes_back_was_sent_and_holds_no_memory_any_more():
         assert meter.live == 0
 
 
+def test_a_store_that_holds_nothing_is_as_a_new_one():
+    """A call that was dropped leaves nothing on the device, and one with larger tensors no room for more of them."""
+    store = HostStore(META, overlap=True, simulated=True)
+    with ByteMeter() as meter:
+        large = [store.put(torch.empty(512 * KIB, dtype=torch.uint8, device=META)) for _ in range(3)]
+        assert meter.live == IN_FLIGHT * 512 * KIB
+        for ticket in large:
+            store.release(ticket)
+        assert meter.live == 0
+        for _ in range(20):
+            store.put(torch.empty(64 * KIB, dtype=torch.uint8, device=META))
+        assert meter.live == IN_FLIGHT * 64 * KIB
+
+
 def test_without_overlap_nothing_is_held():
     store = HostStore(CPU)
     with ByteMeter() as meter:

@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 from ds_wsi.partition.execution.chunk_ranges import ChunkRanges
 from ds_wsi.partition.execution.chunked_tensor import ChunkedTensor
-from ds_wsi.partition.execution.host_store import HostStore, Ticket
+from ds_wsi.partition.execution.host_store import HostStore
+from ds_wsi.partition.execution.ticket import Ticket
 from ds_wsi.partition.execution.versions import Guard
 
 _MIN_OFFLOAD_BYTES = 2**12  # smaller tensors cost more to copy than to keep
@@ -79,7 +80,7 @@ class _OnHost:
         self.store, self.ticket = store, ticket
 
     def __del__(self) -> None:
-        self.store.release(self.ticket)
+        self.store.drop(self.ticket)
 
 
 def move_to_host(values: dict[fx.Node, ChunkedTensor], ranges: ChunkRanges) -> None:
