@@ -72,7 +72,7 @@ class MicroSteps:
             tiles = [sample_bag(bag, stacking.sample_tiles, key) for bag, key in zip(tiles, keys, strict=True)]
         if not sum(map(len, tiles)):
             return MicroStep(bags, keys, tiles)
-        stack = run.stacks.lay(tiles) if run.stacks.is_locked or run.reads_host_tiles else None
+        stack = run.stacks.lay(tiles) if run.stacks.lays_anew or run.reads_host_tiles else None
         if stack is None or run.reads_host_tiles:
             return MicroStep(bags, keys, tiles, stack)
         with naming_no_memory("the copy of whole bags to it", run.module.encoder, run.device):

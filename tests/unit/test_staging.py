@@ -1,5 +1,7 @@
 """The host store: what it holds on the device, what it sends and brings back, and the input's cost in a plan."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from ds_wsi.partition.execution.saved_on_host import SavedOnHost
 from ds_wsi.partition.planning.search import plan_partition
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.memory import ByteMeter
+from ds_wsi.stacking import host_tiles
 from ds_wsi.stacking.host_tiles import HostStacks, HostTiles, PreparedTiles
 from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on, stack_bags
 
@@ -199,6 +202,34 @@ def test_a_stack_in_host_memory_is_prepared_chunk_by_chunk_as_a_whole():
         assert torch.equal(prepare.at(part, first), whole[first : first + 4].double() / 255)
     some = stack[4:7]
     assert torch.equal(some.change(some.tiles, 0), whole[4:7])
+
+
+def test_a_larger_buffer_is_made_once_the_smaller_one_is_gone(monkeypatch):
+    """Of 8 GB, say: host memory must not hold both. And where nothing can be locked nobody asks again."""
+    made, alive, closed = [], [], []
+
+    class Locked:
+        def __init__(self, size: int) -> None:
+            self.data = torch.empty(size, dtype=torch.uint8)
+
+        def close(self) -> None:
+            closed.append(self.data.numel())
+
+    def locked(size: int, device: torch.device) -> Locked | None:
+        alive.append(sum(one() is not None for one in made))
+        if size > 6:
+            return None
+        one = Locked(size)
+        made.append(weakref.ref(one.data))
+        return one
+
+    monkeypatch.setattr(host_tiles, "locked_or_none", locked)
+    stacks = HostStacks(torch.device("cuda"))
+    for count in (2, 3, 5, 6, 7, 8, 9):  # two buffers take turns
+        bag = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
+        assert torch.equal(stacks.lay([bag[:1], bag[1:]]), bag)
+    assert alive == [0, 1, 1, 1, 1]
+    assert closed == [2, 3, 5, 6]
 
 
 @pytest.mark.parametrize("mode", ["native", "lean", "recompute", "offload"])
