@@ -1,6 +1,7 @@
 """Memory of the device, and page-locked memory: what is in flight, what a second plan may take, what planning takes."""
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,9 +70,8 @@ def flight() -> dict[str, Any]:
 def after_larger() -> dict[str, int]:
     """Active bytes at the peak of a step in mode offload, and its plan's, after one of larger chunks."""
     module, x = encoder().cuda(), torch.rand(TILES, 3, SIDE, SIDE, device="cuda")
-    limits = {"gpu_budget_bytes": 2**30, "host_budget_bytes": 2**30}
-    sizes = TILES, CHUNK
-    policies = [PartitionPolicy(mode="offload", chunk_size=size, **limits) for size in sizes]
+    of_any_chunk = PartitionPolicy(mode="offload", gpu_budget_bytes=2**30, host_budget_bytes=2**30)
+    policies = [replace(of_any_chunk, chunk_size=size) for size in (TILES, CHUNK)]
     plans = [plan_partition(module, tuple(x.shape), policy, device=CUDA) for policy in policies]
     handle = partition_layers(module, plans[0], check=False)
     assert handle.forward is not None
