@@ -82,6 +82,14 @@ PY
   ) || exit 1
   demo=(--manifest "$manifest" "${demo[@]:2}" --encoder resnet10t --tile_size_px 64 --tiles_per_slide 6 --eval_tiles 6)
 fi
+# DeepSpeed's launcher forgets CUDA_VISIBLE_DEVICES where it is told how many GPUs to take, and knows them by number only.
+first=${CUDA_VISIBLE_DEVICES:-0}
+first=${first%%,*}
+if [[ "$first" =~ ^[0-9]+$ ]]; then
+  deepspeed=(deepspeed --include "localhost:$first")
+else
+  deepspeed=(torchrun --nproc_per_node 1)
+fi
 largest=""
 [ -n "$quick" ] || largest="--option sides=7680,10752,13824 --option minutes=8"
 
@@ -94,7 +102,7 @@ part train_offload 400 python launch/train.py "${demo[@]}" --partition offload -
 part train_fp16 400 python launch/train.py "${demo[@]}" --fp16 --partition recompute --eval_precision fp16 \
   --output_dir "$marks/train_fp16"
 part train_beside 400 python launch/train.py "${demo[@]}" --validate_beside --output_dir "$marks/train_beside"
-part train_deepspeed 600 deepspeed --num_gpus 1 launch/train.py --deepspeed ds_configs/papers.json "${demo[@]}" \
+part train_deepspeed 600 "${deepspeed[@]}" launch/train.py --deepspeed ds_configs/papers.json "${demo[@]}" \
   --output_dir "$marks/train_deepspeed"
 part sweep 600 python launch/benchmark.py sweep $quick --check --output_dir "$results" $largest
 

@@ -7,6 +7,7 @@ from ds_wsi.partition.execution.host_store import Spill
 from ds_wsi.partition.execution.paper import apply_paper
 from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.partition.module.beside import watch_children
+from ds_wsi.partition.module.devices import device_of, refuse_devices
 from ds_wsi.partition.module.hooks import is_compiled, uncompiled
 from ds_wsi.partition.module.partitioned import is_partitioned, refuse_partitioned_parts
 from ds_wsi.partition.module.shards import give_anchor
@@ -44,7 +45,8 @@ def partition_layers(
         A handle; `handle.remove()` undoes it.
 
     Raises:
-        ValueError: the module or a part of it is partitioned already, or checkpoints itself.
+        ValueError: the module or a part of it is partitioned already, or checkpoints itself; in mode "paper", lies on
+            several devices.
     """
     check_seams("torch", "class", "partition")
     if is_compiled(module):
@@ -70,7 +72,8 @@ def partition_layers(
             "HINT: partition_layers(module, policy, spill=ds_wsi.NvmeSpill(path))."
         )
     if plan_or_policy.mode == "paper":
-        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        device = device_of(module, torch.device("cpu"))
+        refuse_devices(module, device)
         axis = plan_or_policy.axis
         chunk = plan_or_policy.chunk_size or PAPER_CHUNK[axis]
         # An eighth of the budget for a map: a layer's input and output, their gradients, and room.

@@ -20,6 +20,7 @@ from ds_wsi.partition.graph.segments import Program
 from ds_wsi.partition.graph.trace import Traced, stays_whole
 from ds_wsi.partition.module.arguments import Arguments
 from ds_wsi.partition.module.beside import inside
+from ds_wsi.partition.module.devices import device_of, refuse_devices
 from ds_wsi.partition.module.hooks import compute_weights, refuse_inner_hooks
 from ds_wsi.partition.module.identity import module_key
 from ds_wsi.partition.module.outputs import form_of, tensors_of
@@ -104,8 +105,9 @@ class PartitionedForward:
 
         Raises:
             ValueError: an argument that not all tiles share; a population of one value; an engine's shards in place of
-                parameters; a module that does what no partition may do; a hook on a part (`partition.hooks`), or a part
-                that is partitioned itself.
+                parameters; a module on several devices, or on another one than a CPU or a CUDA device; a module that
+                does what no partition may do; a hook on a part (`partition.hooks`), or a part that is partitioned
+                itself.
             RuntimeError: called inside a checkpoint, torch.func, forward mode or hooks on saved tensors. From backward:
                 the input, a parameter or a buffer that is read again was changed in place since.
         """
@@ -126,7 +128,9 @@ class PartitionedForward:
             raise ValueError(f"the tiles of a partitioned {owner} must be a tensor [N, ...], got a {type(x).__name__}")
         with exclusive(self.module):  # or another thread's stand-ins would be taken for the parameters
             shared = is_shared(self.module)
-            device = next((parameter.device for parameter in self.module.parameters()), x.device)
+            device = device_of(self.module, x.device)
+            if self.wanted.mode != "native":
+                refuse_devices(self.module, device)
         if x.shape[0] == 0 and not shared:
             return anchored(arguments.call(self.original, x if prepare is None else prepare(x)), anchor)
         arguments.require_shared(x.shape[0], owner)

@@ -12,6 +12,7 @@ from ds_wsi.partition.checking.case import Case
 from ds_wsi.partition.checking.check import check_case, sample_of
 from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.partition.module.arguments import Arguments
+from ds_wsi.partition.module.devices import device_of, refuse_devices
 from ds_wsi.partition.module.outputs import tensors_of
 from ds_wsi.partition.module.restored import Restored
 from ds_wsi.partition.planning.plan import gib
@@ -101,7 +102,7 @@ def check_partition(
         raise ValueError(f"example must hold tiles, got {list(example.shape)}")
     if isinstance(module.__dict__.get("forward"), PartitionedForward):
         raise ValueError(f"{type(module).__name__} must not be partitioned yet. HINT: handle.remove() first.")
-    device = next((parameter.device for parameter in module.parameters()), example.device)
+    device = device_of(module, example.device)
     found = tuple(_mode_report(module, example.to(device), mode, axis, chunk_size, device) for mode in modes)
     report = PartitionReport(type(module).__name__, tuple(example.shape), found)
     show(report)
@@ -116,6 +117,7 @@ def _mode_report(
         return ModeReport(mode, True, "", *_cost(module, module.forward, example, device))
     with Restored(module, device):  # a trace runs the module's Python
         try:
+            refuse_devices(module, device)
             forward = PartitionedForward(module, PartitionPolicy(mode=mode, axis=axis, chunk_size=chunk_size))
             plan = forward.plan(example, device, example.dtype)
         except ValueError as error:

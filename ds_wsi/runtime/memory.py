@@ -1,5 +1,6 @@
 """Memory of this process: its peak, its share of what is free, and a meter of the tensor bytes that are alive."""
 
+import re
 import resource
 import shutil
 import sys
@@ -26,6 +27,8 @@ from ds_wsi.runtime.seams import (
 )
 
 _KINDS = ("allocated", "active", "reserved")  # as torch.cuda.memory_stats names them
+# Of the driver, of cuBLAS, and of cuDNN and others.
+_NO_MEMORY = re.compile(r"out of memory|ALLOC(ATION)?_FAILED", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,20 @@ def device_peaks(device: torch.device) -> DevicePeaks:
     stats = torch.cuda.memory_stats(device)
     allocated, active, reserved = (int(stats.get(f"{kind}_bytes.all.peak", 0)) for kind in _KINDS)
     return DevicePeaks(allocated, active, reserved, int(stats.get("num_alloc_retries", 0)))
+
+
+def restart_peaks(device: torch.device) -> None:
+    """Let `device_peaks` count from here; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_accumulated_memory_stats(device)  # the retries are no peak
+
+
+def says_no_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory is full: cuBLAS and cuDNN say so in a RuntimeError, with words of their own."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

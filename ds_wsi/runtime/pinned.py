@@ -7,6 +7,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from ds_wsi.runtime.log import logger
+
 
 class PageLocked:
     """Bytes that a GPU copies from and to while the CPU goes on.
@@ -39,6 +41,22 @@ class PageLocked:
     def close(self) -> None:
         """Give the memory back, once no copy uses it."""
         self._unlock()
+
+
+def locked_or_none(size: int, device: torch.device) -> PageLocked | None:
+    """Page-locked bytes, or None, with a warning, where the driver refuses: a container's limit, a virtual machine.
+
+    Pageable memory is as right in its place; copies from and to it wait, and run beside nothing.
+    """
+    try:
+        return PageLocked(size, device)
+    except RuntimeError as error:
+        logger.warning(
+            "host memory is pageable from here on, and copies do not overlap: locking %.1f GiB failed (%s)",
+            size / 2**30,
+            str(error).splitlines()[0],
+        )
+        return None
 
 
 def _forget_error() -> None:

@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ds_wsi.runtime.pinned import PageLocked
+from ds_wsi.runtime.pinned import PageLocked, locked_or_none
 
 Change = Callable[[Tensor], Tensor]  # of some tiles of one bag: a tile's result does not depend on the others
 
@@ -77,7 +77,8 @@ class PreparedTiles:
 class HostStacks:
     """Lays bags into host memory that the device copies from by itself; on a CPU they stay where they are.
 
-    Two buffers take turns, so that a stack can be laid while the one before it is copied.
+    Two buffers take turns, so that a stack can be laid while the one before it is copied. Where the driver locks no
+    memory they are pageable, and copies from them wait.
 
     Args:
         device: the device that the tiles go to.
@@ -85,18 +86,20 @@ class HostStacks:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._buffers: list[PageLocked | None] = [None, None]
+        self._buffers: list[Tensor | None] = [None, None]
+        self._locked: list[PageLocked | None] = [None, None]
+        self._lock_pages = self.lays_anew
         self._used: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 
     @property
-    def is_locked(self) -> bool:
-        """Whether there is a device that copies from page-locked memory."""
+    def lays_anew(self) -> bool:
+        """Whether there is a device that copies from a stack, in memory of our own."""
         return self.device.type == "cuda"
 
     def lay(self, bags: Sequence[Tensor]) -> Tensor:
         """The bags' tiles [N_b, 3, S, S] as one tensor [sum N, 3, S, S] with the first bag's order of memory."""
-        if not self.is_locked:
+        if not self.lays_anew:
             return bags[0] if len(bags) == 1 else torch.cat(list(bags))
         self._turn = 1 - self._turn
         used = self._used[self._turn]
@@ -112,18 +115,27 @@ class HostStacks:
 
     def used(self) -> None:
         """Say that the last stack's backward has been queued: it may be overwritten once that is done."""
-        if self.is_locked:
+        if self.lays_anew:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
             self._used[self._turn] = event
 
     def _bytes(self, size: int) -> Tensor:
         buffer = self._buffers[self._turn]
-        if buffer is None or buffer.data.numel() < size:
-            if buffer is not None:
-                buffer.close()
-            buffer = self._buffers[self._turn] = PageLocked(size, self.device)
-        return buffer.data[:size]
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[self._turn] = None  # or the old memory would be held beside the new
+            locked, self._locked[self._turn] = self._locked[self._turn], None
+            if locked is not None:
+                locked.close()
+            del locked
+            buffer = self._buffers[self._turn] = self._allocated(size)
+        return buffer[:size]
+
+    def _allocated(self, size: int) -> Tensor:
+        locked = locked_or_none(size, self.device) if self._lock_pages else None
+        self._locked[self._turn] = locked
+        self._lock_pages = locked is not None
+        return torch.empty(size, dtype=torch.uint8) if locked is None else locked.data
 
 
 def _like(bag: Tensor, count: int, memory: Tensor) -> Tensor:

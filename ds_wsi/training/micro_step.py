@@ -12,6 +12,7 @@ from ds_wsi.runtime.seeding import step_seed
 from ds_wsi.stacking.frameworks import sample_bag
 from ds_wsi.stacking.host_tiles import HostTiles
 from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on, stack_bags
+from ds_wsi.training.out_of_memory import naming_no_memory
 from ds_wsi.training.run import Run
 
 
@@ -71,10 +72,11 @@ class MicroSteps:
             tiles = [sample_bag(bag, stacking.sample_tiles, key) for bag, key in zip(tiles, keys, strict=True)]
         if not sum(map(len, tiles)):
             return MicroStep(bags, keys, tiles)
-        stack = run.stacks.lay(tiles) if run.stacks.is_locked or run.reads_host_tiles else None
+        stack = run.stacks.lay(tiles) if run.stacks.lays_anew or run.reads_host_tiles else None
         if stack is None or run.reads_host_tiles:
             return MicroStep(bags, keys, tiles, stack)
-        whole = stack.to(run.device, non_blocking=True)
+        with naming_no_memory("the copy of whole bags to it", run.module.encoder, run.device):
+            whole = stack.to(run.device, non_blocking=True)
         return MicroStep(bags, keys, list(whole.split([len(bag) for bag in tiles])))
 
 

@@ -28,7 +28,7 @@ from ds_wsi.training.finite import (
     weights_seem_finite,
 )
 from ds_wsi.training.micro_step import MicroStep, MicroSteps, on_device, stack_of
-from ds_wsi.training.out_of_memory import with_retry
+from ds_wsi.training.out_of_memory import naming_no_memory, with_retry
 from ds_wsi.training.run import Run
 from ds_wsi.training.step import bag_weight, blank_tile, idle_loss, run_micro_step
 from ds_wsi.training.stops import wants_to_stop
@@ -99,15 +99,17 @@ def _micro_step(run: Run, step: MicroStep, weight: float, again: Callable[[], No
         computed[:] = [_micro_loss(run, step)]
         return computed[0].loss
 
-    loss = run_micro_step(
-        run.accelerator,
-        run.model,
-        run.optimizer,
-        compute,
-        weight,
-        max_grad_norm=run.settings.optim.max_grad_norm,
-        guard=lambda tried: with_retry(tried, run.module, run.module.encoder, run.device, again=again),
-    )
+    # What is not the guard's is the optimizer's: Adam makes its moments in the first step.
+    with naming_no_memory("the optimizer's step", run.module.encoder, run.device):
+        loss = run_micro_step(
+            run.accelerator,
+            run.model,
+            run.optimizer,
+            compute,
+            weight,
+            max_grad_norm=run.settings.optim.max_grad_norm,
+            guard=lambda tried: with_retry(tried, run.module, run.module.encoder, run.device, again=again),
+        )
     run.stacks.used()
     return computed[0]._replace(loss=loss)
 

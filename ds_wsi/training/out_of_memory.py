@@ -1,6 +1,7 @@
 """What a training step does when the device has no memory left in spite of a plan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.memory import device_peaks
+from ds_wsi.runtime.memory import device_peaks, says_no_memory
 
 T = TypeVar("T")
 
@@ -46,7 +47,9 @@ def with_retry(
     before = [buffer.clone() for buffer in model.buffers()] if again is not None else []
     try:
         return work()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not says_no_memory(error):
+            raise
         first = _first_line(error)
     # Outside of the handler: the error's frames hold the activations.
     if again is None:
@@ -64,9 +67,33 @@ def with_retry(
     again()
     try:
         return work()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not says_no_memory(error):
+            raise
         last = _first_line(error)
     raise OutOfDeviceMemoryError(_words(last, encoder, device, "twice, the second time with an empty cache"))
+
+
+@contextmanager
+def naming_no_memory(doing: str, encoder: nn.Module, device: torch.device) -> Iterator[None]:
+    """Name a device without memory left where there is no second try; `with_retry`'s own words go on as they are.
+
+    Args:
+        doing: what cannot be taken once more: "the optimizer's step".
+        encoder: whose plans the error names.
+        device: of it.
+
+    Raises:
+        OutOfDeviceMemoryError: out of memory inside.
+    """
+    try:
+        yield
+        return
+    except RuntimeError as error:
+        if device.type != "cuda" or isinstance(error, OutOfDeviceMemoryError) or not says_no_memory(error):
+            raise
+        reason = _first_line(error)
+    raise OutOfDeviceMemoryError(_words(reason, encoder, device, f"in {doing}, which is not taken twice"))
 
 
 def _first_line(error: BaseException) -> str:

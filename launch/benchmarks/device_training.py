@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ds_wsi.partition import Handle, PartitionPlan, PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.partition.planning.rates import Rates, device_key
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.memory import ByteMeter, DevicePeaks, device_peaks
+from ds_wsi.runtime.memory import ByteMeter, DevicePeaks, device_peaks, restart_peaks
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -81,7 +81,7 @@ class Machine:
         """Seconds, and bytes at most on a GPU (zeros on a CPU: counting would take time)."""
         if self.gpu:
             torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
+        restart_peaks(self.device)
         start = time.perf_counter()
         work()
         if self.gpu:

@@ -18,6 +18,7 @@ import ds_wsi
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers
 from ds_wsi.partition.checking.case import Case
 from ds_wsi.partition.checking.check import check_case, sample_of, tiles_that_fit
+from ds_wsi.partition.checking.verdict import Verdict
 from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.partition.module.arguments import Arguments
 from ds_wsi.partition.policy import MODES
@@ -900,3 +901,22 @@ def test_what_hangs_on_odd_and_even_places_in_a_chunk_is_seen():
     partition_layers(module, PartitionPolicy(mode="recompute", chunk_size=4))
     with pytest.raises(ValueError, match="EverySecond"):
         module(tiles(8))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")],
+    ids=["of torch", "of cuBLAS"],
+)
+@pytest.mark.parametrize("method", ["_partition", "_mixing"])
+def test_a_check_that_the_device_has_no_memory_for_refuses_nothing(error, method, caplog, monkeypatch):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(Verdict, method, full)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).double()
+    if method == "_mixing":  # asked where something differs
+        monkeypatch.setattr(Verdict, "_compared", lambda verdict, *_, **__: verdict._mixing())
+    with caplog.at_level(logging.DEBUG, logger="ds_wsi"):
+        call(net)
+    assert "is not checked: the device's memory does not hold it" in caplog.text

@@ -91,8 +91,8 @@ MUTATIONS = (
     ),
     Mutation(
         "release does not wait for a copy back that nobody got",
-        "release",
-        "torch.cuda.current_stream(self.device).wait_event(ticket.arrived)",
+        "give_up",
+        "ticket.stream.wait_event(ticket.arrived)",
         "pass",
         ("late_copies",),
     ),
@@ -113,7 +113,7 @@ MUTATIONS = (
     Mutation(
         "bring does not wait for the computing stream",
         "bring",
-        "self._back.wait_stream(torch.cuda.current_stream(self.device))",
+        "self._back.wait_stream(stream)",
         "pass",
         ("late_writes", "sanitizer"),
     ),

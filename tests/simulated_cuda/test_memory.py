@@ -7,15 +7,19 @@ from .lane import measure
 
 def test_what_is_in_flight_is_within_the_plan() -> None:
     """Copies end as late as they may: nothing but the limit on them bounds the memory that they hold."""
-    found = measure("memory", "flight")["flight"]
+    measured = measure("memory", "flight", "after_larger")
+    found = measured["flight"]
     limit = found["plan"] + 2 * found["map"]
     assert found["sent"] > 10 * limit  # or nothing was offloaded
     for phase in ("forward", "backward"):
         assert found[phase]["active"] <= limit, phase
         assert found[phase]["reserved"] <= 1.25 * limit, phase
-    assert found["retries"] == 0
+    assert (found["retries_before"], found["retries"]) == (1, 0)  # those of the step alone
     assert found["fetched"] <= 1.1 * found["sent"]
     assert found["locked_peak"] <= 1.1 * found["host_peak"]
+    # And however large an earlier call's tensors were.
+    after = measured["after_larger"]
+    assert after["active"] <= after["plan"] + 2 * found["map"] < after["larger_map"]
 
 
 def test_a_second_plan_has_the_budget_of_the_first() -> None:
@@ -32,6 +36,7 @@ def test_locked_memory_that_is_refused_is_pageable_and_right() -> None:
     found = measure("memory", "refused", SIMULATED_CUDA_LOCKED_MIB="1")["refused"]
     assert found["difference"] < 1e-12
     assert found["sent"] > 2**20
+    assert found["stacks"] == [[True, True], [False, True], [False, True], [False, True]]
 
 
 def test_planning_launches_and_allocates_nothing() -> None:

@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+from ds_wsi.engines.machine import kernels
 from ds_wsi.engines.machine.kernels import choose_memory_format, choose_tf32, search_kernels
 from ds_wsi.models.slide_model import SlideModel
 
@@ -40,6 +41,42 @@ def test_the_order_of_channels_changes_no_result(wanted, caplog):
     for given in (tiles, tiles.contiguous(memory_format=torch.channels_last)):
         assert own.normalise(given).is_contiguous(memory_format=chosen)
         torch.testing.assert_close(own.encode(given), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("fit", "sizes"), [(9, [8]), (5, [8, 4]), (2, [8, 4, 2]), (1, [8, 4, 2])])
+def test_a_trial_that_does_not_fit_takes_fewer_tiles(fit, sizes, monkeypatch, caplog):
+    """It is of the whole encoder, before there is a partition: what trains in chunks may not fit it as it is."""
+    tried, emptied = [], []
+    errors = torch.OutOfMemoryError("full"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+    def seconds(encoder, memory_format, shape, device):
+        if memory_format == torch.contiguous_format:
+            return 1.0
+        tried.append(shape[0])
+        if shape[0] > fit:
+            raise errors[len(tried) % 2]
+        return 0.5
+
+    monkeypatch.setattr(kernels, "_step_seconds", seconds)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))
+    with caplog.at_level(logging.INFO, logger="ds_wsi"):
+        chosen = choose_memory_format(model(), "auto", (8, 3, 32, 32), torch.device("cuda"))
+    assert tried == sizes
+    assert len(emptied) == sum(size > fit for size in sizes)
+    if fit > 1:
+        assert (chosen, f"a trial of {sizes[-1]} tiles" in caplog.text) == (torch.channels_last, True)
+    else:
+        assert chosen == torch.contiguous_format
+        assert "contiguous, for the trial does not fit the device" in caplog.text
+
+
+def test_a_trial_that_fails_otherwise_fails(monkeypatch):
+    def seconds(*_):
+        raise RuntimeError("expected 4 channels")
+
+    monkeypatch.setattr(kernels, "_step_seconds", seconds)
+    with pytest.raises(RuntimeError, match="expected 4 channels"):
+        choose_memory_format(model(), "auto", (8, 3, 32, 32), torch.device("cuda"))
 
 
 def test_an_encoder_without_convolutions_has_no_format():

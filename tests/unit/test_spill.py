@@ -4,6 +4,9 @@ import argparse
 import copy
 import gc
 import os
+import threading
+import weakref
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 
 from ds_wsi.engines.machine import nvme
 from ds_wsi.partition import PartitionPolicy, partition_layers, plan_partition
+from ds_wsi.partition.execution.chunked_tensor import TileChunks
 from ds_wsi.partition.execution.host_store import ALIGN, HostStore
 from ds_wsi.training.options import add_train_options, settings_from
 
@@ -73,6 +77,75 @@ def test_tensors_read_in_their_first_order_survive_too():
             assert torch.equal(store.get(ticket), one)
     assert store.capacity_bytes <= 2 * ALIGN
     assert disk.written == 8  # the last never left; one that was read back is not written again
+
+
+class Loop:
+    """Garbage that only the collector finds, which drops what it holds."""
+
+    def __init__(self, store, tensors):
+        self.chunks, self.me = TileChunks(store), self
+        for index, tensor in enumerate(tensors):
+            self.chunks.write((index, index + 1), tensor)
+
+
+def test_garbage_collected_on_the_disks_thread_is_given_up_later():
+    """Its tensors are to be written by that thread: whoever waits for them there waits for ever."""
+    disk, go_on = Dictionary(), threading.Event()
+
+    class Collects(Dictionary):
+        def write(self, data):
+            go_on.wait()
+            gc.collect()
+            return disk.write(data)
+
+        def free(self, place):
+            disk.free(place)
+
+    size = 8 * ALIGN
+    store = HostStore(CPU, spill=Collects(), limit_bytes=4 * size)
+    store.reserve(8 * size)  # the disk is foreseen: it is written to ahead
+    gc.collect()
+    gc.disable()
+    try:
+        kept = store.put(torch.full((ALIGN,), 1.0, dtype=torch.float64))
+        Loop(store, [torch.full((ALIGN,), value, dtype=torch.float64) for value in (2.0, 3.0)])
+        go_on.set()
+        assert wait([kept.written], timeout=20).done  # or the thread waits for itself
+    finally:
+        gc.enable()
+    assert store.held_bytes == 3 * size
+    assert torch.equal(store.get(kept), torch.full((ALIGN,), 1.0, dtype=torch.float64))
+    assert store.held_bytes == size
+    store.release(kept)
+    store._thread.shutdown()
+    assert disk.places == {}
+
+
+def test_garbage_collected_within_an_operation_is_given_up_after_it():
+    """In the middle of one the store's lists are not to be changed under it."""
+    store = HostStore(CPU)
+    Loop(store, [torch.ones(8)])
+    with store.turns.turn(store.give_up):
+        gc.collect()
+        assert store.held_bytes == 32
+    assert store.held_bytes == 0
+    Loop(store, [torch.ones(8)])
+    gc.collect()
+    assert store.held_bytes == 0  # nobody was in the middle of anything
+
+
+def test_a_store_that_nobody_has_is_gone_at_once():
+    """Its memory is page-locked: it must not wait for the collector."""
+    gc.disable()
+    try:
+        for disk in (None, Dictionary()):
+            store = HostStore(CPU, spill=disk)
+            store.release(store.put(torch.ones(ALIGN)))
+            gone = weakref.ref(store)
+            del store
+            assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_full_disk_is_an_error_of_the_step_that_needs_it():

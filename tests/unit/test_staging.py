@@ -1,5 +1,7 @@
 """The host store: what it holds on the device, what it sends and brings back, and the input's cost in a plan."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -8,9 +10,11 @@ from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.partition.apply import partition_layers
 from ds_wsi.partition.execution.host_store import IN_FLIGHT, HostStore
 from ds_wsi.partition.execution.input_tensor import InputCost, input_cost
+from ds_wsi.partition.execution.saved_on_host import SavedOnHost
 from ds_wsi.partition.planning.search import plan_partition
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.memory import ByteMeter
+from ds_wsi.stacking import host_tiles
 from ds_wsi.stacking.host_tiles import HostStacks, HostTiles, PreparedTiles
 from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on, stack_bags
 
@@ -50,6 +54,20 @@ def test_what_comes_back_was_sent_and_holds_no_memory_any_more():
         assert meter.live == 0
 
 
+def test_a_store_that_holds_nothing_is_as_a_new_one():
+    """A call that was dropped leaves nothing on the device, and one with larger tensors no room for more of them."""
+    store = HostStore(META, overlap=True, simulated=True)
+    with ByteMeter() as meter:
+        large = [store.put(torch.empty(512 * KIB, dtype=torch.uint8, device=META)) for _ in range(3)]
+        assert meter.live == IN_FLIGHT * 512 * KIB
+        for ticket in large:
+            store.release(ticket)
+        assert meter.live == 0
+        for _ in range(20):
+            store.put(torch.empty(64 * KIB, dtype=torch.uint8, device=META))
+        assert meter.live == IN_FLIGHT * 64 * KIB
+
+
 def test_without_overlap_nothing_is_held():
     store = HostStore(CPU)
     with ByteMeter() as meter:
@@ -72,6 +90,72 @@ def test_a_tensor_with_two_owners_comes_back_once(activation):
     assert store.sent_bytes > 0
     assert store.fetched_bytes == store.sent_bytes
     assert store.held_bytes == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_two_calls_on_one_input_are_outstanding(depth):
+    """The second saves tensors that lie in host memory already: in an order of its own."""
+    x, found = torch.randn(16, 3, 32, 32, dtype=torch.float64), []
+    for mode in ("native", "offload"):
+        module = encoder(depth=depth)
+        partition_layers(module, PartitionPolicy(mode=mode, chunk_size=2), check=False)
+        one, other = module(x), module(x)
+        (one.sum() + other.square().sum()).backward()
+        found.append([parameter.grad for parameter in module.parameters()])
+    for ours, theirs in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_what_a_call_saves_is_asked_for_in_its_own_order(monkeypatch):
+    """Where a tensor has two owners, each prefetches what it saved before it, not what the other did."""
+    store, asked = HostStore(CPU), []
+    tensors = [torch.randn(64, 64, requires_grad=True) for _ in range(4)]
+    first, second = (SavedOnHost(nn.Module(), store, torch.empty(0)) for _ in range(2))
+    with first.saving():
+        kept = [one.square() for one in tensors]
+    with second.saving():
+        outs = [tensors[index].square() for index in (3, 0)]
+    tickets = dict(zip((3, 0), second._tickets, strict=True))
+    assert store.sent_bytes == sum(one.nbytes for one in tensors)  # once each
+    monkeypatch.setattr(store, "prefetch", asked.append)
+    monkeypatch.setattr(store, "get", lambda ticket: ticket.place.view(ticket.shape))
+    outs[1].sum().backward()
+    assert asked == [tickets[3]]
+    del kept
+
+
+@pytest.mark.parametrize("mode", ["offload", "stream"])
+def test_views_of_one_memory_that_differ_by_a_promise_are_two_tensors(mode):
+    """A conjugate, and the imaginary part of one, share address, shape and version with what they are of."""
+
+    class Power(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+        def forward(self, x):
+            z = torch.fft.fft2(self.conv(x))
+            power = (z * z.conj()).real + z.imag * z.conj().imag * 0.3 + z.imag.exp().log1p()
+            return self.head(torch.log1p(power.abs()).mean((2, 3)))
+
+    x, found = torch.randn(8, 3, 16, 16, dtype=torch.float64) / 16, []
+    for wanted in ("native", mode):
+        torch.manual_seed(0)
+        module = Power().double()
+        partition_layers(module, PartitionPolicy(mode=wanted, chunk_size=2), check=False)
+        module(x).sum().backward()
+        found.append([parameter.grad for parameter in module.parameters()])
+    for ours, theirs in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_a_tensor_its_conjugate_and_its_negative_come_back_as_they_were_put():
+    store, z = HostStore(CPU), torch.randn(32, 32, dtype=torch.complex128)
+    given = [z, z.conj(), z.imag, z.conj().imag]
+    assert given[3].is_neg()
+    tickets = [store.put(one) for one in given]
+    for one, ticket in zip(given, tickets, strict=True):
+        assert torch.equal(store.get(ticket), one)
 
 
 def test_a_plan_counts_what_is_on_its_way(monkeypatch):
@@ -118,6 +202,34 @@ def test_a_stack_in_host_memory_is_prepared_chunk_by_chunk_as_a_whole():
         assert torch.equal(prepare.at(part, first), whole[first : first + 4].double() / 255)
     some = stack[4:7]
     assert torch.equal(some.change(some.tiles, 0), whole[4:7])
+
+
+def test_a_larger_buffer_is_made_once_the_smaller_one_is_gone(monkeypatch):
+    """Of 8 GB, say: host memory must not hold both. And where nothing can be locked nobody asks again."""
+    made, alive, closed = [], [], []
+
+    class Locked:
+        def __init__(self, size: int) -> None:
+            self.data = torch.empty(size, dtype=torch.uint8)
+
+        def close(self) -> None:
+            closed.append(self.data.numel())
+
+    def locked(size: int, device: torch.device) -> Locked | None:
+        alive.append(sum(one() is not None for one in made))
+        if size > 6:
+            return None
+        one = Locked(size)
+        made.append(weakref.ref(one.data))
+        return one
+
+    monkeypatch.setattr(host_tiles, "locked_or_none", locked)
+    stacks = HostStacks(torch.device("cuda"))
+    for count in (2, 3, 5, 6, 7, 8, 9):  # two buffers take turns
+        bag = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
+        assert torch.equal(stacks.lay([bag[:1], bag[1:]]), bag)
+    assert alive == [0, 1, 1, 1, 1]
+    assert closed == [2, 3, 5, 6]
 
 
 @pytest.mark.parametrize("mode", ["native", "lean", "recompute", "offload"])

@@ -210,8 +210,9 @@ def test_rows_of_another_device_are_not_taken_over(tmp_path):
 def gpu(monkeypatch):
     """A GPU that is the CPU, whose allocator is capped: the caps that were set are listed."""
     caps = []
-    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+    for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(device_training, "restart_peaks", lambda _: None)
     monkeypatch.setattr(device_training, "device_peaks", lambda _: DevicePeaks(100, 123, 200, 0))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=4 * GIB))
@@ -219,6 +220,22 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
     monkeypatch.setattr(device_training.Machine, "gpu", property(lambda machine: True))
     return caps
+
+
+def test_the_retries_of_a_step_are_its_own(monkeypatch):
+    """They are no peak, which begins anew with each: the allocator counts them for as long as the process lives."""
+    stats = {"num_alloc_retries": 3, "active_bytes.all.peak": 7}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda *_: stats)
+    resets = {"reset_peak_memory_stats": "active_bytes.all.peak", "reset_accumulated_memory_stats": "num_alloc_retries"}
+    for name, number in resets.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, number=number: stats.update({number: 0}))
+    machine = device_training.Machine(torch.device("cuda"), torch.float32)
+    taken = [
+        machine.timed(lambda more=more: stats.update(num_alloc_retries=stats["num_alloc_retries"] + more))[1]
+        for more in (2, 0)
+    ]
+    assert [(peaks.retries, peaks.active) for peaks in taken] == [(2, 0), (0, 0)]
 
 
 def test_out_of_memory_is_tried_again_with_less(gpu, monkeypatch):

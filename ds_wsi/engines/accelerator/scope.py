@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator
 from ds_wsi.engines.machine.timeouts import restoring_timeouts
+from ds_wsi.runtime.memory import restart_peaks
 from ds_wsi.runtime.seams import check_seams
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ def engine_scope() -> Iterator[None]:
     """
     inherited = dist.is_initialized()
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+        restart_peaks(torch.device("cuda", torch.cuda.current_device()))
     try:
         with restoring_timeouts():
             yield

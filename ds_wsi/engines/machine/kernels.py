@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.memory import says_no_memory
 from ds_wsi.runtime.numerics import autocast_now
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def choose_memory_format(
 
     Args:
         module: whose encoder it is, not shared among ranks yet; its `memory_format` is set.
-        wanted: of `MEMORY_FORMATS`; "auto" tries both on a GPU and leaves a CPU alone, where neither wins by a rule.
+        wanted: of `MEMORY_FORMATS`; "auto" tries both on a GPU ("contiguous" where not even two tiles fit it) and
+            leaves a CPU alone, where neither wins by a rule.
         tile_shape: [n, 3, S, S] of a chunk.
         device: where the trial runs.
         agree: makes the first rank's choice all ranks'. Collective where it is given.
@@ -71,15 +73,35 @@ def choose_memory_format(
     if wanted == "auto" and device.type != "cuda":
         return None
     if wanted == "auto":
-        seconds = {name: _step_seconds(module.encoder, form, tile_shape, device) for name, form in _FORMATS.items()}
-        faster = seconds["channels_last"] < _GAIN * seconds["contiguous"]
+        seconds, tiles = _trial(module.encoder, tile_shape, device)
+        faster = bool(seconds) and seconds["channels_last"] < _GAIN * seconds["contiguous"]
         wanted = agree("channels_last" if faster else "contiguous")
         times = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
-        logger.info("memory format (--memory_format): %s, by a trial of %d tiles: %s", wanted, tile_shape[0], times)
+        told = f"by a trial of {tiles} tiles: {times}" if seconds else "for the trial does not fit the device"
+        logger.info("memory format (--memory_format): %s, %s", wanted, told)
     else:
         logger.info("memory format (--memory_format): %s, as was asked for", wanted)
     module.memory_format = _FORMATS[wanted]
     return module.memory_format
+
+
+def _trial(encoder: nn.Module, tile_shape: Sequence[int], device: torch.device) -> tuple[dict[str, float], int]:
+    """Seconds of a step in each format, and its tiles: as many as fit, because the trial has no partition yet.
+
+    Nothing where not even two do; of one tile there is no BatchNorm, and its kernels are other ones.
+    """
+    tiles = tile_shape[0]
+    while True:
+        shape = (tiles, *tile_shape[1:])
+        try:
+            return {name: _step_seconds(encoder, form, shape, device) for name, form in _FORMATS.items()}, tiles
+        except RuntimeError as error:
+            if not says_no_memory(error):
+                raise
+        torch.cuda.empty_cache()  # outside of the handler: the error's frames hold the activations
+        if tiles <= 2:
+            return {}, tiles
+        tiles //= 2
 
 
 def _step_seconds(

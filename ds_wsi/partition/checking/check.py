@@ -24,6 +24,7 @@ from ds_wsi.partition.module.restored import Restored
 from ds_wsi.partition.module.surroundings import undisturbed
 from ds_wsi.partition.planning.plan import PartitionPlan
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.memory import says_no_memory
 
 TILES = (4, 5, 6, 8)  # the first number that the module takes; alone and in chunks of 3 and 1: 8 tiles in all
 _IMAGE = (96, 64)  # rows and columns at most of the images on the spatial axis
@@ -69,7 +70,9 @@ class FirstCalls:
             try:
                 sample = sample_of(case, x, count, prepare)
                 reason = check_case(case, sample, len(x))
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not says_no_memory(error):
+                    raise
                 reason = "the device's memory does not hold it"
                 count //= 2
                 continue
@@ -144,9 +147,9 @@ def _judge(case: Case, sample: Tensor, dtype: torch.dtype, counts: tuple[int, ..
                     raise RefusedError(str(error)) from error
                 reason = f"{type(error).__name__}: {error}"
                 continue
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # the module alone does not take these tiles; the call itself will tell
+                if says_no_memory(error):
+                    raise
                 # Chunks are differentiated by autograd.grad, as here.
                 if "use_reentrant" in str(error) and stays_whole(case.module, case.plan.axis):
                     raise RefusedError(

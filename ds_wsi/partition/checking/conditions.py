@@ -24,6 +24,7 @@ from ds_wsi.partition.module.holdings import PLAIN
 from ds_wsi.partition.module.observed import Calls, Reads, copied
 from ds_wsi.partition.module.outputs import tensors_of
 from ds_wsi.partition.module.restored import Restored
+from ds_wsi.runtime.memory import says_no_memory
 
 _READS = 8  # that are tried
 
@@ -96,9 +97,9 @@ def _same_calls(case: Case, few: Tensor, count: int) -> bool:
                 tiles = torch.empty((size, *few.shape[1:]), dtype=few.dtype, device=case.device)
                 with called:
                     case.arguments.call(case.original, tiles)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
+    except Exception as error:
+        if says_no_memory(error):
+            raise
         return False
     pairs = zip(one.numbers, other.numbers, strict=False)
     return one.functions == other.functions and all(
@@ -136,9 +137,9 @@ def by_value(case: Case, held: Restored, tiles: Tensor, seen: list[tuple[str, An
         for other in _others(value):
             try:
                 after = run({index: other})
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:
+            except Exception as error:
+                if says_no_memory(error):
+                    raise
                 continue
             if _tiles_changed(before, after, len(tiles)) > 1:
                 return name

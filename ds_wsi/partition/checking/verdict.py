@@ -28,6 +28,7 @@ from ds_wsi.partition.module.observed import SameDraws
 from ds_wsi.partition.module.outputs import form_of
 from ds_wsi.partition.module.restored import Restored
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.memory import says_no_memory
 
 CHUNKS = {1: 1, 2: 1, 3: 2, 4: 3, 5: 3, 6: 5, 7: 5, 8: 5}  # tiles of the first of two chunks
 MANY_LEVELS = 20  # of norms: "recompute" computes each of them from the input
@@ -85,9 +86,9 @@ class Verdict:
             chunk = count if drawn else CHUNKS.get(count, 1)
         try:
             found = self._partition(chunk)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # the call itself would raise it, unless the number of tiles is the reason
+            if says_no_memory(error):
+                raise
             return self._raised(error, chunk)
         refusal = self._compared(found, drawn=drawn)
         if refusal is None and self.case.by_tile and drawn and count > 1:
@@ -282,9 +283,9 @@ class Verdict:
         arguments, original = self.case.arguments, self.case.original
         try:
             return find_mixing(self.held, lambda tiles: arguments.call(original, tiles), self.tiles)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # tiles that no bag holds may be more than the module takes
+            if says_no_memory(error):
+                raise
             logger.debug("partition check: %s on other tiles: %s: %s", self.case.owner, type(error).__name__, error)
             return None
 

@@ -5,7 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ds_wsi.partition.execution.host_store import HostStore, Ticket
+from ds_wsi.partition.execution.host_store import HostStore
+from ds_wsi.partition.execution.ticket import Ticket
 
 Range = tuple[int, int]  # [first, last)
 
@@ -43,7 +44,9 @@ class TileChunks:
 
     def __del__(self) -> None:
         """A call that is dropped without its backward gives its host memory back."""
-        self.clear()
+        for part in self.parts.values():
+            if self.host is not None and isinstance(part, Ticket):
+                self.host.drop(part)
 
     def write(self, where: Range, tensor: Tensor) -> None:
         """Keep a chunk."""

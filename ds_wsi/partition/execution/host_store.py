@@ -13,7 +13,6 @@ import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,9 +20,10 @@ from torch import Tensor
 
 from ds_wsi.partition.execution.dense import dense_pairs, is_dense
 from ds_wsi.partition.execution.free_list import Block, FreeList, blocks_overlap
-from ds_wsi.runtime.log import logger
+from ds_wsi.partition.execution.ticket import Arriving, Ticket
+from ds_wsi.partition.execution.turns import Turns, in_turn
 from ds_wsi.runtime.memory import host_allocation
-from ds_wsi.runtime.pinned import PageLocked
+from ds_wsi.runtime.pinned import PageLocked, locked_or_none
 
 _ALIGN = 256  # bytes; of every tensor in a slab
 ALIGN = 4096  # the same where a disk is read and written past the page cache
@@ -46,41 +46,6 @@ class Spill(Protocol):
         """Forget a place."""
 
 
-@dataclass(eq=False)
-class Ticket:
-    """A tensor that lies in host memory, or (`place` None) on the disk only."""
-
-    place: Tensor | None
-    dtype: torch.dtype
-    size: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    block: Block | None
-    ready: Any = None
-    fetched: Tensor | None = None
-    arrived: Any = None
-    released: bool = False
-    number: int = 0  # in the order of sending
-    owners: int = 1
-    key: Any = None
-    order: int = 0
-    written: Future | None = None  # of its place on the disk
-    reading: Future | None = None
-
-
-@dataclass(eq=False)
-class Arriving:
-    """A tensor on its way to the device."""
-
-    tensor: Tensor
-    arrived: Any
-
-    def get(self) -> Tensor:
-        """The tensor, for the computing stream of now."""
-        torch.cuda.current_stream(self.tensor.device).wait_event(self.arrived)
-        return self.tensor
-
-
 class HostStore:
     """Tensors in host memory; the memory is kept from call to call, because locking pages takes long.
 
@@ -95,6 +60,7 @@ class HostStore:
         held_bytes, peak_bytes: kept, in host memory and on the disk, now and at most.
         sent_bytes, fetched_bytes: over the link so far.
         spilled_bytes: written to the disk so far.
+        turns: of its operations.
     """
 
     def __init__(
@@ -123,7 +89,8 @@ class HostStore:
         self._leaving_bytes = self._largest = self._sent = 0
         self._shared: deque[Ticket] = deque()  # fetched, and wanted by one more owner
         self._spill, self._align = spill, _ALIGN if spill is None else ALIGN
-        self._thread = ThreadPoolExecutor(1, "ds_wsi-spill") if spill is not None else None
+        self.turns = Turns()
+        self._thread = ThreadPoolExecutor(1, "ds_wsi-spill", self.turns.bar) if spill is not None else None
         self._inside: deque[Ticket] = deque()  # in host memory, the oldest first; with a spill only
         self._ahead_bytes = 0  # to be written to the disk before there is need, for a plan foresees it
 
@@ -132,6 +99,7 @@ class HostStore:
         """Host memory that the store has taken."""
         return sum(slab.numel() for slab in self._slabs)
 
+    @in_turn
     def reserve(self, size: int) -> None:
         """Take `size` bytes in one slab, unless they are there or in use; beyond the limit the disk serves."""
         if self.held_bytes:
@@ -144,6 +112,7 @@ class HostStore:
                 self._locked.pop().close()  # or the old memory would be held beside the new
             self._grow(size)
 
+    @in_turn
     def put(self, tensor: Tensor) -> Ticket:
         """Start copying `tensor` out; the caller may drop it at once.
 
@@ -151,12 +120,14 @@ class HostStore:
         """
         tensor = tensor.detach()
         storage = tensor.untyped_storage()
-        key = storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
+        seen = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+        key = storage._cdata, tensor._version, *seen
         known = self._known.get(key)
         # An address is used again once its storage is freed: then the entry is another tensor's.
         if known is not None and known[1]() is storage and not known[0].released:
             known[0].owners += 1
             return known[0]
+        tensor = tensor.resolve_conj().resolve_neg()  # bytes say nothing of what a view only promises
         if not tensor.is_contiguous() and not is_dense(tensor):
             tensor = tensor.contiguous()
         size = tensor.numel() * tensor.element_size()
@@ -167,6 +138,7 @@ class HostStore:
             with host_allocation():
                 place.copy_(flat)
         else:
+            ticket.stream = torch.cuda.current_stream(self.device)
             self._out.wait_stream(torch.cuda.current_stream(self.device))
             for event in busy:
                 self._out.wait_event(event)
@@ -187,6 +159,7 @@ class HostStore:
                 self._write(ticket)
         return ticket
 
+    @in_turn
     def prefetch(self, ticket: Ticket) -> None:
         """Start bringing the tensor back: from the disk to host memory, or from there to the device."""
         if ticket.fetched is not None or ticket.released or ticket.reading is not None:
@@ -205,6 +178,7 @@ class HostStore:
             with host_allocation():
                 flat.copy_(place)
         else:
+            ticket.stream = torch.cuda.current_stream(self.device)
             self._back.wait_stream(torch.cuda.current_stream(self.device))
             if ticket.ready is not None:
                 self._back.wait_event(ticket.ready)
@@ -214,6 +188,7 @@ class HostStore:
         ticket.fetched = torch.as_strided(flat, ticket.shape, ticket.stride)
         self.fetched_bytes += ticket.size
 
+    @in_turn
     def get(self, ticket: Ticket) -> Tensor:
         """The tensor on the device, which the caller must not change; the store keeps its copy until `release`.
 
@@ -239,8 +214,17 @@ class HostStore:
                 self._shared.popleft().fetched = None
         return tensor
 
+    @in_turn
     def release(self, ticket: Ticket) -> None:
         """Give up an owner's claim; with the last one the memory goes to the next tensors."""
+        self.give_up(ticket)
+
+    def drop(self, ticket: Ticket) -> None:
+        """The same from a `__del__`, on whatever thread: see [Note: dropped tickets]."""
+        self.turns.drop(ticket, self.give_up)
+
+    def give_up(self, ticket: Ticket) -> None:
+        """What `release` does, within a turn."""
         ticket.owners -= 1
         if ticket.owners > 0 or ticket.released:
             return
@@ -249,9 +233,11 @@ class HostStore:
             self._shared.remove(ticket)
         if ticket.fetched is not None and ticket.arrived is not None:
             # Nobody has waited for the copy that still writes there.
-            torch.cuda.current_stream(self.device).wait_event(ticket.arrived)
+            ticket.stream.wait_event(ticket.arrived)
         ticket.released, ticket.fetched = True, None
         self.held_bytes -= ticket.size
+        if not self.held_bytes:
+            self._let_all_go()
         if ticket.place is not None:
             self._vacate(ticket)
         if ticket.written is not None and self._thread is not None:
@@ -263,12 +249,13 @@ class HostStore:
         target = torch.empty(part.shape, dtype=part.dtype, device=self.device)
         if is_dense(part):  # tiles with the channels last in memory are
             target = target.as_strided(part.shape, part.stride())
-        self._back.wait_stream(torch.cuda.current_stream(self.device))
+        stream = torch.cuda.current_stream(self.device)
+        self._back.wait_stream(stream)
         with torch.cuda.stream(self._back):
             # Rows of an image are dense channel by channel only, and what is not dense is staged by the CPU.
             for one, other in dense_pairs(part, target):
                 other.copy_(one, non_blocking=True)
-            return Arriving(target, self._back.record_event())
+            return Arriving(target, self._back.record_event(), stream)
 
     @property
     def copies_ahead(self) -> bool:
@@ -294,6 +281,18 @@ class HostStore:
 
     def _let_go(self) -> None:
         self._leaving_bytes -= self._leaving.popleft()[0].size
+
+    def _let_all_go(self) -> None:
+        """Hold nothing on the device, and forget how large tensors were: as a plan takes the store to be.
+
+        Nobody will read these copies any more; still no memory is given away under one.
+        """
+        while self._leaving:
+            ticket = self._leaving[0][0]
+            if ticket.ready is not None:
+                ticket.stream.wait_event(ticket.ready)
+            self._let_go()
+        self._largest = 0
 
     # ------------------------------------------------------------------------------------------------ host memory
 
@@ -374,15 +373,10 @@ class HostStore:
 
     def _slab(self, size: int) -> Tensor:
         if self._lock_pages:
-            try:
-                self._locked.append(PageLocked(size, self.device))
-                return self._locked[-1].data
-            except RuntimeError as error:
-                logger.warning(
-                    "host memory is pageable from here on, and copies do not overlap: locking %.1f GiB failed (%s)",
-                    size / 2**30,
-                    str(error).splitlines()[0],
-                )
-                self._lock_pages = False
+            locked = locked_or_none(size, self.device)
+            if locked is not None:
+                self._locked.append(locked)
+                return locked.data
+            self._lock_pages = False
         with host_allocation():
             return torch.empty(size, dtype=torch.uint8, device=self._host)

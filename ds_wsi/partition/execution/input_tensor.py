@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_wsi.partition.execution.host_store import Arriving, HostStore
+from ds_wsi.partition.execution.host_store import HostStore
+from ds_wsi.partition.execution.ticket import Arriving
 from ds_wsi.runtime.memory import ByteMeter
 
 Range = tuple[int, int]  # [first, last)
@@ -38,11 +39,15 @@ class InputTensor:
         prepare: Prepare | None,
         store: HostStore | None = None,
     ) -> None:
+        self._arriving: dict[Range, Arriving] = {}
         self.tensor, self.dim, self.device, self.prepare = tensor, dim, device, prepare
         self.check: Callable[[], None] | None = None  # called before the tensor is read
         ahead = store is not None and store.copies_ahead and tensor.device.type == "cpu" and tensor.is_pinned()
         self._store = store if ahead else None
-        self._arriving: dict[Range, Arriving] = {}
+
+    def __del__(self) -> None:
+        """A call that ends in an error, or is dropped, has chunks on their way."""
+        self._drop_arriving()
 
     def read(self, wanted: Range) -> Tensor:
         """The chunk on the device, prepared."""
@@ -67,8 +72,11 @@ class InputTensor:
 
     def clear(self) -> None:
         """Drop what was copied ahead; the caller's tensor is his."""
+        self._drop_arriving()
+
+    def _drop_arriving(self) -> None:
         while self._arriving:
-            self._arriving.popitem()[1].get()  # its memory must not be given away under the copy
+            self._arriving.popitem()[1].drop()
 
     def _part(self, wanted: Range) -> Tensor:
         return self.tensor.narrow(self.dim, wanted[0], wanted[1] - wanted[0])

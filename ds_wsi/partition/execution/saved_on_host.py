@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 from ds_wsi.partition.execution.chunk_ranges import ChunkRanges
 from ds_wsi.partition.execution.chunked_tensor import ChunkedTensor
-from ds_wsi.partition.execution.host_store import HostStore, Ticket
+from ds_wsi.partition.execution.host_store import HostStore
+from ds_wsi.partition.execution.ticket import Ticket
 from ds_wsi.partition.execution.versions import Guard
 
 _MIN_OFFLOAD_BYTES = 2**12  # smaller tensors cost more to copy than to keep
@@ -29,6 +30,7 @@ class SavedOnHost:
     def __init__(self, module: nn.Module, store: HostStore, source: Tensor) -> None:
         self.module, self.store = module, store
         self._source = source.untyped_storage()._cdata
+        self._order: dict[Ticket, int] = {}  # of this call: another one may own the same tickets
         self._tickets: list[Ticket] = []
 
     @contextmanager
@@ -43,8 +45,8 @@ class SavedOnHost:
             if tensor.device != self.store.device or size < _MIN_OFFLOAD_BYTES or place in places:
                 return _Kept(tensor, places.get(place, "the input" if place == self._source else None))
             ticket = self.store.put(tensor)
-            if ticket.owners == 1:
-                ticket.order = len(self._tickets)
+            if ticket not in self._order:
+                self._order[ticket] = len(self._tickets)
                 self._tickets.append(ticket)
             return _OnHost(self.store, ticket)
 
@@ -55,8 +57,9 @@ class SavedOnHost:
         if isinstance(packed, _Kept):
             return packed.read()
         tensor = self.store.get(packed.ticket)
-        if packed.ticket.order:  # backward reads in about the reverse order
-            self.store.prefetch(self._tickets[packed.ticket.order - 1])
+        order = self._order[packed.ticket]
+        if order:  # backward reads in about the reverse order
+            self.store.prefetch(self._tickets[order - 1])
         return tensor
 
 
@@ -77,7 +80,7 @@ class _OnHost:
         self.store, self.ticket = store, ticket
 
     def __del__(self) -> None:
-        self.store.release(self.ticket)
+        self.store.drop(self.ticket)
 
 
 def move_to_host(values: dict[fx.Node, ChunkedTensor], ranges: ChunkRanges) -> None:

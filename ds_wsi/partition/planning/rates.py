@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ds_wsi.runtime.files import read_object, write_json
 from ds_wsi.runtime.log import logger
+from ds_wsi.runtime.pinned import locked_or_none
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,12 @@ def probe(device: torch.device) -> Rates:
     weight = torch.randn(64, 64, 3, 3, device=device, dtype=dtype)
     conv = _seconds(lambda: F.conv2d(image, weight, padding=1), device)
     add = _seconds(lambda: image + 1, device)
-    host = torch.empty(image.shape, dtype=dtype, pin_memory=gpu)
+    size = image.numel() * image.element_size()
+    locked = locked_or_none(size, device) if gpu else None
+    host = torch.empty(image.shape, dtype=dtype) if locked is None else locked.data.view(dtype).view(image.shape)
     copy = _seconds(lambda: image.copy_(host, non_blocking=True), device)
     one = torch.zeros(1, device=device)
     launch = _seconds(lambda: one + 1, device)
-    size = image.numel() * image.element_size()
     rates = Rates(2 * image.numel() * 64 * 9 / conv, 2 * size / add, size / copy, launch, measured=True)
     try:
         _keep(rates, device)

@@ -20,6 +20,7 @@ from ds_wsi.norms.roles import is_shared
 from ds_wsi.partition.execution.input_tensor import InputCost
 from ds_wsi.partition.graph.segments import Program, SegmentSpec
 from ds_wsi.partition.module.arguments import Arguments
+from ds_wsi.partition.module.devices import device_of
 from ds_wsi.partition.module.hooks import uncompiled
 from ds_wsi.partition.planning.choice import Choice, combine, overlapped, seconds_of
 from ds_wsi.partition.planning.costs import TILES, SegmentCost, SegmentMode, extrapolated, fitted, profile
@@ -70,7 +71,7 @@ def plan_partition(
     shape = tuple(int(size) for size in input_shape)
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"input_shape must be [N, ...], all positive, got {list(shape)}")
-    device = device or next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    device = device or device_of(module, torch.device("cpu"))
     if policy.mode in ("paper", "native"):
         size = policy.chunk_size or (PAPER_CHUNK[policy.axis] if policy.mode == "paper" else 0)
         return PartitionPlan((), policy.axis, policy.bn_population, shape, mode=policy.mode, chunk_size=size)

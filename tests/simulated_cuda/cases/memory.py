@@ -1,6 +1,7 @@
 """Memory of the device, and page-locked memory: what is in flight, what a second plan may take, what planning takes."""
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 
 from ds_wsi.partition import PartitionPolicy, partition_layers, plan_partition
 from ds_wsi.partition.execution.host_store import HostStore
+from ds_wsi.runtime.memory import device_peaks, restart_peaks
+from ds_wsi.stacking.host_tiles import HostStacks
 from simulated_cuda import device
 from simulated_cuda.cases import report
 
@@ -29,7 +32,7 @@ def start() -> dict[str, int]:
     """Empty the allocator's cache and start its peaks; what is held."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    restart_peaks(CUDA)
     device.reset_counters()
     return held("current")
 
@@ -47,7 +50,10 @@ def flight() -> dict[str, Any]:
     plan = plan_partition(module, tuple(x.shape), policy, device=CUDA)
     handle = partition_layers(module, plan)
     module(x[: 2 * CHUNK]).sum().backward()  # gradients are there, host memory is locked
-    found: dict[str, Any] = {"plan": plan.peak_bytes, "map": MAP_BYTES}
+    device.fail_mallocs(1)
+    torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
+    retries = device_peaks(CUDA).retries
+    found: dict[str, Any] = {"plan": plan.peak_bytes, "map": MAP_BYTES, "retries_before": retries}
     before = start()
     y = module(x)
     found["forward"] = {name: size - before[name] for name, size in held("peak").items()}
@@ -57,8 +63,24 @@ def flight() -> dict[str, Any]:
     store = handle.forward._store
     assert store is not None
     found |= {"sent": store.sent_bytes, "fetched": store.fetched_bytes, "host_peak": store.peak_bytes}
-    found["retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
+    found["retries"] = device_peaks(CUDA).retries
     return found | device.counters()
+
+
+def after_larger() -> dict[str, int]:
+    """Active bytes at the peak of a step in mode offload, and its plan's, after one of larger chunks."""
+    module, x = encoder().cuda(), torch.rand(TILES, 3, SIDE, SIDE, device="cuda")
+    of_any_chunk = PartitionPolicy(mode="offload", gpu_budget_bytes=2**30, host_budget_bytes=2**30)
+    policies = [replace(of_any_chunk, chunk_size=size) for size in (TILES, CHUNK)]
+    plans = [plan_partition(module, tuple(x.shape), policy, device=CUDA) for policy in policies]
+    handle = partition_layers(module, plans[0], check=False)
+    assert handle.forward is not None
+    for plan in plans:
+        handle.forward.wanted = plan
+        before = start()
+        module(x).sum().backward()
+    active = held("peak")["active"] - before["active"]
+    return {"active": active, "plan": plans[1].peak_bytes, "larger_map": TILES // CHUNK * MAP_BYTES}
 
 
 def budgets() -> list[int]:
@@ -88,8 +110,21 @@ def page_locked() -> list[dict[str, int]]:
     return found
 
 
-def refused() -> dict[str, float]:
+def stacks() -> list[list[bool]]:
+    """Of stacks of bags that grow beyond what can be locked: whether they are page-locked, and on the device right."""
+    laid, found = HostStacks(CUDA), []
+    for count in (64, 512, 600, 1024):  # of 3 KiB: the first fits
+        bag = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+        stack = laid.lay([bag[:7], bag[7:]])
+        on_device = stack.to(CUDA, non_blocking=True)
+        laid.used()
+        found.append([stack.is_pinned(), torch.equal(on_device.cpu(), bag)])
+    return found
+
+
+def refused() -> dict[str, Any]:
     """Gradients in mode offload where no host memory can be locked: the largest difference from the CPU's."""
+    of_stacks = stacks()
     x, gradients = torch.rand(TILES, 3, 16, 16, dtype=torch.float64), []
     for place in ("cpu", "cuda"):
         module = encoder().double().to(place)
@@ -100,7 +135,7 @@ def refused() -> dict[str, float]:
     assert handle.forward._store is not None
     scale = max(one.abs().max().item() for one in gradients[0])
     worst = max((one - two).abs().max().item() for one, two in zip(*gradients, strict=True))
-    return {"difference": worst / scale, "sent": handle.forward._store.sent_bytes}
+    return {"difference": worst / scale, "sent": handle.forward._store.sent_bytes, "stacks": of_stacks}
 
 
 def planning() -> dict[str, Any]:
@@ -162,6 +197,7 @@ def uniform() -> dict[str, dict[str, Any]]:
 
 MEASURES = {
     "flight": flight,
+    "after_larger": after_larger,
     "budgets": budgets,
     "page_locked": page_locked,
     "refused": refused,

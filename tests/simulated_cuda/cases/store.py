@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.partition import PartitionPolicy, partition_layers
-from ds_wsi.partition.execution.host_store import ALIGN, HostStore
+from ds_wsi.partition.execution.host_store import ALIGN, IN_FLIGHT, HostStore
 from simulated_cuda.cases import report
 from simulated_cuda.cases.modes import difference, step
 from simulated_cuda.mutations import MUTATIONS, applied
@@ -88,6 +89,35 @@ def dropped() -> bool:
     return all(holds(other, 2.0) for other in others)
 
 
+def dropped_unsent() -> bool:
+    """A call is dropped whose tensors are on their way out: nothing stays on the device, nobody writes under them."""
+    store = HostStore(CUDA)
+    before = torch.cuda.memory_allocated()
+    for ticket in [store.put(filled(1.0)) for _ in range(IN_FLIGHT)]:
+        store.release(ticket)
+    held = torch.cuda.memory_allocated() - before
+    others = [filled(2.0) for _ in range(4)]
+    return held == 0 and all(holds(other, 2.0) for other in others)
+
+
+def ended_by_an_error() -> bool:
+    """A forward ends in an error while a chunk of its page-locked input arrives, in memory that others take."""
+    module, seen = encoder().cuda(), []
+    partition_layers(module, PartitionPolicy(mode="recompute", chunk_size=4), check=False)
+    x = torch.full((16, 3, 12, 12), 7.0, dtype=torch.float64).pin_memory()
+
+    def prepare(part: Tensor) -> Tensor:
+        seen.append(part.shape)
+        if len(seen) == 3:  # of the probe, and of two chunks
+            raise ValueError("a bad tile")
+        return part
+
+    with suppress(ValueError):
+        module(x, prepare=prepare)
+    others = [torch.full((4, 3, 12, 12), 2.0, dtype=torch.float64, device=CUDA) for _ in range(6)]
+    return len(seen) == 3 and all(holds(other, 2.0) for other in others)
+
+
 def host_memory_used_again() -> bool:
     """A block in host memory goes to a tensor of another stream, while its last one is on its way back."""
     store, beside = HostStore(CUDA), torch.cuda.Stream()
@@ -142,6 +172,8 @@ def host_memory_read_from_disk() -> bool:
 
 WAYS: dict[str, Callable[[], bool]] = {
     "dropped": dropped,
+    "dropped unsent": dropped_unsent,
+    "ended by an error": ended_by_an_error,
     "memory used again": memory_used_again,
     "host memory used again": host_memory_used_again,
     "sent later": sent_later,
