@@ -197,10 +197,25 @@ def track(norm: Any, mean: Tensor, unbiased_var: Tensor) -> None:
         running.mul_(1 - (rate or 0.0)).add_(new.to(running.device, running.dtype), alpha=rate or 0.0)
 
 
+def forward_home(kind: type) -> str:
+    """The module that defines a norm class's forward, whichever ranks share the norm's population."""
+    homes = (base.__module__ for base in kind.__mro__ if "forward" in base.__dict__)
+    return next(home for home in homes if home != "ds_wsi.norms.shared")
+
+
 def after_norm(norm: nn.Module, out: Tensor) -> Tensor:
-    """What a norm's own forward does after normalising: timm's BatchNormAct2d holds a drop and an activation."""
+    """What a norm's own forward does after normalising: timm's hold a drop and an activation, which they call.
+
+    A norm of another class may hold one too, which is for its owner to call.
+    """
+    if forward_home(type(norm)) not in _FOLLOWED:
+        return out
     for name in ("drop", "act"):
         follower = getattr(norm, name, None)
         if follower is not None:
             out = follower(out)
     return out
+
+
+# The last is the stand-in of timm's SyncBatchNormAct while a partition is checked.
+_FOLLOWED = ("timm.layers.norm_act", "ds_wsi.partition.module.restored")
