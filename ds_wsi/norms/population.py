@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from ds_wsi.runtime.seams import FakeTensor
 
+TORCH_NORMS = "torch.nn.modules.batchnorm"
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -204,18 +206,14 @@ def forward_home(kind: type) -> str:
 
 
 def after_norm(norm: nn.Module, out: Tensor) -> Tensor:
-    """What a norm's own forward does after normalising: timm's hold a drop and an activation, which they call.
+    """What a norm's own forward does after normalising: timm's BatchNormAct2d holds a drop and an activation.
 
-    A norm of another class may hold one too, which is for its owner to call.
+    torch's own forward calls none: what a norm with that forward holds is for its owner to call.
     """
-    if forward_home(type(norm)) not in _FOLLOWED:
+    if forward_home(type(norm)) == TORCH_NORMS:
         return out
     for name in ("drop", "act"):
         follower = getattr(norm, name, None)
         if follower is not None:
             out = follower(out)
     return out
-
-
-# The last is the stand-in of timm's SyncBatchNormAct while a partition is checked.
-_FOLLOWED = ("timm.layers.norm_act", "ds_wsi.partition.module.restored")

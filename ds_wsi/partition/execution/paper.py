@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ds_wsi.norms.population import after_norm, forward_home, takes_population, track
+from ds_wsi.norms.population import TORCH_NORMS, after_norm, forward_home, takes_population, track
 from ds_wsi.partition.execution.paper_layers import Carrier, Convolution, Normalise, Setting, statistics
 from ds_wsi.partition.graph.geometry import geometry_of
 from ds_wsi.partition.module.arguments import Arguments
@@ -27,7 +27,7 @@ _CHEAP_HOMES = (
     "timm.layers.drop",
 )
 _CHEAP = (nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.Sequential)
-_NORM_HOMES = ("torch.nn.modules.batchnorm", "timm.layers.norm_act")
+_NORM_HOMES = (TORCH_NORMS, "timm.layers.norm_act")
 _REMEDY = 'HINT: choose mode "lean", "recompute" or "offload", or keep this layer out of the module.'
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ds_wsi.norms.population import after_norm, forward_home
+from ds_wsi.norms.population import TORCH_NORMS, after_norm, forward_home
 from ds_wsi.norms.roles import GROUP
 from ds_wsi.partition.module.holdings import (
     HOOKS,
@@ -90,7 +90,7 @@ class Restored:
             self._base[part] = base
             self._containers += containers_of(part)
             if issubclass(kind, nn.SyncBatchNorm):
-                part.__class__ = LocalNormAct if forward_home(kind) == "timm.layers.norm_act" else LocalNorm
+                part.__class__ = LocalNorm if forward_home(kind) == TORCH_NORMS else LocalNormAct
         self._values = {id(item): (item, item.detach()) for item in stand_ins.values()}
         self.rewind()
         return self
