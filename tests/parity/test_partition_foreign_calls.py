@@ -818,6 +818,23 @@ def test_a_convolution_with_a_forward_of_its_own(when, mode, norm):
     assert_same(plain, parted)
 
 
+@every_mode
+@pytest.mark.parametrize("axis", ["batch", "spatial"])
+@pytest.mark.parametrize("checks", [True, False])
+def test_a_convolution_whose_own_step_somebody_replaced(checks, axis, mode):
+    """As is done for images without a seam."""
+
+    def change(net):
+        for conv in (net.c2, net.c3):  # the last one's result backward does not need
+            conv._conv_forward = lambda x, weight, bias: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    plain = build()
+    parted = copy.deepcopy(plain)
+    change(plain), change(parted)
+    partition_layers(parted, PartitionPolicy(mode=mode, chunk_size=3, axis=axis), check=checks)
+    assert_same(plain, parted)
+
+
 # ------------------------------------------------------------------------------- norms whose statistics stand still
 
 
