@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from ds_wsi.runtime.seams import FakeTensor
 
+TORCH_NORMS = "torch.nn.modules.batchnorm"
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -201,8 +203,19 @@ def track(norm: Any, mean: Tensor, unbiased_var: Tensor) -> None:
         running.mul_(1 - (rate or 0.0)).add_(new.to(running.device, running.dtype), alpha=rate or 0.0)
 
 
+def forward_home(kind: type) -> str:
+    """The module that defines a norm class's forward, whichever ranks share the norm's population."""
+    homes = (base.__module__ for base in kind.__mro__ if "forward" in base.__dict__)
+    return next(home for home in homes if home != "ds_wsi.norms.shared")
+
+
 def after_norm(norm: nn.Module, out: Tensor) -> Tensor:
-    """What a norm's own forward does after normalising: timm's BatchNormAct2d holds a drop and an activation."""
+    """What a norm's own forward does after normalising: timm's BatchNormAct2d holds a drop and an activation.
+
+    torch's own forward calls none: what a norm with that forward holds is for its owner to call.
+    """
+    if forward_home(type(norm)) == TORCH_NORMS:
+        return out
     for name in ("drop", "act"):
         follower = getattr(norm, name, None)
         if follower is not None:

@@ -9,7 +9,7 @@ from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.partition.module.beside import watch_children
 from ds_wsi.partition.module.devices import device_of, refuse_devices
 from ds_wsi.partition.module.hooks import is_compiled, uncompiled
-from ds_wsi.partition.module.partitioned import is_partitioned, refuse_partitioned_parts
+from ds_wsi.partition.module.partitioned import is_partitioned, refuse_other_holder, refuse_partitioned_parts
 from ds_wsi.partition.module.shards import give_anchor
 from ds_wsi.partition.planning.plan import PartitionPlan
 from ds_wsi.partition.planning.search import PAPER_CHUNK
@@ -79,8 +79,7 @@ def partition_layers(
         # An eighth of the budget for a map: a layer's input and output, their gradients, and room.
         stop = (getattr(plan_or_policy, "gpu_budget_bytes", None) or 0) // 8
         undo = apply_paper(module, device=device, axis=axis, chunk=chunk, stop_bytes=stop)
-        hook = module.register_forward_pre_hook(lambda _, inputs: (inputs[0].cpu(), *inputs[1:]))
-
+        hook = module.register_forward_pre_hook(refuse_other_holder)
         return Handle[PartitionedForward | None](module, None, "a partition", undo, hook.remove)
     forward = PartitionedForward(module, plan_or_policy, spill, check=check and getattr(plan_or_policy, "check", True))
     handle = Handle[PartitionedForward | None](
@@ -88,6 +87,7 @@ def partition_layers(
         forward,
         "a partition",
         module.register_forward_pre_hook(give_anchor).remove,
+        module.register_forward_pre_hook(refuse_other_holder).remove,
         # A compiler would break its graph at hooks.
         *(() if plan_or_policy.compile else (watch_children(module),)),
     )

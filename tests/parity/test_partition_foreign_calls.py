@@ -4,11 +4,13 @@ import copy
 import functools
 import inspect
 import os
+import pickle
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers.norm_act import SyncBatchNormAct
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ds_wsi.norms.population import takes_population, track
 from ds_wsi.partition import PartitionPolicy, partition_layers
+from ds_wsi.partition.module.restored import Restored
 from ds_wsi.partition.policy import MODES
 
 TOLERANCE = 1e-10
@@ -436,6 +439,85 @@ def test_a_part_that_is_partitioned_is_named(mode, norm):
         blocks(tiles())
 
 
+# --------------------------------------------------------------------------------------------------- copies of it
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda module: pickle.loads(pickle.dumps(module))}
+
+
+class Scaled(Net):
+    def __init__(self, norm="bn"):
+        super().__init__(norm)
+        self.scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize("mode", [*MODES, "paper", "native"])
+@pytest.mark.parametrize("axis", ["batch", "spatial"])
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_has_parts_of_its_own(how, axis, mode):
+    plain, parted, handle = pair("bn", mode, axis=axis, kind=Scaled)
+    assert_same(plain, parted)
+    ours, theirs = COPIES[how](plain), COPIES[how](parted)
+    for net in (ours, theirs):
+        net.scale = 2.0
+        with torch.no_grad():
+            net.c2.weight.mul_(1.5)
+    assert_same(ours, theirs)
+    handle.remove()
+    assert_same(ours, theirs)
+    assert_same(plain, parted)
+
+
+@pytest.mark.parametrize("mode", [*MODES, "paper", "native"])
+@pytest.mark.parametrize("axis", ["batch", "spatial"])
+def test_a_shallow_copy_is_exact_while_it_holds_the_same_and_else_refused(axis, mode):
+    plain, parted, handle = pair("bn", mode, axis=axis, kind=Scaled)
+    ours, theirs = copy.copy(plain), copy.copy(parted)
+    assert_same(ours, theirs)
+    theirs.scale = 2.0  # the partition computes with the module that was partitioned
+    sentence = r"a shallow copy of a partitioned Scaled must hold what that one holds, got another 'scale'.*HINT"
+    with pytest.raises(ValueError, match=sentence):
+        theirs(tiles())
+    theirs.scale = 1.0
+    assert_same(ours, theirs)
+    theirs.eval()
+    with pytest.raises(ValueError, match="got another 'training'"):
+        theirs(tiles())
+    handle.remove()
+    assert not parted._forward_pre_hooks
+
+
+@every_mode
+@pytest.mark.parametrize("axis", ["batch", "spatial"])
+@pytest.mark.parametrize("checks", [True, False])
+def test_an_activation_that_a_norm_holds_is_its_owners_to_call(checks, axis, mode):
+    class Told(nn.BatchNorm2d):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.act, self.drop = nn.SiLU(), nn.Hardtanh()
+
+    plain = build()
+    plain.n1 = Told(8).double()
+    parted = copy.deepcopy(plain)
+    partition_layers(parted, PartitionPolicy(mode=mode, chunk_size=3, axis=axis), check=checks)
+    assert_same(plain, parted)
+
+
+@pytest.mark.parametrize("kind", [nn.SyncBatchNorm, SyncBatchNormAct])
+def test_the_stand_in_of_a_synchronised_norm_calls_what_its_class_calls(kind):
+    norm = kind(3).double()
+    norm.act = nn.SiLU()
+    plain = nn.BatchNorm2d(3).double()
+    x = tiles()
+    with Restored(norm, torch.device("cpu")):
+        found = norm(x)
+    expected = plain(x)
+    assert differs(found, norm.act(expected) if kind is SyncBatchNormAct else expected) <= TOLERANCE
+    assert type(norm) is kind
+
+
 # ---------------------------------------------------------------------------------------- what autograd does around it
 
 ONCE = "must be differentiated once and in reverse, got "
@@ -733,6 +815,23 @@ def test_a_convolution_with_a_forward_of_its_own(when, mode, norm):
         assert_same(plain, parted)
         change(plain), change(parted)
         plain.zero_grad(), parted.zero_grad()
+    assert_same(plain, parted)
+
+
+@every_mode
+@pytest.mark.parametrize("axis", ["batch", "spatial"])
+@pytest.mark.parametrize("checks", [True, False])
+def test_a_convolution_whose_own_step_somebody_replaced(checks, axis, mode):
+    """As is done for images without a seam."""
+
+    def change(net):
+        for conv in (net.c2, net.c3):  # the last one's result backward does not need
+            conv._conv_forward = lambda x, weight, bias: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    plain = build()
+    parted = copy.deepcopy(plain)
+    change(plain), change(parted)
+    partition_layers(parted, PartitionPolicy(mode=mode, chunk_size=3, axis=axis), check=checks)
     assert_same(plain, parted)
 
 

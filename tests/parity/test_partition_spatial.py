@@ -261,3 +261,72 @@ def test_a_layer_whose_rows_follow_no_rule_gets_the_whole_image(layer):
         partitioned = copy.deepcopy(plain)
         partition_layers(partitioned, PartitionPolicy(mode="lean", axis="spatial", chunk_size=3))
         assert_same_step(plain, partitioned, torch.randn(1, 3, 21, 12, dtype=torch.float64))
+
+
+def told(layer, **attributes):
+    """The layer with attributes that were set after its construction."""
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+FORMS = {
+    "pool list": lambda kind: kind([3, 2]),
+    "pool tuple of one": lambda kind: kind((2,)),
+    "pool list of one": lambda kind: kind([2], [1], (1,)),
+    "pool lists": lambda kind: kind([3, 3], [2, 1], [1, 0], ceil_mode=True),
+    "pool stride later": lambda kind: told(kind(3), stride=None),
+    "pool empty stride": lambda kind: kind([3, 2], ()),
+    "pool padding later": lambda kind: told(kind(3), stride=(1,), padding=[1, 1]),
+}
+POOLS = {"maximum": nn.MaxPool2d, "mean": nn.AvgPool2d}
+LAYERS = {f"{name}, {form}": (lambda k=kind, f=form: FORMS[f](k)) for name, kind in POOLS.items() for form in FORMS} | {
+    "mean over what is inside": lambda: nn.AvgPool2d([3, 2], 2, [1, 1], count_include_pad=False),
+    "mean with a divisor": lambda: nn.AvgPool2d((3,), [2], divisor_override=2),
+    "maximum, dilated": lambda: nn.MaxPool2d([2], 1, dilation=(2,)),
+    "conv lists": lambda: nn.Conv2d(4, 4, [3, 1], stride=[2, 1], padding=[1, 0]),
+    "conv tuples of one": lambda: nn.Conv2d(4, 4, 3, stride=(2,), padding=(1,), dilation=(2,)),
+    "conv numbers later": lambda: told(nn.Conv2d(4, 4, 3), stride=2, padding=1, dilation=2),
+    "conv word later": lambda: told(nn.Conv2d(4, 4, 3), padding="same"),
+    "conv number for a word": lambda: told(nn.Conv2d(4, 4, 3, padding="same"), padding=0),
+    # Other modes pad by what the constructor was given, whatever `padding` says since.
+    "conv reflects as built": lambda: told(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), padding=(2, 2)),
+    "conv reflects later": lambda: told(nn.Conv2d(4, 4, 3, padding=1), padding_mode="reflect"),
+    "conv with zeros later": lambda: told(nn.Conv2d(4, 4, 3, padding_mode="circular"), padding_mode="zeros", padding=2),
+    "conv of another kernel": lambda: told(
+        nn.Conv2d(4, 4, 3, padding=2), weight=nn.Parameter(torch.randn(4, 4, 5, 5)), kernel_size=(7, 7)
+    ),
+    "GroupNorm without beta": lambda: nn.GroupNorm(2, 4, bias=False),
+    "GroupNorm without gamma": lambda: told(nn.GroupNorm(2, 4), weight=None, bias=nn.Parameter(torch.randn(4))),
+    "InstanceNorm without beta": lambda: nn.InstanceNorm2d(4, affine=True, bias=False),
+    "InstanceNorm without gamma": lambda: told(
+        nn.InstanceNorm2d(4, affine=True), weight=None, bias=nn.Parameter(torch.randn(4))
+    ),
+    "BatchNorm without beta": lambda: nn.BatchNorm2d(4, bias=False),
+    "BatchNorm without gamma": lambda: told(nn.BatchNorm2d(4), weight=None, bias=nn.Parameter(torch.randn(4))),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_is_read_in_every_form_that_torch_takes(layer):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), LAYERS[layer](), nn.Conv2d(4, 4, 3, padding=1)).double()
+    for mode in ("lean", "recompute"):
+        partitioned = copy.deepcopy(plain)
+        partition_layers(partitioned, PartitionPolicy(mode=mode, axis="spatial", chunk_size=3), check=False)
+        plain.zero_grad()
+        assert_same_step(copy.deepcopy(plain), partitioned, torch.randn(1, 3, 20, 15, dtype=torch.float64))
+
+
+def test_a_weight_of_another_kernel_in_the_place_of_one_reads_other_rows():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=2), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=2)).double()
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode="lean", axis="spatial", chunk_size=3))
+    x = torch.randn(1, 3, 20, 15, dtype=torch.float64)
+    assert_same_step(plain, partitioned, x)
+    weight = torch.randn(4, 4, 5, 5, dtype=torch.float64)
+    for module in (plain, partitioned):
+        module.zero_grad()
+        module[2].weight = nn.Parameter(weight.clone())
+    assert_same_step(plain, partitioned, x)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ds_wsi.partition.graph.geometry import for_each, geometry_of, pool_options
 from ds_wsi.partition.module.hooks import is_convolution_2d, weight_of
 
 Range = tuple[int, int]  # of rows: [first, last)
@@ -73,9 +74,9 @@ class Conv(Window):
     """nn.Conv2d."""
 
     def __init__(self, height: int, leaf: nn.Conv2d) -> None:
-        (top, bottom), self.sides = _conv_padding(leaf)
-        super().__init__(height, leaf.kernel_size[0], leaf.stride[0], top, leaf.dilation[0])
-        self.leaf, self.bottom = leaf, bottom
+        found = geometry_of(leaf)
+        super().__init__(height, found.kernel[0], found.stride[0], found.rows[0], found.dilation[0])
+        self.leaf, self.sides = leaf, found.columns
 
     def _sources(self, rows: Range) -> list[int]:
         """The image row that each row of the window repeats, for padding modes that repeat rows."""
@@ -184,18 +185,20 @@ def convolve(image: Tensor, leaf: Any, padding: Sequence[int], known: Tensor | N
     Args:
         image: [B, C, ...].
         leaf: nn.Conv1d, Conv2d or Conv3d.
-        padding: a number for each dimension of space.
+        padding: a number for each dimension of space, or one for all.
         known: a tensor of the result's shape and dtype; with it nothing is computed, the graph alone is made.
     """
+    dims = len(leaf.kernel_size)
+    stride, dilation, padding = (for_each(numbers, dims) for numbers in (leaf.stride, leaf.dilation, padding))
     if known is None:
-        function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(leaf.kernel_size)]
+        function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
         weight, bias = weight_of(leaf, image)
-        return function(image, weight, bias, leaf.stride, tuple(padding), leaf.dilation, leaf.groups)
+        return function(image, weight, bias, stride, padding, dilation, leaf.groups)
     weight, bias = leaf.weight, leaf.bias
     # Outside of ATen's convolution autocast does not act: cast as it would.
     image, weight = image.to(known.dtype), weight.to(known.dtype)
     bias = None if bias is None else bias.to(known.dtype)
-    options = (list(leaf.stride), list(padding), list(leaf.dilation), leaf.groups)
+    options = (list(stride), list(padding), list(dilation), leaf.groups)
     return _DeferredConv.apply(image, weight, bias, known.shape, known.dtype, options)
 
 
@@ -225,10 +228,10 @@ def row_rule(
         assert isinstance(leaf, nn.Conv2d)
         return Conv(height, leaf)
     if isinstance(leaf, nn.MaxPool2d) and not leaf.return_indices:
-        return MaxPool(height, _pool_options(leaf, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")))
+        return MaxPool(height, pool_options(leaf, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")))
     if isinstance(leaf, nn.AvgPool2d):
         names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        return AvgPool(height, width, out.shape[3], _pool_options(leaf, names))
+        return AvgPool(height, width, out.shape[3], pool_options(leaf, names))
     if isinstance(leaf, nn.modules.dropout._DropoutNd):
         return Pointwise() if not leaf.training or leaf.p == 0 else "it draws random numbers for whole images"
     norm = isinstance(leaf, (_BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm))
@@ -250,27 +253,6 @@ def _function_rule(node: fx.Node, out: Tensor, images: list[Tensor], others: lis
     if any(other.dim() > 1 and other.shape[-2] != 1 for other in others):
         return "one of its inputs has rows and is no image of the graph"
     return Pointwise()
-
-
-def _pool_options(leaf: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-    found = {name: getattr(leaf, name) for name in names}
-    for name in ("kernel_size", "stride", "padding", "dilation"):
-        if name in found and not isinstance(found[name], tuple):
-            found[name] = (found[name], found[name])
-    return found
-
-
-def _conv_padding(leaf: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((top, bottom), (left, right))."""
-    if leaf.padding == "valid":
-        return (0, 0), (0, 0)
-    if leaf.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(leaf.dilation, leaf.kernel_size, strict=True)]
-        (top, bottom), sides = ((total // 2, total - total // 2) for total in totals)
-        return (top, bottom), sides
-    assert not isinstance(leaf.padding, str)
-    down, across = leaf.padding
-    return (down, down), (across, across)
 
 
 def _repeated_row(row: int, height: int, mode: str) -> int:

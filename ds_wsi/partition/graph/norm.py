@@ -141,7 +141,9 @@ class NormSite:
         if self.batch:
             return after_norm(leaf, out)
         out = out.view_as(z)
-        return out if leaf.weight is None else out * leaf.weight[:, None, None] + leaf.bias[:, None, None]
+        # Either may be missing; by channel of z, whatever was folded.
+        out = out if leaf.weight is None else out * leaf.weight[:, None, None]
+        return out if leaf.bias is None else out + leaf.bias[:, None, None]
 
     def reduce(self, stats: Statistics, dgamma: Tensor, dbeta: Tensor) -> None:
         """Add a chunk's sums of dy x and of dy."""

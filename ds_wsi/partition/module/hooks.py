@@ -78,7 +78,7 @@ def weight_hooks(part: nn.Module) -> "OrderedDict[int, Any]":
 
 def is_plain_convolution(leaf: Any) -> bool:
     """Whether calling the leaf is a convolution of its input with its parameters, and nothing else."""
-    own = type(leaf) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and "forward" not in leaf.__dict__
+    own = type(leaf) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and not _is_patched(leaf)
     return own and not any(True for _ in _hooks_of(leaf))
 
 
@@ -87,7 +87,12 @@ def is_convolution_2d(leaf: nn.Module) -> bool:
     kind = type(leaf)
     if hasattr(leaf, "parametrizations") and len(kind.__mro__) > 1:
         kind = kind.__mro__[1]
-    return kind is nn.Conv2d and "forward" not in leaf.__dict__
+    return kind is nn.Conv2d and not _is_patched(leaf)
+
+
+def _is_patched(leaf: nn.Module) -> bool:
+    """Whether somebody has set another forward of this one convolution, or the step of it that pads and convolves."""
+    return not leaf.__dict__.keys().isdisjoint(("forward", "_conv_forward"))
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ds_wsi.norms.population import after_norm
+from ds_wsi.norms.population import TORCH_NORMS, after_norm, forward_home
 from ds_wsi.norms.roles import GROUP, STEP_GROUP
 from ds_wsi.partition.module.holdings import (
     HOOKS,
@@ -30,6 +30,10 @@ class LocalNorm(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
+
+
+class LocalNormAct(LocalNorm):
+    """The same of timm's SyncBatchNormAct."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As of BatchNorm, and what timm's own adds."""
@@ -86,7 +90,7 @@ class Restored:
             self._base[part] = base
             self._containers += containers_of(part)
             if issubclass(kind, nn.SyncBatchNorm):
-                part.__class__ = LocalNorm
+                part.__class__ = LocalNorm if forward_home(kind) == TORCH_NORMS else LocalNormAct
         self._values = {id(item): (item, item.detach()) for item in stand_ins.values()}
         self.rewind()
         return self

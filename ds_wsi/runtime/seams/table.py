@@ -60,6 +60,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam("torch._dynamo.eval_frame:*._orig_mod", "partition", "what torch.compile was given", _PARTITION),
     Seam("torch._dynamo.eval_frame:*.OptimizedModule", "partition", "what torch.compile makes", _PARTITION),
+    Seam("torch.nn.modules.conv:Conv2d._conv_forward", "partition", "whether a class pads by itself", _PARTITION),
     Seam("torch.nn.modules.conv:*._reversed_padding_repeated_twice", "partition", "a padding's sides", _PARTITION),
     # --- torch: what autograd is doing around a call ---
     Seam("torch:_C._are_functorch_transforms_active", "partition", "whether torch.func is at work", _PARTITION),
