@@ -294,7 +294,8 @@ class PartitionedForward:
         place = example.shape if axis == "spatial" else example.shape[1:]
         kind = autocast_dtype(example.device)
         # What a forward does may hang on whether autograd follows.
-        seen = place, example.dtype, example.device, kind, example.arguments.key, torch.is_grad_enabled()
+        follows = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        seen = place, example.dtype, example.device, kind, example.arguments.key, follows
         opaque = whole and stays_whole(self.module, axis)
         key = module_key(self.module), axis, opaque, self.wanted.compile, seen
         if key not in self._traces:

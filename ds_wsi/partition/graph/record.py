@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
+from ds_wsi.partition.graph.functions import applied_functions
 from ds_wsi.partition.graph.recorder import Recorder
 from ds_wsi.partition.graph.unrecorded import ForbiddenError
 from ds_wsi.partition.graph.untouched import untouched
@@ -96,6 +97,7 @@ def record(
         if cast is not None:  # without the cache: it would keep tensors without numbers for those who come after
             stack.enter_context(torch.autocast(kind, dtype=cast, cache_enabled=False))
         graded = torch.is_grad_enabled()
+        stack.enter_context(_inference_as_now())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(graded))  # Python may ask; the operations themselves do without
         recorder = Recorder(module, is_leaf, is_norm, kind)
@@ -116,6 +118,7 @@ def record(
         for index, (place, value) in enumerate(beside.items()):
             recorder.source(value, f"argument_{index}", f"must not change its argument {place!r} in place", place)
         stack.enter_context(_calls_of(recorder))
+        stack.enter_context(applied_functions(recorder.call_function))
         stack.enter_context(recorder)
         try:
             output = example.arguments.replaced(beside).call(forward, x)
@@ -152,6 +155,18 @@ def _unseeded(module: nn.Module, device: torch.device) -> Iterator[None]:
         f"{type(module).__name__} must not seed torch's generators in forward, got another state. "
         "HINT: seed them before the call."
     )
+
+
+@contextmanager
+def _inference_as_now() -> Iterator[None]:
+    """Whether the call is in inference mode, for a forward that asks: tensors that are recorded cannot be."""
+    asked = torch.is_inference_mode_enabled
+    if asked():
+        torch.is_inference_mode_enabled = lambda: True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.is_inference_mode_enabled = asked  # type: ignore[assignment]
 
 
 def where_it_stopped(error: BaseException) -> str:
