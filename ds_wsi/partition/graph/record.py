@@ -132,6 +132,9 @@ def record(
             raise ForbiddenError(f"the output of {type(module).__name__} must depend on its tiles, got a constant")
         if form.is_plain:
             target = leaves[0]
+            if target.op == "placeholder":  # a segment ends with an operation
+                target = recorder.add_node(Tensor.clone, (target,), {})
+                recorder.values[target] = recorder.values[leaves[0]]
         else:
             target = recorder.add_node(form.pack, (leaves,), {})
             recorder.values[target] = torch.empty((shape[0], 1), dtype=form.dtype, device=example.device)
