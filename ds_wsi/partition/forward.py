@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ds_wsi.partition.execution.call import PartitionedCall, bag_ranges
 from ds_wsi.partition.execution.host_store import HostStore, Spill
 from ds_wsi.partition.execution.input_tensor import Prepare, input_cost, prepared
 from ds_wsi.partition.execution.node import PartitionedNode
+from ds_wsi.partition.graph.leaves import needs_batch_statistics
 from ds_wsi.partition.graph.record import Example
 from ds_wsi.partition.graph.segments import Program
 from ds_wsi.partition.graph.trace import Traced, stays_whole
@@ -143,6 +145,8 @@ class PartitionedForward:
             # In evaluation a norm that has no running statistics to take has those of one bag, whatever was trained.
             by_bag = plan.bn_population == "bag" or not self.module.training
             bags = bag_ranges(cu_seqlens if by_bag else None, x.shape[0], shared=shared)
+            if plan.axis == "spatial" and plan.mode != "native" and len(bags) > 1:
+                bags = self._one_stack(bags)
             if plan.mode != "native" and not early:
                 self._refuse_what_chunks_cannot(x, save=save)
         if plan.mode == "native":
@@ -170,7 +174,7 @@ class PartitionedForward:
                 arguments=arguments,
             )
         for part, name, value in call.program.traced.attributes:
-            setattr(part, name, value)  # as the forward itself would
+            setattr(part, name, copy(value))  # as the forward itself would
         if save:
             call.carrier = carrier_of(x, *parameters)
             out = PartitionedNode.apply(call, x, anchor, *parameters)
@@ -200,6 +204,16 @@ class PartitionedForward:
         forms = [form_of(out, last - first, owner) for out, (first, last) in zip(outs, bags, strict=True)]
         joint = torch.cat([form.pack(tensors_of(out)) for form, out in zip(forms, outs, strict=True)])
         return anchored(forms[0].unpack(joint), anchor)
+
+    def _one_stack(self, bags: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Images in rows are one population: norms over images do not ask which bag they are of."""
+        for name, part in self.module.named_modules():
+            if needs_batch_statistics(part):
+                raise ValueError(
+                    f"a spatial partition must be called with one bag where BatchNorm takes its statistics, got "
+                    f"{len(bags)} bags for {name!r} ({type(part).__name__}). HINT: call it once a bag."
+                )
+        return [(bags[0][0], bags[-1][1])]
 
     def _refuse_what_chunks_cannot(self, x: Tensor, *, save: bool) -> None:
         """Hooks inside, parts that are partitioned, and a caller's autograd that chunks are no part of."""

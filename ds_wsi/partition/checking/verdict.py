@@ -18,12 +18,8 @@ from ds_wsi.partition.checking.trials import (
     left_behind,
     state_differences,
 )
-from ds_wsi.partition.graph.trace import (
-    has_own_forward,
-    needs_batch_statistics,
-    needs_image_statistics,
-    stays_whole,
-)
+from ds_wsi.partition.graph.leaves import has_own_forward, needs_batch_statistics, needs_image_statistics
+from ds_wsi.partition.graph.trace import stays_whole
 from ds_wsi.partition.module.observed import SameDraws
 from ds_wsi.partition.module.outputs import form_of
 from ds_wsi.partition.module.restored import Restored

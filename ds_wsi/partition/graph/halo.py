@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ds_wsi.partition.graph.leaves import has_library_forward, has_own_forward
 from ds_wsi.partition.module.hooks import is_convolution_2d, weight_of
 
 Range = tuple[int, int]  # of rows: [first, last)
@@ -218,7 +219,7 @@ def row_rule(
         return "it does not map images [B, C, H, W] to images"
     if leaf is None:
         return _function_rule(node, out, images, others)
-    if "forward" in leaf.__dict__:
+    if not (has_library_forward(leaf) or (isinstance(leaf, _BatchNorm) and has_own_forward(leaf))):
         return "it has a forward of its own"
     height, width = images[0].shape[2:]
     if is_convolution_2d(leaf):
