@@ -39,7 +39,7 @@ from ds_wsi.partition.planning.uniform import DEFAULT_CHUNK, planning_size, unif
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import free_host_bytes
-from ds_wsi.runtime.numerics import autocast_dtype, autocast_now
+from ds_wsi.runtime.numerics import autocast_dtype, autocast_now, memory_layout
 
 
 class PartitionedForward:
@@ -160,7 +160,7 @@ class PartitionedForward:
                 case = Case(self.module, self._alone, self.on_trial, plan, arguments, device, save, grad)
                 self._checked.check(case, x, prepare)
         with exclusive(self.module):
-            example = Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments)
+            example = Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments, memory_layout(probe))
             call = PartitionedCall(
                 self._program(plan, example),
                 x.detach(),
@@ -263,7 +263,7 @@ class PartitionedForward:
                 logger.log(logging.DEBUG if plan.mode == "native" else logging.INFO, "%s", plan.summary)
                 logger.debug("%s", plan)
             else:
-                example = Example(shape, dtype, device, arguments)
+                example = Example(shape, dtype, device, arguments, memory_layout(x[:1]))
                 plan = uniform_plan(policy, example, lambda: self.traced(policy.axis, example, whole=True))
             self._plans[key] = plan
         return self._plans[key]
@@ -309,7 +309,7 @@ class PartitionedForward:
         kind = autocast_dtype(example.device)
         # What a forward does may hang on whether autograd follows.
         follows = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        seen = place, example.dtype, example.device, kind, example.arguments.key, follows
+        seen = place, example.dtype, example.device, kind, example.arguments.key, example.layout, follows
         opaque = whole and stays_whole(self.module, axis)
         key = module_key(self.module), axis, opaque, self.wanted.compile, seen
         if key not in self._traces:

@@ -131,6 +131,24 @@ def test_where_a_value_lies_in_memory_its_part_asks_in_every_chunk(axis):
         assert_exact(when(asked), axis, "lean")
 
 
+STRIDES = {
+    "is_contiguous": when(lambda self, x: x.is_contiguous()),
+    "stride": when(lambda self, x: x.stride(1) == 1),
+    "as_strided": lambda self, x: x.as_strided(x.size(), x.stride()),
+    "view": lambda self, x: (x.view(len(x), -1) if x.is_contiguous() else x.reshape(len(x), -1)).view(x.shape),
+}
+
+
+@every_axis
+@pytest.mark.parametrize("name", STRIDES)
+def test_a_layout_that_comes_later_is_asked_anew(name, axis):
+    plain, net = pair(STRIDES[name], axis, "lean")
+    for layout in (torch.contiguous_format, torch.channels_last, torch.contiguous_format):
+        x = tiles(axis, 60.0).to(memory_format=layout)
+        for one, other in zip(step(net, x), step(plain, x), strict=True):
+            assert (one - other).abs().max() <= 1e-9 * other.abs().max().clamp_min(1e-3)
+
+
 def test_inference_mode_is_told_as_in_the_call():
     run = lambda self, x: x.clamp(-4, 4) if torch.is_inference_mode_enabled() else x  # noqa: E731
     plain, net = pair(run, "batch", "lean")
@@ -140,3 +158,34 @@ def test_inference_mode_is_told_as_in_the_call():
             with context():
                 assert torch.allclose(net(tiles("batch", large)), plain(tiles("batch", large)), rtol=1e-9, atol=1e-12)
     assert torch.is_inference_mode_enabled is told
+
+
+@pytest.mark.parametrize("asked", ["requires_grad", "grad_fn", "is_leaf", "gradients are on"])
+def test_a_module_without_graph_that_does_another_thing_without_gradients_is_refused(asked):
+    torch.manual_seed(0)
+    middle = Middle(when(ANSWERED[asked]))
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), middle, nn.Conv2d(4, 2, 3)).double()
+    for mode in MODES:
+        net = copy.deepcopy(plain)
+        partition_layers(net, PartitionPolicy(mode=mode, chunk_size=3))
+        if mode == "keep":
+            for one, other in zip(step(net, tiles("batch", 60.0)), step(plain, tiles("batch", 60.0)), strict=True):
+                assert (one - other).abs().max() <= 1e-9 * other.abs().max().clamp_min(1e-3)
+            continue
+        for count in (2, 7):  # one chunk, and several
+            with pytest.raises(ValueError, match=r"'2' \(Middle\) must do the same with and without gradients"):
+                net(tiles("batch")[:count])
+        with torch.no_grad():
+            assert torch.allclose(net(tiles("batch", 60.0)), plain(tiles("batch", 60.0)), rtol=1e-9)
+
+
+def test_a_hook_on_a_value_is_no_other_operation():
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), Middle(hooked), nn.Conv2d(4, 2, 3)
+    ).double()
+    for mode in MODES:
+        net = copy.deepcopy(plain)
+        partition_layers(net, PartitionPolicy(mode=mode, chunk_size=3))
+        for one, other in zip(step(net, tiles("batch")), step(plain, tiles("batch")), strict=True):
+            assert (one - other).abs().max() <= 1e-9 * other.abs().max().clamp_min(1e-3)

@@ -68,7 +68,26 @@ class Channels(nn.LayerNorm):
         return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias).permute(0, 3, 1, 2)
 
 
+class ByHand(nn.LayerNorm):
+    """The same, from its moments."""
+
+    def forward(self, x):
+        var, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+        other = x.sum(-3, keepdim=True) / x.shape[1]
+        x = (x - (mean + other) / 2) / (var + self.eps).sqrt()
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class OverRows(ByHand):
+    """A moment of whole columns."""
+
+    def forward(self, x):
+        return super().forward(x) * x.mean(2, keepdim=True)
+
+
 NORMS = {
+    "a LayerNorm by hand": lambda: ByHand(4),
+    "a LayerNorm that looks at rows": lambda: OverRows(4),
     "a LayerNorm that decides by height": lambda: ByHeight(4),
     "a LayerNorm that flips": lambda: Flipped(4),
     "a LayerNorm that stays whole": lambda: Kept(4),
@@ -121,8 +140,9 @@ def test_over_tiles_across_batchnorm(name):
     assert_exact(plain, net, torch.randn(7, 3, 12, 6, dtype=torch.float64))
 
 
-def test_timm_s_group_norm_with_its_activation_is_computed_in_rows():
-    _, net = pair(NORMS["timm's GroupNormAct"], "lean")
+@pytest.mark.parametrize("name", ["timm's GroupNormAct", "a LayerNorm by hand"])
+def test_norms_that_are_computed_in_rows(name):
+    _, net = pair(NORMS[name], "lean")
     net(torch.randn(1, 3, LARGE, 6, dtype=torch.float64))
     (program,) = net.forward._programs.values()
     assert all(segment.in_rows for segment in program.segments)
@@ -135,3 +155,22 @@ def test_a_norm_without_running_statistics_counts_its_batches():
     partition_layers(net, PartitionPolicy(mode="lean", chunk_size=3))
     assert_exact(plain, net, torch.randn(7, 3, 6, 6, dtype=torch.float64))
     assert net[1].num_batches_tracked == plain[1].num_batches_tracked == 1
+
+
+class Centred(nn.Module):
+    """Stays whole: it hangs a hook on what it gives."""
+
+    def forward(self, x):
+        x = x - x.mean(2, keepdim=True)
+        if x.requires_grad:
+            x.register_hook(lambda grad: grad)
+        return x
+
+
+def test_a_refusal_in_space_names_the_part(monkeypatch):
+    _, net = pair(Centred, "lean")
+    # No module is known that is taken for one that works on rows, and is none: one is made.
+    monkeypatch.setattr("ds_wsi.partition.graph.halo._POINTWISE_MODULES", (nn.ReLU, Centred))
+    monkeypatch.setattr("ds_wsi.partition.graph.halo.has_library_forward", lambda part: True)
+    with pytest.raises(ValueError, match=r"got an output of '2' \(Centred\) that differs by"):
+        net(torch.randn(1, 3, 40, 6, dtype=torch.float64))

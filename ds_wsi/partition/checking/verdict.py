@@ -267,6 +267,9 @@ class Verdict:
         sentence = self._writes(written)
         if sentence is not None:
             return sentence
+        if not self.case.by_tile and not any(self.plain.moved):  # seldom, and dear: of every place that rows may have
+            self.trials.partition(self._undivided_chunk(), rows=True)
+            apart = {name: gap for name, gap in self.trials.apart.items() if not gap <= self.floor}
         first = next((name for name, _ in self.trials.recorded.given if name in apart), None)
         what, gap = (f"an output of {self._who(first)}", apart[first]) if first is not None else next(iter(far.items()))
         return (

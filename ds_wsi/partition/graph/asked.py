@@ -22,6 +22,7 @@ _OF_MEMORY = {
     *("data_ptr", "const_data_ptr", "storage", "untyped_storage", "is_pinned", "is_shared", "is_set_to"),
     *("_cdata", "_typed_storage"),
 }
+BY_STRIDES = {"as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter", "set_"}  # views of memory
 
 
 def is_asked(name: str) -> bool:

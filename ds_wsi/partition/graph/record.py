@@ -39,12 +39,14 @@ class Example:
         shape: of the tiles [N, ...]; on the spatial axis of the images, and kept; else N does not matter.
         dtype, device: of the tiles.
         arguments: beside them.
+        layout: of the tiles in memory: a forward may ask whether they are contiguous.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     arguments: Arguments = field(default_factory=Arguments)
+    layout: torch.memory_format = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def record(
         if recorder.pretends is None and example.device.type != "meta":
             recorder.pretends = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         recorder.make_twins()
-        x = torch.empty(shape, dtype=example.dtype, device=example.device)
+        x = torch.empty(shape, dtype=example.dtype, device=example.device, memory_format=example.layout)
         recorder.source(x, "input", "must not change its input in place")
         beside = {
             place: torch.empty_like(value, device=value.device if example.device.type != "meta" else "meta")
