@@ -5,6 +5,7 @@ what else a forward may ask would be answered otherwise than in the call, and is
 """
 
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ BY_STRIDES = {"as_strided", "as_strided_", "as_strided_copy", "as_strided_scatte
 def is_asked(name: str) -> bool:
     """Whether what is called asks for nothing that is computed."""
     return name in _OF_AUTOGRAD or name in _OF_MEMORY
+
+
+def reader_of(frame: FrameType | None) -> str:
+    """The name of the module whose code has called a frame's function."""
+    caller = None if frame is None else frame.f_back
+    return "" if caller is None else str(caller.f_globals.get("__name__", ""))
 
 
 class UnknownError(Exception):

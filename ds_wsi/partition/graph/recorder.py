@@ -1,7 +1,7 @@
 """What a forward calls, written down as it is called: its operations as nodes, and which tensor holds which value."""
 
+import inspect
 import operator
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ds_wsi.partition.graph.asked import BY_STRIDES, UnknownError, answer, is_asked
+from ds_wsi.partition.graph.asked import BY_STRIDES, UnknownError, answer, is_asked, reader_of
 from ds_wsi.partition.graph.contexts import is_inference, surroundings_now
 from ds_wsi.partition.graph.functions import Applied
 from ds_wsi.partition.graph.recorded_ops import (
@@ -117,7 +117,7 @@ class Recorder(TorchFunctionMode):
             raise UnrecordedError(f"{name_of(func)} is called, which is no function of values")
         if name_of(func) in BY_STRIDES:
             raise UnrecordedError(f"{name_of(func)} is called, which is a view of memory, not of values")
-        if args and is_asked(name_of(func)) and not is_engines(sys._getframe(1).f_globals.get("__name__", "")):
+        if args and is_asked(name_of(func)) and not is_engines(reader_of(inspect.currentframe())):
             held = self.held.get(id(args[0]))
             if held is not None and held.node.op != "get_attr":
                 return self._answer(name_of(func), held)
