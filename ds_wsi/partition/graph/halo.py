@@ -245,7 +245,7 @@ def row_rule(
 
 def _function_rule(node: fx.Node, out: Tensor, images: list[Tensor], others: list[Tensor]) -> Pointwise | str:
     name = getattr(node.target, "__name__", str(node.target)).strip("_")
-    if node.target is operator.getitem and isinstance(node.args[1], int) and node.args[0].meta.get("several"):
+    if node.target is operator.getitem and node.all_input_nodes[0].meta.get("several"):
         return Pointwise()
     if name in _REDUCTIONS and _over_channels(node, images[0], out):
         return Pointwise()

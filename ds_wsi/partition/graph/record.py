@@ -167,11 +167,11 @@ def _inference_as_now() -> Iterator[None]:
     """Whether the call is in inference mode, for a forward that asks: tensors that are recorded cannot be."""
     asked = torch.is_inference_mode_enabled
     if asked():
-        torch.is_inference_mode_enabled = lambda: True  # type: ignore[assignment]
+        torch.is_inference_mode_enabled = lambda: True
     try:
         yield
     finally:
-        torch.is_inference_mode_enabled = asked  # type: ignore[assignment]
+        torch.is_inference_mode_enabled = asked
 
 
 def where_it_stopped(error: BaseException) -> str:
