@@ -190,15 +190,18 @@ def track(norm: Any, mean: Tensor, unbiased_var: Tensor) -> None:
     """Update a norm's running statistics once, as its own forward in training mode would, in place.
 
     Nothing happens in evaluation mode, nor where the norm tracks none: `track_running_stats` may be switched off while
-    the statistics are there, as a finetuning callback does with what it freezes.
+    the statistics are there, as a finetuning callback does with what it freezes. Where the statistics were taken away,
+    batches are counted all the same.
     """
-    if not norm.training or norm.running_mean is None or not getattr(norm, "track_running_stats", True):
+    if not norm.training or not getattr(norm, "track_running_stats", True):
         return
     rate = norm.momentum
     if getattr(norm, "num_batches_tracked", None) is not None:
         norm.num_batches_tracked.add_(1)
         if rate is None:
             rate = 1.0 / float(norm.num_batches_tracked)
+    if norm.running_mean is None:
+        return
     for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased_var)):
         running.mul_(1 - (rate or 0.0)).add_(new.to(running.device, running.dtype), alpha=rate or 0.0)
 

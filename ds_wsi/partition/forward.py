@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ds_wsi.partition.execution.call import PartitionedCall, bag_ranges
 from ds_wsi.partition.execution.host_store import HostStore, Spill
 from ds_wsi.partition.execution.input_tensor import Prepare, input_cost, prepared
 from ds_wsi.partition.execution.node import PartitionedNode
+from ds_wsi.partition.graph.leaves import needs_batch_statistics
 from ds_wsi.partition.graph.record import Example
 from ds_wsi.partition.graph.segments import Program
 from ds_wsi.partition.graph.trace import Traced, stays_whole
@@ -38,7 +40,7 @@ from ds_wsi.partition.planning.uniform import DEFAULT_CHUNK, planning_size, unif
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import free_host_bytes
-from ds_wsi.runtime.numerics import autocast_dtype, autocast_now
+from ds_wsi.runtime.numerics import autocast_dtype, autocast_now, memory_layout
 
 
 class PartitionedForward:
@@ -147,6 +149,8 @@ class PartitionedForward:
             # In evaluation a norm that has no running statistics to take has those of one bag, whatever was trained.
             by_bag = plan.bn_population == "bag" or not self.module.training
             bags = bag_ranges(cu_seqlens if by_bag else None, x.shape[0], shared=shared)
+            if plan.axis == "spatial" and plan.mode != "native" and len(bags) > 1:
+                bags = self._one_stack(bags)
             if plan.mode != "native" and not early:
                 self._refuse_what_chunks_cannot(x, save=save)
         if plan.mode == "native":
@@ -160,7 +164,7 @@ class PartitionedForward:
                 case = Case(self.module, self._alone, self.on_trial, plan, arguments, device, save, grad)
                 self._checked.check(case, x, prepare)
         with exclusive(self.module):
-            example = Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments)
+            example = Example((x.shape[0], *probe.shape[1:]), probe.dtype, device, arguments, memory_layout(probe))
             call = PartitionedCall(
                 self._program(plan, example),
                 x.detach(),
@@ -174,7 +178,7 @@ class PartitionedForward:
                 arguments=arguments,
             )
         for part, name, value in call.program.traced.attributes:
-            setattr(part, name, value)  # as the forward itself would
+            setattr(part, name, copy(value))  # as the forward itself would
         if save:
             call.carrier = carrier_of(x, *parameters)
             out = PartitionedNode.apply(call, x, anchor, *parameters)
@@ -204,6 +208,16 @@ class PartitionedForward:
         forms = [form_of(out, last - first, owner) for out, (first, last) in zip(outs, bags, strict=True)]
         joint = torch.cat([form.pack(tensors_of(out)) for form, out in zip(forms, outs, strict=True)])
         return anchored(forms[0].unpack(joint), anchor)
+
+    def _one_stack(self, bags: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Images in rows are one population: norms over images do not ask which bag they are of."""
+        for name, part in self.module.named_modules():
+            if needs_batch_statistics(part):
+                raise ValueError(
+                    f"a spatial partition must be called with one bag where BatchNorm takes its statistics, got "
+                    f"{len(bags)} bags for {name!r} ({type(part).__name__}). HINT: call it once a bag."
+                )
+        return [(bags[0][0], bags[-1][1])]
 
     def _refuse_what_chunks_cannot(self, x: Tensor, *, save: bool) -> None:
         """Hooks inside, parts that are partitioned, and a caller's autograd that chunks are no part of."""
@@ -253,7 +267,7 @@ class PartitionedForward:
                 logger.log(logging.DEBUG if plan.mode == "native" else logging.INFO, "%s", plan.summary)
                 logger.debug("%s", plan)
             else:
-                example = Example(shape, dtype, device, arguments)
+                example = Example(shape, dtype, device, arguments, memory_layout(x[:1]))
                 plan = uniform_plan(policy, example, lambda: self.traced(policy.axis, example, whole=True))
             self._plans[key] = plan
         return self._plans[key]
@@ -298,7 +312,8 @@ class PartitionedForward:
         place = example.shape if axis == "spatial" else example.shape[1:]
         kind = autocast_dtype(example.device)
         # What a forward does may hang on whether autograd follows.
-        seen = place, example.dtype, example.device, kind, example.arguments.key, torch.is_grad_enabled()
+        follows = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        seen = place, example.dtype, example.device, kind, example.arguments.key, example.layout, follows
         opaque = whole and stays_whole(self.module, axis)
         key = module_key(self.module), axis, opaque, self.wanted.compile, seen
         if key not in self._traces:

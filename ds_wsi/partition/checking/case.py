@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ds_wsi.partition.module.arguments import Arguments
 from ds_wsi.partition.module.identity import module_key
 from ds_wsi.partition.planning.plan import PartitionPlan, SegmentPlan
-from ds_wsi.runtime.numerics import autocast_dtype
+from ds_wsi.runtime.numerics import autocast_dtype, memory_layout
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,13 @@ class Case:
 
     def key(self, tiles: Tensor) -> int:
         """Equal for calls of which one check is enough."""
-        kind = str(tiles.dtype), str(autocast_dtype(self.device)), str(self.device), tuple(tiles.shape[1:])
+        kind = (
+            str(memory_layout(tiles)),
+            str(tiles.dtype),
+            str(autocast_dtype(self.device)),
+            str(self.device),
+            tuple(tiles.shape[1:]),
+        )
         modes = self.plan.axis, *sorted({part.mode for part in self.plan.segments})
         return hash(
             (

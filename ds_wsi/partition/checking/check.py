@@ -119,14 +119,16 @@ def check_case(case: Case, sample: Tensor, tiles: int | None = None) -> str:
 
 def _counts(case: Case, sample: Tensor, tiles: int) -> tuple[tuple[int, ...], str | None]:
     """(The numbers of tiles to try in turn; why the module is refused, or None)."""
-    if len(sample) < TILES[0] or not case.by_tile:
-        return (len(sample),), None
+    all_of_them = (len(sample),)
+    if not case.by_tile:
+        return all_of_them, None
+    enough = len(sample) >= TILES[0]
     if not stays_whole(case.module, case.plan.axis):
-        return TILES, None
+        return TILES if enough else all_of_them, None
     with Restored(case.module, case.device) as held:
-        other, refusal = by_number(case, held, sample, tiles)
+        other, refusal = by_number(case, held, sample, tiles if enough else 0)
     # Where more tiles are more operations, the larger number shows more.
-    return ((len(sample),) if other else TILES), refusal
+    return TILES if enough and not other else all_of_them, refusal
 
 
 def _judge(case: Case, sample: Tensor, dtype: torch.dtype, counts: tuple[int, ...]) -> tuple[str, str | None]:

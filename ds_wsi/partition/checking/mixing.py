@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ds_wsi.norms.population import after_norm
 from ds_wsi.partition.checking.trials import distance
-from ds_wsi.partition.graph.trace import has_own_forward, needs_batch_statistics
+from ds_wsi.partition.graph.leaves import has_own_forward, needs_batch_statistics
 from ds_wsi.partition.module.observed import Calls, copied
 from ds_wsi.partition.module.outputs import tensors_of
 from ds_wsi.partition.module.restored import Restored

@@ -108,13 +108,13 @@ class Trials:
             raise ForbiddenError(self.held.must_not_write(replaced))
         return outcome
 
-    def partition(self, chunk: int) -> Outcome:
-        """The module in chunks of this size; what its sub-modules give is compared as they give it."""
+    def partition(self, chunk: int, *, rows: bool = False) -> Outcome:
+        """The module in chunks of this size; what its sub-modules give is compared: of tiles, or of `rows`."""
         if chunk not in self._forwards:
             self._forwards[chunk] = self.partitioned(chunk)
         self.held.rewind()
         self.apart = {}
-        calls = Calls(self.held.names, self.held.module, None, self._compare if self.by_tile else None)
+        calls = Calls(self.held.names, self.held.module, None, self._compare if self.by_tile or rows else None)
         with leaving_remainders():
             return self._run(self._forwards[chunk], self.tiles, watch=(calls,))
 
@@ -263,7 +263,7 @@ class Trials:
             if len(call) != len(tensors):
                 continue
             pairs = [
-                nearest(one, other.detach(), len(self.tiles), self.faint)
+                nearest(one, other.detach(), len(self.tiles) if self.by_tile else 0, self.faint)
                 for one, other in zip(call, tensors, strict=True)
             ]
             known = [pair for pair in pairs if pair is not None]
@@ -349,7 +349,7 @@ def distance(one: Tensor, other: Tensor, least: float = 0.0) -> float:
 
 
 def nearest(whole: Tensor, part: Tensor, tiles: int, least: float) -> float | None:
-    """How far a chunk's tensor is from its part of the whole one, see `distance`; None where it has no such part."""
+    """How far a chunk's tensor is from its part of the whole one, see `distance`; or None. 0 `tiles`: of rows."""
     if whole.dim() != part.dim() or whole.dtype != part.dtype:
         return None
     axes = [axis for axis in range(whole.dim()) if whole.shape[axis] != part.shape[axis]]
@@ -357,6 +357,9 @@ def nearest(whole: Tensor, part: Tensor, tiles: int, least: float) -> float | No
     if not axes:
         return distance(whole, part, least)
     total, length = whole.shape[axes[0]], part.shape[axes[0]]
+    if not tiles:  # rows of images, with their halo
+        places = set(range(total - length + 1)) if axes == [2] else set()
+        return min((distance(whole.narrow(2, start, length), part, least) for start in places), default=None)
     if len(axes) > 1 or length > total or total % tiles or length % (total // tiles):
         return None
     places = {0, total - length}  # the first chunk, or the second

@@ -18,12 +18,8 @@ from ds_wsi.partition.checking.trials import (
     left_behind,
     state_differences,
 )
-from ds_wsi.partition.graph.trace import (
-    has_own_forward,
-    needs_batch_statistics,
-    needs_image_statistics,
-    stays_whole,
-)
+from ds_wsi.partition.graph.leaves import has_own_forward, needs_batch_statistics, needs_image_statistics
+from ds_wsi.partition.graph.trace import stays_whole
 from ds_wsi.partition.module.observed import SameDraws
 from ds_wsi.partition.module.outputs import form_of
 from ds_wsi.partition.module.restored import Restored
@@ -272,6 +268,9 @@ class Verdict:
         sentence = self._writes(written)
         if sentence is not None:
             return sentence
+        if not self.case.by_tile and not any(self.plain.moved):  # seldom, and dear: of every place that rows may have
+            self.trials.partition(self._undivided_chunk(), rows=True)
+            apart = {name: gap for name, gap in self.trials.apart.items() if not gap <= self.floor}
         first = next((name for name, _ in self.trials.recorded.given if name in apart), None)
         what, gap = (f"an output of {self._who(first)}", apart[first]) if first is not None else next(iter(far.items()))
         return (

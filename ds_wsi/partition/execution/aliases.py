@@ -119,15 +119,16 @@ def trainable(parameters: list[nn.Parameter], aliases: dict[int, Tensor]) -> tup
     """The parameters of a part of the graph that need a gradient, and the tensors that chunks differentiate for them.
 
     The aliases first, then the parameters themselves: a module may have kept one where nobody looks for it, in a list.
+    One that was frozen since the call cannot be differentiated, and need not: autograd drops what its alias is given.
     """
-    found = [parameter for parameter in parameters if id(parameter) in aliases]
-    return found, [*(aliases[id(parameter)] for parameter in found), *found]
+    found = sorted((p for p in parameters if id(p) in aliases), key=lambda p: not p.requires_grad)
+    return found, [*(aliases[id(parameter)] for parameter in found), *(p for p in found if p.requires_grad)]
 
 
-def summed(found: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradients of `trainable`'s parameters from those of its tensors; `found` is emptied."""
-    half = len(found) // 2
-    both = [(found[index], found[half + index]) for index in range(half)]
+def summed(found: list[Tensor | None], count: int) -> list[Tensor | None]:
+    """The gradients of `trainable`'s `count` parameters from those of its tensors; `found` is emptied."""
+    direct = [*found[count:], *[None] * (2 * count - len(found))]
+    both = list(zip(found[:count], direct, strict=True))
     found.clear()
     return [two if one is None else one if two is None else one + two for one, two in both]
 

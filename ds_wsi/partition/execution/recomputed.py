@@ -106,7 +106,7 @@ class RecomputedSegment:
             if wants_input and found[0] is not None:
                 needed = self.ranges.needed(segment.whole, chunk)
                 input_grad.add(self.ranges.reads(segment.source, chunk, needed), found[0])
-            sums = summed(list(found[len(inputs) :]))
+            sums = summed(list(found[len(inputs) :]), len(parameters))
             del found, leaves, results
             self.sums.add(parameters, sums, [grad])
             del grad  # or they would live through the next chunk's peak

@@ -235,7 +235,7 @@ class StoredSegment:
                 summed_up[node].add(self.ranges.reads(node, chunk, needed), grad)
         end = len(wanted) + len(affine)
         reductions = found[len(wanted) : end]
-        sums = summed(list(found[end:]))
+        sums = summed(list(found[end:]), len(parameters))
         for norm, dgamma, dbeta in zip(level.barriers, reductions[::2], reductions[1::2], strict=True):
             if dgamma is not None and dbeta is not None:
                 self.norms.reduce(norm, chunk, dgamma, dbeta)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+is_inference = torch.is_inference_mode_enabled  # what a forward asks may be told another answer: see `record`
+
 
 class Surroundings(NamedTuple):
     """What an operation was called in.
@@ -24,7 +26,7 @@ class Surroundings(NamedTuple):
 
 def surroundings_now(kind: str, *, graded: bool) -> Surroundings:
     """The surroundings in force; `graded` is whether the forward has not cut itself off by no_grad."""
-    graded = graded and not torch.is_inference_mode_enabled()
+    graded = graded and not is_inference()
     return Surroundings(graded, kind, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
 
 

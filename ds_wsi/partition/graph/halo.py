@@ -5,6 +5,7 @@ to the image, what lies outside is padded explicitly, and the operation runs wit
 crops the padding from the gradient and adds up what overlapping blocks contribute.
 """
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.partition.graph.geometry import for_each, geometry_of, pool_options
+from ds_wsi.partition.graph.leaves import has_library_forward, has_own_forward
 from ds_wsi.partition.module.hooks import is_convolution_2d, weight_of
 
 Range = tuple[int, int]  # of rows: [first, last)
@@ -23,7 +25,9 @@ _POINTWISE_FUNCTIONS = {
     *("add", "sub", "rsub", "mul", "div", "rdiv", "neg", "abs", "exp", "sqrt", "square", "clamp"),
     *("relu", "relu6", "gelu", "silu", "sigmoid", "tanh", "leaky_relu", "elu", "selu", "mish", "hardswish"),
     *("hardsigmoid", "hardtanh", "softplus", "contiguous", "clone", "cat"),
+    *("pow", "rsqrt", "reciprocal"),
 }
+_REDUCTIONS = {"mean", "sum", "var", "std", "amax", "amin", "var_mean", "std_mean"}
 _POINTWISE_MODULES = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU),
     *(nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.PReLU),
@@ -213,15 +217,15 @@ def row_rule(
         values: of all nodes: tensors without numbers.
         dependent: nodes whose values depend on the images.
     """
-    out = values[node]
-    inputs = [(parent in dependent, values[parent]) for parent in node.all_input_nodes]
+    out = image_of(values[node])
+    inputs = [(parent in dependent, image_of(values[parent])) for parent in node.all_input_nodes]
     images = [value for moves, value in inputs if moves and isinstance(value, Tensor) and value.dim() == 4]
     others = [value for moves, value in inputs if isinstance(value, Tensor) and not (moves and value.dim() == 4)]
     if not images or not isinstance(out, Tensor) or out.dim() != 4:
         return "it does not map images [B, C, H, W] to images"
     if leaf is None:
         return _function_rule(node, out, images, others)
-    if "forward" in leaf.__dict__:
+    if not (has_library_forward(leaf) or (isinstance(leaf, _BatchNorm) and has_own_forward(leaf))):
         return "it has a forward of its own"
     height, width = images[0].shape[2:]
     if is_convolution_2d(leaf):
@@ -244,6 +248,10 @@ def row_rule(
 
 def _function_rule(node: fx.Node, out: Tensor, images: list[Tensor], others: list[Tensor]) -> Pointwise | str:
     name = getattr(node.target, "__name__", str(node.target)).strip("_")
+    if node.target is operator.getitem and node.all_input_nodes[0].meta.get("several"):
+        return Pointwise()
+    if name in _REDUCTIONS and _over_channels(node, images[0], out):
+        return Pointwise()
     if name not in _POINTWISE_FUNCTIONS:
         return "it is not known to work on rows"
     if name == "cat" and (node.args[1:] or (node.kwargs.get("dim", 0),))[0] not in (1, -3):
@@ -253,6 +261,20 @@ def _function_rule(node: fx.Node, out: Tensor, images: list[Tensor], others: lis
     if any(other.dim() > 1 and other.shape[-2] != 1 for other in others):
         return "one of its inputs has rows and is no image of the graph"
     return Pointwise()
+
+
+def image_of(value: Any) -> Any:
+    """Of several images of one height, which an operation returns together, the first."""
+    images = value if isinstance(value, (tuple, list)) else ()
+    heights = {item.shape[2] if isinstance(item, Tensor) and item.dim() == 4 else None for item in images}
+    return images[0] if len(heights) == 1 and None not in heights else value
+
+
+def _over_channels(node: fx.Node, image: Tensor, out: Tensor) -> bool:
+    """Whether a reduction leaves every pixel its own value: a norm of channels that somebody wrote by hand."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    dims = list(dim) if isinstance(dim, (tuple, list)) else [dim]
+    return dims in ([1], [-3]) and list(out.shape) == [image.shape[0], 1, *image.shape[2:]]
 
 
 def _repeated_row(row: int, height: int, mode: str) -> int:

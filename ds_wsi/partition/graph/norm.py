@@ -23,6 +23,7 @@ from ds_wsi.norms.population import (
     track,
 )
 from ds_wsi.norms.roles import population_group
+from ds_wsi.partition.graph.leaves import forward_home
 from ds_wsi.runtime.numerics import memory_layout
 
 
@@ -55,6 +56,7 @@ class NormSite:
     def __init__(self, leaf: nn.Module) -> None:
         self.leaf: Any = leaf
         self.batch = isinstance(leaf, _BatchNorm)
+        self.acts = not self.batch and forward_home(leaf) == "timm.layers.norm_act"  # GroupNormAct
 
     @property
     def group(self) -> Any:
@@ -143,7 +145,8 @@ class NormSite:
         out = out.view_as(z)
         # Either may be missing; by channel of z, whatever was folded.
         out = out if leaf.weight is None else out * leaf.weight[:, None, None]
-        return out if leaf.bias is None else out + leaf.bias[:, None, None]
+        out = out if leaf.bias is None else out + leaf.bias[:, None, None]
+        return leaf.act(leaf.drop(out)) if self.acts else out
 
     def reduce(self, stats: Statistics, dgamma: Tensor, dbeta: Tensor) -> None:
         """Add a chunk's sums of dy x and of dy."""

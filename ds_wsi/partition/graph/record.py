@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
+from ds_wsi.partition.graph.functions import applied_functions
 from ds_wsi.partition.graph.recorder import Recorder
 from ds_wsi.partition.graph.unrecorded import ForbiddenError
 from ds_wsi.partition.graph.untouched import untouched
@@ -38,12 +39,14 @@ class Example:
         shape: of the tiles [N, ...]; on the spatial axis of the images, and kept; else N does not matter.
         dtype, device: of the tiles.
         arguments: beside them.
+        layout: of the tiles in memory: a forward may ask whether they are contiguous.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     arguments: Arguments = field(default_factory=Arguments)
+    layout: torch.memory_format = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def record(
         if cast is not None:  # without the cache: it would keep tensors without numbers for those who come after
             stack.enter_context(torch.autocast(kind, dtype=cast, cache_enabled=False))
         graded = torch.is_grad_enabled()
+        stack.enter_context(_inference_as_now())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(graded))  # Python may ask; the operations themselves do without
         recorder = Recorder(module, is_leaf, is_norm, kind)
@@ -107,7 +111,7 @@ def record(
         if recorder.pretends is None and example.device.type != "meta":
             recorder.pretends = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         recorder.make_twins()
-        x = torch.empty(shape, dtype=example.dtype, device=example.device)
+        x = torch.empty(shape, dtype=example.dtype, device=example.device, memory_format=example.layout)
         recorder.source(x, "input", "must not change its input in place")
         beside = {
             place: torch.empty_like(value, device=value.device if example.device.type != "meta" else "meta")
@@ -116,6 +120,7 @@ def record(
         for index, (place, value) in enumerate(beside.items()):
             recorder.source(value, f"argument_{index}", f"must not change its argument {place!r} in place", place)
         stack.enter_context(_calls_of(recorder))
+        stack.enter_context(applied_functions(recorder.call_function))
         stack.enter_context(recorder)
         try:
             output = example.arguments.replaced(beside).call(forward, x)
@@ -129,6 +134,9 @@ def record(
             raise ForbiddenError(f"the output of {type(module).__name__} must depend on its tiles, got a constant")
         if form.is_plain:
             target = leaves[0]
+            if target.op == "placeholder":  # a segment ends with an operation
+                target = recorder.add_node(Tensor.clone, (target,), {})
+                recorder.values[target] = recorder.values[leaves[0]]
         else:
             target = recorder.add_node(form.pack, (leaves,), {})
             recorder.values[target] = torch.empty((shape[0], 1), dtype=form.dtype, device=example.device)
@@ -152,6 +160,18 @@ def _unseeded(module: nn.Module, device: torch.device) -> Iterator[None]:
         f"{type(module).__name__} must not seed torch's generators in forward, got another state. "
         "HINT: seed them before the call."
     )
+
+
+@contextmanager
+def _inference_as_now() -> Iterator[None]:
+    """Whether the call is in inference mode, for a forward that asks: tensors that are recorded cannot be."""
+    asked = torch.is_inference_mode_enabled
+    if asked():
+        torch.is_inference_mode_enabled = lambda: True
+    try:
+        yield
+    finally:
+        torch.is_inference_mode_enabled = asked
 
 
 def where_it_stopped(error: BaseException) -> str:

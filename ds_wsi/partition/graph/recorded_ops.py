@@ -1,12 +1,13 @@
 """Operations as a recorded graph has them: what works in place, or writes through a view, as a function of values."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import node as fx_node
+from torch.utils import _pytree as pytree
 
 PURE = {  # in place -> the operation that returns a new tensor
     name + "_": getattr(Tensor, name)
@@ -93,3 +94,25 @@ def name_of(target: Any) -> str:
     if name == "__get__" and inspect.ismethodwrapper(target):  # a property's: Tensor.T, say
         name = getattr(target.__self__, "__name__", name)
     return name
+
+
+def tensor_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that are plain attributes of a part."""
+    for name, part in module.named_modules():
+        for key, value in part.__dict__.items():
+            if isinstance(value, Tensor):
+                yield (f"{name}.{key}" if name else key), value
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of nested arguments or results, in slices too."""
+    found: list[Tensor] = []
+
+    def look(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            found.append(item)
+        return item
+
+    for leaf in pytree.tree_leaves(tree):
+        map_aggregate(leaf, look) if isinstance(leaf, slice) else look(leaf)
+    return found

@@ -1,8 +1,9 @@
 """What a forward calls, written down as it is called: its operations as nodes, and which tensor holds which value."""
 
+import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ds_wsi.partition.graph.contexts import surroundings_now
+from ds_wsi.partition.graph.asked import BY_STRIDES, UnknownError, answer, is_asked, reader_of
+from ds_wsi.partition.graph.contexts import is_inference, surroundings_now
+from ds_wsi.partition.graph.functions import Applied
 from ds_wsi.partition.graph.recorded_ops import (
     PURE,
     Here,
@@ -22,9 +25,11 @@ from ds_wsi.partition.graph.recorded_ops import (
     in_place_of_here,
     map_aggregate,
     name_of,
+    tensor_attributes,
+    tensors_in,
 )
 from ds_wsi.partition.graph.unrecorded import ForbiddenError, UnrecordedError
-from ds_wsi.partition.module.hooks import is_compiled, uncompiled
+from ds_wsi.partition.module.hooks import is_compiled, is_engines, is_torchs, uncompiled
 from ds_wsi.partition.module.observed import version_of
 
 _DIFFERENTIATES = {
@@ -83,7 +88,7 @@ class Recorder(TorchFunctionMode):
         self.values: dict[fx.Node, Any] = {}
         self.names = {id(part): name for name, part in module.named_modules(remove_duplicate=False)}
         self.state: dict[int, tuple[str, Tensor]] = {}
-        for name, tensor in (*_attributes(module), *module.named_buffers(), *module.named_parameters()):
+        for name, tensor in (*tensor_attributes(module), *module.named_buffers(), *module.named_parameters()):
             self.state.setdefault(id(tensor), (name, tensor))
         self.held: dict[int, _Held] = {}
         self.storages: dict[int, _Storage] = {}
@@ -93,7 +98,8 @@ class Recorder(TorchFunctionMode):
         self.paused = False
         self.thread = threading.get_ident()
         self.kind = kind
-        self.detached = False
+        self.graded = torch.is_grad_enabled()
+        self.detached = self.cut = False  # by no_grad; in an autograd.Function, which nothing inside makes undone
         self.ambient = self.surroundings = surroundings_now(kind, graded=True)
 
     # ------------------------------------------------------------------------------------------ what is called
@@ -103,12 +109,53 @@ class Recorder(TorchFunctionMode):
         if self.paused or threading.get_ident() != self.thread:
             return func(*args, **kwargs)
         if func is torch._C._set_grad_enabled:
-            # Within an autograd.Function, a checkpoint say, it is off already.
-            self.detached = not args[0] and (self.detached or torch.is_grad_enabled())
+            self.detached = self.detached if self.cut else self.graded and not args[0]
             return func(*args, **kwargs)
+        if self.graded and not (self.detached or torch.is_grad_enabled() or is_inference()):
+            raise UnrecordedError("an autograd.Function is called, whose backward is its own")
         if func in _DIFFERENTIATES or getattr(func, "__name__", "") == "__set__":
             raise UnrecordedError(f"{name_of(func)} is called, which is no function of values")
+        if name_of(func) in BY_STRIDES:
+            raise UnrecordedError(f"{name_of(func)} is called, which is a view of memory, not of values")
+        if args and is_asked(name_of(func)) and not is_engines(reader_of(inspect.currentframe())):
+            held = self.held.get(id(args[0]))
+            if held is not None and held.node.op != "get_attr":
+                return self._answer(name_of(func), held)
         return self._record(func, args, kwargs, lambda: func(*args, **kwargs))
+
+    def _answer(self, name: str, held: _Held) -> Any:
+        try:
+            return answer(name, self._node_of(held), self.values, self.module.get_submodule, graded=self.graded)
+        except UnknownError:
+            sentence = f"must not ask what autograd does with its tiles, got a read of {name}"
+            raise ForbiddenError(self._in_module(sentence)) from None
+
+    def call_function(self, function: Applied, args: Any, kwargs: Any) -> Any:
+        """An autograd.Function's call: whole, where autograd follows."""
+        if self.paused or threading.get_ident() != self.thread:
+            return function(*args, **kwargs)
+        if torch.is_grad_enabled() and function.stands_in:
+            return function.original(*args)
+        if torch.is_grad_enabled():
+            return self._whole(function, args, kwargs, lambda: self._results(function, args, kwargs))
+        before, self.cut = self.cut, True
+        try:
+            return function(*args, **kwargs)  # what it computes: nothing of it has a gradient
+        finally:
+            self.cut = before
+
+    def _results(self, function: Applied, args: Any, kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        function.require((args, kwargs), result)
+        return result
+
+    def _whole(self, target: Any, args: Any, kwargs: Any, compute: Callable[[], Any]) -> Any:
+        """What is one operation, in which nothing is looked at."""
+        self.paused = True
+        try:
+            return self._record(target, args, kwargs, compute)
+        finally:
+            self.paused = False
 
     def call_module(self, call: Callable[..., Any], leaf: nn.Module, args: Any, kwargs: Any) -> Any:
         """A sub-module's call: whole where it is a leaf, else what its forward calls."""
@@ -125,18 +172,17 @@ class Recorder(TorchFunctionMode):
             self.stack.pop()  # not where it raised: the innermost is asked for then
             return out
         self.stack.append(leaf)
-        out = self._record(name, args, kwargs, lambda: self._leaf_values(call, leaf, args, kwargs))
+        out = self._whole(name, args, kwargs, lambda: self._leaf_values(call, leaf, args, kwargs))
         self.stack.pop()
         return out
 
     def _leaf_values(self, call: Callable[..., Any], leaf: nn.Module, args: Any, kwargs: Any) -> Any:
-        self.paused = True
-        try:
-            if self.is_norm(leaf):  # its forward would count batches, or refuse what is not on a GPU
-                return torch.empty_like(args[0])
-            return call(leaf, *args, **kwargs)
-        finally:
-            self.paused = False
+        if self.is_norm(leaf):  # its forward would count batches, or refuse what is not on a GPU
+            return torch.empty_like(args[0])
+        out = call(leaf, *args, **kwargs)
+        if any(out is item for item in tensors_in((args, kwargs))) and not is_torchs(leaf):
+            return out.view_as(out)  # on another's terms it may return something else in a chunk
+        return out
 
     def make_twins(self) -> None:
         """Put parameters and buffers without their numbers into the module, until `untouched` ends.
@@ -158,12 +204,12 @@ class Recorder(TorchFunctionMode):
     def _record(self, target: Any, args: Any, kwargs: Any, compute: Callable[[], Any]) -> Any:
         if any(isinstance(leaf, torch.Generator) for leaf in pytree.tree_leaves((args, kwargs))):
             raise ForbiddenError(self._in_module("must draw from torch's default generators, got one of its own"))
-        before = [(tensor, version_of(tensor)) for tensor in _tensors((args, kwargs))]
+        before = [(tensor, version_of(tensor)) for tensor in tensors_in((args, kwargs))]
         self.surroundings = surroundings_now(self.kind, graded=not self.detached)
         with torch.no_grad():
             result = compute()
         written = {id(tensor): tensor for tensor, version in before if version_of(tensor) != version}
-        found = _tensors(result)
+        found = tensors_in(result)
         if not found and not written:
             return result
         if not written and all(any(tensor is known for known, _ in before) for tensor in found):
@@ -193,7 +239,7 @@ class Recorder(TorchFunctionMode):
             return node
         name = name_of(target)
         if name in PURE and changed is args[0]:
-            others = _tensors((args[1:], kwargs))
+            others = tensors_in((args[1:], kwargs))
             if all(torch.promote_types(other.dtype, changed.dtype) == changed.dtype for other in others):
                 target = PURE[name]
                 return self.add_node(target, node_args, node_kwargs)
@@ -244,7 +290,7 @@ class Recorder(TorchFunctionMode):
         else:
             raise UnrecordedError(f"{name_of(target)} returns a {type(result).__name__}")
         for key, item in items:
-            if not _tensors(item):
+            if not tensors_in(item):
                 continue
             part = self.add_node(operator.getitem, (node, key), {})
             self._new_values(part, item, Item(target, key), args, kwargs)
@@ -260,7 +306,7 @@ class Recorder(TorchFunctionMode):
             self.held[id(tensor)] = held
             node.meta["fresh"] = True
             return
-        parents = [self.held[id(item)] for item in _tensors((args, kwargs)) if id(item) in self.held]
+        parents = [self.held[id(item)] for item in tensors_in((args, kwargs)) if id(item) in self.held]
         parent = next((item for item in parents if item.storage is storage), None)
         if parent is None:
             # A view made where nobody looked: it can be read, and must not be written, nor its base.
@@ -352,24 +398,3 @@ class Recorder(TorchFunctionMode):
         name = self._where() if name is None else name
         kind = type(self.module.get_submodule(name)).__name__
         return f"{name!r} ({kind}) {sentence}. HINT: keep it out of the partition."
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that are plain attributes of a part."""
-    for name, part in module.named_modules():
-        for key, value in part.__dict__.items():
-            if isinstance(value, Tensor):
-                yield (f"{name}.{key}" if name else key), value
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def look(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            found.append(item)
-        return item
-
-    for leaf in pytree.tree_leaves(tree):
-        map_aggregate(leaf, look) if isinstance(leaf, slice) else look(leaf)
-    return found

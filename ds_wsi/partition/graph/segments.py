@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ds_wsi.partition.graph.halo import Pointwise, Range, Window
+from ds_wsi.partition.graph.halo import Pointwise, Range, Window, image_of
 from ds_wsi.partition.graph.norm import NormSite
 from ds_wsi.partition.graph.subgraph import Subgraph, image_rules
 from ds_wsi.partition.graph.trace import Traced, cut_candidates, levels
@@ -204,7 +204,9 @@ class Program:
             if len(shape) != 4:
                 raise ValueError(f"a spatial partition's input must be images [B, C, H, W], got {list(shape)}")
             self.rules, self.refused = image_rules(traced)
-            self.heights = {traced.source: shape[2]} | {node: traced.values[node].shape[2] for node in self.rules}
+            self.heights = {traced.source: shape[2]} | {
+                node: image_of(traced.values[node]).shape[2] for node in self.rules
+            }
         cuts = self._cuts(specs)
         self.segments: list[Segment] = []
         source, begin = traced.source, 0

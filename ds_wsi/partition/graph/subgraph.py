@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ds_wsi.partition.graph.contexts import is_detached, surroundings_of
-from ds_wsi.partition.graph.halo import Conv, Pointwise, Range, Window, convolve, row_rule
+from ds_wsi.partition.graph.halo import Conv, Pointwise, Range, Window, convolve, image_of, row_rule
 from ds_wsi.partition.graph.norm import Corrected, NormSite, Statistics
 from ds_wsi.partition.graph.replay import Random
 from ds_wsi.partition.graph.sizes import resolved
@@ -264,9 +264,10 @@ def image_rules(traced: Traced) -> tuple[dict[fx.Node, Pointwise | Window], dict
     for node in traced.nodes:
         if node not in traced.dependent:
             continue
-        if not isinstance(traced.values[node], Tensor):
+        if not isinstance(image_of(traced.values[node]), Tensor):
             refused[node.name] = f"{node.name}: it returns several tensors"
             continue
+        node.meta["several"] = not isinstance(traced.values[node], Tensor)
         rule = row_rule(node, traced.leaves.get(node), traced.values, traced.dependent)
         if isinstance(rule, str):
             kind = f" ({type(traced.leaves[node]).__name__})" if node in traced.leaves else ""
@@ -285,5 +286,9 @@ def hull(one: Range, other: Range) -> Range:
     return min(one[0], other[0]), max(one[1], other[1])
 
 
-def _crop(value: Tensor, has: Range, wanted: Range) -> Tensor:
-    return value if has == wanted else value[:, :, wanted[0] - has[0] : wanted[1] - has[0]]
+def _crop(value: Any, has: Range, wanted: Range) -> Any:
+    if has == wanted:
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple(_crop(item, has, wanted) for item in value)
+    return value[:, :, wanted[0] - has[0] : wanted[1] - has[0]]

@@ -8,30 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ds_wsi.norms.population import takes_population
+from ds_wsi.partition.graph.leaves import (
+    is_known_norm,
+    is_leaf_of_graph,
+    keeps_shape,
+    needs_batch_statistics,
+    needs_image_statistics,
+)
 from ds_wsi.partition.graph.record import Example, Recording, record, where_it_stopped
 from ds_wsi.partition.graph.sizes import FEW, MANY, MORE, NAMED, join
 from ds_wsi.partition.graph.unrecorded import ForbiddenError, UnrecordedError
 from ds_wsi.partition.module.outputs import OutputForm, form_of
 from ds_wsi.runtime.log import logger
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 ROOT = ""  # the target of an untraced module's only operation
-
-
-def needs_batch_statistics(module: nn.Module) -> bool:
-    """Whether the module normalises with statistics over its whole batch: the only coupling between tiles."""
-    return isinstance(module, _BatchNorm) and takes_population(module)
-
-
-def needs_image_statistics(module: nn.Module) -> bool:
-    """Whether the module normalises with statistics over whole images, which couple their rows."""
-    if isinstance(module, _InstanceNorm):
-        return module.training or not module.track_running_stats
-    return isinstance(module, nn.GroupNorm)
 
 
 def stays_whole(module: nn.Module, axis: str) -> bool:
@@ -121,14 +112,15 @@ class Traced:
     def _recorded(self, example: Example) -> fx.Graph:
         if needs_batch_statistics(self.module) and is_known_norm(type(self.module)):
             return self._one_norm(example)
+        parts = {name: part for name, part in self.module.named_modules()}
         if self.axis == "spatial":
             recording = self._record(example, None)
+            self.attributes = [(parts[name], key, value) for (name, key), value in recording.made.items()]
         else:
             recording = self._record(example, FEW)
             other = self._record(example, MORE)
             join(recording, other, type(self.module).__name__)
             self._counts |= {FEW, MORE}
-            parts = {name: part for name, part in self.module.named_modules()}
             self.attributes = [
                 (parts[name], key, value)
                 for (name, key), value in recording.made.items()
@@ -160,8 +152,8 @@ class Traced:
                 self.forward,
                 example,
                 tiles=tiles,
-                is_leaf=lambda part, name: name in whole or _is_leaf(part, name),
-                is_norm=_keeps_shape,
+                is_leaf=lambda part, name: name in whole or is_leaf_of_graph(part, name),
+                is_norm=keeps_shape,
             )
         except ForbiddenError:
             raise
@@ -185,11 +177,11 @@ class Traced:
         whole = self._whole
 
         def is_leaf(part: nn.Module, name: str) -> bool:
-            return name in whole or _is_leaf(part, name)
+            return name in whole or is_leaf_of_graph(part, name)
 
         while True:
             try:
-                return record(self.module, self.forward, example, tiles=tiles, is_leaf=is_leaf, is_norm=_keeps_shape)
+                return record(self.module, self.forward, example, tiles=tiles, is_leaf=is_leaf, is_norm=keeps_shape)
             except ForbiddenError:
                 raise
             except Exception as error:  # a module's Python raises whatever it likes
@@ -224,41 +216,6 @@ def evaluate(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
             value = getattr(value, part)
         return value
     return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _is_leaf(part: nn.Module, name: str) -> bool:
-    """Whether a sub-module stays one operation: torch's own, and norms; whoever changed its forward."""
-    if isinstance(part, _BatchNorm) and needs_batch_statistics(part):
-        if not has_own_forward(part):
-            kind = type(part).__name__
-            raise ForbiddenError(
-                f"a train-mode BatchNorm must have torch's or timm's own forward, got {kind}'s (layer {name!r}). HINT: "
-                "nn.BatchNorm2d, or partition the parts beside it."
-            )
-        return True
-    if isinstance(part, (_BatchNorm, nn.GroupNorm, nn.LayerNorm)):
-        return True
-    home = type(part).__module__
-    return home.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(part, CONTAINERS)
-
-
-# The last is a SyncBatchNorm's stand-in while a partition is checked.
-_OWN_FORWARDS = ("torch.nn.modules.batchnorm", "timm.layers.norm_act", "ds_wsi.partition.module.restored")
-
-
-def has_own_forward(norm: nn.Module) -> bool:
-    """Whether a BatchNorm normalises as torch's or timm's class says, by the forward of the class itself."""
-    return "forward" not in norm.__dict__ and is_known_norm(type(norm))
-
-
-def is_known_norm(kind: type) -> bool:
-    """Whether a class's forward is that of torch's or timm's BatchNorm, whichever ranks share its population."""
-    homes = [base.__module__ for base in kind.__mro__ if "forward" in base.__dict__]
-    return next(home for home in homes if home != "ds_wsi.norms.shared") in _OWN_FORWARDS
-
-
-def _keeps_shape(leaf: nn.Module) -> bool:
-    return isinstance(leaf, _BatchNorm) and has_own_forward(leaf)
 
 
 def levels(nodes: list[fx.Node], barriers: dict[fx.Node, fx.Node]) -> dict[fx.Node, int]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ds_wsi.partition.graph.unrecorded import ForbiddenError
-from ds_wsi.partition.module.holdings import PLAIN, attributes_of, containers_of, refill
+from ds_wsi.partition.module.holdings import attributes_of, containers_of, plain_attributes_since, refill
 from ds_wsi.partition.module.restored import foreign_generators, mark, own_generators
 
 
@@ -16,7 +16,8 @@ def untouched(module: nn.Module) -> Iterator[dict[tuple[str, str], Any]]:
     """Every part's attributes are afterwards what they were, and all generators but torch's where they were.
 
     Yields:
-        (part, name) -> value of the numbers, flags and strings that were not there before: filled at the end.
+        (part, name) -> value of the numbers, flags and strings, and short containers of them, that were not there
+        before: filled at the end.
 
     Raises:
         ForbiddenError: a number, flag or string has another value, or one of these generators has moved.
@@ -42,11 +43,10 @@ def untouched(module: nn.Module) -> Iterator[dict[tuple[str, str], Any]]:
                     f"{type(module).__name__} must draw from torch's default generators, got draws of "
                     f"{generator.name}. HINT: torch.rand."
                 )
-        for (name, part), (_, _, plain, _) in zip(parts, before, strict=True):
+        for (name, part), (attributes, _, plain, _) in zip(parts, before, strict=True):
+            made.update(((name, key), value) for key, value in plain_attributes_since(part, attributes))
             for key, value in attributes_of(part):
                 old = plain.get(key)
-                if old is None and type(value) in PLAIN and value is not None and key in part.__dict__:
-                    made[name, key] = value
                 if old is not None and value is not None and value != old:
                     raise ForbiddenError(
                         f"{name!r} ({type(part).__name__}) must not change its attribute {key!r} in forward, got "

@@ -28,6 +28,7 @@ _INTERNAL = {
     *HOOKS,
 }
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
+_ROWS = (list, tuple, torch.Size)
 _DEPTH, _MANY = 4, 256  # of containers in containers; items that are looked at
 # Objects of these packages are not taken apart: configurations, generators, handles of engines.
 _FOREIGN = {
@@ -60,10 +61,17 @@ def plain_attributes(part: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in part.__dict__.items():
         if type(value) in PLAIN:
             yield key, value
-        elif type(value) in (list, tuple, dict) and len(value) <= 64:
+        elif type(value) in (*_ROWS, dict) and len(value) <= 64:
             items = tuple(value.items()) if type(value) is dict else tuple((item,) for item in value)
             if all(type(part) in PLAIN for item in items for part in item):
                 yield key, items
+
+
+def plain_attributes_since(part: nn.Module, before: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Numbers, flags and strings of a part, and short containers of them, that it did not have `before`."""
+    for key, _ in plain_attributes(part):
+        if _counts(key) and before.get(key) is None and part.__dict__[key] is not None:
+            yield key, part.__dict__[key]
 
 
 def content_key(part: nn.Module) -> tuple[Any, ...]:
@@ -126,7 +134,7 @@ def _frozen(value: Any, depth: int) -> Any:
         return (Tensor, value.requires_grad) if depth == 0 else _Same(value)
     if isinstance(value, np.ndarray) and value.nbytes <= 4096:
         return value.shape, value.dtype.str, value.tobytes()
-    if depth < _DEPTH and kind in (list, tuple, deque):
+    if depth < _DEPTH and kind in (*_ROWS, deque):
         return kind, *(_frozen(item, depth + 1) for item in value)
     if depth < _DEPTH and kind in _DICTS:
         return kind, *((_frozen(key, depth + 1), _frozen(item, depth + 1)) for key, item in value.items())
@@ -143,7 +151,7 @@ def _walk(part: nn.Module) -> Iterator[tuple[str, Any]]:
     seen: set[int] = set()
     for place, value, depth in waiting:  # grows
         yield place, value
-        if depth < _DEPTH and (_is_container(value) or type(value) is tuple) and id(value) not in seen:
+        if depth < _DEPTH and (_is_container(value) or type(value) in _ROWS) and id(value) not in seen:
             seen.add(id(value))
             waiting += [(place + step, item, depth + 1) for step, item in _items(value)]
 
@@ -153,7 +161,7 @@ def _counts(key: str) -> bool:
 
 
 def _items(container: Any) -> list[tuple[str, Any]]:
-    if type(container) in (list, tuple, deque):
+    if type(container) in (*_ROWS, deque):
         return [(f"[{index}]", item) for index, item in zip(range(_MANY), container, strict=False)]
     if type(container) is set:
         return [(f"[{item!r}]", True) for item in container if type(item) in PLAIN][:_MANY]

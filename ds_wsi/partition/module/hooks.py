@@ -23,6 +23,7 @@ _CHANGES_NOTHING = (
     *("deepspeed.", "torch.distributed.", "torch.utils.", "torch.profiler", "torch.autograd.profiler"),
     "ds_wsi.",
 )
+_HANDS_ON = "deepspeed.runtime.zero.parameter_offload"  # ZeRO-3's Functions around what its modules take and give
 _KINDS = {
     "_forward_pre_hooks": "a forward pre-hook",
     "_forward_hooks": "a forward hook",
@@ -74,6 +75,21 @@ def weight_hooks(part: nn.Module) -> "OrderedDict[int, Any]":
     return OrderedDict(
         (key, hook) for key, hook in part._forward_pre_hooks.items() if _homes(hook, (_COMPUTES_WEIGHTS,))
     )
+
+
+def is_torchs(part: nn.Module) -> bool:
+    """Whether a sub-module is of one of torch's own classes."""
+    return type(part).__module__.startswith(("torch.nn", "torch.ao.nn"))
+
+
+def is_engines(home: str) -> bool:
+    """Whether code of this module is an engine's or a profiler's, which changes no number."""
+    return home.startswith(_CHANGES_NOTHING)
+
+
+def hands_on(function: type) -> bool:
+    """Whether an autograd.Function returns what it is given: an engine waits in it for backward."""
+    return function.__module__ == _HANDS_ON
 
 
 def is_plain_convolution(leaf: Any) -> bool:

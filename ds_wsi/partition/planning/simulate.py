@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ds_wsi.partition.execution.call import PartitionedCall, bag_ranges
 from ds_wsi.partition.execution.host_store import HostStore
 from ds_wsi.partition.execution.input_tensor import InputCost, PretendedInput
+from ds_wsi.partition.graph.leaves import needs_batch_statistics
 from ds_wsi.partition.graph.record import Example
 from ds_wsi.partition.graph.segments import Program, SegmentSpec
-from ds_wsi.partition.graph.trace import Traced, needs_batch_statistics
+from ds_wsi.partition.graph.trace import Traced
 from ds_wsi.partition.module.arguments import Arguments
 from ds_wsi.partition.module.hooks import is_compiled, weight_hooks
 from ds_wsi.partition.module.outputs import tensors_of
