@@ -277,7 +277,7 @@ def test_the_launchers_are_protocols(script):
     assert any(f"launch/train_{script}.py" in line for _, line in command_lines())
     dataset = {"tcga_lung": "tcga"}.get(script, script)
     source = (ROOT / "launch" / f"train_{script}.py").read_text("utf-8")
-    assert f'main(["protocol", "{dataset}", *sys.argv[1:]])' in source
+    assert f'main(["protocol", "{dataset}", *sys.argv[1:]], ends_process=True)' in source
 
 
 # --- all blocks, names and messages ---
