@@ -10,7 +10,7 @@ MOST_RESAMPLES = 10**7
 MOST_TILES = 10**7  # of a slide
 MOST_BLUR_PX = 100
 MOST_WORKERS = 1024  # processes or threads of one process
-MOST_SEED = 2**32 - 1  # NumPy's
+MOST_SEED = 2**43 - 1  # a million times it, the seed of a step, is a whole number of 64 bits
 LONGEST_TIMEOUT_S = 366 * 24 * 3600
 
 

@@ -49,9 +49,11 @@ def rank() -> int:
         ValueError: RANK is no number.
     """
     text = os.environ.get("RANK") or "0"
-    if not text.isdecimal():
-        raise ValueError(f"RANK must be a number, got {text!r}. HINT: unset it, or start the command by its launcher.")
-    return int(text)
+    try:
+        return int(text)
+    except ValueError:
+        hint = "unset it, or start the command by its launcher"
+        raise ValueError(f"RANK must be a number, got {text!r}. HINT: {hint}.") from None
 
 
 def level_of_rank(level: int = logging.INFO) -> int:

@@ -14,11 +14,13 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.processes import command_of, parent_of
@@ -27,6 +29,7 @@ STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_PRESS_S = 1.0  # a terminal and a launcher can both pass one Ctrl-C on
 _LOOK_S = 1.0
+_TEARDOWN_S = 30.0  # of a process that has ended but for what libraries take down
 _LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
 
 
@@ -65,7 +68,7 @@ class _Watch:
     def __init__(self) -> None:
         self.reason = ""
         self.deferred = 0
-        self.is_over = False
+        self.over_since = 0.0
         self._first_press = 0.0
         self._told = False
         self._read, self._write = socket.socketpair()
@@ -81,10 +84,24 @@ class _Watch:
                 self._before[number] = signal.signal(number, self._handle)
         self._thread.start()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether what was watched has ended, and only the process has not."""
+        return self.over_since > 0
+
     def end(self) -> None:
         """Put the handlers back that were there before; of a watch that is over, ignore the signals from now on."""
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if self.is_over else handler)  # type: ignore[arg-type]
+        self._close({number: signal.SIG_IGN for number in self._before} if self.is_over else self._before)
+
+    def give_back(self) -> None:
+        """End, of a watch that is over in a process that goes on after all (a notebook's `%run`)."""
+        atexit.unregister(self.end)
+        self._close(self._before)
+
+    def _close(self, handlers: Mapping[int, Any]) -> None:
+        """Have these handlers from now on, and look no more."""
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
         self._ended.set()
         with suppress(OSError):
@@ -119,6 +136,8 @@ class _Watch:
                     self._hear(number)
             if any(parent_of(child) != parent for child, parent in launchers):
                 launchers = []
+                if self.is_over:  # what is left of the process holds a GPU for nobody
+                    os._exit(128 + signal.SIGTERM)
                 logger.warning("the launcher is gone: taken as SIGTERM")
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -128,6 +147,8 @@ class _Watch:
             if self._first_press and now - self._first_press > SAME_PRESS_S:
                 self._leave()
             self._first_press = self._first_press or now
+        if number == signal.SIGTERM and self.is_over and now - self.over_since > _TEARDOWN_S:
+            os._exit(128 + signal.SIGTERM)
         if self.deferred and not self._told:
             self._told = True
             logger.warning("%s: what has been done is kept first; Ctrl-C leaves without", name)
@@ -155,21 +176,31 @@ def heeding_signals(*, to_the_end: bool = False) -> Iterator[None]:
         Stopped: the process was asked to end, and nothing defers it.
     """
     global _watch
+    if _watch is not None and _watch.is_over and threading.current_thread() is threading.main_thread():
+        _watch.give_back()
+        _watch = None
     if _watch is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
     _watch = _Watch()
     _watch.start()
+    to_the_end = to_the_end and not _is_interactive()
     if to_the_end:
         atexit.register(_watch.end)  # now: it runs after what libraries register
     try:
         yield
     finally:
         if to_the_end:
-            _watch.is_over = True
+            _watch.over_since = time.monotonic()
         else:
             _watch.end()
             _watch = None
+
+
+def _is_interactive() -> bool:
+    """Whether somebody goes on typing in this process: an interpreter's prompt, IPython or a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive) or shell() is not None
 
 
 def stop_where_asked() -> None:

@@ -48,12 +48,20 @@ def show(text: object = "") -> None:
 
 
 def settle_streams() -> None:
-    """Flush what is left for readers that are gone; else Python, as it ends, would make the exit status 120."""
-    for out in (sys.stdout, sys.stderr):
+    """Flush what is left for readers that are gone; else Python, as it ends, would make the exit status 120.
+
+    Raises:
+        OSError: standard output is a file that cannot be written to: what was printed is not whole.
+    """
+    for out in (sys.stderr, sys.stdout):
         try:
             out.flush()
-        except (OSError, ValueError):  # the reader is gone, or the stream was closed
+        except (BrokenPipeError, ValueError):  # the reader is gone, or the stream was closed
             _point_at_nothing(out)
+        except OSError:
+            _point_at_nothing(out)
+            if out is sys.stdout:
+                raise
 
 
 def _point_at_nothing(out: TextIO) -> None:

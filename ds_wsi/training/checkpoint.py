@@ -347,7 +347,7 @@ def verify(directory: Path) -> str | None:
     if not entries or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries):
         return f"{FILE_LIST} does not list files with bytes and sha256"
     # All that is read must be listed, or it would be used as it is.
-    unlisted = {STATE, MODEL, *(path.name for path in directory.glob("*.safetensors"))} - listed.keys()
+    unlisted = {STATE, MODEL, *(path.name for path in directory.glob("[!.]*.safetensors"))} - listed.keys()
     if unlisted:
         return f"{FILE_LIST} does not list {', '.join(sorted(unlisted))}"
     for name, entry in listed.items():

@@ -52,6 +52,8 @@ def norm_plan(run: Run) -> NormPlan:
     train = run.cohort.rows("train")
     some = train[: bags * math.ceil(GAP_SLIDES / bags)]
     lengths = run.cohort.lengths
+    norms = batch_norms(run.module.encoder)
+    of_slides = bool(norms) and (names != ("running",) or any(norm.running_mean is None for norm in norms))
     return NormPlan(
         training=training,
         candidates=names,
@@ -65,7 +67,7 @@ def norm_plan(run: Run) -> NormPlan:
         bags_per_population=bags,
         resting_epochs=run.settings.model.freeze_encoder_epochs,
         # A test slide of one tile may have no statistics of its own: known before it is the exported model's turn.
-        probes=tuple(row for row in run.cohort.rows("test") if lengths[row] == 1) if rows else (),
+        probes=tuple(row for row in run.cohort.rows("test") if lengths[row] == 1) if rows and of_slides else (),
     )
 
 

@@ -189,3 +189,22 @@ def test_a_hook_on_a_value_is_no_other_operation():
         partition_layers(net, PartitionPolicy(mode=mode, chunk_size=3))
         for one, other in zip(step(net, tiles("batch")), step(plain, tiles("batch")), strict=True):
             assert (one - other).abs().max() <= 1e-9 * other.abs().max().clamp_min(1e-3)
+
+
+def test_what_stands_beside_the_tiles_is_asked():
+    """It requires no gradient, and a forward may ask whether it does."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x, mask):
+            y = self.norm(self.conv(x))
+            return y if mask.requires_grad or not mask.is_leaf else y * mask
+
+    torch.manual_seed(0)
+    plain, x, mask = Masked().double(), tiles("batch"), torch.rand(1, 4, 1, 1, dtype=torch.float64)
+    net = copy.deepcopy(plain)
+    partition_layers(net, PartitionPolicy(mode="lean", chunk_size=3))
+    torch.testing.assert_close(net(x, mask), plain(x, mask), rtol=0, atol=1e-12)

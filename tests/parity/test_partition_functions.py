@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ds_wsi.partition import PartitionPolicy, partition_layers
+from ds_wsi.partition.graph.functions import applied_functions
 
 SHAPES = {"batch": (7, 3, 9, 9), "spatial": (2, 3, 17, 11)}
 NORMS = {"bn": nn.BatchNorm2d, "gn": lambda channels: nn.GroupNorm(2, channels)}
@@ -203,3 +204,23 @@ def test_torch_s_own_apply_is_put_back():
     _, net = pair(APPLIED["straight"], "batch")
     net(torch.rand(SHAPES["batch"], dtype=torch.float64))
     assert torch.autograd.Function.__dict__["apply"] is before
+
+
+def test_a_function_that_was_bound_while_recorded_is_its_own_afterwards():
+    """A module that a forward imports has `op = Fn.apply`."""
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 7
+
+    with applied_functions(lambda *_: "recorded"):
+        op = Twice.apply
+        assert op(torch.ones(1)) == "recorded"
+    x = torch.ones(1, requires_grad=True)
+    op(x).backward()
+    assert x.grad.item() == 7

@@ -592,3 +592,11 @@ def test_a_layer_alone_and_a_wrapped_module_get_their_forwards_back(layer):
     close(whole(x), plain(x) * 2, "output")
     handle.remove()
     assert whole.__dict__["forward"] is below
+
+
+def test_norms_that_ranks_share_are_refused(monkeypatch):
+    """Each rank would normalise alone, and a rank whose maps are small would wait for the others for ever."""
+    shared = {nn.BatchNorm2d: "the ranks"}
+    monkeypatch.setattr(paper, "population_group", lambda leaf, in_training: shared.get(type(leaf)))
+    with pytest.raises(ValueError, match=r'of one process in mode "paper", got BatchNorm2d that is shared among ranks'):
+        partition_layers(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), PartitionPolicy(mode="paper"))

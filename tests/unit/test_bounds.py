@@ -10,6 +10,7 @@ from ds_wsi.bags.policy import AugmentPolicy, ReadPolicy
 from ds_wsi.cli import main
 from ds_wsi.config import read_section
 from ds_wsi.evaluation.protocol import EvaluationProtocol
+from ds_wsi.runtime import log
 from ds_wsi.runtime.units import parse_bytes
 from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking.policy import StackingPolicy
@@ -101,3 +102,14 @@ def test_a_rank_that_is_no_number_is_named_by_those_who_need_it(monkeypatch, cap
     assert "RANK must be a number" in capsys.readouterr().err
     assert main(["train", "--write_config", str(tmp_path / "run.yaml")]) == 2
     assert "RANK must be a number, got 'x'. HINT: unset it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "expected"), [(" 0", 0), ("-1", -1), ("", 0)])
+def test_a_rank_is_what_is_a_number(monkeypatch, text, expected):
+    monkeypatch.setenv("RANK", text)
+    assert log.rank() == expected
+
+
+def test_a_seed_of_a_run_of_before_is_taken():
+    """A time in milliseconds, which earlier versions trained with: a resumed run must have the seed of its start."""
+    assert dataclasses.replace(RunSettings(), seed=1_764_500_000_000).seed

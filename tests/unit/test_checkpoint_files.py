@@ -74,6 +74,12 @@ def run(tmp_path):
     return tmp_path
 
 
+def test_what_another_system_leaves_beside_weights_is_none_of_a_checkpoints(tmp_path):
+    folder = write_checkpoint(tmp_path / "c")
+    (folder / "._model.safetensors").write_bytes(b"of a Finder")
+    assert verify(folder) is None
+
+
 def test_a_sealed_checkpoint_is_whole(tmp_path):
     folder = write_checkpoint(tmp_path / "checkpoint-1")
     assert verify(folder) is None

@@ -13,6 +13,7 @@ from ds_wsi.config import DsWsiConfig
 from ds_wsi.engines.hf.models import SlideModelConfig, SlideModelForSlideClassification
 from ds_wsi.engines.hf.trainer import SlideTrainer
 from ds_wsi.engines.machine import cpu
+from ds_wsi.engines.policies import section
 from ds_wsi.engines.policies.loops import Calls, Norms, decide_norms, require_whole_norms
 from ds_wsi.models import ModelConfig, SlideModel, build_aggregator, build_model, load_model, save_model
 from ds_wsi.norms import NormPolicy, batch_norms, natural_evaluation
@@ -120,6 +121,30 @@ def test_a_model_is_evaluated_as_it_is_trained_or_somebody_is_told(case, told, t
         assert "the model that is exported is not the model that is trained" in warnings(told)[-1], told
     if policy == AUTO:
         assert any(words.startswith("INFO norm.") and expected[0] in words for words in told), told
+
+
+def test_a_model_that_was_saved_as_it_was_built_is_decided_for_as_a_new_one(tmp_path):
+    """Its folder says bag and running, the defaults; frozen norms of it would normalise nothing."""
+    built = SlideModelForSlideClassification(SlideModelConfig.of(CONFIG), build_model(CONFIG))
+    built.save_pretrained(tmp_path)
+    read = SlideModelForSlideClassification.from_pretrained(tmp_path).slide_model
+    assert read.norms_from == "config.json"
+    assert decide_norms(DsWsiConfig(), read, calls(8)) == Norms("step", "running")
+    assert decide_norms(DsWsiConfig(), loaded(read), calls(8)).training == "frozen"
+
+
+@pytest.mark.parametrize(
+    ("config", "world", "expected"),
+    [
+        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4}, 1, (4, 8)),
+        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4}, 2, (4, 4)),
+        ({"train_batch_size": 32, "gradient_accumulation_steps": 4}, 2, (4, 4)),
+        ({"train_batch_size": 32, "gradient_accumulation_steps": None}, 2, (16, 1)),
+        ({"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2}, 2, (3, 2)),
+    ],
+)
+def test_the_size_that_a_config_leaves_out_is_computed_as_deepspeed_does(config, world, expected):
+    assert section._micro_batches(config, world) == expected
 
 
 def test_one_bag_is_that_bag_whatever_the_population_is_called():

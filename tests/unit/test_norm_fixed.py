@@ -185,6 +185,17 @@ def test_a_transformers_folder_says_which_norms_are_fixed(tmp_path):
     assert SlideModelForSlideClassification.from_pretrained(tmp_path / "hf").slide_model.fixed_norms == ()
 
 
+def test_norms_that_are_said_to_be_fixed_are_written_as_such_at_once(tmp_path):
+    from ds_wsi import SlideModelConfig, SlideModelForSlideClassification
+
+    config = config_of(norm_evaluation="bag")
+    given = SlideModelForSlideClassification(SlideModelConfig.of(config), build_model(config)).eval()
+    name = next(name for name, _ in given.slide_model.encoder.named_modules() if name.endswith("bn1"))
+    given.slide_model.set_norms(fixed=[name])
+    given.export_run(tmp_path / "run")
+    assert load_model(tmp_path / "run")[0].fixed_norms == (name,)
+
+
 def test_norms_of_an_aggregator_are_told_once_by_name(caplog):
     """No policy says what they average over; those of the encoder are the policy's."""
     aggregator = build_aggregator("gated_abmil", 5, 2)

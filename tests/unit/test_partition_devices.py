@@ -63,3 +63,11 @@ def test_buffers_may_lie_on_the_cpu_and_on_no_other_device():
         module.register_buffer("other", torch.zeros(3, device="cuda:1"))
     with pytest.raises(ValueError, match=r"buffer 'other' on cuda:1"):
         refuse_devices(module, module.weight.device)
+
+
+def test_a_module_without_parameters_lies_where_its_buffers_do():
+    from ds_wsi.partition.module.devices import device_of
+
+    norm = nn.BatchNorm2d(3, affine=False, device="meta")
+    assert device_of(norm, torch.device("cpu")).type == "meta"
+    assert device_of(nn.ReLU(), torch.device("cpu")).type == "cpu"

@@ -197,6 +197,9 @@ if moment == "end":
     hit(*ALL)
     atexit.register(hit, number)
     last = LastOfAll()
+if moment == "goes on":  # a notebook's %run: the next command heeds the signals
+    cli._parsed = at_parsing
+    status = cli.main(["--version"])
 if moment == "hangs":
     hit(signal.SIGINT)
     time.sleep(1.2)
@@ -214,6 +217,7 @@ sys.exit(status)
         ("import", 3, STATUS),
         ("end", 0, 3),
         ("hangs", 0, 130),
+        ("goes on", 0, STATUS),
     ],
 )
 def test_signals_before_and_after_a_commands_work(moment, number, status):

@@ -123,6 +123,14 @@ def test_a_full_disk_below_standard_output_is_an_error_once(monkeypatch):
         streams.settle_streams()
 
 
+def test_what_was_left_to_be_flushed_onto_a_full_disk_is_an_error(monkeypatch):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        full.write("a library's")
+        with pytest.raises(OSError, match="space"):
+            streams.settle_streams()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = write_cohort(tmp_path_factory.mktemp("cohort"))

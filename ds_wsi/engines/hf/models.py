@@ -152,12 +152,9 @@ class SlideModelForSlideClassification(PreTrainedModel):
             output = self.slide_model(bags, label)
         return SlideClassifierOutput(stack_loss(output, label) * 0.0, output.logits[:0])
 
-    def train(self, mode: bool = True) -> "SlideModelForSlideClassification":
-        """Set the mode; the configuration says which norms kept their statistics in training."""
-        super().train(mode)
-        if mode:
-            self.config.slide_model["fixed_norms"] = list(self.slide_model.fixed_norms)
-        return self
+    def _note_fixed_norms(self) -> None:
+        """Have the configuration say which norms kept their statistics in training."""
+        self.config.slide_model["fixed_norms"] = list(self.slide_model.fixed_norms)
 
     @classmethod
     def from_run(cls, directory: str | Path) -> "SlideModelForSlideClassification":
@@ -171,11 +168,13 @@ class SlideModelForSlideClassification(PreTrainedModel):
         Collective under ZeRO-3, as every rank gathers; otherwise one process calls it.
         """
         _require_kind(directory, "format", "export_run")
+        self._note_fixed_norms()
         save_model(directory, self.config.model_config, full_state_dict(self.slide_model))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **keywords: Any) -> Any:
         """Write config.json and model.safetensors as Transformers does; refuses the folder of a run."""
         _require_kind(save_directory, "model_type", "save_pretrained")
+        self._note_fixed_norms()
         return super().save_pretrained(save_directory, *args, **keywords)
 
     @classmethod

@@ -13,7 +13,7 @@ from torch import nn
 from ds_wsi.config import SECTION, DsWsiConfig
 from ds_wsi.engines.policies.norms import FEW_BAGS, decide_training, partition_population, warn_of_few_bags
 from ds_wsi.models import SlideModel
-from ds_wsi.norms import batch_norms, natural_evaluation
+from ds_wsi.norms import batch_norms, natural_evaluation, starts_fresh
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.words import counted
 
@@ -93,7 +93,13 @@ def _keeps(policies: DsWsiConfig, model: SlideModel) -> bool:
     policy, population = policies.norm, partition_population(policies.partition)
     if model.norms_from is None or policy.training != "auto" or not policy.affine:
         return False
+    if model.norms_from == "config.json" and _was_never_trained(model):
+        return False  # saved as it was built: the words in its folder are the defaults, which nobody chose
     return policy.evaluation in ("auto", model.norm_evaluation) and population in ("stack", model.norm_training)
+
+
+def _was_never_trained(model: SlideModel) -> bool:
+    return starts_fresh(model.encoder) and any(norm.running_mean is not None for norm in batch_norms(model.encoder))
 
 
 def _kept(training: str, model: SlideModel, calls: Calls) -> Norms:

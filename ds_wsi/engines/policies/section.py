@@ -109,9 +109,9 @@ def apply_section(section: Mapping[str, Any], model: nn.Module, config: Mapping[
     policies = read_followed(section)
     _require_shared(policies, model)
     encoder, aggregator = _encoder(model), getattr(model, "aggregator", None)
-    require_whole_norms(model, config)
-    if isinstance(model, SlideModel):
-        _apply_norms(policies, model, config)
+    if isinstance(model, SlideModel):  # another's may keep its norms whole by itself
+        require_whole_norms(model, config)
+        _apply_norms(policies, model.train(), config)
     elif "norm" in section and batch_norms(model):
         value = asdict(policies.norm)
         raise _refused("norm", value, "must be given with a SlideModel", "leave it out; or SlideModel(encoder, ...)")
@@ -148,10 +148,9 @@ def _apply_norms(policies: DsWsiConfig, model: SlideModel, config: Mapping[str, 
     if not batch_norms(model.encoder):
         return
     world = dist.get_world_size() if dist.is_initialized() else 1
-    accumulation = int(config.get("gradient_accumulation_steps", 1))
-    bags = config.get("train_micro_batch_size_per_gpu") or int(config["train_batch_size"]) // (accumulation * world)
+    bags, accumulation = _micro_batches(config, world)
     calls = Calls(
-        bags=max(1, int(bags)),
+        bags=bags,
         accumulation=accumulation,
         processes=max(1, world // policies.tile_parallel.size),
         place="in a loop of your own",
@@ -160,6 +159,16 @@ def _apply_norms(policies: DsWsiConfig, model: SlideModel, config: Mapping[str, 
     norms = decide_norms(policies, model, calls)
     apply_training(norms.training, policies.norm, model)
     model.set_norms(evaluation=norms.evaluation)
+
+
+def _micro_batches(config: Mapping[str, Any], world: int) -> tuple[int, int]:
+    """(bags of a micro-step of one process, micro-steps of a step): DeepSpeed computes the size that is not given."""
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    step, micro, accumulation = (size if isinstance(size := config.get(name), int) else 0 for name in names)
+    if not accumulation:
+        accumulation = step // (micro * world) if step and micro else 1
+    micro = micro or step // (max(1, accumulation) * world)
+    return max(1, micro), max(1, accumulation)
 
 
 def _require_shared(policies: DsWsiConfig, model: nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.norms.population import TORCH_NORMS, after_norm, forward_home, takes_population, track
+from ds_wsi.norms.roles import population_group
 from ds_wsi.partition.execution.paper_layers import Carrier, Convolution, Normalise, Setting, statistics
 from ds_wsi.partition.graph.geometry import geometry_of
 from ds_wsi.partition.module.arguments import Arguments
@@ -185,6 +186,11 @@ def require_supported(name: str, leaf: nn.Module) -> None:
         raise ValueError(
             "a convolution or norm must have the forward of torch's Conv2d or BatchNorm2d, or of timm's "
             f'BatchNormAct2d, in mode "paper", got {type(leaf).__name__} (layer {name}). {_REMEDY}'
+        )
+    if population_group(leaf, in_training=True) is not None:
+        raise ValueError(
+            f'a norm must average over the tiles of one process in mode "paper", got {type(leaf).__name__} that is '
+            f"shared among ranks (layer {name}). {_REMEDY}"
         )
     if isinstance(leaf, nn.Conv2d) and leaf.padding_mode != "zeros":
         raise ValueError(

@@ -18,6 +18,7 @@ from ds_wsi.partition.execution.ticket import Ticket
 P = ParamSpec("P")
 T = TypeVar("T")
 Release = Callable[[Ticket], None]  # gives up a claim, within a turn
+_barred: set[int] = set()  # threads of disks, of any store: two could wait for each other
 
 
 class Turns:
@@ -29,7 +30,6 @@ class Turns:
     def __init__(self) -> None:
         self._lock, self._depth = threading.RLock(), 0
         self._dropped: deque[Ticket] = deque()
-        self._barred: int | None = None  # a thread
 
     @contextmanager
     def turn(self, release: Release) -> Iterator[None]:
@@ -46,7 +46,7 @@ class Turns:
     def drop(self, ticket: Ticket, release: Release) -> None:
         """Release a ticket, now or later; never waits for another thread's operation. For `__del__`."""
         self._dropped.append(ticket)
-        if threading.get_ident() == self._barred or not self._lock.acquire(blocking=False):
+        if threading.get_ident() in _barred or not self._lock.acquire(blocking=False):
             return
         try:
             if self._depth == 0:
@@ -57,7 +57,7 @@ class Turns:
 
     def bar(self) -> None:
         """Let the calling thread, which operations wait for, release nothing."""
-        self._barred = threading.get_ident()
+        _barred.add(threading.get_ident())
 
     def _catch_up(self, release: Release) -> None:
         while self._depth == 1 and self._dropped:

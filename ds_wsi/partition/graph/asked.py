@@ -66,7 +66,7 @@ def answer(
     """
     if name in _OF_MEMORY:
         raise UnrecordedError(f"{name} of a value is read, which a recorded forward does not know")
-    if name not in (REQUIRES_GRAD, IS_LEAF, GRAD_FN) or node.op == "placeholder":
+    if name not in (REQUIRES_GRAD, IS_LEAF, GRAD_FN) or _is_tiles(node):
         raise UnknownError
     follows: bool | None = False
     if graded:
@@ -78,6 +78,11 @@ def answer(
     return follows if name == REQUIRES_GRAD else not follows
 
 
+def _is_tiles(node: fx.Node) -> bool:
+    """Whether it is the tiles: what stands beside them requires no gradient, and is known."""
+    return node.op == "placeholder" and node.meta.get("place") is None
+
+
 def _follows(
     wanted: fx.Node, values: dict[fx.Node, Any], part_of: Callable[[str], nn.Module], *, tiles: bool
 ) -> bool | None:
@@ -86,7 +91,7 @@ def _follows(
     for node in wanted.graph.nodes:
         followed = [found[parent] for parent in node.all_input_nodes]
         if node.op == "placeholder":
-            found[node] = tiles and node.meta.get("place") is None
+            found[node] = tiles and _is_tiles(node)
         elif node.op == "get_attr":
             found[node] = values[node].requires_grad
         elif is_detached(node):

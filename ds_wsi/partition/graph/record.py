@@ -165,9 +165,9 @@ def _unseeded(module: nn.Module, device: torch.device) -> Iterator[None]:
 @contextmanager
 def _inference_as_now() -> Iterator[None]:
     """Whether the call is in inference mode, for a forward that asks: tensors that are recorded cannot be."""
-    asked = torch.is_inference_mode_enabled
+    asked, thread = torch.is_inference_mode_enabled, threading.get_ident()
     if asked():
-        torch.is_inference_mode_enabled = lambda: True
+        torch.is_inference_mode_enabled = lambda: threading.get_ident() == thread or asked()
     try:
         yield
     finally:

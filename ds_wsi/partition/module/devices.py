@@ -1,5 +1,7 @@
 """The device that a partition computes on."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -7,8 +9,8 @@ _KINDS = ("cpu", "cuda", "meta")  # whose generators `runtime.seeding` sets back
 
 
 def device_of(module: nn.Module, default: torch.device) -> torch.device:
-    """The parameters' device; `default` where there are none."""
-    return next((parameter.device for parameter in module.parameters()), default)
+    """The parameters' device, or the buffers'; `default` where there are none of either."""
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), default)
 
 
 def refuse_devices(module: nn.Module, device: torch.device) -> None:
@@ -27,6 +29,8 @@ def refuse_devices(module: nn.Module, device: torch.device) -> None:
             f"a partitioned {owner} must compute on a CPU or a CUDA device, got {device}, whose random numbers chunks "
             'cannot draw again. HINT: mode "native".'
         )
+    if all(tensor.device == device for tensor in chain(module.parameters(), module.buffers())):
+        return  # at each call: names are looked for where they are needed
     named: list[tuple[str, str, Tensor]] = [("parameter", *item) for item in module.named_parameters()]
     named += [("buffer", *item) for item in module.named_buffers()]
     for kind, name, tensor in named:
