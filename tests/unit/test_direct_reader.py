@@ -12,7 +12,7 @@ from PIL import Image
 from tiled_tiff import LONG, LONG8, RGB, SHORT, UNDEFINED, Kind, Page, encode, picture, tiles_of, write_tiff
 
 from ds_wsi.slides.demo import write_pyramid
-from ds_wsi.slides.direct import jpeg_page
+from ds_wsi.slides.direct import jpeg_page, jpeg_stream
 from ds_wsi.slides.direct.errors import NotDirectError
 from ds_wsi.slides.direct.proof import open_direct, prove
 from ds_wsi.slides.direct.reader import DirectTiff
@@ -101,6 +101,42 @@ def test_what_else_stands_among_the_tables_is_forgotten_with_each_tile(path):
     page.tags[347] = (UNDEFINED, tables[:-2] + others + tables[-2:])
     write_tiff(path, [page], kind)
     assert proved(path) is None
+
+
+JFIF = b"\xff\xe0\x00\x10JFIF\0%c\x02" + bytes(7)
+ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64" + bytes(4) + b"%c"
+
+
+@pytest.mark.parametrize(
+    ("segments", "words"),
+    [
+        (JFIF % 1, ""),
+        (JFIF % 0, "JPEG must be of JFIF's revision 1, got 0"),
+        (ADOBE % 1, ""),
+        (ADOBE % 2, "JPEG must have Adobe's colours 0 or 1, got 2"),
+        (ADOBE % 2 + JFIF % 1, ""),  # libjpeg asks Adobe's only where there is none of JFIF's
+    ],
+)
+def test_headers_that_libjpeg_warns_of_are_refused(segments, words):
+    """OpenSlide takes the warning as an error; what is decoded here has none of these segments."""
+    _, stream = encode(next(tiles_of(Page((64, 64)))), Kind(tables_apart=True, subsampling="444"))
+    stream = stream[:2] + segments + _without_apps(stream[2:])
+    if not words:
+        assert jpeg_stream.tile_jpeg(b"", stream, 64, 64)
+        return
+    with pytest.raises(NotDirectError, match=words):
+        jpeg_stream.tile_jpeg(b"", stream, 64, 64)
+
+
+def test_tables_of_another_revision_are_refused():
+    with pytest.raises(NotDirectError, match="revision 1, got 2"):
+        jpeg_stream.stream_head(jpeg_stream.YCBCR, b"\xff\xd8" + JFIF % 2 + b"\xff\xd9")
+
+
+def _without_apps(segments):
+    while segments[1] in jpeg_stream.APPS:
+        segments = segments[2 + int.from_bytes(segments[2:4], "big") :]
+    return segments
 
 
 def test_a_folder_and_a_missing_file_are_errors_of_the_system(path):

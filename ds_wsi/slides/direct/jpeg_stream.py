@@ -15,6 +15,7 @@ RGB, YCBCR = 2, 6  # photometric interpretations
 DQT, DHT, DRI, SOS, COM = 0xDB, 0xC4, 0xDD, 0xDA, 0xFE
 FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, with Huffman's code
 APPS = range(0xE0, 0xF0)
+JFIF_APP, ADOBE_APP = 0xE0, 0xEE
 SCALES = (1, 2, 4, 8)
 
 
@@ -38,6 +39,8 @@ def stream_head(photometric: int, tables: bytes | None) -> bytes:
                 head.append(tables[position:end])
             elif marker not in (COM, DRI, *APPS):  # which each tile's start forgets
                 raise NotDirectError(f"JPEG tables must hold tables alone, got marker {marker:#x}")
+            elif marker == JFIF_APP:
+                _is_jfif(tables[position + 4 : end])
             position = end
     return b"".join(head)
 
@@ -55,7 +58,7 @@ def tile_jpeg(head: bytes, stream: bytes, width_px: int, height_px: int) -> byte
     """
     position = _after_start(stream)
     kept = [head]
-    has_frame = False
+    has_frame, has_jfif, colours = False, False, 0
     while True:
         marker, end = _segment(stream, position)
         if marker == SOS:
@@ -67,7 +70,13 @@ def tile_jpeg(head: bytes, stream: bytes, width_px: int, height_px: int) -> byte
             kept.append(stream[position:end])
         elif marker != COM and marker not in APPS:
             raise NotDirectError(f"JPEG must be baseline or progressive, got marker {marker:#x}")
+        if marker == JFIF_APP:
+            has_jfif |= _is_jfif(stream[position + 4 : end])
+        elif marker == ADOBE_APP and stream[position + 4 : position + 9] == b"Adobe" and end - position >= 16:
+            colours = stream[position + 15]
         position = end
+    if not has_jfif and colours not in (0, 1):
+        raise NotDirectError(f"JPEG must have Adobe's colours 0 or 1, got {colours}, which libjpeg warns of")
     if not has_frame:
         raise NotDirectError("JPEG must have a frame before its scan, got none")
     kept.append(stream[position:])
@@ -121,6 +130,15 @@ def _segment(stream: bytes, position: int) -> tuple[int, int]:
     if end < position + 4 or end > len(stream):
         raise NotDirectError("JPEG must have whole segments, got a torn one")
     return head[1], end
+
+
+def _is_jfif(data: bytes) -> bool:
+    """Whether an APP0 segment is JFIF's; of another revision than 1 libjpeg warns, which is an error for OpenSlide."""
+    if len(data) < 14 or data[:5] != b"JFIF\0":
+        return False
+    if data[5] != 1:
+        raise NotDirectError(f"JPEG must be of JFIF's revision 1, got {data[5]}")
+    return True
 
 
 def _require_frame(frame: bytes, width_px: int, height_px: int) -> None:
