@@ -93,13 +93,16 @@ def _keeps(policies: DsWsiConfig, model: SlideModel) -> bool:
     policy, population = policies.norm, partition_population(policies.partition)
     if model.norms_from is None or policy.training != "auto" or not policy.affine:
         return False
-    if model.norms_from == "config.json" and _was_never_trained(model):
-        return False  # saved as it was built: the words in its folder are the defaults, which nobody chose
+    if model.norms_from == "config.json" and _is_as_built(model):
+        return False
     return policy.evaluation in ("auto", model.norm_evaluation) and population in ("stack", model.norm_training)
 
 
-def _was_never_trained(model: SlideModel) -> bool:
-    return starts_fresh(model.encoder) and any(norm.running_mean is not None for norm in batch_norms(model.encoder))
+def _is_as_built(model: SlideModel) -> bool:
+    """Whether it was saved before it was trained, with the defaults, which nobody chose."""
+    words = model.norm_training, model.norm_evaluation
+    tracks = any(norm.running_mean is not None for norm in batch_norms(model.encoder))
+    return words == (SlideModel.norm_training, SlideModel.norm_evaluation) and tracks and starts_fresh(model.encoder)
 
 
 def _kept(training: str, model: SlideModel, calls: Calls) -> Norms:
