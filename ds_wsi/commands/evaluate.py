@@ -77,6 +77,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
     with in_turn(lock_path(directory, "/summary")):  # no slide's name
         if sharing.shard.is_alone or summary_of(directory) != digest:
             _write(options, sharing, [slide.prediction for slide in predicted], summary, record)
+            # When all is on disk: an error of a check must not cost the predictions.
+            tell_old_norms(options, sharing.model, cohort, sharing.policy, sharing.failures)
             mark(directory, known_by, digest)
     if not sharing.shard.is_alone:
         here = sum(slide.made_here for slide in predicted)
@@ -108,18 +110,6 @@ def _write(
     record: "RunRecord | None",
 ) -> None:
     """Write what is told of all slides: the report, or without labels their predictions."""
-    _write_files(options, sharing, predictions, summary, record)
-    # When all is on disk: an error of a check must not cost the predictions.
-    tell_old_norms(options, sharing.model, sharing.cohort, sharing.policy, sharing.failures)
-
-
-def _write_files(
-    options: argparse.Namespace,
-    sharing: "Sharing",
-    predictions: "Sequence[SlidePrediction]",
-    summary: dict[str, str],
-    record: "RunRecord | None",
-) -> None:
     from ds_wsi.evaluation.results import REPORT, write_predictions, write_results
 
     directory, cohort = sharing.folder, sharing.cohort

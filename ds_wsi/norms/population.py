@@ -207,7 +207,7 @@ def track(norm: Any, mean: Tensor, unbiased_var: Tensor) -> None:
 
 
 def forward_home(kind: type) -> str:
-    """The module that defines a norm class's forward, whichever ranks share the norm's population."""
+    """The Python module that defines a class's forward, whichever ranks share a norm's population."""
     homes = (base.__module__ for base in kind.__mro__ if "forward" in base.__dict__)
     return next(home for home in homes if home != "ds_wsi.norms.shared")
 

@@ -21,7 +21,7 @@ def batch_norms(module: nn.Module) -> list[Any]:
 
 
 def named_batch_norms(module: nn.Module) -> dict[str, Any]:
-    """Those of `batch_norms` by their names in `module`."""
+    """Every BatchNorm of `module` by its name there, each once, as `batch_norms` has them."""
     return {name: part for name, part in module.named_modules() if isinstance(part, AnyBatchNorm)}
 
 

@@ -55,7 +55,7 @@ def decide_norms(policies: DsWsiConfig, model: SlideModel, calls: Calls) -> Norm
         policies: of norm and partition.
         model: with an encoder that has BatchNorm, with its weights, and with what is frozen of it frozen. Its mode is
             left as it is.
-        calls: of the loop.
+        calls: how the loop calls the model.
 
     Raises:
         ValueError: what this loop cannot follow, with the remedy.
@@ -154,7 +154,7 @@ def _bags(training: str, calls: Calls) -> int:
 
 
 def _warn(training: str, evaluation: str, natural: str, calls: Calls, remedy: str) -> None:
-    """Of few bags, once; of an evaluation with other statistics than those of training, once."""
+    """Warn once of few bags, and once of an evaluation with other statistics than those of training."""
     bags, others = _bags(training, calls), calls.more_bags
     if training != "frozen":
         others += ', norm.training "frozen" with an encoder that has weights, or one with GroupNorm ("resnet50_gn")'

@@ -69,7 +69,7 @@ def by_number(case: Case, held: Restored, tiles: Tensor, count: int) -> tuple[bo
 
 
 def _recorded(case: Case, tiles: Tensor, count: int) -> tuple[bool, str | None]:
-    """As `by_number`, by recordings."""
+    """What `by_number` returns, found by recordings."""
     example = Example((count, *tiles.shape[1:]), tiles.dtype, case.device, case.arguments)
     try:
         traced = Traced(case.module, "batch", example, case.original, whole=False)
@@ -89,7 +89,8 @@ def _by_gradient(case: Case, *runs: "_Called | None") -> str | None:
 
     Args:
         case: what is checked.
-        runs: of the same tiles: two without gradients, which differ by what the module counts or draws, one with them.
+        runs: three runs of the same tiles: two without gradients, which differ by what the module counts or draws,
+            and one with them.
     """
     one, again, graded = (None if run is None else run.of_others(case.module) for run in runs)
     if one is None or graded is None or one != again or one == graded:

@@ -43,7 +43,7 @@ class PaperLayer:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """Of the layer's own forward."""
+        """The arguments that the layer's own forward takes."""
         return inspect.signature(self.native)
 
     @property
@@ -137,7 +137,7 @@ class PaperForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """Of the module's own forward."""
+        """The arguments that the module's own forward takes."""
         return inspect.signature(self.native)
 
     @property

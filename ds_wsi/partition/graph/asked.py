@@ -38,7 +38,7 @@ def reader_of(frame: FrameType | None) -> str:
 
 
 class UnknownError(Exception):
-    """Of autograd's state, which a chunk's own passes do not know either."""
+    """A forward asks for a state of autograd's that a chunk's own passes do not know either."""
 
 
 class _Edge:

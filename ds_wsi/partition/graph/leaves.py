@@ -4,12 +4,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ds_wsi.norms.population import takes_population
+from ds_wsi.norms.population import TORCH_NORMS, forward_home, takes_population
 from ds_wsi.partition.graph.unrecorded import ForbiddenError
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # The last is a SyncBatchNorm's stand-in while a partition is checked.
-_BATCH_NORMS = ("torch.nn.modules.batchnorm", "timm.layers.norm_act", "ds_wsi.partition.module.restored")
+_BATCH_NORMS = (TORCH_NORMS, "timm.layers.norm_act", "ds_wsi.partition.module.restored")
 _IMAGE_NORMS = (
     *("torch.nn.modules.normalization", "torch.nn.modules.instancenorm"),
     *("timm.layers.norm", "timm.layers.norm_act"),
@@ -18,29 +18,24 @@ _IMAGE_NORMS = (
 _LIBRARIES = ("torch.nn.", "torch.ao.nn.", "timm.layers.", "torchvision.", "transformers.")
 
 
-def forward_home(part: nn.Module) -> str:
+def home_of(part: nn.Module) -> str:
     """Where a module's forward is written; "" for one of its own, that no class has."""
-    return "" if "forward" in part.__dict__ else _home(type(part))
-
-
-def _home(kind: type) -> str:
-    homes = [base.__module__ for base in kind.__mro__ if "forward" in base.__dict__]
-    return next(home for home in homes if home != "ds_wsi.norms.shared")  # it shares a population between ranks
+    return "" if "forward" in part.__dict__ else forward_home(type(part))
 
 
 def has_library_forward(part: nn.Module) -> bool:
     """Whether a module does what torch, or a library of models, says that its base class does."""
-    return forward_home(part).startswith(_LIBRARIES)
+    return home_of(part).startswith(_LIBRARIES)
 
 
 def has_own_forward(norm: nn.Module) -> bool:
     """Whether a BatchNorm normalises as torch's or timm's class says, by the forward of the class itself."""
-    return forward_home(norm) in _BATCH_NORMS
+    return home_of(norm) in _BATCH_NORMS
 
 
 def is_known_norm(kind: type) -> bool:
     """Whether a class's forward is that of torch's or timm's BatchNorm, whichever ranks share its population."""
-    return _home(kind) in _BATCH_NORMS
+    return forward_home(kind) in _BATCH_NORMS
 
 
 def needs_batch_statistics(module: nn.Module) -> bool:
@@ -53,7 +48,7 @@ def needs_image_statistics(module: nn.Module) -> bool:
 
     One with another's forward is looked into.
     """
-    if not isinstance(module, (_InstanceNorm, nn.GroupNorm)) or forward_home(module) not in _IMAGE_NORMS:
+    if not isinstance(module, (_InstanceNorm, nn.GroupNorm)) or home_of(module) not in _IMAGE_NORMS:
         return False
     return isinstance(module, nn.GroupNorm) or module.training or not module.track_running_stats
 

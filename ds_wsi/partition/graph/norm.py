@@ -23,7 +23,7 @@ from ds_wsi.norms.population import (
     track,
 )
 from ds_wsi.norms.roles import population_group
-from ds_wsi.partition.graph.leaves import forward_home
+from ds_wsi.partition.graph.leaves import home_of
 from ds_wsi.runtime.numerics import memory_layout
 
 
@@ -56,7 +56,7 @@ class NormSite:
     def __init__(self, leaf: nn.Module) -> None:
         self.leaf: Any = leaf
         self.batch = isinstance(leaf, _BatchNorm)
-        self.acts = not self.batch and forward_home(leaf) == "timm.layers.norm_act"  # GroupNormAct
+        self.acts = not self.batch and home_of(leaf) == "timm.layers.norm_act"  # GroupNormAct
 
     @property
     def group(self) -> Any:
