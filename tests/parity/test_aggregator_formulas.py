@@ -1,4 +1,4 @@
-"""Each aggregator is its paper's formula, written again for one bag in plain loops; torchmil agrees where it can."""
+"""Each aggregator is its paper's formula, written again for one bag in plain loops."""
 
 import math
 from itertools import combinations
@@ -6,49 +6,12 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
+from aggregator_cases import CLASSES, DIM, LABEL, assert_same, build, draw_bag, gated, linear, run
 from torch import nn
 
-from ds_wsi.models import build_aggregator
 from ds_wsi.models.aggregators import transmil
-from ds_wsi.models.aggregators.transmil import NystromAttention, PyramidPositions
+from ds_wsi.models.aggregators.transmil import NystromAttention
 from ds_wsi.stacking import stack_bags
-
-DIM, CLASSES = 5, 3
-LABEL = 1
-
-
-def build(name, **options):
-    torch.manual_seed(0)
-    module = build_aggregator(name, DIM, CLASSES, **{"dropout": 0.0, **options}).double().eval()
-    for parameter in module.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return module
-
-
-def draw_bag(length, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(length, DIM, dtype=torch.float64, generator=generator)
-
-
-def run(module, bag, labelled=False):
-    """The bag's part of a stack of two, the first of which is another bag."""
-    stack = stack_bags([draw_bag(4, seed=2), bag])
-    output = module(stack, torch.tensor([0, LABEL])) if labelled else module(stack)
-    attention = None if output.attention is None else output.attention[4:]
-    return output.logits[1], attention, output.auxiliary_loss[1] if labelled else None
-
-
-def assert_same(found, expected):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-11, atol=1e-12)
-
-
-def linear(layer, x):
-    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
-
-
-def gated(module, h):
-    content = torch.tanh(linear(module.attention_v, h)) * torch.sigmoid(linear(module.attention_u, h))
-    return linear(module.attention_w, content)
 
 
 def smooth_svm(pair, target):
@@ -353,59 +316,3 @@ def test_abmilx(length):
     z = linear(module.projection, torch.cat(pooled))
     z = z + linear(module.mlp[2], F.gelu(linear(module.mlp[0], z)))
     assert_same(logits, linear(module.classifier, F.layer_norm(z, (8,), module.norm.weight)))
-
-
-# torchmil 1.0 as a second witness, where what it computes is what its papers say; it is no dependency.
-
-
-# Not its instance loss for CLAM (version 1.0.2 pairs every instance with every target) nor its DTFD (no class
-# probabilities, every instance passed on, one logit).
-
-
-def test_gated_attention_pooling_is_torchmils():
-    library = pytest.importorskip("torchmil.nn", reason="torchmil, the second witness, is not installed")
-    module, bag = build("clam_sb", embed_dim=7, hidden_dim=4), draw_bag(9)
-    theirs = library.AttentionPool(in_dim=7, att_dim=4, gated=True).double()
-    theirs.fc1.module.load_state_dict(module.attention.attention_v.state_dict())
-    theirs.fc_gated.module.load_state_dict(module.attention.attention_u.state_dict())
-    # It has no bias here, which a softmax does not see.
-    theirs.fc2.weight.data = module.attention.attention_w.weight.detach().clone()
-    pooled = theirs(module.embed(bag)[None])[0]
-    assert_same(run(module, bag)[0], linear(module.classifier, pooled))
-
-
-def test_dsmil_attention_is_torchmils():
-    models = pytest.importorskip("torchmil.models", reason="torchmil, the second witness, is not installed")
-    module, bag = build("dsmil", query_dim=4), draw_bag(9)
-    theirs = models.DSMIL(in_shape=(DIM,), att_dim=4, nonlinear_q=True).double()
-    theirs.q_nn.load_state_dict(module.query.state_dict())
-    for c in range(CLASSES):
-        theirs.inst_classifier.weight.data = module.instance_classifier.weight[c : c + 1].detach().clone()
-        theirs.inst_classifier.bias.data = module.instance_classifier.bias[c : c + 1].detach().clone()
-        weights = theirs(bag[None], return_att=True)[1].flatten()
-        assert_same(run(module, bag)[1][:, c], weights)
-
-
-@pytest.mark.parametrize("length", [3, 8, 21])
-def test_nystrom_attention_is_torchmils_with_its_residual_off(length):
-    attention = pytest.importorskip("torchmil.nn.attention", reason="torchmil, the second witness, is not installed")
-    torch.manual_seed(0)
-    module = NystromAttention(8, 2, 4, 0.0).double()
-    nn.init.zeros_(module.residual.weight)
-    theirs = attention.NystromAttention(8, att_dim=8, n_heads=2, n_landmarks=4).double()
-    theirs.qkv_nn.weight.data = module.qkv.weight.detach().clone()
-    x = torch.randn(length, 8, dtype=torch.float64)
-    mixed, weights = theirs(x[None], return_att=True)
-    found, first = module(x)
-    assert_same(found, linear(module.out, mixed[0]))
-    assert_same(first, weights[0].mean(0)[0].clamp_min(0))
-
-
-def test_pyramid_positions_are_torchmils():
-    theirs = pytest.importorskip("torchmil.models.transmil", reason="torchmil, the second witness, is not installed")
-    torch.manual_seed(0)
-    module, oracle = PyramidPositions(6).double(), theirs.PPEG(6).double()
-    for convolution, other in zip(module.convolutions, (oracle.proj, oracle.proj1, oracle.proj2), strict=True):
-        other.load_state_dict(convolution.state_dict())
-    tokens = torch.randn(1 + 25, 6, dtype=torch.float64)
-    assert_same(module(tokens, 5), oracle(tokens[None], 5, 5)[0])
