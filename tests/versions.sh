@@ -32,9 +32,10 @@ done
 tests=(
   tests/unit/test_seams.py tests/unit/test_fsdp_units.py tests/unit/test_deepspeed_ops.py
   tests/unit/test_engine_config.py tests/unit/test_transformers.py
-  tests/distributed/test_comm_hooks.py tests/distributed/test_comm_hook_states.py tests/distributed/test_fsdp.py
+  tests/distributed/test_comm_hooks.py tests/distributed/test_comm_hook_states.py
+  tests/distributed/test_comm_hook_attached.py tests/distributed/test_fsdp.py
   tests/distributed/test_initialize.py tests/distributed/test_scope.py tests/distributed/test_timeouts.py
-  tests/distributed/test_trainer.py tests/distributed/test_resume_ranks.py
+  tests/distributed/test_trainer.py tests/distributed/test_resume_ranks.py tests/distributed/test_resume_run_ranks.py
 )
 run() {
   echo "+ $*"
