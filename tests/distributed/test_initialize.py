@@ -36,6 +36,14 @@ AUTO = {
     },
     "zero_force_ds_cpu_optimizer": False,
 }
+PLAIN = {
+    "train_micro_batch_size_per_gpu": 2,
+    "zero_optimization": {"stage": 1},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "ds_wsi": {"compression": {"hook": "topk", "keep": 0.5}},
+}
+BASE = {key: value for key, value in PLAIN.items() if key != "ds_wsi"}
 
 
 def make_model():
@@ -66,35 +74,27 @@ def step(engine):
     engine.step()
 
 
-def initialized():
-    import deepspeed
-
+def the_readmes_line():
+    """README's line, and the file of its own that it names: every value "auto" but the optimizer's kind."""
     import ds_wsi
-    from ds_wsi.partition.forward import PartitionedForward
 
-    found = {"parameters": list(inspect.signature(deepspeed.initialize).parameters)}
-
-    # README's line, and the file of its own that it names: every value "auto" but the optimizer's kind.
     engine, optimizer, loader, schedule = ds_wsi.initialize(
         model=make_model(), config=str(ROOT / "ds_configs/dmgc.json")
     )
     step(engine)
-    found["dmgc"] = {
+    return {
         "handle": (engine.comm_handle.name, engine.comm_handle.where, engine.comm_handle.state.policy.keep),
         "batch": (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()),
         "lr": engine.get_lr(),
         "rest": (optimizer is engine.optimizer, loader, schedule),
     }
 
-    # Every parameter of DeepSpeed's, by its place.
+
+def by_place(parameters):
+    """Every parameter of DeepSpeed's, by its place."""
+    import ds_wsi
+
     model = make_model()
-    plain = {
-        "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": {"stage": 1},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "ds_wsi": {"compression": {"hook": "topk", "keep": 0.5}},
-    }
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
     data = torch.utils.data.TensorDataset(torch.randn(8, 7), torch.zeros(8, dtype=torch.long))
     schedule = torch.optim.lr_scheduler.StepLR(sgd, 1)
@@ -109,27 +109,38 @@ def initialized():
         "mpu": None,
         "dist_init_required": None,
         "collate_fn": torch.utils.data.default_collate,
-        "config": plain,
+        "config": PLAIN,
         "mesh_param": None,
         "config_params": None,
     }
-    assert set(given) >= set(found["parameters"]), "DeepSpeed has a parameter that this test does not know"
-    engine, _, loader, schedule = ds_wsi.initialize(*(given[name] for name in found["parameters"]))
-    found["by place"] = (engine.get_lr(), len(next(iter(loader))[0]), schedule is not None, engine.comm_handle.name)
-    found["unchanged"] = plain["zero_optimization"] == {"stage": 1}
+    assert set(given) >= set(parameters), "DeepSpeed has a parameter that this test does not know"
+    engine, _, loader, schedule = ds_wsi.initialize(*(given[name] for name in parameters))
+    return engine.get_lr(), len(next(iter(loader))[0]), schedule is not None, engine.comm_handle.name
 
-    # The other ways to a config.
-    encoded = base64.urlsafe_b64encode(json.dumps(plain).encode()).decode()
+
+def other_ways_to_a_config():
+    import ds_wsi
+
+    found = {}
+    encoded = base64.urlsafe_b64encode(json.dumps(PLAIN).encode()).decode()
     for name, more in (
-        ("params", {"config_params": plain}),
-        ("args", {"args": argparse.Namespace(deepspeed_config=plain)}),
+        ("params", {"config_params": PLAIN}),
+        ("args", {"args": argparse.Namespace(deepspeed_config=PLAIN)}),
         ("base64", {"config": encoded}),
     ):
         model = make_model()
         engine, *_ = ds_wsi.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **more)
         found[name] = engine.comm_handle.name
+    return found
 
-    # Without a section the engine is DeepSpeed's own, with "auto" filled: against it, number by number.
+
+def filled():
+    """Without a section the engine is DeepSpeed's own, with "auto" filled: against it, number by number."""
+    import deepspeed
+
+    import ds_wsi
+    from ds_wsi.engines.sharded.zero import full_state_dict
+
     engine, *_ = ds_wsi.initialize(model=make_model(), config=AUTO)
     step(engine)
     numbers = {
@@ -145,19 +156,23 @@ def initialized():
     }
     native, *_ = deepspeed.initialize(model=make_model(), config=numbers)
     step(native)
-    from ds_wsi.engines.sharded.zero import full_state_dict
-
     one, two = full_state_dict(engine.module), full_state_dict(native.module)
-    found["auto"] = (all(torch.equal(one[name], two[name]) for name in two), engine.comm_handle is None)
+    return all(torch.equal(one[name], two[name]) for name in two), engine.comm_handle is None
 
-    # The section's other keys.
-    base = {k: v for k, v in plain.items() if k != "ds_wsi"}
 
-    def begin(section, model=None):
-        model = model or make_slide_model()
-        return ds_wsi.initialize(
-            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=base | {"ds_wsi": section}
-        )[0]
+def begin(section, model=None):
+    import ds_wsi
+
+    model = model or make_slide_model()
+    return ds_wsi.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=BASE | {"ds_wsi": section}
+    )[0]
+
+
+def followed():
+    """What became of the section's keys beside compression."""
+    import ds_wsi
+    from ds_wsi.partition.forward import PartitionedForward
 
     engine = begin(
         {
@@ -169,41 +184,80 @@ def initialized():
     bags = ds_wsi.stack_bags([torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8) for n in (3, 2)])
     engine.backward(engine(bags).logits.logsumexp(1).sum())
     engine.step()
-    found["followed"] = (
+    return (
         type(engine.module.encoder.forward) is PartitionedForward,
         engine.module.norm_training,
         type(engine.module.aggregator.forward).__name__,
     )
+
+
+def refused_sections():
+    import ds_wsi
+
+    found = {}
     for name, section in SECTIONS.items():
         found[f"section {name}"] = first_error(lambda section=section: begin(section))
     found["section of a plain model"] = first_error(
         lambda: begin({"norm": {"training": "step"}}, torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
     )
-    found["norms"] = {name: norms_chosen(*case) for name, case in NORMS.items()}
     halves = {"bf16": {"enabled": True}}
     for name, more in (("a section", {"ds_wsi": {"compression": {"hook": "none"}}}), ("no section", {})):
-        config = base | halves | more
+        config = BASE | halves | more
         found[f"bf16, {name}"] = first_error(
             lambda config=config: ds_wsi.initialize(model=make_slide_model(), config=config)
         )
-    # `attach` on an engine that is there.
+    return found
+
+
+def attached():
+    """`attach` on an engine that is there."""
+    import deepspeed
+
+    import ds_wsi
+
+    found = {}
     for name, section in {
         "partition": {"partition": {"mode": "lean"}},
         "norm": {"norm": {"training": "stack"}},
     }.items():
         model = make_slide_model()
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=base | {"ds_wsi": section}
+            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=BASE | {"ds_wsi": section}
         )
         found[f"attach {name}"] = first_error(lambda engine=engine: ds_wsi.attach(engine))
     found["attach without a section"] = ds_wsi.attach(torch.nn.parallel.DistributedDataParallel(make_model())) is None
     found["attach bare"] = first_error(lambda: ds_wsi.attach(make_model()))
-    found["argument"] = first_error(lambda: ds_wsi.initialize(model=make_model(), confg={}))
-    found["two"] = first_error(lambda: ds_wsi.initialize(model=make_model(), config={}, config_params={}))
-    found["none"] = first_error(lambda: ds_wsi.initialize(model=make_model()))
-    found["file"] = first_error(lambda: ds_wsi.initialize(model=make_model(), config="no/such.json"))
-    found["model"] = first_error(lambda: ds_wsi.initialize(config=plain))
     return found
+
+
+def refused_arguments():
+    import ds_wsi
+
+    return {
+        "argument": first_error(lambda: ds_wsi.initialize(model=make_model(), confg={})),
+        "two": first_error(lambda: ds_wsi.initialize(model=make_model(), config={}, config_params={})),
+        "none": first_error(lambda: ds_wsi.initialize(model=make_model())),
+        "file": first_error(lambda: ds_wsi.initialize(model=make_model(), config="no/such.json")),
+        "model": first_error(lambda: ds_wsi.initialize(config=PLAIN)),
+    }
+
+
+def initialized():
+    import deepspeed
+
+    parameters = list(inspect.signature(deepspeed.initialize).parameters)
+    return {
+        "dmgc": the_readmes_line(),
+        "by place": by_place(parameters),
+        "unchanged": PLAIN["zero_optimization"] == {"stage": 1},
+        **other_ways_to_a_config(),
+        "auto": filled(),
+        "followed": followed(),
+        **refused_sections(),
+        "norms": {name: norms_chosen(*case) for name, case in NORMS.items()},
+        **attached(),
+        **refused_arguments(),
+    }
 
 
 def norms_chosen(section, micro_steps, pair):
