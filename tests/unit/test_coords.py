@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from test_slide import ramp, write_slide
+from slide_files import ramp, write_slide
 
 from ds_wsi.slides import coords as coords_module
 from ds_wsi.slides.coords import (

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import label
-from test_slide import write_slide
+from slide_files import write_slide
 from test_tiling import draw
 
 from ds_wsi.slides.masks import MaskFile, _fill, find_mask, read_mask, write_mask

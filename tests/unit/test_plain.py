@@ -6,7 +6,7 @@ import pytest
 import tifffile
 from dicom_slide import write_dicom
 from PIL import Image
-from test_slide import ramp
+from slide_files import ramp
 
 from ds_wsi.slides import plain
 from ds_wsi.slides.policy import TilingPolicy

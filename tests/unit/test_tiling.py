@@ -7,7 +7,7 @@ import pytest
 import tifffile
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_slide import write_slide
+from slide_files import write_slide
 
 from ds_wsi.config import read_section
 from ds_wsi.slides import tiling
