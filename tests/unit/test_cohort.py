@@ -1,73 +1,25 @@
+"""A manifest becomes a cohort: what is refused, left out, warned of and split."""
+
 import csv
 import os
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import tifffile
+from cohort_files import POLICY, copy_to, load, messages, picture, row, two, write_manifest, write_slides
 from dicom_slide import write_dicom
 from PIL import Image
 
 from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.manifest import SPLITS, ManifestError
 from ds_wsi.bags.slide_policy import SKIPPED_FILE, SkippedSlide, SlidePolicy, write_skipped
-from ds_wsi.slides.coords import export_trident, import_trident, read_grid, write_grid
-from ds_wsi.slides.fingerprint import slide_fingerprint
-from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.slides.pyramid import write_pyramid
-from ds_wsi.slides.slide import Slide
-from ds_wsi.slides.tiling import tile_slide
-
-POLICY = TilingPolicy(tile_size_px=64)
-
-
-def picture(side=256, tissue=True):
-    image = np.full((side, side, 3), 243, dtype=np.uint8)
-    if tissue:
-        noise = np.random.default_rng(side).integers(-8, 8, (side - 32, side - 32, 1))
-        image[32:, 32:] = np.array([200, 110, 160]) + noise
-    return image
-
-
-def write_plain(path, image):
-    """A TIFF that tells no resolution."""
-    with tifffile.TiffWriter(path) as tiff:
-        tiff.write(image, tile=(64, 64), photometric="rgb", metadata=None, software=False)
-
-
-def write_manifest(folder, rows, columns=("slide_id", "path", "label", "patient_id", "split", "mpp")):
-    path = folder / "manifest.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("slides")
-    write_pyramid(folder / "good.tiff", picture(), mpp=0.5)
-    write_pyramid(folder / "other.tiff", picture(320), mpp=0.5)
-    write_pyramid(folder / "dpi72.tiff", picture(), mpp=352.78)
-    write_pyramid(folder / "tiny.tiff", picture(48), mpp=0.5)
-    write_pyramid(folder / "blank.tiff", picture(tissue=False), mpp=0.5)
-    write_plain(folder / "plain.tiff", picture())
-    (folder / "text.svs").write_text("no slide")
-    return folder
-
-
-def row(slides, slide_id, name, label, **more):
-    return {"slide_id": slide_id, "path": str(slides / name), "label": label, **more}
-
-
-def two(slides, name="good.tiff", **more):
-    return [row(slides, "one", name, "a", **more), row(slides, "two", "other.tiff", "b")]
-
-
-def load(folder, rows, policy=POLICY, **options):
-    return load_cohort(write_manifest(folder, rows), policy, need_splits=False, **options)
+    return write_slides(tmp_path_factory.mktemp("slides"))
 
 
 def test_the_demo_cohort(demo_manifest):
@@ -282,59 +234,6 @@ def test_the_manifests_mpp_overrides_the_files(slides, tmp_path):
     assert [grid.slide_mpp for grid in cohort.grids] == pytest.approx([0.25, 0.5], rel=1e-3)
 
 
-def test_grids_are_kept_and_read_again_until_policy_or_mpp_change(slides, tmp_path):
-    tiles = tmp_path / "tiles"
-    first = load(tmp_path, two(slides), tiles_dir=tiles)
-    files = {path.name: path.stat().st_mtime_ns for path in tiles.iterdir()}
-    assert set(files) == {"one.safetensors", "two.safetensors"}
-    second = load(tmp_path, two(slides), tiles_dir=tiles)
-    assert {path.name: path.stat().st_mtime_ns for path in tiles.iterdir()} == files
-    for before, after in zip(first.grids, second.grids):
-        np.testing.assert_array_equal(before.coords, after.coords)
-        for field in fields(before):
-            if field.name != "coords":
-                assert getattr(before, field.name) == getattr(after, field.name), field.name
-    small = load(tmp_path, two(slides), TilingPolicy(tile_size_px=32), tiles_dir=tiles)
-    assert {path.stat().st_mtime_ns for path in tiles.iterdir()}.isdisjoint(files.values())
-    assert small.lengths[0] > 2 * first.lengths[0]
-    assert read_grid(tiles / "one.safetensors").tile_size_px == 32
-    load(tmp_path, two(slides, mpp="0.25"), TilingPolicy(tile_size_px=32), tiles_dir=tiles)
-    assert read_grid(tiles / "one.safetensors").slide_mpp == 0.25
-
-
-def test_a_grid_of_another_slide_file_is_tiled_anew(slides, tmp_path):
-    load(tmp_path, two(slides), tiles_dir=tmp_path / "tiles")
-    swapped = [row(slides, "one", "other.tiff", "a"), row(slides, "two", "good.tiff", "b")]
-    cohort = load(tmp_path, swapped, tiles_dir=tmp_path / "tiles")
-    assert [grid.slide_width_px for grid in cohort.grids] == [320, 256]
-
-
-def test_a_torn_grid_is_a_problem_that_names_it(slides, tmp_path):
-    load(tmp_path, two(slides), tiles_dir=tmp_path / "tiles")
-    path = tmp_path / "tiles" / "one.safetensors"
-    path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(ManifestError, match=r"must be a whole safetensors file.*one\.safetensors.*HINT: delete it"):
-        load(tmp_path, two(slides), tiles_dir=tmp_path / "tiles")
-
-
-def test_an_imported_grid_is_taken_as_it_is_or_refused(slides, tmp_path):
-    tiles = tmp_path / "tiles"
-    with Slide(slides / "good.tiff", slide_id="one") as slide:
-        own = tile_slide(slide, POLICY)
-        export_trident(replace(own, coords=own.coords[:2]), tmp_path / "one.h5")
-        write_grid(import_trident(tmp_path / "one.h5", slide), tiles / "one.safetensors")
-    before = (tiles / "one.safetensors").read_bytes()
-    # another tissue threshold is no reason to refuse it
-    cohort = load(tmp_path, two(slides), replace(POLICY, min_tissue_fraction=0.2), tiles_dir=tiles)
-    np.testing.assert_array_equal(cohort.grids[0].coords, own.coords[:2])
-    for policy, ours in ((TilingPolicy(tile_size_px=32), "32 px at 0.5"), (replace(POLICY, mpp=1.0), "64 px at 1 ")):
-        with pytest.raises(ManifestError, match="imported from trident") as caught:
-            load(tmp_path, two(slides), policy, tiles_dir=tiles)
-        assert ours in str(caught.value)
-        assert "got 64 px at 0.5" in str(caught.value)
-    assert (tiles / "one.safetensors").read_bytes() == before
-
-
 def test_splits_are_drawn_where_they_are_needed(slides, tmp_path):
     for number in range(10):
         write_pyramid(tmp_path / f"{number}.tiff", picture(256 + number), mpp=0.5)
@@ -346,79 +245,6 @@ def test_splits_are_drawn_where_they_are_needed(slides, tmp_path):
     assert all(cohort.rows(split) for split in SPLITS)
     again = load_cohort(path, POLICY, seed=3)
     assert again.manifest == cohort.manifest
-
-
-def messages(caplog):
-    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-
-
-def copy_to(path, source, touch=False):
-    path.unlink(missing_ok=True)
-    path.write_bytes(source.read_bytes())
-    if touch:
-        os.utime(path, (1, 1))
-    return path
-
-
-def one_slide(folder, path):
-    return [{"slide_id": "one", "path": str(path), "label": "a"}, row(folder, "two", "other.tiff", "b")]
-
-
-@pytest.mark.parametrize("keeps_size_and_time", [False, True])
-def test_a_grid_is_known_by_its_slides_content_not_by_name_size_or_time(slides, tmp_path, caplog, keeps_size_and_time):
-    tiles, path = tmp_path / "tiles", copy_to(tmp_path / "slide.tiff", slides / "good.tiff", touch=True)
-    load(tmp_path, one_slide(slides, path), tiles_dir=tiles)
-    before = read_grid(tiles / "one.safetensors")
-    written = (tiles / "one.safetensors").stat().st_mtime_ns
-    # the same bytes as another file, at another time, under another name, by a link: the grid is kept
-    for same in (copy_to(tmp_path / "copy.tiff", path), copy_to(tmp_path / "slide.tiff", slides / "good.tiff")):
-        load(tmp_path, one_slide(slides, same), tiles_dir=tiles)
-    (tmp_path / "link.tiff").symlink_to(path)
-    load(tmp_path, one_slide(slides, tmp_path / "link.tiff"), tiles_dir=tiles)
-    assert (tiles / "one.safetensors").stat().st_mtime_ns == written
-    assert messages(caplog) == []
-    # another picture of the same size in px, written without compression: perhaps of the same bytes and time
-    other = picture()
-    other[32:128] = 243
-    write_pyramid(tmp_path / "new.tiff", other, mpp=0.5)
-    n_bytes = (slides / "good.tiff").stat().st_size
-    if keeps_size_and_time:
-        content = (tmp_path / "new.tiff").read_bytes()
-        (tmp_path / "new.tiff").write_bytes(content + b"\0" * (n_bytes - len(content)))
-        assert (tmp_path / "new.tiff").stat().st_size == n_bytes
-    copy_to(path, tmp_path / "new.tiff", touch=True)
-    load(tmp_path, one_slide(slides, path), tiles_dir=tiles)
-    assert read_grid(tiles / "one.safetensors").coords.tolist() != before.coords.tolist()
-    (message,) = messages(caplog)
-    assert "1 of 2 grids were of another policy, mask or slide file" in message
-
-
-def test_a_grid_of_an_earlier_version_is_taken_with_one_line(slides, tmp_path, caplog):
-    tiles = tmp_path / "tiles"
-    cohort = load(tmp_path, two(slides))
-    for grid in cohort.grids:
-        write_grid(grid, tiles / f"{grid.slide_id}.safetensors")  # without its slide's fingerprint, as they were
-    before = {path.name: path.read_bytes() for path in tiles.iterdir()}
-    load(tmp_path, two(slides), tiles_dir=tiles)
-    assert {path.name: path.read_bytes() for path in tiles.iterdir()} == before
-    (message,) = messages(caplog)
-    assert "2 of 2 grids are of an earlier version" in message
-
-
-@pytest.mark.parametrize("with_fingerprint", [False, True])
-def test_an_imported_grid_of_another_slide_is_refused(slides, tmp_path, with_fingerprint):
-    tiles = tmp_path / "tiles"
-    name = "good.tiff" if with_fingerprint else "other.tiff"  # of the other size in px
-    with Slide(slides / name, slide_id="one") as slide:
-        export_trident(tile_slide(slide, POLICY), tmp_path / "one.h5")
-        found = slide_fingerprint(slides / "other.tiff") if with_fingerprint else None
-        write_grid(import_trident(tmp_path / "one.h5", slide), tiles / "one.safetensors", found)
-    before = (tiles / "one.safetensors").read_bytes()
-    with pytest.raises(
-        ManifestError, match=r"imported from trident must be of the slide's present file.*import it again"
-    ):
-        load(tmp_path, two(slides), tiles_dir=tiles)
-    assert (tiles / "one.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("how", ["path", "link", "hard link", "copy"])
@@ -448,13 +274,3 @@ def test_splits_that_are_drawn_apart_are_refused_and_one_patient_is_the_remedy(s
         load_cohort(write_manifest(tmp_path, rows), POLICY)
     patients = [{**each, "patient_id": f"p{number % 9}"} for number, each in enumerate(rows)]
     assert len(load_cohort(write_manifest(tmp_path, patients), POLICY).grids) == 18
-
-
-def test_without_write_grids_nothing_is_written(slides, tmp_path):
-    load(tmp_path, two(slides), tiles_dir=tmp_path / "tiles", write_grids=False)
-    assert not (tmp_path / "tiles").exists()
-    load(tmp_path, two(slides), tiles_dir=tmp_path / "tiles")
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "tiles").iterdir()}
-    small = load(tmp_path, two(slides), TilingPolicy(tile_size_px=32), tiles_dir=tmp_path / "tiles", write_grids=False)
-    assert small.tile_grids[0].tile_size_px == 32
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "tiles").iterdir()} == before

@@ -11,8 +11,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from cohort_files import picture
 from PIL import Image
-from test_cohort import picture
 
 import ds_wsi
 from ds_wsi.cli import build_parser, main
