@@ -1,4 +1,4 @@
-"""Validation beside training: the run it would be without, and no step of it waits; and early stopping in both ways."""
+"""Validation beside training: the run it would be without, and no step of it waits."""
 
 import json
 import multiprocessing
@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from validated_runs import EPOCHS, STEPS, TIMED, Stop, choice_of, scripted, train
 
 from ds_wsi.bags.bag import FailureLog, ReadFailureError, TileDataset
 from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.bags.manifest import Manifest
 from ds_wsi.bags.policy import ReadPolicy
-from ds_wsi.cli import main
 from ds_wsi.engines.accelerator.engine import Accelerator
 from ds_wsi.evaluation import validator
-from ds_wsi.evaluation.norm_choice import NormChoice, NormPlan
+from ds_wsi.evaluation.norm_choice import NormPlan
 from ds_wsi.evaluation.predict import predict_slides, prediction_metrics
-from ds_wsi.evaluation.validator import ValidationResult, ValidationWork, Validator, ValidatorError, require_device
+from ds_wsi.evaluation.validator import ValidationWork, Validator, ValidatorError, require_device
 from ds_wsi.models import load_model
 from ds_wsi.runtime.files import write_json
 from ds_wsi.runtime.processes import is_stopped, state_of
@@ -31,15 +31,9 @@ from ds_wsi.slides.slide import SlideError, TileReadError
 from ds_wsi.training import loop, validation
 from ds_wsi.training.checkpoint import PENDING_WEIGHTS
 from ds_wsi.training.settings import RunSettings
-from ds_wsi.training.stopping import require_metric, stop_reason
+from ds_wsi.training.stopping import require_metric
 
-EPOCHS, STEPS = 3, 4
-TIMED = ("tiles_per_second", "peak_memory_bytes")
 PATIENCE_S = 6  # of a process that waits for an event, before it fails
-
-
-class Stop(Exception):  # noqa: N818
-    """Ends a run where a test wants it."""
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +45,6 @@ def tiles_dir(tmp_path_factory):
 def forked(monkeypatch):
     """The process is forked: it starts at once, and with what the test has patched."""
     monkeypatch.setattr(validator, "CONTEXT", multiprocessing.get_context("fork"))
-
-
-def train(manifest, tiles_dir, folder, *more, status=0):
-    options = {"manifest": manifest, "tiles_dir": tiles_dir, "output_dir": folder, "tile_size_px": 64}
-    options |= {"encoder": "resnet10t", "num_train_epochs": EPOCHS, "dataloader_num_workers": 0, "learning_rate": 0.01}
-    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    assert main(["train", *given, *more]) == status
 
 
 def history_of(folder):
@@ -114,16 +101,6 @@ def test_a_run_stopped_with_a_validation_pending_goes_on_to_the_same_end(
     for name in ("model.safetensors", "config.json"):
         assert (folder / name).read_bytes() == (between / name).read_bytes(), name
     assert not list(folder.glob("*pending*"))
-
-
-def scripted(aucs, failures=None):
-    """Stands for the validation of weights: the n-th has the n-th AUC."""
-    left = iter(aucs)
-    return lambda *_: ValidationResult(choice_of({"eval_loss": 0.1, "eval_auc": next(left)}), failures or {})
-
-
-def choice_of(metrics):
-    return NormChoice("running", {"running": metrics})
 
 
 def wait_for(path):
@@ -338,63 +315,6 @@ def test_a_device_that_is_not_there_is_refused(device, words, work):
         Validator(replace(work, device=device))
     with pytest.raises(ValueError, match=rf"--device must be a {words}.*HINT"):
         require_device(device, "--device")  # of evaluate, heatmap and features
-
-
-def entries(*aucs):
-    """A history in which the last epochs may not be validated yet: None."""
-    validated = [{"epoch": n, "eval_loss": 1.0, "eval_auc": auc} for n, auc in enumerate(aucs, 1)]
-    return [entry if entry["eval_auc"] is not None else {"epoch": entry["epoch"]} for entry in validated]
-
-
-@pytest.mark.parametrize(
-    ("aucs", "patience", "stops"),
-    [
-        ((), 1, False),
-        ((0.5,), 1, False),
-        ((0.5, 0.6), 1, False),
-        ((0.5, 0.5), 1, True),  # as good is no improvement
-        ((0.5, 0.4), 2, False),
-        ((0.5, 0.4, 0.5), 2, True),
-        ((0.5, 0.4, 0.6), 2, False),
-        ((0.5, 0.4, None), 2, False),  # not validated yet
-        ((0.5, 0.4, 0.3, 0.2), 0, False),
-    ],
-)
-def test_the_history_decides_when_to_stop(aucs, patience, stops):
-    reason = stop_reason(entries(*aucs), "eval_auc", patience)
-    assert (reason is not None) == stops
-    if stops:
-        assert reason.startswith(f"eval_auc has not risen above 0.5 of epoch 1 in {patience} epochs (--early_stopping")
-
-
-@pytest.mark.parametrize(("way", "trained"), [("between", 3), ("beside", 4)])
-def test_early_stopping_ends_the_run_and_a_resumed_one(
-    way, trained, demo_manifest, tiles_dir, tmp_path, forked, monkeypatch, capsys
-):
-    """Beside training the last epoch is trained before the one before it is known to be the last."""
-    aucs, ended = [0.5, 0.9, 0.8, 0.95, 0.2], []
-
-    def train_epoch(run, *_):
-        run.progress.global_step += 1
-        return {"epoch": run.progress.epoch + 1, "train_loss": 1.0}
-
-    monkeypatch.setattr(loop, "_train_epoch", train_epoch)
-    monkeypatch.setattr(validator, "_validate", scripted(aucs))
-    between = scripted(aucs)
-    monkeypatch.setattr(validation, "validate", lambda run, state: between().choice)
-    monkeypatch.setattr(loop, "finish", lambda run, started: ended.append(run.progress) or {})
-    options = ["--num_train_epochs", "5", "--early_stopping_patience", "1", "--save_total_limit", "9"]
-    options += ["--validate_beside"] * (way == "beside")
-    train(demo_manifest, tiles_dir, tmp_path / "run", *options)
-    told = capsys.readouterr().err  # the command's own handler writes there, and hands nothing on to caplog
-    # What was trained meanwhile counts: it may be the best.
-    assert [entry["eval_auc"] for entry in ended[0].history] == aucs[:trained]
-    assert ended[0].best_epoch == (4 if way == "beside" else 2)
-    assert f"early stopping after epoch {trained}: eval_auc has not risen above 0.9 of epoch 2 in 1 ep" in told
-    monkeypatch.setattr(validator, "_validate", scripted(aucs[trained - 1 :]))
-    monkeypatch.setattr(loop, "_train_epoch", None)
-    train(demo_manifest, tiles_dir, tmp_path / "run", *options, "--resume_from_checkpoint")
-    assert vars(ended[1]) == vars(ended[0])
 
 
 def test_early_stopping_needs_a_metric_to_watch(work, caplog):
