@@ -1,5 +1,6 @@
 """The map of the house is the house: the drawn layers are the imports', and the rooms it names exist."""
 
+import ast
 import importlib.util
 import re
 import sys
@@ -51,3 +52,17 @@ def test_every_room_that_the_map_names_exists():
     rooms = re.findall(r"`([\w/]+(?:\.py|/))`", rows)
     assert len(rooms) > 18
     assert [room for room in rooms if not any((base / room).exists() for base in (ROOT, ROOT / "ds_wsi"))] == []
+
+
+def test_no_file_of_tests_is_over_400_lines_and_no_function_over_60():
+    """A topic is a file: what several share is a plain module beside them."""
+    long = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        text = path.read_text("utf-8")
+        lines = text.count("\n")
+        long += [f"{path.relative_to(ROOT)}: {lines} lines"] * (lines > 400)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                long += [f"{path.relative_to(ROOT)}: {node.name}, {lines} lines"] * (lines > 60)
+    assert long == []

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from validated_runs import EPOCHS, STEPS, TIMED, Stop, choice_of, scripted, train
+from validated_runs import EPOCHS, STEPS, choice_of, scripted, train
 
 from ds_wsi.bags.bag import FailureLog, ReadFailureError, TileDataset
 from ds_wsi.bags.cohort import Cohort, load_cohort
@@ -33,7 +33,12 @@ from ds_wsi.training.checkpoint import PENDING_WEIGHTS
 from ds_wsi.training.settings import RunSettings
 from ds_wsi.training.stopping import require_metric
 
+TIMED = ("tiles_per_second", "peak_memory_bytes")
 PATIENCE_S = 6  # of a process that waits for an event, before it fails
+
+
+class Stop(Exception):  # noqa: N818
+    """Ends a run where a test wants it."""
 
 
 @pytest.fixture(scope="module")

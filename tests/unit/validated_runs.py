@@ -5,11 +5,6 @@ from ds_wsi.evaluation.norm_choice import NormChoice
 from ds_wsi.evaluation.validator import ValidationResult
 
 EPOCHS, STEPS = 3, 4
-TIMED = ("tiles_per_second", "peak_memory_bytes")
-
-
-class Stop(Exception):  # noqa: N818
-    """Ends a run where a test wants it."""
 
 
 def train(manifest, tiles_dir, folder, *more, status=0):
