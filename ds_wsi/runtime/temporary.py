@@ -3,7 +3,8 @@
 A writer works in a folder of its own beside the final name, `.ds_wsi-<32 random hex digits>.tmp`. `mkdir` makes it
 exclusively: it takes no name that is there, and follows no symbolic link. A record inside names the folder and its
 writer, who holds a lock on it for as long as the process lives. A later start removes a folder only where the name is
-one of ours, the record is of this very folder, and nobody holds the lock. What has another name is never touched.
+one of ours, the record is of this very folder, and nobody holds the lock; or where it holds at most an empty record:
+a writer was killed before it signed. What has another name is never touched.
 """
 
 import fcntl
@@ -39,18 +40,14 @@ def temporary_folder(parent: Path, n_bytes: int | None = None) -> Iterator[Path]
         DiskFullError: there is no room for what the block writes.
         OSError: `parent` is missing, or cannot be written to.
     """
-    folder = parent / f".ds_wsi-{secrets.token_hex(16)}.tmp"
     with naming_full_disk(parent, n_bytes):
-        folder.mkdir()
-    record = None
+        folder, record = _signed_folder(parent)
     try:
         # Inside: what was written, and what is free, is looked at before the folder is removed.
         with naming_full_disk(parent, n_bytes, written=folder):
-            record = _sign(folder)
             yield folder
     finally:
-        if record is not None:
-            os.close(record)
+        os.close(record)
         # What a network file system keeps for now, a later start removes.
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -75,33 +72,65 @@ def remove_left_behind(folder: Path) -> None:
     for path in sorted(path for path in folder.iterdir() if is_temporary(path) and not path.is_symlink()):
         try:
             record = os.open(path / RECORD, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:  # no record, or not ours to open
+        except FileNotFoundError:
+            with suppress(OSError):  # with something in it, it is not ours
+                path.rmdir()
+            continue
+        except OSError:  # not ours to open
             continue
         try:
-            if _is_dead(record, path.name):
+            if _is_dead(record, path):
                 shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(record)
 
 
-def _sign(folder: Path) -> int:
-    """Write the record and return its descriptor, which holds the lock."""
-    descriptor = os.open(folder / RECORD, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    with suppress(OSError):  # without locks nothing is ever removed: see `_is_dead`
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    text = json.dumps({"program": PROGRAM, "name": folder.name, "host": socket.gethostname(), "pid": os.getpid()})
-    os.write(descriptor, text.encode())
+def _signed_folder(parent: Path) -> tuple[Path, int]:
+    """A new folder, and the descriptor of its record, which holds the lock."""
+    while True:
+        folder = parent / f".ds_wsi-{secrets.token_hex(16)}.tmp"
+        folder.mkdir()
+        try:
+            record = _sign(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if record is not None:
+            return folder, record
+
+
+def _sign(folder: Path) -> int | None:
+    """Write the record and return its descriptor, which holds the lock; None where another start removed the folder."""
+    try:
+        descriptor = os.open(folder / RECORD, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:
+        return None
+    try:
+        with suppress(OSError):  # without locks no folder with a record is ever removed: see `_is_dead`
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not (folder / RECORD).exists():
+            os.close(descriptor)
+            return None
+        text = json.dumps({"program": PROGRAM, "name": folder.name, "host": socket.gethostname(), "pid": os.getpid()})
+        os.write(descriptor, text.encode())
+    except BaseException:
+        with suppress(OSError):
+            os.close(descriptor)
+        raise
     return descriptor
 
 
-def _is_dead(record: int, name: str) -> bool:
+def _is_dead(record: int, folder: Path) -> bool:
     try:
         if not stat.S_ISREG(os.fstat(record).st_mode):  # no record: a pipe would be waited for
             return False
         fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        content = json.loads(os.read(record, 2**16))
-    except (OSError, ValueError, RecursionError):  # the writer lives, or was killed before the record was whole
+        text = os.read(record, 2**16)
+        if not text:  # killed before it was written, where nothing else is there
+            return os.listdir(folder) == [RECORD]
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError):  # the writer lives, or this is no record of ours
         return False
-    if not isinstance(content, dict) or (content.get("program"), content.get("name")) != (PROGRAM, name):
+    if not isinstance(content, dict) or (content.get("program"), content.get("name")) != (PROGRAM, folder.name):
         return False
     return content.get("host") == socket.gethostname() or time.time() - os.fstat(record).st_mtime > OTHER_HOST_S

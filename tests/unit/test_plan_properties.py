@@ -99,6 +99,23 @@ def test_plans_become_faster_with_the_budget_until_the_module_runs_as_it_is():
     assert plans[-1].mode == "native"
 
 
+@pytest.mark.parametrize("case", [DEEP, ((4, 8), "cuda"), ((4, 8, 4, 8, 4, 8), "cpu"), ((8, 4, 16), "cuda")])
+def test_the_whole_module_again_is_never_faster_than_its_bound(case):
+    one = planner(*case)
+    for size, bound in one._whole_at_least.items():
+        again = one._costs((SegmentMode("recompute"),) * (len(one.cuts) + 1), size)
+        assert sum(map(one._seconds, again)) < bound <= one._whole(size).seconds
+
+
+def test_the_whole_module_again_is_not_simulated_where_a_faster_plan_fits(monkeypatch):
+    module = network((8,) * 8)
+    policy = PartitionPolicy()
+    fresh = Planner(module, SHAPE, policy, torch.float32, None, CPU, ASSUMED["cpu"], None)
+    monkeypatch.setattr(fresh, "_whole", lambda size: pytest.fail(f"simulated for chunks of {size}"))
+    plan = fresh.within(int(0.3 * fresh.native.peak), HOST)
+    assert plan.mode == "partitioned"
+
+
 def test_shapes_that_are_remembered_say_what_torch_says(monkeypatch):
     def phases():
         fresh = Planner(*(network((4, 8)), SHAPE, PartitionPolicy(), torch.float32, None), CPU, ASSUMED["cpu"], None)

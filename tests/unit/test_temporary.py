@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import signal
@@ -79,6 +80,49 @@ def test_a_folder_without_a_record_of_its_own_is_not_ours(tmp_path, monkeypatch)
     rewrite(folders[3], program="another")
     remove_left_behind(tmp_path)
     assert [path.exists() for path in folders] == [True] * 4 + [False]
+
+
+def test_a_folder_whose_writer_was_killed_before_it_signed_is_removed(tmp_path):
+    names = [f".ds_wsi-{digit * 32}.tmp" for digit in "0123"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    for name in names[1:3]:
+        (tmp_path / name / RECORD).touch()
+    for name in names[2:]:
+        (tmp_path / name / "a.txt").write_text("a")  # which no writer of ours has where it has not signed
+    remove_left_behind(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == names[2:]
+
+
+@pytest.mark.parametrize("moment", ["before its record", "before its lock"])
+def test_a_writer_whose_folder_was_taken_for_left_behind_makes_another(moment, tmp_path, monkeypatch):
+    removed, sign, lock = [], temporary._sign, fcntl.flock
+
+    def start_elsewhere():
+        if not removed:
+            removed.extend(tmp_path.iterdir())
+            remove_left_behind(tmp_path)
+
+    def late_sign(folder):
+        start_elsewhere()
+        return sign(folder)
+
+    def late_lock(descriptor, how):
+        if how == fcntl.LOCK_EX:  # not the other start's own
+            start_elsewhere()
+        return lock(descriptor, how)
+
+    if moment == "before its record":
+        monkeypatch.setattr(temporary, "_sign", late_sign)
+    else:
+        monkeypatch.setattr(temporary.fcntl, "flock", late_lock)
+    with temporary_folder(tmp_path) as folder:
+        assert removed
+        assert folder not in removed
+        remove_left_behind(tmp_path)
+        (folder / "a.txt").write_text("a")
+        assert os.listdir(tmp_path) == [folder.name]
+    assert os.listdir(tmp_path) == []
 
 
 def test_another_machines_folder_is_left_for_a_day(tmp_path, monkeypatch):

@@ -202,9 +202,34 @@ class Planner:
 
     @cached_property
     def _whole_at_least(self) -> dict[int, float]:
-        """Seconds of the whole module again from its input, by chunk size: not fewer than segment by segment."""
-        modes = _WHOLE * (len(self.cuts) + 1)
-        return {size: sum(map(self._seconds, self._costs(modes, size))) for size in self._chunk_sizes()}
+        """Seconds of the whole module again from its input, by chunk size: not fewer than these."""
+        return {size: self._least_of_whole(size) for size in self._chunk_sizes()}
+
+    def _least_of_whole(self, size: int) -> float:
+        """Segment by segment, and a forward of a segment more for every level of norms that is not its own.
+
+        The norms after a segment need it in forward and in backward, those before it in backward.
+        """
+        count = len(self.cuts) + 1
+        again, kept, rebuilt = (
+            self._costs((SegmentMode(mode),) * count, size) for mode in ("recompute", "keep", "checkpoint")
+        )
+        seconds = sum(map(self._seconds, again))
+        if self.policy.axis == "spatial":
+            return seconds
+        specs = self._specs((SegmentMode("checkpoint"),) * count, TILES)
+        segments = self.simulator.program(specs, self._sample(TILES)).segments
+        levels = [sum(bool(level.barriers) for level in segment.levels) for segment in segments]
+        for index, (without, with_it) in enumerate(zip(kept, rebuilt, strict=True)):
+            forward = replace(
+                without,
+                flops=max(0.0, with_it.flops - without.flops),
+                touched=max(0.0, with_it.touched - without.touched),
+                operations=max(0.0, with_it.operations - without.operations) / 2,  # the rest may be the bookkeeping's
+            )
+            passes = 2 * sum(levels[index + 1 :]) + sum(levels[:index])
+            seconds += passes * self._seconds(forward)
+        return seconds
 
     def _whole(self, size: int) -> Choice:
         (found,) = combine({_WHOLE[0]: self._costs(_WHOLE, size)}, self.rates, overlaps=self.overlaps)
