@@ -62,18 +62,10 @@ def load_feature_cohort(
     if check not in CHECKS:
         raise ValueError(f"--check_features must be one of {', '.join(CHECKS)}, got {check!r}")
     features_dir = Path(features_dir)
-    manifest, problems = parse_manifest(manifest_path, classes, need_slides=False, labels=labels)
-    if not features_dir.is_dir():
-        hint = "HINT: give the folder with one file per slide."
-        problems.append(f"--features_dir must be a folder, got {features_dir}. {hint}")
-    if problems:
-        raise ManifestError(manifest.source, problems)
+    manifest = _read_table(manifest_path, features_dir, classes, labels)
     manifest = manifest if choose is None else choose(manifest)
     record = _read_record(record_dir) if check == "full" else {}
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = list(pool.map(lambda slide: _examine(slide, features_dir, check, record), manifest.slides))
-    problems = [str(result) for result in results if isinstance(result, FeatureFileError)]
-    files = tuple(result for result in results if isinstance(result, FeatureFile))
+    files, problems = _examine_all(manifest.slides, features_dir, check, record, workers)
     problems += _width_problems(files, in_dim)
     if record_dir is not None and check == "full" and write_record:
         remove_left_behind(Path(record_dir))
@@ -102,6 +94,31 @@ def features_digest(cohort: Cohort, rows: Sequence[int]) -> str:
         by_size |= file.checksum is None
         digest.update(f"{file.slide_id} {file.n_rows} {file.width} {content}\n".encode())
     return digest.hexdigest()[:16] + (" by their sizes (--check_features shapes)" if by_size else "")
+
+
+def _read_table(manifest_path: str | Path, features_dir: Path, classes: Sequence[str] | None, labels: str) -> Manifest:
+    """The manifest, whose slides need not be there; its problems are told together with that of the folder."""
+    manifest, problems = parse_manifest(manifest_path, classes, need_slides=False, labels=labels)
+    if not features_dir.is_dir():
+        hint = "HINT: give the folder with one file per slide."
+        problems.append(f"--features_dir must be a folder, got {features_dir}. {hint}")
+    if problems:
+        raise ManifestError(manifest.source, problems)
+    return manifest
+
+
+def _examine_all(
+    slides: Sequence[SlideEntry],
+    features_dir: Path,
+    check: str,
+    record: dict[str, dict[str, Any]],
+    workers: int,
+) -> tuple[tuple[FeatureFile, ...], list[str]]:
+    """The slides' files that are whole, and the problems of the others, both in the order of the slides."""
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        results = list(pool.map(lambda slide: _examine(slide, features_dir, check, record), slides))
+    files = tuple(result for result in results if isinstance(result, FeatureFile))
+    return files, [str(result) for result in results if isinstance(result, FeatureFileError)]
 
 
 def _examine(

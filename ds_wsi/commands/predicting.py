@@ -286,7 +286,7 @@ def _chosen(options: argparse.Namespace, manifest: "Manifest", split: str, label
         ValueError: --slide_ids or --split names none; or, where labels are used, some of the slides have none.
     """
     slides = manifest.slides
-    slide_ids = getattr(options, "slide_ids", None)
+    slide_ids = vars(options).get("slide_ids")
     if slide_ids:
         ids = comma_separated(slide_ids)
         unknown = set(ids) - {slide.slide_id for slide in slides}

@@ -114,17 +114,7 @@ def extract_features(
     """
     directory = Path(directory)
     remove_left_behind(directory)
-    made_with = {"encoder": _encoder_words(model, config), "mean_and_std": f"{config.mean}, {config.std}"}
-    about = [
-        {
-            "slide_id": grid.slide_id,
-            **made_with,
-            "tiles": _tiles_words(grid),
-            "slide": str(slide_fingerprint(entry.path)),
-            "pixels": _pixels_words(policy, grid.slide_id),
-        }
-        for entry, grid in zip(cohort.manifest.slides, cohort.tile_grids, strict=True)
-    ]
+    about = _about(model, config, cohort, policy)
     kept = _kept(directory, about)
     for entry in cohort.manifest.slides:
         if entry.slide_id in kept:
@@ -149,6 +139,21 @@ def extract_features(
 
     yield from shared_stream(rows, lambda row: lock_path(directory, grids[row].slide_id), found, work)
     remove_dead_locks(directory)
+
+
+def _about(model: SlideModel, config: ModelConfig, cohort: Cohort, policy: ReadPolicy) -> list[dict[str, str]]:
+    """What each slide's file says of how it was made, in the cohort's order."""
+    made_with = {"encoder": _encoder_words(model, config), "mean_and_std": f"{config.mean}, {config.std}"}
+    return [
+        {
+            "slide_id": grid.slide_id,
+            **made_with,
+            "tiles": _tiles_words(grid),
+            "slide": str(slide_fingerprint(entry.path)),
+            "pixels": _pixels_words(policy, grid.slide_id),
+        }
+        for entry, grid in zip(cohort.manifest.slides, cohort.tile_grids, strict=True)
+    ]
 
 
 def _require_finite(features: torch.Tensor, slide_id: str) -> None:

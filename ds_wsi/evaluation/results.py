@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,57 +62,107 @@ def write_results(
     told before heat maps are drawn, of the first `n_heatmaps` slides, of all with None; `shown` is for their bar.
     `made_of` is as of `draw_heatmaps`.
     """
-    slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
-    labels, patients = np.array([slide.class_index for slide in slides]), [slide.patient_id for slide in slides]
-    logits = torch.stack([prediction.run_logits for prediction in predictions], dim=1).double()  # [R, N, C]
-    probabilities = logits.softmax(-1).numpy()
-    intervals = bootstrap_metrics(labels, probabilities, seed=seed, patients=patients)
+    probabilities = _run_probabilities(predictions).numpy()
+    scores = _Scores.of(cohort, predictions, probabilities, seed)
     rows = _prediction_rows(cohort, predictions, probabilities.mean(axis=0))
-    # Of more classes f1 is the mean of all.
-    positive = cohort.manifest.classes[1] if len(cohort.manifest.classes) == 2 else None
-    n_patients = len(set(patients))
-    runs = _metrics_of_runs(labels, probabilities)
     write_json(
         directory / "metrics.json",
         {
             "dataset": dataset,
             "split": split,
-            "classes": list(cohort.manifest.classes),
-            "n_slides": len(rows),
-            "n_patients": n_patients,
-            "evaluation": asdict(protocol),
-            "positive_class": positive,
-            "metrics": metrics_to_json(intervals),
-            "runs": runs,
+            **scores.to_json(protocol),
             **({} if norms is None else {"norms": _finite(norms)}),
         },
     )
     _write_predictions(directory / "predictions.csv", rows)
-    curves = None
-    if history:
-        curves = directory / "curves.png"
-        draw_curves([dict(entry) for entry in history], curves, best_epoch=best_epoch, metric=metric)
-    words = f"metrics of {counted(len(rows), 'slide')}"
-    words = f"{words} of all splits" if split == "all" else f"{split} {words}"
-    tell(f"{words}:\n{format_table(intervals)}")
-    if positive is not None:
-        tell(f"f1 is that of class {positive}, the second")
+    curves = _curves_of(directory, history, best_epoch, metric)
+    scores.tell(tell, split)
     heatmaps = draw_heatmaps(directory / "heatmaps", cohort, predictions[:n_heatmaps], shown=shown, made_of=made_of)
     write_report(
         directory / REPORT,
         title=title,
-        summary=dict(summary) | ({} if positive is None else {"positive class": positive}),
-        intervals=intervals,
+        summary=dict(summary) | ({} if scores.positive is None else {"positive class": scores.positive}),
+        intervals=scores.intervals,
         predictions=rows,
         curves_png=curves,
         heatmaps=heatmaps,
         failures=[dict(failure) for failure in failures],
-        resampled="slides" if n_patients == len(rows) else f"the {n_patients} patients",
-        sections={"Evaluation": _protocol_words(protocol, runs)} if protocol.tiles else None,
+        resampled="slides" if scores.n_patients == len(rows) else f"the {scores.n_patients} patients",
+        sections={"Evaluation": _protocol_words(protocol, scores.runs)} if protocol.tiles else None,
         cohort=cohort_lines(cohort.manifest, cohort.lengths),
         changed=changed,
     )
-    return intervals
+    return scores.intervals
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """The metrics of a set of labelled slides.
+
+    Attributes:
+        classes: names of the classes, in the order of the logits.
+        n_slides, n_patients: how many were predicted.
+        intervals: metric -> the mean of the runs', with its interval.
+        runs: see `_metrics_of_runs`.
+    """
+
+    classes: Sequence[str]
+    n_slides: int
+    n_patients: int
+    intervals: dict[str, MetricInterval]
+    runs: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(
+        cls, cohort: Cohort, predictions: Sequence[SlidePrediction], probabilities: np.ndarray, seed: int
+    ) -> "_Scores":
+        """Measure the probabilities [R, N, C] of these predictions; the seed draws the bootstrap's slides."""
+        slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
+        labels, patients = np.array([slide.class_index for slide in slides]), [slide.patient_id for slide in slides]
+        intervals = bootstrap_metrics(labels, probabilities, seed=seed, patients=patients)
+        runs = _metrics_of_runs(labels, probabilities)
+        return cls(cohort.manifest.classes, len(slides), len(set(patients)), intervals, runs)
+
+    @property
+    def positive(self) -> str | None:
+        """The class that f1 is of; None of more than two classes, whose f1 is the mean of all."""
+        return self.classes[1] if len(self.classes) == 2 else None
+
+    def to_json(self, protocol: EvaluationProtocol) -> dict[str, Any]:
+        """What metrics.json says of them, under the protocol that they were measured by."""
+        return {
+            "classes": list(self.classes),
+            "n_slides": self.n_slides,
+            "n_patients": self.n_patients,
+            "evaluation": asdict(protocol),
+            "positive_class": self.positive,
+            "metrics": metrics_to_json(self.intervals),
+            "runs": self.runs,
+        }
+
+    def tell(self, tell: Callable[[str], object], split: str) -> None:
+        """Tell the metrics as a table."""
+        words = f"metrics of {counted(self.n_slides, 'slide')}"
+        words = f"{words} of all splits" if split == "all" else f"{split} {words}"
+        tell(f"{words}:\n{format_table(self.intervals)}")
+        if self.positive is not None:
+            tell(f"f1 is that of class {self.positive}, the second")
+
+
+def _curves_of(
+    directory: Path, history: Sequence[Mapping[str, Any]], best_epoch: int | None, metric: str
+) -> Path | None:
+    """The picture of the training's epochs, where there were some."""
+    if not history:
+        return None
+    path = directory / "curves.png"
+    draw_curves([dict(entry) for entry in history], path, best_epoch=best_epoch, metric=metric)
+    return path
+
+
+def _run_probabilities(predictions: Sequence[SlidePrediction]) -> torch.Tensor:
+    """The slides' probabilities in each run of the protocol, float64 [R, N, C]."""
+    return torch.stack([prediction.run_logits for prediction in predictions], dim=1).double().softmax(-1)
 
 
 def write_predictions(
@@ -122,8 +172,7 @@ def write_predictions(
     made_of: Callable[[int], str] = lambda row: "",
 ) -> None:
     """Write what can be told of slides without labels: predictions.csv, without the column label, and heat maps."""
-    logits = torch.stack([prediction.run_logits for prediction in predictions], dim=1).double()  # [R, N, C]
-    rows = _prediction_rows(cohort, predictions, logits.softmax(-1).mean(dim=0).numpy())
+    rows = _prediction_rows(cohort, predictions, _run_probabilities(predictions).mean(dim=0).numpy())
     path = directory / "predictions.csv"
     _write_predictions(path, rows)
     drawn = draw_heatmaps(directory / "heatmaps", cohort, predictions, made_of=made_of)

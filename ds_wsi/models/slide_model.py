@@ -13,6 +13,7 @@ from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.policy import EVALUATION, TRAINING
 from ds_wsi.norms.population import takes_population
 from ds_wsi.norms.roles import batch_norms, is_shared, named_batch_norms, normalise_with, set_evaluated
+from ds_wsi.runtime.contracts import EncodesStacks, NeedsLabels, PartlyFrozen
 from ds_wsi.runtime.log import logger
 from ds_wsi.stacking.host_tiles import HostTiles, PreparedTiles
 from ds_wsi.stacking.randomness import bag_draws
@@ -127,7 +128,7 @@ class SlideModel(nn.Module):
         In training mode it is noted which norms stay behind by themselves: see `fixed_norms`.
         """
         super().train(mode)
-        for name in getattr(self.encoder, "frozen_parts", ()):
+        for name in self.encoder.frozen_parts if isinstance(self.encoder, PartlyFrozen) else ():
             self.encoder.get_submodule(name).eval()
         norms = named_batch_norms(self.encoder)
         if mode and not self._told_other_norms:
@@ -218,7 +219,8 @@ class SlideModel(nn.Module):
     def _encode_stack(self, bags: StackedBags) -> Tensor:
         """Features [sum N, D] of a stack of tiles."""
         together = self._is_one_population
-        if getattr(self.encoder.forward, "encodes_stacks", False):
+        forward = self.encoder.forward
+        if isinstance(forward, EncodesStacks) and forward.encodes_stacks:
             # It knows the bags' bounds, normalises a chunk at a time, and never holds the stack's activations.
             bounds = None if together else bags.cu_seqlens
             tiles, prepare = bags.values, self.normalise
@@ -236,7 +238,7 @@ class SlideModel(nn.Module):
 
     def aggregate(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:
         """Predict from features (floating [sum N, D])."""
-        if getattr(self.aggregator, "needs_labels", False):
+        if isinstance(self.aggregator, NeedsLabels) and self.aggregator.needs_labels:
             return self.aggregator(bags, labels)
         return self.aggregator(bags)
 

@@ -56,32 +56,17 @@ def partition_layers(
             type(uncompiled(module)).__name__,
         )
         module = uncompiled(module)
-    if is_partitioned(module):
-        raise ValueError(f"{type(module).__name__} must not be partitioned twice. HINT: handle.remove() first.")
-    refuse_partitioned_parts(module)
-    for name, part in module.named_modules():
-        flags = (getattr(part, "grad_checkpointing", False), getattr(part, "gradient_checkpointing", False))
-        if any(flag is True for flag in flags):
-            raise ValueError(
-                f"{name or type(part).__name__} must not checkpoint itself inside a partition, got "
-                'grad_checkpointing=True. HINT: switch it off; mode "checkpoint" does the same, exactly.'
-            )
+    _refuse_what_is_set(module)
     if spill is None and plan_or_policy.nvme_path:
         raise ValueError(
             f"{type(module).__name__}: a policy or plan with a disk must come with the disk, got spill=None. "
             "HINT: partition_layers(module, policy, spill=ds_wsi.NvmeSpill(path))."
         )
     if plan_or_policy.mode == "paper":
-        device = device_of(module, torch.device("cpu"))
-        refuse_devices(module, device)
-        axis = plan_or_policy.axis
-        chunk = plan_or_policy.chunk_size or PAPER_CHUNK[axis]
-        # An eighth of the budget for a map: a layer's input and output, their gradients, and room.
-        stop = (getattr(plan_or_policy, "gpu_budget_bytes", None) or 0) // 8
-        undo = apply_paper(module, device=device, axis=axis, chunk=chunk, stop_bytes=stop)
-        hook = module.register_forward_pre_hook(refuse_other_holder)
-        return Handle[PartitionedForward | None](module, None, "a partition", undo, hook.remove)
-    forward = PartitionedForward(module, plan_or_policy, spill, check=check and getattr(plan_or_policy, "check", True))
+        return _in_paper_mode(module, plan_or_policy)
+    if isinstance(plan_or_policy, PartitionPolicy):
+        check = check and plan_or_policy.check
+    forward = PartitionedForward(module, plan_or_policy, spill, check=check)
     handle = Handle[PartitionedForward | None](
         module,
         forward,
@@ -93,3 +78,32 @@ def partition_layers(
     )
     logger.debug("partitioned %s", type(module).__name__)
     return handle
+
+
+def _refuse_what_is_set(module: nn.Module) -> None:
+    """Refuse a module that is partitioned already, or holds a part that is, or checkpoints itself."""
+    if is_partitioned(module):
+        raise ValueError(f"{type(module).__name__} must not be partitioned twice. HINT: handle.remove() first.")
+    refuse_partitioned_parts(module)
+    for name, part in module.named_modules():
+        flags = (getattr(part, "grad_checkpointing", False), getattr(part, "gradient_checkpointing", False))
+        if any(flag is True for flag in flags):
+            raise ValueError(
+                f"{name or type(part).__name__} must not checkpoint itself inside a partition, got "
+                'grad_checkpointing=True. HINT: switch it off; mode "checkpoint" does the same, exactly.'
+            )
+
+
+def _in_paper_mode(
+    module: nn.Module, plan_or_policy: PartitionPlan | PartitionPolicy
+) -> Handle[PartitionedForward | None]:
+    """Partition the module layer by layer, in place: see `apply_paper`."""
+    device = device_of(module, torch.device("cpu"))
+    refuse_devices(module, device)
+    axis = plan_or_policy.axis
+    chunk = plan_or_policy.chunk_size or PAPER_CHUNK[axis]
+    # An eighth of the budget for a map: a layer's input and output, their gradients, and room.
+    stop = (plan_or_policy.gpu_budget_bytes or 0) // 8
+    undo = apply_paper(module, device=device, axis=axis, chunk=chunk, stop_bytes=stop)
+    hook = module.register_forward_pre_hook(refuse_other_holder)
+    return Handle[PartitionedForward | None](module, None, "a partition", undo, hook.remove)

@@ -3,6 +3,7 @@
 import logging
 from contextlib import nullcontext
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,6 +42,27 @@ from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import free_host_bytes
 from ds_wsi.runtime.numerics import autocast_dtype, autocast_now, memory_layout
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a call is given.
+
+    Attributes:
+        tiles: [N, ...], or images [B, C, H, W], on any device.
+        arguments: those beside the tiles.
+        prepare: applied to each chunk of the tiles on the device.
+        anchor: the last argument where `give_anchor` put one.
+        device: the device that computes.
+        shared: other ranks hold tiles of the same population.
+    """
+
+    tiles: Tensor
+    arguments: Arguments
+    prepare: Prepare | None
+    anchor: Tensor | None
+    device: torch.device
+    shared: bool
 
 
 class PartitionedForward:
@@ -121,40 +143,19 @@ class PartitionedForward:
     ) -> Any:
         with exclusive(self.module):
             refuse_shards(self.module)
-        anchor = None
-        if args and is_anchor(args[-1]):
-            args, anchor = args[:-1], args[-1]
-        owner = type(self.module).__name__
-        x, arguments = Arguments.bind(self.original, args, kwargs, owner)
-        if not hasattr(x, "shape") or not len(x.shape):
-            raise ValueError(f"the tiles of a partitioned {owner} must be a tensor [N, ...], got a {type(x).__name__}")
-        with exclusive(self.module):  # or another thread's stand-ins would be taken for the parameters
-            shared = is_shared(self.module)
-            device = device_of(self.module, x.device)
-            if self.wanted.mode != "native":
-                refuse_devices(self.module, device)
-        if x.shape[0] == 0 and not shared:
-            return anchored(arguments.call(self.original, x if prepare is None else prepare(x)), anchor)
-        arguments.require_shared(x.shape[0], owner)
+        given = self._bind(args, kwargs, prepare)
+        x, arguments, device = given.tiles, given.arguments, given.device
+        if x.shape[0] == 0 and not given.shared:
+            return anchored(arguments.call(self.original, x if prepare is None else prepare(x)), given.anchor)
+        arguments.require_shared(x.shape[0], type(self.module).__name__)
         refuse_checkpoint()
         probe = x[:1] if prepare is None else prepare(x[:1].to(device))
         with exclusive(self.module):
             parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
             save = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))
-            early = self.wanted.mode not in ("auto", "native")  # else the plan decides
-            if early:
-                self._refuse_what_chunks_cannot(x, save=save)
-            shape = tuple(x.shape)
-            plan = self.plan(x, device, probe.dtype, prepare, arguments) if save else self._inference_plan(shape)
-            # In evaluation a norm that has no running statistics to take has those of one bag, whatever was trained.
-            by_bag = plan.bn_population == "bag" or not self.module.training
-            bags = bag_ranges(cu_seqlens if by_bag else None, x.shape[0], shared=shared)
-            if plan.axis == "spatial" and plan.mode != "native" and len(bags) > 1:
-                bags = self._one_stack(bags)
-            if plan.mode != "native" and not early:
-                self._refuse_what_chunks_cannot(x, save=save)
+            plan, bags = self._planned(given, probe.dtype, cu_seqlens, save=save)
         if plan.mode == "native":
-            return self._native(x, arguments, bags, prepare, device, anchor)
+            return self._native(given, bags)
         if save:
             refuse_saved_tensor_hooks({segment.mode for segment in plan.segments})
         grad = save and x.requires_grad
@@ -181,33 +182,62 @@ class PartitionedForward:
             setattr(part, name, copy(value))  # as the forward itself would
         if save:
             call.carrier = carrier_of(x, *parameters)
-            out = PartitionedNode.apply(call, x, anchor, *parameters)
+            out = PartitionedNode.apply(call, x, given.anchor, *parameters)
         else:
             out = call.forward()
         form = call.program.traced.form
         return out if form is None or form.is_plain else form.unpack(out)
 
-    def _native(
-        self,
-        x: Tensor,
-        arguments: Arguments,
-        bags: list[tuple[int, int]],
-        prepare: Prepare | None,
-        device: torch.device,
-        anchor: Tensor | None,
-    ) -> Any:
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], prepare: Prepare | None) -> _Given:
+        """The call's arguments by what they are, and the device that computes."""
+        anchor = None
+        if args and is_anchor(args[-1]):
+            args, anchor = args[:-1], args[-1]
+        owner = type(self.module).__name__
+        x, arguments = Arguments.bind(self.original, args, kwargs, owner)
+        if not hasattr(x, "shape") or not len(x.shape):
+            raise ValueError(f"the tiles of a partitioned {owner} must be a tensor [N, ...], got a {type(x).__name__}")
+        with exclusive(self.module):  # or another thread's stand-ins would be taken for the parameters
+            shared = is_shared(self.module)
+            device = device_of(self.module, x.device)
+            if self.wanted.mode != "native":
+                refuse_devices(self.module, device)
+        return _Given(x, arguments, prepare, anchor, device, shared)
+
+    def _planned(
+        self, given: _Given, dtype: torch.dtype, cu_seqlens: Tensor | None, *, save: bool
+    ) -> tuple[PartitionPlan, list[tuple[int, int]]]:
+        """The call's plan for prepared tiles of a dtype, and the tiles [first, last) of each of its populations."""
+        x = given.tiles
+        early = self.wanted.mode not in ("auto", "native")  # else the plan decides
+        if early:
+            self._refuse_what_chunks_cannot(x, save=save)
+        if save:
+            plan = self.plan(x, given.device, dtype, given.prepare, given.arguments)
+        else:
+            plan = self._inference_plan(tuple(x.shape))
+        # In evaluation a norm that has no running statistics to take has those of one bag, whatever was trained.
+        by_bag = plan.bn_population == "bag" or not self.module.training
+        bags = bag_ranges(cu_seqlens if by_bag else None, x.shape[0], shared=given.shared)
+        if plan.axis == "spatial" and plan.mode != "native" and len(bags) > 1:
+            bags = self._one_stack(bags)
+        if plan.mode != "native" and not early:
+            self._refuse_what_chunks_cannot(x, save=save)
+        return plan, bags
+
+    def _native(self, given: _Given, bags: list[tuple[int, int]]) -> Any:
         """The module's own forward, of each population."""
         outs = []
         for first, last in bags:
-            part = x[first:last].to(device, non_blocking=True)
-            part = part if prepare is None else prepared(prepare, part, first)
-            outs.append(arguments.call(self.original, part))
+            part = given.tiles[first:last].to(given.device, non_blocking=True)
+            part = part if given.prepare is None else prepared(given.prepare, part, first)
+            outs.append(given.arguments.call(self.original, part))
         if len(outs) == 1:
-            return anchored(outs[0], anchor)
+            return anchored(outs[0], given.anchor)
         owner = type(self.module).__name__
         forms = [form_of(out, last - first, owner) for out, (first, last) in zip(outs, bags, strict=True)]
         joint = torch.cat([form.pack(tensors_of(out)) for form, out in zip(forms, outs, strict=True)])
-        return anchored(forms[0].unpack(joint), anchor)
+        return anchored(forms[0].unpack(joint), given.anchor)
 
     def _one_stack(self, bags: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Images in rows are one population: norms over images do not ask which bag they are of."""
@@ -305,7 +335,7 @@ class PartitionedForward:
         """Of host memory, where the plan names none: of a mode that was given, not planned."""
         if self.spill is None:
             return 2**62
-        return getattr(self.wanted, "host_budget_bytes", None) or free_host_bytes()
+        return self.wanted.host_budget_bytes or free_host_bytes()
 
     def traced(self, axis: str, example: Example, *, whole: bool) -> Traced:
         """The module's graph as the module is now, for inputs like the example."""

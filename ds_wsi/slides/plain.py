@@ -166,51 +166,66 @@ def _open_strips(path: Path) -> _Opened | None:
     except BaseException:
         file.close()
         raise
-    height, width, rows_a_strip = page.imagelength, page.imagewidth, min(page.rowsperstrip, page.imagelength)
-    if rows_a_strip * width > MAX_DECODED_PIXELS and page.compression != 1:
+    strips = _Strips(file, page)
+    if strips.rows_per_strip * strips.width > MAX_DECODED_PIXELS and page.compression != 1:
         file.close()
-        raise _bomb(width, rows_a_strip, "a strip of it decoded whole")
-    kept: OrderedDict[int, np.ndarray] = OrderedDict()
+        raise _bomb(strips.width, strips.rows_per_strip, "a strip of it decoded whole")
+    contiguous = page.compression == 1 and len(page.dataoffsets) == 1 and page.predictor == 1 and page.fillorder == 1
+    read = strips.read_bytes if contiguous else strips.read
+    return (strips.width, page.imagelength), read, strips.close, _tiff_resolution(page)
 
-    def strip(number: int) -> np.ndarray:
-        if number in kept:
-            kept.move_to_end(number)
-            return kept[number]
-        file.filehandle.seek(page.dataoffsets[number])
-        data = file.filehandle.read(page.databytecounts[number])
-        decoded = page.decode(data, number, jpegtables=page.jpegtables)[0]
-        if decoded is None:
-            raise PlainImageError(f"strip {number} must be in the file, got no bytes")
-        pixels = _three_or_four(decoded.reshape(-1, width, samples))
-        kept[number] = pixels
-        while sum(one.nbytes for one in kept.values()) > STRIPS_BYTES and len(kept) > 1:
-            kept.popitem(last=False)
-        return pixels
 
-    def read(top: int, bottom: int) -> np.ndarray:
-        first, last = top // rows_a_strip, (bottom - 1) // rows_a_strip
+class _Strips:
+    """The rows of a TIFF in strips; decoded strips are kept, `STRIPS_BYTES` of them.
+
+    Args:
+        file: the TIFF, which `close` closes.
+        page: the page of the image.
+    """
+
+    def __init__(self, file: tifffile.TiffFile, page: Any) -> None:
+        self.file, self.page = file, page
+        self.width, self.samples = page.imagewidth, page.samplesperpixel
+        self.rows_per_strip = min(page.rowsperstrip, page.imagelength)
+        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def read(self, top: int, bottom: int) -> np.ndarray:
+        """Rows out of the strips that hold them."""
+        first, last = top // self.rows_per_strip, (bottom - 1) // self.rows_per_strip
         parts = []
         for number in range(first, last + 1):
-            start = number * rows_a_strip
-            parts.append(strip(number)[max(top - start, 0) : bottom - start])
+            start = number * self.rows_per_strip
+            parts.append(self._strip(number)[max(top - start, 0) : bottom - start])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def mapped_rows(top: int, bottom: int) -> np.ndarray:
-        # One strip as large as the image, as many programs write it: only the rows that are asked for are read.
-        n_bytes = width * samples
-        file.filehandle.seek(page.dataoffsets[0] + top * n_bytes)
-        data = file.filehandle.read((bottom - top) * n_bytes)
+    def read_bytes(self, top: int, bottom: int) -> np.ndarray:
+        """Rows of one strip as large as the image, as many programs write it: only those asked for are read."""
+        n_bytes = self.width * self.samples
+        self.file.filehandle.seek(self.page.dataoffsets[0] + top * n_bytes)
+        data = self.file.filehandle.read((bottom - top) * n_bytes)
         if len(data) < (bottom - top) * n_bytes:
             raise PlainImageError("image must be whole, got an end of the file in its rows")
-        return _three_or_four(np.frombuffer(data, dtype=np.uint8).reshape(bottom - top, width, samples))
+        return _three_or_four(np.frombuffer(data, dtype=np.uint8).reshape(bottom - top, self.width, self.samples))
 
-    contiguous = page.compression == 1 and len(page.dataoffsets) == 1 and page.predictor == 1 and page.fillorder == 1
+    def close(self) -> None:
+        """Let the file and the decoded strips go."""
+        self._kept.clear()
+        self.file.close()
 
-    def close() -> None:
-        kept.clear()
-        file.close()
-
-    return (width, height), mapped_rows if contiguous else read, close, _tiff_resolution(page)
+    def _strip(self, number: int) -> np.ndarray:
+        if number in self._kept:
+            self._kept.move_to_end(number)
+            return self._kept[number]
+        self.file.filehandle.seek(self.page.dataoffsets[number])
+        data = self.file.filehandle.read(self.page.databytecounts[number])
+        decoded = self.page.decode(data, number, jpegtables=self.page.jpegtables)[0]
+        if decoded is None:
+            raise PlainImageError(f"strip {number} must be in the file, got no bytes")
+        pixels = _three_or_four(decoded.reshape(-1, self.width, self.samples))
+        self._kept[number] = pixels
+        while sum(one.nbytes for one in self._kept.values()) > STRIPS_BYTES and len(self._kept) > 1:
+            self._kept.popitem(last=False)
+        return pixels
 
 
 def _three_or_four(pixels: np.ndarray) -> np.ndarray:

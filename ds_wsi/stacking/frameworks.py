@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_wsi.runtime.contracts import Pools
 from ds_wsi.runtime.forwards import Handle
 from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on
 
@@ -39,7 +40,8 @@ class PaddedForward:
         lengths = bags.lengths
         real = torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)  # [B, N]
         flat = padded.flatten(0, 1)
-        if not hasattr(self.aggregator, "pooling") or more:
+        pools = isinstance(self.aggregator, Pools)
+        if not pools or more:
             bounds = bounds_on(lengths.device, [longest] * n_bags)
             out = self.original(StackedBags(flat, bounds), *more)
             return out if out.attention is None else out._replace(attention=out.attention[real.flatten()])

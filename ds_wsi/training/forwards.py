@@ -107,7 +107,8 @@ def _partition(
     elif isinstance(wanted, PartitionPlan):
         logger.info("%s", wanted)
     # A plan that ranks share is no policy any more.
-    check = getattr(settings.policies.partition, "check", True)
+    given = settings.policies.partition
+    check = given.check if isinstance(given, PartitionPolicy) else True
     partition_layers(module.encoder, wanted, spill=NvmeSpill.of(wanted), check=check)
 
 

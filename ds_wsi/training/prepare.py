@@ -28,6 +28,7 @@ from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import SlideModel
 from ds_wsi.norms import batch_norms
 from ds_wsi.runtime.choices import precision_words
+from ds_wsi.runtime.contracts import TakesHostTiles
 from ds_wsi.runtime.log import logger
 from ds_wsi.stacking.host_tiles import HostStacks
 from ds_wsi.training.features import check_feature_settings
@@ -94,7 +95,7 @@ def prepare_run(
         mesh,
         sharing,
         HostStacks(accelerator.device),
-        bool(getattr(module.encoder.forward, "takes_host_tiles", False)),
+        isinstance(module.encoder.forward, TakesHostTiles) and bool(module.encoder.forward.takes_host_tiles),
         comm,
         _average(accelerator.unwrap_model(model), settings.optim.ema_decay),
         checkpoint,

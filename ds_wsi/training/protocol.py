@@ -77,10 +77,11 @@ def protocol_from(
     Order: preset < DeepSpeed JSON < command line. A way of splitting that is given replaces the preset's.
     """
     presets = presets_of(dataset)
-    name = getattr(options, "preset", DEFAULTS[dataset])
+    given = vars(options)
+    name = given.get("preset", DEFAULTS[dataset])
     if name not in presets:
         raise ValueError(f"--preset must be one of {', '.join(presets)}, got {name!r}. HINT: --list_presets.")
-    preset, given = presets[name], vars(options)
+    preset = presets[name]
     ways = [way for way in (*WAYS, "split_column") if given.get(way)]
     below = {option: value for option, value in preset.protocol.items() if not (ways and option in WAYS)}
     if {"split_file", "monte_carlo_runs"} & set(ways):

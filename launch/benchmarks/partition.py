@@ -118,63 +118,89 @@ def _cases(quick: bool) -> list[_Case]:
     ]
 
 
-def _run(case: _Case, repeats: int, skipped: dict[str, str]) -> list[dict[str, Any]]:
-    module = case.build()
-    x = torch.randn(case.shape)
-    gradients = sum(parameter.numel() * 4 for parameter in module.parameters() if parameter.requires_grad)
-    modules: dict[str, nn.Module] = {}
-    steps: dict[str, Step] = {}
-    for name in ("native", *case.modes, *case.peers):
-        own = copy.deepcopy(module)
-        try:
-            steps[name] = _prepared(case, name, own, gradients)
-        except (ImportError, ValueError) as error:
-            skipped[f"{case.name}: {name}"] = str(error)
-            logger.info("%s: %s is skipped: %s", case.name, name, error)
-            continue
-        modules[name] = own
-    with torch.no_grad():
-        weights = torch.randn_like(module(x[:2] if case.axis == "batch" else x))
-    weights = torch.randn(weights.shape) if case.axis == "spatial" else torch.randn(case.shape[0], weights.shape[1])
+class _Methods:
+    """The methods of a case, each with a copy of its encoder, and what a training step of one is.
 
-    def step(name: str) -> None:
-        modules[name].zero_grad(set_to_none=True)
-        (steps[name](x) * weights).sum().backward()
+    Args:
+        case: the case; methods that are not installed, or refuse the encoder, are left out.
+        skipped: "case: method" -> why it is left out, added to.
+    """
 
-    peaks, reference = {}, {}
-    for name in steps:
-        if name not in case.slow:
-            step(name)  # traces, plans, and warms up
-            modules[name].zero_grad(set_to_none=True)
-        elif case.axis == "batch":
-            steps[name](x[:8]).sum().backward()
-            modules[name].zero_grad(set_to_none=True)
-        with ByteMeter() as meter:
-            (steps[name](x) * weights).sum().backward()
-        reference[name] = _flat_gradient(modules[name])
-        modules[name].zero_grad(set_to_none=True)
-        peaks[name] = meter.peak - gradients
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(max(repeats, BOUND_REPEATS)):
-        for name in steps:
-            wanted = 1 if name in case.slow else repeats
-            if repeat >= wanted and not (case.bounded and name in ("native", case.bounded)):
+    def __init__(self, case: _Case, skipped: dict[str, str]) -> None:
+        module = case.build()
+        self.case, self.x = case, torch.randn(case.shape)
+        self.gradients = sum(parameter.numel() * 4 for parameter in module.parameters() if parameter.requires_grad)
+        self.modules: dict[str, nn.Module] = {}
+        self.steps: dict[str, Step] = {}
+        for name in ("native", *case.modes, *case.peers):
+            own = copy.deepcopy(module)
+            try:
+                self.steps[name] = _prepared(case, name, own, self.gradients)
+            except (ImportError, ValueError) as error:
+                skipped[f"{case.name}: {name}"] = str(error)
+                logger.info("%s: %s is skipped: %s", case.name, name, error)
                 continue
-            start = time.perf_counter()
-            step(name)
-            seconds[name].append(time.perf_counter() - start)
+            self.modules[name] = own
+        with torch.no_grad():
+            weights = torch.randn_like(module(self.x[:2] if case.axis == "batch" else self.x))
+        shape = weights.shape if case.axis == "spatial" else (case.shape[0], weights.shape[1])
+        self.weights = torch.randn(shape)
+
+    def step(self, name: str) -> None:
+        """Forward and backward of a method, whose encoder then holds the gradients."""
+        self.modules[name].zero_grad(set_to_none=True)
+        self._backward(name)
+
+    def _backward(self, name: str) -> None:
+        (self.steps[name](self.x) * self.weights).sum().backward()
+
+    def measure_bytes(self, name: str) -> tuple[int, Tensor]:
+        """What a step allocates at most beyond the gradients, in bytes; and its gradients in one, float64."""
+        module = self.modules[name]
+        if name not in self.case.slow:
+            self.step(name)  # traces, plans, and warms up
+            module.zero_grad(set_to_none=True)
+        elif self.case.axis == "batch":
+            self.steps[name](self.x[:8]).sum().backward()
+            module.zero_grad(set_to_none=True)
+        with ByteMeter() as meter:
+            self._backward(name)
+        gradient = _flat_gradient(module)
+        module.zero_grad(set_to_none=True)
+        return meter.peak - self.gradients, gradient
+
+    def measure_seconds(self, repeats: int) -> dict[str, list[float]]:
+        """The time of each method's steps, which are taken in turn; slow methods take one."""
+        case = self.case
+        seconds: dict[str, list[float]] = {name: [] for name in self.steps}
+        for repeat in range(max(repeats, BOUND_REPEATS)):
+            for name in self.steps:
+                wanted = 1 if name in case.slow else repeats
+                if repeat >= wanted and not (case.bounded and name in ("native", case.bounded)):
+                    continue
+                start = time.perf_counter()
+                self.step(name)
+                seconds[name].append(time.perf_counter() - start)
+        return seconds
+
+
+def _run(case: _Case, repeats: int, skipped: dict[str, str]) -> list[dict[str, Any]]:
+    methods = _Methods(case, skipped)
+    measured = {name: methods.measure_bytes(name) for name in methods.steps}
+    native_bytes, reference = measured["native"]
+    seconds = methods.measure_seconds(repeats)
     rows = []
-    for name in steps:
+    for name, (peak, gradient) in measured.items():
         ratio = median(ours / plain for ours, plain in zip(seconds[name], seconds["native"], strict=False))
-        difference = (reference[name] - reference["native"]).norm() / reference["native"].norm()
+        difference = (gradient - reference).norm() / reference.norm()
         rows.append(
             {
                 "case": case.name,
                 "method": name,
                 "seconds": median(seconds[name]),
                 "time over native": ratio,
-                "activation MiB": peaks[name] / 2**20,
-                "bytes over native": peaks[name] / peaks["native"],
+                "activation MiB": peak / 2**20,
+                "bytes over native": peak / native_bytes,
                 "gradient difference": float(difference),
             }
         )

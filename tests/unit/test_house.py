@@ -1,4 +1,7 @@
-"""The map of the house is the house: the drawn layers are the imports', and the rooms it names exist."""
+"""The map of the house is the house: the drawn layers are the imports', and the rooms it names exist.
+
+Its files and functions are short, and its parts ask each other by contracts, not by names in strings.
+"""
 
 import ast
 import importlib.util
@@ -9,6 +12,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SOURCES = sorted(path for folder in ("ds_wsi", "launch") for path in (ROOT / folder).rglob("*.py"))
+CONTRACTS = ROOT / "ds_wsi" / "runtime" / "contracts.py"
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines
+# Names that ds_wsi has too, but asks of others' objects.
+OF_OTHERS = {
+    "_hp_optimizer_states_linked": "DeepSpeed's optimizer",
+    "config": "DeepSpeed's engine, models of transformers",
+    "inplace": "torch's layers",
+    "momentum": "torch's norms",
+    "name": "h5py's files",
+    "num_features": "timm's models",
+    "optimizer": "the wrappers of Accelerate and DeepSpeed",
+    "shape": "tensors and arrays",
+    "tile": "Pillow's images",
+    "track_running_stats": "torch's norms",
+}
+# Names that ds_wsi asks of its own objects all the same, and the file that gives the reason: three at most.
+ASKED_BY_NAME = {"stack": "ds_wsi/partition/graph/trace.py"}
 MAP = (ROOT / "ds_wsi" / "README.md").read_text("utf-8")
 
 
@@ -54,15 +75,80 @@ def test_every_room_that_the_map_names_exists():
     assert [room for room in rooms if not any((base / room).exists() for base in (ROOT, ROOT / "ds_wsi"))] == []
 
 
-def test_no_file_of_tests_is_over_400_lines_and_no_function_over_60():
-    """A topic is a file: what several share is a plain module beside them."""
-    long = []
-    for path in sorted((ROOT / "tests").rglob("*.py")):
-        text = path.read_text("utf-8")
-        lines = text.count("\n")
-        long += [f"{path.relative_to(ROOT)}: {lines} lines"] * (lines > 400)
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                lines = node.end_lineno - node.lineno + 1
-                long += [f"{path.relative_to(ROOT)}: {node.name}, {lines} lines"] * (lines > 60)
-    assert long == []
+def too_long(text):
+    """What of a file is too long; a function begins with `def`, not with its decorators."""
+    lengths = [("file", len(text.splitlines()), LONGEST_FILE)]
+    lengths += [
+        (node.name, node.end_lineno - node.lineno + 1, LONGEST_FUNCTION)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return [f"{name} {length}" for name, length, longest in lengths if length > longest]
+
+
+def test_no_file_and_no_function_is_too_long():
+    tests = sorted((ROOT / "tests").rglob("*.py"))  # what several share is a plain module beside them
+    found = {str(path.relative_to(ROOT)): too_long(path.read_text("utf-8")) for path in [*SOURCES, *tests]}
+    assert {path: words for path, words in found.items() if words} == {}
+
+
+def test_lines_are_counted_from_def_to_the_last():
+    def function(n_lines, head="def f():", indent=""):
+        return f"{indent}{head}\n" + f"{indent}    x = 1\n" * (n_lines - 1)
+
+    assert too_long(function(60)) == []
+    assert too_long(function(61)) == ["f 61"]
+    assert too_long("@decorated\n@twice\n" + function(60)) == []
+    assert too_long(function(61, "async def f():")) == ["f 61"]
+    assert too_long("class A:\n" + function(61, "def method(self):", "    ")) == ["method 61"]
+    assert too_long("def outer():\n" + function(61, indent="    ")) == ["outer 62", "f 61"]
+    assert too_long("x = 1\n" * 400) == []
+    assert too_long("x = 1\n" * 401) == ["file 401"]
+
+
+def names_asked(tree):
+    """Name -> the lines of `getattr(x, "name", ...)` and `hasattr(x, "name")`; Python's own names aside."""
+    asked = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and not name.value.startswith("__"):
+                asked.setdefault(name.value, []).append(node.lineno)
+    return asked
+
+
+def names_given(tree):
+    """Attributes that a file's classes have, or that it sets on an object."""
+    given = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            given |= {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+            targets = [target for item in node.body if isinstance(item, ast.Assign) for target in item.targets]
+            targets += [item.target for item in node.body if isinstance(item, ast.AnnAssign)]
+            given |= {target.id for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            given.add(node.attr)
+    return given
+
+
+def test_own_objects_are_asked_by_contract_and_not_by_name():
+    trees = {path: ast.parse(path.read_text("utf-8")) for path in SOURCES}
+    own = set().union(*map(names_given, trees.values()))
+    assert own >= {"encodes_stacks", "needs_labels", "pooling", "packed", "frozen_parts", "takes_host_tiles"}
+    found = {}
+    for path, tree in trees.items():
+        lines = path.read_text("utf-8").splitlines()
+        for name, places in names_asked(tree).items():
+            if name in own and name not in OF_OTHERS:
+                found[name] = str(path.relative_to(ROOT))
+                assert all("#" in lines[place - 2] + lines[place - 1] for place in places), f"{path}: give the reason"
+    assert found == ASKED_BY_NAME
+    assert len(ASKED_BY_NAME) <= 3
+    assert not names_given(trees[CONTRACTS]) & OF_OTHERS.keys()
+
+
+def test_a_question_by_name_is_seen():
+    asking = ast.parse('if hasattr(x.y, "b"): z = getattr(f(x), "a", None)\ngetattr(x, name); getattr(x, "__doc__")')
+    assert names_asked(asking) == {"b": [1], "a": [1]}
+    giving = ast.parse("class A:\n    a = 1\n    b: int\n    def c(self):\n        self.d = 1\nA().e = self.f")
+    assert names_given(giving) == {"a", "b", "c", "d", "e"}

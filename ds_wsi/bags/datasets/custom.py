@@ -3,6 +3,7 @@
 import difflib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ds_wsi.bags.datasets.table import CohortBuilder, LabelRow, classes_in, read_table
@@ -56,6 +57,21 @@ def read_custom(
         "split": split_column,
         "mpp": mpp_column,
     }
+    rows = _rows(table, headings)
+    builder = CohortBuilder(f"{table.name} with slides in {root}", classes_in(rows))
+    builder.check_spellings(rows)
+    files = _SlideFiles(root, _index(root), _named_by_path(rows, table))
+    for row in rows:
+        _add_slide(builder, row, files, headings)
+    return builder.finish()
+
+
+def _rows(table: Path, headings: Mapping[str, str | None]) -> list[LabelRow]:
+    """The table's rows under the headings that are given; columns that are not used are named in the log.
+
+    Raises:
+        ManifestError: the table lacks one of the headings, or cannot be read.
+    """
     columns = {name: (heading,) for name, heading in headings.items() if heading}
     present = read_delimited(table)[0] if table.is_file() else []
     absent = [name for name, (heading,) in columns.items() if present and heading not in present]
@@ -69,37 +85,55 @@ def read_custom(
             ],
         )
     _tell_unused(table, present, headings)
-    rows = read_table(table, columns, tuple(columns))
-    builder = CohortBuilder(f"{table.name} with slides in {root}", classes_in(rows))
-    builder.check_spellings(rows)
-    places = _index(root)
-    several = _named_by_path(rows, table)
-    for row in rows:
+    return read_table(table, columns, tuple(columns))
+
+
+@dataclass(frozen=True)
+class _SlideFiles:
+    """The image files of a cohort.
+
+    Attributes:
+        root: the folder that they lie below.
+        by_name: a slide's name -> the files of that name.
+        repeated: names of files that rows with different paths share; these slides are named by their paths.
+    """
+
+    root: Path
+    by_name: Mapping[str, list[Path]]
+    repeated: set[str]
+
+    def candidates(self, row: LabelRow) -> list[Path]:
+        """The files that a row may mean: those of the slide's name, of which a path in the row tells some apart."""
+        candidates = self.by_name.get(slide_name(row["slide"]), [])
+        if len(candidates) < 2:
+            return candidates
+        parts = Path(row["slide"].replace("\\", "/")).parts
+        return [path for path in candidates if _ends_with(path, parts)] or candidates
+
+    def name_of(self, row: LabelRow, path: Path) -> str:
+        """The slide's id: its file's name, or its path below the folder where names repeat."""
         slide_id = slide_name(row["slide"])
-        candidates = places.get(slide_id, [])
-        if len(candidates) > 1:
-            # A path in the table tells files of one name apart.
-            parts = Path(row["slide"].replace("\\", "/")).parts
-            candidates = [path for path in candidates if _ends_with(path, parts)] or candidates
-        if len(candidates) > 1:
-            builder.problems.append(
-                f"slide must be one file, got {', '.join(map(str, candidates))} (slide {slide_id}, {row.place}). "
-                "HINT: write the path below the folder in the label file."
-            )
-            continue
-        builder.check_label(row, slide_id)
-        patient, split, mpp = (
-            _patient(builder, row, patient_column),
-            _split(builder, row, split_column),
-            _mpp(builder, row),
+        return path_name(str(path.relative_to(self.root))) if slide_id in self.repeated else slide_id
+
+
+def _add_slide(builder: CohortBuilder, row: LabelRow, files: _SlideFiles, headings: Mapping[str, str | None]) -> None:
+    """Add a row's slide to the cohort, or what is wrong with the row to its problems."""
+    slide_id, candidates = slide_name(row["slide"]), files.candidates(row)
+    if len(candidates) > 1:
+        builder.problems.append(
+            f"slide must be one file, got {', '.join(map(str, candidates))} (slide {slide_id}, {row.place}). "
+            "HINT: write the path below the folder in the label file."
         )
-        if not candidates:
-            builder.problems.append(_no_file(slide_id, row, places))
-            continue
-        if slide_id in several:
-            slide_id = path_name(str(candidates[0].relative_to(root)))
-        builder.add(row, slide_id, candidates, row["label"], patient_id=patient, split=split, mpp=mpp)
-    return builder.finish()
+        return
+    builder.check_label(row, slide_id)
+    patient = _patient(builder, row, headings["patient"])
+    split = _split(builder, row, headings["split"])
+    mpp = _mpp(builder, row)
+    if not candidates:
+        builder.problems.append(_no_file(slide_id, row, files.by_name))
+        return
+    slide_id = files.name_of(row, candidates[0])
+    builder.add(row, slide_id, candidates, row["label"], patient_id=patient, split=split, mpp=mpp)
 
 
 def _index(root: Path) -> dict[str, list[Path]]:

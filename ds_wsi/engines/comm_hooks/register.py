@@ -24,6 +24,7 @@ from ds_wsi.engines.comm_hooks.reducer import Dense, Hook, Reducer, allreduce, w
 from ds_wsi.engines.comm_hooks.state_files import on_host, read_states, write_state
 from ds_wsi.engines.comm_hooks.torch_seams import DdpBuckets, hook_ddp, hook_fsdp
 from ds_wsi.engines.policies.section import require_done
+from ds_wsi.runtime.contracts import CountsBytes
 from ds_wsi.runtime.log import logger
 
 _REGISTERED = "_ds_wsi_comm_hook"
@@ -59,7 +60,7 @@ class CommHandle:
     @property
     def count(self) -> ByteCount | None:
         """Of the bytes, where the hook counts them."""
-        count = getattr(self.state, "count", None)
+        count = self.state.count if isinstance(self.state, CountsBytes) else None
         return count if isinstance(count, ByteCount) else None
 
     def metrics(self) -> dict[str, float]:
@@ -231,7 +232,8 @@ def attach(engine: Any, policy: CommPolicy | None = None, **keywords: Any) -> Co
     if hook == "powersgd":
         state = _powersgd_state(engine, policy.approx_rank, policy.dense_steps)
     handle = register_comm_hook(engine, hook, state, **keywords)
-    logger.info("communication hook: %s under %s, %s", hook, handle.where, getattr(state, "policy", None) or "torch's")
+    whose = state.policy if isinstance(state, Compressor) else "torch's"
+    logger.info("communication hook: %s under %s, %s", hook, handle.where, whose)
     return handle
 
 

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from ds_wsi.runtime.choices import LEARNING_RATE, WEIGHT_DECAY
+from ds_wsi.runtime.contracts import HasEncoder
 from ds_wsi.runtime.log import logger
 
 SECTION = "ds_wsi"  # its own words are modes of ours
@@ -79,7 +80,7 @@ def hidden_size(model: nn.Module) -> int | None:
         sizes = getattr(holder, "hidden_size", None) or getattr(holder, "hidden_sizes", None)
         if sizes:
             return int(sizes if isinstance(sizes, int) else max(sizes))
-    for part in (model, getattr(model, "encoder", None)):
+    for part in (model, model.encoder if isinstance(model, HasEncoder) else None):
         width = getattr(part, "num_features", None)
         if isinstance(width, int):
             return width

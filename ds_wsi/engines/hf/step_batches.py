@@ -10,6 +10,7 @@ from torch import Tensor
 from ds_wsi.bags.sampler import plan_epoch
 from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.config import SECTION
+from ds_wsi.runtime.contracts import HasLengths
 from ds_wsi.stacking.policy import StackingPolicy
 
 
@@ -95,7 +96,7 @@ def bag_lengths(dataset: Any, column: str) -> list[int]:
     Raises:
         ValueError: it has neither.
     """
-    lengths: Any = getattr(dataset, "lengths", None)
+    lengths: Any = dataset.lengths if isinstance(dataset, HasLengths) else None
     if lengths is None and column in (getattr(dataset, "column_names", None) or ()):
         lengths = dataset[column]
     if lengths is None:

@@ -21,6 +21,7 @@ from ds_wsi.models import SlideModel
 from ds_wsi.norms import batch_norms
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.partition.forward import PartitionedForward
+from ds_wsi.runtime.contracts import HasAggregator, HasEncoder, SaysNorms
 from ds_wsi.stacking.packs import PackedForward, pack_bags
 from ds_wsi.tile_parallel.shard import SharedForward
 
@@ -61,7 +62,7 @@ def require_done(section: Mapping[str, Any], model: nn.Module) -> DsWsiConfig:
         ValueError: as `read_followed`; or a key whose policy the model does not follow.
     """
     policies = read_followed(section)
-    encoder, aggregator = _encoder(model), getattr(model, "aggregator", None)
+    encoder, aggregator = _encoder(model), _aggregator(model)
     before = "ds_wsi.initialize does it; or before the engine wraps the model"
     if policies.partition.mode != "native" and not _has_forward(encoder, PartitionedForward):
         raise _refused(
@@ -80,8 +81,8 @@ def require_done(section: Mapping[str, Any], model: nn.Module) -> DsWsiConfig:
     norm = policies.norm
     # What is frozen of the encoder takes running statistics, whatever the word.
     frozen = not any(part.requires_grad for leaf in batch_norms(encoder) for part in leaf.parameters())
-    for name, word in (("training", norm.training), ("evaluation", norm.evaluation)):
-        found = getattr(model, f"norm_{name}", None)
+    present = (model.norm_training, model.norm_evaluation) if isinstance(model, SaysNorms) else (None, None)
+    for name, word, found in zip(("training", "evaluation"), (norm.training, norm.evaluation), present, strict=True):
         if word not in ("auto", found) and batch_norms(encoder) and not (frozen and found == "frozen"):
             raise _refused(
                 f"norm.{name}",
@@ -108,7 +109,7 @@ def apply_section(section: Mapping[str, Any], model: nn.Module, config: Mapping[
     """
     policies = read_followed(section)
     _require_shared(policies, model)
-    encoder, aggregator = _encoder(model), getattr(model, "aggregator", None)
+    encoder, aggregator = _encoder(model), _aggregator(model)
     if isinstance(model, SlideModel):  # another's may keep its norms whole by itself
         require_whole_norms(model, config)
         _apply_norms(policies, model.train(), config)
@@ -173,7 +174,7 @@ def _micro_batches(config: Mapping[str, Any], world: int) -> tuple[int, int]:
 
 def _require_shared(policies: DsWsiConfig, model: nn.Module) -> None:
     size = policies.tile_parallel.size
-    if size != 1 and not _has_forward(getattr(model, "aggregator", None), SharedForward):
+    if size != 1 and not _has_forward(_aggregator(model), SharedForward):
         raise _refused(
             "tile_parallel.size",
             size,
@@ -183,8 +184,12 @@ def _require_shared(policies: DsWsiConfig, model: nn.Module) -> None:
 
 
 def _encoder(model: nn.Module) -> nn.Module:
-    parts: Any = model
-    return parts.encoder if hasattr(model, "encoder") and hasattr(model, "aggregator") else model
+    """The model's encoder, or the model where it is not made of an encoder and an aggregator."""
+    return model.encoder if isinstance(model, HasEncoder) and isinstance(model, HasAggregator) else model
+
+
+def _aggregator(model: nn.Module) -> nn.Module | None:
+    return model.aggregator if isinstance(model, HasAggregator) else None
 
 
 def _has_forward(module: nn.Module | None, kind: type) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ds_wsi.engines.sharded.fsdp import whole
 from ds_wsi.partition.forward import PartitionedForward
 from ds_wsi.partition.module.shards import is_anchor
+from ds_wsi.runtime.contracts import Packs
 from ds_wsi.runtime.forwards import Handle
 
 
@@ -24,10 +25,14 @@ def gather_as_one(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), PartitionedForward):
             set_z3_leaf_module(module, True)
-        elif getattr(module, "packed", True) is False and not isinstance(module.__dict__.get("forward"), _TiedForward):
+        elif _computes_bag_by_bag(module) and not isinstance(module.__dict__.get("forward"), _TiedForward):
             set_z3_leaf_module(module, True)
             Handle(module, _TiedForward(module.forward), "the tie of a leaf module of ZeRO-3")
             module.register_forward_pre_hook(_give_tie)
+
+
+def _computes_bag_by_bag(module: nn.Module) -> bool:
+    return isinstance(module, Packs) and module.packed is False
 
 
 class _TiedForward:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ds_wsi.partition.execution.host_store import HostStore
 from ds_wsi.partition.execution.ticket import Arriving
+from ds_wsi.runtime.contracts import PreparesAt
 from ds_wsi.runtime.memory import ByteMeter
 
 Range = tuple[int, int]  # [first, last)
@@ -16,8 +17,7 @@ Prepare = Callable[[Tensor], Tensor]
 
 def prepared(prepare: Prepare, part: Tensor, first: int) -> Tensor:
     """A chunk that begins at tile `first`, prepared; a `prepare` with a method `at` is told where."""
-    at: Callable[[Tensor, int], Tensor] | None = getattr(prepare, "at", None)
-    return prepare(part) if at is None else at(part, first)
+    return prepare.at(part, first) if isinstance(prepare, PreparesAt) else prepare(part)
 
 
 class InputTensor:

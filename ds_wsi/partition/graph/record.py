@@ -90,35 +90,12 @@ def record(
         UnrecordedError, or whatever the forward raises: with `stack`, the modules that it was in.
     """
     shape = example.shape if tiles is None else (tiles, *example.shape[1:])
-    with _running, ExitStack() as stack:
-        made = stack.enter_context(untouched(module))
-        stack.enter_context(undisturbed())
-        stack.enter_context(_unseeded(module, example.device))
-        kind = example.device.type if example.device.type != "meta" else "cpu"
-        cast = autocast_dtype(torch.device(kind))
-        if cast is not None:  # without the cache: it would keep tensors without numbers for those who come after
-            stack.enter_context(torch.autocast(kind, dtype=cast, cache_enabled=False))
-        graded = torch.is_grad_enabled()
-        stack.enter_context(_inference_as_now())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(graded))  # Python may ask; the operations themselves do without
+    kind = example.device.type if example.device.type != "meta" else "cpu"
+    with _running, _as_now(module, example.device, kind) as made, ExitStack() as stack:
         recorder = Recorder(module, is_leaf, is_norm, kind)
-        modes = _get_current_dispatch_mode_stack()
-        if not any(isinstance(mode, FakeTensorMode) for mode in modes) and example.device.type != "meta":
-            stack.enter_context(_disable_current_modes())  # a meter would count what takes no memory
-            modes = []
-        recorder.pretends = next((mode for mode in modes if isinstance(mode, FakeTensorMode)), None)
-        if recorder.pretends is None and example.device.type != "meta":
-            recorder.pretends = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        recorder.pretends = stack.enter_context(_without_numbers(example.device))
         recorder.make_twins()
-        x = torch.empty(shape, dtype=example.dtype, device=example.device, memory_format=example.layout)
-        recorder.source(x, "input", "must not change its input in place")
-        beside = {
-            place: torch.empty_like(value, device=value.device if example.device.type != "meta" else "meta")
-            for place, value in example.arguments.tensors.items()
-        }
-        for index, (place, value) in enumerate(beside.items()):
-            recorder.source(value, f"argument_{index}", f"must not change its argument {place!r} in place", place)
+        x, beside = _sources(recorder, example, shape)
         stack.enter_context(_calls_of(recorder))
         stack.enter_context(applied_functions(recorder.call_function))
         stack.enter_context(recorder)
@@ -129,20 +106,82 @@ def record(
             raise
         recorder.paused, recorder.surroundings = True, recorder.ambient
         form = form_of(output, shape[0], type(module).__name__)
-        leaves = [recorder.leaf_of(leaf) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        if not all(isinstance(leaf, fx.Node) for leaf in leaves):
-            raise ForbiddenError(f"the output of {type(module).__name__} must depend on its tiles, got a constant")
-        if form.is_plain:
-            target = leaves[0]
-            if target.op == "placeholder":  # a segment ends with an operation
-                target = recorder.add_node(Tensor.clone, (target,), {})
-                recorder.values[target] = recorder.values[leaves[0]]
-        else:
-            target = recorder.add_node(form.pack, (leaves,), {})
-            recorder.values[target] = torch.empty((shape[0], 1), dtype=form.dtype, device=example.device)
-        recorder.graph.output(target)
+        recorder.graph.output(_joint(recorder, module, output, form, shape[0], example.device))
     _erase_unused(recorder.graph, {name for name, part in module.named_modules() if part.training and is_norm(part)})
     return Recording(recorder.graph, recorder.values, form, made)
+
+
+@contextmanager
+def _as_now(module: nn.Module, device: torch.device, kind: str) -> Iterator[dict[tuple[str, str], Any]]:
+    """The surroundings of a recorded run: the caller's autograd and autocast, and a module that is put back.
+
+    Args:
+        module: the module that runs.
+        device: of the example.
+        kind: the type of the device that autocast is asked for.
+
+    Yields:
+        See `untouched`.
+    """
+    with ExitStack() as stack:
+        made = stack.enter_context(untouched(module))
+        stack.enter_context(undisturbed())
+        stack.enter_context(_unseeded(module, device))
+        cast = autocast_dtype(torch.device(kind))
+        if cast is not None:  # without the cache: it would keep tensors without numbers for those who come after
+            stack.enter_context(torch.autocast(kind, dtype=cast, cache_enabled=False))
+        graded = torch.is_grad_enabled()
+        stack.enter_context(_inference_as_now())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(graded))  # Python may ask; the operations themselves do without
+        yield made
+
+
+@contextmanager
+def _without_numbers(device: torch.device) -> Iterator[FakeTensorMode | None]:
+    """The mode in which tensors have no numbers: the one that is on, or a new one; None on the meta device."""
+    modes = _get_current_dispatch_mode_stack()
+    present = next((mode for mode in modes if isinstance(mode, FakeTensorMode)), None)
+    if present is not None or device.type == "meta":
+        yield present
+        return
+    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode  # without the others: a meter would count what takes no memory
+
+
+def _sources(recorder: Recorder, example: Example, shape: tuple[int, ...]) -> tuple[Tensor, dict[Any, Tensor]]:
+    """The tiles, and place -> tensor of those beside them, all without numbers and known to the recorder."""
+    x = torch.empty(shape, dtype=example.dtype, device=example.device, memory_format=example.layout)
+    recorder.source(x, "input", "must not change its input in place")
+    beside = {
+        place: torch.empty_like(value, device=value.device if example.device.type != "meta" else "meta")
+        for place, value in example.arguments.tensors.items()
+    }
+    for index, (place, value) in enumerate(beside.items()):
+        recorder.source(value, f"argument_{index}", f"must not change its argument {place!r} in place", place)
+    return x, beside
+
+
+def _joint(
+    recorder: Recorder, module: nn.Module, output: Any, form: OutputForm, tiles: int, device: torch.device
+) -> fx.Node:
+    """The node of the module's output as one tensor.
+
+    Raises:
+        ForbiddenError: a part of the output was computed from no tile.
+    """
+    leaves = [recorder.leaf_of(leaf) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    if not all(isinstance(leaf, fx.Node) for leaf in leaves):
+        raise ForbiddenError(f"the output of {type(module).__name__} must depend on its tiles, got a constant")
+    if form.is_plain:
+        target = leaves[0]
+        if target.op == "placeholder":  # a segment ends with an operation
+            target = recorder.add_node(Tensor.clone, (target,), {})
+            recorder.values[target] = recorder.values[leaves[0]]
+    else:
+        target = recorder.add_node(form.pack, (leaves,), {})
+        recorder.values[target] = torch.empty((tiles, 1), dtype=form.dtype, device=device)
+    return target
 
 
 @contextmanager

@@ -146,20 +146,7 @@ class Subgraph:
         for node in self.nodes:
             with surroundings_of(node):
                 if node in self.sites:
-                    z = self._input(node, node.all_input_nodes[0], values, needed)
-                    if corrected is not None and node in corrected:
-                        own = corrected[node]
-                        if own is not None and needed is not None:
-                            start = needed[node.all_input_nodes[0]][0]
-                            z_rows = values[node.all_input_nodes[0]]
-                            z_rows = Corrected.apply(
-                                z_rows, self.sites[node], statistics[node], (own[0] - start, own[1] - start)
-                            )
-                            first, last = needed[node]
-                            z = z_rows[:, :, first - start : last - start]
-                        else:
-                            z = Corrected.apply(z, self.sites[node], statistics[node], None)
-                    values[node] = self.sites[node].apply(z, statistics[node])
+                    values[node] = self._normed(node, values, statistics[node], needed, corrected)
                 elif self.rules is not None and isinstance(self.rules.get(node), Window):
                     values[node] = self._window(node, values, needed, known)
                 else:
@@ -234,6 +221,28 @@ class Subgraph:
             return value
         assert self.rules is not None
         return _crop(value, needed[parent], self.rules[node].needs(needed[node]))
+
+    def _normed(
+        self,
+        node: fx.Node,
+        values: dict[fx.Node, Any],
+        statistics: Statistics,
+        needed: dict[fx.Node, Range] | None,
+        corrected: dict[fx.Node, Range | None] | None,
+    ) -> Tensor:
+        """A norm's output by its population's statistics; see `run` of the gradient that is corrected."""
+        site, parent = self.sites[node], node.all_input_nodes[0]
+        z = self._input(node, parent, values, needed)
+        if corrected is not None and node in corrected:
+            own = corrected[node]
+            if own is not None and needed is not None:
+                start = needed[parent][0]
+                z_rows = Corrected.apply(values[parent], site, statistics, (own[0] - start, own[1] - start))
+                first, last = needed[node]
+                z = z_rows[:, :, first - start : last - start]
+            else:
+                z = Corrected.apply(z, site, statistics, None)
+        return site.apply(z, statistics)
 
     def _window(
         self,

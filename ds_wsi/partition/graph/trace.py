@@ -185,6 +185,7 @@ class Traced:
             except ForbiddenError:
                 raise
             except Exception as error:  # a module's Python raises whatever it likes
+                # `record` writes it on an error of any class, which Python may have raised before the forward ran.
                 stack = getattr(error, "stack", [self.module])
                 names = {id(part): name for name, part in self.module.named_modules()}
                 part, name = stack[-1], names.get(id(stack[-1]), "")

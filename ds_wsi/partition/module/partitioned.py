@@ -6,6 +6,7 @@ from torch import nn
 
 from ds_wsi.partition.module.holdings import PLAIN
 from ds_wsi.partition.module.shards import give_anchor
+from ds_wsi.runtime.contracts import OfModule
 
 
 def is_partitioned(module: nn.Module) -> bool:
@@ -37,7 +38,8 @@ def refuse_other_holder(module: nn.Module, args: tuple[Any, ...]) -> None:
     Raises:
         ValueError: the module is a shallow copy (`copy.copy`, or a replica of nn.DataParallel) and differs.
     """
-    home = getattr(module.__dict__.get("forward"), "module", module)
+    forward = module.__dict__.get("forward")
+    home = forward.module if isinstance(forward, OfModule) else module
     if home is module or not is_partitioned(module):
         return
     mine, its = vars(module), vars(home)

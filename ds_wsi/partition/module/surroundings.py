@@ -76,7 +76,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         # Even where `grads` need no gradient: the results depend on the parameters.
         raising: Any = torch._C._functions.DelayedError(_ONCE.format("create_graph").encode(), len(results) + 1)
         required = (None if result is None else result.detach().requires_grad_() for result in results)
-        return tuple(raising(*required, getattr(ctx, "carrier", None)))[:-1]
+        return tuple(raising(*required, ctx.carrier))[:-1]
 
     return wrapped
 

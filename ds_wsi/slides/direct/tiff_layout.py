@@ -48,8 +48,10 @@ class SlideFile:
         OSError: it cannot be opened.
     """
 
+    _descriptor: int | None = None  # of an object whose file could not be opened, which Python closes too
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._descriptor: int | None = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self.n_bytes = os.fstat(self._descriptor).st_size
 
     def __del__(self) -> None:
@@ -57,7 +59,7 @@ class SlideFile:
 
     def close(self) -> None:
         """Let the file go; a later read raises."""
-        descriptor, self._descriptor = getattr(self, "_descriptor", None), None
+        descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
 
