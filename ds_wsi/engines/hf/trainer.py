@@ -342,7 +342,8 @@ def _require_arguments(args: TrainingArguments, keywords: Mapping[str, Any]) -> 
             raise ValueError(f"{words}. HINT: {hint}")
 
     require(
-        args.average_tokens_across_devices,
+        # In one process the versions of Transformers 4 turn it off by themselves: its bags are all there are.
+        args.average_tokens_across_devices or args.world_size == 1,
         "average_tokens_across_devices must be True, got False: each rank would divide by its own bags",
         "leave it out, True is its default",
     )
