@@ -233,8 +233,9 @@ def test_sections_that_the_trainer_cannot_follow_are_refused(section, words):
 def test_a_deepspeed_config_that_would_do_something_else_is_refused(tmp_path):
     rows = [{"tiles": bag, "labels": 1} for bag in tiles(2, 2)]
 
-    def refused(config, words, **options):
+    def refused(config, words, hf_deepspeed_config=None, **options):
         given = arguments(tmp_path, **options)
+        given.hf_deepspeed_config = hf_deepspeed_config
         given.deepspeed_plugin = type("Plugin", (), {"deepspeed_config": config})
         with pytest.raises(ValueError, match=words):
             SlideTrainer(make(), given, train_dataset=rows)
@@ -242,6 +243,8 @@ def test_a_deepspeed_config_that_would_do_something_else_is_refused(tmp_path):
     refused({}, r"label_smoothing_factor", label_smoothing_factor=0.1)
     stage = {"zero_optimization": {"stage": 2}}
     refused(stage, r"gradient_clipping of the DeepSpeed config must be there", max_grad_norm=0)
+    halving = type("Config", (), {"dtype": lambda _: torch.float16, "is_true": lambda *_: False})()
+    refused(stage, r"fp16 of the DeepSpeed config must be there, got none.*HINT", hf_deepspeed_config=halving)
     refused(stage | {"bf16": {"enabled": True}}, r"bf16 must be off for BatchNorm under DeepSpeed.*torch_autocast")
 
 

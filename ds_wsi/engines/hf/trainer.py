@@ -370,6 +370,12 @@ def _require_arguments(args: TrainingArguments, keywords: Mapping[str, Any]) -> 
         "such a checkpoint, and a stranger's code would run",
         "leave it out",
     )
+    trainers = getattr(args, "hf_deepspeed_config", None)
+    require(
+        trainers is None or trainers.dtype() != torch.float16 or trainers.is_true("fp16.enabled"),
+        "fp16 of the DeepSpeed config must be there, got none: the Trainer of Transformers 4 would halve its inputs",
+        '"fp16": {"enabled": false}',
+    )
     require(
         not config or "gradient_clipping" in config or args.max_grad_norm == 1,
         "gradient_clipping of the DeepSpeed config must be there where max_grad_norm is not 1, got none: Accelerate "
