@@ -8,9 +8,9 @@ from ds_wsi.runtime.bounds import MOST_DRAWS, MOST_SEED, whole
 from ds_wsi.runtime.streams import show
 from ds_wsi.slides.demo import DEMOS, make_demo
 from ds_wsi.slides.policy import DEMO_DIRS
-from ds_wsi.training.compare import COMPARED
 from ds_wsi.training.options import spellings
 
+COMPARED = "gated_abmil"
 RUNS = "folder of the runs of --compare (default: runs/demo_compare)"
 
 

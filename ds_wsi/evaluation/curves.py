@@ -3,14 +3,12 @@
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING, Any
 
 from ds_wsi.runtime.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Of Okabe and Ito's palette, which colour-blind readers tell apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
@@ -33,6 +31,9 @@ def draw_curves(
         best_epoch: the epoch whose weights were kept; marked in both panels.
         metric: what it was chosen by, with or without "eval_"; drawn with the others.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     key = metric if metric.startswith("eval_") else f"eval_{metric}"
     figure = Figure(figsize=(9.0, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -54,7 +55,7 @@ def series(history: History, key: str) -> tuple[list[float], list[float]]:
     return epochs, [float(value) if value is not None and math.isfinite(value) else math.nan for value in values]
 
 
-def _draw_panel(axes: Axes, history: History, keys: Iterable[str], title: str) -> None:
+def _draw_panel(axes: "Axes", history: History, keys: Iterable[str], title: str) -> None:
     drawn = 0
     for index, key in enumerate(dict.fromkeys(keys)):
         epochs, values = series(history, key)
@@ -77,7 +78,9 @@ def _label(key: str) -> str:
     return f"{'validation' if split == 'eval' else 'training'} {name}"
 
 
-def _style_panel(axes: Axes, title: str) -> None:
+def _style_panel(axes: "Axes", title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_title(title, loc="left", fontsize=11, pad=16)  # above the mark of the best epoch
     axes.set_xlabel("epoch", fontsize=9)
     axes.tick_params(labelsize=9, color="0.7")
@@ -94,7 +97,7 @@ def _value_at(history: History, epoch: int, key: str) -> float:
     return dict(zip(*series(history, key), strict=True)).get(float(epoch), math.nan)
 
 
-def _mark_best(axes: Axes, best_epoch: int, value: float) -> None:
+def _mark_best(axes: "Axes", best_epoch: int, value: float) -> None:
     """Mark the epoch by a line, and its value (where it has one in this panel) on the frame's upper edge."""
     axes.axvline(best_epoch, color="0.45", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     axes.annotate(

@@ -2,17 +2,17 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure
 from PIL import Image
 
 from ds_wsi.runtime.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOR_MAP = "viridis"  # the highest is the brightest, for colour-blind readers and on paper too
 OPACITY = 0.6  # nuclei stay visible below the colour
@@ -112,6 +112,8 @@ def attention_rgba(
     Raises:
         ValueError: shapes that do not fit, attention that is not finite, a tile outside the thumbnail.
     """
+    from matplotlib import colormaps
+
     coord_array, weights = np.asarray(coords), np.asarray(attention, dtype=np.float64)
     _check_tiles(coord_array, weights, tile_size_level0_px, downsample)
     boxes = tile_boxes(coord_array, tile_size_level0_px, downsample)
@@ -180,8 +182,11 @@ def _check_inside(boxes: np.ndarray, coords: np.ndarray, shape: tuple[int, int])
         )
 
 
-def _figure(height: int, width: int) -> Figure:
+def _figure(height: int, width: int) -> "Figure":
     """Return a figure for two panels of an image of this size, side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     scale = PANEL_INCHES / max(height, width)
     panel_width = max(width * scale, MIN_PANEL_WIDTH_INCHES)
     figure = Figure(figsize=(2 * panel_width + 0.2, height * scale + 1.0), layout="constrained")
@@ -189,14 +194,16 @@ def _figure(height: int, width: int) -> Figure:
     return figure
 
 
-def _frame(axes: Axes) -> None:
+def _frame(axes: "Axes") -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color("0.8")
 
 
-def _color_bar(figure: Figure, panels: list[Axes]) -> None:
+def _color_bar(figure: "Figure", panels: "list[Axes]") -> None:
+    from matplotlib.cm import ScalarMappable
+
     bar = figure.colorbar(
         ScalarMappable(cmap=COLOR_MAP), ax=panels, location="bottom", ticks=[0, 0.5, 1], aspect=50, shrink=0.6, pad=0.02
     )

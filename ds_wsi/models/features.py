@@ -82,6 +82,9 @@ def features_shape(encoder: nn.Module, tile_size_px: int) -> tuple[int, ...]:
                 name: torch.empty(whole_shape(part), device=part.device, dtype=part.dtype)
                 for name, part in parts.items()
             }
+            # Transformers 4 builds a model that it loads with parameters on "meta", and its buffers on the CPU.
+            away = {name: part for name, part in encoder.named_buffers() if part.device != like.device}
+            whole |= {name: torch.empty_like(part, device=like.device) for name, part in away.items()}
             out = torch.func.functional_call(encoder, whole, (tile,))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -23,7 +23,6 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.words import counted
 from ds_wsi.slides.policy import DEMO_DIRS
 
-COMPARED = "gated_abmil"
 ARMS: Mapping[str, tuple[str, ...]] = {"frozen": ("--freeze_encoder",), "end_to_end": ()}
 METRICS = ("auc", "accuracy")
 # Of both arms. Tiles drawn anew in each epoch keep an aggregator from learning 64 slides by heart.

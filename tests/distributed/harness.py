@@ -8,7 +8,8 @@ from launch.benchmarks import ranks
 
 TIMEOUT_S = 600  # one launch holds many cases, beside other tests
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "accelerate", "timm"])
+# frozen: DeepSpeed collects garbage several times per engine, and would look through all that was imported.
+_context.set_forkserver_preload(["torch", "deepspeed", "accelerate", "timm", "frozen"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:

@@ -119,7 +119,7 @@ def hugging_face(folder):
     for callbacks in ([], [Register()]):
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState(backend="gloo")
-        config = zero_config(2, train_micro_batch_size_per_gpu="auto")
+        config = zero_config(2, train_micro_batch_size_per_gpu="auto", fp16={"enabled": False})
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=3,

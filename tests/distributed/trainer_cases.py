@@ -105,6 +105,13 @@ def make_trainer(engine, bags, kind, accumulation=1, *, plain=False, dropout=0.0
     from ds_wsi.engines.hf.trainer import CommHookCallback, SlideTrainer, apply_policies
     from ds_wsi.engines.machine import cpu
 
+    class InOrder(Trainer):
+        """What `train_sampling_strategy="sequential"` says in Transformers 5."""
+
+        def _get_train_sampler(self, train_dataset=None):
+            return torch.utils.data.SequentialSampler(bags)
+
+    takes_strategy = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
     forget()
     config = None
     if engine.startswith("zero"):
@@ -115,6 +122,7 @@ def make_trainer(engine, bags, kind, accumulation=1, *, plain=False, dropout=0.0
             "zero_optimization": {"stage": int(engine[-1])},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
+            "fp16": {"enabled": False},  # left out, Transformers 4 halves inputs
             **({} if section is None else {"ds_wsi": section}),
         }
     arguments = {
@@ -134,7 +142,7 @@ def make_trainer(engine, bags, kind, accumulation=1, *, plain=False, dropout=0.0
         "logging_strategy": "no",
         "remove_unused_columns": False,
         **cpu.trainer_arguments(deepspeed=config is not None),
-        **({"train_sampling_strategy": "sequential"} if plain else {}),
+        **({"train_sampling_strategy": "sequential"} if plain and takes_strategy else {}),
         **options,
     }
     arguments = TrainingArguments(deepspeed=config, **arguments)
@@ -144,7 +152,7 @@ def make_trainer(engine, bags, kind, accumulation=1, *, plain=False, dropout=0.0
     if not plain:
         return SlideTrainer(model, arguments, norm=NORM, **data)
     apply_policies(model, arguments, NORM)
-    trainer = Trainer(model, arguments, **data)
+    trainer = (Trainer if takes_strategy else InOrder)(model, arguments, **data)
     trainer.comm = CommHookCallback(trainer)
     trainer.add_callback(trainer.comm)
     return trainer

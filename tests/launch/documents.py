@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from runs import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LANGUAGES = ("python", "bash", "sh", "shell", "console", "json", "diff")  # what must be named
+LANGUAGES = ("python", "bash", "sh", "shell", "console", "json", "yaml", "toml", "diff")  # what must be named
+OTHERS = ("text", "csv")  # messages and layouts of folders; tables, which tests of tables read
 CI = "ci: test"  # the block that .ci/run runs
 
 

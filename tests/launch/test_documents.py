@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import ds_wsi
-from documents import PAGES, Block, block, blocks, commands, templates, unnamed
+from documents import LANGUAGES, OTHERS, PAGES, Block, block, blocks, commands, templates, unnamed
 from ds_wsi.cli import build_parser, main
 from ds_wsi.config import read_section
 from ds_wsi.models import build_encoder
@@ -272,6 +272,50 @@ def test_every_command_has_options_that_exist(capsys):
     assert n_parsed > 30
 
 
+def launcher_parsers():
+    """Launcher -> what parses the words after its name."""
+    from accelerate.commands.launch import launch_command_parser
+    from deepspeed.launcher import runner
+    from torch.distributed.run import get_args_parser
+
+    return {
+        "torchrun": get_args_parser().parse_args,
+        "accelerate launch": launch_command_parser().parse_args,
+        "deepspeed": runner.parse_args,
+    }
+
+
+def test_every_launcher_has_the_options_it_is_given(capsys):
+    parsers = launcher_parsers()
+    n_parsed = 0
+    for page, line in command_lines():
+        for launcher, parse in parsers.items():
+            if line.startswith(f"{launcher} "):
+                try:
+                    parse(shlex.split(line.removeprefix(launcher)))
+                except SystemExit:
+                    pytest.fail(f"{page}: {line}: {capsys.readouterr().err}")
+                n_parsed += 1
+    assert n_parsed > 10
+
+
+def test_files_of_the_repository_that_commands_name_exist():
+    named = {
+        word
+        for _, line in command_lines()
+        for word in re.findall(r"(?:ds_configs|launch|tests|constraints)/[\w./]+", line)
+    }
+    assert len(named) > 10
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_a_part_of_a_json_that_is_not_run_parses():
+    parts = [one for one in blocks() if one.language == "json" and not one.name]
+    assert parts
+    for one in parts:
+        json.loads(one.text if one.text.startswith("{") else f"{{{one.text}}}")
+
+
 @pytest.mark.parametrize("script", ["panda", "camelyon16", "camelyon17", "tcga_lung", "custom"])
 def test_the_launchers_are_protocols(script):
     assert any(f"launch/train_{script}.py" in line for _, line in command_lines())
@@ -289,6 +333,10 @@ def test_every_block_of_code_has_a_name_or_a_reason():
     assert sorted(names) == sorted([*CHECKS, *SHELL, "accelerate", "section"]), "a name twice, or one that no test runs"
     fences = sum(len(re.findall(r"^ *```\w*$", page.read_text("utf-8"), re.M)) for page in PAGES)
     assert fences == 2 * len(blocks()), "a fence is indented, or not closed"
+
+
+def test_every_block_is_of_a_language_that_is_looked_at():
+    assert {one.language for one in blocks()} <= {*LANGUAGES, *OTHERS}
 
 
 def test_what_reasons_name_exists():

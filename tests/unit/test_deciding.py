@@ -1,7 +1,7 @@
 """Every setting says what it decides, and whatever decides the result is neither resumed, taken up nor pooled."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,16 +11,23 @@ from hypothesis import settings as of_hypothesis
 from hypothesis import strategies as st
 
 from ds_wsi.compression.comm import CommPolicy
+from ds_wsi.config import DsWsiConfig
 from ds_wsi.runtime.setting import FLAG, SWITCH, Decides, setting
 from ds_wsi.stacking.policy import StackingPolicy
-from ds_wsi.training import setting_list
+from ds_wsi.training import record, run_mark, setting_list
 from ds_wsi.training.record import _group_settings
 from ds_wsi.training.run_mark import identity
-from ds_wsi.training.same_run import differences, of_settings
+from ds_wsi.training.same_run import differences, known_early, of_settings
 from ds_wsi.training.setting_list import SETTINGS, has_effect, needed_words, sibling, value_at
 from ds_wsi.training.settings import TrainSettings
 
 DECIDING = [place for place, one in SETTINGS.items() if one.setting.decides is Decides.RESULT]
+# Settings that decide by what they stand for, with others, on which tiles a model is tested, or a run's name.
+INDIRECT = (Decides.RESOLVED, Decides.STEP, Decides.TEST, Decides.NAME)
+# A demo is known by the manifest that it writes; of the ways to see tissue there is one version so far.
+OF_ONE_VALUE = ("data.demo", "policies.tiling.tissue_version")
+# What stands for a setting is known before a slide is opened; the rest needs slides, features or an encoder.
+EARLY = ("tiling", "dropout", "aggregator_options", "encoder_learning_rate", "from_tile_store", "encoder_weights")
 # What a value needs to be taken at all.
 COMPANIONS = {
     "optim.momentum": {"optim.optim": "sgd"},
@@ -34,6 +41,24 @@ WORDS = {
     "policies.compression.values": ["fp32", "fp16"],
     "policies.compression.topology": ["sharded", "server"],
     "policies.compression.pull": ["auto", "weights", "means"],
+    "data.manifest": ["a.csv", "b.csv"],
+    "data.classes": [("a", "b"), ("b", "a")],
+    "data.positive_class": ["a", "b"],
+    "data.slide_mpp": [None, 0.25, 0.5],
+    "data.tissue_masks": [None, "masks", "corrected"],
+    "data.features_dir": [None, "uni", "gigapath"],
+    "data.dataset_name": ["panda", "lung"],
+    "data.split_name": ["0", "1"],
+    "policies.tiling.grey_range": [(3, 230), (3, 220)],
+    "policies.reading.tile_store": ["", "store"],
+    "policies.partition.axis": ["batch", "spatial"],
+    "policies.partition.bn_population": ["stack", "bag"],
+    "model.encoder_weights": [None, "a.safetensors", "b.safetensors"],
+    "model.dropout": [None, 0.1, 0.25],
+    "model.aggregator_options": [(), (("hidden_dim", 64),), (("hidden_dim", 32),)],
+    "optim.encoder_learning_rate": [1e-5, 1e-4],
+    "run.deepspeed": ["a.json", "b.json"],
+    "run.eval_tiles": [None, 64, 256],
 }
 
 
@@ -110,6 +135,61 @@ def test_runs_that_differ_in_what_decides_are_not_resumed_taken_up_or_pooled(pla
     assert identity(ours, None) != identity(theirs, None), "taken up by a protocol"
     if not SETTINGS[place].setting.column:
         assert _group_settings(as_run(ours)) != _group_settings(as_run(theirs)), "pooled"
+
+
+@pytest.mark.parametrize(
+    "place",
+    [place for place, one in SETTINGS.items() if one.setting.decides in INDIRECT and place not in OF_ONE_VALUE],
+)
+@given(data=st.data())
+@of_hypothesis(max_examples=5, deadline=None)
+def test_runs_that_differ_in_what_decides_indirectly_are_not_taken_up_or_pooled(place, data, manifest):
+    one = SETTINGS[place].setting
+    base = with_values(TrainSettings(), {"data.manifest": manifest, **COMPANIONS.get(place, {})})
+    first = data.draw(values_of(place))
+    other = data.draw(values_of(place).filter(lambda value: value != first))
+    ours, theirs = (with_values(base, {place: value}) for value in (first, other))
+    if place not in run_mark._ELSEWHERE:
+        assert identity(ours, None) != identity(theirs, None), "taken up by a protocol"
+    if one.decides is Decides.RESOLVED and not one.column and place not in record._ELSEWHERE:
+        assert _group_settings(as_run(ours)) != _group_settings(as_run(theirs)), "pooled"
+    if one.resolved in EARLY:
+        assert differences(known_early(ours, 1), known_early(theirs, 1)), "resumed"
+    sizes = [given_settings.step_layout(1).bags_per_step for given_settings in (ours, theirs)]
+    if sizes[0] != sizes[1]:
+        assert _group_settings(as_run(ours)) != _group_settings(as_run(theirs)), "pooled"
+        assert differences(known_early(ours, 1), known_early(theirs, 1)), "resumed"
+
+
+def test_what_is_compared_elsewhere_is_a_setting_and_compared():
+    cuts = {f"policies.partition.{name}" for name in ("mode", "axis", "chunk_size")}
+    mark, pooled = set(run_mark._ELSEWHERE), set(record._ELSEWHERE)
+    assert mark - cuts == {"data.manifest", "run.deepspeed", "run.validate_beside"}
+    resolved = {place for place, one in SETTINGS.items() if one.setting.decides is Decides.RESOLVED}
+    assert not pooled - {*resolved, "run.eval_precision", "run.early_stopping_patience"}
+    base = with_values(TrainSettings(), {"run.early_stopping_patience": 3})
+    beside = with_values(base, {"run.validate_beside": True})
+    assert of_settings(base)["early_stopping"] != of_settings(beside)["early_stopping"]
+    assert _group_settings(as_run(base)) != _group_settings(as_run(beside))
+
+
+def test_another_table_and_another_deepspeed_json_are_another_protocol(manifest, tmp_path):
+    base = with_values(TrainSettings(), {"data.manifest": manifest})
+    (tmp_path / "m.csv").write_text("slide_id,path,label\ns,s.svs,b\n")
+    other = with_values(TrainSettings(), {"data.manifest": str(tmp_path / "m.csv")})
+    assert identity(base, None) != identity(other, None)
+    assert identity(base, {"optimizer": {"type": "Adam"}}) != identity(base, {"optimizer": {"type": "AdamW"}})
+
+
+def test_every_group_and_policy_of_a_run_is_one_whose_fields_are_declared():
+    groups = {f"policies.{entry.name}" for entry in fields(DsWsiConfig)}
+    groups |= {entry.name for entry in fields(TrainSettings) if entry.name != "policies"}
+    assert groups == setting_list.OWNERS.keys()
+
+
+def test_a_setting_must_say_what_it_decides():
+    with pytest.raises(TypeError, match="decides"):
+        setting(0, "words")
 
 
 @pytest.mark.parametrize("place", [place for place, one in SETTINGS.items() if one.setting.needs])

@@ -1,5 +1,6 @@
 """The documentation builds strictly, and what is written from results or code is what they say."""
 
+import argparse
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ds_wsi.bags.manifest import parse_manifest
+from ds_wsi.cli import build_parser
 from ds_wsi.config import DsWsiConfig
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +64,38 @@ def test_every_command_is_told(docs_pages):
     for command in ("train", "evaluate", "tile", "features", "protocol panda", "plan"):
         assert f"ds-wsi {command}\n" in tables
     assert "| `--gpu_budget " in tables
+
+
+def test_every_option_of_every_command_has_its_line(docs_pages):
+    sections = dict(re.findall(r"^##+ (ds-wsi [\w ]+)\n(.*?)(?=^##|\Z)", docs_pages.options_tables(), re.M | re.S))
+    n_options = 0
+    for words, parser in leaves(build_parser(), "ds-wsi"):
+        for action in parser._actions:
+            names = [name for name in action.option_strings if name.startswith("--")] or [action.dest]
+            if "--help" not in names and action.help != argparse.SUPPRESS:
+                lines = re.findall(rf"^\| `{re.escape(names[0])}[ `].*\| (.+) \|$", sections[words], re.M)
+                assert len(lines) == 1, (words, names)
+                assert len(lines[0].split()) > 1, (words, names)
+                n_options += 1
+    assert n_options > 200
+
+
+def leaves(parser, words):
+    """The commands without subcommands, with their words."""
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inner:
+        yield words, parser
+    for name, one in inner[0].choices.items() if inner else ():
+        yield from leaves(one, f"{words} {name}")
+
+
+def test_the_table_of_my_slides_is_read(tmp_path):
+    page = (ROOT / "docs" / "how_to" / "slides.md").read_text("utf-8")
+    table = re.search(r"<!-- my_slides\.csv -->\n```csv\n(.*?)```", page, re.S)[1]
+    (tmp_path / "my_slides.csv").write_text(table, "utf-8")
+    manifest, _ = parse_manifest(tmp_path / "my_slides.csv", need_slides=False)
+    found = [(slide.slide_id, manifest.label_name(slide), slide.split, slide.mpp) for slide in manifest.slides]
+    assert found == [("S-001", "tumor", "train", None), ("S-002", "normal", "test", 0.25)]
 
 
 def test_links_out_of_docs_lead_to_files_of_the_site(docs_pages):

@@ -54,6 +54,15 @@ class TestFeatures:
         torch.testing.assert_close(flat(x), pooled.forward_features(x).flatten(1))
         torch.testing.assert_close(flat(x).view(2, 32, -1).mean(-1), pooled(x))
 
+    def test_parameters_without_values_beside_buffers_that_have_theirs(self):
+        """As Transformers 4 builds a model that it loads."""
+        encoder = small_resnet()
+        for part in encoder.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                setattr(part, name, nn.Parameter(parameter.to("meta")))
+        assert features_shape(encoder, 64) == (1, 32)
+        assert encoder.bn1.running_mean.device.type == "cpu"
+
     @pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])
     def test_widths_are_those_of_what_comes_out(self, name):
         for features in ("pooled", "flattened"):

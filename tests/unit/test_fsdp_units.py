@@ -1,8 +1,9 @@
 """FSDP2 without processes: its units, and what is refused before anything is sharded."""
 
+from dataclasses import dataclass
+
 import pytest
 import timm
-import torch
 from torch import nn
 
 from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator
@@ -27,9 +28,7 @@ def names_of(encoder: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_units_are_the_blocks_of_an_encoder(name):
-    with torch.device("meta"):
-        encoder = timm.create_model(name, num_classes=0)
-    assert names_of(encoder) == BLOCKS[name]
+    assert names_of(timm.create_model(name, num_classes=0)) == BLOCKS[name]
 
 
 def test_an_encoder_without_blocks_of_its_own_is_one_unit():
@@ -69,6 +68,22 @@ def test_deepspeed_beside_fsdp_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("ds_wsi.engines.accelerator.engine._deepspeed_plugin", lambda *_: object())
     with pytest.raises(ValueError, match=r"FSDP2 must not be used with DeepSpeed, got both\. HINT"):
         build_accelerator(EngineSettings(0.1, 0.0, 0.0, "sgd", 1, 1), tmp_path, {})
+
+
+def test_a_version_of_accelerate_without_a_later_switch_is_given_none(monkeypatch):
+    @dataclass
+    class Earlier:
+        fsdp_version: int
+        reshard_after_forward: str
+        mixed_precision_policy: object
+        auto_wrap_policy: str
+        cpu_offload: bool
+        state_dict_type: str
+        activation_checkpointing: bool
+        cpu_ram_efficient_loading: bool
+
+    monkeypatch.setattr(fsdp, "FullyShardedDataParallelPlugin", Earlier)
+    assert fsdp.fsdp_plugin().activation_checkpointing is False
 
 
 def test_one_process_is_refused(monkeypatch):

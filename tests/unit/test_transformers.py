@@ -181,10 +181,17 @@ def test_a_dataset_of_columns_trains(tmp_path):
     assert trainer.predict(rows).predictions.shape == (3, 2)
 
 
+def test_a_count_of_each_rank_alone_is_refused_where_there_are_several(tmp_path, monkeypatch):
+    rows = [{"tiles": bag, "labels": 1} for bag in tiles(2, 2)]
+    SlideTrainer(make(), arguments(tmp_path, average_tokens_across_devices=False), train_dataset=rows)
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 2))
+    with pytest.raises(ValueError, match=r"average_tokens_across_devices must be True"):
+        SlideTrainer(make(), arguments(tmp_path, average_tokens_across_devices=False), train_dataset=rows)
+
+
 def test_what_would_be_another_gradient_is_refused(tmp_path):
     rows = [{"tiles": bag, "labels": 1} for bag in tiles(2, 2)]
     for options, keywords, words in (
-        ({"average_tokens_across_devices": False}, {}, r"average_tokens_across_devices must be True"),
         ({"label_smoothing_factor": 0.1}, {}, r"label_smoothing_factor must be 0, got 0.1"),
         ({"accelerator_config": {"dispatch_batches": True}}, {}, r"dispatch_batches: they cut batches by rows"),
         ({}, {"compute_loss_func": lambda *_: None}, r"compute_loss_func must be None"),
@@ -226,15 +233,18 @@ def test_sections_that_the_trainer_cannot_follow_are_refused(section, words):
 def test_a_deepspeed_config_that_would_do_something_else_is_refused(tmp_path):
     rows = [{"tiles": bag, "labels": 1} for bag in tiles(2, 2)]
 
-    def refused(config, words, **options):
+    def refused(config, words, hf_deepspeed_config=None, **options):
         given = arguments(tmp_path, **options)
+        given.hf_deepspeed_config = hf_deepspeed_config
         given.deepspeed_plugin = type("Plugin", (), {"deepspeed_config": config})
         with pytest.raises(ValueError, match=words):
             SlideTrainer(make(), given, train_dataset=rows)
 
-    refused({}, r"average_tokens", average_tokens_across_devices=False)
+    refused({}, r"label_smoothing_factor", label_smoothing_factor=0.1)
     stage = {"zero_optimization": {"stage": 2}}
     refused(stage, r"gradient_clipping of the DeepSpeed config must be there", max_grad_norm=0)
+    halving = type("Config", (), {"dtype": lambda _: torch.float16, "is_true": lambda *_: False})()
+    refused(stage, r"fp16 of the DeepSpeed config must be there, got none.*HINT", hf_deepspeed_config=halving)
     refused(stage | {"bf16": {"enabled": True}}, r"bf16 must be off for BatchNorm under DeepSpeed.*torch_autocast")
 
 

@@ -342,7 +342,8 @@ def _require_arguments(args: TrainingArguments, keywords: Mapping[str, Any]) -> 
             raise ValueError(f"{words}. HINT: {hint}")
 
     require(
-        args.average_tokens_across_devices,
+        # In one process the versions of Transformers 4 turn it off by themselves: its bags are all there are.
+        args.average_tokens_across_devices or args.world_size == 1,
         "average_tokens_across_devices must be True, got False: each rank would divide by its own bags",
         "leave it out, True is its default",
     )
@@ -368,6 +369,12 @@ def _require_arguments(args: TrainingArguments, keywords: Mapping[str, Any]) -> 
         "checkpoint.load_universal of the DeepSpeed config must be off, got it on: DeepSpeed unpickles what lies in "
         "such a checkpoint, and a stranger's code would run",
         "leave it out",
+    )
+    trainers = getattr(args, "hf_deepspeed_config", None)
+    require(
+        trainers is None or trainers.dtype() != torch.float16 or trainers.is_true("fp16.enabled"),
+        "fp16 of the DeepSpeed config must be there, got none: the Trainer of Transformers 4 would halve its inputs",
+        '"fp16": {"enabled": false}',
     )
     require(
         not config or "gradient_clipping" in config or args.max_grad_norm == 1,

@@ -30,6 +30,8 @@ _LAUNCHER = {
     "FSDP_ACTIVATION_CHECKPOINTING": ("false", "false", "--partition checkpoint"),
     "FSDP_AUTO_WRAP_POLICY": ("no_wrap", "no_wrap", "the encoder's blocks are the units"),
 }
+# What Accelerate 1.10 has not yet, and later versions take from variables of the environment.
+_LATER_SWITCHES = ("activation_checkpointing_offload",)
 
 
 def launched_with_fsdp() -> bool:
@@ -57,8 +59,8 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin:
         cpu_offload=False,
         state_dict_type="SHARDED_STATE_DICT",
         activation_checkpointing=False,
-        activation_checkpointing_offload=False,
         cpu_ram_efficient_loading=False,
+        **{name: False for name in _LATER_SWITCHES if name in FullyShardedDataParallelPlugin.__dataclass_fields__},
     )
 
 
