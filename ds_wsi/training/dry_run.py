@@ -23,13 +23,13 @@ from ds_wsi.slides.coords import write_grid
 from ds_wsi.slides.demo import DEMOS, is_drawn
 from ds_wsi.training.changed import all_settings, changed_settings, setting_name
 from ds_wsi.training.checkpoint import find_checkpoint
+from ds_wsi.training.context import RunContext
 from ds_wsi.training.epoch_plan import count_steps
 from ds_wsi.training.norm_plan import norm_plan
 from ds_wsi.training.one_step import TimedSteps, time_micro_steps
 from ds_wsi.training.output_folder import asked_folder
 from ds_wsi.training.prepare import engine_settings, prepare_run
 from ds_wsi.training.protocol import Protocol, plan_runs, read_cohort, split_cohort
-from ds_wsi.training.run import Run
 from ds_wsi.training.run_folder import require_run_folder
 from ds_wsi.training.same_run import known_early, require_same
 from ds_wsi.training.settings import TrainSettings
@@ -160,7 +160,7 @@ def count_slides(cohort: Cohort) -> str:
     return "\n".join(lines)
 
 
-def _describe(run: Run, settings: TrainSettings, measured: Sequence[TimedSteps], all_of_them: bool) -> str:
+def _describe(run: RunContext, settings: TrainSettings, measured: Sequence[TimedSteps], all_of_them: bool) -> str:
     an_epoch, total = count_steps(run)
     processes = run.accelerator.num_processes
     return "\n".join(
@@ -194,14 +194,14 @@ def _settings_lines(settings: TrainSettings, all_of_them: bool) -> list[str]:
     return [*lines, f"settings that are the defaults: {len(others)} more (--dry_run all)"]
 
 
-def _norm_lines(run: Run) -> list[str]:
+def _norm_lines(run: RunContext) -> list[str]:
     if not batch_norms(run.module.encoder):
         return []
     training = run.config.norm_training
     return [f"norms: BatchNorm averages over {POPULATIONS[training]} in training (norm.training {training})"]
 
 
-def _partition_words(run: Run) -> str:
+def _partition_words(run: RunContext) -> str:
     if run.module.encoder_is_frozen:
         return "partition: none is needed, the frozen encoder keeps no activations"
     forward = run.module.encoder.__dict__.get("forward")
@@ -212,15 +212,15 @@ def _partition_words(run: Run) -> str:
     return str(longest)
 
 
-def _time_lines(run: Run, measured: Sequence[TimedSteps]) -> list[str]:
+def _time_lines(run: RunContext, measured: Sequence[TimedSteps]) -> list[str]:
     """The slowest process decides; the second micro-step counts, for the first warms up."""
     steps = [step for step in measured if all(step.tiles)]
     if not steps:
         return ["time: no process had two bags to measure with"]
-    cohort, reading = run.cohort, run.settings.policies.reading
+    cohort, reading = run.cohort, run.reading
     compute = max(step.compute_s[1] / step.tiles[1] for step in steps)
     read = max(sum(step.read_s) / sum(step.tiles) for step in steps)
-    epochs, processes = run.settings.optim.num_train_epochs, run.accelerator.num_processes
+    epochs, processes = run.epochs, run.accelerator.num_processes
     forward = compute * (1 if run.module.encoder_is_frozen else FORWARD_SHARE)
     training = sum(run.training_tiles) / run.mesh.slide_size
     evaluated = {split: sum(cohort.lengths[row] for row in cohort.rows(split)) for split in ("validation", "test")}

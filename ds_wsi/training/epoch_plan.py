@@ -1,24 +1,41 @@
-"""Which slides and tiles a run trains on in an epoch, step by step."""
+"""Which slides and tiles a run trains on, step by step: what its reader is asked for, and what its steps take."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from ds_wsi.bags.bag import BagPart
 from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles
 from ds_wsi.stacking.balance import OverCapError
-from ds_wsi.training.run import Run
+from ds_wsi.training.context import RunContext
+from ds_wsi.training.run import Progress
 
 
-def epoch_plan(run: Run, epoch: int) -> tuple[StepPlan, ...]:
+class PlannedStep(NamedTuple):
+    """An optimizer step of a run, and what this rank reads for it.
+
+    Attributes:
+        epoch: of the step, from 0.
+        number: of the step in the run, from 0.
+        plan: which slides it trains on, on which rank.
+        parts: for each micro-step, this rank's tiles of its bags, in order.
+    """
+
+    epoch: int
+    number: int
+    plan: StepPlan
+    parts: tuple[tuple[BagPart, ...], ...]
+
+
+def epoch_plan(run: RunContext, epoch: int) -> tuple[StepPlan, ...]:
     """The epoch's steps; where norms average over a step, its bags are encoded together, in one micro-step."""
     plan = _dealt(run, epoch)
     return tuple(step.as_one for step in plan) if run.config.norm_training == "step" else plan
 
 
-def _dealt(run: Run, epoch: int) -> tuple[StepPlan, ...]:
+def _dealt(run: RunContext, epoch: int) -> tuple[StepPlan, ...]:
     rows = run.cohort.rows("train")
-    seed = run.settings.run.seed
     try:
-        return plan_epoch(len(rows), run.step_layout, seed=seed, epoch=epoch, lengths=run.training_tiles)
+        return plan_epoch(len(rows), run.step_layout, seed=run.seed, epoch=epoch, lengths=run.training_tiles)
     except OverCapError as error:
         slide = "" if error.bag is None else f" (slide {run.cohort.manifest.slides[rows[error.bag]].slide_id})"
         raise ValueError(
@@ -27,33 +44,34 @@ def _dealt(run: Run, epoch: int) -> tuple[StepPlan, ...]:
         ) from error
 
 
-def parts_to_read(run: Run) -> Iterator[BagPart]:
-    """Everything this rank trains on from here to the end, in order: what the workers read ahead."""
-    rows, mesh = run.cohort.rows("train"), run.mesh
-    first, skip = run.progress.epoch, run.progress.step_in_epoch
-    for epoch in range(first, run.settings.optim.num_train_epochs):
-        for step in epoch_plan(run, epoch)[skip:]:
-            for groups in step.micro_steps:
-                yield from parts_of(run, epoch, [rows[slide] for slide in groups[mesh.slide_rank]])
+def planned_steps(run: RunContext, progress: Progress) -> Iterator[PlannedStep]:
+    """The steps of a run from where it stands to its last epoch's end, in order, each made when it is asked for."""
+    rows = run.cohort.rows("train")
+    first, skip, number = progress.epoch, progress.step_in_epoch, progress.global_step
+    for epoch in range(first, run.epochs):
+        for plan in epoch_plan(run, epoch)[skip:]:
+            own = [[rows[slide] for slide in groups[run.mesh.slide_rank]] for groups in plan.micro_steps]
+            yield PlannedStep(epoch, number, plan, tuple(_parts_of(run, epoch, slides) for slides in own))
+            number += 1
         skip = 0
 
 
-def parts_of(run: Run, epoch: int, slides: list[int]) -> list[BagPart]:
+def _parts_of(run: RunContext, epoch: int, slides: list[int]) -> tuple[BagPart, ...]:
     """This rank's tiles of its group's slides of one micro-step: the same set of tiles for any number of ranks."""
-    seed, wanted = run.settings.run.seed, run.settings.policies.reading.tiles_per_slide
+    wanted = run.reading.tiles_per_slide
     shares = run.settings.policies.tile_parallel.shares or (1.0,) * run.mesh.tile_size
-    chosen = [choose_tiles(run.cohort.lengths[slide], wanted, (seed, epoch, slide)) for slide in slides]
+    chosen = [choose_tiles(run.cohort.lengths[slide], wanted, (run.seed, epoch, slide)) for slide in slides]
     lengths = [
         run.cohort.lengths[slide] if rows is None else len(rows) for slide, rows in zip(slides, chosen, strict=True)
     ]
     stretches = share_tiles(lengths, shares)[run.mesh.tile_rank]
-    return [
+    return tuple(
         BagPart(slide, start, stop, None if rows is None else rows[start:stop])
         for slide, rows, (start, stop) in zip(slides, chosen, stretches, strict=True)
-    ]
+    )
 
 
-def count_steps(run: Run) -> tuple[int, int]:
+def count_steps(run: RunContext) -> tuple[int, int]:
     """Optimizer steps of an epoch, and of the run."""
     an_epoch = run.step_layout.steps_per_epoch(len(run.cohort.rows("train")))
-    return an_epoch, an_epoch * run.settings.optim.num_train_epochs
+    return an_epoch, an_epoch * run.epochs

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ds_wsi.engines.accelerator.engine import gather_object
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.words import counted, some
+from ds_wsi.training.context import RunContext
 from ds_wsi.training.run import Run
 
 SHOWN = 8  # slides that are named
@@ -73,18 +74,17 @@ def _local(parameter: nn.Parameter) -> Tensor:
     return partition.detach().reshape(-1)[: max(0, whole.ds_numel - before)]
 
 
-def skips_overflow(run: Run) -> bool:
+def skips_overflow(run: RunContext) -> bool:
     """Whether the engine scales the loss, and leaves a step out whose gradients have overflowed."""
     return run.settings.optim.mixed_precision == "fp16"
 
 
-def count_skipped(run: Run, in_a_row: int) -> None:
-    """Count a step that was left out, and say so of the first.
+def tell_skipped_steps(run: Run, in_a_row: int) -> None:
+    """Say of the first of several steps in a row that it is left out.
 
     Raises:
         NotFiniteError: too many in a row.
     """
-    run.progress.skipped_steps += 1
     if in_a_row == 1:
         step = run.progress.global_step
         logger.info("step %d: fp16 overflowed, the step is left out and the loss scale lowered", step)
@@ -136,7 +136,7 @@ def tell_not_finite(run: Run, step: int, own: Sequence[BagsAndLosses], *, loss_i
     )
 
 
-def _remedy(run: Run) -> str:
+def _remedy(run: RunContext) -> str:
     if run.settings.optim.mixed_precision != "no":
         return "or leave out --fp16 and --bf16"
     return "or clip with --max_grad_norm 1" if run.settings.optim.max_grad_norm == 0 else "or clip more"

@@ -2,15 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ds_wsi.bags.bag import read_bags
-from ds_wsi.bags.sampler import StepPlan
 from ds_wsi.engines.accelerator.engine import average_buffers
 from ds_wsi.engines.accelerator.scope import closing_trackers, engine_scope
 from ds_wsi.engines.sharded.zero import full_state_dict
@@ -22,13 +19,13 @@ from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.runtime.progress import PresentRate, Progress
 from ds_wsi.runtime.ranks import watch_ranks
 from ds_wsi.runtime.signals import Stopped, deferring, heeding_signals
-from ds_wsi.training.epoch_plan import count_steps, epoch_plan, parts_to_read
+from ds_wsi.training.context import RunContext
+from ds_wsi.training.epoch_plan import count_steps, epoch_plan, planned_steps
 from ds_wsi.training.finite import (
-    count_skipped,
     mean_loss,
     skips_overflow,
+    tell_skipped_steps,
 )
-from ds_wsi.training.micro_step import MicroSteps
 from ds_wsi.training.one_step import train_step
 from ds_wsi.training.optim import demon_beta, learning_rate_at, set_beta, warn_of_warmup
 from ds_wsi.training.outcome import finish, finished_results, is_finished
@@ -38,6 +35,7 @@ from ds_wsi.training.run import Run
 from ds_wsi.training.run_folder import alone_in, logging_to
 from ds_wsi.training.screen import tell_start
 from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.step_reader import StepReader, read_parts
 from ds_wsi.training.stopping import stop_reason
 from ds_wsi.training.stops import any_rank_asked, kept_when_stopped, words_of_stop
 from ds_wsi.training.validation import AtTheEnd, BesideTraining, validation_of
@@ -85,7 +83,7 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
         scope.enter_context(naming_full_disk(run.output_dir))  # of TensorBoard's thread, and of the engine
         scope.enter_context(closing_trackers(run.accelerator))
         scope.enter_context(run.saver)
-        run.started = started
+        run.clock.started = started
         resume(run)
         if is_finished(run):
             results = finished_results(run, started)
@@ -111,24 +109,18 @@ def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> 
 
 
 def _train_epochs(run: Run) -> None:
-    epochs = run.settings.optim.num_train_epochs
-    cohort = run.cohort
     if run.settings.policies.stacking.max_tiles_per_rank is not None:
-        for epoch in range(run.progress.epoch, epochs):
+        for epoch in range(run.progress.epoch, run.epochs):
             epoch_plan(run, epoch)  # a slide over the cap is refused now, not after hours
-    read = read_bags(
-        *(cohort.manifest.slides, cohort.grids, parts_to_read(run), run.settings.policies.reading, run.failures),
-        may_be_empty=run.mesh.tile_size > 1,
-    )
-    bags = MicroSteps(run, read)
+    steps = StepReader(run, planned_steps(run, run.progress), read_parts(run, run.reading))
     if run.accelerator.is_main_process:
         warn_of_warmup(run.settings.optim.warmup_steps, count_steps(run)[1])
     with validation_of(run) as validation:
-        while run.progress.epoch < epochs and not _stops_early(run):
+        while run.progress.epoch < run.epochs and not _stops_early(run):
             began = time.perf_counter()
             with kept_when_stopped(run):
-                entry = _train_epoch(run, bags, validation)
-                run.epoch_seconds = time.perf_counter() - began
+                entry = _train_epoch(run, steps, validation)
+                run.clock.epoch_seconds = time.perf_counter() - began
                 validation.collect()
             average_buffers(run.accelerator, run.module)
             state = full_state_dict(run.module)  # once an epoch, to validate and to export: collective at ZeRO-3
@@ -136,7 +128,7 @@ def _train_epochs(run: Run) -> None:
                 state |= run.average.weights()
             if run.settings.model.lora_rank:
                 state = merge_lora(state, run.settings.model.lora_rank, run.settings.model.lora_alpha)
-            _end_epoch(run, entry)
+            run.progress.end_epoch(entry)
             with kept_when_stopped(run):
                 validation.give(state)
             save(run)
@@ -145,65 +137,48 @@ def _train_epochs(run: Run) -> None:
 
 def _stops_early(run: Run) -> bool:
     """Whether the history says so: the same on all ranks, and again where a stopped run is resumed."""
-    settings = run.settings.run
-    metric = f"eval_{settings.metric_for_best_model}"
-    reason = stop_reason(run.progress.history, metric, settings.early_stopping_patience)
+    reason = stop_reason(run.progress.history, run.best_metric, run.settings.run.early_stopping_patience)
     if reason is not None:
         logger.info("early stopping after epoch %d: %s", run.progress.epoch, reason)
     return reason is not None
 
 
-def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraining) -> dict[str, float]:
+def _train_epoch(run: Run, steps: StepReader, validation: AtTheEnd | BesideTraining) -> dict[str, float]:
     progress, optim = run.progress, run.settings.optim
-    plan = epoch_plan(run, progress.epoch)
-    rate_at = _rates(run, len(plan))
-    _, total = count_steps(run)
+    an_epoch, total = count_steps(run)
+    rate_at = _rates(run, an_epoch)
     run.module.warming_up = encoder_rests(run.settings.model.freeze_encoder_epochs, progress.epoch)
     if progress.epoch == run.settings.model.freeze_encoder_epochs > 0 and progress.step_in_epoch == 0:
         forget_steps(run.optimizer)
     run.model.train()
     tiles_read, start, rate, skipped, present = 0, time.perf_counter(), 0.0, 0, PresentRate()
-    with _epoch_bar(run, plan) as bar:
-        for step, following in pairwise([*plan[progress.step_in_epoch :], None]):
-            assert step is not None
-            rate_now = rate_at(progress.global_step)
+    with _epoch_bar(run) as bar:
+        for step, micro_steps in steps.of_epoch(progress.epoch):
+            rate_now = rate_at(step.number)
             if optim.demon:
-                set_beta(run.optimizer, demon_beta(progress.global_step, total_steps=total, initial=optim.demon))
-            loss, tiles = train_step(run, step, following, bags, rate_now)
+                set_beta(run.optimizer, demon_beta(step.number, total_steps=total, initial=optim.demon))
+            done = train_step(run, step, micro_steps, rate_now, steps.make_ready)
             validation.check()
             run.saver.check()
-            tiles_read += tiles
-            progress.global_step += 1
-            progress.step_in_epoch += 1
-            skipped = 0 if math.isfinite(loss) and not run.accelerator.optimizer_step_was_skipped else skipped + 1
-            if skipped:
-                count_skipped(run, skipped)
-            if math.isfinite(loss):
-                progress.loss_sum += loss
-                progress.bags_seen += step.n_bags
+            tiles_read += done.n_tiles
+            was_skipped = not math.isfinite(done.loss) or run.accelerator.optimizer_step_was_skipped
+            progress.end_step(done.loss, step.plan.n_bags, skipped=was_skipped)
+            skipped = skipped + 1 if was_skipped else 0
+            if was_skipped:
+                tell_skipped_steps(run, skipped)
             rate = tiles_read / (time.perf_counter() - start)
             peak = peak_memory_bytes(run.device)
             words = (
-                f"mean loss {progress.loss_sum / max(1, progress.bags_seen):.3f}, {present.after(tiles):.0f} tiles/s, "
-                f"{peak / 2**30:.2f} GiB"
+                f"mean loss {progress.loss_sum / max(1, progress.bags_seen):.3f}, {present.after(done.n_tiles):.0f} "
+                f"tiles/s, {peak / 2**30:.2f} GiB"
             )
-            bar.step(n=step.n_bags, words=words)
-            run.accelerator.log(
-                {
-                    **({"train/loss": loss / step.n_bags} if math.isfinite(loss) else {}),
-                    **({"train/skipped_steps": progress.skipped_steps} if skips_overflow(run) else {}),
-                    "train/learning_rate": rate_now,
-                    "train/tiles_per_second": rate,
-                    "train/peak_memory_bytes": peak,
-                    **(run.comm.metrics() if run.comm else {}),
-                },
-                step=progress.global_step,
-            )
+            bar.step(n=step.plan.n_bags, words=words)
+            _log_step(run, done.loss / step.plan.n_bags, rate_now, rate, peak)
             save_steps = run.settings.run.save_steps
             by_step = save_steps and progress.global_step % save_steps == 0
-            if run.stop_is_due:  # after an epoch's last step too: the epoch's end can take long
+            if done.stop_is_due:  # after an epoch's last step too: the epoch's end can take long
                 raise Stopped(words_of_stop(run), together=True)
-            if (by_step or run.save_is_due) and progress.step_in_epoch < len(plan):
+            if (by_step or done.save_is_due) and progress.step_in_epoch < an_epoch:
                 save(run)
     return {
         "epoch": progress.epoch + 1,
@@ -215,7 +190,22 @@ def _train_epoch(run: Run, bags: MicroSteps, validation: AtTheEnd | BesideTraini
     }
 
 
-def _rates(run: Run, steps_per_epoch: int) -> Callable[[int], float]:
+def _log_step(run: Run, loss: float, learning_rate: float, tiles_per_second: float, peak_bytes: int) -> None:
+    """Hand the trackers what the step that has ended came to."""
+    run.accelerator.log(
+        {
+            **({"train/loss": loss} if math.isfinite(loss) else {}),
+            **({"train/skipped_steps": run.progress.skipped_steps} if skips_overflow(run) else {}),
+            "train/learning_rate": learning_rate,
+            "train/tiles_per_second": tiles_per_second,
+            "train/peak_memory_bytes": peak_bytes,
+            **(run.comm.metrics() if run.comm else {}),
+        },
+        step=run.progress.global_step,
+    )
+
+
+def _rates(run: RunContext, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate of a step, by its number in the run."""
     optim = run.settings.optim
     return partial(
@@ -228,22 +218,13 @@ def _rates(run: Run, steps_per_epoch: int) -> Callable[[int], float]:
     )
 
 
-def _epoch_bar(run: Run, plan: Sequence[StepPlan]) -> Progress:
-    progress = run.progress
+def _epoch_bar(run: Run) -> Progress:
+    progress, slides = run.progress, len(run.cohort.rows("train"))
     return Progress(
-        f"epoch {progress.epoch + 1}/{run.settings.optim.num_train_epochs}",
+        f"epoch {progress.epoch + 1}/{run.epochs}",
         "slide",
-        sum(step.n_bags for step in plan),
-        initial=sum(step.n_bags for step in plan[: progress.step_in_epoch]),
+        slides,
+        initial=min(slides, progress.step_in_epoch * run.step_layout.bags_per_step),
         shown=run.accelerator.is_main_process and not run.settings.run.disable_tqdm,
         leave=True,
     )
-
-
-def _end_epoch(run: Run, entry: dict[str, float]) -> None:
-    """Record the epoch, which is not validated yet, and go on to the next."""
-    progress = run.progress
-    progress.history.append(entry)
-    progress.epoch += 1
-    progress.step_in_epoch = 0
-    progress.loss_sum, progress.bags_seen = 0.0, 0

@@ -1,6 +1,6 @@
-"""What a micro-step computes on, made ready before it: while the device works, the next bags are read and laid."""
+"""What a micro-step computes on: its bags, laid in one stack on the host or the device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from ds_wsi.runtime.seeding import step_seed
 from ds_wsi.stacking.frameworks import sample_bag
 from ds_wsi.stacking.host_tiles import HostTiles
 from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on, stack_bags
+from ds_wsi.training.context import RunContext
 from ds_wsi.training.out_of_memory import naming_no_memory
 from ds_wsi.training.run import Run
 
@@ -33,51 +34,21 @@ class MicroStep(NamedTuple):
     stack: Tensor | None = None
 
 
-class MicroSteps:
-    """The bags of a run in the order of its micro-steps.
-
-    Args:
-        run: whose steps they are for.
-        bags: in order.
-
-    Attributes:
-        reads_ahead: whether the next one is made ready before it is asked for. On a CPU it would only hold memory: the
-            reading processes are ahead already, and there is no copy.
-    """
-
-    def __init__(self, run: Run, bags: Iterator[Bag]) -> None:
-        self.run, self.bags = run, bags
-        self.reads_ahead = run.device.type == "cuda"
-        self._ready: MicroStep | None = None
-
-    def take(self, n_bags: int, step: int) -> MicroStep:
-        """The next `n_bags` bags, of optimizer step `step` of the run."""
-        ready, self._ready = self._ready, None
-        return self._made(n_bags, step) if ready is None else ready
-
-    def make_ready(self, n_bags: int, step: int) -> None:
-        """Read what the next `take` will ask for, and start its copy to the device: call it with the work queued.
-
-        The copy has the computing stream's turn, after that work: its memory is what the activations have left.
-        """
-        if self.reads_ahead:
-            self._ready = self._made(n_bags, step)
-
-    def _made(self, n_bags: int, step: int) -> MicroStep:
-        run, stacking = self.run, self.run.settings.policies.stacking
-        bags = [next(self.bags) for _ in range(n_bags)]
-        keys = [step_seed(run.settings.run.seed, step, bag.slide) for bag in bags]
-        tiles = [bag.tiles for bag in bags]
-        if stacking.framework == "sampling":
-            tiles = [sample_bag(bag, stacking.sample_tiles, key) for bag, key in zip(tiles, keys, strict=True)]
-        if not sum(map(len, tiles)):
-            return MicroStep(bags, keys, tiles)
-        stack = run.stacks.lay(tiles) if run.stacks.lays_anew or run.reads_host_tiles else None
-        if stack is None or run.reads_host_tiles:
-            return MicroStep(bags, keys, tiles, stack)
-        with naming_no_memory("the copy of whole bags to it", run.module.encoder, run.device):
-            whole = stack.to(run.device, non_blocking=True)
-        return MicroStep(bags, keys, list(whole.split([len(bag) for bag in tiles])))
+def lay_bags(run: RunContext, bags: list[Bag], step: int) -> MicroStep:
+    """A micro-step of optimizer step `step` of the run, its tiles on the way to where they are encoded."""
+    stacking = run.settings.policies.stacking
+    keys = [step_seed(run.seed, step, bag.slide) for bag in bags]
+    tiles = [bag.tiles for bag in bags]
+    if stacking.framework == "sampling":
+        tiles = [sample_bag(bag, stacking.sample_tiles, key) for bag, key in zip(tiles, keys, strict=True)]
+    if not sum(map(len, tiles)):
+        return MicroStep(bags, keys, tiles)
+    stack = run.stacks.lay(tiles) if run.stacks.lays_anew or run.reads_host_tiles else None
+    if stack is None or run.reads_host_tiles:
+        return MicroStep(bags, keys, tiles, stack)
+    with naming_no_memory("the copy of whole bags to it", run.module.encoder, run.device):
+        whole = stack.to(run.device, non_blocking=True)
+    return MicroStep(bags, keys, list(whole.split([len(bag) for bag in tiles])))
 
 
 def stack_of(run: Run, step: MicroStep) -> StackedBags:
@@ -85,10 +56,7 @@ def stack_of(run: Run, step: MicroStep) -> StackedBags:
     slides, lengths = [bag.slide for bag in step.bags], [len(bag) for bag in step.tiles]
     if run.cohort.in_dim is not None:
         return stack_bags([bag.to(run.device) for bag in step.tiles])
-    changes = [
-        augmentation(run.settings.policies.augment, (run.settings.run.seed, run.progress.epoch, slide))
-        for slide in slides
-    ]
+    changes = [augmentation(run.settings.policies.augment, (run.seed, run.progress.epoch, slide)) for slide in slides]
     if step.stack is not None:
         values: Any = HostTiles(step.stack, lengths, changes)
         return StackedBags(values, bounds_on(run.device, lengths))

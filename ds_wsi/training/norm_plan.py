@@ -8,7 +8,7 @@ from ds_wsi.bags.sampler import choose_tiles
 from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.evaluation.norm_choice import NormPlan, candidates_of
 from ds_wsi.norms import batch_norms
-from ds_wsi.training.run import Run
+from ds_wsi.training.context import RunContext
 
 GAP_SLIDES = 8  # on which the gap is measured, or as many more as make whole populations of training
 GAP_TILES = 64  # of each
@@ -24,24 +24,24 @@ def bags_of_population(training: str, layout: StepLayout) -> int:
     return 1
 
 
-def has_moving_norms(run: Run) -> bool:
+def has_moving_norms(run: RunContext) -> bool:
     """Whether the encoder has a BatchNorm whose running statistics move in training."""
     return run.config.norm_training != "frozen" and bool(batch_norms(run.module.encoder))
 
 
-def measures_norms(run: Run) -> bool:
+def measures_norms(run: RunContext) -> bool:
     """Whether the exported model can be another one than the one that was trained: that is told, and kept."""
     if not batch_norms(run.module.encoder):
         return False
     return run.config.norm_training != "frozen" or _candidates(run) != ("running",)
 
 
-def _candidates(run: Run) -> tuple[str, ...]:
+def _candidates(run: RunContext) -> tuple[str, ...]:
     evaluation, has_norms = run.settings.policies.norm.evaluation, bool(batch_norms(run.module.encoder))
     return candidates_of(evaluation, run.config.norm_training, has_norms=has_norms)
 
 
-def norm_plan(run: Run) -> NormPlan:
+def norm_plan(run: RunContext) -> NormPlan:
     """Candidates on the validation split; without one, where there is a choice, on training slides."""
     training, policy = run.config.norm_training, run.settings.policies.norm
     names = _candidates(run)
@@ -61,9 +61,7 @@ def norm_plan(run: Run) -> NormPlan:
         rows=rows,
         split=split,
         recalibration=_parts(run, train, policy.recalibration_tiles) if "recalibrated" in names else (),
-        gap=_parts(run, some, min(GAP_TILES, run.settings.policies.reading.tiles_per_slide or GAP_TILES))
-        if measures_norms(run)
-        else (),
+        gap=_parts(run, some, min(GAP_TILES, run.reading.tiles_per_slide or GAP_TILES)) if measures_norms(run) else (),
         bags_per_population=bags,
         resting_epochs=run.settings.model.freeze_encoder_epochs,
         # A test slide of one tile may have no statistics of its own: known before it is the exported model's turn.
@@ -71,10 +69,10 @@ def norm_plan(run: Run) -> NormPlan:
     )
 
 
-def _parts(run: Run, rows: Sequence[int], tiles: int) -> tuple[BagPart, ...]:
+def _parts(run: RunContext, rows: Sequence[int], tiles: int) -> tuple[BagPart, ...]:
     """So many tiles of each slide, the same ones after every epoch; 0 takes all."""
     found = []
     for row in rows:
         length = run.cohort.lengths[row]
-        found.append(BagPart(row, 0, length, choose_tiles(length, tiles or None, (run.settings.run.seed, 0, row))))
+        found.append(BagPart(row, 0, length, choose_tiles(length, tiles or None, (run.seed, 0, row))))
     return tuple(found)

@@ -2,16 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
 
-from ds_wsi.bags.bag import Bag, read_bags
-from ds_wsi.bags.sampler import StepPlan
+from ds_wsi.bags.bag import Bag
 from ds_wsi.engines.accelerator.engine import gather_object
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.runtime.errors import naming
@@ -19,7 +19,8 @@ from ds_wsi.runtime.seeding import seed_step, step_seed
 from ds_wsi.runtime.words import counted
 from ds_wsi.stacking.randomness import bag_randomness
 from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
-from ds_wsi.training.epoch_plan import epoch_plan, parts_of
+from ds_wsi.training.context import RunContext
+from ds_wsi.training.epoch_plan import PlannedStep, planned_steps
 from ds_wsi.training.finite import (
     BagsAndLosses,
     skips_overflow,
@@ -27,20 +28,46 @@ from ds_wsi.training.finite import (
     weights_are_finite,
     weights_seem_finite,
 )
-from ds_wsi.training.micro_step import MicroStep, MicroSteps, on_device, stack_of
+from ds_wsi.training.micro_step import MicroStep, on_device, stack_of
 from ds_wsi.training.out_of_memory import naming_no_memory, with_retry
 from ds_wsi.training.run import Run
 from ds_wsi.training.step import bag_weight, blank_tile, idle_loss, run_micro_step
+from ds_wsi.training.step_reader import StepReader, read_parts
 from ds_wsi.training.stops import wants_to_stop
 from ds_wsi.training.warmup import set_rates
 
 
-def train_step(
-    run: Run, step: StepPlan, following: StepPlan | None, bags: MicroSteps, learning_rate: float
-) -> tuple[float, int]:
-    """One optimizer step; returns the sum of its bags' losses and its tiles, over all ranks.
+class StepTotals(NamedTuple):
+    """What a step came to, the same on all ranks.
 
-    While the device computes it, the first bags of the `following` one, of the same epoch, are made ready.
+    Attributes:
+        loss: the sum of its bags' losses.
+        n_tiles: that it trained on.
+        save_is_due: by the time since the last checkpoint, as the main process has it.
+        stop_is_due: a rank was asked to end, or the time is over.
+    """
+
+    loss: float
+    n_tiles: int
+    save_is_due: bool
+    stop_is_due: bool
+
+
+def train_step(
+    run: Run,
+    step: PlannedStep,
+    micro_steps: Iterator[MicroStep],
+    learning_rate: float,
+    meanwhile: Callable[[], None],
+) -> StepTotals:
+    """Take one optimizer step. Collective.
+
+    Args:
+        run: whose step it is.
+        step: as it was planned.
+        micro_steps: its bags, read as they are taken.
+        learning_rate: of the step.
+        meanwhile: called once all work is queued, while the device computes it.
     """
     accelerator, mesh = run.accelerator, run.mesh
     set_rates(
@@ -50,37 +77,46 @@ def train_step(
         resting=run.module.warming_up,
         encoder_factor=run.settings.encoder_factor,
     )
-    seed_step(run.settings.run.seed, run.progress.global_step, accelerator.process_index)
-    # Ranks that share a bag each compute its loss: there are as many means to take as groups.
-    weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))
+    seed_step(run.seed, step.number, accelerator.process_index)
+    alone = len(step.parts) == 1 and accelerator.num_processes == 1 and not run.has_own_engine
     loss_sum, tiles = torch.zeros((), device=run.device), 0
     seen: list[BagsAndLosses] = []
-    for micro, groups in enumerate(step.micro_steps):
+    for place, bags in enumerate(micro_steps):
         if run.sharing.forward is not None:
-            place = micro * mesh.slide_size + mesh.slide_rank
-            run.sharing.forward.seed = step_seed(run.settings.run.seed, run.progress.global_step, place)
-        bags_of_it = bags.take(len(groups[mesh.slide_rank]), run.progress.global_step)
-        alone = len(step.micro_steps) == 1 and accelerator.num_processes == 1 and not run.has_own_engine
-        done = _micro_step(run, bags_of_it, weight, again=partial(_start_again, run) if alone else None)
+            key = place * mesh.slide_size + mesh.slide_rank
+            run.sharing.forward.seed = step_seed(run.seed, step.number, key)
+        done = _micro_step(run, bags, _weight(run, step), again=partial(_start_again, run) if alone else None)
         loss_sum += done.loss
         tiles += done.n_tiles
         seen.append(done.seen)
     if run.average is not None:
         run.average.update(run.module)
-    if following is not None:
-        bags.make_ready(len(following.micro_steps[0][mesh.slide_rank]), run.progress.global_step + 1)
-    waited = time.perf_counter() - run.saved
+    meanwhile()
+    return _totals(run, step, loss_sum, tiles, seen)
+
+
+def _weight(run: RunContext, step: PlannedStep) -> float:
+    # Ranks that share a bag each compute its loss: there are as many means to take as groups.
+    return bag_weight(step.plan.n_bags, run.mesh.slide_size, len(step.plan.micro_steps))
+
+
+def _totals(
+    run: Run, step: PlannedStep, loss_sum: torch.Tensor, tiles: int, seen: Sequence[BagsAndLosses]
+) -> StepTotals:
+    """Over all ranks, in one all-reduce; refuses loss and weights that are not finite."""
+    accelerator = run.accelerator
+    waited = time.perf_counter() - run.clock.saved
     due = 0 < 60 * run.settings.run.save_minutes <= waited
     told = [float(tiles), float(accelerator.is_main_process and due), float(wants_to_stop(run))]
     bad = ~weights_seem_finite(run.module, run.device)
     totals = accelerator.reduce(torch.cat([loss_sum[None], torch.tensor(told, device=run.device), bad[None]]), "sum")
     loss, n_tiles, *flags = totals.tolist()
-    run.save_is_due, run.stop_is_due, bad_weights = (flag > 0 for flag in flags)
+    save_is_due, stop_is_due, bad_weights = (flag > 0 for flag in flags)
     bad_weights = bad_weights and not all(gather_object([weights_are_finite(run.module)]))
     left_out = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
     if bad_weights or (left_out and not skips_overflow(run)):
-        tell_not_finite(run, run.progress.global_step, seen, loss_is_finite=math.isfinite(loss))
-    return loss / mesh.tile_size, int(n_tiles)
+        tell_not_finite(run, step.number, seen, loss_is_finite=math.isfinite(loss))
+    return StepTotals(loss / run.mesh.tile_size, int(n_tiles), save_is_due, stop_is_due)
 
 
 class _Computed(NamedTuple):
@@ -117,7 +153,7 @@ def _micro_step(run: Run, step: MicroStep, weight: float, again: Callable[[], No
 def _start_again(run: Run) -> None:
     """Undo what a step's first try drew and summed."""
     run.optimizer.zero_grad()
-    seed_step(run.settings.run.seed, run.progress.global_step, run.accelerator.process_index)
+    seed_step(run.seed, run.progress.global_step, run.accelerator.process_index)
 
 
 def _micro_loss(run: Run, step: MicroStep) -> _Computed:
@@ -154,7 +190,7 @@ def _naming_slides(run: Run, step: MicroStep) -> Iterator[None]:
         ) from error
 
 
-def _blank(run: Run) -> torch.Tensor:
+def _blank(run: RunContext) -> torch.Tensor:
     """A bag of one blank instance, of what the model takes."""
     if run.cohort.in_dim is not None:
         return torch.zeros(1, run.cohort.in_dim, device=run.device)
@@ -188,30 +224,28 @@ def time_micro_steps(run: Run) -> TimedSteps:
 
     For a dry run: the weights, and the engine's count of micro-steps, are changed. Collective.
     """
-    cohort, mesh = run.cohort, run.mesh
-    steps = [(step, groups) for step in epoch_plan(run, 0) for groups in step.micro_steps]
-    # Of a small cohort some micro-steps leave a process without a bag; one alone is taken twice.
-    steps = ([pair for pair in steps if all(pair[1])] or steps) * 2
-    steps = steps[:2]
-    rows = cohort.rows("train")
-    parts = [
-        part for _, groups in steps for part in parts_of(run, 0, [rows[slide] for slide in groups[mesh.slide_rank]])
-    ]
-    policy = replace(run.settings.policies.reading, workers=0)
-    read_in_order = read_bags(
-        *(cohort.manifest.slides, cohort.grids, parts, policy, run.failures), may_be_empty=mesh.tile_size > 1
-    )
-    bags = MicroSteps(run, read_in_order)
+    steps = StepReader(run, iter(_two_micro_steps(run)), read_parts(run, replace(run.reading, workers=0)))
     run.model.train()
     read_s, compute_s, tiles = [], [], []
-    for step, groups in steps:
+    for step, micro_steps in steps.of_epoch(0):
         started = time.perf_counter()
-        own = bags.take(len(groups[mesh.slide_rank]), run.progress.global_step)
+        (bags,) = micro_steps
         read = time.perf_counter()
-        weight = bag_weight(step.n_bags, mesh.slide_size, len(step.micro_steps))
-        done = _micro_step(run, own, weight, again=None)
+        done = _micro_step(run, bags, _weight(run, step), again=None)
         done.loss.item()  # waits for the device
         read_s.append(read - started)
         compute_s.append(time.perf_counter() - read)
         tiles.append(done.n_tiles)
     return TimedSteps(tuple(read_s), tuple(compute_s), tuple(tiles))
+
+
+def _two_micro_steps(run: Run) -> list[PlannedStep]:
+    """The first two micro-steps in which each group has a bag, each as a step; of a small cohort any, or one twice."""
+    some: list[PlannedStep] = []
+    full: list[PlannedStep] = []
+    for step in takewhile(lambda step: step.epoch == 0, planned_steps(run, run.progress)):
+        for parts, groups in zip(step.parts, step.plan.micro_steps, strict=True):
+            (full if all(groups) else some).append(step._replace(parts=(parts,)))
+        if len(full) > 1:
+            break
+    return ((full or some) * 2)[:2]

@@ -29,6 +29,7 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress
 from ds_wsi.training.changed import changed_settings
 from ds_wsi.training.checkpoint import read_state
+from ds_wsi.training.context import RunContext
 from ds_wsi.training.norm_plan import norm_plan
 from ds_wsi.training.record import dataset_name, run_record
 from ds_wsi.training.run import Run
@@ -37,7 +38,7 @@ from ds_wsi.training.stopping import stop_reason
 from ds_wsi.training.words import model_words, tiles_words
 
 
-def _plain_copy(run: Run, state: dict[str, torch.Tensor]) -> SlideModel:
+def _plain_copy(run: RunContext, state: dict[str, torch.Tensor]) -> SlideModel:
     """A whole float32 model of these weights outside the engine: evaluates the same at any ZeRO stage."""
     model = build_model(run.config)
     model.load_state_dict(state)
@@ -53,9 +54,7 @@ def _predict(
     shares = deal_by_cost([run.cohort.lengths[row] for row in rows], run.accelerator.num_processes)
     own = [rows[index] for index in shares[run.accelerator.process_index]]
     cohort = run.cohort
-    stream = predict_slides(
-        model, cohort.manifest.slides, cohort.grids, own, run.settings.policies.reading, run.failures, protocol
-    )
+    stream = predict_slides(model, cohort.manifest.slides, cohort.grids, own, run.reading, run.failures, protocol)
     # Of this process's share: the others have as many tiles each.
     what = f"{split}, {len(rows)} slides" if len(own) < len(rows) else split
     shown = run.accelerator.is_main_process and not run.settings.run.disable_tqdm
@@ -87,7 +86,7 @@ def validate(run: Run, state: dict[str, torch.Tensor]) -> NormChoice:
         group=torch.distributed.group.WORLD if shared else None,
     )
     choice = choose_norms(
-        *(_plain_copy(run, state), cohort.manifest.slides, cohort.grids, run.settings.policies.reading, run.failures),
+        *(_plain_copy(run, state), cohort.manifest.slides, cohort.grids, run.reading, run.failures),
         norm_plan(run).of_epoch(int(run.progress.history[-1]["epoch"])),
         ranks,
     )
@@ -103,13 +102,13 @@ def best_entry(history: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     return max(scored, key=lambda entry: (entry[metric], -entry["eval_loss"]))
 
 
-def export(run: Run, state: dict[str, torch.Tensor], choice: NormChoice) -> None:
+def export(run: RunContext, state: dict[str, torch.Tensor], choice: NormChoice) -> None:
     """Write config.json and model.safetensors, each atomically, with the norms as they were chosen."""
     statistics = {f"encoder.{name}": value for name, value in (choice.statistics or {}).items()}
     save_model(run.output_dir, replace(run.config, norm_evaluation=choice.evaluation), state | statistics)
 
 
-def export_file(run: Run, weights: Path, choice: NormChoice) -> None:
+def export_file(run: RunContext, weights: Path, choice: NormChoice) -> None:
     """As `export`, of a file of weights in the run's folder, which is moved."""
     if choice.statistics is not None:
         export(run, read_weights(weights), choice)
@@ -179,9 +178,8 @@ def _has_results(run: Run) -> bool:
     progress, settings = run.progress, run.settings.run
     if run.checkpoint is None or progress.pending:
         return False
-    metric = f"eval_{settings.metric_for_best_model}"
-    stopped = stop_reason(progress.history, metric, settings.early_stopping_patience) is not None
-    if progress.epoch < run.settings.optim.num_train_epochs and not stopped:
+    stopped = stop_reason(progress.history, run.best_metric, settings.early_stopping_patience) is not None
+    if progress.epoch < run.epochs and not stopped:
         return False
     if read_state(run.checkpoint)["fingerprint"].get(TEST_FILES) != fingerprint(run)[TEST_FILES]:
         return False
@@ -276,9 +274,9 @@ def _comm_words(comm: CommHandle) -> str:
 
 
 def _time_words(run: Run, seconds: float) -> str:
-    if run.starts == 1:
+    if run.clock.starts == 1:
         return f"{seconds:.0f} s"
-    return f"{run.seconds_before + seconds:.0f} s in {run.starts} starts, {seconds:.0f} s in the last"
+    return f"{run.clock.seconds_before + seconds:.0f} s in {run.clock.starts} starts, {seconds:.0f} s in the last"
 
 
 def _summary(run: Run, seconds: float) -> dict[str, str]:
@@ -303,7 +301,7 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
             if (stopped := run.progress.epoch) < optim.num_train_epochs
             else {}
         ),
-        "seed": str(run.settings.run.seed),
+        "seed": str(run.seed),
         "time": _time_words(run, seconds),
         **{key: str(value) for key, value in environment().items()},
     }

@@ -37,7 +37,7 @@ from ds_wsi.training.model import build_slide_model, check_encoder
 from ds_wsi.training.norm_plan import bags_of_population
 from ds_wsi.training.optim import WeightAverage, set_beta
 from ds_wsi.training.output_folder import checkpoint_of, output_folder
-from ds_wsi.training.run import Progress, Run
+from ds_wsi.training.run import Run
 from ds_wsi.training.run_cohort import cohort_of, require_splits
 from ds_wsi.training.same_run import known_early, require_same
 from ds_wsi.training.saver import Saver
@@ -90,15 +90,14 @@ def prepare_run(
         accelerator.unwrap_model(model),
         model,
         optimizer,
-        FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction),
-        Progress(),
         mesh,
         sharing,
         HostStacks(accelerator.device),
         isinstance(module.encoder.forward, TakesHostTiles) and bool(module.encoder.forward.takes_host_tiles),
         comm,
-        _average(accelerator.unwrap_model(model), settings.optim.ema_decay),
         checkpoint,
+        failures=FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction),
+        average=_average(accelerator.unwrap_model(model), settings.optim.ema_decay),
         saver=Saver(settings.run.save_beside),
     )
     if batch_norms(module.encoder) and not module.encoder_is_frozen:

@@ -7,8 +7,8 @@ from typing import Any
 from ds_wsi.evaluation.record import PRECISION, RunRecord
 from ds_wsi.models import SlideModel
 from ds_wsi.runtime.setting import Decides
+from ds_wsi.training.context import RunContext
 from ds_wsi.training.features import encoder_of_features
-from ds_wsi.training.run import Run
 from ds_wsi.training.same_run import optimizer_words
 from ds_wsi.training.setting_list import SETTINGS, deciding, key_of
 from ds_wsi.training.settings import DataSettings
@@ -30,7 +30,7 @@ _ELSEWHERE = {
 DEMO_NAMES = {"plain": "demo", "stains": "demo_stains", "sparse": "demo_sparse"}
 
 
-def run_record(run: Run) -> RunRecord:
+def run_record(run: RunContext) -> RunRecord:
     """The record that is written beside the run's results."""
     settings = run.settings
     return RunRecord(
@@ -46,7 +46,7 @@ def run_record(run: Run) -> RunRecord:
     )
 
 
-def _encoder_name(run: Run) -> str:
+def _encoder_name(run: RunContext) -> str:
     """As given, for several of a hub's models have one architecture; of features what their files or the folder say."""
     if run.config.encoder is not None:
         return run.settings.model.encoder
@@ -74,7 +74,7 @@ def training_name(module: SlideModel) -> str:
     return "end to end" if all(trained) else "partly frozen"
 
 
-def _group_settings(run: Run) -> dict[str, Any]:
+def _group_settings(run: RunContext) -> dict[str, Any]:
     """Everything that changes a result but what tables have columns for; not what only changes how it is computed."""
     settings, policies = run.settings, run.settings.policies
     decided = deciding(settings, Decides.RESULT, Decides.RESOLVED)

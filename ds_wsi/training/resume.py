@@ -13,7 +13,6 @@ What the model and the optimizer have learned is whole: any engine on any number
 
 import json
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from ds_wsi.training import own_statistics
 from ds_wsi.training.checkpoint import FORMAT, MODEL, PENDING_WEIGHTS, Contents, read_state, save_checkpoint
 from ds_wsi.training.norm_plan import has_moving_norms
 from ds_wsi.training.random_state import put_random, take_random
-from ds_wsi.training.run import Progress, Run
+from ds_wsi.training.run import Run
 from ds_wsi.training.same_run import fingerprint, require_same
 
 OPTIMIZER, AVERAGE = "optimizer.safetensors", "weight_average.safetensors"
@@ -50,8 +49,8 @@ def resume(run: Run) -> None:
         with open_tensors(checkpoint / PENDING_WEIGHTS):
             pass  # the validation that reads it would not say what is wrong with it
     try:
-        run.progress = Progress(**{place.name: state["progress"][place.name] for place in fields(Progress)})
-        run.seconds_before, run.starts = float(state["time"]["seconds"]), int(state["time"]["starts"]) + 1
+        run.progress.put_back(state["progress"])
+        run.clock.seconds_before, run.clock.starts = float(state["time"]["seconds"]), int(state["time"]["starts"]) + 1
         then, facts = int(state["processes"]), {"average_steps": 0} | state["facts"]
         facts = {name: facts[name] for name in ("optimizer", "loss_scale", "engine", "average_steps")}
     except (KeyError, TypeError, ValueError) as error:
@@ -119,8 +118,8 @@ def save(run: Run) -> None:
         began=began,
         timeout_s=run.settings.run.ddp_timeout,
     )
-    run.saved = time.perf_counter()
-    run.accelerator.log({"save/seconds_waited": run.saved - began}, step=run.progress.global_step)
+    run.clock.saved = time.perf_counter()
+    run.accelerator.log({"save/seconds_waited": run.clock.saved - began}, step=run.progress.global_step)
 
 
 def _contents(run: Run, statistics: dict[str, Tensor]) -> Contents:
@@ -144,7 +143,7 @@ def _contents(run: Run, statistics: dict[str, Tensor]) -> Contents:
         "format": FORMAT,
         "progress": vars(run.progress),
         "fingerprint": fingerprint(run),
-        "time": {"seconds": run.seconds, "starts": run.starts},
+        "time": {"seconds": run.clock.seconds, "starts": run.clock.starts},
         "processes": world,
         "facts": facts,
     }

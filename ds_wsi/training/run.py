@@ -1,33 +1,24 @@
-"""What the parts of a run share."""
+"""A run: what is fixed of it, and what advances."""
 
+import math
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
-from torch import nn
-
 from ds_wsi.bags.bag import FailureLog
-from ds_wsi.bags.cohort import Cohort
-from ds_wsi.bags.step_layout import StepLayout
-from ds_wsi.engines.accelerator.engine import (
-    Accelerator,
-    CommHandle,
-)
-from ds_wsi.models import ModelConfig, SlideModel
-from ds_wsi.runtime.forwards import Handle
-from ds_wsi.stacking.host_tiles import HostStacks
-from ds_wsi.tile_parallel import TileMesh
-from ds_wsi.tile_parallel.shard import SharedForward
+from ds_wsi.training.context import RunContext
 from ds_wsi.training.optim import WeightAverage
 from ds_wsi.training.saver import Saver
-from ds_wsi.training.settings import TrainSettings
 
 
 @dataclass
 class Progress:
-    """Where a run stands: all of it is in the checkpoint's state.json."""
+    """Where a run stands: all of it is in the checkpoint's state.json.
+
+    `loop` ends steps and epochs. `validation` sets `pending` and `best_epoch`, and fills in the last entry of the
+    history. `resume` puts back what a checkpoint holds. Nothing else sets any of it.
+    """
 
     epoch: int = 0
     step_in_epoch: int = 0
@@ -39,61 +30,79 @@ class Progress:
     pending: bool = False  # the last finished epoch is not validated yet
     skipped_steps: int = 0  # in which half precision overflowed, and nothing was changed
 
+    def end_step(self, loss: float, n_bags: int, *, skipped: bool) -> None:
+        """Count a step.
+
+        Args:
+            loss: the sum of its bags' losses; where it is not finite, the epoch's mean is without it.
+            n_bags: of the step, over all ranks.
+            skipped: whether it changed nothing.
+        """
+        self.global_step += 1
+        self.step_in_epoch += 1
+        self.skipped_steps += skipped
+        if math.isfinite(loss):
+            self.loss_sum += loss
+            self.bags_seen += n_bags
+
+    def end_epoch(self, entry: dict[str, float]) -> None:
+        """Record an epoch, which is not validated yet, and go on to the next."""
+        self.history.append(entry)
+        self.epoch += 1
+        self.step_in_epoch = 0
+        self.loss_sum, self.bags_seen = 0.0, 0
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Stand where a checkpoint's run stood.
+
+        Raises:
+            KeyError: the state lacks a field; nothing is changed.
+        """
+        found = {place.name: state[place.name] for place in fields(self)}
+        vars(self).update(found)
+
 
 @dataclass
-class Run:
-    """What the parts of a run share."""
+class Clock:
+    """The time of a run, in seconds, over all its starts; moments are of `time.perf_counter`.
 
-    settings: TrainSettings
-    accelerator: Accelerator
-    output_dir: Path
-    cohort: Cohort
-    config: ModelConfig
-    module: SlideModel
-    model: nn.Module
-    optimizer: Any
-    failures: FailureLog
-    progress: Progress
-    mesh: TileMesh
-    sharing: Handle[SharedForward | None]
-    stacks: HostStacks
-    reads_host_tiles: bool  # the encoder takes stacks that lie on the host, and reads chunks of them
-    comm: CommHandle | None = None
-    average: WeightAverage | None = None
-    checkpoint: Path | None = None  # to go on from
-    epoch_seconds: float | None = None  # that the last epoch trained, in this start
-    made_of: dict[str, Any] | None = None  # see `same_run.fingerprint`
-    started: float = field(default_factory=time.perf_counter)  # of this start
-    seconds_before: float = 0.0  # of earlier starts, up to the checkpoint of each
+    `loop` sets when this start began, and the time of an epoch; `resume` what earlier starts took, and when a
+    checkpoint was written. Nothing else sets any of it.
+
+    Attributes:
+        started: when this start began.
+        seconds_before: of earlier starts, up to the checkpoint of each.
+        starts: how many there were, with this one.
+        saved: when the last checkpoint was written; before the first one, when the run was prepared.
+        epoch_seconds: that the last epoch trained, in this start.
+    """
+
+    started: float = field(default_factory=time.perf_counter)
+    seconds_before: float = 0.0
     starts: int = 1
-    saved: float = field(default_factory=time.perf_counter)  # when the last checkpoint was written
-    saver: Saver = field(default_factory=Saver)  # of checkpoints
-    save_is_due: bool = False  # by the time since then, as the main process has it: the same on all ranks
-    stop_is_due: bool = False  # a rank was asked to end, or the time is over: the same on all ranks
-
-    @property
-    def device(self) -> torch.device:
-        """Where tiles and model are."""
-        return self.accelerator.device
-
-    @property
-    def has_own_engine(self) -> bool:
-        """Whether DeepSpeed, and not torch alone, sums gradients and steps."""
-        return self.accelerator.state.deepspeed_plugin is not None
-
-    @property
-    def step_layout(self) -> StepLayout:
-        """The size of a step: how many bags each group of ranks that share them trains on."""
-        return self.settings.step_layout(self.mesh.slide_size)
+    saved: float = field(default_factory=time.perf_counter)
+    epoch_seconds: float | None = None
 
     @property
     def seconds(self) -> float:
         """Of all starts together, until now."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    @property
-    def training_tiles(self) -> list[int]:
-        """Tiles of each training slide that one rank takes at a time."""
-        wanted = self.settings.policies.reading.tiles_per_slide
-        lengths = [self.cohort.lengths[row] for row in self.cohort.rows("train")]
-        return [-(-min(length, wanted or length) // self.mesh.tile_size) for length in lengths]
+
+@dataclass(frozen=True, eq=False)
+class Run(RunContext):
+    """A run that trains: its context, and beside it what advances, each part by what its docstring names.
+
+    Attributes:
+        failures: the tiles that could not be read; reading adds to them, and `outcome.share_failures`.
+        average: the moving average of the weights, which a step moves on, or None.
+        saver: the checkpoints on their way to the disk, which `resume.save` gives it.
+        progress: where the run stands.
+        clock: its time.
+    """
+
+    failures: FailureLog = field(kw_only=True)
+    average: WeightAverage | None = field(kw_only=True)
+    saver: Saver = field(kw_only=True)
+    progress: Progress = field(kw_only=True, default_factory=Progress)
+    clock: Clock = field(kw_only=True, default_factory=Clock)

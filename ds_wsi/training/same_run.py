@@ -32,7 +32,7 @@ from ds_wsi.training.stopping import stopping_words
 
 if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort
-    from ds_wsi.training.run import Run
+    from ds_wsi.training.context import RunContext
 
 EPOCHS, SCHEDULE, DEMON = "optim.num_train_epochs", "optim.lr_scheduler_type", "optim.demon"
 DRAW = "data.split_seed"
@@ -41,17 +41,17 @@ STEP, LAYOUT = "slides_per_step", "layout"
 SHOWN = 3
 
 
-def fingerprint(run: "Run") -> dict[str, Any]:
+def fingerprint(run: "RunContext") -> dict[str, Any]:
     """Name -> value of everything that a resumed run must share, as JSON has it.
 
     Made once a run, when it starts: what it was made of is what the files were then.
     """
-    if run.made_of is None:
-        run.made_of = _made_of(run)
+    if not run.made_of:
+        run.made_of.update(_made_of(run))
     return run.made_of
 
 
-def _made_of(run: "Run") -> dict[str, Any]:
+def _made_of(run: "RunContext") -> dict[str, Any]:
     in_dim = run.cohort.in_dim
     found = {
         **of_settings(run.settings),
@@ -90,7 +90,7 @@ def of_settings(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def optimizer_words(run: "Run") -> str:
+def optimizer_words(run: "RunContext") -> str:
     """The optimizer's constants beside its rates, wherever they were given (a DeepSpeed JSON may)."""
     group = run.optimizer.param_groups[0]
     names = ("betas", "eps", "amsgrad", "nesterov", "dampening")
@@ -100,7 +100,7 @@ def optimizer_words(run: "Run") -> str:
     return ", ".join(f"{name} {value}" for name, value in found.items())
 
 
-def _partition(run: "Run") -> str | None:
+def _partition(run: "RunContext") -> str | None:
     """How the encoder is cut, where it draws: each cut has draws of its own. Else cuts differ by rounding alone."""
     encoder, policy = run.module.encoder, run.settings.policies.partition
     if run.settings.model.freeze_encoder or not any(map(_draws, encoder.modules())):
@@ -114,7 +114,7 @@ def _draws(module: nn.Module) -> bool:
     return bool(is_dropout) and any(getattr(module, name, 0) for name in ("p", "drop_prob"))
 
 
-def _norm_stacks(run: "Run") -> dict[str, Any] | None:
+def _norm_stacks(run: "RunContext") -> dict[str, Any] | None:
     """Which bags share a stack, where BatchNorm averages over one: another layout is then another training."""
     settings = run.settings
     if run.config.norm_training != "stack" or not batch_norms(run.module.encoder):

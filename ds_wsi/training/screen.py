@@ -6,11 +6,12 @@ from ds_wsi.engines.accelerator.engine import describe
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import duration
 from ds_wsi.runtime.words import counted
+from ds_wsi.training.context import RunContext
 from ds_wsi.training.run import Run
 from ds_wsi.training.words import model_words, tiles_words
 
 
-def tell_start(run: Run, steps_an_epoch: int, steps: int) -> None:
+def tell_start(run: RunContext, steps_an_epoch: int, steps: int) -> None:
     """Log the run in a block of lines: where, with what, on which model, how many steps."""
     optim = run.settings.optim
     slides = run.cohort.rows("train")
@@ -33,7 +34,7 @@ def tell_start(run: Run, steps_an_epoch: int, steps: int) -> None:
     logger.info("the run\n%s", "\n".join(f"  {name:<{width}}  {words}" for name, words in lines.items()))
 
 
-def _checkpoint_words(run: Run) -> str:
+def _checkpoint_words(run: RunContext) -> str:
     steps, minutes = run.settings.run.save_steps, run.settings.run.save_minutes
     every = [f"every {counted(steps, 'step')}"] if steps else []
     every += [f"every {minutes:g} minutes"] if minutes else []
@@ -53,10 +54,10 @@ def epoch_line(run: Run, entry: dict[str, Any], *, chosen: bool) -> str:
         entry: of the epoch, in the history, which holds everything else.
         chosen: whether its weights are the best by a validation split so far.
     """
-    metric = f"eval_{run.settings.run.metric_for_best_model}"
-    epochs = run.settings.optim.num_train_epochs
+    metric = run.best_metric
+    epochs = run.epochs
     words = [f"epoch {int(entry['epoch'])}/{epochs}"]
-    seconds = run.epoch_seconds
+    seconds = run.clock.epoch_seconds
     if seconds is not None:
         words.append(duration(seconds))
     words.append(f"loss {entry['train_loss']:.4g}")

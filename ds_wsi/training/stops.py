@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from ds_wsi.runtime.signals import Stopped, asked
+from ds_wsi.training.context import RunContext
 from ds_wsi.training.resume import save
 from ds_wsi.training.run import Run
 
@@ -32,11 +33,11 @@ def words_of_stop(run: Run) -> str:
     return asked() or (f"--max_minutes {limit:g}" if _time_is_over(run) else "a signal to another rank")
 
 
-def any_rank_asked(run: Run) -> bool:
+def any_rank_asked(run: RunContext) -> bool:
     """Whether any rank was asked to end. Collective: an all-reduce, the identity on one rank."""
     told = torch.tensor(float(bool(asked())), device=run.device)
     return bool(run.accelerator.reduce(told, "sum") > 0)
 
 
 def _time_is_over(run: Run) -> bool:
-    return 0 < 60 * run.settings.run.max_minutes <= time.perf_counter() - run.started
+    return 0 < 60 * run.settings.run.max_minutes <= time.perf_counter() - run.clock.started

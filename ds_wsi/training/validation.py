@@ -92,7 +92,7 @@ class BesideTraining:
         run, cohort = self.run, self.run.cohort
         if run.accelerator.is_main_process:
             device = run.settings.run.validation_device or str(run.device)
-            policy = run.settings.policies.reading
+            policy = run.reading
             work = ValidationWork(
                 *(run.config, cohort.manifest.slides, cohort.grids, norm_plan(run), policy, device),
                 precision=run.settings.run.eval_precision,
@@ -170,7 +170,7 @@ def record(run: Run, choice: NormChoice, export_weights: Callable[[], None]) -> 
         entry.update(choice.metrics.get(choice.evaluation, {}))
     if measures_norms(run):
         entry.update(choice.entry())
-    best = best_entry(progress.history, f"eval_{run.settings.run.metric_for_best_model}") is entry
+    best = best_entry(progress.history, run.best_metric) is entry
     if best:
         progress.best_epoch = int(entry["epoch"])
         if run.accelerator.is_main_process:

@@ -1,11 +1,11 @@
 """A run in words, for its screen and its report."""
 
+from ds_wsi.training.context import RunContext
 from ds_wsi.training.features import encoder_of_features
-from ds_wsi.training.run import Run
 from ds_wsi.training.settings import TrainSettings
 
 
-def model_words(run: Run) -> str:
+def model_words(run: RunContext) -> str:
     """Encoder, aggregator, and what of them is trained."""
     if run.config.in_dim is not None:
         encoder = encoder_of_features(run.cohort)
@@ -27,7 +27,7 @@ def _training_words(settings: TrainSettings) -> str:
     return words + (f" after {model.freeze_encoder_epochs} frozen epochs" if model.freeze_encoder_epochs else "")
 
 
-def tiles_words(run: Run) -> str:
+def tiles_words(run: RunContext) -> str:
     """Size, resolution and number of the tiles."""
     total = sum(run.cohort.lengths)
     if run.config.in_dim is not None:

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from ds_wsi.bags.sampler import share_tiles
 from ds_wsi.models import SlideModel, build_aggregator
+from ds_wsi.models.loss import stack_loss
 from ds_wsi.runtime.log import logger
 from ds_wsi.stacking.stacked_bags import StackedBags, stack_bags
 from ds_wsi.tile_parallel import TileParallelPolicy, shard_tiles, tile_mesh
+from ds_wsi.training.step import bag_weight
 from launch.benchmarks.ranks import run_ranks
 from launch.benchmarks.table import Bound, Result
 
@@ -35,7 +37,8 @@ ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 FLOAT64_ENGINES = ("ddp", "fsdp2")  # DeepSpeed refuses float64 gradients, or keeps float32 master weights
 LEARNING_RATES = {"small": {"sgd": 1e-2, "adam": 1e-3}, "resnet18": {"sgd": 1e-3, "adam": 1e-4}}
 TILE_PX = {"small": 16, "resnet18": 64}
-LENGTHS = (13, 6, 9, 17, 5, 11, 8, 14)  # tiles of the bags, two a step
+LENGTHS = (13, 6, 9, 17, 5, 11, 8, 14)  # tiles of the bags
+BAGS_PER_STEP = 2
 LIMITS = {
     "float32": (1e-6, 1e-4),
     "float64": (1e-12, 1e-9),
@@ -234,8 +237,9 @@ def _train(case: Case, steps: int) -> list[dict[str, Any]]:
         own = [tiles[start:stop] for (tiles, _), (start, stop) in zip(bags, stretches, strict=True)]
         stack: StackedBags = stack_bags(own, allow_empty=True)
         labels = torch.tensor([label for _, label in bags])
-        total = F.cross_entropy(stepper.model(stack).logits, labels, reduction="sum")
-        stepper.backward(total * mesh.slide_size / 2)  # two bags a step; the engine takes the mean over the ranks
+        total = stack_loss(stepper.model(stack), labels)
+        # Not `run_micro_step`: gradients are looked at after the backward, before the step.
+        stepper.backward(total * bag_weight(BAGS_PER_STEP, mesh.slide_size, 1))
         gradients = stepper.gradients()
         stepper.step()
         loss = _mean_loss(total.detach(), mesh)
@@ -249,7 +253,7 @@ def _mean_loss(total: Tensor, mesh: Any) -> float:
 
     summed = total.clone()
     dist.all_reduce(summed)
-    return float(summed) / mesh.tile_size / 2
+    return float(summed) / mesh.tile_size / BAGS_PER_STEP
 
 
 def _compared(found: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, list[float]]:

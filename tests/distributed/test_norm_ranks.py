@@ -5,6 +5,7 @@ bags' losses. Bags are of unequal length, the last step leaves a rank without on
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from ds_wsi.models.loss import stack_loss
 from ds_wsi.norms import NormPolicy, batch_norms
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.step import bag_weight, idle_loss
+from ds_wsi.training.step import bag_weight, idle_loss, run_micro_step
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -105,6 +106,14 @@ def start(engine: str, model: SlideModel, *, learning_rate: float = LEARNING_RAT
     return accelerator, lambda: prepare(accelerator, model, settings)
 
 
+def loss_of(model, bags, dtype) -> torch.Tensor:
+    """The sum of the losses of a rank's (tiles, label), which can be none."""
+    if not bags:
+        return idle_loss(model, torch.zeros(1, 3, TILE_PX, TILE_PX, dtype=dtype))
+    tiles, labels = zip(*bags, strict=True)
+    return stack_loss(model(stack_bags(tiles)), torch.tensor(labels))
+
+
 def train_on_rank(cases) -> list:
     """Weights and statistics of every case on this rank, float64."""
     from ds_wsi.engines.sharded.zero import full_state_dict
@@ -122,17 +131,9 @@ def train_on_rank(cases) -> list:
         wrapped.train()
         bags, rank = make_bags(dtype), accelerator.process_index
         for step in plan_of(2, accumulation):
-            own = step.micro_steps[0][rank]
-            if own:
-                loss = stack_loss(
-                    wrapped(stack_bags([bags[slide][0] for slide in own])),
-                    torch.tensor([bags[slide][1] for slide in own]),
-                )
-            else:
-                loss = idle_loss(wrapped, torch.zeros(1, 3, TILE_PX, TILE_PX, dtype=dtype))
-            accelerator.backward(loss * bag_weight(step.n_bags, 2, 1))
-            optimizer.step()
-            optimizer.zero_grad()
+            own = [bags[slide] for slide in step.micro_steps[0][rank]]
+            loss = partial(loss_of, wrapped, own, dtype)
+            run_micro_step(accelerator, wrapped, optimizer, loss, bag_weight(step.n_bags, 2, 1))
         module = accelerator.unwrap_model(wrapped)
         state = {name: value.double() for name, value in full_state_dict(module).items()}
         if engine in ("ddp", "fsdp2"):  # in float64, which the exported float32 would round
@@ -193,10 +194,8 @@ def statistics_on_rank(training: str) -> list:
         wrapped.train()
         rank = dist.get_rank()
         for number in range(STEPS):
-            loss = stack_loss(wrapped(stack_bags([stained(rank, number)])), torch.tensor([rank]))
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = partial(loss_of, wrapped, [(stained(rank, number), rank)], torch.float32)
+            run_micro_step(accelerator, wrapped, optimizer, loss, 1.0)
         module = accelerator.unwrap_model(wrapped)
         if engine == "ddp":  # as in a loop of one's own
             ds_wsi.pool_statistics(wrapped)
@@ -220,10 +219,8 @@ def shared_bags_on_rank() -> list:
         wrapped, optimizer = wrap()
         wrapped.train()
         for number in range(STEPS):
-            loss = stack_loss(wrapped(stack_bags([stained(mesh.tile_rank, number)])), torch.tensor([1]))
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = partial(loss_of, wrapped, [(stained(mesh.tile_rank, number), 1)], torch.float32)
+            run_micro_step(accelerator, wrapped, optimizer, loss, 1.0)
         norm = accelerator.unwrap_model(wrapped).encoder.first
         found.append([norm.running_mean.double().tolist(), norm.running_var.double().tolist()])
     return found

@@ -152,3 +152,34 @@ def test_a_question_by_name_is_seen():
     assert names_asked(asking) == {"b": [1], "a": [1]}
     giving = ast.parse("class A:\n    a = 1\n    b: int\n    def c(self):\n        self.d = 1\nA().e = self.f")
     assert names_given(giving) == {"a", "b", "c", "d", "e"}
+
+
+READMES = sorted(path for top in ("ds_wsi", "launch") for path in (ROOT / top).rglob("*/README.md"))
+MANY = 6  # files, above which a package says what each holds
+
+
+def rooms_of(folder):
+    """Its modules and packages, by name."""
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    return modules | {path.parent.name for path in folder.glob("*/__init__.py")}
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.parent.relative_to(ROOT)))
+def test_a_readme_names_each_room_of_its_package_and_no_other(readme):
+    rows = re.findall(r"^\| (`.*?) \|", readme.read_text("utf-8"), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([\w./]+)`", row)]
+    assert len(named) == len(set(named))
+    text = set(re.findall(r"`([\w./]+)`", readme.read_text("utf-8")))
+    rooms = rooms_of(readme.parent)
+    assert rooms - {name.removesuffix("/").removesuffix(".py") for name in text} == set()
+    assert [name for name in named if name not in rooms and not (readme.parent / name).exists()] == []
+
+
+def test_every_package_of_many_files_has_a_readme():
+    folders = [path.parent for top in ("ds_wsi", "launch") for path in (ROOT / top).rglob("__init__.py")]
+    lacking = [
+        folder
+        for folder in folders
+        if len(list(folder.glob("*.py"))) > MANY + 1 and not (folder / "README.md").exists()
+    ]
+    assert lacking == []

@@ -175,13 +175,15 @@ def test_a_stack_is_of_one_micro_step_and_a_step_of_all(layout, stack):
 def planned(cohort, training, evaluation="auto", bags=1, freeze_epochs=0):
     """The plan of a run, of which the plan asks this much."""
     settings = SimpleNamespace(
-        policies=SimpleNamespace(norm=NormPolicy(evaluation=evaluation), reading=ReadPolicy(0)),
-        run=SimpleNamespace(metric_for_best_model="auc", seed=0),
+        policies=SimpleNamespace(norm=NormPolicy(evaluation=evaluation)),
+        run=SimpleNamespace(metric_for_best_model="auc"),
         model=SimpleNamespace(freeze_encoder_epochs=freeze_epochs),
     )
     run = SimpleNamespace(
         config=SimpleNamespace(norm_training=training),
         settings=settings,
+        seed=0,
+        reading=ReadPolicy(0),
         module=make_model(),
         cohort=cohort,
         step_layout=StepLayout(bags_per_group=bags),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ds_wsi.training import one_step, out_of_memory
-from ds_wsi.training.micro_step import MicroSteps
+from ds_wsi.training.micro_step import lay_bags
 from ds_wsi.training.out_of_memory import OutOfDeviceMemoryError, naming_no_memory, with_retry
 
 GPU = torch.device("cuda")
@@ -158,8 +158,8 @@ def test_bags_that_do_not_fit_are_named_where_they_are_copied(emptied):
 
     run = a_run(nn.Linear(2, 1), None)
     stacking = SimpleNamespace(framework="packing", sample_tiles=0)
-    run.settings = SimpleNamespace(policies=SimpleNamespace(stacking=stacking), run=SimpleNamespace(seed=0))
+    run.settings, run.seed = SimpleNamespace(policies=SimpleNamespace(stacking=stacking)), 0
     run.stacks, run.reads_host_tiles = SimpleNamespace(lays_anew=True, lay=lambda tiles: Stack()), False
-    steps = MicroSteps(run, iter([SimpleNamespace(slide=0, tiles=torch.zeros(2, 3, 4, 4))]))
+    bags = [SimpleNamespace(slide=0, tiles=torch.zeros(2, 3, 4, 4))]
     with pytest.raises(OutOfDeviceMemoryError, match="in the copy of whole bags to it, which is not taken twice"):
-        steps.make_ready(1, 0)
+        lay_bags(run, bags, 0)

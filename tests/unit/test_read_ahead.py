@@ -6,7 +6,7 @@ import pytest
 
 from ds_wsi.cli import main
 from ds_wsi.engines.accelerator.engine import Accelerator
-from ds_wsi.training import loop, micro_step
+from ds_wsi.training import loop, step_reader
 
 STEPS, EPOCHS = 4, 2
 
@@ -23,7 +23,7 @@ def train(manifest, folder, tiles_dir, *more):
 def events(monkeypatch):
     """What happens in training, in order: a bag is read, a backward is queued, totals are read."""
     found = []
-    read, backward, reduce, ahead = loop.read_bags, Accelerator.backward, Accelerator.reduce, micro_step.MicroSteps
+    read, backward, reduce, ahead = step_reader.read_bags, Accelerator.backward, Accelerator.reduce, loop.StepReader
 
     def reading(*arguments, **more):
         for bag in read(*arguments, **more):
@@ -36,8 +36,8 @@ def events(monkeypatch):
             assert not self.reads_ahead  # on a CPU
             self.reads_ahead = True
 
-    monkeypatch.setattr(loop, "read_bags", reading)
-    monkeypatch.setattr(loop, "MicroSteps", Ahead)
+    monkeypatch.setattr(step_reader, "read_bags", reading)
+    monkeypatch.setattr(loop, "StepReader", Ahead)
     monkeypatch.setattr(Accelerator, "backward", lambda *given: found.append("backward") or backward(*given))
     monkeypatch.setattr(Accelerator, "reduce", lambda *given: found.append("totals") or reduce(*given))
     return found

@@ -1,0 +1,152 @@
+"""A step trains on the bags that were planned for it: one pass over the plan says what is read and what is taken."""
+
+import re
+from itertools import chain, islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ds_wsi.bags.bag import Bag
+from ds_wsi.bags.policy import ReadPolicy
+from ds_wsi.bags.step_layout import StepLayout
+from ds_wsi.tile_parallel import TileMesh
+from ds_wsi.training import step_reader
+from ds_wsi.training.epoch_plan import planned_steps
+from ds_wsi.training.run import Progress
+from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.step_reader import StepReader
+from tests.unit.tiny_runs import train, write_cohort
+
+N_SLIDES, EPOCHS = 5, 2
+LAYOUT = StepLayout(bags_per_group=1, micro_steps=2)  # an epoch of three steps, the last of one bag
+STEPS = 3
+
+
+def make_run(device="cpu"):
+    """As much of a run as its reader asks for: five slides of four tiles."""
+    slides = [SimpleNamespace(slide_id=f"S-{row}") for row in range(N_SLIDES)]
+    return SimpleNamespace(
+        settings=TrainSettings(),
+        config=SimpleNamespace(norm_training="bag"),
+        cohort=SimpleNamespace(
+            manifest=SimpleNamespace(slides=slides), rows=lambda split: list(range(N_SLIDES)), lengths=[4] * N_SLIDES
+        ),
+        mesh=TileMesh(),
+        device=torch.device(device),
+        step_layout=LAYOUT,
+        seed=0,
+        epochs=EPOCHS,
+        reading=ReadPolicy(0),
+        training_tiles=[4] * N_SLIDES,
+        stacks=SimpleNamespace(lays_anew=False),
+        reads_host_tiles=False,
+    )
+
+
+def read(parts):
+    """A bag for each part."""
+    for part in parts:
+        yield Bag(part.slide, torch.zeros(part.stop - part.start, 2), torch.arange(part.start, part.stop))
+
+
+def swapped(bags):
+    """The third and the fourth bag in each other's place."""
+    first = [next(bags) for _ in range(4)]
+    return chain(first[:2], first[:1:-1], bags)
+
+
+def reader(progress=None, *, read=read, run=None):
+    run = run or make_run()
+    return StepReader(run, planned_steps(run, progress or Progress()), read)
+
+
+def slides_of(steps, epoch):
+    """Per step and micro-step, the slides that were planned, and those that were read."""
+    return [
+        (
+            [[part.slide for part in parts] for parts in step.parts],
+            [[bag.slide for bag in micro.bags] for micro in micro_steps],
+        )
+        for step, micro_steps in steps.of_epoch(epoch)
+    ]
+
+
+def test_each_step_has_the_bags_of_its_plan():
+    steps = reader()
+    found = [slides_of(steps, epoch) for epoch in range(EPOCHS)]
+    for epoch in found:
+        assert len(epoch) == STEPS
+        assert all(planned == read for planned, read in epoch)
+        assert sorted(slide for _, read in epoch for bags in read for slide in bags) == list(range(N_SLIDES))
+    assert found[0] != found[1]  # an order of its own
+    assert list(steps.of_epoch(EPOCHS)) == []
+
+
+@pytest.mark.parametrize("done", range(STEPS + 1))
+def test_a_run_that_goes_on_takes_the_steps_that_are_left(done):
+    """Stopped after an epoch's last step, none of that epoch."""
+    whole = reader()
+    expected = [slides_of(whole, epoch) for epoch in range(EPOCHS)]
+    rest = reader(Progress(step_in_epoch=done, global_step=done))
+    assert slides_of(rest, 0) == expected[0][done:]
+    numbers = []
+    for step, micro_steps in rest.of_epoch(1):
+        numbers.append((step.epoch, step.number))
+        list(micro_steps)
+    assert numbers == [(1, STEPS), (1, STEPS + 1), (1, STEPS + 2)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda parts: swapped(read(parts)), r"slide S-\d, got slide S-\d \(epoch 1, step 1\)"),
+        (lambda parts: islice(read(parts), 2), r"slide S-\d, got no bag \(epoch 1, step 1\)"),
+    ],
+)
+def test_a_reader_that_yields_another_slide_is_refused_with_slide_and_step(wrong, words):
+    steps = reader(read=wrong).of_epoch(0)
+    _, micro_steps = next(steps)
+    assert [[bag.slide for bag in micro.bags] for micro in micro_steps] == slides_of(reader(), 0)[0][0]
+    _, micro_steps = next(steps)
+    with pytest.raises(RuntimeError, match=rf"must train on the bags that were planned for it, {words}.*HINT"):
+        list(micro_steps)
+
+
+def test_a_step_whose_bags_were_left_is_noticed_by_the_next_one():
+    steps = reader().of_epoch(0)
+    next(next(steps)[1])
+    _, micro_steps = next(steps)
+    with pytest.raises(RuntimeError, match=r"epoch 1, step 1"):
+        list(micro_steps)
+
+
+def test_on_a_device_the_next_step_of_the_epoch_is_read_ahead_and_no_more(monkeypatch):
+    asked = []
+
+    def noting(parts):
+        for bag in read(parts):
+            asked.append(bag.slide)
+            yield bag
+
+    steps = reader(run=make_run("cuda"), read=noting)
+    monkeypatch.setattr(step_reader, "lay_bags", lambda run, bags, step: SimpleNamespace(bags=bags, step=step))
+    counts, found = [], []
+    for epoch in range(EPOCHS):
+        for step, micro_steps in steps.of_epoch(epoch):
+            for micro in micro_steps:
+                assert micro.step == step.number
+                found += [bag.slide for bag in micro.bags]
+            steps.make_ready()
+            counts.append(len(asked) - len(found))
+    assert counts == [1, 1, 0] * EPOCHS  # after an epoch's last step, which is validated first, nothing
+    assert found == asked
+
+
+def test_a_run_whose_bags_come_in_another_order_ends_with_slide_and_step(tmp_path, monkeypatch, capsys):
+    right = step_reader.read_bags
+    monkeypatch.setattr(step_reader, "read_bags", lambda *given, **more: swapped(right(*given, **more)))
+    folder = write_cohort(tmp_path / "c")
+    assert train(folder, folder / "run", epochs=1) == 2
+    assert re.search(r"planned for it, slide s\d\d, got slide s\d\d \(epoch 1, step 2\)", capsys.readouterr().err)
+    assert not list((folder / "run").glob("checkpoint-*"))
