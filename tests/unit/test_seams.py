@@ -7,6 +7,7 @@ and every name of the table, in any string too.
 """
 
 import ast
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -181,6 +182,16 @@ def test_no_row_is_there_twice_and_all_are_of_known_packages():
     assert len({(row.name, row.use) for row in SEAMS}) == len(SEAMS)
     assert {row.package for row in SEAMS} == SEEN.keys()
     assert all(row.purpose for row in SEAMS)
+
+
+@pytest.mark.parametrize("package", SEEN)
+def test_the_versions_seen_are_the_bounds_the_constraints_and_the_documents(package):
+    oldest, newest = SEEN[package]
+    text = {name: (ROOT.parent / name).read_text("utf-8") for name in ("pyproject.toml", "CONTRIBUTING.md")}
+    (bound,) = re.findall(rf'^    "{package}>=([\d.]+)', text["pyproject.toml"], re.M)
+    assert oldest == f"{bound}.0"
+    assert f"\n{package}=={oldest}\n" in (ROOT.parent / "constraints" / "oldest.txt").read_text("utf-8")
+    assert f"{package} {oldest} to {newest}" in " ".join(text["CONTRIBUTING.md"].split())
 
 
 @pytest.mark.parametrize("package", SEEN)
