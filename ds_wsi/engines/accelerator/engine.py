@@ -26,6 +26,7 @@ from ds_wsi.engines.comm_hooks.register import CommHandle, attach
 from ds_wsi.engines.deepspeed_json.auto import fill_rest
 from ds_wsi.engines.deepspeed_json.config import fill_auto, suit_machine
 from ds_wsi.engines.machine import cpu
+from ds_wsi.engines.machine.connection import connect_again
 from ds_wsi.engines.machine.timeouts import set_timeouts
 from ds_wsi.engines.sharded.fsdp import build_with_fsdp, fsdp_plugin, is_fsdp2, launched_with_fsdp, shard_model
 from ds_wsi.engines.sharded.zero import gather_as_one
@@ -105,6 +106,7 @@ def build_accelerator(
     plugin = _deepspeed_plugin(settings, deepspeed_config)
     timeout = timedelta(seconds=settings.timeout_s)
     set_timeouts(timeout)  # of a group that is there already, and of those that the engine makes
+    connect_again(timeout)
     # DDP would copy rank 0's running statistics over every other rank's at each forward.
     of_ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     handlers: list[Any] = [InitProcessGroupKwargs(timeout=timeout), of_ddp]

@@ -1,7 +1,7 @@
 """Several runs in one set of processes: each with an engine of its own, over one process group.
 
-Accelerate keeps its state in singletons and ends a run by destroying the process group, which the same processes could
-not form again: their launcher's store still holds the first group's addresses.
+Accelerate keeps its state in singletons, and a run ends by destroying the process group. `machine.connection` forms the
+next one; within `launched` the processes keep theirs.
 """
 
 import gc
@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator
+from ds_wsi.engines.machine.connection import disconnect
 from ds_wsi.engines.machine.timeouts import restoring_timeouts
 from ds_wsi.runtime.memory import restart_peaks
 from ds_wsi.runtime.seams import check_seams
@@ -54,7 +55,7 @@ def engine_scope() -> Iterator[None]:
             yield
     finally:
         if dist.is_initialized() and not inherited:
-            dist.destroy_process_group()
+            disconnect()
             # DeepSpeed, where it is in use, would hand its clone of the world's group to the next engine.
             groups: Any = sys.modules.get("deepspeed.utils.groups")
             if groups is not None:
