@@ -80,15 +80,15 @@ def answer(
 
 def _is_tiles(node: fx.Node) -> bool:
     """Whether it is the tiles: what stands beside them requires no gradient, and is known."""
-    return node.op == "placeholder" and node.meta.get("place") is None
+    return node.op == "placeholder" and node.meta.get("path") is None
 
 
 def _follows(
-    wanted: fx.Node, values: dict[fx.Node, Any], part_of: Callable[[str], nn.Module], *, tiles: bool
+    target: fx.Node, values: dict[fx.Node, Any], part_of: Callable[[str], nn.Module], *, tiles: bool
 ) -> bool | None:
     """Whether autograd follows a value, where the tiles require a gradient or do not; None: nobody knows."""
     follows: dict[fx.Node, bool | None] = {}
-    for node in wanted.graph.nodes:
+    for node in target.graph.nodes:
         followed = [follows[parent] for parent in node.all_input_nodes]
         if node.op == "placeholder":
             follows[node] = tiles and _is_tiles(node)
@@ -102,9 +102,9 @@ def _follows(
             follows[node] = _leaf_follows(part_of(str(node.target)), any(followed), values[node])
         else:
             follows[node] = any(followed) and _function_follows(node, follows, values)
-        if node is wanted:
+        if node is target:
             break
-    return follows[wanted]
+    return follows[target]
 
 
 def _leaf_follows(leaf: nn.Module, followed: bool, value: Any) -> bool | None:
@@ -116,14 +116,14 @@ def _leaf_follows(leaf: nn.Module, followed: bool, value: Any) -> bool | None:
     return True if certain else None
 
 
-def _function_follows(node: fx.Node, found: dict[fx.Node, bool | None], values: dict[fx.Node, Any]) -> bool | None:
+def _function_follows(node: fx.Node, follows: dict[fx.Node, bool | None], values: dict[fx.Node, Any]) -> bool | None:
     """Told by torch itself, on tensors without numbers: a comparison, `detach` or `zeros_like` is not followed."""
 
     def given(parent: fx.Node) -> Any:
         return fx.node.map_aggregate(
             values[parent],
             lambda item: (
-                item.detach().requires_grad_(bool(found[parent]) and _can_follow(item))
+                item.detach().requires_grad_(bool(follows[parent]) and _can_follow(item))
                 if isinstance(item, Tensor)
                 else item
             ),

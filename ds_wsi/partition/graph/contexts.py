@@ -43,11 +43,13 @@ def surroundings_of(node: fx.Node) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _entered(found: Surroundings) -> Iterator[None]:
-    graded = torch.is_grad_enabled() and found.graded
+def _entered(surroundings: Surroundings) -> Iterator[None]:
+    graded = torch.is_grad_enabled() and surroundings.graded
     with (
         torch.set_grad_enabled(graded),
         # Without the cache of cast weights: see `autocast_now`.
-        torch.autocast(found.kind, dtype=found.dtype, enabled=found.dtype is not None, cache_enabled=False),
+        torch.autocast(
+            surroundings.kind, dtype=surroundings.dtype, enabled=surroundings.dtype is not None, cache_enabled=False
+        ),
     ):
         yield

@@ -94,8 +94,8 @@ class Conv(Window):
         sources = self._sources(rows)
         return min(sources), max(sources) + 1
 
-    def __call__(self, image: Tensor, rows: Range, known: Tensor | None = None) -> Tensor:
-        """Output `rows`, as every window gives them; `known` is that of `convolve`."""
+    def __call__(self, image: Tensor, rows: Range, like: Tensor | None = None) -> Tensor:
+        """Output `rows`, as every window gives them; `like` is that of `convolve`."""
         leaf, (left, right) = self.leaf, self.sides
         if leaf.padding_mode == "zeros":
             image = self.padded(image, rows, 0.0)
@@ -107,7 +107,7 @@ class Conv(Window):
             left = right = 0
         if left != right:
             image, left = F.pad(image, (left, right, 0, 0)), 0
-        return convolve(image, leaf, (0, left), known)
+        return convolve(image, leaf, (0, left), like)
 
 
 class MaxPool(Window):
@@ -183,27 +183,27 @@ class _DeferredConv(torch.autograd.Function):
         return (*gradients, None, None, None)
 
 
-def convolve(image: Tensor, leaf: Any, padding: Sequence[int], known: Tensor | None = None) -> Tensor:
+def convolve(image: Tensor, leaf: Any, padding: Sequence[int], like: Tensor | None = None) -> Tensor:
     """The leaf's convolution with another padding, of zeros.
 
     Args:
         image: [B, C, ...].
         leaf: nn.Conv1d, Conv2d or Conv3d.
         padding: a number for each dimension of space, or one for all.
-        known: a tensor of the result's shape and dtype; with it nothing is computed, the graph alone is made.
+        like: a tensor of the result's shape and dtype; with it nothing is computed, the graph alone is made.
     """
     dims = len(leaf.kernel_size)
     stride, dilation, padding = (for_each(numbers, dims) for numbers in (leaf.stride, leaf.dilation, padding))
-    if known is None:
+    if like is None:
         function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
         weight, bias = weight_of(leaf, image)
         return function(image, weight, bias, stride, padding, dilation, leaf.groups)
     weight, bias = leaf.weight, leaf.bias
     # Outside of ATen's convolution autocast does not act: cast as it would.
-    image, weight = image.to(known.dtype), weight.to(known.dtype)
-    bias = None if bias is None else bias.to(known.dtype)
+    image, weight = image.to(like.dtype), weight.to(like.dtype)
+    bias = None if bias is None else bias.to(like.dtype)
     options = (list(stride), list(padding), list(dilation), leaf.groups)
-    return _DeferredConv.apply(image, weight, bias, known.shape, known.dtype, options)
+    return _DeferredConv.apply(image, weight, bias, like.shape, like.dtype, options)
 
 
 def row_rule(

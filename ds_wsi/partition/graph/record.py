@@ -54,7 +54,7 @@ class Recording:
     """A recorded forward.
 
     Attributes:
-        graph: the operations, a placeholder for the tiles, and one with `meta["place"]` for each tensor beside them.
+        graph: the operations, a placeholder for the tiles, and one with `meta["path"]` for each tensor beside them.
         values: the values of all nodes: tensors without numbers, or what the operation returned.
         form: the output's form; the graph's own output is the joint tensor.
         made: (part, name) -> value of plain attributes that were not there before.

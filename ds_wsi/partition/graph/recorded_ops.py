@@ -29,21 +29,21 @@ class Written:
 
     Args:
         function: the function that writes.
-        place: the written tensor's place: an index of the arguments, or the name of a keyword.
+        position: the written tensor's: an index of the arguments, or the name of a keyword.
     """
 
-    def __init__(self, function: Callable[..., Any], place: int | str) -> None:
-        self.function, self.place = function, place
+    def __init__(self, function: Callable[..., Any], position: int | str) -> None:
+        self.function, self.position = function, position
         self.__name__ = name_of(function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The written tensor's new value."""
-        if isinstance(self.place, str):
-            written = kwargs[self.place].clone()
-            kwargs = {**kwargs, self.place: written}
+        if isinstance(self.position, str):
+            written = kwargs[self.position].clone()
+            kwargs = {**kwargs, self.position: written}
         else:
-            written = args[self.place].clone()
-            args = (*args[: self.place], written, *args[self.place + 1 :])
+            written = args[self.position].clone()
+            args = (*args[: self.position], written, *args[self.position + 1 :])
         self.function(*args, **kwargs)
         return written
 

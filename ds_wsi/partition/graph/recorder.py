@@ -320,10 +320,10 @@ class Recorder(TorchFunctionMode):
             held = _Held(tensor, node, storage, storage.epoch, parent, (target, hop_args, hop_kwargs))
         self.held[id(tensor)] = held
 
-    def source(self, tensor: Tensor, name: str, fixed: str, place: str | None = None) -> fx.Node:
+    def source(self, tensor: Tensor, name: str, fixed: str, path: str | None = None) -> fx.Node:
         """A placeholder."""
         node = self.graph.placeholder(name)
-        node.meta["place"] = place
+        node.meta["path"] = path
         self.values[node] = tensor
         held = _Held(tensor, node, None, 0, fixed=fixed)  # type: ignore[arg-type]
         held.storage = self.storages[tensor.untyped_storage()._cdata] = _Storage(held)

@@ -100,10 +100,10 @@ class Subgraph:
             parameters.update((id(parameter), parameter) for parameter in held)
         return list(parameters.values())
 
-    def rows(self, own: dict[fx.Node, Range]) -> dict[fx.Node, Range]:
+    def rows(self, owned: dict[fx.Node, Range]) -> dict[fx.Node, Range]:
         """The rows of every value that a chunk computes: what it owns, and what that is computed from."""
         assert self.rules is not None
-        needed = dict(own)
+        needed = dict(owned)
         for node in reversed(self.nodes):
             if node not in needed:
                 continue
@@ -249,21 +249,21 @@ class Subgraph:
         node: fx.Node,
         values: dict[fx.Node, Any],
         needed: dict[fx.Node, Range] | None,
-        known: dict[fx.Node, Tensor] | None,
+        results: dict[fx.Node, Tensor] | None,
     ) -> Tensor:
         assert needed is not None
         assert self.rules is not None
         rule: Any = self.rules[node]
         image = self._input(node, node.all_input_nodes[0], values, needed)
-        result = known.get(node) if known is not None and self._defers(node) else None
+        result = results.get(node) if results is not None and self._defers(node) else None
         if isinstance(rule, Conv):
             return rule(image, needed[node], result)
         return rule(image, needed[node])
 
-    def _deferred(self, leaf: Any, image: Tensor, known: Tensor) -> Tensor:
+    def _deferred(self, leaf: Any, image: Tensor, like: Tensor) -> Tensor:
         if isinstance(leaf.padding, str) or leaf.padding_mode != "zeros":
             return leaf(image)
-        return convolve(image, leaf, leaf.padding, known)
+        return convolve(image, leaf, leaf.padding, like)
 
 
 def image_rules(traced: Traced) -> tuple[dict[fx.Node, Pointwise | Window], dict[str, str]]:
@@ -295,9 +295,9 @@ def hull(one: Range, other: Range) -> Range:
     return min(one[0], other[0]), max(one[1], other[1])
 
 
-def _crop(value: Any, has: Range, wanted: Range) -> Any:
-    if has == wanted:
+def _crop(value: Any, has: Range, needed: Range) -> Any:
+    if has == needed:
         return value
     if isinstance(value, (tuple, list)):
-        return tuple(_crop(item, has, wanted) for item in value)
-    return value[:, :, wanted[0] - has[0] : wanted[1] - has[0]]
+        return tuple(_crop(item, has, needed) for item in value)
+    return value[:, :, needed[0] - has[0] : needed[1] - has[0]]

@@ -43,7 +43,7 @@ class Traced:
     Attributes:
         nodes: operations in order of execution.
         source, target: the input's node and the node of the output.
-        arguments: nodes of the tensors beside the tiles -> their places.
+        arguments: nodes of the tensors beside the tiles -> their paths.
         dependent: nodes whose values depend on the tiles; the others are the same for every chunk.
         barriers: norm nodes -> nodes of their inputs, whose statistics couple chunks.
         values: the nodes' values: tensors without numbers, of the example's shape.
@@ -81,7 +81,7 @@ class Traced:
         self.graph = graph  # nodes do not keep it alive
         self.nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
         self.source, *beside = [node for node in graph.nodes if node.op == "placeholder"]
-        self.arguments = {node: str(node.meta["place"]) for node in beside}
+        self.arguments = {node: str(node.meta["path"]) for node in beside}
         (output,) = [node for node in graph.nodes if node.op == "output"]
         self.target: fx.Node = output.args[0]
         self.leaves = {node: self._leaf(node) for node in self.nodes if node.op == "call_module"}

@@ -70,7 +70,7 @@ class Arguments:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Tensors beside the tiles, by their path."""
-        return {path: value for path, value in self._places() if isinstance(value, Tensor)}
+        return {path: value for path, value in self._leaves() if isinstance(value, Tensor)}
 
     def require_shared(self, tiles: int, owner: str) -> None:
         """Refuse what cannot be told to be shared by all tiles.
@@ -80,7 +80,7 @@ class Arguments:
                 number, flag, string, None, or a tuple, list or dict of them.
         """
         rule = "an argument beside the tiles must be a number, a flag, a string, None, or a tensor that all tiles share"
-        for path, value in self._places():
+        for path, value in self._leaves():
             if isinstance(value, Tensor):
                 if value.requires_grad:
                     raise ValueError(f"{rule}, got {path} of {owner}, which requires a gradient.")
@@ -96,7 +96,7 @@ class Arguments:
     def key(self) -> tuple[Any, ...]:
         """Equal for calls of which one graph is right: plain values, and what tensors look like."""
         parts: list[Any] = [self.name, len(self.args)]
-        for path, value in self._places():
+        for path, value in self._leaves():
             if isinstance(value, Tensor):
                 parts.append((path, "tensor", tuple(value.shape), value.dtype, value.device))
             elif isinstance(value, _PLAIN):
@@ -108,30 +108,30 @@ class Arguments:
     def replaced(self, tensors: Mapping[str, Tensor]) -> "Arguments":
         """The same with other tensors in their places."""
 
-        def walk(place: str, value: Any) -> Any:
+        def walk(path: str, value: Any) -> Any:
             if isinstance(value, Tensor):
-                return tensors.get(place, value)
+                return tensors.get(path, value)
             if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-                return type(value)(walk(f"{place}[{index}]", item) for index, item in enumerate(value))
+                return type(value)(walk(f"{path}[{index}]", item) for index, item in enumerate(value))
             if type(value) is dict:
-                return {key: walk(f"{place}[{key!r}]", item) for key, item in value.items()}
+                return {key: walk(f"{path}[{key!r}]", item) for key, item in value.items()}
             return value
 
         args = tuple(walk(f"args[{index}]", value) for index, value in enumerate(self.args))
         return Arguments(self.name, args, {key: walk(key, value) for key, value in self.kwargs.items()})
 
-    def _places(self) -> list[tuple[str, Any]]:
+    def _leaves(self) -> list[tuple[str, Any]]:
         leaves: list[tuple[str, Any]] = []
 
-        def walk(place: str, value: Any) -> None:
+        def walk(path: str, value: Any) -> None:
             if type(value) in (list, tuple):
                 for index, item in enumerate(value):
-                    walk(f"{place}[{index}]", item)
+                    walk(f"{path}[{index}]", item)
             elif type(value) is dict:
                 for key, item in value.items():
-                    walk(f"{place}[{key!r}]", item)
+                    walk(f"{path}[{key!r}]", item)
             else:
-                leaves.append((place, value))
+                leaves.append((path, value))
 
         for index, value in enumerate(self.args):
             walk(f"args[{index}]", value)

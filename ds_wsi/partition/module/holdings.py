@@ -188,9 +188,9 @@ def _box(item: Any) -> Any:
     return vars(item) if _is_record(item) else item
 
 
-def _first(place: str) -> str:
-    """The attribute that a place is in."""
-    return place.replace(".", "[").split("[")[0]
+def _first(path: str) -> str:
+    """The attribute that a path begins with."""
+    return path.replace(".", "[").split("[")[0]
 
 
 def _same(container: Any, content: Any) -> bool:

@@ -112,8 +112,8 @@ class Operations(TorchDispatchMode):
     """Sees operations that draw from a generator of their own, and how coarse the numbers are that are computed.
 
     Args:
-        calls: the calls, which tell what sub-module runs.
-        found: called with the generator and the sub-module's name, before it draws.
+        calls: the calls, which tell the sub-module that runs.
+        draws: called with the generator and the sub-module's name, before it draws.
         writes: called with a tensor before it is written.
 
     Attributes:
@@ -121,16 +121,16 @@ class Operations(TorchDispatchMode):
     """
 
     def __init__(
-        self, calls: Calls, found: Callable[[torch.Generator, str], None], writes: Callable[[Tensor], None]
+        self, calls: Calls, draws: Callable[[torch.Generator, str], None], writes: Callable[[Tensor], None]
     ) -> None:
         super().__init__()
-        self.calls, self.found, self.writes, self.coarsest = calls, found, writes, 0.0
+        self.calls, self.draws, self.writes, self.coarsest = calls, draws, writes, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         generator = kwargs.get("generator")
         if generator is not None:
-            self.found(generator, self.calls.innermost)
+            self.draws(generator, self.calls.innermost)
         if writes_to_inputs(func):
             for index, argument in enumerate(func._schema.arguments):
                 item = args[index] if index < len(args) else kwargs.get(argument.name)
@@ -146,7 +146,7 @@ class Reads(TorchDispatchMode):
     """Sees which numbers Python reads of the tiles' values, and gives it others.
 
     Args:
-        calls: the calls, which tell what sub-module runs.
+        calls: the calls, which tell the sub-module that runs.
         wrong: number of a read -> what it gives.
 
     Attributes:
