@@ -19,6 +19,8 @@ CLEAN = (
     "evaluation",
     "models",
     "norms",
+    "partition/graph",
+    "partition/module",
     "runtime",
     "slides",
     "stacking",

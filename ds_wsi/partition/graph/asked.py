@@ -54,9 +54,9 @@ def answer(
     """What the call would be answered.
 
     Args:
-        name: of what is asked, see `is_asked`.
-        node: of the tensor that is asked.
-        values: of all nodes.
+        name: what is asked, see `is_asked`.
+        node: the node of the tensor that is asked.
+        values: the values of all nodes.
         part_of: name of a sub-module -> it.
         graded: whether autograd follows the call.
 
@@ -80,31 +80,31 @@ def answer(
 
 def _is_tiles(node: fx.Node) -> bool:
     """Whether it is the tiles: what stands beside them requires no gradient, and is known."""
-    return node.op == "placeholder" and node.meta.get("place") is None
+    return node.op == "placeholder" and node.meta.get("path") is None
 
 
 def _follows(
-    wanted: fx.Node, values: dict[fx.Node, Any], part_of: Callable[[str], nn.Module], *, tiles: bool
+    target: fx.Node, values: dict[fx.Node, Any], part_of: Callable[[str], nn.Module], *, tiles: bool
 ) -> bool | None:
     """Whether autograd follows a value, where the tiles require a gradient or do not; None: nobody knows."""
-    found: dict[fx.Node, bool | None] = {}
-    for node in wanted.graph.nodes:
-        followed = [found[parent] for parent in node.all_input_nodes]
+    follows: dict[fx.Node, bool | None] = {}
+    for node in target.graph.nodes:
+        followed = [follows[parent] for parent in node.all_input_nodes]
         if node.op == "placeholder":
-            found[node] = tiles and _is_tiles(node)
+            follows[node] = tiles and _is_tiles(node)
         elif node.op == "get_attr":
-            found[node] = values[node].requires_grad
+            follows[node] = values[node].requires_grad
         elif is_detached(node):
-            found[node] = False
+            follows[node] = False
         elif None in followed:
-            found[node] = None
+            follows[node] = None
         elif node.op == "call_module":
-            found[node] = _leaf_follows(part_of(str(node.target)), any(followed), values[node])
+            follows[node] = _leaf_follows(part_of(str(node.target)), any(followed), values[node])
         else:
-            found[node] = any(followed) and _function_follows(node, found, values)
-        if node is wanted:
+            follows[node] = any(followed) and _function_follows(node, follows, values)
+        if node is target:
             break
-    return found[wanted]
+    return follows[target]
 
 
 def _leaf_follows(leaf: nn.Module, followed: bool, value: Any) -> bool | None:
@@ -112,18 +112,18 @@ def _leaf_follows(leaf: nn.Module, followed: bool, value: Any) -> bool | None:
     if not followed:
         return False
     # What another's module does to its tensors is its own affair.
-    known = type(leaf).__module__.startswith("torch.nn") and isinstance(value, Tensor) and _can_follow(value)
-    return True if known else None
+    certain = type(leaf).__module__.startswith("torch.nn") and isinstance(value, Tensor) and _can_follow(value)
+    return True if certain else None
 
 
-def _function_follows(node: fx.Node, found: dict[fx.Node, bool | None], values: dict[fx.Node, Any]) -> bool | None:
+def _function_follows(node: fx.Node, follows: dict[fx.Node, bool | None], values: dict[fx.Node, Any]) -> bool | None:
     """Told by torch itself, on tensors without numbers: a comparison, `detach` or `zeros_like` is not followed."""
 
     def given(parent: fx.Node) -> Any:
         return fx.node.map_aggregate(
             values[parent],
             lambda item: (
-                item.detach().requires_grad_(bool(found[parent]) and _can_follow(item))
+                item.detach().requires_grad_(bool(follows[parent]) and _can_follow(item))
                 if isinstance(item, Tensor)
                 else item
             ),

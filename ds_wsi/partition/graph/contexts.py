@@ -16,7 +16,7 @@ class Surroundings(NamedTuple):
     Args:
         graded: whether autograd followed it.
         kind: the device's type, which names autocast's settings.
-        dtype: of autocast on it; None where that is off.
+        dtype: autocast's dtype on it; None where that is off.
     """
 
     graded: bool
@@ -32,22 +32,24 @@ def surroundings_now(kind: str, *, graded: bool) -> Surroundings:
 
 def is_detached(node: fx.Node) -> bool:
     """Whether the forward itself cuts the operation from autograd."""
-    found = node.meta.get("surroundings")
-    return found is not None and not found.graded
+    surroundings = node.meta.get("surroundings")
+    return surroundings is not None and not surroundings.graded
 
 
 def surroundings_of(node: fx.Node) -> AbstractContextManager[None]:
     """A context of what the forward entered around the operation; an empty one where it entered none."""
-    found = node.meta.get("surroundings")
-    return nullcontext() if found is None else _entered(found)
+    surroundings = node.meta.get("surroundings")
+    return nullcontext() if surroundings is None else _entered(surroundings)
 
 
 @contextmanager
-def _entered(found: Surroundings) -> Iterator[None]:
-    graded = torch.is_grad_enabled() and found.graded
+def _entered(surroundings: Surroundings) -> Iterator[None]:
+    graded = torch.is_grad_enabled() and surroundings.graded
     with (
         torch.set_grad_enabled(graded),
         # Without the cache of cast weights: see `autocast_now`.
-        torch.autocast(found.kind, dtype=found.dtype, enabled=found.dtype is not None, cache_enabled=False),
+        torch.autocast(
+            surroundings.kind, dtype=surroundings.dtype, enabled=surroundings.dtype is not None, cache_enabled=False
+        ),
     ):
         yield

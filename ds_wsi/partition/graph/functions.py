@@ -21,7 +21,7 @@ class Applied:
 
     Args:
         kind: the Function.
-        apply: its own.
+        apply: the Function's own `apply`.
 
     Attributes:
         stands_in: whether it computes nothing of its own: torch's reentrant checkpoint, or an engine's.
@@ -36,7 +36,7 @@ class Applied:
         return self.apply(*args, **kwargs)
 
     def original(self, *args: Any) -> Any:
-        """Of one that stands in for others: what it returns, without it."""
+        """What a Function that `stands_in` for others returns, computed without it."""
         if self.kind is CheckpointFunction:  # its backward is that of what it calls
             function, _, *inputs = args
             return function(*inputs)
@@ -48,10 +48,10 @@ class Applied:
         Raises:
             UnrecordedError: it is given a module or a function, which may hold others, or returns what it is given.
         """
-        known = pytree.tree_leaves(given)
-        if not all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in known):
+        leaves = pytree.tree_leaves(given)
+        if not all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in leaves):
             raise UnrecordedError(f"{self.kind.__name__}, an autograd.Function, is given more than tensors and numbers")
-        if any(leaf is item for leaf in pytree.tree_leaves(result) for item in known if isinstance(item, Tensor)):
+        if any(leaf is item for leaf in pytree.tree_leaves(result) for item in leaves if isinstance(item, Tensor)):
             raise UnrecordedError(f"{self.kind.__name__}, an autograd.Function, works in place")
 
 
@@ -65,11 +65,11 @@ def applied_functions(call: Callable[[Applied, Any, Any], Any]) -> Iterator[None
         call: called with the Function, its arguments and its keyword arguments, for its results.
     """
     base: Any = torch.autograd.Function
-    own = base.__dict__["apply"]
+    original = base.__dict__["apply"]
     calls = [call]
 
     def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
-        function = own.__get__(None, kind)
+        function = original.__get__(None, kind)
         # Who has bound it meanwhile (`op = Fn.apply` in a module that the forward imports) keeps this one for good.
         return calls[0](Applied(kind, function), args, kwargs) if calls else function(*args, **kwargs)
 
@@ -77,5 +77,5 @@ def applied_functions(call: Callable[[Applied, Any, Any], Any]) -> Iterator[None
     try:
         yield
     finally:
-        base.apply = own
+        base.apply = original
         calls.clear()

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-Pair = tuple[int, int]  # of the height, of the width; or what is before, and what is behind
+Pair = tuple[int, int]  # the height's and the width's; or what is before, and what is behind
 
 
 def for_each(value: int | Iterable[int], dims: int) -> tuple[int, ...]:
-    """One number a dimension of space: torch takes one for all too, alone or in a tuple or list."""
+    """One number per dimension of space: torch takes one for all too, alone or in a tuple or list."""
     numbers = tuple(value) if isinstance(value, Iterable) else (value,)
     return numbers * dims if len(numbers) == 1 else numbers
 
@@ -21,12 +21,12 @@ def pair(value: int | Iterable[int]) -> Pair:
 
 
 class Geometry(NamedTuple):
-    """Of a convolution of images; later changes of the layer do not change it.
+    """The numbers of a convolution of images; later changes of the layer do not change them.
 
     Attributes:
         kernel, stride, dilation: (height, width).
         rows, columns: the padding, (top, bottom) and (left, right).
-        groups: of channels.
+        groups: the number of groups of channels.
     """
 
     kernel: Pair
@@ -49,7 +49,7 @@ def geometry_of(leaf: Any, weight: Tensor | None = None) -> Geometry:
 
     Args:
         leaf: the layer.
-        weight: of this call, where it is known; to read a computed one would compute it once more.
+        weight: the weight of this call, where it is known; to read a computed one would compute it once more.
     """
     weight = leaf._parameters.get("weight") if weight is None else weight
     # A parameter that an engine holds elsewhere has another shape.
@@ -70,10 +70,10 @@ def geometry_of(leaf: Any, weight: Tensor | None = None) -> Geometry:
 
 def pool_options(leaf: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     """The options of a pooling of images; a stride that is not given is the kernel's."""
-    found = {name: getattr(leaf, name) for name in names}
-    if found.get("stride") in (None, (), []):
-        found["stride"] = found["kernel_size"]
-    return found | {name: pair(found[name]) for name in _PAIRS if name in found}
+    options = {name: getattr(leaf, name) for name in names}
+    if options.get("stride") in (None, (), []):
+        options["stride"] = options["kernel_size"]
+    return options | {name: pair(options[name]) for name in _PAIRS if name in options}
 
 
 _PAIRS = ("kernel_size", "stride", "padding", "dilation")

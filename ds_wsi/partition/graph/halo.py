@@ -19,7 +19,7 @@ from ds_wsi.partition.graph.geometry import for_each, geometry_of, pool_options
 from ds_wsi.partition.graph.leaves import has_library_forward, has_own_forward
 from ds_wsi.partition.module.hooks import is_convolution_2d, weight_of
 
-Range = tuple[int, int]  # of rows: [first, last)
+Range = tuple[int, int]  # rows [first, last)
 
 _POINTWISE_FUNCTIONS = {
     *("add", "sub", "rsub", "mul", "div", "rdiv", "neg", "abs", "exp", "sqrt", "square", "clamp"),
@@ -78,9 +78,9 @@ class Conv(Window):
     """nn.Conv2d."""
 
     def __init__(self, height: int, leaf: nn.Conv2d) -> None:
-        found = geometry_of(leaf)
-        super().__init__(height, found.kernel[0], found.stride[0], found.rows[0], found.dilation[0])
-        self.leaf, self.sides = leaf, found.columns
+        geometry = geometry_of(leaf)
+        super().__init__(height, geometry.kernel[0], geometry.stride[0], geometry.rows[0], geometry.dilation[0])
+        self.leaf, self.sides = leaf, geometry.columns
 
     def _sources(self, rows: Range) -> list[int]:
         """The image row that each row of the window repeats, for padding modes that repeat rows."""
@@ -94,8 +94,8 @@ class Conv(Window):
         sources = self._sources(rows)
         return min(sources), max(sources) + 1
 
-    def __call__(self, image: Tensor, rows: Range, known: Tensor | None = None) -> Tensor:
-        """As of every window; `known` as of `convolve`."""
+    def __call__(self, image: Tensor, rows: Range, like: Tensor | None = None) -> Tensor:
+        """Output `rows`, as every window gives them; `like` is that of `convolve`."""
         leaf, (left, right) = self.leaf, self.sides
         if leaf.padding_mode == "zeros":
             image = self.padded(image, rows, 0.0)
@@ -107,7 +107,7 @@ class Conv(Window):
             left = right = 0
         if left != right:
             image, left = F.pad(image, (left, right, 0, 0)), 0
-        return convolve(image, leaf, (0, left), known)
+        return convolve(image, leaf, (0, left), like)
 
 
 class MaxPool(Window):
@@ -177,33 +177,33 @@ class _DeferredConv(torch.autograd.Function):
         image, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.options
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.bias is not None and ctx.needs_input_grad[2]]
-        found = torch.ops.aten.convolution_backward(
+        gradients = torch.ops.aten.convolution_backward(
             grads[0], image, weight, ctx.bias, stride, padding, dilation, False, [0] * len(stride), groups, mask
         )
-        return (*found, None, None, None)
+        return (*gradients, None, None, None)
 
 
-def convolve(image: Tensor, leaf: Any, padding: Sequence[int], known: Tensor | None = None) -> Tensor:
+def convolve(image: Tensor, leaf: Any, padding: Sequence[int], like: Tensor | None = None) -> Tensor:
     """The leaf's convolution with another padding, of zeros.
 
     Args:
         image: [B, C, ...].
         leaf: nn.Conv1d, Conv2d or Conv3d.
         padding: a number for each dimension of space, or one for all.
-        known: a tensor of the result's shape and dtype; with it nothing is computed, the graph alone is made.
+        like: a tensor of the result's shape and dtype; with it nothing is computed, the graph alone is made.
     """
     dims = len(leaf.kernel_size)
     stride, dilation, padding = (for_each(numbers, dims) for numbers in (leaf.stride, leaf.dilation, padding))
-    if known is None:
+    if like is None:
         function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
         weight, bias = weight_of(leaf, image)
         return function(image, weight, bias, stride, padding, dilation, leaf.groups)
     weight, bias = leaf.weight, leaf.bias
     # Outside of ATen's convolution autocast does not act: cast as it would.
-    image, weight = image.to(known.dtype), weight.to(known.dtype)
-    bias = None if bias is None else bias.to(known.dtype)
+    image, weight = image.to(like.dtype), weight.to(like.dtype)
+    bias = None if bias is None else bias.to(like.dtype)
     options = (list(stride), list(padding), list(dilation), leaf.groups)
-    return _DeferredConv.apply(image, weight, bias, known.shape, known.dtype, options)
+    return _DeferredConv.apply(image, weight, bias, like.shape, like.dtype, options)
 
 
 def row_rule(
@@ -212,9 +212,9 @@ def row_rule(
     """How `node` is computed in blocks of rows, or why it is not.
 
     Args:
-        node: of the graph; its inputs are rows of images.
+        node: an operation of the graph; its inputs are rows of images.
         leaf: the module it calls, if it calls one.
-        values: of all nodes: tensors without numbers.
+        values: the values of all nodes: tensors without numbers.
         dependent: nodes whose values depend on the images.
     """
     out = image_of(values[node])
@@ -264,7 +264,7 @@ def _function_rule(node: fx.Node, out: Tensor, images: list[Tensor], others: lis
 
 
 def image_of(value: Any) -> Any:
-    """Of several images of one height, which an operation returns together, the first."""
+    """The value itself, or the first of several images of one height that an operation returns together."""
     images = value if isinstance(value, (tuple, list)) else ()
     heights = {item.shape[2] if isinstance(item, Tensor) and item.dim() == 4 else None for item in images}
     return images[0] if len(heights) == 1 and None not in heights else value

@@ -1,4 +1,7 @@
-"""Which sub-modules stay one operation of a graph, and which norms couple tiles or rows: by whose forward they have."""
+"""The sub-modules that stay one operation of a graph, and the norms that couple tiles or rows.
+
+Both are told by whose forward they have.
+"""
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm

@@ -29,11 +29,11 @@ from ds_wsi.runtime.numerics import memory_layout
 
 @dataclass
 class Statistics:
-    """Of one norm in one call over one population: float32 (float64 for float64), by channel [C].
+    """The statistics of one norm in one call over one population: float32 (float64 for float64), by channel [C].
 
     Attributes:
-        moments: of the population, over all ranks once they are final.
-        mean, var: of them, once they are final; var is the biased one.
+        moments: the population's moments, over all ranks once they are final.
+        mean, var: the moments' mean and variance, once they are final; var is the biased one.
         dbeta, dgamma: sums of dy and of dy x so far, over all ranks once they are final.
     """
 
@@ -79,14 +79,14 @@ class NormSite:
         """Make the statistics final: over all ranks that share the population (one all-gather of 2 C + 2 numbers).
 
         Raises:
-            ValueError: one value a channel, which has no variance.
+            ValueError: one value per channel, which has no variance.
         """
-        own = stats.moments
+        local = stats.moments
         if self.group is not None:
-            stats.moments = merged_over(self.group, own, self._blank(stats, device))
+            stats.moments = merged_over(self.group, local, self._blank(stats, device))
         moments = stats.moments
         if self.batch:
-            require_variance(self.leaf, moments, own)
+            require_variance(self.leaf, moments, local)
         assert moments is not None
         stats.mean, stats.var = moments.mean, moments.var
 
@@ -99,7 +99,7 @@ class NormSite:
         return torch.zeros(self.leaf.num_features, dtype=kind, device=device)
 
     def track(self, stats: Statistics, images: int) -> None:
-        """Update the running statistics, once a call, as the module itself would: with the unbiased variance."""
+        """Update the running statistics, once per call, as the module itself would: with the unbiased variance."""
         moments = stats.moments
         assert moments is not None
         if self.batch:
@@ -164,15 +164,15 @@ class NormSite:
         assert stats.var is not None
         if stats.dgamma is None or stats.dbeta is None:
             stats.dgamma, stats.dbeta = torch.zeros_like(stats.mean), torch.zeros_like(stats.mean)
-        own = stats.dgamma, stats.dbeta
+        local = stats.dgamma, stats.dbeta
         if self.group is not None:
-            both = torch.cat(own)
+            both = torch.cat(local)
             dist.all_reduce(both, group=self.group)
             stats.dgamma, stats.dbeta = both.chunk(2)
         assert stats.moments is not None
         gamma, count = self.affine(stats)[0].detach(), stats.moments.count
         stats.correction = correction(gamma, self.leaf.eps, count, stats.mean, stats.var, stats.dgamma, stats.dbeta)
-        return own
+        return local
 
     def correct(self, stats: Statistics, z: Tensor, grad: Tensor) -> Tensor:
         """Dz of a chunk, from `grad`, what flows to z with constant statistics."""
@@ -201,5 +201,5 @@ class Corrected(torch.autograd.Function):
         if ctx.rows is None:
             return ctx.site.correct(ctx.stats, z, grad), None, None, None
         first, last = ctx.rows
-        own = ctx.site.correct(ctx.stats, z[:, :, first:last], grad[:, :, first:last])
-        return torch.cat([grad[:, :, :first], own, grad[:, :, last:]], dim=2), None, None, None
+        corrected = ctx.site.correct(ctx.stats, z[:, :, first:last], grad[:, :, first:last])
+        return torch.cat([grad[:, :, :first], corrected, grad[:, :, last:]], dim=2), None, None, None

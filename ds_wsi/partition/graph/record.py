@@ -36,10 +36,10 @@ class Example:
     """What a module is recorded with.
 
     Args:
-        shape: of the tiles [N, ...]; on the spatial axis of the images, and kept; else N does not matter.
-        dtype, device: of the tiles.
-        arguments: beside them.
-        layout: of the tiles in memory: a forward may ask whether they are contiguous.
+        shape: the tiles' shape [N, ...], where N does not matter; on the spatial axis the images', which is kept.
+        dtype, device: the tiles' dtype and device.
+        arguments: what stands beside the tiles.
+        layout: the tiles' layout in memory: a forward may ask whether they are contiguous.
     """
 
     shape: tuple[int, ...]
@@ -54,9 +54,9 @@ class Recording:
     """A recorded forward.
 
     Attributes:
-        graph: with a placeholder for the tiles, and one for each tensor beside them, with `meta["place"]`.
-        values: of every node: tensors without numbers, or what the operation returned.
-        form: of the output; the graph's own output is the joint tensor.
+        graph: the operations, a placeholder for the tiles, and one with `meta["path"]` for each tensor beside them.
+        values: the values of all nodes: tensors without numbers, or what the operation returned.
+        form: the output's form; the graph's own output is the joint tensor.
         made: (part, name) -> value of plain attributes that were not there before.
     """
 
@@ -78,10 +78,10 @@ def record(
     """One run of `forward` on tensors without numbers.
 
     Args:
-        module: whose forward it is; nothing of it is changed.
-        forward: its own.
-        example: of its input.
-        tiles: to run with in place of the example's; None for the example's.
+        module: the module whose forward it is; nothing of it is changed.
+        forward: the module's own forward.
+        example: an example of the module's input.
+        tiles: the number of tiles to run with in place of the example's; None for the example's.
         is_leaf: whether a sub-module, with its name, stays one operation.
         is_norm: whether a leaf returns what it is given, in shape, and is not to be run.
 
@@ -117,7 +117,7 @@ def _as_now(module: nn.Module, device: torch.device, kind: str) -> Iterator[dict
 
     Args:
         module: the module that runs.
-        device: of the example.
+        device: the example's device.
         kind: the type of the device that autocast is asked for.
 
     Yields:
@@ -150,15 +150,15 @@ def _without_numbers(device: torch.device) -> Iterator[FakeTensorMode | None]:
 
 
 def _sources(recorder: Recorder, example: Example, shape: tuple[int, ...]) -> tuple[Tensor, dict[Any, Tensor]]:
-    """The tiles, and place -> tensor of those beside them, all without numbers and known to the recorder."""
+    """The tiles, and path -> tensor of those beside them, all without numbers and known to the recorder."""
     x = torch.empty(shape, dtype=example.dtype, device=example.device, memory_format=example.layout)
     recorder.source(x, "input", "must not change its input in place")
     beside = {
-        place: torch.empty_like(value, device=value.device if example.device.type != "meta" else "meta")
-        for place, value in example.arguments.tensors.items()
+        path: torch.empty_like(value, device=value.device if example.device.type != "meta" else "meta")
+        for path, value in example.arguments.tensors.items()
     }
-    for index, (place, value) in enumerate(beside.items()):
-        recorder.source(value, f"argument_{index}", f"must not change its argument {place!r} in place", place)
+    for index, (path, value) in enumerate(beside.items()):
+        recorder.source(value, f"argument_{index}", f"must not change its argument {path!r} in place", path)
     return x, beside
 
 
@@ -215,9 +215,9 @@ def _inference_as_now() -> Iterator[None]:
 
 def where_it_stopped(error: BaseException) -> str:
     """The file and line of the user's code that raised."""
-    ours = ("ds_wsi/partition/", "/torch/")
+    library = ("ds_wsi/partition/", "/torch/")
     frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if not any(p in frame.filename for p in ours)
+        frame for frame in traceback.extract_tb(error.__traceback__) if not any(p in frame.filename for p in library)
     ]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 

@@ -21,29 +21,29 @@ map_aggregate: Any = fx_node.map_aggregate  # whose types know no tensors and no
 
 @dataclass(frozen=True)
 class Here:
-    """In the arguments of a view: the tensor that it is a view of."""
+    """A stand-in for the tensor that a view is of, among the arguments of the view."""
 
 
 class Written:
     """An operation that works in place, as one that returns what its argument then holds.
 
     Args:
-        function: that writes.
-        place: of the written tensor: an index of the arguments, or the name of a keyword.
+        function: the function that writes.
+        position: the written tensor's: an index of the arguments, or the name of a keyword.
     """
 
-    def __init__(self, function: Callable[..., Any], place: int | str) -> None:
-        self.function, self.place = function, place
+    def __init__(self, function: Callable[..., Any], position: int | str) -> None:
+        self.function, self.position = function, position
         self.__name__ = name_of(function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The written tensor's new value."""
-        if isinstance(self.place, str):
-            written = kwargs[self.place].clone()
-            kwargs = {**kwargs, self.place: written}
+        if isinstance(self.position, str):
+            written = kwargs[self.position].clone()
+            kwargs = {**kwargs, self.position: written}
         else:
-            written = args[self.place].clone()
-            args = (*args[: self.place], written, *args[self.place + 1 :])
+            written = args[self.position].clone()
+            args = (*args[: self.position], written, *args[self.position + 1 :])
         self.function(*args, **kwargs)
         return written
 
@@ -106,13 +106,13 @@ def tensor_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors of nested arguments or results, in slices too."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def look(item: Any) -> Any:
         if isinstance(item, Tensor):
-            found.append(item)
+            tensors.append(item)
         return item
 
     for leaf in pytree.tree_leaves(tree):
         map_aggregate(leaf, look) if isinstance(leaf, slice) else look(leaf)
-    return found
+    return tensors

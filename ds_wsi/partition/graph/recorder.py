@@ -49,10 +49,10 @@ class _Held:
     """A tensor of the recorded run.
 
     Attributes:
-        node: of its value as of `epoch` of its storage.
-        parent, hop: that it is a view of, and by which operation; None for the first tensor of a storage.
+        node: the node of its value as of `epoch` of its storage.
+        parent, hop: the tensor that it is a view of, and the view's operation; None for the first tensor of a storage.
         fixed: why it must not be written, "" where it may.
-        owner: of a parameter or buffer, the sub-module; None for the one that is running.
+        owner: the sub-module of a parameter or buffer; None for the one that is running.
     """
 
     tensor: Tensor
@@ -69,12 +69,12 @@ class Recorder(TorchFunctionMode):
     """Inside, each call of torch or of a sub-module becomes a node of `graph`.
 
     Args:
-        module: whose forward is run.
+        module: the module whose forward is run.
         is_leaf, is_norm: see `record`.
-        kind: of the device whose autocast settings count.
+        kind: the type of the device whose autocast settings count.
 
     Attributes:
-        values: of every node.
+        values: the values of all nodes.
         stack: the modules that are running, the innermost last.
         paused: nothing is recorded.
     """
@@ -94,7 +94,7 @@ class Recorder(TorchFunctionMode):
         self.storages: dict[int, _Storage] = {}
         self.stack: list[nn.Module] = [module]
         self.pretends: FakeTensorMode | None = None  # in which tensors with numbers are used without them
-        self.twins: dict[int, Tensor] = {}  # of each parameter, buffer and attribute
+        self.twins: dict[int, Tensor] = {}  # id of a parameter, buffer or attribute -> it without numbers
         self.paused = False
         self.thread = threading.get_ident()
         self.kind = kind
@@ -209,10 +209,10 @@ class Recorder(TorchFunctionMode):
         with torch.no_grad():
             result = compute()
         written = {id(tensor): tensor for tensor, version in before if version_of(tensor) != version}
-        found = tensors_in(result)
-        if not found and not written:
+        outputs = tensors_in(result)
+        if not outputs and not written:
             return result
-        if not written and all(any(tensor is known for known, _ in before) for tensor in found):
+        if not written and all(any(tensor is given for given, _ in before) for tensor in outputs):
             return result  # the argument itself
         if len(written) > 1:  # views of one memory count its changes together
             first = args[0] if args and isinstance(args[0], Tensor) else None
@@ -225,7 +225,7 @@ class Recorder(TorchFunctionMode):
             self._new_values(self.add_node(target, node_args, node_kwargs), result, target, args, kwargs)
             return result
         (changed,) = written.values()
-        if any(tensor is not changed for tensor in found):
+        if any(tensor is not changed for tensor in outputs):
             raise UnrecordedError(f"{name_of(target)} writes a tensor in place and returns another")
         self._write(changed, self._write_node(target, changed, args, kwargs, node_args, node_kwargs))
         return result
@@ -245,13 +245,13 @@ class Recorder(TorchFunctionMode):
                 return self.add_node(target, node_args, node_kwargs)
         if node_kwargs.get("inplace") is True and changed is args[0]:
             return self.add_node(target, node_args, {**node_kwargs, "inplace": False})
-        places = [index for index, item in enumerate(args) if item is changed]
-        place: int | str | None = places[0] if places else None
-        if place is None:
-            place = next((key for key, item in kwargs.items() if item is changed), None)
-        if place is None:
+        positions = [index for index, item in enumerate(args) if item is changed]
+        position: int | str | None = positions[0] if positions else None
+        if position is None:
+            position = next((key for key, item in kwargs.items() if item is changed), None)
+        if position is None:
             raise UnrecordedError(f"{name} writes a tensor inside a list")
-        return self.add_node(Written(target, place), node_args, node_kwargs)
+        return self.add_node(Written(target, position), node_args, node_kwargs)
 
     def _write(self, changed: Tensor, node: fx.Node) -> None:
         """`changed` holds `node`'s value from now on, and with it every view of the same memory."""
@@ -320,10 +320,10 @@ class Recorder(TorchFunctionMode):
             held = _Held(tensor, node, storage, storage.epoch, parent, (target, hop_args, hop_kwargs))
         self.held[id(tensor)] = held
 
-    def source(self, tensor: Tensor, name: str, fixed: str, place: str | None = None) -> fx.Node:
+    def source(self, tensor: Tensor, name: str, fixed: str, path: str | None = None) -> fx.Node:
         """A placeholder."""
         node = self.graph.placeholder(name)
-        node.meta["place"] = place
+        node.meta["path"] = path
         self.values[node] = tensor
         held = _Held(tensor, node, None, 0, fixed=fixed)  # type: ignore[arg-type]
         held.storage = self.storages[tensor.untyped_storage()._cdata] = _Storage(held)
@@ -358,12 +358,12 @@ class Recorder(TorchFunctionMode):
 
     def _outside(self, tensor: Tensor) -> Any:
         """A tensor that no recorded operation made: a parameter, a buffer, an attribute, or a constant."""
-        known = self.state.get(id(tensor))
-        if known is not None:
-            node = self.graph.create_node("get_attr", known[0])
+        named = self.state.get(id(tensor))
+        if named is not None:
+            node = self.graph.create_node("get_attr", named[0])
             node.meta["module"] = self._where()
             self.values[node] = tensor
-            owner, _, key = known[0].rpartition(".")
+            owner, _, key = named[0].rpartition(".")
             what = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
             held = _Held(tensor, node, None, 0)  # type: ignore[arg-type]
             held.fixed, held.owner = f"must not write its {what} {key!r} in forward", owner

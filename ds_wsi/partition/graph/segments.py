@@ -23,7 +23,7 @@ class SegmentSpec:
     Args:
         last: the name of its last operation; "" for the module's output.
         mode: one of `MODES`.
-        chunk_size: tiles a chunk, or rows of the segment's output.
+        chunk_size: tiles per chunk, or rows of the segment's output.
         host_input: whether the segment's input is kept in host memory between forward and backward.
     """
 
@@ -38,8 +38,8 @@ class Chunk:
     """One chunk of a segment's `count`.
 
     Attributes:
-        tiles: of the batch.
-        population: of the batch statistics that its tiles belong to.
+        tiles: the range of the batch's tiles that it has.
+        population: the index of the population whose batch statistics its tiles share.
     """
 
     index: int
@@ -61,8 +61,8 @@ class Segment:
 
     Attributes:
         levels: one for each depth of norms, in order.
-        prefixes: from the segment's input to the norm inputs of each level, computed at once.
-        whole: from the segment's input to its output.
+        prefixes: graphs from the segment's input to the norm inputs of each level, computed at once.
+        whole: the graph from the segment's input to its output.
         sites: the norms with population statistics, in order of execution.
         norms_of: stored values -> norms that read them.
         in_rows: whether chunks are blocks of rows; otherwise tiles.
@@ -100,15 +100,15 @@ class Segment:
             return Subgraph(traced, sources, targets, sites, sub_rules, heights)
 
         self.levels, self.prefixes = [], []
-        known: list[fx.Node] = [source]
+        available: list[fx.Node] = [source]
         for depth in range(max(depths.values(), default=0) + 1):
             targets = [node for node in stored if depths[node] == depth]
             inputs = [z for z in dict.fromkeys(barriers.values()) if depths.get(z, 0) == depth]
             self.levels.append(
-                Level(subgraph(known, targets), [node for node in nodes if node in sites and depths[node] == depth])
+                Level(subgraph(available, targets), [node for node in nodes if node in sites and depths[node] == depth])
             )
             self.prefixes.append(subgraph([source], inputs))
-            known += targets
+            available += targets
         self.whole = subgraph([source], [target])
         self.readers: dict[fx.Node, int] = {}  # stored value -> the last level that reads it
         for index, level in enumerate(self.levels):
@@ -140,11 +140,11 @@ class Segment:
         if self.in_rows:
             count = max(1, -(-height // size))
             return [Chunk(index, count, (0, batch)) for index in range(count)]
-        found = [
+        ranges = [
             (first, last, population) for population, bag in enumerate(bags) for first, last in tile_ranges(bag, size)
         ]
-        found = found or [(0, 0, 0)]  # a rank without a tile joins the norms' collectives
-        return [Chunk(i, len(found), (first, last), population) for i, (first, last, population) in enumerate(found)]
+        ranges = ranges or [(0, 0, 0)]  # a rank without a tile joins the norms' collectives
+        return [Chunk(i, len(ranges), (first, last), population) for i, (first, last, population) in enumerate(ranges)]
 
 
 _REMAINDERS = ContextVar("remainders of one tile", default=False)
@@ -180,7 +180,7 @@ class Program:
         traced: the graph.
         specs: the segments in order; cuts that this graph does not have are merged into the next.
         axis: "batch" or "spatial".
-        shape: of the input.
+        shape: the input's shape.
 
     Raises:
         ValueError: the spatial axis, and not even the first operations work on rows; names them.
@@ -219,12 +219,12 @@ class Program:
         """Where the graph may be cut, in order; on the spatial axis the native tail's cut is always one."""
         if self.traced.opaque:
             return []
-        found = cut_candidates(self.traced, self.tensors)
+        cuts = cut_candidates(self.traced, self.tensors)
         tail = self.tail_cut()
         if tail is not None:
             order = {node: index for index, node in enumerate(self.traced.nodes)}
-            found = sorted({*(node for node in found if order[node] < order[tail]), tail}, key=order.__getitem__)
-        return [node for node in found if node is not self.traced.target]
+            cuts = sorted({*(node for node in cuts if order[node] < order[tail]), tail}, key=order.__getitem__)
+        return [node for node in cuts if node is not self.traced.target]
 
     def tail_cut(self) -> fx.Node | None:
         """The last point before the operations that rows cannot be partitioned through; None where there is none."""
@@ -239,24 +239,24 @@ class Program:
             return None
         alive = {self.traced.source}
         last_use = {node: i for i, user in enumerate(self.traced.nodes) for node in user.all_input_nodes}
-        found = None
+        cut = None
         for index, node in enumerate(self.traced.nodes[: bad[0]]):
             if node in self.traced.dependent:
                 alive.add(node)
             alive = {item for item in alive if last_use.get(item, -1) > index}
             if alive == {node} and node not in self.traced.barriers.values():
-                found = node
-        if found is None:
+                cut = node
+        if cut is None:
             reasons = "; ".join(list(self.refused.values())[:3])
             raise ValueError(
                 f"{type(self.traced.module).__name__} must begin with operations on rows to be partitioned in space, "
                 f'got {reasons}. HINT: axis="batch", or partition the sub-module that holds the convolutions.'
             )
-        return found
+        return cut
 
     def _cuts(self, specs: tuple[SegmentSpec, ...]) -> list[tuple[SegmentSpec, fx.Node]]:
         names = {node.name: node for node in self.traced.nodes}
-        found: list[tuple[SegmentSpec, fx.Node]] = []
+        cuts: list[tuple[SegmentSpec, fx.Node]] = []
         tail = self.tail_cut()
         order = {node: index for index, node in enumerate(self.traced.nodes)}
         merged = []
@@ -265,10 +265,10 @@ class Program:
             if last is None:
                 merged.append(spec.last)
                 continue
-            previous = order[found[-1][1]] if found else -1
+            previous = order[cuts[-1][1]] if cuts else -1
             if tail is not None and previous < order[tail] < order[last]:
-                found.append((spec, tail))
-            found.append((spec, last))
+                cuts.append((spec, tail))
+            cuts.append((spec, last))
         if merged and not self.traced.opaque:
             logger.info("partition: this mode of %s has no %s; merged", type(self.traced.module).__name__, merged)
-        return found
+        return cuts

@@ -12,7 +12,7 @@ NAMED, MANY = 16, 1001  # up to so many the count itself is tried, for all other
 
 
 class Size:
-    """A number that depends on how many tiles there are: `each` a tile, and `more`."""
+    """A number that depends on how many tiles there are: `each` per tile, and `more`."""
 
     def __init__(self, each: int, more: int) -> None:
         self.each, self.more = each, more
@@ -22,7 +22,7 @@ class Size:
         return self.each * tiles + self.more
 
     def __repr__(self) -> str:
-        """As in a graph's listing."""
+        """The number as a graph's listing shows it."""
         return f"{self.each} tiles + {self.more}"
 
 
@@ -30,37 +30,37 @@ def join(one: Recording, other: Recording, owner: str, tiles: int = MORE) -> Non
     """Write into `one` the sizes that depend on the number of tiles, by what they are in `other`.
 
     Args:
-        one: of `FEW` tiles.
-        other: of other ones.
+        one: the recording of `FEW` tiles.
+        other: the recording of another number of tiles.
         owner: the module's class, for errors.
-        tiles: of `other`; where they are not `MORE`, `one` has its sizes and is compared alone.
+        tiles: the number of tiles of `other`; where it is not `MORE`, `one` has its sizes and is compared alone.
 
     Raises:
         ValueError: the operations themselves depend on it.
     """
-    wanted = f"{owner} must do the same with any number of tiles, got"
+    rule = f"{owner} must do the same with any number of tiles, got"
     if len(one.graph.nodes) != len(other.graph.nodes):
         counts = f"{len(one.graph.nodes)} operations for {FEW} and {len(other.graph.nodes)} for {tiles}"
-        raise ValueError(f"{wanted} {counts}. HINT: partition the part without it.")
+        raise ValueError(f"{rule} {counts}. HINT: partition the part without it.")
     mates = dict(zip(other.graph.nodes, one.graph.nodes, strict=True))
     for mate, node in mates.items():
         try:
             if node.op != mate.op or _function(node) != _function(mate):
                 raise _OtherwiseError(node.name, mate.name)
             node.args, node.kwargs = (
-                _joint(node, mine, theirs, mates, tiles)
-                for mine, theirs in ((node.args, mate.args), (node.kwargs, mate.kwargs))
+                _joint(node, few, some, mates, tiles)
+                for few, some in ((node.args, mate.args), (node.kwargs, mate.kwargs))
             )
             _require_rows(one.values.get(node), other.values.get(mate), tiles)
         except _OtherwiseError as error:
             first, second = error.args
             raise ValueError(
-                f"{wanted} {first!r} for {FEW} and {second!r} for {tiles} in {node.name!r} of "
+                f"{rule} {first!r} for {FEW} and {second!r} for {tiles} in {node.name!r} of "
                 f"{node.meta.get('module')!r}. HINT: partition the part without it."
             ) from None
     if one.form.leaves != other.form.leaves:
         raise ValueError(
-            f"{wanted} an output of {one.form.words} for {FEW} tiles, and of {other.form.words} for {tiles}. "
+            f"{rule} an output of {one.form.words} for {FEW} tiles, and of {other.form.words} for {tiles}. "
             "HINT: partition the part that returns features of tiles."
         )
 
@@ -98,12 +98,12 @@ def _joint(node: fx.Node, first: Any, second: Any, mates: dict[fx.Node, fx.Node]
 
 
 def _require_rows(few: Any, some: Any, tiles: int) -> None:
-    """Refuse a result that has neither as many rows for any number of tiles, nor as many a tile.
+    """Refuse a result that has neither as many rows for any number of tiles, nor as many per tile.
 
     The first five tiles of a call, say, would be the first five of every chunk.
     """
     one, other = list(getattr(few, "shape", ())), list(getattr(some, "shape", ()))
-    if any(mine != theirs and mine * tiles != theirs * FEW for mine, theirs in zip(one, other, strict=False)):
+    if any(first != second and first * tiles != second * FEW for first, second in zip(one, other, strict=False)):
         raise _OtherwiseError(one, other)
 
 

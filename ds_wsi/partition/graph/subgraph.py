@@ -29,8 +29,8 @@ class Subgraph:
         traced: the graph.
         sources: nodes whose values are known.
         targets: nodes whose values are wanted.
-        sites: of the norms with population statistics.
-        rules: of the operations in rows; None for tiles.
+        sites: the norms with population statistics, by their nodes.
+        rules: how operations are computed in rows, by their nodes; None for tiles.
     """
 
     def __init__(
@@ -44,19 +44,19 @@ class Subgraph:
     ) -> None:
         self.traced, self.sites, self.rules, self.heights = traced, sites, rules, heights
         self.targets = list(targets)
-        known = set(sources)
-        wanted = ancestors(self.targets, known)
-        self.nodes = [node for node in traced.nodes if node in wanted]
+        available = set(sources)
+        computed = ancestors(self.targets, available)
+        self.nodes = [node for node in traced.nodes if node in computed]
         read = {parent for node in self.nodes for parent in node.all_input_nodes}
-        self.sources = [node for node in (traced.source, *traced.nodes) if node in known and node in read]
-        # A wanted value that is known: passed through.
-        self.sources += [node for node in self.targets if node in known and node not in self.sources]
+        self.sources = [node for node in (traced.source, *traced.nodes) if node in available and node in read]
+        # A target that is a source too: passed through.
+        self.sources += [node for node in self.targets if node in available and node not in self.sources]
         self.constants = [node for node in traced.arguments if node in read]
         self._dead_after = self._last_uses()
         self._leaves = {node: self._safe_leaf(node) for node in self.nodes if node in traced.leaves}
         self.parameters = self._parameters()
         self.barriers = [node for node in self.nodes if node in sites]
-        users = {node: [user for user in node.users if user in wanted] for node in self.nodes}
+        users = {node: [user for user in node.users if user in computed] for node in self.nodes}
         self._deferrable = {
             node
             for node in self.targets
@@ -88,7 +88,7 @@ class Subgraph:
         return out_of_place
 
     def _parameters(self) -> list[nn.Parameter]:
-        found: dict[int, nn.Parameter] = {}
+        parameters: dict[int, nn.Parameter] = {}
         for node in self.nodes:
             if node.op == "get_attr":
                 value = evaluate(self.traced.module, node, (), {})
@@ -97,23 +97,23 @@ class Subgraph:
                 held = []  # gamma and beta: by reduction
             else:
                 held = list(self._leaves[node].parameters()) if node in self._leaves else []
-            found.update((id(parameter), parameter) for parameter in held)
-        return list(found.values())
+            parameters.update((id(parameter), parameter) for parameter in held)
+        return list(parameters.values())
 
-    def rows(self, own: dict[fx.Node, Range]) -> dict[fx.Node, Range]:
+    def rows(self, owned: dict[fx.Node, Range]) -> dict[fx.Node, Range]:
         """The rows of every value that a chunk computes: what it owns, and what that is computed from."""
         assert self.rules is not None
-        needed = dict(own)
+        needed = dict(owned)
         for node in reversed(self.nodes):
             if node not in needed:
                 continue
             rule = self.rules.get(node)
             if rule is None:
                 continue  # not an image
-            wanted = rule.needs(needed[node])
+            read = rule.needs(needed[node])
             for parent in node.all_input_nodes:
                 if parent in self.heights:
-                    needed[parent] = hull(needed[parent], wanted) if parent in needed else wanted
+                    needed[parent] = hull(needed[parent], read) if parent in needed else read
         return needed
 
     def run(
@@ -132,12 +132,12 @@ class Subgraph:
         """The targets' values for one chunk.
 
         Args:
-            values: of the sources: the chunk's tiles, or the rows `needed` of them. Emptied as they are used.
-            statistics: of the norms.
+            values: the sources' values: the chunk's tiles, or the rows `needed` of them. Emptied as they are used.
+            statistics: the statistics of the norms.
             random: the call's random numbers; `chunk` names this chunk among them.
-            tiles: of the chunk.
-            arguments: of the call, beside the tiles.
-            needed: rows of every value, of `rows`; None for tiles.
+            tiles: the number of the chunk's tiles.
+            arguments: what the call has beside the tiles.
+            needed: the rows of every value, from `rows`; None for tiles.
             corrected: norms whose input's gradient is corrected inside the graph, with the rows that this chunk owns.
             known: results of final convolutions that need not be computed again.
         """
@@ -160,7 +160,7 @@ class Subgraph:
                     elif self._is_quiet(node):
                         values[node] = self._compute(node, args, kwargs, tiles, arguments)
                     else:
-                        # What does not depend on the tiles is drawn once a call, for all chunks.
+                        # What does not depend on the tiles is drawn once per call, for all chunks.
                         values[node] = random.call(
                             (node, chunk if node in self.traced.dependent else None),
                             lambda: self._compute(node, args, kwargs, tiles, arguments),  # noqa: B023
@@ -234,10 +234,10 @@ class Subgraph:
         site, parent = self.sites[node], node.all_input_nodes[0]
         z = self._input(node, parent, values, needed)
         if corrected is not None and node in corrected:
-            own = corrected[node]
-            if own is not None and needed is not None:
+            owned = corrected[node]
+            if owned is not None and needed is not None:
                 start = needed[parent][0]
-                z_rows = Corrected.apply(values[parent], site, statistics, (own[0] - start, own[1] - start))
+                z_rows = Corrected.apply(values[parent], site, statistics, (owned[0] - start, owned[1] - start))
                 first, last = needed[node]
                 z = z_rows[:, :, first - start : last - start]
             else:
@@ -249,21 +249,21 @@ class Subgraph:
         node: fx.Node,
         values: dict[fx.Node, Any],
         needed: dict[fx.Node, Range] | None,
-        known: dict[fx.Node, Tensor] | None,
+        results: dict[fx.Node, Tensor] | None,
     ) -> Tensor:
         assert needed is not None
         assert self.rules is not None
         rule: Any = self.rules[node]
         image = self._input(node, node.all_input_nodes[0], values, needed)
-        result = known.get(node) if known is not None and self._defers(node) else None
+        result = results.get(node) if results is not None and self._defers(node) else None
         if isinstance(rule, Conv):
             return rule(image, needed[node], result)
         return rule(image, needed[node])
 
-    def _deferred(self, leaf: Any, image: Tensor, known: Tensor) -> Tensor:
+    def _deferred(self, leaf: Any, image: Tensor, like: Tensor) -> Tensor:
         if isinstance(leaf.padding, str) or leaf.padding_mode != "zeros":
             return leaf(image)
-        return convolve(image, leaf, leaf.padding, known)
+        return convolve(image, leaf, leaf.padding, like)
 
 
 def image_rules(traced: Traced) -> tuple[dict[fx.Node, Pointwise | Window], dict[str, str]]:
@@ -295,9 +295,9 @@ def hull(one: Range, other: Range) -> Range:
     return min(one[0], other[0]), max(one[1], other[1])
 
 
-def _crop(value: Any, has: Range, wanted: Range) -> Any:
-    if has == wanted:
+def _crop(value: Any, has: Range, needed: Range) -> Any:
+    if has == needed:
         return value
     if isinstance(value, (tuple, list)):
-        return tuple(_crop(item, has, wanted) for item in value)
-    return value[:, :, wanted[0] - has[0] : wanted[1] - has[0]]
+        return tuple(_crop(item, has, needed) for item in value)
+    return value[:, :, needed[0] - has[0] : needed[1] - has[0]]

@@ -34,21 +34,21 @@ class Traced:
     """A module's graph, for one setting of its `training` flags and one kind of input.
 
     Args:
-        module: to trace.
+        module: the module to trace.
         axis: "batch" or "spatial".
-        example: of its input; None only where the module stays one operation.
-        forward: its own, where `module.forward` is another's.
+        example: an example of the module's input; None only where the module stays one operation.
+        forward: the module's own forward, where `module.forward` is another's.
         whole: whether a module without barriers may stay one operation.
 
     Attributes:
         nodes: operations in order of execution.
         source, target: the input's node and the node of the output.
-        arguments: nodes of the tensors beside the tiles -> their places.
+        arguments: nodes of the tensors beside the tiles -> their paths.
         dependent: nodes whose values depend on the tiles; the others are the same for every chunk.
         barriers: norm nodes -> nodes of their inputs, whose statistics couple chunks.
-        values: of nodes: tensors without numbers, of the example's shape.
+        values: the nodes' values: tensors without numbers, of the example's shape.
         by_tile: nodes that have one row for each tile.
-        form: of the output; None where it is not known before the first chunk.
+        form: the output's form; None where it is not known before the first chunk.
         attributes: (part, name, value) that the forward sets, whatever the tiles.
 
     Raises:
@@ -81,7 +81,7 @@ class Traced:
         self.graph = graph  # nodes do not keep it alive
         self.nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
         self.source, *beside = [node for node in graph.nodes if node.op == "placeholder"]
-        self.arguments = {node: str(node.meta["place"]) for node in beside}
+        self.arguments = {node: str(node.meta["path"]) for node in beside}
         (output,) = [node for node in graph.nodes if node.op == "output"]
         self.target: fx.Node = output.args[0]
         self.leaves = {node: self._leaf(node) for node in self.nodes if node.op == "call_module"}
@@ -103,11 +103,11 @@ class Traced:
         return self.module.get_submodule(str(node.target))
 
     def _dependent(self) -> set[fx.Node]:
-        found = {self.source}
+        dependent = {self.source}
         for node in self.nodes:
-            if any(parent in found for parent in node.all_input_nodes) or node.meta.get("sized"):
-                found.add(node)
-        return found
+            if any(parent in dependent for parent in node.all_input_nodes) or node.meta.get("sized"):
+                dependent.add(node)
+        return dependent
 
     def _recorded(self, example: Example) -> fx.Graph:
         if needs_batch_statistics(self.module) and is_known_norm(type(self.module)):
@@ -226,21 +226,21 @@ def levels(nodes: list[fx.Node], barriers: dict[fx.Node, fx.Node]) -> dict[fx.No
     need not be.
     """
     inside = set(nodes)
-    found: dict[fx.Node, int] = {}
+    depths: dict[fx.Node, int] = {}
     for node in nodes:
-        deepest = max((found.get(parent, 0) for parent in node.all_input_nodes), default=0)
-        found[node] = deepest + 1 if node in barriers else deepest
+        deepest = max((depths.get(parent, 0) for parent in node.all_input_nodes), default=0)
+        depths[node] = deepest + 1 if node in barriers else deepest
     for node in reversed(nodes):
         # What a norm reads must be complete a level before.
-        readers = [found[user] - (user in barriers) for user in node.users if user in inside]
+        readers = [depths[user] - (user in barriers) for user in node.users if user in inside]
         light = node in barriers or (node.op == "call_module" and len(node.all_input_nodes) == 1)
         if light and readers and not _is_heavy(node):
-            found[node] = max(found[node], min(readers))
-    return found
+            depths[node] = max(depths[node], min(readers))
+    return depths
 
 
 def cut_candidates(traced: Traced, tensors: set[fx.Node]) -> list[fx.Node]:
-    """Nodes after which their tensor alone is alive, and where storing it pays: at most one a residual block.
+    """Nodes after which their tensor alone is alive, and where storing it pays: at most one per residual block.
 
     The input of a norm is none: its statistics belong to the segment that reads it.
     """
@@ -278,12 +278,12 @@ def _one_operation() -> fx.Graph:
 
 def ancestors(targets: Iterable[fx.Node], stops: set[fx.Node]) -> set[fx.Node]:
     """All nodes that `targets` are computed from, going no further back than `stops`, which are not included."""
-    found: set[fx.Node] = set()
+    nodes: set[fx.Node] = set()
     waiting = [node for node in targets if node not in stops]
     while waiting:
         node = waiting.pop()
-        if node in found:
+        if node in nodes:
             continue
-        found.add(node)
+        nodes.add(node)
         waiting += [parent for parent in node.all_input_nodes if parent not in stops]
-    return found
+    return nodes

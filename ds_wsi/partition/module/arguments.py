@@ -16,12 +16,12 @@ class Arguments:
     """The arguments of a call beside the tiles.
 
     Args:
-        name: of the keyword that the tiles were given by; None where they came first.
-        args: that follow the tiles.
-        kwargs: beside the tiles.
+        name: the name of the keyword that the tiles were given by; None where they came first.
+        args: the arguments that follow the tiles.
+        kwargs: the keyword arguments beside the tiles.
 
     Attributes:
-        tensors: by the path of their place, `kwargs['n']` say: what all tiles share.
+        tensors: path -> tensor that all tiles share; a path is `args[0]` or `masks['n']`, say.
     """
 
     name: str | None = None
@@ -37,8 +37,8 @@ class Arguments:
         The tiles are the first argument, or what is given under the name of the forward's first parameter.
 
         Args:
-            forward: of the module, whose names they are.
-            args, kwargs: of the call.
+            forward: the module's, whose names they are.
+            args, kwargs: the call's arguments.
             owner: the module's class, for errors.
 
         Raises:
@@ -69,8 +69,8 @@ class Arguments:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors beside the tiles, by their place."""
-        return {place: value for place, value in self._places() if isinstance(value, Tensor)}
+        """Tensors beside the tiles, by their path."""
+        return {path: value for path, value in self._leaves() if isinstance(value, Tensor)}
 
     def require_shared(self, tiles: int, owner: str) -> None:
         """Refuse what cannot be told to be shared by all tiles.
@@ -79,64 +79,62 @@ class Arguments:
             ValueError: a tensor with as many rows as there are tiles, or one that needs a gradient; or what is no
                 number, flag, string, None, or a tuple, list or dict of them.
         """
-        wanted = (
-            "an argument beside the tiles must be a number, a flag, a string, None, or a tensor that all tiles share"
-        )
-        for place, value in self._places():
+        rule = "an argument beside the tiles must be a number, a flag, a string, None, or a tensor that all tiles share"
+        for path, value in self._leaves():
             if isinstance(value, Tensor):
                 if value.requires_grad:
-                    raise ValueError(f"{wanted}, got {place} of {owner}, which requires a gradient.")
+                    raise ValueError(f"{rule}, got {path} of {owner}, which requires a gradient.")
                 if value.dim() and value.shape[0] == tiles and tiles > 1:
                     raise ValueError(
-                        f"{wanted}, got {place} {list(value.shape)} of {owner} for {tiles} tiles. "
+                        f"{rule}, got {path} {list(value.shape)} of {owner} for {tiles} tiles. "
                         "HINT: partition the part of the module that does not need it."
                     )
             elif not isinstance(value, _PLAIN):
-                raise ValueError(f"{wanted}, got {place} of {owner}, a {type(value).__name__}.")
+                raise ValueError(f"{rule}, got {path} of {owner}, a {type(value).__name__}.")
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for calls of which one graph is right: plain values, and what tensors look like."""
-        found: list[Any] = [self.name, len(self.args)]
-        for place, value in self._places():
+        parts: list[Any] = [self.name, len(self.args)]
+        for path, value in self._leaves():
             if isinstance(value, Tensor):
-                found.append((place, "tensor", tuple(value.shape), value.dtype, value.device))
+                parts.append((path, "tensor", tuple(value.shape), value.dtype, value.device))
             elif isinstance(value, _PLAIN):
-                found.append((place, type(value).__name__, value))
+                parts.append((path, type(value).__name__, value))
             else:
-                found.append((place, id(value)))
-        return tuple(found)
+                parts.append((path, id(value)))
+        return tuple(parts)
 
     def replaced(self, tensors: Mapping[str, Tensor]) -> "Arguments":
         """The same with other tensors in their places."""
 
-        def walk(place: str, value: Any) -> Any:
+        def walk(path: str, value: Any) -> Any:
             if isinstance(value, Tensor):
-                return tensors.get(place, value)
+                return tensors.get(path, value)
             if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-                return type(value)(walk(f"{place}[{index}]", item) for index, item in enumerate(value))
+                return type(value)(walk(f"{path}[{index}]", item) for index, item in enumerate(value))
             if type(value) is dict:
-                return {key: walk(f"{place}[{key!r}]", item) for key, item in value.items()}
+                return {key: walk(f"{path}[{key!r}]", item) for key, item in value.items()}
             return value
 
         args = tuple(walk(f"args[{index}]", value) for index, value in enumerate(self.args))
         return Arguments(self.name, args, {key: walk(key, value) for key, value in self.kwargs.items()})
 
-    def _places(self) -> list[tuple[str, Any]]:
-        found: list[tuple[str, Any]] = []
+    def _leaves(self) -> list[tuple[str, Any]]:
+        leaves: list[tuple[str, Any]] = []
 
-        def walk(place: str, value: Any) -> None:
+        def walk(path: str, value: Any) -> None:
             if type(value) in (list, tuple):
                 for index, item in enumerate(value):
-                    walk(f"{place}[{index}]", item)
+                    walk(f"{path}[{index}]", item)
             elif type(value) is dict:
                 for key, item in value.items():
-                    walk(f"{place}[{key!r}]", item)
+                    walk(f"{path}[{key!r}]", item)
             else:
-                found.append((place, value))
+                leaves.append((path, value))
 
         for index, value in enumerate(self.args):
             walk(f"args[{index}]", value)
         for key in sorted(self.kwargs):
             walk(key, self.kwargs[key])
-        return found
+        return leaves

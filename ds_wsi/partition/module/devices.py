@@ -17,8 +17,8 @@ def refuse_devices(module: nn.Module, device: torch.device) -> None:
     """Refuse a module of several devices: chunks go to one, and its memory, streams and generator are the call's.
 
     Args:
-        module: that is partitioned, whole, as it is now.
-        device: of its first parameter, or of the tiles.
+        module: the module that is partitioned, whole, as it is now.
+        device: the device of its first parameter, or of the tiles.
 
     Raises:
         ValueError: names the device, or the tensor on another one. A buffer may lie on the CPU beside a GPU's.

@@ -77,7 +77,7 @@ def plain_attributes_since(part: nn.Module, before: dict[str, Any]) -> Iterator[
 def content_key(part: nn.Module) -> tuple[Any, ...]:
     """Equal while a part holds the same: numbers by value, also in containers, and functions and objects by identity.
 
-    Tensors that are attributes are left out, for a graph reads them by their names.
+    Tensors that are attributes are left out, because a graph reads them by their names.
     """
     return tuple(
         (key, type(value), value) if type(value) in PLAIN else (key, _frozen(value, 0))
@@ -87,24 +87,24 @@ def content_key(part: nn.Module) -> tuple[Any, ...]:
 
 
 def attributes_of(part: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Numbers, flags, strings and None of a part, by place: `n`, `meter.n`, `counts['a']`."""
+    """Numbers, flags, strings and None of a part, by path: `n`, `meter.n`, `counts['a']`."""
     direct = dict(plain_attributes(part))
     yield from ((key, value) for key, value in direct.items() if _counts(key) and value != ())
-    for place, value in _walk(part):
-        if type(value) in PLAIN and place not in direct and _first(place) not in direct:
-            yield place, value
+    for path, value in _walk(part):
+        if type(value) in PLAIN and path not in direct and _first(path) not in direct:
+            yield path, value
 
 
 def tensors_of_part(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers, and tensors that are attributes or in containers, by place."""
+    """Buffers, and tensors that are attributes or in containers, by path."""
     yield from ((name, item) for name, item in part._buffers.items() if item is not None)
-    yield from ((place, value) for place, value in _walk(part) if isinstance(value, Tensor))
+    yield from ((path, value) for path, value in _walk(part) if isinstance(value, Tensor))
 
 
 def hidden_modules(part: nn.Module) -> Iterator[nn.Module]:
     """Modules in attributes and containers, which are no parts of it."""
-    known = {id(child) for child in part.modules()}
-    yield from (item for _, item in _walk(part) if isinstance(item, nn.Module) and id(item) not in known)
+    part_ids = {id(child) for child in part.modules()}
+    yield from (item for _, item in _walk(part) if isinstance(item, nn.Module) and id(item) not in part_ids)
 
 
 class _Same:
@@ -146,14 +146,14 @@ def _frozen(value: Any, depth: int) -> Any:
 
 
 def _walk(part: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Attributes and what is in their containers, by place; each container once."""
+    """Attributes and what is in their containers, by path; each container once."""
     waiting = [(key, value, 0) for key, value in part.__dict__.items() if _counts(key)]
     seen: set[int] = set()
-    for place, value, depth in waiting:  # grows
-        yield place, value
+    for path, value, depth in waiting:  # grows
+        yield path, value
         if depth < _DEPTH and (_is_container(value) or type(value) in _ROWS) and id(value) not in seen:
             seen.add(id(value))
-            waiting += [(place + step, item, depth + 1) for step, item in _items(value)]
+            waiting += [(path + step, item, depth + 1) for step, item in _items(value)]
 
 
 def _counts(key: str) -> bool:
@@ -179,8 +179,8 @@ def _is_record(item: Any) -> bool:
     if isinstance(item, (nn.Module, Tensor, type, ModuleType, Enum)):
         return False
     home = type(item).__module__.split(".")[0]
-    ours = home == "__main__" or not (home in _FOREIGN or home.startswith("_"))
-    return ours and type(getattr(item, "__dict__", None)) is dict
+    taken_apart = home == "__main__" or not (home in _FOREIGN or home.startswith("_"))
+    return taken_apart and type(getattr(item, "__dict__", None)) is dict
 
 
 def _box(item: Any) -> Any:
@@ -188,9 +188,9 @@ def _box(item: Any) -> Any:
     return vars(item) if _is_record(item) else item
 
 
-def _first(place: str) -> str:
-    """The attribute that a place is in."""
-    return place.replace(".", "[").split("[")[0]
+def _first(path: str) -> str:
+    """The attribute that a path begins with."""
+    return path.replace(".", "[").split("[")[0]
 
 
 def _same(container: Any, content: Any) -> bool:

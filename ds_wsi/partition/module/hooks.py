@@ -36,7 +36,7 @@ def refuse_inner_hooks(module: nn.Module) -> None:
     """Refuse what a partition would run another number of times than the plain module does.
 
     Args:
-        module: that is partitioned, as it is now.
+        module: the module that is partitioned, as it is now.
 
     Raises:
         ValueError: a user's hook on a part of it, or on all modules; weights that a forward in training mode changes
@@ -94,8 +94,8 @@ def hands_on(function: type) -> bool:
 
 def is_plain_convolution(leaf: Any) -> bool:
     """Whether calling the leaf is a convolution of its input with its parameters, and nothing else."""
-    own = type(leaf) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and not _is_patched(leaf)
-    return own and not any(True for _ in _hooks_of(leaf))
+    plain = type(leaf) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and not _is_patched(leaf)
+    return plain and not any(True for _ in _hooks_of(leaf))
 
 
 def is_convolution_2d(leaf: nn.Module) -> bool:
@@ -144,8 +144,8 @@ def _refuse_written_weights(name: str, part: nn.Module) -> None:
     ]
     for key, steps in part._modules.get("parametrizations", nn.ModuleDict()).named_children():  # type: ignore[union-attr]
         written += [
-            f"parametrizations.{key}.{place}._u"
-            for place, step in steps.named_children()
+            f"parametrizations.{key}.{index}._u"
+            for index, step in steps.named_children()
             if isinstance(step, _SpectralNorm) and step.training
         ]
     for buffer in written:
@@ -166,6 +166,6 @@ def _homes(hook: Any, homes: tuple[str, ...]) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
     hook = getattr(hook, "__func__", hook)
-    own = getattr(hook, "__module__", None) or ""
+    defined_in = getattr(hook, "__module__", None) or ""
     kinds = [] if hasattr(hook, "__code__") else [kind.__module__ for kind in type(hook).__mro__]
-    return any(home.startswith(homes) for home in (own, *kinds))
+    return any(home.startswith(homes) for home in (defined_in, *kinds))

@@ -13,12 +13,12 @@ def module_key(module: nn.Module) -> tuple[Any, ...]:
     Attributes that engines keep in modules are left out: they change at every step, and no forward reads them. The
     forward of the module itself is left out too: it may be the partition's.
     """
-    found: list[Any] = []
+    parts: list[Any] = []
     for part in module.modules():
         forward = None if part is module else id(getattr(part.forward, "__func__", part.forward))
         parameters = tuple((name, p is not None and _seen(p)) for name, p in part._parameters.items())
-        found.append((id(part), type(part), forward, content_key(part), parameters))
-    return tuple(found)
+        parts.append((id(part), type(part), forward, content_key(part), parameters))
+    return tuple(parts)
 
 
 def _seen(parameter: nn.Parameter) -> tuple[Any, ...]:

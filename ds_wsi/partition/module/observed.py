@@ -27,7 +27,7 @@ class Calls:
     Hooks on the sub-modules themselves would change what the partition does with them; these are torch's global ones.
 
     Args:
-        names: of the sub-modules.
+        names: sub-module -> its name.
         root: the module itself, whose own call is not seen.
         enter, leave: called with what a sub-module takes, or gives.
     """
@@ -60,9 +60,9 @@ class Calls:
     def _entered(self, module: nn.Module, inputs: Any) -> None:
         if not self._mine(module):
             return
-        found = real_tensors(inputs)
-        if self.enter is not None and found is not None:
-            self.enter(self.names[module], self.innermost, found)
+        tensors = real_tensors(inputs)
+        if self.enter is not None and tensors is not None:
+            self.enter(self.names[module], self.innermost, tensors)
         self.stack.append(self.names[module])
 
     def _left(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -71,10 +71,10 @@ class Calls:
         name = self.names[module]
         if name in self.stack:  # a call that raised has not left
             del self.stack[len(self.stack) - 1 - self.stack[::-1].index(name) :]
-        found = real_tensors(output)
-        if self.leave is not None and found is not None:
+        tensors = real_tensors(output)
+        if self.leave is not None and tensors is not None:
             self.looking = True
-            self.leave(name, self.innermost, found)
+            self.leave(name, self.innermost, tensors)
             self.looking = False
 
 
@@ -84,8 +84,8 @@ class Recorded:
 
     Attributes:
         given: (name, tensors), in host memory.
-        by_name: name -> its records' places.
-        largest: of all values.
+        by_name: name -> the indices of its records in `given`.
+        largest: the largest of all values, see `size`.
     """
 
     given: list[tuple[str, list[Tensor]]] = field(default_factory=list)
@@ -112,8 +112,8 @@ class Operations(TorchDispatchMode):
     """Sees operations that draw from a generator of their own, and how coarse the numbers are that are computed.
 
     Args:
-        calls: that tells which sub-module runs.
-        found: called with the generator and the sub-module's name, before it draws.
+        calls: the calls, which tell the sub-module that runs.
+        draws: called with the generator and the sub-module's name, before it draws.
         writes: called with a tensor before it is written.
 
     Attributes:
@@ -121,20 +121,20 @@ class Operations(TorchDispatchMode):
     """
 
     def __init__(
-        self, calls: Calls, found: Callable[[torch.Generator, str], None], writes: Callable[[Tensor], None]
+        self, calls: Calls, draws: Callable[[torch.Generator, str], None], writes: Callable[[Tensor], None]
     ) -> None:
         super().__init__()
-        self.calls, self.found, self.writes, self.coarsest = calls, found, writes, 0.0
+        self.calls, self.draws, self.writes, self.coarsest = calls, draws, writes, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         generator = kwargs.get("generator")
         if generator is not None:
-            self.found(generator, self.calls.innermost)
+            self.draws(generator, self.calls.innermost)
         if writes_to_inputs(func):
-            for index, place in enumerate(func._schema.arguments):
-                item = args[index] if index < len(args) else kwargs.get(place.name)
-                if place.alias_info is not None and place.alias_info.is_write and isinstance(item, Tensor):
+            for index, argument in enumerate(func._schema.arguments):
+                item = args[index] if index < len(args) else kwargs.get(argument.name)
+                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(item, Tensor):
                     self.writes(item)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result.is_floating_point():
@@ -146,7 +146,7 @@ class Reads(TorchDispatchMode):
     """Sees which numbers Python reads of the tiles' values, and gives it others.
 
     Args:
-        calls: that tells which sub-module runs.
+        calls: the calls, which tell the sub-module that runs.
         wrong: number of a read -> what it gives.
 
     Attributes:
@@ -165,9 +165,9 @@ class Reads(TorchDispatchMode):
         if self.calls.looking or not any(map(self._depends, given)):
             return result
         if isinstance(result, (bool, int, float)):
-            place = len(self.seen)
+            number = len(self.seen)
             self.seen.append((self.calls.innermost, result))
-            return self.wrong.get(place, result)
+            return self.wrong.get(number, result)
         written = given if writes_to_inputs(func) else []
         for item in (*written, *pytree.tree_leaves(result)):
             if isinstance(item, Tensor):
@@ -180,8 +180,8 @@ class Reads(TorchDispatchMode):
             self._known[storage_key(tensor)] = StorageWeakRef(tensor.untyped_storage())
 
     def _depends(self, tensor: Tensor) -> bool:
-        known = self._known.get(storage_key(tensor)) if tensor.layout is torch.strided else None
-        return known is not None and not known.expired()
+        memory = self._known.get(storage_key(tensor)) if tensor.layout is torch.strided else None
+        return memory is not None and not memory.expired()
 
 
 class SameDraws(TorchDispatchMode):
@@ -197,14 +197,14 @@ class SameDraws(TorchDispatchMode):
 
 def real_tensors(value: Any) -> list[Tensor] | None:
     """The tensors of a value; None where a trace runs the module on others than real ones."""
-    found = tensors_of(value)
-    if any(isinstance(tensor, FakeTensor) or tensor.is_meta or not type(tensor).__module__ for tensor in found):
+    tensors = tensors_of(value)
+    if any(isinstance(tensor, FakeTensor) or tensor.is_meta or not type(tensor).__module__ for tensor in tensors):
         return None
-    return found or None
+    return tensors or None
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """In host memory: the device has a budget."""
+    """A copy in host memory: the device has a budget."""
     tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
     with host_allocation():
         return tensor.detach().to("cpu", copy=True)

@@ -14,8 +14,8 @@ class Rows:
 
     Args:
         per_tile: rows that a tile has in it.
-        shape: of a row.
-        dtype: of the tensor.
+        shape: a row's shape.
+        dtype: the tensor's dtype.
     """
 
     per_tile: int
@@ -28,9 +28,9 @@ class OutputForm:
     """How an output is made of one tensor [tiles, numbers], and the other way round.
 
     Args:
-        tree: of the output; None where it is a single tensor.
-        leaves: of the tree: tensors, or values that are the same in every call.
-        dtype: of the joint tensor: it holds every part's numbers exactly.
+        tree: the output's tree; None where it is a single tensor.
+        leaves: the tree's leaves: tensors, or values that are the same in every call.
+        dtype: the joint tensor's dtype: it holds every part's numbers exactly.
     """
 
     tree: Any
@@ -85,7 +85,7 @@ def form_of(output: Any, tiles: int, owner: str) -> OutputForm:
 
     Args:
         output: a tensor, or a tree of tensors and of None, numbers, flags and strings.
-        tiles: that it was computed from, 2 or more where that can be had.
+        tiles: the number of tiles that it was computed from, 2 or more where that can be had.
         owner: the module's class, for errors.
 
     Raises:

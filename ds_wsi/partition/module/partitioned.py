@@ -11,8 +11,8 @@ from ds_wsi.runtime.contracts import OfModule
 
 def is_partitioned(module: nn.Module) -> bool:
     """Whether the module computes in chunks, whatever was put over its forward since; or is a layer of mode "paper"."""
-    own = getattr(module.__dict__.get("forward"), "__module__", None) or ""
-    return own.startswith("ds_wsi.partition.") or give_anchor in module._forward_pre_hooks.values()
+    home = getattr(module.__dict__.get("forward"), "__module__", None) or ""
+    return home.startswith("ds_wsi.partition.") or give_anchor in module._forward_pre_hooks.values()
 
 
 def refuse_partitioned_parts(module: nn.Module) -> None:

@@ -36,7 +36,7 @@ class LocalNormAct(LocalNorm):
     """The same of timm's SyncBatchNormAct."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As of BatchNorm, and what timm's own adds."""
+        """What BatchNorm gives, and what timm's own adds."""
         return after_norm(self, super().forward(input))
 
 
@@ -45,8 +45,8 @@ class Generator:
     """A source of random numbers.
 
     Args:
-        name: for errors; "" for torch's default generators.
-        read, write: its state.
+        name: what errors call it; "" for torch's default generators.
+        read, write: the getter and the setter of its state.
     """
 
     name: str
@@ -62,9 +62,9 @@ class Restored:
     BatchNorm without a process group.
 
     Args:
-        module: of which parts.
+        module: the module, with all its parts.
         device: the device that computes.
-        dtype: of the floating-point stand-ins; None for each one's own.
+        dtype: the floating-point stand-ins' dtype; None for each one's own.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -142,14 +142,14 @@ class Restored:
     def tensors(self) -> dict[str, Tensor]:
         """Buffers and tensors that are attributes, or in containers, by qualified name."""
         return {
-            f"{name}.{place}" if name else place: tensor
+            f"{name}.{path}" if name else path: tensor
             for part, name in self.names.items()
-            for place, tensor in tensors_of_part(part)
+            for path, tensor in tensors_of_part(part)
         }
 
     def attributes(self) -> dict[tuple[str, str], Any]:
-        """Plain values of every part, and in its containers, by (part, place)."""
-        return {(name, place): value for part, name in self.names.items() for place, value in attributes_of(part)}
+        """Plain values of every part, and in its containers, by (part, path)."""
+        return {(name, path): value for part, name in self.names.items() for path, value in attributes_of(part)}
 
     def place_of(self, name: str) -> tuple[str, str]:
         """(The part, the place in it) of a qualified name."""
@@ -158,13 +158,13 @@ class Restored:
 
     def parameters(self) -> dict[int, str]:
         """The names of the module's parameters, by the ids of the tensors and of their stand-ins."""
-        found: dict[int, str] = {}
+        names: dict[int, str] = {}
         for part, name in self.names.items():
             for held in (self._base[part]["_parameters"], self._original(part)["_parameters"]):
                 for key, item in held.items():
                     if item is not None:
-                        found.setdefault(id(item), f"{name}.{key}" if name else key)
-        return found
+                        names.setdefault(id(item), f"{name}.{key}" if name else key)
+        return names
 
     def replaced_parameter(self) -> str | None:
         """The name of a parameter in whose place there is another, or other memory, since `rewind`."""
@@ -183,14 +183,14 @@ class Restored:
 
     def who(self, name: str) -> str:
         """A part, for a sentence."""
-        return f"{name!r} ({next(type(part).__name__ for part, place in self.names.items() if place == name)})"
+        return f"{name!r} ({next(type(part).__name__ for part, part_name in self.names.items() if part_name == name)})"
 
     def holder_of(self, tensor: Tensor) -> tuple[str, str]:
         """(The part that holds a tensor which is no parameter of it, what the tensor is there), for a sentence."""
         for part, name in self.names.items():
-            for place, item in tensors_of_part(part):
+            for path, item in tensors_of_part(part):
                 if item is tensor:
-                    return self.who(name), repr(place)
+                    return self.who(name), repr(path)
             for module in hidden_modules(part):
                 for key, item in module.named_parameters():
                     if item is tensor:
@@ -207,10 +207,10 @@ class Restored:
 
     def _refill(self, copies: dict[int, Tensor] | None = None) -> None:
         for container, content in self._containers:
-            wanted = content
+            items = content
             if copies is not None:
-                wanted = _with(content, lambda item: self._copy(item, copies) if _is_state(item) else item)
-            refill(container, wanted)
+                items = _with(content, lambda item: self._copy(item, copies) if _is_state(item) else item)
+            refill(container, items)
 
     def _parameter(self, parameter: Any, stand_ins: dict[int, Any]) -> Any:
         if parameter is None:
@@ -250,14 +250,14 @@ def _with(content: Any, change: Callable[[Any], Any]) -> Any:
 
 def default_generators(device: torch.device) -> list[Generator]:
     """Torch's, which the partition replays, and numpy's and Python's."""
-    found = [Generator("", torch.get_rng_state, torch.set_rng_state)]
+    generators = [Generator("", torch.get_rng_state, torch.set_rng_state)]
     if device.type == "cuda":
-        found.append(
+        generators.append(
             Generator(
                 "", lambda: torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device)
             )
         )
-    return [*found, *foreign_generators()]
+    return [*generators, *foreign_generators()]
 
 
 def foreign_generators() -> list[Generator]:
@@ -275,10 +275,10 @@ def own_generators(module: nn.Module) -> Iterator[Generator]:
         for key, value in part.__dict__.items():
             items = value if type(value) in (list, tuple) else value.values() if type(value) is dict else (value,)
             for item in items:
-                found = _generator(item, f"{name}.{key}" if name else key)
-                if found is not None and id(item) not in seen:
+                generator = _generator(item, f"{name}.{key}" if name else key)
+                if generator is not None and id(item) not in seen:
                     seen.add(id(item))
-                    yield found
+                    yield generator
 
 
 def mark(state: Any) -> bytes:

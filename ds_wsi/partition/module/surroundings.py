@@ -100,7 +100,7 @@ def refuse_saved_tensor_hooks(modes: set[str]) -> None:
     """Refuse hooks on what autograd saves, which a partition saves in its own way.
 
     Args:
-        modes: of the call's segments. "offload" does what save_on_cpu does.
+        modes: the modes of the call's segments. "offload" does what save_on_cpu does.
 
     Raises:
         RuntimeError: there are some.
