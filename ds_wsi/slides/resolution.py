@@ -1,4 +1,4 @@
-"""Which resolutions of a slide are believed."""
+"""The resolutions of a slide that are believed."""
 
 import math
 

@@ -116,11 +116,12 @@ class Slide:
         if self._handle is None:
             tiles = TileCache(self._cache_bytes) if self._tiles is None else self._tiles
             handle = PixelSource(self.path, self.slide_id, self._reader, self._cache_bytes, tiles)
-            if self.level_dimensions not in ((), found := handle.handle.level_dimensions):
+            dimensions = handle.handle.level_dimensions
+            if self.level_dimensions not in ((), dimensions):
                 handle.close()
                 raise SlideError(
                     f"slide must stay as it was when it was opened, with levels of {self.level_dimensions} px, got "
-                    f"{found} (slide {self.slide_id}, {self.path}). HINT: do not change files under a run."
+                    f"{dimensions} (slide {self.slide_id}, {self.path}). HINT: do not change files under a run."
                 )
             self._handle = handle
         return self._handle

@@ -117,7 +117,7 @@ class JpegPage:
             index: the tile, row by row.
             scale: 1, 2, 4 or 8.
             shrink: BOX, the means of the decoded pixels; or DCT, see `jpeg_stream.decode`.
-            out: of the size that is returned, contiguous, to write to.
+            out: uint8 of the returned size, contiguous, to write to.
 
         Raises:
             NotDirectError: the tile is broken.

@@ -1,4 +1,4 @@
-"""Which levels of a slide are read directly: those that this process has found to have OpenSlide's pixels.
+"""The levels of a slide that are read directly: those that this process has found to have OpenSlide's pixels.
 
 [Note: what is proved once] A proof costs about ten tiles of a level. It is made when a tile of the level is wanted, and
 holds for the file as it is (device, inode, size, times) until the process ends; processes that are forked begin with

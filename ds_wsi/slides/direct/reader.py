@@ -123,7 +123,7 @@ class DirectTiff:
             scale: 1, or 2, 4 or 8: the rectangle is shrunk so many times, tile by tile.
             shrink: "box", to the means of its pixels; or "dct", as it is decoded, which is near to them and not the
                 same (see `jpeg_stream.decode`).
-            out: of the size that is returned, to write to; it holds anything where an error is raised.
+            out: uint8 of the returned size, to write to; it holds anything where an error is raised.
 
         Returns:
             uint8 [height_px / scale, width_px / scale, 3].
@@ -172,9 +172,9 @@ class DirectTiff:
                 window = slice(y0 - tile_top, y1 - tile_top), slice(x0 - tile_left, x1 - tile_left)
                 self._show((level, row, column), window, scale, shrink, target)
 
-    def _show(self, place: tuple[int, int, int], window: Window, scale: int, shrink: str, target: np.ndarray) -> None:
+    def _show(self, at: tuple[int, int, int], window: Window, scale: int, shrink: str, target: np.ndarray) -> None:
         """Draw a part of a tile, kept or read now, at (level, row, column)."""
-        level, row, column = place
+        level, row, column = at
         source = self.levels[level]
         page, index = source.page, row * source.page.columns + column
         if source.redrawn[index]:
