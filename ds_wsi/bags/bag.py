@@ -23,6 +23,7 @@ from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.bags.workers import Answer, answers
 from ds_wsi.runtime.log import logger
+from ds_wsi.slides.policy import AUTO
 from ds_wsi.slides.slide import SlideCache, SlideError, TileReadError
 from ds_wsi.slides.tile_store import TileStore
 from ds_wsi.slides.tiling import TileGrid
@@ -97,14 +98,20 @@ class TileDataset(Dataset[TileChunk]):
         slides, grids: the cohort's, row by row.
         open_slides: kept open.
         tile_store: the store to read from, or empty.
+        reader: see `Slide`.
     """
 
     def __init__(
-        self, slides: Sequence[SlideEntry], grids: Sequence[TileGrid], open_slides: int, tile_store: str = ""
+        self,
+        slides: Sequence[SlideEntry],
+        grids: Sequence[TileGrid],
+        open_slides: int,
+        tile_store: str = "",
+        reader: str = AUTO,
     ) -> None:
         self.slides = slides
         self.grids = grids
-        self.cache = SlideCache(open_slides)
+        self.cache = SlideCache(open_slides, reader)
         self.store = TileStore(tile_store) if tile_store else None
         self.tell: Callable[[int], None] = _tell_nobody
 
@@ -246,9 +253,8 @@ def _dataset(
     if files:
         return FeatureRows(files), max(map(len, files))  # every request reads its file: one per bag
     tiles = [grid for grid in grids if isinstance(grid, TileGrid)]
-    return TileDataset(slides, tiles, policy.open_slides, policy.tile_store), policy.tiles_a_chunk(
-        tiles[0].tile_size_px
-    )
+    dataset = TileDataset(slides, tiles, policy.open_slides, policy.tile_store, policy.slide_reader)
+    return dataset, policy.tiles_a_chunk(tiles[0].tile_size_px)
 
 
 def read_bags(

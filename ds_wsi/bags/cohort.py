@@ -21,7 +21,7 @@ from ds_wsi.runtime.shards import ALONE, Shard
 from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.slides.coords import read_grid, read_slide_fingerprint, write_grid
 from ds_wsi.slides.masks import MaskFile
-from ds_wsi.slides.policy import TilingPolicy
+from ds_wsi.slides.policy import AUTO, TilingPolicy
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import MPP_TOLERANCE, TileGrid, tile_slide
 
@@ -30,12 +30,13 @@ from ds_wsi.slides.tiling import MPP_TOLERANCE, TileGrid, tile_slide
 class Cohort:
     """Slides and their grids, row by row; in a cohort of features (`load_feature_cohort`) their files.
 
-    `skipped` are the slides that were left out of both.
+    `skipped` are the slides that were left out of both; `reader` is what reads the slides, see `Slide`.
     """
 
     manifest: Manifest
     grids: tuple[TileGrid, ...] | tuple[FeatureFile, ...]
     skipped: tuple[SkippedSlide, ...] = ()
+    reader: str = AUTO
 
     def rows(self, split: str) -> tuple[int, ...]:
         """The rows of one split."""
@@ -171,7 +172,7 @@ def tile_manifest(
     if slides.skipped is None:  # else another process has told it
         tell_skipped(skipped, len(manifest.slides))
         tell_tissue(grids, with_masks=bool(slides.tissue_masks))
-    return Cohort(replace(manifest, slides=entries), grids, skipped)
+    return Cohort(replace(manifest, slides=entries), grids, skipped, slides.reader)
 
 
 def _tiled_once(
@@ -244,7 +245,7 @@ def _tile(
     """The tiled slide, None where only a grid that is kept is wanted; errors are returned, so that all are listed."""
     try:
         mask = slides.mask_of(entry)
-        with Slide(entry.path, entry.mpp, entry.slide_id, fallback_mpp=slide_mpp) as slide:
+        with Slide(entry.path, entry.mpp, entry.slide_id, fallback_mpp=slide_mpp, reader=slides.reader) as slide:
             mpp = slide.mpp
             if slide.uses_fallback_mpp:
                 entry = replace(entry, mpp=mpp)

@@ -54,7 +54,7 @@ def pack_cohort(
     def pack(row: int) -> PackedSlide | SlideError:
         entry, grid = cohort.manifest.slides[row], cohort.tile_grids[row]
         try:
-            with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
+            with Slide(entry.path, entry.mpp, entry.slide_id, reader=cohort.reader) as slide:
                 written = pack_slide(slide, grid, directory, quality, verify and row in to_verify)
             path = store_path(directory, entry.slide_id)
             with StoredSlide(path) as stored:

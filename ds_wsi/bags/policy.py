@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ds_wsi.runtime.bounds import MOST_BLUR_PX, MOST_WORKERS, require_at_most
 from ds_wsi.runtime.setting import SWITCH, Decides, setting, tiles_or_all
+from ds_wsi.slides.policy import AUTO, READERS
 
 CHUNK_BYTES = 24 * 2**20  # of the tiles of a request
 READ_TIMEOUT_S = 600.0  # a network file system that comes back mostly does so within minutes
@@ -22,6 +23,8 @@ class ReadPolicy:
         open_slides: slides each worker keeps open.
         max_failed_fraction: the share of the cohort's tiles that may fail to read before the run stops.
         tile_store: folder that `ds-wsi tile --store` wrote, read in the slides' place; empty reads the slides.
+        slide_reader: what reads a slide's pixels, which are the same: "auto", its own JPEG tiles directly where that is
+            proved to give OpenSlide's pixels; "openslide", OpenSlide alone.
         timeout_s: how long tiles that are due are waited for before the run stops; 0 waits for ever, as reading in the
             training process always does.
     """
@@ -58,6 +61,14 @@ class ReadPolicy:
         option="tile_store",
         words="none, the slides are read",
     )
+    slide_reader: str = setting(
+        AUTO,
+        "what reads the slides' pixels: auto takes their own JPEG tiles where that is proved to give OpenSlide's "
+        "pixels, several times faster; openslide takes OpenSlide alone",
+        Decides.NOTHING,
+        option="slide_reader",
+        kind=READERS,
+    )
     timeout_s: float = setting(
         READ_TIMEOUT_S,
         "seconds that tiles which are due are waited for before the command gives up; 0 waits for ever",
@@ -70,6 +81,8 @@ class ReadPolicy:
         for name, least in (("workers", 0), ("chunk_tiles", 0), ("open_slides", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.slide_reader not in READERS:
+            raise ValueError(f"slide_reader must be one of {', '.join(READERS)}, got {self.slide_reader!r}")
         require_at_most("workers", self.workers, MOST_WORKERS)
         if self.tiles_per_slide is not None and self.tiles_per_slide < 1:
             raise ValueError(f"tiles_per_slide must be at least 1, or null for all, got {self.tiles_per_slide}")

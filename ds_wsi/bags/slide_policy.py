@@ -11,6 +11,7 @@ from ds_wsi.runtime.files import atomic_path
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.errors import SlideError
 from ds_wsi.slides.masks import SUFFIXES, MaskFile, find_mask
+from ds_wsi.slides.policy import AUTO
 from ds_wsi.slides.tiling import TileGrid
 
 SKIPPED_FILE = "skipped_slides.csv"
@@ -37,12 +38,14 @@ class SlidePolicy:
         masks_in_bounds: see `MaskFile.in_bounds`.
         skip_bad_slides: leave out slides that cannot be used, where they would be refused.
         skipped: exactly the slides that another process has left out; None decides here.
+        reader: see `Slide`.
     """
 
     tissue_masks: str | Path | None = None
     masks_in_bounds: bool = False
     skip_bad_slides: bool = False
     skipped: tuple[SkippedSlide, ...] | None = None
+    reader: str = AUTO
 
     def wanted(self, slides: Sequence[SlideEntry]) -> tuple[SlideEntry, ...]:
         """The slides to open."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ds_wsi.bags.bag import FailureLog
     from ds_wsi.bags.cohort import Cohort
     from ds_wsi.bags.manifest import Manifest
+    from ds_wsi.bags.slide_policy import SlidePolicy
     from ds_wsi.models import SlideModel
 
 STORE = "folder that `ds-wsi tile --store` wrote: tiles are read from it (default: none, the slides are read)"
@@ -38,7 +39,7 @@ def add_cohort_options(parser: argparse.ArgumentParser, *, required: bool = True
         help="names of the classes in the order of the model's outputs, comma-separated, such as normal,tumor "
         "(default: the model's, or the labels of the manifest, sorted)",
     )
-    add_shared_options(parser, SLIDE_OPTIONS)
+    add_shared_options(parser, (*SLIDE_OPTIONS, "slide_reader"))
     parser.add_argument(
         "--shard",
         type=parse_shard,
@@ -101,7 +102,6 @@ def slides_of(
         ManifestError: lists everything that is wrong with it.
     """
     from ds_wsi.bags.cohort import load_cohort
-    from ds_wsi.bags.slide_policy import SlidePolicy
 
     return load_cohort(
         options.manifest,
@@ -112,8 +112,17 @@ def slides_of(
         need_splits=False,
         labels=labels,
         choose=choose,
-        slides=SlidePolicy(options.tissue_masks, options.masks_in_bounds, options.skip_bad_slides),
+        slides=slide_policy_of(options),
         shard=shard_from(options),
+    )
+
+
+def slide_policy_of(options: argparse.Namespace) -> "SlidePolicy":
+    """How the options want slides opened."""
+    from ds_wsi.bags.slide_policy import SlidePolicy
+
+    return SlidePolicy(
+        options.tissue_masks, options.masks_in_bounds, options.skip_bad_slides, reader=options.slide_reader
     )
 
 
@@ -139,6 +148,7 @@ def tile_reading_of(options: argparse.Namespace, cohort: "Cohort") -> "tuple[Rea
         workers=options.dataloader_num_workers,
         tile_store=options.tile_store,
         max_failed_fraction=options.max_failed_fraction,
+        slide_reader=options.slide_reader,
         timeout_s=options.read_timeout,
     )
     if policy.tile_store and cohort.in_dim is not None:

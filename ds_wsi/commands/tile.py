@@ -12,6 +12,7 @@ from ds_wsi.commands.cohort import (
     classes_of,
     labels_of,
     shard_from,
+    slide_policy_of,
     tell_left_out,
     tiling_of,
 )
@@ -68,10 +69,9 @@ def run_tile(options: argparse.Namespace) -> None:
     """`ds-wsi tile`."""
     from ds_wsi.bags.cohort import load_cohort
     from ds_wsi.bags.shards import SummaryFile
-    from ds_wsi.bags.slide_policy import SlidePolicy
 
     policy, shard = tiling_of(options, TilingPolicy()), shard_from(options)
-    slides = SlidePolicy(options.tissue_masks, options.masks_in_bounds, options.skip_bad_slides)
+    slides = slide_policy_of(options)
     if options.import_clam or options.import_trident:
         if shard.index == 0:  # it takes seconds, and lists all problems at once
             _import_grids(options)
@@ -185,7 +185,7 @@ def _export_masks(
     def write(row: int) -> None:
         entry = entries[row]
         if not paths[row].exists():
-            with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
+            with Slide(entry.path, entry.mpp, entry.slide_id, reader=slides.reader) as slide:
                 tissue = find_tissue(slide, policy, slides.mask_of(entry))
                 write_mask(paths[row], tissue.mask, tissue.downsample, slide, options.masks_in_bounds)
         progress.step()

@@ -25,6 +25,7 @@ from ds_wsi.runtime.files import atomic_path, json_number, write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress
 from ds_wsi.runtime.words import counted
+from ds_wsi.slides.policy import AUTO
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import TileGrid
 
@@ -264,7 +265,7 @@ def draw_heatmap(directory: Path, cohort: Cohort, prediction: SlidePrediction, m
     title = f"{entry.slide_id} (label: {label})" if label else entry.slide_id
     if isinstance(grid, TileGrid):
         coords = grid.coords[prediction.kept.numpy()]
-        _draw(entry, coords, grid.tile_size_level0_px, prediction.attention, path, title, made_of)
+        _draw(entry, coords, grid.tile_size_level0_px, prediction.attention, path, title, made_of, cohort.reader)
         return path
     return _draw_features(entry, grid, prediction, path, title, made_of) or path
 
@@ -277,8 +278,9 @@ def _draw(
     path: Path,
     title: str,
     made_of: str,
+    reader: str = AUTO,
 ) -> None:
-    with Slide(entry.path, entry.mpp, entry.slide_id) as slide:
+    with Slide(entry.path, entry.mpp, entry.slide_id, reader=reader) as slide:
         downsample = max(1.0, max(slide.width_px, slide.height_px) / OVERVIEW_SIDE_PX)
         thumbnail, downsample = slide.read_overview_downsampled(downsample)
     draw_attention(thumbnail, coords, tile_size_level0_px, attention.numpy(), downsample, path, title, made_of)

@@ -9,6 +9,8 @@ from ds_wsi.runtime.setting import Decides, setting
 
 TISSUE_RULES = ("auto", "grey", "otsu", "none")
 TISSUE_VERSION = 1  # of the rule "auto"; another value for every change of the masks that it makes
+AUTO = "auto"
+READERS = (AUTO, "openslide")  # of a slide's pixels, which are the same
 POSSIBLE_MPP = (0.05, 10.0)  # of a slide, um/px, that a user may say: from 100x oil immersion to a macro camera
 POSSIBLE_TILE_MPP = (0.05, 1000.0)  # of tiles, um/px: optics resolve no less, and of more a slide is a few pixels
 DEMO_DIRS = {"plain": "runs/demo_slides", "stains": "runs/demo_stains", "sparse": "runs/demo_sparse"}

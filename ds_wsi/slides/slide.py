@@ -7,24 +7,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import openslide
 from PIL import Image
 
 from ds_wsi.runtime.log import logger
+from ds_wsi.slides.direct.tile_cache import TileCache
 from ds_wsi.slides.errors import SlideError, TileReadError
-from ds_wsi.slides.pixels import background_of, opaque, resize
+from ds_wsi.slides.pixel_source import PixelSource
+from ds_wsi.slides.pixels import background_of
 from ds_wsi.slides.plain import RESOLUTION_SOURCE
-from ds_wsi.slides.policy import POSSIBLE_MPP
-from ds_wsi.slides.readers import READ_ERRORS, open_handle
+from ds_wsi.slides.policy import AUTO, POSSIBLE_MPP
+from ds_wsi.slides.readers import READ_ERRORS
+from ds_wsi.slides.resolution import (
+    CM_IN_UM,
+    FALLBACK,
+    INCH_IN_UM,
+    MPP_HINT,
+    OVERRIDE,
+    PLAUSIBLE_MPP,
+    mpp_problem,
+    positive_number,
+)
 
 __all__ = ["Slide", "SlideCache", "SlideError", "TileReadError"]
 
-# um/px at level 0 that a file is believed: scanners have 0.12 (80x) to 2 (5x), and converters wrote values 10 times too
-# small (0.05 for 0.5, 0.1 for 1) and too large (2.5 for 0.25, 5 for 0.5).
-PLAUSIBLE_MPP = (0.11, 2.1)
-SAME_MPP = 0.05  # mpp-x and mpp-y may differ by: square tiles are squares of tissue
-MPP_HINT = "HINT: give the true value in the manifest's `mpp` column, or with --slide_mpp."
-CM_IN_UM, INCH_IN_UM = 10_000.0, 25_400.0
 OVERVIEW_BLOCK_PX = 2048  # of the level read at a time: bounds the memory of an overview
 GAP_PX = 64  # of level 0: an unreadable part of an overview is narrowed down to this
 MAX_FAILED_READS = 500  # of an overview: after them, unreadable parts are no longer narrowed down
@@ -45,14 +50,18 @@ class Overview(NamedTuple):
 
 
 class Slide:
-    """An open slide, with a tile cache of its own of bounded size.
+    """An open slide.
+
+    Pickles as one that is opened anew when it is read, and a forked process opens it anew.
 
     Args:
         path: the slide's file.
         mpp: um/px at level 0, which goes before the file's own.
         slide_id: names the slide in messages; by default the file's stem.
-        cache_bytes: how much decoded data OpenSlide keeps for this slide.
+        cache_bytes: decoded data that OpenSlide keeps for this slide; without `tiles`, also what is read directly.
         fallback_mpp: um/px at level 0 where the file tells none that can be used.
+        reader: "auto" reads JPEG tiles directly where that is proved to give OpenSlide's pixels, "openslide" none.
+        tiles: where tiles that are read directly are kept, with those of other slides; None: in a cache of its own.
 
     Raises:
         SlideError: no file, no slide, or a slide that cannot be opened.
@@ -65,15 +74,18 @@ class Slide:
         slide_id: str | None = None,
         cache_bytes: int = 2**25,
         fallback_mpp: float | None = None,
+        reader: str = AUTO,
+        tiles: TileCache | None = None,
     ) -> None:
         self.path = Path(path)
         self.slide_id = slide_id or self.path.stem
         self._mpp, self._fallback_mpp = mpp, fallback_mpp
-        self._cache_bytes = cache_bytes
-        self._handle: Any = None
-        handle = self._open()
+        self._cache_bytes, self._reader, self._tiles = cache_bytes, reader, tiles
+        self._handle: PixelSource | None = None
+        self.level_dimensions: tuple[tuple[int, int], ...] = ()
+        handle = self._open().handle
         self.width_px, self.height_px = handle.dimensions
-        self.level_dimensions: tuple[tuple[int, int], ...] = handle.level_dimensions
+        self.level_dimensions = handle.level_dimensions
         self.level_downsamples: tuple[float, ...] = handle.level_downsamples
         self._properties = dict(handle.properties)
         self._background = background_of(self._properties)
@@ -90,11 +102,28 @@ class Slide:
             self._handle.close()
             self._handle = None
 
-    def _open(self) -> Any:
-        if self._handle is not None:
-            return self._handle
-        self._handle = open_handle(self.path, self.slide_id)
-        self._handle.set_cache(openslide.OpenSlideCache(self._cache_bytes))
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handle": None}
+
+    def _open(self) -> PixelSource:
+        """The open file, opened anew where it was closed, written to, or opened by the process that forked this one.
+
+        Raises:
+            SlideError: it cannot be opened, or is another slide by now.
+        """
+        if self._handle is not None and self._handle.is_stale():
+            self.close()
+        if self._handle is None:
+            tiles = TileCache(self._cache_bytes) if self._tiles is None else self._tiles
+            handle = PixelSource(self.path, self.slide_id, self._reader, self._cache_bytes, tiles)
+            dimensions = handle.handle.level_dimensions
+            if self.level_dimensions not in ((), dimensions):
+                handle.close()
+                raise SlideError(
+                    f"slide must stay as it was when it was opened, with levels of {self.level_dimensions} px, got "
+                    f"{dimensions} (slide {self.slide_id}, {self.path}). HINT: do not change files under a run."
+                )
+            self._handle = handle
         return self._handle
 
     @property
@@ -133,27 +162,27 @@ class Slide:
     def _found_mpp(self) -> tuple[float | None, str, str]:
         """The value, its source, and what is wrong with it, or an empty string."""
         if self._mpp is not None:
-            return self._mpp, OVERRIDE, _mpp_problem(self._mpp, self._mpp, OVERRIDE, POSSIBLE_MPP)
+            return self._mpp, OVERRIDE, mpp_problem(self._mpp, self._mpp, OVERRIDE, POSSIBLE_MPP)
         x, y, source = self._told_mpp()
         problem = "slide must tell its resolution, got no mpp"
         if x is not None and y is not None:
-            problem = _mpp_problem(x, y, source, PLAUSIBLE_MPP)
+            problem = mpp_problem(x, y, source, PLAUSIBLE_MPP)
             if not problem:
                 return (x + y) / 2, source, ""
         given = self._fallback_mpp
         if given is not None:
-            return given, FALLBACK, _mpp_problem(given, given, FALLBACK, POSSIBLE_MPP)
+            return given, FALLBACK, mpp_problem(given, given, FALLBACK, POSSIBLE_MPP)
         return x, source, problem
 
     def _told_mpp(self) -> tuple[float | None, float | None, str]:
         """What the file tells along x and y, and where."""
-        x, y = (_number(self._properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
+        x, y = (positive_number(self._properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
         if x and y:
             return x, y, "openslide.mpp-x and -y"
         unit = {"centimeter": CM_IN_UM, "inch": INCH_IN_UM}.get(self._properties.get("tiff.ResolutionUnit", ""))
-        a_unit = _number(self._properties.get("tiff.XResolution"))
+        a_unit = positive_number(self._properties.get("tiff.XResolution"))
         if unit and a_unit:
-            along_y = _number(self._properties.get("tiff.YResolution")) or a_unit
+            along_y = positive_number(self._properties.get("tiff.YResolution")) or a_unit
             return unit / a_unit, unit / along_y, self._properties.get(RESOLUTION_SOURCE, "the TIFF resolution tags")
         return None, None, "nothing"
 
@@ -186,12 +215,10 @@ class Slide:
                 f"level must be in [0, {len(self.level_downsamples)}), got {level} (slide {self.slide_id})"
             )
         try:
-            region = self._open().read_region((int(x), int(y)), level, (read_size_px, read_size_px))
+            self._open().read_tile(int(x), int(y), level, read_size_px, out)
         except (*READ_ERRORS, SlideError) as error:
             self.close()
             raise TileReadError(self.slide_id, x, y, error) from error
-        tile = opaque(region, self._background)
-        np.copyto(out, tile if read_size_px == tile_size_px else resize(tile, tile_size_px))
         return out
 
     def read_overview(self, mpp: float) -> tuple[np.ndarray, float]:
@@ -220,7 +247,7 @@ class Slide:
         Where a part of a level is broken, the levels above it are tried; what none of them has is narrowed down to
         pieces of 64 px.
         """
-        handle = self._open()
+        handle = self._open().handle
         level = handle.get_best_level_for_downsample(downsample + 1e-6)
         step = max(1, int(OVERVIEW_BLOCK_PX * self.level_downsamples[level] / downsample))
         height, width = math.ceil(self.height_px / downsample), math.ceil(self.width_px / downsample)
@@ -255,9 +282,9 @@ class Slide:
         offset = [(value - int(value)) / self.level_downsamples[level] for value in (x, y)]
         ends = (offset[0] + columns * shrink, offset[1] + rows * shrink)
         size = (max(1, math.ceil(ends[0] - 1e-6)), max(1, math.ceil(ends[1] - 1e-6)))
-        region = self._open().read_region((int(x), int(y)), level, size)
+        region = self._open().read_region(int(x), int(y), level, *size)
         box = (offset[0], offset[1], min(ends[0], size[0]), min(ends[1], size[1]))
-        picture = Image.fromarray(np.ascontiguousarray(opaque(region, self._background)))
+        picture = Image.fromarray(np.ascontiguousarray(region))
         return np.asarray(picture.resize((columns, rows), Image.Resampling.BOX, box=box))
 
 
@@ -306,58 +333,40 @@ class _OverviewReader:
                     self.fill(top + start, left + begin, n_rows, n_columns, level)
 
 
-OVERRIDE, FALLBACK = "the override", "--slide_mpp"
-
-
-def _mpp_problem(x: float, y: float, source: str, bounds: tuple[float, float]) -> str:
-    """What is wrong with a resolution, or an empty string."""
-    low, high = bounds
-    if abs(x - y) > SAME_MPP * abs(min(x, y)):
-        return f"pixels must be square, within {SAME_MPP:.0%}, got {x:g} x {y:g} um from {source}"
-    value = (x + y) / 2
-    if low <= value <= high:
-        return ""
-    words = f"mpp must be in [{low}, {high}] um/px to be plausible, got {value:g} from {source}"
-    near = next((value * factor for factor in (10, 0.1) if 0.2 <= value * factor <= 1.05), None)
-    return f"{words}; is {near:g} meant?" if near and bounds == PLAUSIBLE_MPP else words
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        value = float(text) if text else 0.0
-    except ValueError:
-        return None
-    return value if value > 0 and math.isfinite(value) else None
-
-
 class SlideCache:
     """A bounded number of open slides, the least recently used closed first.
 
     Pickles and forks as an empty cache: file handles belong to the process that opened them, and a file's position is
     shared by both sides of a fork.
+
+    Args:
+        max_open: slides that are open at a time.
+        reader: see `Slide`.
     """
 
-    def __init__(self, max_open: int = 8) -> None:
+    def __init__(self, max_open: int = 8, reader: str = AUTO) -> None:
         if max_open < 1:
             raise ValueError(f"max_open must be at least 1, got {max_open}")
-        self.max_open = max_open
+        self.max_open, self.reader = max_open, reader
+        self._tiles = TileCache()
         self._slides: OrderedDict[tuple[str, float | None, str | None], Slide] = OrderedDict()
         self._pid = os.getpid()
 
     def __len__(self) -> int:
         return len(self._slides)
 
-    def __reduce__(self) -> tuple[type, tuple[int]]:
-        return type(self), (self.max_open,)
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return type(self), (self.max_open, self.reader)
 
     def get(self, path: str | Path, mpp: float | None = None, slide_id: str | None = None) -> Slide:
         """The open slide of `path`, opened where it is not."""
         if self._pid != os.getpid():
             self._slides.clear()
+            self._tiles = TileCache()  # its lock may have been held by a thread that was not forked
             self._pid = os.getpid()
         key = (str(path), mpp, slide_id)
         if key not in self._slides:
-            self._slides[key] = Slide(path, mpp, slide_id)
+            self._slides[key] = Slide(path, mpp, slide_id, reader=self.reader, tiles=self._tiles)
         self._slides.move_to_end(key)
         while len(self._slides) > self.max_open:
             self._slides.popitem(last=False)[1].close()

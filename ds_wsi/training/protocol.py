@@ -132,7 +132,12 @@ def read_cohort(
         slide_mpp=settings.data.slide_mpp,
         workers=max(1, settings.policies.reading.workers),
         write_grids=write_grids,
-        slides=SlidePolicy(settings.data.tissue_masks, settings.data.masks_in_bounds, settings.data.skip_bad_slides),
+        slides=SlidePolicy(
+            settings.data.tissue_masks,
+            settings.data.masks_in_bounds,
+            settings.data.skip_bad_slides,
+            reader=settings.policies.reading.slide_reader,
+        ),
     )
     if tiles_dir is not None:
         write_skipped(tiles_dir.parent, cohort.skipped)
@@ -162,7 +167,8 @@ def split_cohort(protocol: Protocol, cohort: Cohort) -> dict[str, Cohort]:
         if not counts["train"] or not counts["test"]:
             raise ValueError(f"split {name} must have slides to train and to test on, got {counts}")
         require_files_apart(manifest)
-        found[name] = Cohort(manifest, tuple(grids[slide.slide_id] for slide in manifest.slides))
+        its_grids = tuple(grids[slide.slide_id] for slide in manifest.slides)
+        found[name] = Cohort(manifest, its_grids, reader=cohort.reader)
     return found
 
 

@@ -64,7 +64,10 @@ def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
                 workers=max(1, policies.reading.workers),
                 write_grids=write_grids,
                 choose=checked,
-                slides=SlidePolicy(data.tissue_masks, data.masks_in_bounds, data.skip_bad_slides, skipped),
+                slides=SlidePolicy(
+                    *(data.tissue_masks, data.masks_in_bounds, data.skip_bad_slides, skipped),
+                    reader=policies.reading.slide_reader,
+                ),
                 on_slide=bar.step,
             )
 

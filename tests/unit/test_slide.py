@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import openslide
 import pytest
 from PIL import Image
 from slide_files import ramp, write_slide
@@ -160,9 +161,9 @@ def test_overview_needs_no_mpp_when_asked_by_downsample(tmp_path):
 def test_overview_reads_no_more_than_a_block_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(slide_module, "OVERVIEW_BLOCK_PX", 100)
     areas = []
-    read = slide_module.openslide.OpenSlide.read_region
+    read = openslide.OpenSlide.read_region
     monkeypatch.setattr(
-        slide_module.openslide.OpenSlide,
+        openslide.OpenSlide,
         "read_region",
         lambda self, location, level, size: areas.append(size) or read(self, location, level, size),
     )

@@ -8,7 +8,7 @@ import numpy as np
 from ds_wsi.slides.direct.errors import NotDirectError
 from ds_wsi.slides.direct.jpeg_stream import RGB, YCBCR, decode, stream_head, tile_jpeg
 from ds_wsi.slides.direct.tiff_layout import Directory, SlideFile
-from ds_wsi.slides.pixels import average
+from ds_wsi.slides.pixels import Workspace, average
 
 SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
 FILL_ORDER, DESCRIPTION, SAMPLES, PLANAR = 266, 270, 277, 284
@@ -18,6 +18,7 @@ JPEG = 7  # compression
 BOX, DCT = "box", "dct"  # how a tile is shrunk
 REDUCED = 1  # bit of SUBFILE: an image of lower resolution of another
 MAX_TILE_PIXELS = 2**24  # 48 MB decoded: a damaged size must not ask for more memory than there is
+_workspace = Workspace()
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class JpegPage:
             index: the tile, row by row.
             scale: 1, 2, 4 or 8.
             shrink: BOX, the means of the decoded pixels; or DCT, see `jpeg_stream.decode`.
-            out: where it is decoded to; not where it is averaged.
+            out: uint8 of the returned size, contiguous, to write to.
 
         Raises:
             NotDirectError: the tile is broken.
@@ -125,7 +126,10 @@ class JpegPage:
         if jpeg is None:
             return None
         size = self.tile_width_px, self.tile_height_px
-        return average(decode(jpeg, *size), scale) if scale > 1 and shrink == BOX else decode(jpeg, *size, scale, out)
+        if scale == 1 or shrink == DCT:
+            return decode(jpeg, *size, scale, out)
+        whole = _workspace.array("whole", 3 * size[0] * size[1]).reshape(size[1], size[0], 3)
+        return average(decode(jpeg, *size, out=whole), scale, out)
 
 
 def is_tiled(directory: Directory) -> bool:

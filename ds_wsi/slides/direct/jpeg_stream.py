@@ -95,7 +95,7 @@ def decode(jpeg: bytes, width_px: int, height_px: int, scale: int = 1, out: np.n
         scale: 1, or 2, 4 or 8, which divides the size: the tile is shrunk so many times in the frequencies of its
             blocks. libjpeg makes of each plane the mean of so many pixels a side; it is not what averaging the decoded
             tile gives, because planes are rounded, and colours at half resolution enlarged, after it and not before.
-        out: uint8 [height, width, 3] to write to, contiguous.
+        out: uint8 of the returned size, to write to, contiguous.
 
     Returns:
         uint8 [height_px / scale, width_px / scale, 3].
@@ -112,7 +112,7 @@ def decode(jpeg: bytes, width_px: int, height_px: int, scale: int = 1, out: np.n
     shape = (height_px // scale, width_px // scale, 3)
     if pixels.shape != shape:
         raise NotDirectError(f"JPEG must decode to {list(shape)}, got {list(pixels.shape)}")
-    return np.asarray(pixels)
+    return np.asarray(pixels) if out is None else out
 
 
 def _after_start(stream: bytes) -> int:

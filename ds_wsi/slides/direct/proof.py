@@ -46,30 +46,44 @@ ReadRegion = Callable[[Region], np.ndarray | None]  # -> uint8 [h, w, 3], or Non
 
 
 def prove(slide: DirectTiff, openslide_handle: Any) -> str | None:
-    """Why a slide must not be read directly, or None: levels, sizes and some tiles are compared with OpenSlide's.
+    """Why a slide must not be read directly, or None: `prove_geometry`, and `prove_level` of every level."""
+    reasons = (prove_level(slide, openslide_handle, number) for number in range(len(slide.levels)))
+    return prove_geometry(slide, openslide_handle) or next(filter(None, reasons), None)
 
-    Compared bit for bit are tiles at two corners and in the middle of every level, and one without bytes; of the finest
-    level also those at the other corners and at edges.
 
-    Args:
-        slide: open.
-        openslide_handle: the same file, an open `openslide.OpenSlide`. It can no longer be used where the reason is an
-            error of OpenSlide's.
-
-    Returns:
-        The reason in one line, or None where nothing differs.
-    """
+def prove_geometry(slide: DirectTiff, openslide_handle: Any) -> str | None:
+    """Why a slide's levels are not OpenSlide's, or None: their number, sizes and downsamples; no pixel is read."""
     properties = openslide_handle.properties
-    background = background_of(properties)
     pairs = (
         ("vendor", slide.vendor, properties.get("openslide.vendor")),
-        ("background colour", [255, 255, 255], background.tolist()),
+        ("background colour", [255, 255, 255], background_of(properties).tolist()),
         ("level sizes", slide.level_dimensions, tuple(openslide_handle.level_dimensions)),
         ("level downsamples", slide.level_downsamples, tuple(openslide_handle.level_downsamples)),
     )
     for name, value, other in pairs:
         if value != other:
             return f"{name} must be OpenSlide's, {other}, got {value}"
+    return None
+
+
+def prove_level(slide: DirectTiff, openslide_handle: Any, number: int) -> str | None:
+    """Why a level must not be read directly, or None: some tiles are compared with OpenSlide's.
+
+    Compared bit for bit are tiles at two corners and in the middle, and one without bytes; of the finest level also
+    those at the other corners and at edges.
+
+    Args:
+        slide: open, of a proved geometry.
+        openslide_handle: the same file, an open `openslide.OpenSlide`. It can no longer be used where the reason is an
+            error of OpenSlide's.
+        number: the level.
+
+    Returns:
+        The reason in one line, or None where nothing differs.
+    """
+    level, background = slide.levels[number], background_of(openslide_handle.properties)
+    if level.redrawn.all():
+        return None  # nothing of it is read directly
 
     def read_directly(region: Region) -> np.ndarray | None:
         try:
@@ -81,16 +95,11 @@ def prove(slide: DirectTiff, openslide_handle: Any) -> str | None:
         x0, y0, level, *size = region
         return opaque(openslide_handle.read_region((x0, y0), level, tuple(size)), background)
 
-    for number, level in enumerate(slide.levels):
-        if level.redrawn.all():
-            continue  # nothing of it is read directly
-        try:
-            reason = difference(_probes(number, level), read_directly, read_by_openslide)
-        except (openslide.OpenSlideError, OSError) as error:
-            return f"level {number}: OpenSlide must read what is read directly, got {error}"
-        if reason:
-            return f"level {number}: {reason}"
-    return None
+    try:
+        reason = difference(_probes(number, level), read_directly, read_by_openslide)
+    except (openslide.OpenSlideError, OSError) as error:
+        return f"level {number}: OpenSlide must read what is read directly, got {error}"
+    return f"level {number}: {reason}" if reason else None
 
 
 def difference(regions: Iterable[Region], read: ReadRegion, read_reference: ReadRegion) -> str | None:

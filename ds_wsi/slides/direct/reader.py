@@ -11,7 +11,7 @@ from ds_wsi.slides.direct.jpeg_page import BOX, DCT, JpegPage
 from ds_wsi.slides.direct.jpeg_stream import SCALES
 from ds_wsi.slides.direct.levels import find_levels
 from ds_wsi.slides.direct.tiff_layout import SlideFile, read_directories
-from ds_wsi.slides.direct.tile_cache import TileCache
+from ds_wsi.slides.direct.tile_cache import TileCache, Window
 
 BACKGROUND = 255  # of all three channels: OpenSlide names no other colour for these formats
 PIECE_PX = 4096  # OpenSlide reads a larger region in pieces, each from a whole level-0 pixel of its own
@@ -104,7 +104,15 @@ class DirectTiff:
         return tuple(level.downsample for level in self.levels)
 
     def read_region(
-        self, x0: int, y0: int, level: int, width_px: int, height_px: int, scale: int = 1, shrink: str = BOX
+        self,
+        x0: int,
+        y0: int,
+        level: int,
+        width_px: int,
+        height_px: int,
+        scale: int = 1,
+        shrink: str = BOX,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
         """The pixels of a rectangle, white where the slide has none.
 
@@ -115,6 +123,7 @@ class DirectTiff:
             scale: 1, or 2, 4 or 8: the rectangle is shrunk so many times, tile by tile.
             shrink: "box", to the means of its pixels; or "dct", as it is decoded, which is near to them and not the
                 same (see `jpeg_stream.decode`).
+            out: uint8 of the returned size, to write to; it holds anything where an error is raised.
 
         Returns:
             uint8 [height_px / scale, width_px / scale, 3].
@@ -132,7 +141,8 @@ class DirectTiff:
         if shrink not in (BOX, DCT):
             raise ValueError(f"shrink must be {BOX!r} or {DCT!r}, got {shrink!r}")
         downsample = self.levels[level].downsample
-        out = np.empty((height_px // scale, width_px // scale, 3), dtype=np.uint8)
+        if out is None:
+            out = np.empty((height_px // scale, width_px // scale, 3), dtype=np.uint8)
         for top, left in itertools.product(range(0, height_px, PIECE_PX), range(0, width_px, PIECE_PX)):
             x = _Start.of(int(x0 + left * downsample), downsample)  # truncated as OpenSlide does
             y = _Start.of(int(y0 + top * downsample), downsample)
@@ -159,35 +169,35 @@ class DirectTiff:
                 x0, x1 = max(left, tile_left), min(right, tile_left + tile_width)
                 y0, y1 = max(top, tile_top), min(bottom, tile_top + tile_height)
                 target = piece[y0 - top : y1 - top, x0 - left : x1 - left]
-                tile = self._tile(level, row, column, scale, shrink, target)
-                if tile is None:
-                    target[:] = BACKGROUND
-                elif tile is not target:
-                    target[:] = tile[y0 - tile_top : y1 - tile_top, x0 - tile_left : x1 - tile_left]
+                window = slice(y0 - tile_top, y1 - tile_top), slice(x0 - tile_left, x1 - tile_left)
+                self._show((level, row, column), window, scale, shrink, target)
 
-    def _tile(
-        self, level: int, row: int, column: int, scale: int, shrink: str, target: np.ndarray
-    ) -> np.ndarray | None:
-        """A decoded tile, kept or read now; None where the file has none; `target` itself where it was read to that."""
+    def _show(self, at: tuple[int, int, int], window: Window, scale: int, shrink: str, target: np.ndarray) -> None:
+        """Draw a part of a tile, kept or read now, at (level, row, column)."""
+        level, row, column = at
         source = self.levels[level]
-        index = row * source.page.columns + column
+        page, index = source.page, row * source.page.columns + column
         if source.redrawn[index]:
             raise NotDirectError(f"tile ({column}, {row}) of level {level} must be in the file, got none of its own")
         key = (self._number, level, index, scale, shrink)
-        tile = self._cache.get(key)
-        if tile is not None:
-            return tile
-        whole = (source.page.tile_height_px // scale, source.page.tile_width_px // scale, 3)
+        if self._cache.show(key, window, target):
+            return
+        shape = (page.tile_height_px // scale, page.tile_width_px // scale, 3)
         # What is shown as a whole is not read again soon, and needs no copy.
-        is_shown_whole = target.shape == whole and target.flags.c_contiguous
-        out = target if is_shown_whole and (scale == 1 or shrink == DCT) else None
+        is_shown_whole = target.shape == shape and target.flags.c_contiguous
+        tile = target if is_shown_whole else self._cache.room(shape)
         try:
-            tile = source.page.pixels(self.file, index, scale, shrink, out)
+            pixels = page.pixels(self.file, index, scale, shrink, tile)
         except NotDirectError as error:
             raise NotDirectError(f"tile ({column}, {row}) of level {level} must be readable: {error}") from error
-        if tile is not None and not is_shown_whole:
+        if pixels is None:
+            target[:] = BACKGROUND
+            return
+        if pixels is not tile:
+            tile[:] = pixels
+        if not is_shown_whole:
+            target[:] = tile[window]
             self._cache.put(key, tile)
-        return target if tile is not None and out is not None else tile
 
 
 def _require_shrinkable(page: JpegPage, piece: np.ndarray, x: _Start, y: _Start, scale: int) -> None:

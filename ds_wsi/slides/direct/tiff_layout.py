@@ -34,6 +34,7 @@ BYTES_PER_VALUE = {
     17: 8,
     18: 8,
 }
+Identity = tuple[int, int, int, int, int]  # device, inode, bytes, times of change
 MAX_DIRECTORIES = 1000
 MAX_ENTRIES = 4096  # of a directory
 
@@ -56,6 +57,18 @@ class SlideFile:
 
     def __del__(self) -> None:
         self.close()
+
+    @property
+    def identity(self) -> Identity:
+        """What tells the content from that of another file, or of another time; no two files of a system have one.
+
+        Raises:
+            NotDirectError: it is closed.
+        """
+        if self._descriptor is None:
+            raise NotDirectError("file must be open, got a closed one")
+        status = os.fstat(self._descriptor)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def close(self) -> None:
         """Let the file go; a later read raises."""
