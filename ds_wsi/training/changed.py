@@ -11,12 +11,12 @@ from ds_wsi.training.settings import TrainSettings
 
 def all_settings(settings: TrainSettings) -> dict[str, Any]:
     """Field ("optim.learning_rate") -> value, without the layers of a partition plan."""
-    found: dict[str, Any] = {}
+    by_field: dict[str, Any] = {}
     for group in ("data", "model", "optim", "run"):
-        found |= {f"{group}.{name}": value for name, value in asdict(getattr(settings, group)).items()}
+        by_field |= {f"{group}.{name}": value for name, value in asdict(getattr(settings, group)).items()}
     for policy, values in write_section(settings.policies).items():
-        found |= {f"policies.{policy}.{name}": value for name, value in values.items() if name != "plan"}
-    return found
+        by_field |= {f"policies.{policy}.{name}": value for name, value in values.items() if name != "plan"}
+    return by_field
 
 
 def changed_settings(settings: TrainSettings) -> dict[str, str]:
@@ -27,13 +27,13 @@ def changed_settings(settings: TrainSettings) -> dict[str, str]:
         usual = replace(usual, policies=replace(usual.policies, tiling=tiling))
     defaults = all_settings(usual)
     return {
-        setting_name(place): str(value)
-        for place, value in all_settings(settings).items()
-        if place not in defaults or value != defaults[place]
+        setting_name(field_path): str(value)
+        for field_path, value in all_settings(settings).items()
+        if field_path not in defaults or value != defaults[field_path]
     }
 
 
-def setting_name(place: str) -> str:
+def setting_name(field_path: str) -> str:
     """The option that sets a field, or the field's own name."""
-    declared = SETTINGS.get(place)
-    return f"--{declared.setting.option}" if declared and declared.setting.option else place
+    declared = SETTINGS.get(field_path)
+    return f"--{declared.setting.option}" if declared and declared.setting.option else field_path

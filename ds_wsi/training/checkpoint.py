@@ -42,8 +42,8 @@ def checkpoint_name(step: int) -> str:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    checkpoints = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    return sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Contents:
     Args:
         state: JSON, of the main process.
         shared: file name -> tensors, of the main process.
-        own: file name -> tensors, of each process.
+        per_process: file name -> tensors, of each process.
     """
 
     state: dict[str, Any]
     shared: Mapping[str, Mapping[str, Tensor]]
-    own: Mapping[str, Mapping[str, Tensor]]
+    per_process: Mapping[str, Mapping[str, Tensor]]
 
 
 def save_checkpoint(
@@ -80,15 +80,15 @@ def save_checkpoint(
     on a file system that all share.
 
     Args:
-        saver: of this process.
-        accelerator: of all.
-        output_dir: of the run.
+        saver: this process's.
+        accelerator: the run's, of all processes.
+        output_dir: the run's folder.
         step: optimizer steps that are done.
-        contents: of this process.
-        keep: checkpoints.
+        contents: what this process puts into it.
+        keep: how many of the newest checkpoints stay.
         pending: a file of weights whose validation is pending, that is not changed in place.
         began: `time.perf_counter()` when the training stopped for it; by default now.
-        timeout_s: that the main process waits for another's files.
+        timeout_s: how long the main process waits for another's files.
 
     Returns:
         The folder that it will have.
@@ -98,7 +98,7 @@ def save_checkpoint(
     scope, made = ExitStack(), list[Path | None]([None])
     try:
         if accelerator.is_main_process:
-            files = (*contents.shared.values(), *contents.own.values())
+            files = (*contents.shared.values(), *contents.per_process.values())
             n_bytes = sum(value.nbytes for tensors in files for value in tensors.values())
             folder = scope.enter_context(temporary_folder(output_dir, n_bytes)) / final.name
             folder.mkdir()
@@ -113,7 +113,7 @@ def save_checkpoint(
             how = _How(scope, temporary, final, contents, keep, waited, saver.beside)
             job = partial(_write_all, how, others, patience)
         else:
-            job = partial(_write_part, temporary, accelerator.process_index, contents.own)
+            job = partial(_write_part, temporary, accelerator.process_index, contents.per_process)
     except BaseException:
         saver.leave_room()
         scope.close()
@@ -137,14 +137,14 @@ def _write_all(how: _How, others: range, patience: Callable[[], Patience]) -> No
     """The main process's side: its files, the others' as they come, the list, and the name."""
     began, temporary, final = time.perf_counter(), how.temporary, how.final
     with how.scope:
-        known = {
+        files = {
             name: write_tensors(temporary / name, tensors)
-            for name, tensors in {**how.contents.shared, **how.contents.own}.items()
+            for name, tensors in {**how.contents.shared, **how.contents.per_process}.items()
         }
         write_json(temporary / STATE, how.contents.state)
         for rank in others:
-            known |= _await_part(temporary, rank, patience())
-        seal(temporary, known)
+            files |= _await_part(temporary, rank, patience())
+        seal(temporary, files)
         _make_way(final)
         temporary.rename(final)
         sync_directory(final.parent)
@@ -161,7 +161,7 @@ def _write_all(how: _How, others: range, patience: Callable[[], Patience]) -> No
     logger.info("checkpoint: %s (%s)", final, words)
 
 
-def _write_part(temporary: Path, rank: int, own: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _write_part(temporary: Path, rank: int, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Another process's side: its files, and last a file that lists them."""
     if not temporary.is_dir():
         # Its failure stops the run; or it waits, and tells what --output_dir must be.
@@ -169,8 +169,8 @@ def _write_part(temporary: Path, rank: int, own: Mapping[str, Mapping[str, Tenso
         return
     try:
         with naming_full_disk(temporary.parent.parent):
-            known = {name: write_tensors(temporary / name, tensors) for name, tensors in own.items()}
-        answer: dict[str, Any] = {"files": {name: written._asdict() for name, written in known.items()}}
+            files = {name: write_tensors(temporary / name, tensors) for name, tensors in parts.items()}
+        answer: dict[str, Any] = {"files": {name: written._asdict() for name, written in files.items()}}
     except Exception as error:
         if temporary.is_dir():
             _tell(_part_list(temporary, rank), {"failed": f"{type(error).__name__}: {error}"})
@@ -178,11 +178,11 @@ def _write_part(temporary: Path, rank: int, own: Mapping[str, Mapping[str, Tenso
     _tell(_part_list(temporary, rank), answer)
 
 
-def _tell(place: Path, answer: dict[str, Any]) -> None:
+def _tell(path: Path, answer: dict[str, Any]) -> None:
     """Write a message to the main process, which removes the folder when it has the last one: it comes last."""
-    unread = place.with_name(f"{place.name}.unread")
+    unread = path.with_name(f"{path.name}.unread")
     unread.write_text(json.dumps(answer), encoding="utf-8")
-    os.replace(unread, place)
+    os.replace(unread, path)
 
 
 def _part_list(temporary: Path, rank: int) -> Path:
@@ -195,14 +195,14 @@ def _await_part(temporary: Path, rank: int, patience: Patience) -> dict[str, Wri
     Raises:
         RuntimeError: it failed, or they did not come in time; names it.
     """
-    place = _part_list(temporary, rank)
-    while place.name not in os.listdir(place.parent):  # the folder, for a network file system remembers absent names
+    path = _part_list(temporary, rank)
+    while path.name not in os.listdir(path.parent):  # in the list: network file systems remember absent names
         if patience.is_over():
             raise RuntimeError(
                 f"a checkpoint must have the files of every process, got none of rank {rank} in time "
                 f"({temporary.name}). HINT: --output_dir must be a folder that all processes share."
             )
-    answer = json.loads(read_file(place))
+    answer = json.loads(read_file(path))
     if "failed" in answer:
         raise RuntimeError(f"rank {rank} could not write its part of {temporary.name}: {answer['failed']}")
     return {name: Written(**entry) for name, entry in answer["files"].items()}
@@ -275,9 +275,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{STATE} of {checkpoint} must be JSON, got {error}. HINT: an earlier checkpoint.") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        other = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ValueError(
-            f"{checkpoint} must have the format {FORMAT}, got {found or 'that of an earlier version'}: its files can "
+            f"{checkpoint} must have the format {FORMAT}, got {other or 'that of an earlier version'}: its files can "
             "run code when they are read, and are not opened. HINT: end that run with the version that began it, or "
             "start again with another --output_dir."
         )
@@ -288,14 +288,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
+def find_checkpoint(output_dir: Path, asked: str) -> Path | None:
     """The checkpoint to resume from: a folder's path, or with "latest" the newest whole one of `output_dir`.
 
     Raises:
         ValueError: a named checkpoint is missing or torn, or all of a run's are torn; says which file and why.
     """
-    if wanted != "latest":
-        checkpoint = Path(wanted)
+    if asked != "latest":
+        checkpoint = Path(asked)
         problem = verify(checkpoint)
         if problem:
             raise ValueError(
@@ -318,14 +318,14 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     return None
 
 
-def seal(directory: Path, known: Mapping[str, Written] | None = None) -> None:
+def seal(directory: Path, files: Mapping[str, Written] | None = None) -> None:
     """List every file below `directory` with its size and SHA-256, and sync them all to the disk.
 
     Args:
-        directory: of the checkpoint.
-        known: what is known of files that were synced as they were written: they are not read again.
+        directory: the checkpoint's folder.
+        files: what is known of files that were synced as they were written: they are not read again.
     """
-    listed = {name: written._asdict() for name, written in (known or {}).items()}
+    listed = {name: written._asdict() for name, written in (files or {}).items()}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
         if name not in listed:

@@ -47,7 +47,7 @@ class ComparedRun:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.aggregator}_{self.arm}_seed{self.seed}"
 
     def command(self, cohort: "ComparedCohort", folder: Path) -> list[str]:
@@ -65,8 +65,8 @@ class ComparedCohort:
     Args:
         demo: a key of `DEMOS`.
         demo_dir: where its slides are.
-        weights: of `packaged.ENCODER`, from which both arms start, with the trainer's own settings; None: ResNet-18 and
-            random weights, with settings of this comparison.
+        weights: a file of `packaged.ENCODER`'s weights, from which both arms start, with the trainer's own settings;
+            None: ResNet-18 and random weights, with settings of this comparison.
     """
 
     demo: str = "plain"
@@ -74,7 +74,7 @@ class ComparedCohort:
     weights: str | None = None
 
     def options(self, aggregator: str) -> list[str]:
-        """Of `ds-wsi train`, for both arms."""
+        """Options of `ds-wsi train`, the same for both arms."""
         slides = ["--demo", self.demo, "--demo_dir", self.demo_dir]
         if self.weights is not None:
             return [*slides, "--encoder", ENCODER, "--encoder_weights", self.weights]
@@ -122,7 +122,7 @@ def compare(runs: Sequence[ComparedRun], output_dir: Path, cohort: ComparedCohor
 
 
 def _mark(run: ComparedRun, output_dir: Path) -> Path:
-    """Beside the run's folder: what it was started with."""
+    """The file beside the run's folder that holds what it was started with."""
     return output_dir / f"{run.name}.json"
 
 
@@ -142,10 +142,10 @@ def _require_same(run: ComparedRun, output_dir: Path, cohort: ComparedCohort) ->
     if not mark.is_file():
         logger.warning("%s is of an earlier version, which did not record its options: kept", output_dir / run.name)
         return
-    begun, wanted = read_json(mark, "the record of a run's options"), _made_of(run, cohort)
-    if begun != wanted:
+    begun, asked = read_json(mark, "the record of a run's options"), _made_of(run, cohort)
+    if begun != asked:
         raise ValueError(
-            f"a finished run must be of the same options and weights, {wanted}, got {begun} ({mark}). "
+            f"a finished run must be of the same options and weights, {asked}, got {begun} ({mark}). "
             "HINT: give another --output_dir."
         )
 
@@ -160,8 +160,8 @@ def _is_finished(folder: Path) -> bool:
 
 def read_metrics(folder: Path) -> dict[str, float]:
     """The test metrics of a finished run, keys of `METRICS`; NaN where undefined."""
-    found = record.read_metrics(folder)
-    return {name: float("nan") if found[name]["value"] is None else found[name]["value"] for name in METRICS}
+    metrics = record.read_metrics(folder)
+    return {name: float("nan") if metrics[name]["value"] is None else metrics[name]["value"] for name in METRICS}
 
 
 def format_table(results: Mapping[ComparedRun, Mapping[str, float]], demo: str = "plain") -> str:
@@ -181,7 +181,7 @@ def format_table(results: Mapping[ComparedRun, Mapping[str, float]], demo: str =
         frozen, trained = (
             [100 * results[ComparedRun(name, arm, seed)][metric] for seed in seeds] for arm in ("frozen", "end_to_end")
         )
-        gains = [ours - theirs for ours, theirs in zip(trained, frozen, strict=True)]
+        gains = [of_trained - of_frozen for of_trained, of_frozen in zip(trained, frozen, strict=True)]
         lines.append(f"| {name} | {metric} | {_spread(frozen)} | {_spread(trained)} | {_spread(gains, sign='+')} |")
     return "\n".join(lines)
 

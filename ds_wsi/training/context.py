@@ -30,20 +30,20 @@ class RunContext:
     where the run stands beside them is in `run.Run`.
 
     Attributes:
-        settings: of the run.
+        settings: the run's.
         accelerator: the engine.
         output_dir: the run's folder.
-        cohort: its slides, or its files of features.
+        cohort: the slides, or the files of features.
         config: the model's, as it is exported.
         module: the model itself.
         model: the same as the engine wraps it: what a step calls.
-        optimizer: as the engine wraps it.
+        optimizer: the optimizer as the engine wraps it.
         mesh: the processes that share bags, and those that have bags of their own.
         sharing: the model's forward where ranks share bags.
         stacks: page-locked memory in which stacks are laid.
         reads_host_tiles: whether the encoder takes stacks that lie on the host, and reads chunks of them.
         comm: the hook that sends gradients, or None.
-        checkpoint: to go on from, or None.
+        checkpoint: the one to go on from, or None.
         made_of: see `same_run.fingerprint`, which alone fills it, once.
     """
 
@@ -101,6 +101,6 @@ class RunContext:
     @property
     def training_tiles(self) -> list[int]:
         """Tiles of each training slide that one rank takes at a time."""
-        wanted = self.reading.tiles_per_slide
+        most_tiles = self.reading.tiles_per_slide
         lengths = [self.cohort.lengths[row] for row in self.cohort.rows("train")]
-        return [-(-min(length, wanted or length) // self.mesh.tile_size) for length in lengths]
+        return [-(-min(length, most_tiles or length) // self.mesh.tile_size) for length in lengths]

@@ -39,7 +39,7 @@ class EngineMemory:
 
     @classmethod
     def of(cls, accelerator: Accelerator) -> "EngineMemory":
-        """Of the engine that the accelerator was built for."""
+        """The memory of the engine that the accelerator was built for."""
         ranks, plugin = accelerator.num_processes, accelerator.state.deepspeed_plugin
         if plugin is None:
             parts = ranks if accelerator.is_fsdp2 else 1
@@ -62,8 +62,8 @@ def later_bytes(module: nn.Module, encoder: nn.Module, engine: EngineMemory, *, 
 
     Args:
         module: the whole model.
-        encoder: its encoder.
-        engine: that will wrap it.
+        encoder: the model's encoder.
+        engine: the memory of the engine that will wrap the model.
         averages: whether a moving average of the weights is kept.
     """
     parameters = list(module.parameters())
@@ -89,12 +89,12 @@ def with_budget(
 ) -> PartitionPolicy:
     """The policy with the run's budget of the GPU, where none is given; on a CPU as it is.
 
-    It is decided once, for later the run's own memory would count as taken.
+    It is decided once, because later the run's own memory would count as taken.
 
     Args:
-        policy: of the partition.
+        policy: the partition's.
         module: the SlideModel, before the engine has it.
-        settings, accelerator: of the run.
+        settings, accelerator: the run's.
         validates: whether there is a split to validate on.
     """
     device = accelerator.device
@@ -123,7 +123,7 @@ def _validates_on(device: torch.device, settings: TrainSettings, *, main: bool) 
 
 
 def _elements(tensor: Tensor) -> int:
-    """Of the whole tensor, also where ZeRO-3 has left this rank a part."""
+    """How many the whole tensor has, also where ZeRO-3 has left this rank a part."""
     return int(getattr(tensor, "ds_numel", tensor.numel()))
 
 

@@ -46,12 +46,12 @@ def dry_run(
     Nothing is written: grids of --tiles_dir are read where they fit, and others are tiled for this call alone.
 
     Args:
-        settings: of the run.
+        settings: the run's.
         deepspeed_config: the DeepSpeed JSON, or None.
         all_of_them: tell the settings that are the defaults, too.
 
     Returns:
-        On the main process the text; elsewhere an empty string.
+        The text, on the main process; elsewhere an empty string.
 
     Raises:
         ManifestError: lists everything that is wrong with the cohort.
@@ -59,10 +59,10 @@ def dry_run(
     """
     with launched(engine_settings(settings), deepspeed_config) as processes, _scratch(processes) as folder:
         _require_place(settings, processes.world_size)
-        own = settings
+        scratch_settings = settings
         if settings.data.manifest is None and not is_drawn(settings.data.demo_folder, DEMOS[settings.data.demo]()):
-            own = replace(settings, data=replace(settings.data, demo_dir=str(folder / "demo")))
-        return _dry_run(own, settings, deepspeed_config, folder, all_of_them)
+            scratch_settings = replace(settings, data=replace(settings.data, demo_dir=str(folder / "demo")))
+        return _dry_run(scratch_settings, settings, deepspeed_config, folder, all_of_them)
 
 
 def dry_protocol(
@@ -72,7 +72,7 @@ def dry_protocol(
     *,
     all_of_them: bool = False,
 ) -> str:
-    """As `dry_run`, of a protocol: all its splits are checked and counted, its first run is timed. Collective."""
+    """Do as `dry_run` does, for a protocol: check and count all its splits, and time its first run. Collective."""
     with launched(engine_settings(settings), deepspeed_config) as processes, _scratch(processes) as folder:
         tiles_dir = folder / "tiles"
 
@@ -89,8 +89,8 @@ def dry_protocol(
         counts, classes = processes.on_main(prepare)
         runs = plan_runs(protocol, tuple(counts))
         data = replace(settings.data, manifest=str(folder / "cohort.csv"), classes=classes, tiles_dir=str(tiles_dir))
-        own = replace(settings, data=data, run=replace(settings.run, seed=runs[0].seed))
-        text = _dry_run(own, settings, deepspeed_config, folder, all_of_them)
+        scratch_settings = replace(settings, data=data, run=replace(settings.run, seed=runs[0].seed))
+        text = _dry_run(scratch_settings, settings, deepspeed_config, folder, all_of_them)
         if not processes.is_main:
             return ""
         lines = [f"protocol: preset {protocol.preset}, {len(runs)} runs, one after the other:"]
@@ -101,11 +101,11 @@ def dry_protocol(
 
 def _require_place(settings: TrainSettings, world_size: int) -> None:
     """Refuse, as the run itself would, its folder and the checkpoint that it is to go on from."""
-    folder, wanted = asked_folder(settings), settings.run.resume_from_checkpoint
+    folder, asked = asked_folder(settings), settings.run.resume_from_checkpoint
     if folder is None:
         return
-    require_run_folder(folder, resumes=wanted is not None)
-    checkpoint = None if wanted is None else find_checkpoint(folder, wanted)
+    require_run_folder(folder, resumes=asked is not None)
+    checkpoint = None if asked is None else find_checkpoint(folder, asked)
     if checkpoint is not None:
         require_same(known_early(settings, world_size), checkpoint)
 
@@ -128,9 +128,9 @@ def _dry_run(
     folder: Path,
     all_of_them: bool,
 ) -> str:
-    """Of `settings`, whose paths can be the scratch folder's; `shown` are the user's."""
-    own = replace(settings.run, output_dir=str(folder / "run"), resume_from_checkpoint=None)
-    run = prepare_run(replace(settings, run=own), deepspeed_config, write_grids=False)
+    """What `dry_run` tells of `settings`, whose paths can be the scratch folder's; `shown` are the user's."""
+    run_settings = replace(settings.run, output_dir=str(folder / "run"), resume_from_checkpoint=None)
+    run = prepare_run(replace(settings, run=run_settings), deepspeed_config, write_grids=False)
     with closing_trackers(run.accelerator):
         measured = [time_micro_steps(run)]
         if run.accelerator.num_processes > 1:
@@ -141,7 +141,7 @@ def _dry_run(
 
 
 def count_slides(cohort: Cohort) -> str:
-    """A line a split: its slides, tiles, patients and classes."""
+    """A line per split: its slides, tiles, patients and classes."""
     lines = []
     for split in SPLITS:
         rows = cohort.rows(split)
@@ -155,7 +155,7 @@ def count_slides(cohort: Cohort) -> str:
         lines.append(
             f"  {split}: {counted(len(slides), 'slide')} of "
             f"{counted(len({slide.patient_id for slide in slides}), 'patient')} ({classes}), "
-            f"{sum(lengths)} tiles, {min(lengths)} to {max(lengths)} a slide"
+            f"{sum(lengths)} tiles, {min(lengths)} to {max(lengths)} per slide"
         )
     return "\n".join(lines)
 
@@ -170,7 +170,7 @@ def _describe(run: RunContext, settings: TrainSettings, measured: Sequence[Timed
             "slides:",
             count_slides(run.cohort),
             _partition_words(run),
-            f"steps: {an_epoch} an epoch, {total} in {counted(settings.optim.num_train_epochs, 'epoch')}, "
+            f"steps: {an_epoch} per epoch, {total} in {counted(settings.optim.num_train_epochs, 'epoch')}, "
             f"{counted(processes, 'process')}",
             *_time_lines(run, measured),
         ]
@@ -179,15 +179,15 @@ def _describe(run: RunContext, settings: TrainSettings, measured: Sequence[Timed
 
 def _settings_lines(settings: TrainSettings, all_of_them: bool) -> list[str]:
     """Those that were changed, then, marked as defaults, the others or how they are told."""
-    found, changed = all_settings(settings), changed_settings(settings)
+    values, changed = all_settings(settings), changed_settings(settings)
     lines = ["settings that differ from the defaults:", *(f"  * {name} {value}" for name, value in changed.items())]
     if not changed:
         lines.append("  none")
     # What BatchNorm averages over is told below, as the run trains with it.
     others = [
-        f"  {setting_name(place)} {value}"
-        for place, value in found.items()
-        if setting_name(place) not in changed and place != "policies.partition.bn_population"
+        f"  {setting_name(field_path)} {value}"
+        for field_path, value in values.items()
+        if setting_name(field_path) not in changed and field_path != "policies.partition.bn_population"
     ]
     if all_of_them:
         return [*lines, "settings that are the defaults:", *others]
@@ -213,7 +213,7 @@ def _partition_words(run: RunContext) -> str:
 
 
 def _time_lines(run: RunContext, measured: Sequence[TimedSteps]) -> list[str]:
-    """The slowest process decides; the second micro-step counts, for the first warms up."""
+    """The slowest process decides; the second micro-step counts, because the first warms up."""
     steps = [step for step in measured if all(step.tiles)]
     if not steps:
         return ["time: no process had two bags to measure with"]
@@ -242,6 +242,6 @@ def _time_lines(run: RunContext, measured: Sequence[TimedSteps]) -> list[str]:
     return [
         f"two micro-steps: {timed}",
         f"time, an estimate from them: {duration(total_s, 1)} ({duration(epoch_s, 1)} of training and "
-        f"{duration(validation_s, 1)} of validation an epoch, {duration(test_s, 1)} of test), without tiling, "
+        f"{duration(validation_s, 1)} of validation per epoch, {duration(test_s, 1)} of test), without tiling, "
         "checkpoints and heat maps",
     ]

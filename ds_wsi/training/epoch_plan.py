@@ -1,4 +1,4 @@
-"""Which slides and tiles a run trains on, step by step: what its reader is asked for, and what its steps take."""
+"""The slides and tiles that a run trains on, by step: what its reader is asked for, and what its steps take."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,10 +14,10 @@ class PlannedStep(NamedTuple):
     """An optimizer step of a run, and what this rank reads for it.
 
     Attributes:
-        epoch: of the step, from 0.
-        number: of the step in the run, from 0.
-        plan: which slides it trains on, on which rank.
-        parts: for each micro-step, this rank's tiles of its bags, in order.
+        epoch: the number of the step's epoch, from 0.
+        number: the step's number in the run, from 0.
+        plan: the slides that it trains on, on which rank.
+        parts: this rank's tiles of each micro-step's bags, in order.
     """
 
     epoch: int
@@ -50,17 +50,17 @@ def planned_steps(run: RunContext, progress: Progress) -> Iterator[PlannedStep]:
     first, skip, number = progress.epoch, progress.step_in_epoch, progress.global_step
     for epoch in range(first, run.epochs):
         for plan in epoch_plan(run, epoch)[skip:]:
-            own = [[rows[slide] for slide in groups[run.mesh.slide_rank]] for groups in plan.micro_steps]
-            yield PlannedStep(epoch, number, plan, tuple(_parts_of(run, epoch, slides) for slides in own))
+            micro_steps = [[rows[slide] for slide in groups[run.mesh.slide_rank]] for groups in plan.micro_steps]
+            yield PlannedStep(epoch, number, plan, tuple(_parts_of(run, epoch, slides) for slides in micro_steps))
             number += 1
         skip = 0
 
 
 def _parts_of(run: RunContext, epoch: int, slides: list[int]) -> tuple[BagPart, ...]:
     """This rank's tiles of its group's slides of one micro-step: the same set of tiles for any number of ranks."""
-    wanted = run.reading.tiles_per_slide
+    most_tiles = run.reading.tiles_per_slide
     shares = run.settings.policies.tile_parallel.shares or (1.0,) * run.mesh.tile_size
-    chosen = [choose_tiles(run.cohort.lengths[slide], wanted, (run.seed, epoch, slide)) for slide in slides]
+    chosen = [choose_tiles(run.cohort.lengths[slide], most_tiles, (run.seed, epoch, slide)) for slide in slides]
     lengths = [
         run.cohort.lengths[slide] if rows is None else len(rows) for slide, rows in zip(slides, chosen, strict=True)
     ]

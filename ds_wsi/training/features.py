@@ -42,14 +42,14 @@ def check_feature_settings(settings: TrainSettings) -> None:
 
 def encoder_of_features(cohort: Cohort) -> str | None:
     """The encoder, and what tells its weights, as `ds-wsi features` wrote them into every file; else None."""
-    found = set()
+    encoders = set()
     for file in cohort.grids:
         assert isinstance(file, FeatureFile)
         about = read_about(file.path) if file.path.suffix == ".safetensors" else {}
-        found.add(about.get("encoder"))
-        if None in found or len(found) > 1:
+        encoders.add(about.get("encoder"))
+        if None in encoders or len(encoders) > 1:
             return None
-    return found.pop() if found else None
+    return encoders.pop() if encoders else None
 
 
 def _differs(settings: TrainSettings, policy: str) -> bool:

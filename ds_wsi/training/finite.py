@@ -22,7 +22,7 @@ class NotFiniteError(ValueError):
 
 
 class BagsAndLosses(NamedTuple):
-    """Of a micro-step on this rank: its slides, and whether each one's logits are finite, bool [B] on the device."""
+    """A micro-step's slides on this rank, and whether each one's logits are finite, bool [B] on the device."""
 
     slides: tuple[str, ...]
     finite: Tensor
@@ -96,7 +96,7 @@ def tell_skipped_steps(run: Run, in_a_row: int) -> None:
 
 
 def mean_loss(run: Run) -> float:
-    """Of the epoch's bags whose loss is finite.
+    """The mean loss of the epoch's bags that have a finite one.
 
     Raises:
         NotFiniteError: there is none.
@@ -109,21 +109,21 @@ def mean_loss(run: Run) -> float:
     return run.progress.loss_sum / run.progress.bags_seen
 
 
-def tell_not_finite(run: Run, step: int, own: Sequence[BagsAndLosses], *, loss_is_finite: bool) -> NoReturn:
+def tell_not_finite(run: Run, step: int, micro_steps: Sequence[BagsAndLosses], *, loss_is_finite: bool) -> NoReturn:
     """Raise on all ranks, with the slides of all. Collective: a gather.
 
     Args:
-        run: whose step it was.
-        step: of the run, from 0.
-        own: this rank's micro-steps of the step.
-        loss_is_finite: then it is gradient or weights.
+        run: the run that took the step.
+        step: the step's number in the run, from 0.
+        micro_steps: this rank's of the step.
+        loss_is_finite: whether the loss is; then gradient or weights are not.
 
     Raises:
         NotFiniteError: always.
     """
     names = [
         slide
-        for micro in own
+        for micro in micro_steps
         for slide, finite in zip(micro.slides, micro.finite.tolist(), strict=True)
         if loss_is_finite or not finite
     ]

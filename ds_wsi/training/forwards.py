@@ -72,23 +72,24 @@ def _partition(
     together = settings.micro_steps if module.norm_training == "step" else 1
     device = accelerator.device
     can_plan = device.type == "cuda"
-    wanted = partition_of(settings.policies.partition, module.norm_training, together, can_plan=can_plan)
+    partition = partition_of(settings.policies.partition, module.norm_training, together, can_plan=can_plan)
     several_bags = settings.optim.per_device_train_batch_size > 1 or settings.policies.stacking.deals
-    if wanted.mode == "paper" and accelerator.is_fsdp2 and several_bags:
+    if partition.mode == "paper" and accelerator.is_fsdp2 and several_bags:
         raise ValueError(
-            '--partition must not be "paper" under FSDP2 with several slides a process and micro-step: it computes bag '
-            "by bag, and processes with more bags would wait for the others for ever. HINT: another mode, or one slide."
+            '--partition must not be "paper" under FSDP2 with several slides per process and micro-step: it computes '
+            "bag by bag, and processes with more bags would wait for the others for ever. HINT: another mode, or one "
+            "slide."
         )
-    if wanted.mode == "native":
+    if partition.mode == "native":
         plugin = accelerator.state.deepspeed_plugin
         # They gather a module at each call, on all ranks together; ranks have stacks of more and fewer bags. Where each
-        # rank calls the encoder once a micro-step, FSDP2 gathers it block by block.
+        # rank calls the encoder once per micro-step, FSDP2 gathers it block by block.
         if (plugin is not None and plugin.zero_stage == 3) or (accelerator.is_fsdp2 and several_bags):
             partition_layers(module.encoder, PartitionPolicy(mode="native", bn_population="bag"))
         return
-    if isinstance(wanted, PartitionPolicy) and wanted.mode != "paper":
-        wanted = with_budget(wanted, module, settings, accelerator, validates=bool(cohort.rows("validation")))
-    if isinstance(wanted, PartitionPolicy) and not module.encoder_is_frozen:
+    if isinstance(partition, PartitionPolicy) and partition.mode != "paper":
+        partition = with_budget(partition, module, settings, accelerator, validates=bool(cohort.rows("validation")))
+    if isinstance(partition, PartitionPolicy) and not module.encoder_is_frozen:
         longest = max(cohort.lengths[row] for row in cohort.rows("train"))
         longest = min(longest, settings.policies.reading.tiles_per_slide or longest)
         shares = settings.policies.tile_parallel.shares or (1.0,) * mesh.tile_size
@@ -97,19 +98,19 @@ def _partition(
         precision = DTYPES[settings.optim.mixed_precision]
         tiles *= settings.optim.per_device_train_batch_size * together
         # As bags of this length are planned, so that what is told is what is used.
-        shape = (planning_size(tiles) if wanted.mode == "auto" else tiles, 3, size, size)
-        plan = plan_partition(module.encoder, shape, wanted, autocast=precision, device=device)
+        shape = (planning_size(tiles) if partition.mode == "auto" else tiles, 3, size, size)
+        plan = plan_partition(module.encoder, shape, partition, autocast=precision, device=device)
         logger.info("%s", plan.summary)
         logger.debug("%s", plan)
         one_plan = mesh.tile_size > 1 or (module.norm_training == "step" and accelerator.num_processes > 1)
-        if one_plan and wanted.mode == "auto":
-            wanted = PartitionPlan.from_section(broadcast_object_list([plan.to_section()])[0])
-    elif isinstance(wanted, PartitionPlan):
-        logger.info("%s", wanted)
+        if one_plan and partition.mode == "auto":
+            partition = PartitionPlan.from_section(broadcast_object_list([plan.to_section()])[0])
+    elif isinstance(partition, PartitionPlan):
+        logger.info("%s", partition)
     # A plan that ranks share is no policy any more.
     given = settings.policies.partition
     check = given.check if isinstance(given, PartitionPolicy) else True
-    partition_layers(module.encoder, wanted, spill=NvmeSpill.of(wanted), check=check)
+    partition_layers(module.encoder, partition, spill=NvmeSpill.of(partition), check=check)
 
 
 def choose_kernels(module: SlideModel, settings: TrainSettings, cohort: Cohort, accelerator: Accelerator) -> None:

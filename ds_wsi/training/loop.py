@@ -49,11 +49,11 @@ def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = Non
     after the other; within `launched` the processes stay connected in between.
 
     Args:
-        settings: of the run.
+        settings: the run's.
         deepspeed_config: the DeepSpeed JSON, or None for DDP or one process.
 
     Returns:
-        On the main process the test metrics with their intervals, and the run's folder; elsewhere an empty dict.
+        The test metrics with their intervals, and the run's folder, on the main process; elsewhere an empty dict.
 
     Raises:
         ManifestError: lists everything that is wrong with the cohort, before anything is trained.
@@ -67,7 +67,7 @@ def train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None = Non
 
 
 def _train(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> dict[str, Any]:
-    """In a frame of its own: when it is left nothing holds the run, and the scope can free its memory."""
+    """What `train` does, in its own frame: when it is left nothing holds the run, and the scope can free its memory."""
     started = time.perf_counter()
     with ExitStack() as scope:
 
@@ -123,7 +123,7 @@ def _train_epochs(run: Run) -> None:
                 run.clock.epoch_seconds = time.perf_counter() - began
                 validation.collect()
             average_buffers(run.accelerator, run.module)
-            state = full_state_dict(run.module)  # once an epoch, to validate and to export: collective at ZeRO-3
+            state = full_state_dict(run.module)  # once per epoch, to validate and to export: collective at ZeRO-3
             if run.average is not None:
                 state |= run.average.weights()
             if run.settings.model.lora_rank:

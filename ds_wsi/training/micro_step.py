@@ -21,9 +21,9 @@ class MicroStep(NamedTuple):
     """A micro-step's bags.
 
     Attributes:
-        bags: of this rank, as they were read.
-        keys: of each bag's random numbers.
-        tiles: of each bag, those that are trained on: on the host, or on their way to the device where that takes
+        bags: this rank's, as they were read.
+        keys: the key of each bag's random numbers.
+        tiles: those of each bag that are trained on: on the host, or on their way to the device where that takes
             stacks as a whole.
         stack: all of them, page-locked, where the encoder reads chunks of a stack on the host.
     """

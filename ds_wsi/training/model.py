@@ -27,13 +27,13 @@ def check_encoder(settings: TrainSettings, accelerator: Accelerator) -> None:
     Raises:
         ValueError: no encoder of this name, or no such file.
     """
-    wanted = settings.model
+    model = settings.model
     if settings.data.features_dir is not None:
         return
-    with accelerator.main_process_first() if ":" in wanted.encoder else nullcontext():
-        resolve_encoder(wanted.encoder)
-    if wanted.encoder_weights is not None:
-        require_weights_file(wanted.encoder_weights)
+    with accelerator.main_process_first() if ":" in model.encoder else nullcontext():
+        resolve_encoder(model.encoder)
+    if model.encoder_weights is not None:
+        require_weights_file(model.encoder_weights)
 
 
 def build_slide_model(
@@ -42,54 +42,54 @@ def build_slide_model(
     """The model, what is not trained of it frozen, and its description: of the plain one where it has adapters.
 
     Args:
-        settings: of the run.
-        accelerator: of the run.
+        settings: the run's.
+        accelerator: the run's.
         classes: names, in the order of the logits.
         in_dim: width of the features that it is trained on; None builds the encoder too.
 
     Raises:
         ValueError: weights that cannot be had or do not fit, or a part of the encoder that it does not have.
     """
-    wanted, tiling = settings.model, settings.policies.tiling
+    chosen, tiling = settings.model, settings.policies.tiling
     of_the_aggregator: dict[str, Any] = {
-        "dropout": wanted.dropout,
-        "aggregator_options": dict(wanted.aggregator_options),
+        "dropout": chosen.dropout,
+        "aggregator_options": dict(chosen.aggregator_options),
     }
     if in_dim is not None:
-        config = ModelConfig(None, wanted.aggregator, classes, {}, in_dim=in_dim, **of_the_aggregator)
+        config = ModelConfig(None, chosen.aggregator, classes, {}, in_dim=in_dim, **of_the_aggregator)
         torch.manual_seed(settings.run.seed)
         return config, build_model(config)
-    elsewhere = wanted.pretrained or ":" in wanted.encoder
+    elsewhere = chosen.pretrained or ":" in chosen.encoder
     # The main process downloads, the others then find the files.
     with accelerator.main_process_first() if elsewhere else nullcontext():
-        source = resolve_encoder(wanted.encoder)
+        source = resolve_encoder(chosen.encoder)
         config = ModelConfig.of_source(
             source,
-            wanted.aggregator,
+            chosen.aggregator,
             classes,
             asdict(tiling),
-            features=wanted.encoder_features,
+            features=chosen.encoder_features,
             **of_the_aggregator,
         )
         torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
-        named = source.weights_name(wanted.pretrained, wanted.encoder_weights)
-        module = build_model(config, wanted.encoder_weights, named)
-    if not wanted.has_weights:
+        named = source.weights_name(chosen.pretrained, chosen.encoder_weights)
+        module = build_model(config, chosen.encoder_weights, named)
+    if not chosen.has_weights:
         logger.warning(
             "--encoder_weights is not given: %s starts from RANDOM weights (seed %d)%s. HINT: --encoder_weights FILE, "
             "or --pretrained.",
             *(source.name, settings.run.seed),
-            ", which stay as they are (--freeze_encoder)" if wanted.freeze_encoder else "",
+            ", which stay as they are (--freeze_encoder)" if chosen.freeze_encoder else "",
         )
     source.warn_of_other_tiles(tiling.tile_size_px, tiling.mpp)
     logger.info(
-        "encoder: %s, %d features a tile (%s), normalised with mean %s, std %s",
+        "encoder: %s, %d features per tile (%s), normalised with mean %s, std %s",
         *(source.name, module.encoder.num_features, config.encoder_features, source.mean, source.std),
     )
-    if wanted.freeze_encoder:
+    if chosen.freeze_encoder:
         freeze(module.encoder)
-    if wanted.freeze_until is not None:
-        freeze_until(module.encoder, wanted.freeze_until)
-    if wanted.lora_rank:
-        add_lora(module.encoder, wanted.lora_rank, wanted.lora_alpha, wanted.lora_targets, tiling.tile_size_px)
+    if chosen.freeze_until is not None:
+        freeze_until(module.encoder, chosen.freeze_until)
+    if chosen.lora_rank:
+        add_lora(module.encoder, chosen.lora_rank, chosen.lora_alpha, chosen.lora_targets, tiling.tile_size_px)
     return config, module.train()

@@ -70,9 +70,9 @@ def norm_plan(run: RunContext) -> NormPlan:
 
 
 def _parts(run: RunContext, rows: Sequence[int], tiles: int) -> tuple[BagPart, ...]:
-    """So many tiles of each slide, the same ones after every epoch; 0 takes all."""
-    found = []
+    """Parts of so many tiles of each slide, the same ones after every epoch; 0 takes all."""
+    parts = []
     for row in rows:
         length = run.cohort.lengths[row]
-        found.append(BagPart(row, 0, length, choose_tiles(length, tiles or None, (run.seed, 0, row))))
-    return tuple(found)
+        parts.append(BagPart(row, 0, length, choose_tiles(length, tiles or None, (run.seed, 0, row))))
+    return tuple(parts)

@@ -42,9 +42,9 @@ class StepTotals(NamedTuple):
 
     Attributes:
         loss: the sum of its bags' losses.
-        n_tiles: that it trained on.
-        save_is_due: by the time since the last checkpoint, as the main process has it.
-        stop_is_due: a rank was asked to end, or the time is over.
+        n_tiles: how many tiles it trained on.
+        save_is_due: whether a checkpoint is, by the time since the last one, as the main process has it.
+        stop_is_due: whether a rank was asked to end, or the time is over.
     """
 
     loss: float
@@ -63,10 +63,10 @@ def train_step(
     """Take one optimizer step. Collective.
 
     Args:
-        run: whose step it is.
-        step: as it was planned.
-        micro_steps: its bags, read as they are taken.
-        learning_rate: of the step.
+        run: the run that takes it.
+        step: the step as it was planned.
+        micro_steps: the step's bags, read as they are taken.
+        learning_rate: the step's.
         meanwhile: called once all work is queued, while the device computes it.
     """
     accelerator, mesh = run.accelerator, run.mesh
@@ -81,9 +81,9 @@ def train_step(
     alone = len(step.parts) == 1 and accelerator.num_processes == 1 and not run.has_own_engine
     loss_sum, tiles = torch.zeros((), device=run.device), 0
     seen: list[BagsAndLosses] = []
-    for place, bags in enumerate(micro_steps):
+    for index, bags in enumerate(micro_steps):
         if run.sharing.forward is not None:
-            key = place * mesh.slide_size + mesh.slide_rank
+            key = index * mesh.slide_size + mesh.slide_rank
             run.sharing.forward.seed = step_seed(run.seed, step.number, key)
         done = _micro_step(run, bags, _weight(run, step), again=partial(_start_again, run) if alone else None)
         loss_sum += done.loss
@@ -103,7 +103,7 @@ def _weight(run: RunContext, step: PlannedStep) -> float:
 def _totals(
     run: Run, step: PlannedStep, loss_sum: torch.Tensor, tiles: int, seen: Sequence[BagsAndLosses]
 ) -> StepTotals:
-    """Over all ranks, in one all-reduce; refuses loss and weights that are not finite."""
+    """The totals over all ranks, in one all-reduce; loss and weights that are not finite are refused."""
     accelerator = run.accelerator
     waited = time.perf_counter() - run.clock.saved
     due = 0 < 60 * run.settings.run.save_minutes <= waited
@@ -120,7 +120,7 @@ def _totals(
 
 
 class _Computed(NamedTuple):
-    """Of a micro-step on this rank: the sum of its bags' losses, its tiles, and what it was of."""
+    """What a micro-step came to on this rank: the sum of its bags' losses, its tiles, and what it was of."""
 
     loss: torch.Tensor
     n_tiles: int
@@ -174,17 +174,17 @@ def _micro_loss(run: Run, step: MicroStep) -> _Computed:
 
 @contextmanager
 def _naming_slides(run: Run, step: MicroStep) -> Iterator[None]:
-    """Say of which slides an error is; of a BatchNorm that saw one value a channel, in our words and not of tensors."""
+    """Name the slides that an error is of; tell a BatchNorm's one value per channel in our words, not of tensors."""
     slides = [run.cohort.manifest.slides[bag.slide].slide_id for bag in step.bags]
     try:
         with naming(f"slides {', '.join(slides)}, step {run.progress.global_step}"):
             yield
     except ValueError as error:
-        if "more than 1 value per channel" not in str(error) and "more than one value a channel" not in str(error):
+        if "more than 1 value per channel" not in str(error) and "more than one value per channel" not in str(error):
             raise
         tiles = sum(map(len, step.tiles))
         raise ValueError(
-            "the encoder's BatchNorm must see more than one value a channel in training, got "
+            "the encoder's BatchNorm must see more than one value per channel in training, got "
             f"{counted(tiles, 'tile')} of {', '.join(slides)}. HINT: leave the slide out, or take --norm_training "
             "frozen, --bags_per_step 2, or a larger --tile_size_px."
         ) from error
@@ -210,8 +210,8 @@ class TimedSteps(NamedTuple):
     """Two micro-steps that were timed on this process.
 
     Attributes:
-        read_s, compute_s: of each, seconds.
-        tiles: of each; 0 where the process had no bag.
+        read_s, compute_s: seconds of each.
+        tiles: how many each had; 0 where the process had no bag.
     """
 
     read_s: tuple[float, ...]

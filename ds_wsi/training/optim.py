@@ -82,7 +82,7 @@ class WeightAverage:
 
     Args:
         module: unwrapped, under any engine but ZeRO-3: the ranks' averages agree.
-        decay: of the average; in the first steps 1 - 9 / (10 + steps), where that is less, for else a short run's
+        decay: the average's; in the first steps 1 - 9 / (10 + steps), where that is less, because else a short run's
             average would be its initial weights.
     """
 
@@ -102,7 +102,7 @@ class WeightAverage:
 
     def weights(self) -> dict[str, Tensor]:
         """The averages by parameter name, whole float32 copies on the CPU. Collective under FSDP2."""
-        from ds_wsi.engines.sharded.fsdp import whole  # here, for the schedules' names need no engine
+        from ds_wsi.engines.sharded.fsdp import whole  # here, because the schedules' names need no engine
 
         return {name: whole(average).to("cpu", copy=True) for name, average in self.averages.items()}
 

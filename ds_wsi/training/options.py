@@ -18,17 +18,19 @@ def add_train_options(parser: argparse.ArgumentParser, without: Collection[str] 
     """Add every option in its group, with underscores or dashes; what is not given is absent from the namespace.
 
     Args:
-        parser: to add to.
+        parser: the one to add to.
         without: names of options that the parser has already, in another sense.
     """
     parser.usage = f"{parser.prog.replace('%', '%%')} [--option value ...]"
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    for name, (place, declared, _, group) in OPTIONS.items():
+    for name, (field_path, declared, _, group) in OPTIONS.items():
         if name in without:
             continue
-        words = f"{declared.help} (default: {default_words(place)})".replace("%", "%%")
-        how: dict[str, Any] = {"dest": place, "default": argparse.SUPPRESS, "help": words}
-        action = groups[group].add_argument(*spellings(name), **how, **_kind(declared, place.split(".")[-1].upper()))
+        words = f"{declared.help} (default: {default_words(field_path)})".replace("%", "%%")
+        how: dict[str, Any] = {"dest": field_path, "default": argparse.SUPPRESS, "help": words}
+        action = groups[group].add_argument(
+            *spellings(name), **how, **_kind(declared, field_path.split(".")[-1].upper())
+        )
         if declared.kind == SWITCH:
             vars(action)["shown"] = f"--{name}, --no_{name}"
             off = {**how, "action": "store_false", "help": argparse.SUPPRESS}
@@ -56,24 +58,24 @@ def _kind(declared: Setting, metavar: str) -> dict[str, Any]:
 
 def any_case(choices: Sequence[str]) -> Callable[[str], str]:
     """A type of argparse that takes a choice in any case; what is none stays as it is."""
-    known = {choice.lower(): choice for choice in choices}
-    return lambda text: text if text in choices else known.get(text.lower(), text)
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    return lambda text: text if text in choices else by_lower_case.get(text.lower(), text)
 
 
 def add_shared_options(parser: argparse.ArgumentParser, names: Collection[str], default: str | None = None) -> None:
     """Add options of training to another command, under their own names, with the same help and default.
 
     Args:
-        parser: of the command.
-        names: of `OPTIONS`.
+        parser: the command's.
+        names: keys of `OPTIONS`.
         default: what holds where an option is not given, in words; it is then absent from the namespace. None: the
             default of training.
     """
-    for name, (place, declared, value, _) in OPTIONS.items():
+    for name, (field_path, declared, value, _) in OPTIONS.items():
         if name not in names:
             continue
         # The demo's own size is training's alone.
-        words = default or (str(value) if place == "policies.tiling.tile_size_px" else default_words(place))
+        words = default or (str(value) if field_path == "policies.tiling.tile_size_px" else default_words(field_path))
         how: dict[str, Any] = {"default": argparse.SUPPRESS if default else value}
         how["help"] = f"{declared.help} (default: {words})".replace("%", "%%")
         parser.add_argument(*spellings(name), **how, **_kind(declared, name.upper()))
@@ -95,10 +97,10 @@ def settings_from(
     """The settings, and the DeepSpeed JSON (or None): options override the JSON, that a YAML, and that a preset.
 
     Args:
-        options: of `add_train_options`.
+        options: what a parser of `add_train_options` returned.
         preset: field ("optim.learning_rate") -> value, in place of the default.
     """
-    from ds_wsi.engines.deepspeed_json.config import read_config  # here, for help and misspelt options need no engine
+    from ds_wsi.engines.deepspeed_json.config import read_config  # here: help and misspelt options need no engine
 
     given = {name: value for name, value in vars(options).items() if "." in name}
     in_yaml = read_yaml(options.config) if "config" in options else {}
@@ -109,7 +111,7 @@ def settings_from(
     policies = read_section(section)
     if preset is not None or in_yaml:
         below = {**_giving_way(preset or {}, in_yaml), **in_yaml}
-        if "partition" not in section and any(place.startswith("policies.partition.") for place in in_yaml):
+        if "partition" not in section and any(field_path.startswith("policies.partition.") for field_path in in_yaml):
             below.setdefault(PARTITION_MODE, SETTINGS[PARTITION_MODE].default)  # as options have it: a section has none
         whose = "YAML or the preset" if preset and in_yaml else "YAML" if in_yaml else "preset"
         section, given = over_preset(below, config or {}, given, whose)
@@ -126,14 +128,16 @@ def settings_from(
 
 def _check_effect(asked: Collection[str], chosen: Collection[str], settings: TrainSettings) -> None:
     """Refuse two sizes of a step on one command line, and warn of options there, or in a YAML, without effect."""
-    if SLIDES_A_STEP in asked and any(place in asked for place in SLIDES_A_MICRO_STEP):
+    if SLIDES_A_STEP in asked and any(field_path in asked for field_path in SLIDES_A_MICRO_STEP):
         raise ValueError(
             "--bags_per_step must not be given with --per_device_train_batch_size or --gradient_accumulation_steps, of "
             "which it takes the place. HINT: leave out one of them; --virtual_workers divides a step."
         )
-    for place in (place for place in SETTINGS if place in chosen):
-        if not has_effect(settings, place):
-            logger.warning("--%s: without effect, for want of %s", SETTINGS[place].setting.option, needed_words(place))
+    for field_path in (field_path for field_path in SETTINGS if field_path in chosen):
+        if not has_effect(settings, field_path):
+            logger.warning(
+                "--%s: without effect, for want of %s", SETTINGS[field_path].setting.option, needed_words(field_path)
+            )
 
 
 # Keys of the DeepSpeed JSON -> the fields that they fix where they are not "auto".
@@ -155,61 +159,63 @@ def over_preset(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the JSON and the command line leave of a preset.
 
-    A preset's slides a step give way to a batch size or an accumulation that is given: else these would do nothing. Its
-    precision gives way to another.
+    A preset's slides per step give way to a batch size or an accumulation that is given: else these would do nothing.
+    Its precision gives way to another.
 
     Args:
         preset: field -> value.
         config: the DeepSpeed JSON.
         given: field -> value, of the command line.
-        whose: the settings of `preset` are, in a warning.
+        whose: what a warning names as the source of the settings of `preset`.
 
     Returns:
         The "ds_wsi" section with the preset's policies below the JSON's, and the fields of the command line above
         those that the JSON fixes, above the preset's others.
     """
     fixed = {}
-    for key, place in DEEPSPEED_KEYS.items():
+    for key, field_path in DEEPSPEED_KEYS.items():
         value: Any = config
         for name in key.split("."):
             value = value.get(name, "auto") if isinstance(value, Mapping) else "auto"
         if value != "auto":
-            fixed[place] = value.lower() if key == "optimizer.type" else value
-    for place, value in fixed.items():
-        if preset.get(place, value) != value and place not in given:
-            logger.warning("%s is %s as the DeepSpeed JSON has it, the %s has %s", place, value, whose, preset[place])
+            fixed[field_path] = value.lower() if key == "optimizer.type" else value
+    for field_path, value in fixed.items():
+        if preset.get(field_path, value) != value and field_path not in given:
+            logger.warning(
+                "%s is %s as the DeepSpeed JSON has it, the %s has %s", field_path, value, whose, preset[field_path]
+            )
     kept = _giving_way(preset, {**fixed, **given})
     policies: dict[str, dict[str, Any]] = {}
-    for place, value in kept.items():
-        group, *path = place.split(".")
+    for field_path, value in kept.items():
+        group, *path = field_path.split(".")
         if group == "policies":
             policies.setdefault(path[0], {})[path[1]] = value
-    own = config.get(SECTION, {})
-    section = dict(own)
+    in_json = config.get(SECTION, {})
+    section = dict(in_json)
     for name, values in policies.items():
-        if "plan" not in own.get(name, {}):  # a plan is whole
-            section[name] = {**values, **own.get(name, {})}
-    fields = {place: value for place, value in kept.items() if not place.startswith("policies.")}
+        if "plan" not in in_json.get(name, {}):  # a plan is whole
+            section[name] = {**values, **in_json.get(name, {})}
+    fields = {field_path: value for field_path, value in kept.items() if not field_path.startswith("policies.")}
     return section, {**fields, **fixed, **given}
 
 
 def _giving_way(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """What is left of settings under others that contradict them: another precision, another size of a step."""
     kept = dict(below)
-    for ours, theirs in (("optim.fp16", "optim.bf16"), ("optim.bf16", "optim.fp16")):
-        if above.get(theirs):
-            kept.pop(ours, None)
-    if any(place in above for place in SLIDES_A_MICRO_STEP):
+    for precision, other in (("optim.fp16", "optim.bf16"), ("optim.bf16", "optim.fp16")):
+        if above.get(other):
+            kept.pop(precision, None)
+    if any(field_path in above for field_path in SLIDES_A_MICRO_STEP):
         kept.pop(SLIDES_A_STEP, None)
     if SLIDES_A_STEP in above:
-        kept = {place: value for place, value in kept.items() if place not in SLIDES_A_MICRO_STEP}
+        kept = {field_path: value for field_path, value in kept.items() if field_path not in SLIDES_A_MICRO_STEP}
     return kept
 
 
 def _with_policies(policies: DsWsiConfig, given: dict[str, Any]) -> DsWsiConfig:
     changes: dict[str, dict[str, Any]] = {}
-    for place, value in given.items():
-        group, *path = place.split(".")
+    for field_path, value in given.items():
+        group, *path = field_path.split(".")
         if group == "policies":
             changes.setdefault(path[0], {})[path[1]] = value
     for policy, values in changes.items():

@@ -33,9 +33,9 @@ def with_retry(
 
     Args:
         work: restartable: what it adds to is cleared by `again`.
-        model: whose buffers (running statistics) are put back before the second try.
-        encoder: whose plans the error names.
-        device: of both.
+        model: the one whose buffers (running statistics) are put back before the second try.
+        encoder: the one whose plans the error names.
+        device: where both are.
         again: called before the second try; None allows none: other micro-steps, other ranks or an engine
             have summed gradients already.
 
@@ -80,8 +80,8 @@ def naming_no_memory(doing: str, encoder: nn.Module, device: torch.device) -> It
 
     Args:
         doing: what cannot be taken once more: "the optimizer's step".
-        encoder: whose plans the error names.
-        device: of it.
+        encoder: the one whose plans the error names.
+        device: where it is.
 
     Raises:
         OutOfDeviceMemoryError: out of memory inside.

@@ -52,13 +52,13 @@ def _predict(
     """Predictions of a split, in its order, on every rank: each rank predicts a share, balanced by tiles."""
     rows = run.cohort.rows(split)
     shares = deal_by_cost([run.cohort.lengths[row] for row in rows], run.accelerator.num_processes)
-    own = [rows[index] for index in shares[run.accelerator.process_index]]
+    share = [rows[index] for index in shares[run.accelerator.process_index]]
     cohort = run.cohort
-    stream = predict_slides(model, cohort.manifest.slides, cohort.grids, own, run.reading, run.failures, protocol)
+    stream = predict_slides(model, cohort.manifest.slides, cohort.grids, share, run.reading, run.failures, protocol)
     # Of this process's share: the others have as many tiles each.
-    what = f"{split}, {len(rows)} slides" if len(own) < len(rows) else split
+    what = f"{split}, {len(rows)} slides" if len(share) < len(rows) else split
     shown = run.accelerator.is_main_process and not run.settings.run.disable_tqdm
-    predictions = list(Progress(what, "slide", len(own), shown=shown).over(stream))
+    predictions = list(Progress(what, "slide", len(share), shown=shown).over(stream))
     if run.accelerator.num_processes > 1:
         predictions = gather_object(predictions)
     share_failures(run)
@@ -109,7 +109,7 @@ def export(run: RunContext, state: dict[str, torch.Tensor], choice: NormChoice) 
 
 
 def export_file(run: RunContext, weights: Path, choice: NormChoice) -> None:
-    """As `export`, of a file of weights in the run's folder, which is moved."""
+    """Do as `export` does, with a file of weights in the run's folder, which is moved."""
     if choice.statistics is not None:
         export(run, read_weights(weights), choice)
         weights.unlink()
@@ -123,11 +123,11 @@ def finish(run: Run, started: float) -> dict[str, Any]:
     """Evaluate the exported weights on the test split and write the results. Collective.
 
     Args:
-        run: trained.
+        run: the run, trained.
         started: `time.perf_counter()` at its start.
 
     Returns:
-        On the main process the test metrics with their intervals, and the run's folder; elsewhere an empty dict.
+        The test metrics with their intervals, and the run's folder, on the main process; elsewhere an empty dict.
     """
     run.accelerator.wait_for_everyone()
     model, _ = load_model(run.output_dir)
@@ -221,12 +221,12 @@ def draw_history(run: Run) -> None:
 
 
 def _exported_entry(run: Run) -> Mapping[str, Any]:
-    """Of the epoch whose weights were exported."""
+    """The entry of the epoch whose weights were exported."""
     return next((entry for entry in run.progress.history if entry["epoch"] == run.progress.best_epoch), {})
 
 
 def norms_measured(training: str, entry: Mapping[str, Any]) -> dict[str, Any] | None:
-    """For metrics.json: what the norms averaged over, what was measured of each candidate, and the gap; or None."""
+    """What metrics.json has of norms: what they averaged over, each candidate's measurements, and the gap; or None."""
     if "norm_evaluation" not in entry:
         return None
     candidates: dict[str, dict[str, float]] = {}
@@ -234,7 +234,7 @@ def norms_measured(training: str, entry: Mapping[str, Any]) -> dict[str, Any] | 
         kind, _, name = key.removeprefix("norm_").partition("_")
         if key.startswith("norm_") and kind in CANDIDATES:
             candidates.setdefault(kind, {})[name] = value
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "training": training,
         "evaluation": entry["norm_evaluation"],
         "measured_on": entry["norm_split"] if candidates else None,
@@ -242,24 +242,24 @@ def norms_measured(training: str, entry: Mapping[str, Any]) -> dict[str, Any] | 
     }
     if "norm_trained_loss" in entry:
         gap = NormGap(entry["norm_trained_loss"], entry["norm_exported_loss"])
-        found["gap"] = {"trained_loss": gap.trained, "exported_loss": gap.exported, "is_wide": gap.is_wide}
-    return found
+        measured["gap"] = {"trained_loss": gap.trained, "exported_loss": gap.exported, "is_wide": gap.is_wide}
+    return measured
 
 
 def norm_words(training: str, entry: Mapping[str, Any]) -> str:
     """A line of the report; empty where the encoder has no BatchNorm that was trained."""
-    found = norms_measured(training, entry)
-    if found is None:
+    measured = norms_measured(training, entry)
+    if measured is None:
         return ""
-    words = [f"BatchNorm averages over {POPULATIONS[training]} in training, exported with {found['evaluation']}"]
+    words = [f"BatchNorm averages over {POPULATIONS[training]} in training, exported with {measured['evaluation']}"]
     shown = [
         f"{name} loss {values['loss']:.4g}" + (f", auc {values['auc']:.3f}" if "auc" in values else "")
-        for name, values in found["candidates"].items()
+        for name, values in measured["candidates"].items()
     ]
     if shown:
-        words.append(f"on the {found['measured_on']} slides: {'; '.join(shown)}")
-    if "gap" in found:
-        gap = found["gap"]
+        words.append(f"on the {measured['measured_on']} slides: {'; '.join(shown)}")
+    if "gap" in measured:
+        gap = measured["gap"]
         wide = f": WIDER than {GAP_RATIO:.0%} and {GAP_NATS}" if gap["is_wide"] else ""
         words.append(
             f"loss on some training slides {gap['trained_loss']:.4g} as trained, {gap['exported_loss']:.4g} as exported"
@@ -290,7 +290,7 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
         "model": model_words(run),
         "optimisation": f"{optim.optim}, learning rate {optim.learning_rate:g} ({optim.lr_scheduler_type}), "
         f"{optim.num_train_epochs} epochs, "
-        f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} slides a process and step",
+        f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} slides per process and step",
         "evaluation": f"{run.settings.run.evaluation}, encoder in {precision_words(run.settings.run.eval_precision)}",
         **({"norms": words} if (words := norm_words(run.config.norm_training, _exported_entry(run))) else {}),
         "processes": str(run.accelerator.num_processes),

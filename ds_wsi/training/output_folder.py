@@ -32,7 +32,7 @@ def output_folder(settings: TrainSettings, accelerator: Accelerator) -> Path:
     asked = asked_folder(settings)
     path = asked or Path(broadcast_object_list([f"runs/{time.strftime('%Y%m%d-%H%M%S')}"])[0])
     require_run_folder(path, resumes=run.resume_from_checkpoint is not None)
-    # Before any rank writes to it, for the checks above must see the same folder on every rank.
+    # Before any rank writes to it, because the checks above must see the same folder on every rank.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         begin(path)
@@ -41,10 +41,10 @@ def output_folder(settings: TrainSettings, accelerator: Accelerator) -> Path:
 
 def checkpoint_of(settings: TrainSettings, accelerator: Accelerator, output_dir: Path) -> Path | None:
     """The checkpoint that the settings ask for, where there is one. Collective."""
-    wanted = settings.run.resume_from_checkpoint
-    if wanted is None:
+    asked = settings.run.resume_from_checkpoint
+    if asked is None:
         return None
     # Chosen by one process: another could find a checkpoint torn that this one has not finished reading.
-    found = [find_checkpoint(output_dir, wanted) if accelerator.is_main_process else None]
-    chosen: Path | None = broadcast_object_list(found)[0]
+    answer = [find_checkpoint(output_dir, asked) if accelerator.is_main_process else None]
+    chosen: Path | None = broadcast_object_list(answer)[0]
     return chosen

@@ -17,16 +17,16 @@ def pool(accelerator: Accelerator, module: nn.Module) -> dict[str, Tensor]:
 
     Collective.
     """
-    own = {name: buffer.detach().clone() for name, buffer, _ in tracked_buffers(accelerator, module)}
+    statistics = {name: buffer.detach().clone() for name, buffer, _ in tracked_buffers(accelerator, module)}
     average_buffers(accelerator, module)
-    return own
+    return statistics
 
 
 @torch.no_grad()
-def put_back(accelerator: Accelerator, module: nn.Module, own: dict[str, Tensor]) -> None:
-    """This process's own statistics again."""
+def put_back(accelerator: Accelerator, module: nn.Module, statistics: dict[str, Tensor]) -> None:
+    """Put this process's own statistics back."""
     for name, buffer, _ in tracked_buffers(accelerator, module):
-        buffer.copy_(own[name])
+        buffer.copy_(statistics[name])
 
 
 @torch.no_grad()

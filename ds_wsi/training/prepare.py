@@ -56,7 +56,7 @@ def prepare_run(
     """Start the engine, check the cohort, build and wrap the model. Collective.
 
     Args:
-        settings: of the run.
+        settings: the run's.
         deepspeed_config: the DeepSpeed JSON, or None for DDP or one process.
         on_folder: called on the main process with the run's folder as soon as it is there.
         on_connected: called on every process once they can reach each other, before anything is prepared.
@@ -159,7 +159,7 @@ def _checked_cohort(settings: TrainSettings, accelerator: Accelerator, output_di
     if weights is not None and len(weights) != len(cohort.manifest.classes):
         raise ValueError(
             f"--class_weights must be one for each of {', '.join(cohort.manifest.classes)}, got {len(weights)}. "
-            "HINT: one number a class, in this order."
+            "HINT: one number per class, in this order."
         )
     if cohort.in_dim is None:
         require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.tile_grids)
@@ -174,8 +174,8 @@ def _prepared(
     apart = settings.model.freeze_encoder_epochs > 0 or factor != 1.0
     model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if apart else None)
     if factor != 1.0:
-        own = settings.optim.learning_rate * factor
-        logger.info("learning rate: %g, of the encoder %g", settings.optim.learning_rate, own)
+        encoder_rate = settings.optim.learning_rate * factor
+        logger.info("learning rate: %g, of the encoder %g", settings.optim.learning_rate, encoder_rate)
     if settings.optim.demon:
         set_beta(optimizer, settings.optim.demon)  # refuses an optimizer without
     return model, optimizer

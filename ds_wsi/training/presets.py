@@ -19,7 +19,7 @@ class Preset:
     """One experiment.
 
     Args:
-        dataset: whose launcher takes it.
+        dataset: the one whose launcher takes it.
         source: paper and section.
         settings: field of the settings -> value.
         protocol: option of the launcher -> value.
@@ -258,8 +258,8 @@ DEFAULTS = {
 
 def presets_of(dataset: str) -> dict[str, Preset]:
     """The presets that a dataset's launcher takes, by name, its default first."""
-    found = {name: preset for name, preset in PRESETS.items() if preset.dataset == dataset}
-    return {DEFAULTS[dataset]: found.pop(DEFAULTS[dataset]), **found}
+    by_name = {name: preset for name, preset in PRESETS.items() if preset.dataset == dataset}
+    return {DEFAULTS[dataset]: by_name.pop(DEFAULTS[dataset]), **by_name}
 
 
 def describe(presets: Mapping[str, Preset]) -> str:
@@ -272,5 +272,5 @@ def describe(presets: Mapping[str, Preset]) -> str:
         if preset.pretrained:
             lines.append(f"  the encoder starts from: {preset.pretrained} (--encoder_weights)")
         lines += [f"  --{option} {value}" for option, value in preset.protocol.items()]
-        lines += [f"  {place} = {value}" for place, value in preset.settings.items()]
+        lines += [f"  {field_path} = {value}" for field_path, value in preset.settings.items()]
     return "\n".join(lines)

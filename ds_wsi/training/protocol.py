@@ -36,10 +36,10 @@ class Protocol:
 
     Args:
         dataset: a key of `DATASETS`.
-        data_dir: its folder.
-        reading: of its reader.
-        splitting: of `split_dataset`.
-        seeds: of the runs of each split.
+        data_dir: the dataset's folder.
+        reading: options of the dataset's reader.
+        splitting: arguments of `split_dataset`.
+        seeds: one for each run of a split.
         preset: the name of the one that was taken.
     """
 
@@ -65,7 +65,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """Of the folder."""
+        """The name of the folder."""
         return f"{self.split}_seed{self.seed}"
 
 
@@ -118,7 +118,7 @@ def read_cohort(
     """The protocol's cohort, read, with every slide opened and tiled.
 
     Args:
-        protocol, settings: of `protocol_from`.
+        protocol, settings: what `protocol_from` returned.
         tiles_dir: where grids are kept, or None.
         write_grids: False reads the grids there and writes none.
 
@@ -161,15 +161,15 @@ def split_cohort(protocol: Protocol, cohort: Cohort) -> dict[str, Cohort]:
     word = {"split": "published", "folds": "fold", "runs": "draw", "": "official"}[kind]
     names = [f"{word}{number}" for number in range(len(manifests))] if kind else [word]
     grids = dict(zip((slide.slide_id for slide in cohort.manifest.slides), cohort.tile_grids, strict=True))
-    found = {}
+    cohorts = {}
     for name, manifest in zip(names, manifests, strict=True):
         counts = {split: len(manifest.in_split(split)) for split in SPLITS}
         if not counts["train"] or not counts["test"]:
             raise ValueError(f"split {name} must have slides to train and to test on, got {counts}")
         require_files_apart(manifest)
         its_grids = tuple(grids[slide.slide_id] for slide in manifest.slides)
-        found[name] = Cohort(manifest, its_grids, reader=cohort.reader)
-    return found
+        cohorts[name] = Cohort(manifest, its_grids, reader=cohort.reader)
+    return cohorts
 
 
 def plan_runs(protocol: Protocol, splits: Sequence[str]) -> tuple[PlannedRun, ...]:
@@ -185,14 +185,14 @@ def run_protocol(
 ) -> str:
     """Train every run that is not finished, and write the table of all. Collective.
 
-    OUTPUT holds `manifests/`, `tiles/` (unless --tiles_dir is given), a folder a run and the tables.
+    OUTPUT holds `manifests/`, `tiles/` (unless --tiles_dir is given), a folder per run and the tables.
 
     Args:
-        protocol, settings, deepspeed_config: of `protocol_from`.
+        protocol, settings, deepspeed_config: what `protocol_from` returned.
         pretrained: what the encoder should start from; where it starts from nothing a warning names it.
 
     Returns:
-        On the main process the table as Markdown; elsewhere an empty string.
+        The table as Markdown, on the main process; elsewhere an empty string.
 
     Raises:
         ManifestError: lists everything that is wrong with the cohort, before anything is trained.
@@ -218,12 +218,12 @@ def run_protocol(
         classes = processes.on_main(prepare)
         runs = plan_runs(protocol, tuple(classes))
         for number, run in enumerate(runs, 1):
-            own = _settings_of(run, protocol, settings, output_dir, tiles_dir, classes[run.split])
-            if processes.on_main(partial(_open, own, deepspeed_config)):
+            settings_of_run = _settings_of(run, protocol, settings, output_dir, tiles_dir, classes[run.split])
+            if processes.on_main(partial(_open, settings_of_run, deepspeed_config)):
                 logger.info("run %d of %d, %s, is finished: skipped", number, len(runs), run.name)
                 continue
             logger.info("run %d of %d: %s", number, len(runs), run.name)
-            train(own, deepspeed_config)
+            train(settings_of_run, deepspeed_config)
         return _table(processes, runs, settings, output_dir)
 
 
@@ -257,16 +257,18 @@ def _settings_of(
         dataset_name=settings.data.dataset_name or protocol.dataset,
         split_name=run.split,
     )
-    own = replace(settings.run, output_dir=str(output_dir / run.name), seed=run.seed, resume_from_checkpoint="latest")
-    return replace(settings, data=data, run=own)
+    run_settings = replace(
+        settings.run, output_dir=str(output_dir / run.name), seed=run.seed, resume_from_checkpoint="latest"
+    )
+    return replace(settings, data=data, run=run_settings)
 
 
 def _open(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> bool:
     """Whether a run is finished; else its folder is made this run's, or is found to be."""
     folder = Path(str(settings.run.output_dir))
-    wanted = identity(settings, deepspeed_config)
-    require_same(folder, wanted)
+    identified = identity(settings, deepspeed_config)
+    require_same(folder, identified)
     if was_finished(folder):
         return True
-    mark_started(folder, wanted)
+    mark_started(folder, identified)
     return False

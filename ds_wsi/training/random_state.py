@@ -18,17 +18,17 @@ from ds_wsi.runtime.tensor_file import TensorFile
 def take_random(device: torch.device) -> dict[str, Tensor]:
     """The states of all generators of this process, on the CPU."""
     _, words, gauss = random.getstate()
-    _, keys, place, has_gauss, second = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, second = np.random.get_state(legacy=True)
     states = generator_states(device)
-    found = {
+    tensors = {
         "python": torch.tensor(words, dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
         "numpy": torch.tensor(np.asarray(keys).astype(np.int64)),
-        "numpy_place": torch.tensor([int(place), int(has_gauss)], dtype=torch.int64),
+        "numpy_place": torch.tensor([int(position), int(has_gauss)], dtype=torch.int64),
         "numpy_gauss": torch.tensor([float(second)], dtype=torch.float64),
         "torch": states[0].clone(),
     }
-    return found | ({"device": states[1].cpu()} if len(states) > 1 else {})
+    return tensors | ({"device": states[1].cpu()} if len(states) > 1 else {})
 
 
 def put_random(file: TensorFile, device: torch.device) -> None:
@@ -40,9 +40,9 @@ def put_random(file: TensorFile, device: torch.device) -> None:
     try:
         gauss = file.read("python_gauss").tolist()
         random.setstate((3, tuple(file.read("python").tolist()), gauss[0] if gauss else None))
-        place, has_gauss = file.read("numpy_place").tolist()
+        position, has_gauss = file.read("numpy_place").tolist()
         keys = file.read("numpy").numpy().astype(np.uint32)
-        np.random.set_state(("MT19937", keys, place, has_gauss, file.read("numpy_gauss").item()))
+        np.random.set_state(("MT19937", keys, position, has_gauss, file.read("numpy_gauss").item()))
         states = [file.read("torch"), *([file.read("device")] if "device" in file.names else [])]
         set_generator_states(states if device.type == "cuda" else states[:1], device)
     except Exception as error:  # what a generator refuses it refuses in many ways

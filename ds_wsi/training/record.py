@@ -47,7 +47,7 @@ def run_record(run: RunContext) -> RunRecord:
 
 
 def _encoder_name(run: RunContext) -> str:
-    """As given, for several of a hub's models have one architecture; of features what their files or the folder say."""
+    """The encoder as given, because models of a hub share architectures; of features what their files or folder say."""
     if run.config.encoder is not None:
         return run.settings.model.encoder
     encoder = encoder_of_features(run.cohort)
@@ -79,21 +79,25 @@ def _group_settings(run: RunContext) -> dict[str, Any]:
     settings, policies = run.settings, run.settings.policies
     decided = deciding(settings, Decides.RESULT, Decides.RESOLVED)
     if run.comm is None:  # nothing is sent
-        decided = {place: value for place, value in decided.items() if not place.startswith("policies.compression.")}
-    found = {
-        key_of(place): value
-        for place, value in decided.items()
-        if not SETTINGS[place].setting.column and place not in _ELSEWHERE
+        decided = {
+            field_path: value
+            for field_path, value in decided.items()
+            if not field_path.startswith("policies.compression.")
+        }
+    values = {
+        key_of(field_path): value
+        for field_path, value in decided.items()
+        if not SETTINGS[field_path].setting.column and field_path not in _ELSEWHERE
     }
-    found |= {
+    values |= {
         "slides_per_step": run.step_layout.bags_per_step,
         "from_tile_store": bool(policies.reading.tile_store),
         "norm_training": run.config.norm_training,
         "early_stopping": stopping_words(settings.run),
         "optimizer": optimizer_words(run),
     }
-    found |= {"comm_hook": run.comm.name} if run.comm else {}
-    found |= {PRECISION: settings.run.eval_precision} if settings.run.eval_precision != "no" else {}
+    values |= {"comm_hook": run.comm.name} if run.comm else {}
+    values |= {PRECISION: settings.run.eval_precision} if settings.run.eval_precision != "no" else {}
     if run.config.encoder is None and (encoder := encoder_of_features(run.cohort)) is not None:
-        found["features"] = encoder  # with the checksum of its weights
-    return found
+        values["features"] = encoder  # with the checksum of its weights
+    return values

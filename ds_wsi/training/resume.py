@@ -31,7 +31,7 @@ from ds_wsi.training.run import Run
 from ds_wsi.training.same_run import fingerprint, require_same
 
 OPTIMIZER, AVERAGE = "optimizer.safetensors", "weight_average.safetensors"
-RANDOM, STATISTICS = "random", "statistics"  # a file a process
+RANDOM, STATISTICS = "random", "statistics"  # a file per process
 
 
 def resume(run: Run) -> None:
@@ -40,10 +40,10 @@ def resume(run: Run) -> None:
     Raises:
         ValueError: the checkpoint is of a run with other settings or other data; names every difference.
     """
-    ours, checkpoint = fingerprint(run), run.checkpoint
+    made_of, checkpoint = fingerprint(run), run.checkpoint
     if checkpoint is None:
         return
-    require_same(ours, checkpoint)  # before the engine reads its own files
+    require_same(made_of, checkpoint)  # before the engine reads its own files
     state = read_state(checkpoint)
     if state["progress"].get("pending"):
         with open_tensors(checkpoint / PENDING_WEIGHTS):
@@ -104,9 +104,9 @@ def save(run: Run) -> None:
     began = time.perf_counter()
     run.saver.make_room()
     try:
-        own = own_statistics.pool(run.accelerator, run.module)
-        contents = _contents(run, own)
-        own_statistics.put_back(run.accelerator, run.module, own)
+        statistics = own_statistics.pool(run.accelerator, run.module)
+        contents = _contents(run, statistics)
+        own_statistics.put_back(run.accelerator, run.module, statistics)
     except BaseException:
         run.saver.leave_room()
         raise
@@ -132,13 +132,13 @@ def _contents(run: Run, statistics: dict[str, Tensor]) -> Contents:
         shared[AVERAGE] = run.average.weights()
         facts["average_steps"] = run.average.steps
     world = accelerator.num_processes
-    own = {of_rank(RANDOM, accelerator.process_index, world): take_random(run.device)}
+    per_process = {of_rank(RANDOM, accelerator.process_index, world): take_random(run.device)}
     if statistics:
-        own[of_rank(STATISTICS, accelerator.process_index, world)] = {
+        per_process[of_rank(STATISTICS, accelerator.process_index, world)] = {
             name: value.cpu() for name, value in statistics.items()
         }
     if run.comm is not None:
-        own |= run.comm.on_host()
+        per_process |= run.comm.on_host()
     state = {
         "format": FORMAT,
         "progress": vars(run.progress),
@@ -148,4 +148,4 @@ def _contents(run: Run, statistics: dict[str, Tensor]) -> Contents:
         "facts": facts,
     }
     # As text and back: the run goes on and changes what is in it.
-    return Contents(json.loads(json.dumps(state)), shared if accelerator.is_main_process else {}, own)
+    return Contents(json.loads(json.dumps(state)), shared if accelerator.is_main_process else {}, per_process)

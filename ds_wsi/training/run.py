@@ -35,7 +35,7 @@ class Progress:
 
         Args:
             loss: the sum of its bags' losses; where it is not finite, the epoch's mean is without it.
-            n_bags: of the step, over all ranks.
+            n_bags: the step's bags, over all ranks.
             skipped: whether it changed nothing.
         """
         self.global_step += 1
@@ -58,8 +58,8 @@ class Progress:
         Raises:
             KeyError: the state lacks a field; nothing is changed.
         """
-        found = {place.name: state[place.name] for place in fields(self)}
-        vars(self).update(found)
+        values = {entry.name: state[entry.name] for entry in fields(self)}
+        vars(self).update(values)
 
 
 @dataclass
@@ -71,10 +71,10 @@ class Clock:
 
     Attributes:
         started: when this start began.
-        seconds_before: of earlier starts, up to the checkpoint of each.
+        seconds_before: what earlier starts took, up to the checkpoint of each.
         starts: how many there were, with this one.
         saved: when the last checkpoint was written; before the first one, when the run was prepared.
-        epoch_seconds: that the last epoch trained, in this start.
+        epoch_seconds: how long the last epoch trained, in this start.
     """
 
     started: float = field(default_factory=time.perf_counter)
@@ -85,7 +85,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Of all starts together, until now."""
+        """The time of all starts together, until now."""
         return self.seconds_before + time.perf_counter() - self.started
 
 
@@ -98,7 +98,7 @@ class Run(RunContext):
         average: the moving average of the weights, which a step moves on, or None.
         saver: the checkpoints on their way to the disk, which `resume.save` gives it.
         progress: where the run stands.
-        clock: its time.
+        clock: the run's time.
     """
 
     failures: FailureLog = field(kw_only=True)

@@ -22,10 +22,10 @@ def cohort_of(settings: TrainSettings, accelerator: Accelerator, output_dir: Pat
     """The slides or features that a run trains on, with the positive class that its settings name. Collective."""
     cohort = _read_cohort(settings, accelerator, output_dir, write_grids)
     # After splits are drawn: those do not depend on it.
-    found = with_positive(cohort.manifest, settings.data.positive_class)
-    if len(found.classes) == 2:
-        logger.info("positive class, whose f1 is told: %s (--positive_class)", found.classes[1])
-    return replace(cohort, manifest=found)
+    manifest = with_positive(cohort.manifest, settings.data.positive_class)
+    if len(manifest.classes) == 2:
+        logger.info("positive class, whose f1 is told: %s (--positive_class)", manifest.classes[1])
+    return replace(cohort, manifest=manifest)
 
 
 def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: Path, write_grids: bool) -> Cohort:

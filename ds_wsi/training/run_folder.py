@@ -57,12 +57,12 @@ def require_run_folder(path: Path, *, resumes: bool) -> None:
         return
     if not path.is_dir():
         raise ValueError(f"--output_dir must be a folder, got {path}, a file. HINT: give a new folder.")
-    found = sorted(entry.name for entry in path.iterdir() if not is_of_work(entry))
-    if found and not is_run_folder(path):
-        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    names = sorted(entry.name for entry in path.iterdir() if not is_of_work(entry))
+    if names and not is_run_folder(path):
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise ValueError(
-            f"--output_dir must be a new folder, an empty one or a run's own, got {path}, which holds {len(found)} "
-            f"other {'entry' if len(found) == 1 else 'entries'} ({shown}). HINT: give a new folder, such as "
+            f"--output_dir must be a new folder, an empty one or a run's own, got {path}, which holds {len(names)} "
+            f"other {'entry' if len(names) == 1 else 'entries'} ({shown}). HINT: give a new folder, such as "
             f"{path / 'run'}."
         )
 
@@ -92,23 +92,23 @@ def logging_to(path: Path) -> Iterator[None]:
     A file of that name that the program did not begin, or a symbolic link, is left alone, with a warning.
     """
     head = f"# {FORMAT}: what the run said\n"
-    place = path / LOG
+    log = path / LOG
     try:
-        if not os.path.lexists(place):
-            write_text(place, head)
-        if not stat.S_ISREG(os.lstat(place).st_mode):  # of a pipe no line would ever come
+        if not os.path.lexists(log):
+            write_text(log, head)
+        if not stat.S_ISREG(os.lstat(log).st_mode):  # of a pipe no line would ever come
             raise OSError(errno.EINVAL, "it is no file")
-        descriptor = os.open(place, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(log, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        logger.warning("%s is not written: %s", place, error.strerror)
+        logger.warning("%s is not written: %s", log, error.strerror)
         yield
         return
     with _closing(os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")) as file:
         if file.readline() != head:
-            logger.warning("%s is not written: the file that is there is not this program's", place)
+            logger.warning("%s is not written: the file that is there is not this program's", log)
             yield
             return
-        handler = _LogFile(file, place)
+        handler = _LogFile(file, log)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
         logger.addHandler(handler)
         try:
@@ -128,9 +128,9 @@ def logging_to(path: Path) -> Iterator[None]:
 class _LogFile(logging.StreamHandler):
     """Gives up, with one warning, where the disk is full: the run has more to lose than its log."""
 
-    def __init__(self, file: TextIO, place: Path) -> None:
+    def __init__(self, file: TextIO, path: Path) -> None:
         super().__init__(file)
-        self.place = place
+        self.path = path
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         """Called by logging inside of the `except`."""
@@ -139,7 +139,7 @@ class _LogFile(logging.StreamHandler):
             super().handleError(record)
             return
         logger.removeHandler(self)
-        logger.warning("%s is no longer written: %s", self.place, error.strerror)
+        logger.warning("%s is no longer written: %s", self.path, error.strerror)
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def _read(path: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_file():
         return {}
     try:
-        found = read_json(path, path.name)
+        content = read_json(path, path.name)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

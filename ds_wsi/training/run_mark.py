@@ -36,33 +36,37 @@ CONTENTS = ("slide_files", "encoder_weights_sha256")
 def identity(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -> dict[str, Any]:
     """Field -> value of everything that decides the run's result, with its manifest's digest, as JSON has it."""
     kinds = (Decides.RESULT, Decides.RESOLVED, Decides.STEP, Decides.TEST, Decides.NAME)
-    found = {key_of(place): value for place, value in deciding(settings, *kinds).items() if place not in _ELSEWHERE}
-    found["early_stopping"] = stopping_words(settings.run)  # beside training it comes an epoch later
-    found["manifest"] = _slides_digest(Path(str(settings.data.manifest)))
-    found["slide_files"] = _contents_digest(Path(str(settings.data.manifest)))
+    values = {
+        key_of(field_path): value
+        for field_path, value in deciding(settings, *kinds).items()
+        if field_path not in _ELSEWHERE
+    }
+    values["early_stopping"] = stopping_words(settings.run)  # beside training it comes an epoch later
+    values["manifest"] = _slides_digest(Path(str(settings.data.manifest)))
+    values["slide_files"] = _contents_digest(Path(str(settings.data.manifest)))
     weights = settings.model.encoder_weights
-    found["encoder_weights_sha256"] = file_fingerprint(weights).sha256 if weights and Path(weights).is_file() else None
-    found["deepspeed"] = {key: value for key, value in (deepspeed_config or {}).items() if key != SECTION}
-    as_json: dict[str, Any] = json.loads(json.dumps(found))
+    values["encoder_weights_sha256"] = file_fingerprint(weights).sha256 if weights and Path(weights).is_file() else None
+    values["deepspeed"] = {key: value for key, value in (deepspeed_config or {}).items() if key != SECTION}
+    as_json: dict[str, Any] = json.loads(json.dumps(values))
     return as_json
 
 
 def _slides_digest(manifest: Path) -> str:
-    """Of a manifest but for where its slides lie: data may be moved."""
+    """The digest of a manifest but for where its slides lie: data may be moved."""
     _, rows = read_delimited(manifest)
     kept = [{name: value for name, value in row.values.items() if name != "path"} for row in rows]
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
 def _contents_digest(manifest: Path) -> str:
-    """Of the slides that a manifest names, by what their files hold."""
+    """The digest of the slides that a manifest names, by what their files hold."""
     _, rows = read_delimited(manifest)
     paths = [manifest.parent / row.values["path"] for row in rows]
-    known = [slide_fingerprint(path).sha256 if path.is_file() else "missing" for path in paths]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    digests = [slide_fingerprint(path).sha256 if path.is_file() else "missing" for path in paths]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
-def require_same(folder: Path, wanted: dict[str, Any]) -> None:
+def require_same(folder: Path, asked: dict[str, Any]) -> None:
     """Refuse a folder that another run was begun in; a new or an empty one is fine.
 
     So is one that holds nothing to go on with: options that were refused after the mark was written can be corrected.
@@ -81,31 +85,33 @@ def require_same(folder: Path, wanted: dict[str, Any]) -> None:
         return
     remembered = read_object(mark, "the record of a protocol's run")
     # The version that wrote the mark had no such setting: it did what the default does.
-    begun = {key_of(place): json.loads(json.dumps(one.default)) for place, one in SETTINGS.items()} | remembered
+    begun = {
+        key_of(field_path): json.loads(json.dumps(one.default)) for field_path, one in SETTINGS.items()
+    } | remembered
     unknown = [name for name in CONTENTS if name not in begun]
     if unknown:
         logger.warning("%s is of an earlier version, which did not record %s: not compared", mark, ", ".join(unknown))
     left_out = {*unknown} if "encoder_weights_sha256" in unknown else {*unknown, "model.encoder_weights"}
-    names = [name for name in sorted(wanted) if name not in left_out and begun.get(name) != wanted[name]]
-    found = [_difference(name, begun.get(name), wanted.get(name)) for name in names]
-    if len(found) == 1:
-        raise ValueError(f"{found[0]} ({mark}). {HINT}")
-    if found:
-        lines = "\n".join(f"  {number}. {line}" for number, line in enumerate(found, 1))
-        raise ValueError(f"{folder} was begun with other settings, {len(found)} differ ({mark}):\n{lines}\n{HINT}")
+    names = [name for name in sorted(asked) if name not in left_out and begun.get(name) != asked[name]]
+    differing = [_difference(name, begun.get(name), asked.get(name)) for name in names]
+    if len(differing) == 1:
+        raise ValueError(f"{differing[0]} ({mark}). {HINT}")
+    if differing:
+        lines = "\n".join(f"  {number}. {line}" for number, line in enumerate(differing, 1))
+        raise ValueError(f"{folder} was begun with other settings, {len(differing)} differ ({mark}):\n{lines}\n{HINT}")
 
 
-def _difference(name: str, begun: Any, wanted: Any) -> str:
+def _difference(name: str, begun: Any, asked: Any) -> str:
     if name == "manifest":
         return "slides, labels and splits must be what the run was begun with, got others"
     if name == "slide_files":
         return "the slides' files must be what the run was begun with, got files of other content"
-    return f"{name} must be what the run was begun with, {begun}, got {wanted}"
+    return f"{name} must be what the run was begun with, {begun}, got {asked}"
 
 
-def mark_started(folder: Path, wanted: dict[str, Any]) -> None:
+def mark_started(folder: Path, begun: dict[str, Any]) -> None:
     """Write what the run is begun with."""
-    write_json(folder / MARK_NAME, wanted)
+    write_json(folder / MARK_NAME, begun)
 
 
 def was_finished(folder: Path) -> bool:

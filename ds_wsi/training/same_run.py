@@ -44,7 +44,7 @@ SHOWN = 3
 def fingerprint(run: "RunContext") -> dict[str, Any]:
     """Name -> value of everything that a resumed run must share, as JSON has it.
 
-    Made once a run, when it starts: what it was made of is what the files were then.
+    Made once per run, when it starts: what it was made of is what the files were then.
     """
     if not run.made_of:
         run.made_of.update(_made_of(run))
@@ -53,7 +53,7 @@ def fingerprint(run: "RunContext") -> dict[str, Any]:
 
 def _made_of(run: "RunContext") -> dict[str, Any]:
     in_dim = run.cohort.in_dim
-    found = {
+    values = {
         **of_settings(run.settings),
         **of_layout(run.settings, run.mesh.slide_size),
         **of_manifest(run.cohort.manifest),
@@ -75,12 +75,12 @@ def _made_of(run: "RunContext") -> dict[str, Any]:
         "training_slides": len(run.cohort.rows("train")),
         "training_tiles": sum(run.cohort.lengths[row] for row in run.cohort.rows("train")),
     }
-    as_json: dict[str, Any] = json.loads(json.dumps(found))  # as the checkpoint has it: tuples are lists
+    as_json: dict[str, Any] = json.loads(json.dumps(values))  # as the checkpoint has it: tuples are lists
     return as_json
 
 
 def of_settings(settings: TrainSettings) -> dict[str, Any]:
-    """The part that settings alone decide: those that decide the result, by their place, and what others stand for."""
+    """The part that settings alone decide: those that decide the result, by field, and what others stand for."""
     return {
         **deciding(settings, Decides.RESULT),
         "from_tile_store": bool(settings.policies.reading.tile_store),  # its JPEG differs by a grey level
@@ -94,10 +94,10 @@ def optimizer_words(run: "RunContext") -> str:
     """The optimizer's constants beside its rates, wherever they were given (a DeepSpeed JSON may)."""
     group = run.optimizer.param_groups[0]
     names = ("betas", "eps", "amsgrad", "nesterov", "dampening")
-    found = {name: group[name] for name in names if group.get(name)}
-    if run.settings.optim.demon and "betas" in found:
-        found["betas"] = found["betas"][1:]  # the first moves
-    return ", ".join(f"{name} {value}" for name, value in found.items())
+    constants = {name: group[name] for name in names if group.get(name)}
+    if run.settings.optim.demon and "betas" in constants:
+        constants["betas"] = constants["betas"][1:]  # the first moves
+    return ", ".join(f"{name} {value}" for name, value in constants.items())
 
 
 def _partition(run: "RunContext") -> str | None:
@@ -115,7 +115,7 @@ def _draws(module: nn.Module) -> bool:
 
 
 def _norm_stacks(run: "RunContext") -> dict[str, Any] | None:
-    """Which bags share a stack, where BatchNorm averages over one: another layout is then another training."""
+    """The layout of bags in stacks, where BatchNorm averages over one: another layout is then another training."""
     settings = run.settings
     if run.config.norm_training != "stack" or not batch_norms(run.module.encoder):
         return None
@@ -144,7 +144,7 @@ def known_early(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     """What is known before a slide is opened; of a manifest with faults, which are told later, the settings alone."""
     data, model = settings.data, settings.model
     on_slides = data.features_dir is None
-    found = {
+    values = {
         **of_settings(settings),
         **of_layout(settings, world_size // settings.policies.tile_parallel.size),
         "aggregator_options": dict(model.aggregator_options),
@@ -156,56 +156,56 @@ def known_early(settings: TrainSettings, world_size: int) -> dict[str, Any]:
         try:
             manifest, problems = parse_manifest(data.manifest, data.classes, need_slides=on_slides)
             if not problems:
-                found |= {} if manifest.slides[0].split else {DRAW: data.split_seed}
-                found |= of_manifest(assign_splits(manifest, seed=data.split_seed, tell=False))
+                values |= {} if manifest.slides[0].split else {DRAW: data.split_seed}
+                values |= of_manifest(assign_splits(manifest, seed=data.split_seed, tell=False))
         except ManifestError:
             pass
-    as_json: dict[str, Any] = json.loads(json.dumps(found))
+    as_json: dict[str, Any] = json.loads(json.dumps(values))
     return as_json
 
 
-def require_same(ours: Mapping[str, Any], checkpoint: Path) -> None:
+def require_same(current: Mapping[str, Any], checkpoint: Path) -> None:
     """Refuse to continue a checkpoint of a run that differs.
 
     Args:
-        ours: of `known_early` or `fingerprint`.
-        checkpoint: to continue.
+        current: what `known_early` or `fingerprint` returned of this run.
+        checkpoint: the one to continue.
 
     Raises:
         ValueError: names every difference, with both values.
     """
-    theirs: dict[str, Any] = read_state(checkpoint)["fingerprint"]
-    if "slides" in theirs:  # each slide's split is compared
-        ours = {name: value for name, value in ours.items() if name != DRAW}
+    saved: dict[str, Any] = read_state(checkpoint)["fingerprint"]
+    if "slides" in saved:  # each slide's split is compared
+        current = {name: value for name, value in current.items() if name != DRAW}
     # The version that wrote the checkpoint had no such setting: it did what the default does.
-    theirs = {name: json.loads(json.dumps(one.default)) for name, one in SETTINGS.items()} | theirs
-    unknown = [name for name in ours if name not in theirs]
+    saved = {name: json.loads(json.dumps(one.default)) for name, one in SETTINGS.items()} | saved
+    unknown = [name for name in current if name not in saved]
     if unknown:
         logger.warning(
             "%s is of an earlier version, which did not record %s: not compared", checkpoint, ", ".join(unknown)
         )
-    found = differences({name: value for name, value in ours.items() if name not in unknown}, theirs)
-    if not found:
+    differing = differences({name: value for name, value in current.items() if name not in unknown}, saved)
+    if not differing:
         return
     hint = "HINT: give the options and data of the first start, or another --output_dir."
-    if len(found) == 1:
-        raise ValueError(f"{found[0]} ({checkpoint}). {hint}")
-    lines = "\n".join(f"  {number}. {line}" for number, line in enumerate(found, 1))
-    raise ValueError(f"{checkpoint} cannot be continued exactly, {len(found)} things differ:\n{lines}\n{hint}")
+    if len(differing) == 1:
+        raise ValueError(f"{differing[0]} ({checkpoint}). {hint}")
+    lines = "\n".join(f"  {number}. {line}" for number, line in enumerate(differing, 1))
+    raise ValueError(f"{checkpoint} cannot be continued exactly, {len(differing)} things differ:\n{lines}\n{hint}")
 
 
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """A line for each value of `ours` that is another in the checkpoint."""
+def differences(current: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """A line for each value of `current` that is another in the checkpoint."""
     lines = []
-    for key, value in ours.items():
-        given = theirs.get(key)
-        if given == value or key in (TEST_FILES, LAYOUT) or (key == EPOCHS and _is_longer_exactly(ours, theirs)):
+    for key, value in current.items():
+        given = saved.get(key)
+        if given == value or key in (TEST_FILES, LAYOUT) or (key == EPOCHS and _is_longer_exactly(current, saved)):
             continue
         if key == "slides" and given is not None:
             lines += _slide_differences(value, given)
             continue
         if key == STEP and given is not None:
-            lines.append(_step_difference(ours, theirs))
+            lines.append(_step_difference(current, saved))
             continue
         line = (
             f"{setting_name(key)} must be the checkpoint's, {_shown(given)}, to continue it exactly, got "
@@ -225,34 +225,34 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     return lines
 
 
-def _step_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def _step_difference(current: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
     """A step must have as many slides as it had, on any number of processes."""
-    wanted = theirs[STEP]
-    processes, slides, micro_steps = ours[LAYOUT]
-    each, rest = divmod(wanted, processes * slides)
-    remedy = f"--bags_per_step {wanted}" if rest or not each else f"--gradient_accumulation_steps {each}"
+    before = saved[STEP]
+    processes, slides, micro_steps = current[LAYOUT]
+    each, rest = divmod(before, processes * slides)
+    remedy = f"--bags_per_step {before}" if rest or not each else f"--gradient_accumulation_steps {each}"
     return (
-        f"slides of an optimizer step must be as many as the checkpoint's, {wanted}, got {ours[STEP]} "
+        f"slides of an optimizer step must be as many as the checkpoint's, {before}, got {current[STEP]} "
         f"(world_size {processes} x {counted(slides, 'slide')} x {counted(micro_steps, 'micro-step')}): give "
         f"{remedy}"
     )
 
 
-def _is_longer_exactly(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+def _is_longer_exactly(current: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
     """Whether more epochs do not change those that are done: only where nothing depends on the run's length."""
-    has_no_end = ours[SCHEDULE] == "constant" and not ours[DEMON]
-    return bool(has_no_end and ours[EPOCHS] > theirs.get(EPOCHS, ours[EPOCHS]))
+    has_no_end = current[SCHEDULE] == "constant" and not current[DEMON]
+    return bool(has_no_end and current[EPOCHS] > saved.get(EPOCHS, current[EPOCHS]))
 
 
-def _slide_differences(ours: Sequence[Sequence[Any]], theirs: Sequence[Sequence[Any]]) -> list[str]:
+def _slide_differences(current: Sequence[Sequence[Any]], saved: Sequence[Sequence[Any]]) -> list[str]:
     """What differs between two lists of [slide_id, split, label]."""
-    mine, past = ({row[0]: row[1:] for row in rows} for rows in (ours, theirs))
+    mine, past = ({row[0]: row[1:] for row in rows} for rows in (current, saved))
     common = [name for name in past if name in mine]
     lines = []
-    for place, what in ((1, "label"), (0, "split")):
-        changed = [name for name in common if past[name][place] != mine[name][place]]
+    for column, what in ((1, "label"), (0, "split")):
+        changed = [name for name in common if past[name][column] != mine[name][column]]
         if changed:
-            shown = [f"{name}: {past[name][place]}, got {mine[name][place]}" for name in changed[:SHOWN]]
+            shown = [f"{name}: {past[name][column]}, got {mine[name][column]}" for name in changed[:SHOWN]]
             lines.append(f"{what} must be the checkpoint's, got another of {_count(changed)} ({_list(shown, changed)})")
     for names, words in (
         ([name for name in mine if name not in past], "has not"),
@@ -263,10 +263,10 @@ def _slide_differences(ours: Sequence[Sequence[Any]], theirs: Sequence[Sequence[
                 f"slides must be the checkpoint's, which {words} {_count(names)} ({_list(names[:SHOWN], names)})"
             )
     if not lines:
-        first = next(number for number, pair in enumerate(zip(ours, theirs, strict=True), 1) if pair[0] != pair[1])
+        first = next(number for number, pair in enumerate(zip(current, saved, strict=True), 1) if pair[0] != pair[1])
         lines.append(
-            f"the order of the slides must be the checkpoint's, got {ours[first - 1][0]} in place {first} in place of "
-            f"{theirs[first - 1][0]}: steps are drawn by place"
+            f"the order of the slides must be the checkpoint's, got {current[first - 1][0]} in place {first} in place "
+            f"of {saved[first - 1][0]}: steps are drawn by place"
         )
     return lines
 
@@ -301,7 +301,7 @@ def _test_files(cohort: "Cohort") -> str:
 
 
 def _slide_files(cohort: "Cohort", rows: Sequence[int]) -> str:
-    """Of these rows' slides, by their content."""
+    """The digest of these rows' slides, by their content."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(slide_fingerprint(cohort.manifest.slides[row].path).sha256.encode())
@@ -309,7 +309,7 @@ def _slide_files(cohort: "Cohort", rows: Sequence[int]) -> str:
 
 
 def _grids(cohort: "Cohort") -> str:
-    """Of the tiles of the slides that decide the weights."""
+    """The digest of the tiles of the slides that decide the weights."""
     digest = hashlib.sha256()
     for row in _trained_rows(cohort):
         grid = cohort.tile_grids[row]

@@ -139,7 +139,7 @@ class Patience:
     """How long a part of another process is waited for.
 
     Args:
-        seconds: at most; fewer when the run ends by an error.
+        seconds: the most that it waits; fewer when the run ends by an error.
         ending: see `Saver`.
     """
 

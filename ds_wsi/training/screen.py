@@ -11,11 +11,11 @@ from ds_wsi.training.run import Run
 from ds_wsi.training.words import model_words, tiles_words
 
 
-def tell_start(run: RunContext, steps_an_epoch: int, steps: int) -> None:
+def tell_start(run: RunContext, steps_per_epoch: int, steps: int) -> None:
     """Log the run in a block of lines: where, with what, on which model, how many steps."""
     optim = run.settings.optim
     slides = run.cohort.rows("train")
-    bags = -(-len(slides) // max(1, steps_an_epoch))
+    bags = -(-len(slides) // max(1, steps_per_epoch))
     parameters = list(run.module.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in parameters)
@@ -25,8 +25,8 @@ def tell_start(run: RunContext, steps_an_epoch: int, steps: int) -> None:
         "classes": ", ".join(run.cohort.manifest.classes),
         "tiles": tiles_words(run),
         "model": f"{model_words(run)}; {_count(trained)} of {_count(total)} parameters trained",
-        "steps": f"{steps_an_epoch} an epoch, {steps} in {optim.num_train_epochs}; "
-        f"{counted(bags, 'slide')} a step; rate {optim.learning_rate:g} after {optim.warmup_steps} steps, "
+        "steps": f"{steps_per_epoch} per epoch, {steps} in {optim.num_train_epochs}; "
+        f"{counted(bags, 'slide')} per step; rate {optim.learning_rate:g} after {optim.warmup_steps} steps, "
         f"{optim.lr_scheduler_type}",
         "checkpoints": _checkpoint_words(run),
     }
@@ -42,7 +42,7 @@ def _checkpoint_words(run: RunContext) -> str:
 
 
 def _count(number: int) -> str:
-    """Of parameters; under ZeRO-3 and FSDP2 of this process's part."""
+    """A number of parameters; under ZeRO-3 and FSDP2 of this process's part."""
     return f"{number / 1e6:.1f} M" if number >= 1e5 else str(number)
 
 
@@ -50,8 +50,8 @@ def epoch_line(run: Run, entry: dict[str, Any], *, chosen: bool) -> str:
     """An epoch's line: its time, its losses, the metric that chooses the epoch, and the time that is left.
 
     Args:
-        run: that trains.
-        entry: of the epoch, in the history, which holds everything else.
+        run: the run that trains.
+        entry: the epoch's in the history, which holds everything else.
         chosen: whether its weights are the best by a validation split so far.
     """
     metric = run.best_metric

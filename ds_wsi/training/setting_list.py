@@ -15,7 +15,7 @@ from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.tile_parallel.policy import TileParallelPolicy
 from ds_wsi.training.settings import DataSettings, ModelSettings, OptimSettings, RunSettings, TrainSettings
 
-# Place of the dataclass below `TrainSettings` -> it, and the group of its options on the help page.
+# Path of the dataclass below `TrainSettings` -> it, and the group of its options on the help page.
 OWNERS: Mapping[str, tuple[Any, str]] = {
     "data": (DataSettings, "slides"),
     "policies.tiling": (TilingPolicy, "tiles"),
@@ -38,16 +38,16 @@ GROUPS = (
 
 
 class Declared(NamedTuple):
-    """A setting and where it stands: `place` is "group.name" of `TrainSettings`, or "policies.policy.name"."""
+    """A setting and where it stands: `field_path` is "group.name" of `TrainSettings`, or "policies.policy.name"."""
 
-    place: str
+    field_path: str
     setting: Setting
     default: Any
     group: str
 
 
 def _declared() -> dict[str, Declared]:
-    found = {}
+    by_path = {}
     # A run has a default of its own for a policy that, used alone, has another: it leaves the encoder as it is.
     runs_own = {f"policies.{entry.name}": entry.default for entry in dataclasses.fields(DsWsiConfig)}
     for owner, (kind, group) in OWNERS.items():
@@ -56,10 +56,10 @@ def _declared() -> dict[str, Declared]:
             if KEY not in entry.metadata:
                 raise TypeError(f"{kind.__name__}.{entry.name} must be declared by setting(), got a plain field")
             declared: Setting = entry.metadata[KEY]
-            place = f"{owner}.{entry.name}"
+            field_path = f"{owner}.{entry.name}"
             default = entry.default if usual is dataclasses.MISSING else getattr(usual, entry.name)
-            found[place] = Declared(place, declared, default, declared.group or group)
-    return found
+            by_path[field_path] = Declared(field_path, declared, default, declared.group or group)
+    return by_path
 
 
 SETTINGS: Mapping[str, Declared] = _declared()
@@ -67,49 +67,49 @@ SETTINGS: Mapping[str, Declared] = _declared()
 OPTIONS: Mapping[str, Declared] = {one.setting.option: one for one in SETTINGS.values() if one.setting.option}
 
 
-def value_at(settings: TrainSettings, place: str) -> Any:
+def value_at(settings: TrainSettings, field_path: str) -> Any:
     """The value of a setting; the default's of a policy that another kind of object stands for (a whole plan)."""
     value: Any = settings
-    *owner, name = place.split(".")
+    *owner, name = field_path.split(".")
     for part in owner:
         value = getattr(value, part)
-    return getattr(value, name, SETTINGS[place].default)
+    return getattr(value, name, SETTINGS[field_path].default)
 
 
-def has_effect(settings: TrainSettings, place: str) -> bool:
+def has_effect(settings: TrainSettings, field_path: str) -> bool:
     """Whether the settings that this one needs are such that it does something."""
-    needs = SETTINGS[place].setting.needs
+    needs = SETTINGS[field_path].setting.needs
     if needs is None:
         return True
-    value = value_at(settings, sibling(place, needs[0]))
+    value = value_at(settings, sibling(field_path, needs[0]))
     return value in needs[1] if needs[1] else bool(value)
 
 
-def sibling(place: str, name: str) -> str:
+def sibling(field_path: str, name: str) -> str:
     """Another setting of the same dataclass."""
-    return f"{place.rpartition('.')[0]}.{name}"
+    return f"{field_path.rpartition('.')[0]}.{name}"
 
 
-def needed_words(place: str) -> str:
+def needed_words(field_path: str) -> str:
     """What a setting needs for an effect, as it is typed: "--comm_hook topk, dmgc or auto"."""
-    needs = SETTINGS[place].setting.needs
-    assert needs is not None, place
+    needs = SETTINGS[field_path].setting.needs
+    assert needs is not None, field_path
     name, values = needs
-    other = SETTINGS[sibling(place, name)].setting.option
+    other = SETTINGS[sibling(field_path, name)].setting.option
     words = list(map(str, values))
     if not words:
         return f"--{other}"
     return f"--{other} " + (words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}")
 
 
-def key_of(place: str) -> str:
-    """A setting's key in what files remember of a run: its place, and of a policy without that word."""
-    return place.removeprefix("policies.")
+def key_of(field_path: str) -> str:
+    """A setting's key in what files remember of a run: its path, and of a policy without that word."""
+    return field_path.removeprefix("policies.")
 
 
-def default_words(place: str) -> str:
+def default_words(field_path: str) -> str:
     """The default as it would be typed, or in words."""
-    one = SETTINGS[place]
+    one = SETTINGS[field_path]
     if one.setting.words:
         return one.setting.words
     if isinstance(one.default, bool):
@@ -120,9 +120,9 @@ def default_words(place: str) -> str:
 
 
 def deciding(settings: TrainSettings, *kinds: Decides) -> dict[str, Any]:
-    """Place -> value of the settings that decide something of these kinds, but for those without an effect."""
+    """Path -> value of the settings that decide something of these kinds, but for those without an effect."""
     return {
-        place: value_at(settings, place)
-        for place, one in SETTINGS.items()
-        if one.setting.decides in kinds and has_effect(settings, place)
+        field_path: value_at(settings, field_path)
+        for field_path, one in SETTINGS.items()
+        if one.setting.decides in kinds and has_effect(settings, field_path)
     }

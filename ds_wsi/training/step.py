@@ -40,8 +40,8 @@ def run_micro_step(
 
     Args:
         accelerator: Accelerate's, of whatever engine.
-        model: as `accelerator.prepare` returned it.
-        optimizer: as `accelerator.prepare` returned it.
+        model: what `accelerator.prepare` returned for it.
+        optimizer: likewise.
         compute: returns the sum of the losses of this process's bags, with its graph.
         weight: factor of the loss, see `bag_weight`.
         max_grad_norm: norm to which a larger gradient of the step is scaled down; 0 clips nothing.

@@ -30,7 +30,7 @@ class StepReader:
     them. Each bag is compared with the part that it should be, too.
 
     Args:
-        run: whose steps they are.
+        run: the run that takes the steps.
         planned: the steps.
         read: yields the bags of the parts that it is given, in their order; it may ask for parts ahead of its bags.
 

@@ -129,10 +129,10 @@ class BesideTraining:
             waited = time.perf_counter() - started
             logger.info("waited %.1f s for the validation of epoch %d", waited, run.progress.history[-1]["epoch"])
             run.accelerator.log({"eval/seconds_waited": waited}, step=run.progress.global_step)
-        found = broadcast_object_list(answer)[0]
-        if found is None:
+        answered = broadcast_object_list(answer)[0]
+        if answered is None:
             raise Stopped(asked() or "another rank", together=True)
-        result = ValidationResult(*found)
+        result = ValidationResult(*answered)
         for failure in result.failures.items():
             run.failures.reasons.setdefault(*failure)
         share_failures(run)
@@ -151,7 +151,7 @@ class BesideTraining:
 
 
 def validation_of(run: Run) -> AtTheEnd | BesideTraining:
-    """As the settings want it; without a validation split there is nothing to do beside."""
+    """The validation that the settings ask for; without a validation split there is nothing to do beside."""
     beside = run.settings.run.validate_beside and run.cohort.rows("validation")
     return BesideTraining(run) if beside else AtTheEnd(run)
 
@@ -160,7 +160,7 @@ def record(run: Run, choice: NormChoice, export_weights: Callable[[], None]) -> 
     """Fill the last finished epoch's metrics into its entry, and export its weights where they are the best so far.
 
     Args:
-        run: of which between no and all steps of the next epoch are done.
+        run: the run; between no and all steps of its next epoch are done.
         choice: what was measured of the norms; without a validation split there is no metric of the epoch.
         export_weights: called on the main rank.
     """

@@ -25,8 +25,8 @@ def set_rates(
     """
     for index, group in enumerate(optimizer.param_groups):
         rests = resting and index == ENCODER_GROUP
-        own = learning_rate * encoder_factor if index == ENCODER_GROUP else learning_rate
-        group["lr"] = 0.0 if rests else own
+        rate = learning_rate * encoder_factor if index == ENCODER_GROUP else learning_rate
+        group["lr"] = 0.0 if rests else rate
         group["weight_decay"] = 0.0 if rests else weight_decay
 
 

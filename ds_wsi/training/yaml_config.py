@@ -20,13 +20,13 @@ NOT_WRITTEN = ("resume_from_checkpoint",)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Place -> value of what a YAML file sets.
+    """Field -> value of what a YAML file sets.
 
     Raises:
         ValueError: no YAML file, no mapping, a key that is no option, or a value that its option does not take; names
             the file, the key and the value.
     """
-    import yaml  # here, for help pages need none
+    import yaml  # here, because help pages need none
 
     try:
         content = yaml.safe_load(read_file(path).decode())
@@ -35,10 +35,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"--config must be a YAML file, got {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping | None):
         raise ValueError(f"--config must hold options and their values, got {type(content).__name__} in {path}")
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in (content or {}).items():
         if key == SECTION:
-            found |= _of_section(value, path)
+            values |= _of_section(value, path)
             continue
         name = str(key).replace("-", "_")
         if name not in OPTIONS:
@@ -46,8 +46,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             hint = f"did you mean {near[0]}?" if near else "ds-wsi train --help lists them."
             raise ValueError(f"{path}: {key} must be an option of training, or {SECTION}. HINT: {hint}")
         if value is not None:  # left as it is
-            found[OPTIONS[name].place] = _parsed(OPTIONS[name], value, f"{path}: {name}")
-    return found
+            values[OPTIONS[name].field_path] = _parsed(OPTIONS[name], value, f"{path}: {name}")
+    return values
 
 
 def _of_section(values: Any, path: str | Path) -> dict[str, Any]:
@@ -65,11 +65,11 @@ def _parsed(one: Declared, value: Any, where: str) -> Any:
         return value
     text = _typed(value)
     if isinstance(kind, tuple):
-        known = {choice.lower(): choice for choice in kind}
+        by_lower_case = {choice.lower(): choice for choice in kind}
         text = {"true": "yes", "false": "no"}.get(text, text) if isinstance(value, bool) else text  # YAML's yes and no
-        if text.lower() not in known:
+        if text.lower() not in by_lower_case:
             raise ValueError(f"{where} must be one of {', '.join(kind)}, got {value!r}")
-        return known[text.lower()]
+        return by_lower_case[text.lower()]
     try:
         return kind(text)
     except (argparse.ArgumentTypeError, ValueError) as error:
@@ -105,7 +105,7 @@ def yaml_text(settings: TrainSettings) -> str:
         lines += [f"# --- {group} ---", ""]
         for name, one in OPTIONS.items():
             if one.group == group and name not in NOT_WRITTEN:
-                value = value_at(settings, one.place)
+                value = value_at(settings, one.field_path)
                 mark = "# " if value == one.default else ""
                 lines += [f"# {one.setting.help}", f"{mark}{_line(name, value, one)}", ""]
     rest = _without_option(settings)
@@ -123,21 +123,21 @@ def _line(name: str, value: Any, one: Declared) -> str:
 
 
 def _dumped(value: Any) -> str:
-    import yaml  # here, for help pages need none
+    import yaml  # here, because help pages need none
 
     text: str = yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=10**6)
     return text.removesuffix("...\n").rstrip()
 
 
 def _without_option(settings: TrainSettings) -> dict[str, Any]:
-    """Of the "ds_wsi" section, what is no default and has no option."""
+    """What is no default in the "ds_wsi" section and has no option."""
     section = write_section(settings.policies)
-    found: dict[str, dict[str, Any]] = {}
+    rest: dict[str, dict[str, Any]] = {}
     if is_plan(settings.policies.partition):
-        found["partition"] = section.pop("partition")
+        rest["partition"] = section.pop("partition")
     for policy, values in section.items():
         for name, value in values.items():
             one = SETTINGS[f"policies.{policy}.{name}"]
             if not one.setting.option and value != one.default:
-                found.setdefault(policy, {})[name] = list(value) if isinstance(value, tuple) else value
-    return found
+                rest.setdefault(policy, {})[name] = list(value) if isinstance(value, tuple) else value
+    return rest

@@ -158,7 +158,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(data, tmp_path, monkeypatch, cap
     assert f"2 runs, one after the other:\n  {SEED_0}, {SEED_1}\n" in printed
     assert "split official:\n  train: 4 slides of 4 patients (mutant 2, wt 2)" in printed
     assert "  * --num_train_epochs 2\n" in printed
-    assert "steps: 2 an epoch, 4 in 2 epochs, 1 process\n" in printed
+    assert "steps: 2 per epoch, 4 in 2 epochs, 1 process\n" in printed
     assert "partition of" in printed
     assert "two micro-steps: 8 tiles read in" in printed  # all bags of a step: the norms average over it
     assert "time, an estimate from them: " in printed
@@ -176,7 +176,7 @@ def test_a_dry_run_of_one_training(demo_manifest, tmp_path, capsys):
     assert "more (--dry_run all)" in printed
     assert "norms: BatchNorm averages over nothing: it takes running statistics in training" in printed
     assert "train: 4 slides of 2 patients (normal 2, tumor 2)" in printed
-    assert "steps: 4 an epoch, 32 in 8 epochs" in printed
+    assert "steps: 4 per epoch, 32 in 8 epochs" in printed
     assert "partition: none is needed" in printed
     assert "two micro-steps: 3 tiles read in" in printed
     assert main(["train", *given, "--dry_run", "all"]) == 0

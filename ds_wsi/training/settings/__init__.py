@@ -24,7 +24,7 @@ class TrainSettings:
 
     @property
     def micro_steps(self) -> int:
-        """Into how many stacks a process divides its share of an optimizer step."""
+        """How many stacks a process divides its share of an optimizer step into."""
         return self.policies.stacking.virtual_workers or self.optim.gradient_accumulation_steps
 
     def step_layout(self, groups: int) -> StepLayout:

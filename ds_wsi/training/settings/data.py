@@ -1,4 +1,4 @@
-"""Which slides a run is given."""
+"""The slides that a run is given."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from ds_wsi.slides.policy import DEMO_DIRS, parse_slide_mpp, require_slide_mpp
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which slides."""
+    """The slides."""
 
     manifest: str | None = setting(
         None,
@@ -121,7 +121,7 @@ class DataSettings:
     )
     features_dir: str | None = setting(
         None,
-        "train the aggregator alone, on the features in this folder, a file a slide",
+        "train the aggregator alone, on the features in this folder, a file per slide",
         Decides.RESOLVED,
         resolved="features",
         option="features_dir",

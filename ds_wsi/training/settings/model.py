@@ -1,4 +1,4 @@
-"""Which model a run trains."""
+"""The model that a run trains."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from ds_wsi.runtime.setting import SWITCH, Decides, assignments, names, setting
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which model."""
+    """The model."""
 
     encoder: str = setting(
         "resnet18",
@@ -110,7 +110,7 @@ class ModelSettings:
             raise ValueError(f"--dropout must be in [0, 1], got {self.dropout}")
         if "dropout" in given:
             raise ValueError("--aggregator_options must not hold dropout. HINT: --dropout sets it.")
-        from ds_wsi.models.aggregators import check_aggregator  # here, for help pages need no torch
+        from ds_wsi.models.aggregators import check_aggregator  # here, because help pages need no torch
 
         check_aggregator(self.aggregator, dict(self.aggregator_options))  # not after hours of tiling
         if not 0 < self.lora_alpha < float("inf"):

@@ -124,10 +124,10 @@ class OptimSettings:
 
     def encoder_factor(self, *, from_weights: bool) -> float:
         """The encoder's learning rate over `learning_rate`."""
-        wanted = self.encoder_learning_rate
-        if wanted is None:
-            wanted = min(self.learning_rate, TUNED_LEARNING_RATE) if from_weights else self.learning_rate
-        return wanted / self.learning_rate
+        rate = self.encoder_learning_rate
+        if rate is None:
+            rate = min(self.learning_rate, TUNED_LEARNING_RATE) if from_weights else self.learning_rate
+        return rate / self.learning_rate
 
     @property
     def mixed_precision(self) -> str:

@@ -221,7 +221,7 @@ class RunSettings:
 
     @property
     def evaluation(self) -> "EvaluationProtocol":
-        """On which tiles of the test slides the model is tested."""
-        from ds_wsi.evaluation.protocol import EvaluationProtocol  # here, for help pages need no torch
+        """The tiles of the test slides that the model is tested on."""
+        from ds_wsi.evaluation.protocol import EvaluationProtocol  # here, because help pages need no torch
 
         return EvaluationProtocol(self.eval_tiles, self.eval_runs, self.eval_seed)
