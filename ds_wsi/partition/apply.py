@@ -36,7 +36,7 @@ def partition_layers(
 
     Args:
         module: an encoder of tiles [N, ...] -> [N, ...] (axis "batch"), or of images (axis "spatial").
-        plan_or_policy: of `plan_partition`, or what it would be asked: then each call is planned for its size.
+        plan_or_policy: a plan of `plan_partition`, or the policy to ask it with: each call is planned for its size.
         spill: the disk of a policy with `nvme_path`: `ds_wsi.NvmeSpill(path)`.
         check: compare the partition with the module alone, on up to 4 tiles, before the first call of each kind
             (`ds_wsi.partition.checking.check`); a policy's `check` switches it off too.

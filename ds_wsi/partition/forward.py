@@ -79,12 +79,12 @@ class PartitionedForward:
     def __init__(
         self,
         module: nn.Module,
-        wanted: PartitionPlan | PartitionPolicy,
+        plan_or_policy: PartitionPlan | PartitionPolicy,
         spill: Spill | None = None,
         *,
         check: bool = False,
     ) -> None:
-        self.module, self.wanted, self.spill = module, wanted, spill
+        self.module, self.plan_or_policy, self.spill = module, plan_or_policy, spill
         self._checked = FirstCalls() if check else None
         self._alone = self._run_alone  # one object: what was checked is known by it
         self.original = module.forward
@@ -99,11 +99,11 @@ class PartitionedForward:
         if self.spill is not None:
             raise TypeError(f"a partitioned {type(self.module).__name__} with a disk must not be copied or pickled")
         check = self._checked is not None
-        return {"module": self.module, "wanted": self.wanted, "original": self.original, "check": check}
+        return {"module": self.module, "plan_or_policy": self.plan_or_policy, "original": self.original, "check": check}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See `__getstate__`."""
-        self.__init__(state["module"], state["wanted"], check=state["check"])  # type: ignore[misc]
+        self.__init__(state["module"], state["plan_or_policy"], check=state["check"])  # type: ignore[misc]
         self.original = state["original"]
 
     @torch.compiler.disable  # a compiled caller runs the chunks as they are
@@ -117,12 +117,12 @@ class PartitionedForward:
         """The module's output, in the memory of the plan.
 
         Args:
-            args, kwargs: of the module's own forward. The first, or what is given under the name of its first
-                parameter, are the tiles [N, ...], or images [B, C, H, W] on the spatial axis; on the module's device or
-                on the host. What stands beside them is shared by all tiles: see `Arguments`.
+            args, kwargs: the arguments of the module's own forward. The first, or what is given under the name of its
+                first parameter, are the tiles [N, ...], or images [B, C, H, W] on the spatial axis; on the module's
+                device or on the host. What stands beside them is shared by all tiles: see `Arguments`.
             cu_seqlens: int [bags + 1], where each bag of the stack starts; the populations of `bn_population` "bag".
             prepare: applied to each chunk of the tiles once it is on the device (normalising uint8 tiles, say). Where
-                it has a method `at(part, first)` that is called, with the place of the chunk's first tile.
+                it has a method `at(part, first)` that is called, with the position of the chunk's first tile.
 
         Returns:
             What the module returns: a tensor, or a tuple, dict or ModelOutput of tensors with tiles on the first axis.
@@ -200,7 +200,7 @@ class PartitionedForward:
         with exclusive(self.module):  # or another thread's stand-ins would be taken for the parameters
             shared = is_shared(self.module)
             device = device_of(self.module, x.device)
-            if self.wanted.mode != "native":
+            if self.plan_or_policy.mode != "native":
                 refuse_devices(self.module, device)
         return _Given(x, arguments, prepare, anchor, device, shared)
 
@@ -209,7 +209,7 @@ class PartitionedForward:
     ) -> tuple[PartitionPlan, list[tuple[int, int]]]:
         """The call's plan for prepared tiles of a dtype, and the tiles [first, last) of each of its populations."""
         x = given.tiles
-        early = self.wanted.mode not in ("auto", "native")  # else the plan decides
+        early = self.plan_or_policy.mode not in ("auto", "native")  # else the plan decides
         if early:
             self._refuse_what_chunks_cannot(x, save=save)
         if save:
@@ -245,7 +245,7 @@ class PartitionedForward:
             if needs_batch_statistics(part):
                 raise ValueError(
                     f"a spatial partition must be called with one bag where BatchNorm takes its statistics, got "
-                    f"{len(bags)} bags for {name!r} ({type(part).__name__}). HINT: call it once a bag."
+                    f"{len(bags)} bags for {name!r} ({type(part).__name__}). HINT: call it once per bag."
                 )
         return [(bags[0][0], bags[-1][1])]
 
@@ -257,7 +257,7 @@ class PartitionedForward:
 
     @property
     def plans(self) -> tuple[PartitionPlan, ...]:
-        """Those made so far, one for each size of input that was seen."""
+        """The plans made so far, one for each size of input that was seen."""
         return tuple(self._plans.values())
 
     def plan(
@@ -269,17 +269,17 @@ class PartitionedForward:
         arguments: Arguments | None = None,
     ) -> PartitionPlan:
         """The plan for an input: the given one, or the policy's for as many tiles or a few more."""
-        if isinstance(self.wanted, PartitionPlan):
-            return self.wanted
-        policy = self.wanted
+        if isinstance(self.plan_or_policy, PartitionPlan):
+            return self.plan_or_policy
+        policy = self.plan_or_policy
         # For two tiles at least: of a population that other ranks hold too, one tile or none is no small part.
         shape = (planning_size(max(2, x.shape[0])) if policy.mode == "auto" else max(1, x.shape[0]), *x.shape[1:])
         if policy.axis == "spatial":
             shape = tuple(x.shape)
         kind = autocast_dtype(device)
-        place = shape if policy.mode == "auto" or policy.axis == "spatial" else shape[1:]
+        shape_key = shape if policy.mode == "auto" or policy.axis == "spatial" else shape[1:]
         arguments = arguments or Arguments()
-        key = module_key(self.module), place, dtype, kind, arguments.key
+        key = module_key(self.module), shape_key, dtype, kind, arguments.key
         if key not in self._plans:
             if policy.mode in ("auto", "native"):
                 cost = input_cost(x, 2 if policy.axis == "spatial" else 0, device, prepare)
@@ -303,14 +303,16 @@ class PartitionedForward:
         return self._plans[key]
 
     def _inference_plan(self, shape: tuple[int, ...]) -> PartitionPlan:
-        """Without a backward nothing is kept: one segment, chunk by chunk."""
-        wanted = self.wanted
-        size = wanted.chunk_size or DEFAULT_CHUNK[wanted.axis]
-        if isinstance(wanted, PartitionPlan) and wanted.segments:
-            size = wanted.segments[0].chunk_size
-        if wanted.mode == "native":
-            return PartitionPlan((), wanted.axis, wanted.bn_population, shape, mode="native")
-        return PartitionPlan((SegmentPlan("", "recompute", size),), wanted.axis, wanted.bn_population, shape)
+        """The plan of a call without a backward, which keeps nothing: one segment, chunk by chunk."""
+        plan_or_policy = self.plan_or_policy
+        size = plan_or_policy.chunk_size or DEFAULT_CHUNK[plan_or_policy.axis]
+        if isinstance(plan_or_policy, PartitionPlan) and plan_or_policy.segments:
+            size = plan_or_policy.segments[0].chunk_size
+        if plan_or_policy.mode == "native":
+            return PartitionPlan((), plan_or_policy.axis, plan_or_policy.bn_population, shape, mode="native")
+        return PartitionPlan(
+            (SegmentPlan("", "recompute", size),), plan_or_policy.axis, plan_or_policy.bn_population, shape
+        )
 
     def _run_alone(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with the weights that hooks on it compute."""
@@ -332,27 +334,27 @@ class PartitionedForward:
         return self._store
 
     def _memory_limit(self) -> int:
-        """Of host memory, where the plan names none: of a mode that was given, not planned."""
+        """The limit of host memory where the plan names none, because its mode was given, not planned."""
         if self.spill is None:
             return 2**62
-        return self.wanted.host_budget_bytes or free_host_bytes()
+        return self.plan_or_policy.host_budget_bytes or free_host_bytes()
 
     def traced(self, axis: str, example: Example, *, whole: bool) -> Traced:
         """The module's graph as the module is now, for inputs like the example."""
-        place = example.shape if axis == "spatial" else example.shape[1:]
+        shape_key = example.shape if axis == "spatial" else example.shape[1:]
         kind = autocast_dtype(example.device)
         # What a forward does may hang on whether autograd follows.
         follows = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        seen = place, example.dtype, example.device, kind, example.arguments.key, example.layout, follows
+        seen = shape_key, example.dtype, example.device, kind, example.arguments.key, example.layout, follows
         opaque = whole and stays_whole(self.module, axis)
-        key = module_key(self.module), axis, opaque, self.wanted.compile, seen
+        key = module_key(self.module), axis, opaque, self.plan_or_policy.compile, seen
         if key not in self._traces:
             traced = Traced(self.module, axis, example, self.original, whole=whole)
-            if self.wanted.compile and traced.opaque:
+            if self.plan_or_policy.compile and traced.opaque:
                 # Without the option each compiled graph draws in its own order and way: the pass without a gradient
                 # and the one with it are two, and one dropout must be the same in both.
                 traced.forward = torch.compile(self.original, options={"fallback_random": True})
-            elif self.wanted.compile:
+            elif self.plan_or_policy.compile:
                 logger.warning(
                     "compile: skipped for %s, whose chunks are operations between barriers or halos",
                     type(self.module).__name__,

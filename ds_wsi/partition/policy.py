@@ -24,12 +24,13 @@ class PartitionPolicy:
             Algorithms 1 and 2, layer by layer, the baseline; "native" leaves the module as it is.
         axis: "batch": independent tiles [N, ...] in chunks of tiles; "spatial": large images [B, C, H, W] in blocks of
             rows with exact halos.
-        chunk_size: tiles (or rows of each segment's output) a chunk; None lets the plan choose.
-        gpu_budget_bytes: of activations on the device; None: nine tenths of what is free on a GPU, unlimited on a CPU.
-        host_budget_bytes: of activations in host memory; None: half of what this process may still take.
+        chunk_size: tiles (or rows of each segment's output) per chunk; None lets the plan choose.
+        gpu_budget_bytes: bytes of activations on the device; None: nine tenths of what is free on a GPU, unlimited on
+            a CPU.
+        host_budget_bytes: bytes of activations in host memory; None: half of what this process may still take.
         nvme_path: a folder on a fast local disk for what the host budget does not hold; "" for none. Reached through
             DeepSpeed's aio (`ds_wsi.engines.machine.nvme`).
-        nvme_budget_bytes: of activations there; None: half of what is free.
+        nvme_budget_bytes: bytes of activations there; None: half of what is free.
         bn_population: what train-mode BatchNorm normalises over: "stack", all tiles of a call; "bag", each bag of it.
         compile: run the chunk's body under `torch.compile`.
         check: compare the partition with the module alone, on up to 4 tiles, before the first call of each kind.
@@ -132,6 +133,6 @@ class PartitionPolicy:
             return 0
         if not Path(self.nvme_path).is_dir():
             raise ValueError(f"nvme_path must be a folder, got {self.nvme_path} (missing)")
-        from ds_wsi.runtime.memory import free_disk_bytes  # here, for help pages need no torch
+        from ds_wsi.runtime.memory import free_disk_bytes  # here, because help pages need no torch
 
         return self.nvme_budget_bytes or free_disk_bytes(self.nvme_path)

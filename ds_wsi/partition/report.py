@@ -28,11 +28,11 @@ class ModeReport:
     """One mode.
 
     Args:
-        mode: its name.
+        mode: the mode's name.
         exact: whether it gave what the module gives alone; None where nothing could be said.
         reason: why it is refused, or why nothing could be said.
-        bytes_per_tile: what a training step on the example allocates on the device at most, by tile (or image).
-        seconds_per_tile: that it takes.
+        bytes_per_tile: what a training step on the example allocates on the device at most, per tile (or image).
+        seconds_per_tile: seconds that this step takes, per tile (or image).
     """
 
     mode: str
@@ -47,9 +47,9 @@ class PartitionReport:
     """A module in every mode.
 
     Args:
-        owner: its class.
-        shape: of the example.
-        modes: in the order in which they were asked for.
+        owner: the module's class.
+        shape: the example's shape.
+        modes: the modes' reports, in the order in which they were asked for.
     """
 
     owner: str
@@ -62,8 +62,8 @@ class PartitionReport:
         return tuple(report.mode for report in self.modes if report.exact)
 
     def __str__(self) -> str:
-        """A table, a line a mode."""
-        rows = [("mode", "", "bytes a tile", "seconds a tile", "")]
+        """A table, one line per mode."""
+        rows = [("mode", "", "bytes per tile", "seconds per tile", "")]
         for report in self.modes:
             word = {True: "exact", False: "refused", None: "not checked"}[report.exact]
             costs = (
@@ -90,7 +90,7 @@ def check_partition(
         example: tiles [N, ...], or images [B, C, H, W] on the spatial axis, 5 or more where there are as many.
         modes: "native" and those of `PartitionPolicy`, but for "auto" and "paper".
         axis: "batch" or "spatial".
-        chunk_size: tiles, or rows, a chunk; the policy's default otherwise.
+        chunk_size: tiles, or rows, per chunk; the policy's default otherwise.
 
     Raises:
         ValueError: an unknown mode, no tiles, or a module that is partitioned.
@@ -103,8 +103,8 @@ def check_partition(
     if isinstance(module.__dict__.get("forward"), PartitionedForward):
         raise ValueError(f"{type(module).__name__} must not be partitioned yet. HINT: handle.remove() first.")
     device = device_of(module, example.device)
-    found = tuple(_mode_report(module, example.to(device), mode, axis, chunk_size, device) for mode in modes)
-    report = PartitionReport(type(module).__name__, tuple(example.shape), found)
+    reports = tuple(_mode_report(module, example.to(device), mode, axis, chunk_size, device) for mode in modes)
+    report = PartitionReport(type(module).__name__, tuple(example.shape), reports)
     show(report)
     return report
 
@@ -134,14 +134,14 @@ def _mode_report(
 
 
 def _cost(module: nn.Module, forward: Callable[..., Any], example: Tensor, device: torch.device) -> tuple[float, float]:
-    """(Bytes, seconds) of a training step, by tile."""
+    """(Bytes, seconds) of a training step, per tile."""
 
     def step() -> None:
         outputs = [tensor for tensor in tensors_of(forward(example)) if tensor.requires_grad]
-        wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if outputs and wanted:
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if outputs and parameters:
             ones = [torch.ones_like(tensor) for tensor in outputs]
-            torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
+            torch.autograd.grad(outputs, parameters, ones, allow_unused=True)
 
     with Restored(module, device) as held:
         step()  # traces, and compiled kernels

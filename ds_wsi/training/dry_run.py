@@ -207,7 +207,7 @@ def _partition_words(run: RunContext) -> str:
     forward = run.module.encoder.__dict__.get("forward")
     if not isinstance(forward, PartitionedForward):
         return "partition: none (--partition)"
-    plans = [forward.wanted] if isinstance(forward.wanted, PartitionPlan) else forward.plans
+    plans = [forward.plan_or_policy] if isinstance(forward.plan_or_policy, PartitionPlan) else forward.plans
     longest = max(plans, key=lambda plan: plan.input_shape[0])
     return str(longest)
 

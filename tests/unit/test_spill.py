@@ -55,7 +55,7 @@ def test_oldest_tensors_go_to_the_disk_and_come_back_unchanged(foreseen):
     assert store.capacity_bytes <= limit
     assert disk.written == 8  # of 12, and host memory holds 4
     assert store.spilled_bytes == 8 * 8 * ALIGN
-    assert [index for index, ticket in enumerate(tickets) if ticket.place is None] == list(range(8))
+    assert [index for index, ticket in enumerate(tickets) if ticket.memory is None] == list(range(8))
     for one, ticket in reversed(list(zip(kept, tickets, strict=True))):
         store.prefetch(ticket)
         assert torch.equal(store.get(ticket), one)

@@ -118,7 +118,7 @@ def test_what_a_call_saves_is_asked_for_in_its_own_order(monkeypatch):
     tickets = dict(zip((3, 0), second._tickets, strict=True))
     assert store.sent_bytes == sum(one.nbytes for one in tensors)  # once each
     monkeypatch.setattr(store, "prefetch", asked.append)
-    monkeypatch.setattr(store, "get", lambda ticket: ticket.place.view(ticket.shape))
+    monkeypatch.setattr(store, "get", lambda ticket: ticket.memory.view(ticket.shape))
     outs[1].sum().backward()
     assert asked == [tickets[3]]
     del kept

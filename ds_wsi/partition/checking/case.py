@@ -18,11 +18,11 @@ class Case:
     """What one check is about.
 
     Args:
-        module: partitioned.
-        original: its own forward.
-        partitioned: makes its forward of a plan.
-        plan: of the call.
-        arguments: beside the tiles.
+        module: the partitioned module.
+        original: the module's own forward.
+        partitioned: makes the module's forward of a plan.
+        plan: the call's plan.
+        arguments: the call's arguments beside the tiles.
         device: the device that computes.
         backward: whether the call saves for one.
         input_grad: whether a gradient reaches the tiles.
@@ -49,11 +49,11 @@ class Case:
 
     @property
     def modes(self) -> str:
-        """Of the plan's segments."""
+        """The modes of the plan's segments, each once."""
         return ", ".join(dict.fromkeys(part.mode for part in self.plan.segments))
 
     def key(self, tiles: Tensor) -> int:
-        """Equal for calls of which one check is enough."""
+        """A number that is equal for calls of which one check is enough."""
         kind = (
             str(memory_layout(tiles)),
             str(tiles.dtype),
@@ -78,8 +78,8 @@ class Case:
         """The forward of a trial on these tiles: the plan's segments and modes, other chunks.
 
         Args:
-            size: of a chunk.
-            tiles: of the trial.
+            size: tiles, or rows, per chunk.
+            tiles: the trial's tiles.
             lean: "recompute" becomes "lean".
         """
 

@@ -45,8 +45,8 @@ class FirstCalls:
         """Check a call whose like was not seen yet, before it runs.
 
         Args:
-            case: of the call.
-            x: its tiles, or images, on the module's device or on the host.
+            case: what the call is checked for.
+            x: the call's tiles, or images, on the module's device or on the host.
             prepare: applied to them first.
 
         Raises:
@@ -98,12 +98,12 @@ def check_case(case: Case, sample: Tensor, tiles: int | None = None) -> str:
         ValueError: it is not; names the part.
     """
     with _quietly(case.device):
-        own, wide = _dtype(case, sample), torch.float64
+        dtype, wide = _dtype(case, sample), torch.float64
         counts, refusal = _counts(case, sample, len(sample) if tiles is None else tiles)
         if refusal is not None:
             raise RefusedError(refusal)
-        reason, refusal = _judge(case, sample, own, counts)
-        if refusal is None or own == wide:
+        reason, refusal = _judge(case, sample, dtype, counts)
+        if refusal is None or dtype == wide:
             if refusal is not None:
                 raise RefusedError(refusal)
             return reason
@@ -113,7 +113,7 @@ def check_case(case: Case, sample: Tensor, tiles: int | None = None) -> str:
             raise RefusedError(refusal)
         if confirmed is not None:
             raise RefusedError(confirmed)
-        logger.debug("partition check: %s differs in %s by rounding alone: %s", case.owner, own, refusal)
+        logger.debug("partition check: %s differs in %s by rounding alone: %s", case.owner, dtype, refusal)
         return ""
 
 
@@ -181,13 +181,13 @@ def _leaves_no_tile_alone(case: Case) -> bool:
 
 def tiles_that_fit(plan: PartitionPlan, tiles: int) -> int:
     """How many of a call's tiles the module alone holds within the plan's budget."""
-    wanted = min(TILES[0], tiles)
-    if tiles > wanted:
-        wanted = min(max(TILES), tiles)
+    count = min(TILES[0], tiles)
+    if tiles > count:
+        count = min(max(TILES), tiles)
     if plan.native_peak_bytes and plan.gpu_budget_bytes:
         each = plan.native_peak_bytes / plan.input_shape[0]
-        wanted = min(wanted, int(plan.gpu_budget_bytes / (1.5 * each)))
-    return wanted
+        count = min(count, int(plan.gpu_budget_bytes / (1.5 * each)))
+    return count
 
 
 def sample_of(case: Case, x: Tensor, count: int, prepare: Prepare | None = None) -> Tensor:

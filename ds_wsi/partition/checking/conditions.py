@@ -95,8 +95,8 @@ def _by_gradient(case: Case, *runs: "_Called | None") -> str | None:
     one, again, graded = (None if run is None else run.of_others(case.module) for run in runs)
     if one is None or graded is None or one != again or one == graded:
         return None
-    place = next(i for i, (mine, theirs) in enumerate(zip_longest(one, graded)) if mine != theirs)
-    name = (graded[place:] or one[place:])[0][2]
+    index = next(i for i, (call, other) in enumerate(zip_longest(one, graded)) if call != other)
+    name = (graded[index:] or one[index:])[0][2]
     kind = type(case.module.get_submodule(name)).__name__
     return (
         f"{name!r} ({kind}) must do the same with and without gradients, got other operations without. "
@@ -114,7 +114,7 @@ class _Called(TorchFunctionMode):
     """What torch is asked for: functions, the numbers among their arguments, and the shapes of their results.
 
     Args:
-        calls: that tells which sub-module runs.
+        calls: what tells which sub-module runs.
     """
 
     def __init__(self, calls: Calls) -> None:
@@ -184,11 +184,11 @@ class _Asked:
 
 
 def _differ(one: _Called, other: _Called, few: int, many: int) -> int | None:
-    """The first call that is not the same in both, or has not the same numbers or as many a tile."""
+    """The first call that is not the same in both, or has not the same numbers or as many per tile."""
     functions = zip_longest(one.functions, other.functions)
     numbers = zip_longest(one.numbers, other.numbers)
-    for index, ((mine, theirs), (first, second)) in enumerate(zip(functions, numbers, strict=True)):
-        if mine != theirs or len(first) != len(second):
+    for index, ((function, other_function), (first, second)) in enumerate(zip(functions, numbers, strict=True)):
+        if function != other_function or len(first) != len(second):
             return index
         if not all(_alike(*pair, few, many) for pair in zip(first, second, strict=True)):
             return index
@@ -196,7 +196,7 @@ def _differ(one: _Called, other: _Called, few: int, many: int) -> int | None:
 
 
 def _alike(one: Any, other: Any, few: int, many: int) -> bool:
-    """Whether two numbers are the same, or as many a tile."""
+    """Whether two numbers are the same, or as many per tile."""
     return bool(one == other or (type(one) is type(other) is int and one * many == other * few))
 
 

@@ -23,8 +23,8 @@ class Mixing:
     """Tiles that changed as others were replaced.
 
     Args:
-        name: of the innermost sub-module that mixes them.
-        change: of its output, as a share of the largest value.
+        name: the innermost sub-module that mixes them.
+        change: how much its output changes, as a share of the largest value.
     """
 
     name: str
@@ -39,7 +39,7 @@ def find_mixing(held: Restored, run: Callable[[Tensor], Any], tiles: Tensor) -> 
 
     Args:
         held: the module.
-        run: its own forward on tiles.
+        run: the module's own forward on tiles.
         tiles: [n, ...]; of one tile nothing can be said.
 
     Returns:
@@ -52,9 +52,9 @@ def find_mixing(held: Restored, run: Callable[[Tensor], Any], tiles: Tensor) -> 
     for bit in range((len(tiles) - 1).bit_length()):  # any two tiles differ in one
         for which in (0, 1):
             changed = with_others(tiles, which, 1 << bit)
-            found = _first_change(before, _observe(held, norms, run, changed), len(tiles), (1 - which, 1 << bit))
-            if found is not None:
-                return found
+            mixing = _first_change(before, _observe(held, norms, run, changed), len(tiles), (1 - which, 1 << bit))
+            if mixing is not None:
+                return mixing
     return None
 
 
@@ -63,11 +63,11 @@ class _Pinned:
 
     def __init__(self, held: Restored) -> None:
         self.norms = [part for part in held.names if needs_batch_statistics(part) and has_own_forward(part)]
-        self.found: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {norm: [] for norm in self.norms}
+        self.statistics: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {norm: [] for norm in self.norms}
         self.again = False
 
     def put_in(self) -> None:
-        """For the next run."""
+        """Give the norms their forward for the next run."""
         counts = dict.fromkeys(self.norms, 0)
 
         def forward_of(norm: Any) -> Callable[[Tensor], Tensor]:
@@ -75,8 +75,8 @@ class _Pinned:
                 if not self.again:
                     dims = [dim for dim in range(z.dim()) if dim != 1]
                     var, mean = torch.var_mean(z, dims, correction=0)
-                    self.found[norm].append((mean, var))
-                mean, var = self.found[norm][min(counts[norm], len(self.found[norm]) - 1)]
+                    self.statistics[norm].append((mean, var))
+                mean, var = self.statistics[norm][min(counts[norm], len(self.statistics[norm]) - 1)]
                 counts[norm] += 1
                 return after_norm(norm, F.batch_norm(z, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps))
 

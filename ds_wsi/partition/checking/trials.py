@@ -47,9 +47,9 @@ class Trials:
 
     Args:
         held: the module.
-        original: its own forward.
-        partitioned: its forward in the partition, with chunks of this size.
-        arguments: of the call, beside the tiles.
+        original: the module's own forward.
+        partitioned: makes the module's forward in the partition, with chunks of a size.
+        arguments: the call's arguments beside the tiles.
         tiles: [n, ...], or images.
         backward: whether gradients are compared.
         input_grad: whether one reaches the tiles.
@@ -86,7 +86,7 @@ class Trials:
         calls = Calls(self.held.names, self.held.module, None, self.recorded.add if record else None)
 
         def own(generator: torch.Generator, name: str) -> None:
-            if all(id(generator) != known for known in self._known()):
+            if all(id(generator) != held_id for held_id in self._known()):
                 self.held.adopt(generator, f"{name}'s own")
                 self._adopted.append(generator)
 
@@ -140,27 +140,27 @@ class Trials:
         """Plain attributes after one forward of the module alone, and after a second."""
         self.held.rewind()
         with torch.no_grad():
-            found = []
+            attributes = []
             for _ in range(2):
                 self.arguments.call(self.original, self.tiles.clone())
-                found.append(self.held.attributes())
-        return found[0], found[1]
+                attributes.append(self.held.attributes())
+        return attributes[0], attributes[1]
 
     def writer(self) -> str:
         """The innermost sub-module of the module alone that changes the tiles in place first."""
         self.held.rewind()
-        given, before, found = self.tiles.clone(), dict[str, int](), list[str]()
+        given, before, writers = self.tiles.clone(), dict[str, int](), list[str]()
 
         def enter(name: str, caller: str, tensors: list[Tensor]) -> None:
             before[name] = version_of(given)
 
         def leave(name: str, caller: str, tensors: list[Tensor]) -> None:
             if version_of(given) > before.get(name, version_of(given)):
-                found.append(name)
+                writers.append(name)
 
         with torch.no_grad(), Calls(self.held.names, self.held.module, enter, leave):
             self.arguments.call(self.original, given)
-        return found[0] if found else ""
+        return writers[0] if writers else ""
 
     # ------------------------------------------------------------------------------------------ one run
 
@@ -175,8 +175,8 @@ class Trials:
     ) -> Outcome:
         with torch.set_grad_enabled(self.backward):
             leaf = tiles.detach().clone()
-            wanted = self.backward and self.input_grad and leaf.is_floating_point()
-            given = leaf.requires_grad_(wanted).clone()  # what is no leaf may be written to
+            wants_grad = self.backward and self.input_grad and leaf.is_floating_point()
+            given = leaf.requires_grad_(wants_grad).clone()  # what is no leaf may be written to
             with ExitStack() as stack:
                 for watcher in watch:
                     if isinstance(watcher, Reads):
@@ -192,7 +192,7 @@ class Trials:
             for index, tensor in enumerate(outputs):
                 values[f"output {index}"] = self._kept(tensor, flip)
             if self.backward:
-                values |= self._gradients(leaf if wanted else None, outputs, flip)
+                values |= self._gradients(leaf if wants_grad else None, outputs, flip)
             values[INPUT_AFTER] = self._kept(given, flip)
         held = self.held
         state = {name: copied(tensor) for name, tensor in held.tensors().items()}
@@ -211,20 +211,20 @@ class Trials:
         inputs = [*named.values(), *([] if leaf is None else [leaf])]
         if not inputs:
             return {}
-        found = list(torch.autograd.grad(ends, inputs, weights, allow_unused=True))
+        gradients = list(torch.autograd.grad(ends, inputs, weights, allow_unused=True))
         values: dict[str, Tensor | None] = {}
         if leaf is not None:
-            gradient = found.pop()
+            gradient = gradients.pop()
             values["input gradient"] = None if gradient is None else self._kept(gradient, flip)
-        for name, gradient in zip(named, found, strict=True):
+        for name, gradient in zip(named, gradients, strict=True):
             values[f"gradient of {name!r}"] = None if gradient is None else copied(gradient)
         return values
 
     def _refuse_hidden(self, outputs: list[Tensor], leaf: Tensor) -> None:
         """Refuse a tensor that the module trains and does not hold as a parameter: no chunk would differentiate it."""
-        known = {*self.held.parameters(), id(leaf)}
+        held_ids = {*self.held.parameters(), id(leaf)}
         for tensor in leaves_below(outputs):
-            if id(tensor) not in known:
+            if id(tensor) not in held_ids:
                 owner, what = self.held.holder_of(tensor)
                 raise ForbiddenError(
                     f"{owner} must hold what it trains as parameters, got {what} {list(tensor.shape)}, which requires "
@@ -245,15 +245,15 @@ class Trials:
 
     def _compare(self, name: str, caller: str, tensors: list[Tensor]) -> None:
         """A sub-module's output of a chunk, with the part of any of its calls alone that it is nearest to."""
-        self._note(name, tensors, [self.recorded.given[place][1] for place in self.recorded.by_name.get(name, ())])
+        self._note(name, tensors, [self.recorded.given[index][1] for index in self.recorded.by_name.get(name, ())])
 
     def _compare_reversed(self, name: str, caller: str, tensors: list[Tensor]) -> None:
         self._note(
             name,
             tensors,
             [
-                [self._turned(tensor) for tensor in self.recorded.given[place][1]]
-                for place in self.recorded.by_name.get(name, ())
+                [self._turned(tensor) for tensor in self.recorded.given[index][1]]
+                for index in self.recorded.by_name.get(name, ())
             ],
         )
 
@@ -266,9 +266,9 @@ class Trials:
                 nearest(one, other.detach(), len(self.tiles) if self.by_tile else 0, self.faint)
                 for one, other in zip(call, tensors, strict=True)
             ]
-            known = [pair for pair in pairs if pair is not None]
-            if known and (best is None or max(known) < best):
-                best = max(known)
+            gaps = [pair for pair in pairs if pair is not None]
+            if gaps and (best is None or max(gaps) < best):
+                best = max(gaps)
         if best is not None:
             self.apart[name] = max(best, self.apart.get(name, 0.0))
 
@@ -280,16 +280,16 @@ class Trials:
 def leaves_below(outputs: list[Tensor]) -> list[Tensor]:
     """The tensors that autograd would hand a gradient, from the graphs of these."""
     waiting = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
-    found, seen = [], set(waiting)
+    leaves, seen = [], set(waiting)
     for node in waiting:  # grows
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor):
-            found.append(variable)
+            leaves.append(variable)
         for follower, _ in node.next_functions:
             if follower is not None and follower not in seen:
                 seen.add(follower)
                 waiting.append(follower)
-    return found
+    return leaves
 
 
 def differences(one: Outcome, other: Outcome, faint: float) -> dict[str, float]:
@@ -297,39 +297,39 @@ def differences(one: Outcome, other: Outcome, faint: float) -> dict[str, float]:
     largest = max(
         (size(value) for name, value in one.values.items() if "gradient of" in name and value is not None), default=0.0
     )
-    found = {}
+    gaps = {}
     for name, value in one.values.items():
         given = other.values.get(name)
         if value is None or given is None:
             missing = value if value is not None else given
-            found[name] = 0.0 if missing is None or not size(missing) else float("inf")
+            gaps[name] = 0.0 if missing is None or not size(missing) else float("inf")
         else:
-            found[name] = distance(value, given, max(_SMALL * largest, _NOTHING) if "gradient" in name else faint)
-    return found
+            gaps[name] = distance(value, given, max(_SMALL * largest, _NOTHING) if "gradient" in name else faint)
+    return gaps
 
 
 def state_differences(one: Outcome, other: Outcome, start: dict[str, Tensor]) -> dict[str, float]:
     """The same of buffers, and of attributes that were tensors of one shape before, and after both."""
-    found = {}
+    gaps = {}
     for name, before in start.items():
         value, given = one.state.get(name), other.state.get(name)
         if value is not None and given is not None and value.shape == given.shape == before.shape:
-            found[name] = distance(value, given, _NOTHING)
-    return found
+            gaps[name] = distance(value, given, _NOTHING)
+    return gaps
 
 
 def left_behind(one: Outcome, other: Outcome, start: dict[str, Tensor], floor: float) -> list[str]:
     """Tensors that a run keeps in the module, new or of a new shape, and the other run does not, or not those."""
-    found = []
+    names = []
     for name in {**one.state, **other.state}:
         values = [state.get(name) for state in (one.state, other.state)]
         shapes = {None if value is None else value.shape for value in (start.get(name), *values)}
         if len(shapes) == 1:
             continue  # see `state_differences`
-        mine, theirs = values
-        if mine is None or theirs is None or distance(mine, theirs, _NOTHING) > floor:
-            found.append(name)
-    return found
+        first, second = values
+        if first is None or second is None or distance(first, second, _NOTHING) > floor:
+            names.append(name)
+    return names
 
 
 def distance(one: Tensor, other: Tensor, least: float = 0.0) -> float:

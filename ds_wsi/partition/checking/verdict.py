@@ -81,12 +81,12 @@ class Verdict:
         else:
             chunk = count if drawn else CHUNKS.get(count, 1)
         try:
-            found = self._partition(chunk)
+            outcome = self._partition(chunk)
         except Exception as error:  # the call itself would raise it, unless the number of tiles is the reason
             if says_no_memory(error):
                 raise
             return self._raised(error, chunk)
-        refusal = self._compared(found, drawn=drawn)
+        refusal = self._compared(outcome, drawn=drawn)
         if refusal is None and self.case.by_tile and drawn and count > 1:
             refusal = self._independent() or self._written_by_chunk()
         if refusal is None and self.many:
@@ -97,23 +97,23 @@ class Verdict:
 
     def _partition(self, chunk: int) -> Outcome:
         """One run; a second where the module changes what it holds: what the trace drew and wrote is done by then."""
-        found = self.trials.partition(chunk)
+        outcome = self.trials.partition(chunk)
         written = any(
             name in self.plain.state and distance(self.start[name].cpu(), self.plain.state[name])
             for name in self.start
             if not _is_statistic(self.held, name)
         )
         if written or any(self.plain.moved) or self.plain.attributes != self.attributes:
-            found = self.trials.partition(chunk)
-        return found
+            outcome = self.trials.partition(chunk)
+        return outcome
 
     # ---------------------------------------------------------------------------------------- comparisons
 
-    def _compared(self, found: Outcome, *, drawn: bool) -> str | None:
+    def _compared(self, outcome: Outcome, *, drawn: bool) -> str | None:
         """The sentence for what differs between the module alone and the partition."""
         outside = [name for name in self.plain.moved if name]
-        far, apart = self._far(self.plain, found, noise=not drawn)
-        same_draws = found.marks == self.plain.marks
+        far, apart = self._far(self.plain, outcome, noise=not drawn)
+        same_draws = outcome.marks == self.plain.marks
         if (far or apart) and drawn and not outside:
             # The partition may draw in another order: let the order not matter.
             with SameDraws():
@@ -123,10 +123,10 @@ class Verdict:
         if outside and (far or apart or not same_draws):
             kind = "a generator of its own" if outside[0] not in ("numpy.random", "random") else outside[0]
             return f"{self._who(_place(outside[0]))} must draw from torch's default generators, got {kind}."
-        counted = self._attributes_differ(found)
+        counted = self._attributes_differ(outcome)
         if counted is not None:
             return counted
-        kept = self._keeps_tiles(self.plain, found)
+        kept = self._keeps_tiles(self.plain, outcome)
         if kept is not None:
             return kept
         if far or apart:
@@ -138,10 +138,10 @@ class Verdict:
             )
         return None
 
-    def _far(self, plain: Outcome, found: Outcome, *, noise: bool) -> tuple[dict[str, float], dict[str, float]]:
+    def _far(self, plain: Outcome, outcome: Outcome, *, noise: bool) -> tuple[dict[str, float], dict[str, float]]:
         """Values and state, and outputs of sub-modules, that are further apart than rounding."""
-        buffers = {f"buffer {k!r}": v for k, v in state_differences(plain, found, self.start).items()}
-        gaps = differences(plain, found, self.trials.faint) | buffers
+        buffers = {f"buffer {k!r}": v for k, v in state_differences(plain, outcome, self.start).items()}
+        gaps = differences(plain, outcome, self.trials.faint) | buffers
         apart = dict(self.trials.apart)
         far = {name: gap for name, gap in gaps.items() if not gap <= self.floor}
         apart = {name: gap for name, gap in apart.items() if not gap <= self.floor}
@@ -156,14 +156,14 @@ class Verdict:
         return max(self.floor, min(self.ceiling, _NOISE * noise))
 
     def _independent(self) -> str | None:
-        """For modules that draw: other tiles, the same draws."""
+        """The sentence for a module that draws and mixes tiles: other tiles, the same draws."""
         if any(needs_batch_statistics(part) and not has_own_forward(part) for part in self.held.names):
             return None
         mixing = self._mixing()
         return None if mixing is None else self._mixes(mixing)
 
     def _written_by_chunk(self) -> str | None:
-        """For modules that draw: what they write that does not hang on the draws, in two chunks."""
+        """The sentence for what a module that draws writes and that does not hang on the draws, in two chunks."""
         mine = {name for name in self.start if not _is_statistic(self.held, name)}
         state = self.plain.state
         same = state.keys() == self.start.keys() and all(
@@ -173,26 +173,27 @@ class Verdict:
             return None
         with SameDraws():
             plain = self.trials.plain()
-            found = self.trials.partition(CHUNKS.get(len(self.tiles), 1))
-            kept = self._keeps_tiles(plain, found)
-        counted = self._changes(plain.attributes, found.attributes, start=self.attributes)
-        gaps = state_differences(plain, found, {name: self.start[name] for name in mine})
+            outcome = self.trials.partition(CHUNKS.get(len(self.tiles), 1))
+            kept = self._keeps_tiles(plain, outcome)
+        counted = self._changes(plain.attributes, outcome.attributes, start=self.attributes)
+        gaps = state_differences(plain, outcome, {name: self.start[name] for name in mine})
         return counted or kept or self._writes({name: gap for name, gap in gaps.items() if not gap <= self.floor})
 
-    def _keeps_tiles(self, plain: Outcome, found: Outcome) -> str | None:
-        """For tensors that a forward keeps in the module: what hangs on the tiles a partition would not keep as it is.
+    def _keeps_tiles(self, plain: Outcome, outcome: Outcome) -> str | None:
+        """The sentence for a tensor that a forward keeps in the module.
 
-        A table that a module makes once, of positions say, does not.
+        A partition would not keep as it is what hangs on the tiles. A table that a module makes once, of positions say,
+        does not hang on them.
         """
-        names = left_behind(plain, found, self.start, self.floor)
+        names = left_behind(plain, outcome, self.start, self.floor)
         if not names:
             return None
         other = self.trials.elsewhere(with_others(self.tiles, 0) if self.case.by_tile else self.tiles.flip(-1))
         for name in names:
-            mine, theirs = plain.state.get(name), other.state.get(name)
-            if mine is None or theirs is None or distance(mine, theirs):
+            mine, elsewhere = plain.state.get(name), other.state.get(name)
+            if mine is None or elsewhere is None or distance(mine, elsewhere):
                 owner, key = self.held.place_of(name)
-                value = mine if mine is not None else found.state[name]
+                value = mine if mine is not None else outcome.state[name]
                 return (
                     f"{self._who(owner)} must not keep what it computes of the tiles, got its attribute {key!r} "
                     f"{list(value.shape)}. HINT: return it, or keep the sub-module out of the partition."
@@ -200,7 +201,7 @@ class Verdict:
         return None
 
     def _decides(self) -> str | None:
-        """For a module that was not recorded, which would have told."""
+        """The sentence for a module that decides by values and was not recorded, which would have told."""
         reads = self.trials.reads
         name = by_value(self.case, self.held, self.tiles, reads) if reads else None
         if name is None:
@@ -217,9 +218,9 @@ class Verdict:
             partitioned=lambda size: self.case.with_chunks(size, self.tiles, lean=False),
             backward=False,
         )
-        found = trials.partition(chunk)
+        outcome = trials.partition(chunk)
         outputs = {name: value for name, value in self.plain.values.items() if "gradient" not in name}
-        far, apart = self._far(replace(self.plain, values=outputs), found, noise=False)
+        far, apart = self._far(replace(self.plain, values=outputs), outcome, noise=False)
         return self._explained(far, apart) if far or apart else None
 
     # ---------------------------------------------------------------------------------------- sentences
@@ -231,20 +232,20 @@ class Verdict:
         first, second = self.trials.twice()
         return self._changes(first, second)
 
-    def _attributes_differ(self, found: Outcome) -> str | None:
-        return self._changes(self.plain.attributes, found.attributes, start=self.attributes)
+    def _attributes_differ(self, outcome: Outcome) -> str | None:
+        return self._changes(self.plain.attributes, outcome.attributes, start=self.attributes)
 
     def _changes(
         self, before: dict[Any, Any], after: dict[Any, Any], start: dict[Any, Any] | None = None
     ) -> str | None:
-        for place in sorted({*before, *after}):
-            if before.get(place) == after.get(place) or before.get(place) != before.get(place):
+        for attribute in sorted({*before, *after}):
+            if before.get(attribute) == after.get(attribute) or before.get(attribute) != before.get(attribute):
                 continue
-            name, key = place
-            old = (self.attributes if start is None else start).get(place)
+            name, key = attribute
+            old = (self.attributes if start is None else start).get(attribute)
             return (
                 f"{self._who(name)} must not change its attribute {key!r} in forward, "
-                f"got {_short(old)} -> {_short(before.get(place) if start is None else after.get(place))}."
+                f"got {_short(old)} -> {_short(before.get(attribute) if start is None else after.get(attribute))}."
             )
         return None
 
@@ -356,7 +357,7 @@ def _place(generator: str) -> str:
 def _is_statistic(held: Restored, name: str) -> bool:
     """Whether a buffer is a torch norm's running statistic, which draws before the norm change."""
     owner, key = held.place_of(name)
-    part = next(part for part, place in held.names.items() if place == owner)
+    part = next(part for part, full_name in held.names.items() if full_name == owner)
     return isinstance(part, nn.modules.batchnorm._NormBase) and key in part._buffers
 
 

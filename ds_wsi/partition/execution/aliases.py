@@ -31,12 +31,13 @@ class CallTensors:
     """What the module held when it was called: see [Note: aliases].
 
     Args:
-        module: that is called.
+        module: the module that is called.
         save: whether backward will follow; else nothing is noted.
 
     Attributes:
-        names: of each tensor's id, what it is: "parameter 'c2.weight'".
-        aliases: of each trainable parameter's id, the tensor that stands in its place now; empty between passes.
+        names: what each tensor is, by its id: "parameter 'c2.weight'".
+        aliases: the tensor that stands in each trainable parameter's place now, by the parameter's id; empty between
+            passes.
     """
 
     def __init__(self, module: nn.Module, *, save: bool) -> None:
@@ -48,7 +49,7 @@ class CallTensors:
                     if tensor is not None:
                         full = f"{kind} {(name + '.' + key if name else key)!r}"
                         self._places.append(_Place(registry, key, tensor, full))
-        self.names = {id(place.tensor): place.name for place in reversed(self._places)}
+        self.names = {id(entry.tensor): entry.name for entry in reversed(self._places)}
         self._trained = {
             id(tensor): tensor
             for registry, _, tensor, name in self._places
@@ -67,10 +68,10 @@ class CallTensors:
             before: list[tuple[MutableMapping[str, Any], str, Any]] = []
             try:
                 for registry, key, tensor, _ in self._places:
-                    wanted, present = aliases.get(id(tensor), tensor), registry.get(key)
-                    if present is not wanted:
+                    replacement, present = aliases.get(id(tensor), tensor), registry.get(key)
+                    if present is not replacement:
                         before.append((registry, key, present))
-                        registry[key] = wanted
+                        registry[key] = replacement
                 for part in self._module.modules():
                     # torch's recurrent layers read a list of their own.
                     flat = part.__dict__.get("_flat_weights")
@@ -95,18 +96,18 @@ class CallTensors:
         with torch.enable_grad():
             made = norm.weight, norm.bias
         originals = {id(alias): self._trained[key] for key, alias in self.aliases.items()}
-        found: list[tuple[Any, Tensor]] = []
+        parameter_grads: list[tuple[Any, Tensor]] = []
         for tensor, gradient in zip(made, gradients, strict=True):
             if tensor is None or not tensor.requires_grad:
                 continue
             if id(tensor) in originals:
-                found.append((originals[id(tensor)], gradient))
+                parameter_grads.append((originals[id(tensor)], gradient))
                 continue
             below = [parameter for parameter in norm.parameters() if parameter.requires_grad]
             grads = torch.autograd.grad(tensor, below, gradient.to(tensor.dtype), allow_unused=True)
             pairs = zip(below, grads, strict=True)
-            found += [(originals[id(alias)], grad) for alias, grad in pairs if grad is not None]
-        return found
+            parameter_grads += [(originals[id(alias)], grad) for alias, grad in pairs if grad is not None]
+        return parameter_grads
 
 
 def exclusive(module: nn.Module) -> AbstractContextManager[Any]:
@@ -121,15 +122,15 @@ def trainable(parameters: list[nn.Parameter], aliases: dict[int, Tensor]) -> tup
     The aliases first, then the parameters themselves: a module may have kept one where nobody looks for it, in a list.
     One that was frozen since the call cannot be differentiated, and need not: autograd drops what its alias is given.
     """
-    found = sorted((p for p in parameters if id(p) in aliases), key=lambda p: not p.requires_grad)
-    return found, [*(aliases[id(parameter)] for parameter in found), *(p for p in found if p.requires_grad)]
+    ordered = sorted((p for p in parameters if id(p) in aliases), key=lambda p: not p.requires_grad)
+    return ordered, [*(aliases[id(parameter)] for parameter in ordered), *(p for p in ordered if p.requires_grad)]
 
 
-def summed(found: list[Tensor | None], count: int) -> list[Tensor | None]:
-    """The gradients of `trainable`'s `count` parameters from those of its tensors; `found` is emptied."""
-    direct = [*found[count:], *[None] * (2 * count - len(found))]
-    both = list(zip(found[:count], direct, strict=True))
-    found.clear()
+def summed(gradients: list[Tensor | None], count: int) -> list[Tensor | None]:
+    """The gradients of `trainable`'s `count` parameters from those of its tensors; `gradients` is emptied."""
+    direct = [*gradients[count:], *[None] * (2 * count - len(gradients))]
+    both = list(zip(gradients[:count], direct, strict=True))
+    gradients.clear()
     return [two if one is None else one if two is None else one + two for one, two in both]
 
 

@@ -33,7 +33,7 @@ class PartitionedCall:
     """One call of a partitioned module: its forward, and its backward if there is one.
 
     Args:
-        program: to run.
+        program: the program to run.
         x: input [N, ...] (or images [B, C, H, W]), on the module's device or on the host.
         bags: ranges of tiles that are a population each.
         prepare: applied to each chunk of the input on the device, without gradient.
@@ -42,11 +42,11 @@ class PartitionedCall:
         device: the device that computes.
         autocast: a context of the autocast settings in force at the call.
         track: whether running statistics are updated.
-        store: of host memory; None makes one.
+        store: the store of host memory; None makes one.
         phase: called at the end of each segment's forward and backward, with its index.
-        simulated: on fake tensors: no random numbers.
+        simulated: whether the call is on fake tensors: no random numbers.
         pretended: the input of a simulated call, in place of `x` and `prepare`.
-        arguments: beside the tiles.
+        arguments: the call's arguments beside the tiles.
     """
 
     def __init__(

@@ -24,13 +24,13 @@ class ChunkRunner:
     """What every pass over the chunks of one segment needs in one call.
 
     Args:
-        segment: that is computed.
-        ranges: its chunks, and what each reads and computes.
-        norms: its norms, whose statistics the passes apply.
+        segment: the segment that is computed.
+        ranges: the segment's chunks, and what each reads and computes.
+        norms: the segment's norms, whose statistics the passes apply.
         random: the call's random numbers.
         needs_grad: whether a gradient has to reach each value.
         saving: makes the context in which autograd's graphs are built.
-        arguments: of the call, beside the tiles.
+        arguments: the call's arguments beside the tiles.
         tensors: the call's parameters.
     """
 
@@ -50,8 +50,8 @@ class ChunkRunner:
             needed = ranges.needed(graph, chunk)
             inputs = {node: values[node].read(ranges.reads(node, chunk, needed)) for node in graph.sources}
             norms, key = self.norms.of(chunk), self._key(chunk)
-            found = graph.run(inputs, norms, self.random, key, _count(chunk), self.arguments, needed=needed)
-            return {node: ranges.crop_own(node, value, chunk, needed) for node, value in found.items()}
+            results = graph.run(inputs, norms, self.random, key, _count(chunk), self.arguments, needed=needed)
+            return {node: ranges.crop_own(node, value, chunk, needed) for node, value in results.items()}
 
     def with_graph(
         self,
@@ -65,9 +65,9 @@ class ChunkRunner:
         """The leaves of a chunk's graph, and the targets' own tiles or rows on top of it.
 
         Args:
-            graph: to compute.
-            chunk: of the segment's.
-            values: that hold the sources.
+            graph: the part of the segment's graph to compute.
+            chunk: one of the segment's.
+            values: the tensors that hold the sources.
             corrected: norms whose input's gradient is corrected inside the graph.
             known: results of final convolutions that need not be computed again.
         """
@@ -78,15 +78,15 @@ class ChunkRunner:
             anchor = torch.empty(0, requires_grad=True)
             for node in graph.sources:
                 value = values[node].read(ranges.reads(node, chunk, needed)).detach()
-                wanted = (value.is_floating_point() or value.is_complex()) and self.needs_grad[node]
-                leaves[node] = _Source.apply(anchor, value) if wanted else value
-            own = None
+                differentiated = (value.is_floating_point() or value.is_complex()) and self.needs_grad[node]
+                leaves[node] = _Source.apply(anchor, value) if differentiated else value
+            owned_rows = None
             if corrected is not None:
-                own = {
+                owned_rows = {
                     node: ranges.own(node.all_input_nodes[0], chunk) if self.segment.in_rows else None
                     for node in corrected
                 }
-            found = graph.run(
+            results = graph.run(
                 dict(leaves),
                 self.norms.of(chunk),
                 self.random,
@@ -94,10 +94,10 @@ class ChunkRunner:
                 _count(chunk),
                 self.arguments,
                 needed=needed,
-                corrected=own,
+                corrected=owned_rows,
                 known=known,
             )
-            return leaves, {node: ranges.crop_own(node, value, chunk, needed) for node, value in found.items()}
+            return leaves, {node: ranges.crop_own(node, value, chunk, needed) for node, value in results.items()}
 
     def _key(self, chunk: Chunk) -> Any:
         """The chunk's name among the call's random numbers."""

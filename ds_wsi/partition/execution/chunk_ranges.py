@@ -1,4 +1,4 @@
-"""Which tiles or rows of each value a chunk of a segment computes, and which it reads."""
+"""The tiles or rows of each value that a chunk of a segment computes, and those that it reads."""
 
 from collections.abc import Iterable
 
@@ -15,11 +15,11 @@ class ChunkRanges:
     """A segment's chunks in one call, and the parts of its values that belong to them.
 
     Args:
-        segment: whose values they are.
+        segment: the segment whose values they are.
         heights: rows of every image of the program.
         batch: tiles, or images, of the call.
         bags: ranges of tiles that are a population each.
-        store: for values in host memory.
+        store: the store for values in host memory.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class ChunkRanges:
         """The rows of every value that the chunk computes on the way to `graph`'s targets; None for tiles."""
         if not self.segment.in_rows:
             return None
-        own = {node: self._some_rows(node, chunk) for node in graph.targets}
+        rows = {node: self._some_rows(node, chunk) for node in graph.targets}
         if self.segment.spec.mode == "recompute":
             # A norm's input is corrected by the chunk that owns it, which must therefore hold it.
             for norm in graph.barriers:
                 (z,) = norm.all_input_nodes
                 part = self._some_rows(z, chunk)
-                own[z] = hull(own[z], part) if z in own else part
-        return graph.rows(own)
+                rows[z] = hull(rows[z], part) if z in rows else part
+        return graph.rows(rows)
 
     def reads(self, node: fx.Node, chunk: Chunk, needed: dict[fx.Node, Range] | None) -> Range:
         """The part of a source that the chunk reads."""

@@ -18,10 +18,10 @@ class ChunkedTensor(Protocol):
     def is_empty(self) -> bool:
         """Whether nothing was written: a gradient that does not flow."""
 
-    def read(self, wanted: Range) -> Tensor:
+    def read(self, where: Range) -> Tensor:
         """A chunk on the device."""
 
-    def prefetch(self, wanted: Range) -> None:
+    def prefetch(self, where: Range) -> None:
         """Start bringing a chunk to the device."""
 
     def drop(self, where: Range) -> None:
@@ -61,20 +61,20 @@ class TileChunks:
         self.drop(where)
         self.write(where, total)
 
-    def read(self, wanted: Range) -> Tensor:
+    def read(self, where: Range) -> Tensor:
         """The tiles on the device, joined from several chunks where they were written otherwise."""
-        if wanted in self.parts:
-            return self._part(wanted)
+        if where in self.parts:
+            return self._part(where)
         pieces = []
         for first, last in sorted(self.parts):
-            low, high = max(first, wanted[0]), min(last, wanted[1])
+            low, high = max(first, where[0]), min(last, where[1])
             if low < high:
                 pieces.append(self._part((first, last)).narrow(0, low - first, high - low))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def prefetch(self, wanted: Range) -> None:
+    def prefetch(self, where: Range) -> None:
         """Start bringing a chunk back from host memory."""
-        part = self.parts.get(wanted)
+        part = self.parts.get(where)
         if self.host is not None and isinstance(part, Ticket):
             self.host.prefetch(part)
 
@@ -92,7 +92,7 @@ class TileChunks:
 
     @property
     def device_bytes(self) -> int:
-        """Held on the device."""
+        """Bytes held on the device."""
         return sum(part.numel() * part.element_size() for part in self.parts.values() if isinstance(part, Tensor))
 
     def clear(self) -> None:
@@ -118,8 +118,8 @@ class RowBlocks:
     """Rows of images [B, C, H, W]; readers overlap, so it is one buffer on the device, or blocks in host memory.
 
     Args:
-        height: of the whole.
-        host: as of `TileChunks`.
+        height: rows of the whole.
+        host: the same as in `TileChunks`.
     """
 
     def __init__(self, height: int, host: HostStore | None = None) -> None:
@@ -147,9 +147,9 @@ class RowBlocks:
         else:
             self._add_to_blocks(where, tensor)
 
-    def read(self, wanted: Range) -> Tensor:
+    def read(self, where: Range) -> Tensor:
         """The rows on the device."""
-        first, last = wanted
+        first, last = where
         if self.host is None:
             assert self.buffer is not None
             return self.buffer[:, :, first:last]
@@ -167,10 +167,10 @@ class RowBlocks:
             pieces.append(_zero_rows(self.blocks.read(min(self.blocks.parts)), last - at))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
-    def prefetch(self, wanted: Range) -> None:
+    def prefetch(self, where: Range) -> None:
         """Start bringing blocks back from host memory."""
         for key in self.blocks.parts:
-            if key[0] < wanted[1] and wanted[0] < key[1]:
+            if key[0] < where[1] and where[0] < key[1]:
                 self.blocks.prefetch(key)
 
     def drop(self, where: Range) -> None:
@@ -183,7 +183,7 @@ class RowBlocks:
 
     @property
     def device_bytes(self) -> int:
-        """Held on the device."""
+        """Bytes held on the device."""
         return 0 if self.buffer is None else self.buffer.numel() * self.buffer.element_size()
 
     def clear(self) -> None:

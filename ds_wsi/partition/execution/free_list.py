@@ -1,4 +1,4 @@
-"""Which blocks of some slabs are free."""
+"""The free blocks of some slabs."""
 
 from bisect import bisect_left, insort
 
@@ -6,7 +6,7 @@ Block = tuple[int, int, int]  # slab, offset and length in bytes
 
 
 class FreeList:
-    """Which blocks of some slabs are free: the smallest that fits is taken, neighbours are joined again."""
+    """The free blocks of some slabs: the smallest that fits is taken, neighbours are joined again."""
 
     def __init__(self) -> None:
         self._free: list[Block] = []  # sorted

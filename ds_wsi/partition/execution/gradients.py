@@ -14,25 +14,25 @@ class GradientSums:
     """Gradients of parameters, summed in float32 (float64 for float64), in the order of the chunks.
 
     Attributes:
-        by_id: of parameter -> its sum so far.
+        by_id: the sum so far of each parameter's gradients, by the parameter's id.
     """
 
     def __init__(self) -> None:
         self.by_id: dict[int, Tensor] = {}
         self._owned: set[int] = set()  # whose sums nobody else holds
 
-    def add(self, parameters: list[nn.Parameter], found: list[Tensor | None], output_grads: list[Tensor]) -> None:
-        """Add a chunk's; `found` is emptied as it is summed.
+    def add(self, parameters: list[nn.Parameter], gradients: list[Tensor | None], output_grads: list[Tensor]) -> None:
+        """Add a chunk's gradients; `gradients` is emptied as it is summed.
 
         Args:
-            parameters: whose gradients they are.
-            found: of one chunk, from autograd.
+            parameters: the parameters whose gradients they are.
+            gradients: one chunk's, from autograd.
             output_grads: what flowed into the chunk's graph.
         """
         # autograd may hand out one tensor several times, or what flowed in: such a one must not be added to in place.
-        places = [_place(tensor) for tensor in (*found, *output_grads) if tensor is not None]
+        places = [_place(tensor) for tensor in (*gradients, *output_grads) if tensor is not None]
         for index, parameter in enumerate(parameters):
-            gradient, found[index] = found[index], None
+            gradient, gradients[index] = gradients[index], None
             if gradient is None:
                 continue
             wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -58,14 +58,14 @@ def gradient_needs(traced: Traced, wants_input_grad: bool) -> dict[fx.Node, bool
     """Whether a gradient has to reach each value of a graph, whose input needs one where `wants_input_grad`."""
     needs = {traced.source: wants_input_grad} | dict.fromkeys(traced.arguments, False)
     for node in traced.nodes:
-        own = False
+        needed = False
         if node in traced.leaves:
-            own = any(parameter.requires_grad for parameter in traced.leaves[node].parameters())
+            needed = any(parameter.requires_grad for parameter in traced.leaves[node].parameters())
         elif node.op == "get_attr":
             value: Any = traced.module
             for part in str(node.target).split("."):
                 value = getattr(value, part)
-            own = isinstance(value, Tensor) and value.requires_grad
-        own = own or any(needs[parent] for parent in node.all_input_nodes)
-        needs[node] = own and not is_detached(node)
+            needed = isinstance(value, Tensor) and value.requires_grad
+        needed = needed or any(needs[parent] for parent in node.all_input_nodes)
+        needs[node] = needed and not is_detached(node)
     return needs

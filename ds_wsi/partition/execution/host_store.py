@@ -50,17 +50,17 @@ class HostStore:
     """Tensors in host memory; the memory is kept from call to call, because locking pages takes long.
 
     Args:
-        device: that the tensors come from and go back to.
+        device: the device that the tensors come from and go back to.
         overlap: copies run beside the computing; by default on a GPU.
         simulated: the call is one on fake tensors: no streams, and with `overlap` each copy takes as long as one can.
         spill: a disk for what goes beyond `limit_bytes` of host memory.
-        limit_bytes: of host memory, with a spill.
+        limit_bytes: bytes of host memory at most, with a spill.
 
     Attributes:
-        held_bytes, peak_bytes: kept, in host memory and on the disk, now and at most.
-        sent_bytes, fetched_bytes: over the link so far.
-        spilled_bytes: written to the disk so far.
-        turns: of its operations.
+        held_bytes, peak_bytes: bytes kept, in host memory and on the disk, now and at most.
+        sent_bytes, fetched_bytes: bytes over the link so far.
+        spilled_bytes: bytes written to the disk so far.
+        turns: the turns that the store's operations take.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class HostStore:
         self.turns = Turns()
         self._thread = ThreadPoolExecutor(1, "ds_wsi-spill", self.turns.bar) if spill is not None else None
         self._inside: deque[Ticket] = deque()  # in host memory, the oldest first; with a spill only
-        self._ahead_bytes = 0  # to be written to the disk before there is need, for a plan foresees it
+        self._ahead_bytes = 0  # to be written to the disk before there is need, because a plan foresees it
 
     @property
     def capacity_bytes(self) -> int:
@@ -122,28 +122,28 @@ class HostStore:
         storage = tensor.untyped_storage()
         seen = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
         key = storage._cdata, tensor._version, *seen
-        known = self._known.get(key)
+        entry = self._known.get(key)
         # An address is used again once its storage is freed: then the entry is another tensor's.
-        if known is not None and known[1]() is storage and not known[0].released:
-            known[0].owners += 1
-            return known[0]
+        if entry is not None and entry[1]() is storage and not entry[0].released:
+            entry[0].owners += 1
+            return entry[0]
         tensor = tensor.resolve_conj().resolve_neg()  # bytes say nothing of what a view only promises
         if not tensor.is_contiguous() and not is_dense(tensor):
             tensor = tensor.contiguous()
         size = tensor.numel() * tensor.element_size()
         flat = torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset())
         ticket = Ticket(None, tensor.dtype, size, tensor.shape, tensor.stride(), None)
-        place, busy = self._place(ticket)
+        memory, busy = self._place(ticket)
         if self._out is None:
             with host_allocation():
-                place.copy_(flat)
+                memory.copy_(flat)
         else:
             ticket.stream = torch.cuda.current_stream(self.device)
             self._out.wait_stream(torch.cuda.current_stream(self.device))
             for event in busy:
                 self._out.wait_event(event)
             with torch.cuda.stream(self._out):
-                place.copy_(flat, non_blocking=True)
+                memory.copy_(flat, non_blocking=True)
                 ticket.ready = self._out.record_event()
         if self._overlap:
             self._hold_until_sent(ticket, flat)
@@ -164,26 +164,26 @@ class HostStore:
         """Start bringing the tensor back: from the disk to host memory, or from there to the device."""
         if ticket.fetched is not None or ticket.released or ticket.reading is not None:
             return
-        if ticket.place is None:
+        if ticket.memory is None:
             _, busy = self._place(ticket)
             assert self._thread is not None
             assert ticket.written is not None
             ticket.reading = self._thread.submit(self._read, ticket.written, self._block(ticket), busy)
             self._inside.appendleft(ticket)  # still on the disk too: it costs nothing to drop it again
             return
-        place = ticket.place
+        memory = ticket.memory
         # Memory of the computing stream's pool: waits until the allocator's earlier users there are done.
-        flat = torch.empty(place.shape, dtype=place.dtype, device=self.device)
+        flat = torch.empty(memory.shape, dtype=memory.dtype, device=self.device)
         if self._back is None:
             with host_allocation():
-                flat.copy_(place)
+                flat.copy_(memory)
         else:
             ticket.stream = torch.cuda.current_stream(self.device)
             self._back.wait_stream(torch.cuda.current_stream(self.device))
             if ticket.ready is not None:
                 self._back.wait_event(ticket.ready)
             with torch.cuda.stream(self._back):
-                flat.copy_(place, non_blocking=True)
+                flat.copy_(memory, non_blocking=True)
                 ticket.arrived = self._back.record_event()
         ticket.fetched = torch.as_strided(flat, ticket.shape, ticket.stride)
         self.fetched_bytes += ticket.size
@@ -238,7 +238,7 @@ class HostStore:
         self.held_bytes -= ticket.size
         if not self.held_bytes:
             self._let_all_go()
-        if ticket.place is not None:
+        if ticket.memory is not None:
             self._vacate(ticket)
         if ticket.written is not None and self._thread is not None:
             with suppress(RuntimeError):  # the interpreter is ending, and the file with it
@@ -303,16 +303,16 @@ class HostStore:
         while block is None and self.capacity_bytes + rounded > self.limit_bytes and self._evict():
             block = self._free.take(rounded)
         if block is None:
-            wanted = max(_SLAB, self.held_bytes // _GROWTH)
+            slab_size = max(_SLAB, self.held_bytes // _GROWTH)
             if self._spill is not None:
-                wanted = min(wanted, self.limit_bytes - self.capacity_bytes)
-            self._grow(max(rounded, wanted))
+                slab_size = min(slab_size, self.limit_bytes - self.capacity_bytes)
+            self._grow(max(rounded, slab_size))
             block = self._free.take(rounded)
         assert block is not None
         slab, offset, _ = ticket.block = block
-        ticket.place = self._slabs[slab][offset : offset + ticket.size].view(ticket.dtype)
+        ticket.memory = self._slabs[slab][offset : offset + ticket.size].view(ticket.dtype)
         self._busy = [(other, event) for other, event in self._busy if not event.query()]
-        return ticket.place, [event for other, event in self._busy if blocks_overlap(block, other)]
+        return ticket.memory, [event for other, event in self._busy if blocks_overlap(block, other)]
 
     def _block(self, ticket: Ticket) -> Tensor:
         """All bytes of a ticket's memory."""
@@ -328,7 +328,7 @@ class HostStore:
             if event is not None and not event.query():
                 self._busy.append((ticket.block, event))
         self._free.give_back(ticket.block)
-        ticket.block = ticket.place = ticket.reading = None
+        ticket.block = ticket.memory = ticket.reading = None
 
     # ------------------------------------------------------------------------------------------------ disk
 
@@ -336,7 +336,7 @@ class HostStore:
         """Move the oldest tensor to the disk; False where there is none."""
         while self._inside:
             ticket = self._inside.popleft()
-            if not ticket.released and ticket.place is not None:
+            if not ticket.released and ticket.memory is not None:
                 self._write(ticket)
                 assert ticket.written is not None
                 ticket.written.result()  # raises what the disk had against it

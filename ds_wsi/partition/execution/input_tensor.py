@@ -24,11 +24,11 @@ class InputTensor:
     """The input of a call: the caller's tensor, read a chunk at a time.
 
     Args:
-        tensor: on the device or on the host; page-locked host memory is copied ahead of its use.
-        dim: that chunks divide.
+        tensor: the caller's tensor, on the device or on the host; page-locked host memory is copied ahead of its use.
+        dim: the dimension that chunks divide.
         device: the device that computes.
         prepare: applied to each chunk on the device: see `prepared`.
-        store: whose stream copies ahead; None copies when a chunk is read.
+        store: the store whose stream copies ahead; None copies when a chunk is read.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class InputTensor:
         """A call that ends in an error, or is dropped, has chunks on their way."""
         self._drop_arriving()
 
-    def read(self, wanted: Range) -> Tensor:
+    def read(self, where: Range) -> Tensor:
         """The chunk on the device, prepared."""
         if self.check is not None:
             self.check()
-        arriving = self._arriving.pop(wanted, None)
-        part = self._part(wanted).to(self.device, non_blocking=True) if arriving is None else arriving.get()
-        return part if self.prepare is None else prepared(self.prepare, part, wanted[0])
+        arriving = self._arriving.pop(where, None)
+        part = self._part(where).to(self.device, non_blocking=True) if arriving is None else arriving.get()
+        return part if self.prepare is None else prepared(self.prepare, part, where[0])
 
-    def prefetch(self, wanted: Range) -> None:
+    def prefetch(self, where: Range) -> None:
         """Start copying a chunk to the device, where that goes on beside the computing."""
-        if self._store is not None and wanted not in self._arriving:
-            self._arriving[wanted] = self._store.bring(self._part(wanted))
+        if self._store is not None and where not in self._arriving:
+            self._arriving[where] = self._store.bring(self._part(where))
 
     @property
     def is_empty(self) -> bool:
@@ -78,8 +78,8 @@ class InputTensor:
         while self._arriving:
             self._arriving.popitem()[1].drop()
 
-    def _part(self, wanted: Range) -> Tensor:
-        return self.tensor.narrow(self.dim, wanted[0], wanted[1] - wanted[0])
+    def _part(self, where: Range) -> Tensor:
+        return self.tensor.narrow(self.dim, where[0], where[1] - where[0])
 
 
 @dataclass(frozen=True)
@@ -107,35 +107,35 @@ class PretendedInput(InputTensor):
         self.cost = cost
         self._copies: dict[Range, Tensor] = {}
 
-    def read(self, wanted: Range) -> Tensor:
+    def read(self, where: Range) -> Tensor:
         """A chunk."""
-        copied = self._copies.pop(wanted, None)
+        copied = self._copies.pop(where, None)
         if copied is None:
-            copied = self._copy(wanted)
+            copied = self._copy(where)
         if not self.cost.prepared:
             return copied
-        working = self._bytes(self.cost.working, wanted)
-        result = torch.empty_like(self._part(wanted), memory_format=torch.contiguous_format)
+        working = self._bytes(self.cost.working, where)
+        result = torch.empty_like(self._part(where), memory_format=torch.contiguous_format)
         del copied, working
         return result
 
-    def prefetch(self, wanted: Range) -> None:
+    def prefetch(self, where: Range) -> None:
         """Take the memory of a chunk's copy."""
-        if self.cost.ahead and wanted not in self._copies:
-            self._copies[wanted] = self._copy(wanted)
+        if self.cost.ahead and where not in self._copies:
+            self._copies[where] = self._copy(where)
 
     def clear(self) -> None:
         """Give it back."""
         self._copies.clear()
 
-    def _copy(self, wanted: Range) -> Tensor:
+    def _copy(self, where: Range) -> Tensor:
         if self.cost.prepared:
-            return self._bytes(self.cost.copied, wanted)
-        part = self._part(wanted)
+            return self._bytes(self.cost.copied, where)
+        part = self._part(where)
         return torch.empty_like(part, memory_format=torch.contiguous_format) if self.cost.copied else part
 
-    def _bytes(self, each: int, wanted: Range) -> Tensor:
-        return torch.empty(each * (wanted[1] - wanted[0]), dtype=torch.uint8, device=self.device)
+    def _bytes(self, each: int, where: Range) -> Tensor:
+        return torch.empty(each * (where[1] - where[0]), dtype=torch.uint8, device=self.device)
 
 
 def input_cost(x: Tensor, dim: int, device: torch.device, prepare: Prepare | None) -> InputCost:
@@ -150,5 +150,5 @@ def input_cost(x: Tensor, dim: int, device: torch.device, prepare: Prepare | Non
     with torch.no_grad(), ByteMeter() as meter:
         result = prepare(unit.to(device))
     is_new = result.untyped_storage()._cdata != unit.untyped_storage()._cdata
-    own = result.untyped_storage().nbytes() if is_new else 0
-    return InputCost(copied, is_new, max(0, meter.peak - own - copied), ahead)
+    result_bytes = result.untyped_storage().nbytes() if is_new else 0
+    return InputCost(copied, is_new, max(0, meter.peak - result_bytes - copied), ahead)

@@ -35,8 +35,8 @@ class PartitionedNode(torch.autograd.Function):
         refuse_batched(grad)
         call, parameters, ctx.call, ctx.parameters = ctx.call, ctx.parameters, None, None
         with inside(), _training_as(ctx.flags):
-            x_grad, found = call.backward(grad)
-        gradients = [found.get(id(parameter)) for parameter in parameters]
+            x_grad, sums = call.backward(grad)
+        gradients = [sums.get(id(parameter)) for parameter in parameters]
         if grad.shape[0] == 0:  # a rank without a tile: engines wait for a gradient of every parameter
             gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
         pairs = zip(gradients, parameters, strict=True)

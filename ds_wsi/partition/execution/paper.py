@@ -175,14 +175,14 @@ def require_supported(name: str, leaf: nn.Module) -> None:
         ValueError: names it.
     """
     if isinstance(leaf, nn.Conv2d):
-        own = type(leaf)
-        known = own.forward is nn.Conv2d.forward and own._conv_forward is nn.Conv2d._conv_forward
-        known = known and "_conv_forward" not in leaf.__dict__
+        kind = type(leaf)
+        supported = kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+        supported = supported and "_conv_forward" not in leaf.__dict__
     else:
-        known = not isinstance(leaf, (nn.BatchNorm2d, nn.SyncBatchNorm)) or (
+        supported = not isinstance(leaf, (nn.BatchNorm2d, nn.SyncBatchNorm)) or (
             isinstance(leaf, nn.BatchNorm2d) and forward_home(type(leaf)) in _NORM_HOMES
         )
-    if not known:
+    if not supported:
         raise ValueError(
             "a convolution or norm must have the forward of torch's Conv2d or BatchNorm2d, or of timm's "
             f'BatchNormAct2d, in mode "paper", got {type(leaf).__name__} (layer {name}). {_REMEDY}'
@@ -204,10 +204,10 @@ def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) or not children:
         yield name or type(module).__name__, module
         return
-    own = [key for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
-    if own:
+    tensors = [key for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+    if tensors:
         raise ValueError(
-            f'a module with children must own no tensor in mode "paper", got {own[0]!r} '
+            f'a module with children must own no tensor in mode "paper", got {tensors[0]!r} '
             f"(module {name or type(module).__name__}, {type(module).__name__}). {_REMEDY}"
         )
     for key, child in children:

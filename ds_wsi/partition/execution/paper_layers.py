@@ -93,8 +93,8 @@ class Convolution(torch.autograd.Function):
             y = F.conv2d(piece, w, b, shape.stride, 0, shape.dilation, shape.groups)
             if out is None:  # autocast has chosen the dtype
                 size = (x.shape[0], y.shape[1], shape.out_height(x.shape[2]), y.shape[3])
-                place = setting.place(math.prod(size) * y.element_size())
-                out = torch.empty(size, dtype=y.dtype, device=place)
+                device = setting.place(math.prod(size) * y.element_size())
+                out = torch.empty(size, dtype=y.dtype, device=device)
             out[window.tiles, :, window.out_rows] = y
         assert out is not None
         ctx.dtype = out.dtype  # with it the backward repeats what autocast did
@@ -181,8 +181,8 @@ class Normalise(torch.autograd.Function):
                 if ctx.of_batch:
                     dy = dy - (dbeta[column] + normal * dgamma[column]) / count
                 into.copy_((dy * scale[column]).to(x.dtype))
-        found = zip((dgamma, dbeta), affine, needs_affine, strict=True)
-        return *(None,) * 6, dx, *(total.to(p.device, p.dtype) if needed else None for total, p, needed in found)
+        sums = zip((dgamma, dbeta), affine, needs_affine, strict=True)
+        return *(None,) * 6, dx, *(total.to(p.device, p.dtype) if needed else None for total, p, needed in sums)
 
 
 def statistics(setting: Setting, x: Tensor) -> Moments:

@@ -15,7 +15,7 @@ class RecomputedSegment:
     Args:
         runner: what runs the segment's chunks.
         source: the segment's input.
-        sums: that the parameters' gradients are added to.
+        sums: what the parameters' gradients are added to.
     """
 
     def __init__(self, runner: ChunkRunner, source: ChunkedTensor, sums: GradientSums) -> None:
@@ -72,8 +72,8 @@ class RecomputedSegment:
             grad = output_grad.read(self.ranges.own(segment.target, chunk))
             _, results = self.runner.with_graph(segment.whole, chunk, values, corrected=corrected)
             leaves = self.norms.affine(norms, chunk)
-            found = torch.autograd.grad([results[segment.target]], leaves, [grad], allow_unused=True)
-            for norm, dgamma, dbeta in zip(norms, found[::2], found[1::2], strict=True):
+            reductions = torch.autograd.grad([results[segment.target]], leaves, [grad], allow_unused=True)
+            for norm, dgamma, dbeta in zip(norms, reductions[::2], reductions[1::2], strict=True):
                 if dgamma is not None:
                     self.norms.reduce(norm, chunk, dgamma, dbeta)
             del results, grad
@@ -97,16 +97,16 @@ class RecomputedSegment:
             grad = output_grad.read(self.ranges.own(segment.target, chunk))
             leaves, results = self.runner.with_graph(segment.whole, chunk, values, corrected=corrected)
             inputs = [leaves[segment.source]] if wants_input else []
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 [results[segment.target]],
                 [*inputs, *tensors],
                 [grad.to(results[segment.target].dtype)],
                 allow_unused=True,
             )
-            if wants_input and found[0] is not None:
+            if wants_input and gradients[0] is not None:
                 needed = self.ranges.needed(segment.whole, chunk)
-                input_grad.add(self.ranges.reads(segment.source, chunk, needed), found[0])
-            sums = summed(list(found[len(inputs) :]), len(parameters))
-            del found, leaves, results
+                input_grad.add(self.ranges.reads(segment.source, chunk, needed), gradients[0])
+            sums = summed(list(gradients[len(inputs) :]), len(parameters))
+            del gradients, leaves, results
             self.sums.add(parameters, sums, [grad])
             del grad  # or they would live through the next chunk's peak

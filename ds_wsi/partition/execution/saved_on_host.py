@@ -22,8 +22,8 @@ class SavedOnHost:
     What stays on the device must be unchanged when backward reads it, as autograd demands without hooks.
 
     Args:
-        module: whose parameters stay where they are.
-        store: of host memory.
+        module: the module whose parameters stay where they are.
+        store: the store of host memory.
         source: the call's input, for errors.
     """
 
@@ -40,10 +40,10 @@ class SavedOnHost:
 
         def pack(tensor: Tensor) -> Any:
             size = tensor.numel() * tensor.element_size()
-            place = tensor.untyped_storage()._cdata
+            storage = tensor.untyped_storage()._cdata
             # The device's no tensor: a host tensor that a module computes with, say.
-            if tensor.device != self.store.device or size < _MIN_OFFLOAD_BYTES or place in places:
-                return _Kept(tensor, places.get(place, "the input" if place == self._source else None))
+            if tensor.device != self.store.device or size < _MIN_OFFLOAD_BYTES or storage in places:
+                return _Kept(tensor, places.get(storage, "the input" if storage == self._source else None))
             ticket = self.store.put(tensor)
             if ticket not in self._order:
                 self._order[ticket] = len(self._tickets)

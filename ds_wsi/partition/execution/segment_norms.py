@@ -13,7 +13,7 @@ class SegmentNorms:
     """The norms of one segment in one call, over the call's populations.
 
     Args:
-        segment: whose norms they are.
+        segment: the segment whose norms they are.
         populations: how many the call has.
         device: the device that computes.
         track_images: the tiles or images of the call, by which running statistics are updated; None: they stay.
@@ -79,9 +79,9 @@ class SegmentNorms:
             site = self.segment.sites[norm]
             for statistics in self.statistics:
                 reached = site.group is not None or statistics[norm].dgamma is not None
-                own = site.conclude(statistics[norm])
+                gradients = site.conclude(statistics[norm])
                 if site.batch and site.leaf.affine and reached:
-                    for parameter, gradient in self.tensors.of_affine(site.leaf, own):
+                    for parameter, gradient in self.tensors.of_affine(site.leaf, gradients):
                         sums.add([parameter], [gradient], [gradient])
 
     def correct(self, norm: fx.Node, chunk: Chunk, z: Tensor, grad: Tensor) -> Tensor:

@@ -24,13 +24,14 @@ class StoredSegment:
     Args:
         runner: what runs the segment's chunks.
         source: the segment's input.
-        sums: that the parameters' gradients are added to.
+        sums: what the parameters' gradients are added to.
 
     Attributes:
-        values: that backward reads, but for the source: all stored ones in "lean" and "stream", the inputs of norms in
-            "keep" and "offload".
-        graphs: of "keep" and "offload": (level, chunk) -> where gradient leaves autograd's graph, and where it enters.
-        aliases: of the parameters, on which these graphs are built.
+        values: what backward reads, but for the source: all stored values in "lean" and "stream", the inputs of norms
+            in "keep" and "offload".
+        graphs: the graphs of "keep" and "offload": (level, chunk) -> where gradient leaves autograd's graph, and where
+            it enters.
+        aliases: the parameters' aliases, on which these graphs are built.
     """
 
     def __init__(self, runner: ChunkRunner, source: ChunkedTensor, sums: GradientSums) -> None:
@@ -81,7 +82,7 @@ class StoredSegment:
             self.norms.collect(source, part, chunk)
 
     def _keep_graph(self, index: int, chunk: Chunk, values: dict[fx.Node, ChunkedTensor]) -> dict[fx.Node, Tensor]:
-        """As `ChunkRunner.run`, with autograd's graph kept."""
+        """Do what `ChunkRunner.run` does, with autograd's graph kept."""
         leaves, results = self.runner.with_graph(self.segment.levels[index].graph, chunk, values)
         self.graphs[index, chunk.index] = edges(leaves), edges(results)
         self.aliases = self.runner.tensors.aliases
@@ -216,30 +217,30 @@ class StoredSegment:
         grads: dict[fx.Node, Tensor],
         summed_up: dict[fx.Node, StoredTensor],
     ) -> None:
-        wanted = list(leaves)
+        sources = list(leaves)
         affine = self.norms.affine(level.barriers, chunk)
         parameters, tensors = trainable(level.graph.parameters, self.aliases or self.runner.tensors.aliases)
         outputs = [(results[node], grad) for node, grad in grads.items() if node in results]
         if not outputs:
             return
-        inputs: list[Any] = [*(leaves[node] for node in wanted), *affine, *tensors]
-        found = torch.autograd.grad(
+        inputs: list[Any] = [*(leaves[node] for node in sources), *affine, *tensors]
+        gradients = torch.autograd.grad(
             [output for output, _ in outputs],
             inputs,
             [grad for _, grad in outputs],
             allow_unused=True,
         )
         needed = self.ranges.needed(level.graph, chunk)
-        for node, grad in zip(wanted, found, strict=False):
+        for node, grad in zip(sources, gradients, strict=False):
             if grad is not None:
                 summed_up[node].add(self.ranges.reads(node, chunk, needed), grad)
-        end = len(wanted) + len(affine)
-        reductions = found[len(wanted) : end]
-        sums = summed(list(found[end:]), len(parameters))
+        end = len(sources) + len(affine)
+        reductions = gradients[len(sources) : end]
+        sums = summed(list(gradients[end:]), len(parameters))
         for norm, dgamma, dbeta in zip(level.barriers, reductions[::2], reductions[1::2], strict=True):
             if dgamma is not None and dbeta is not None:
                 self.norms.reduce(norm, chunk, dgamma, dbeta)
-        del found, reductions
+        del gradients, reductions
         self.sums.add(parameters, sums, [grad for _, grad in outputs])
 
     def _correct_source(self, input_grad: StoredTensor) -> None:

@@ -12,9 +12,9 @@ from ds_wsi.partition.execution.free_list import Block
 
 @dataclass(eq=False)
 class Ticket:
-    """A tensor that lies in host memory, or (`place` None) on the disk only."""
+    """A tensor that lies in host memory, or (`memory` None) on the disk only."""
 
-    place: Tensor | None
+    memory: Tensor | None
     dtype: torch.dtype
     size: int
     shape: torch.Size
@@ -39,7 +39,7 @@ class Arriving:
     Args:
         tensor: memory of the computing stream that it was asked for on.
         arrived: recorded after the copy.
-        stream: that computing stream.
+        stream: the same computing stream.
     """
 
     tensor: Tensor

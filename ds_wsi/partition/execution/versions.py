@@ -25,10 +25,10 @@ def require_version(tensor: Tensor, expected: int, name: str | None) -> None:
     """
     if version_of(tensor) == expected:
         return
-    known = "" if name is None else f" which is {name},"
+    naming = "" if name is None else f" which is {name},"
     raise RuntimeError(
         "one of the variables needed for gradient computation has been modified by an inplace operation: "
-        f"[{tensor.type()} {list(tensor.shape)}],{known} is at version {tensor._version}; expected version {expected} "
+        f"[{tensor.type()} {list(tensor.shape)}],{naming} is at version {tensor._version}; expected version {expected} "
         "instead."
     )
 
@@ -37,7 +37,7 @@ class Guard:
     """One tensor, and the version that it must have when it is read.
 
     Args:
-        tensor: as it is now.
+        tensor: the tensor as it is now.
         name: what it is, for the error.
 
     Attributes:
@@ -54,9 +54,9 @@ class Guard:
 
 
 def guards_of(segment: Segment, names: dict[int, str]) -> list[Guard]:
-    """Of what a replay of the segment reads beside its input, as it is now: parameters and buffers."""
-    found = {id(tensor): tensor for tensor in _read(segment)}
-    guards = [Guard(tensor, names[key]) for key, tensor in found.items() if key in names]
+    """Guards of what a replay of the segment reads beside its input, as it is now: parameters and buffers."""
+    tensors = {id(tensor): tensor for tensor in _read(segment)}
+    guards = [Guard(tensor, names[key]) for key, tensor in tensors.items() if key in names]
     for guard in guards:
         guard.armed = True
     return guards

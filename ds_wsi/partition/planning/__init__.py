@@ -1,1 +1,1 @@
-"""Which mode and chunk size each segment has: a pure decision."""
+"""The mode and the chunk size of each segment: a pure decision."""

@@ -42,12 +42,12 @@ class _Group:
 
 
 def seconds_of(cost: SegmentCost | Phase, rates: Rates) -> float:
-    """Of computing."""
+    """Seconds of computing."""
     return cost.flops / rates.flops + cost.touched / rates.memory + cost.operations * rates.launch
 
 
 def overlapped(compute_s: float, link_s: float, *, overlaps: bool) -> float:
-    """Of computing and of copying, which go on together or not."""
+    """Seconds of computing and of copying, which go on together or not."""
     return max(compute_s, link_s) if overlaps else compute_s + link_s
 
 
@@ -55,8 +55,9 @@ def combine(costs: dict[SegmentMode, list[SegmentCost]], rates: Rates, *, overla
     """The best combinations for one chunk size, in order of time.
 
     Args:
-        costs: of every segment, by mode; of "checkpoint" with every boundary on the host too, or none lies there.
-        rates: of the device.
+        costs: the costs of every segment, by mode; without those of "checkpoint" with every boundary on the host, no
+            boundary lies there.
+        rates: the device's rates.
         overlaps: copies run beside the computing.
     """
     places, may_move = _places(costs), _MOVED in costs
@@ -70,7 +71,7 @@ def combine(costs: dict[SegmentMode, list[SegmentCost]], rates: Rates, *, overla
                 for host_output in (False, True) if may_move and index + 1 < len(places) else (False,):
                     added = _Added(costs, index, mode, host_input, host_output)
                     grown[host_output].append(_Group(added.to(group.sums, later, rates), modes))
-        groups = {key: _best(found, overlaps=overlaps) for key, found in grown.items() if found}
+        groups = {key: _best(candidates, overlaps=overlaps) for key, candidates in grown.items() if candidates}
     ends = groups[False]
     choices = [
         Choice(modes, row[_PEAK], row[_HOST_PEAK], overlapped(row[_COMPUTE], row[_LINK], overlaps=overlaps))
@@ -81,11 +82,11 @@ def combine(costs: dict[SegmentMode, list[SegmentCost]], rates: Rates, *, overla
 
 def unbeaten(choices: list[Choice]) -> list[Choice]:
     """Those that no other one beats in time and in both memories, in order of time."""
-    found: list[Choice] = []
+    best: list[Choice] = []
     for one in sorted(choices, key=lambda choice: (choice.seconds, choice.peak, choice.host_peak)):
-        if not any(other.peak <= one.peak and other.host_peak <= one.host_peak for other in found):
-            found.append(one)
-    return found
+        if not any(other.peak <= one.peak and other.host_peak <= one.host_peak for other in best):
+            best.append(one)
+    return best
 
 
 def _places(costs: dict[SegmentMode, list[SegmentCost]]) -> list[SegmentCost]:
@@ -94,7 +95,7 @@ def _places(costs: dict[SegmentMode, list[SegmentCost]]) -> list[SegmentCost]:
 
 
 def _modes(costs: dict[SegmentMode, list[SegmentCost]], *, host_input: bool, first: bool) -> list[SegmentMode]:
-    """Of a segment; the module's own input is the caller's."""
+    """The modes of a segment; the module's own input is the caller's."""
     if host_input:
         return [SegmentMode(mode, True) for mode in ("checkpoint", "recompute", "stream")]
     return [mode for mode in costs if not mode.host_input or (first and mode == _STREAM)]
@@ -113,22 +114,23 @@ class _Added:
     def to(self, sums: Array, later: float, rates: Rates) -> Array:
         """The sums with this segment; `later`: gradients of later segments, alive in this one's backward."""
         places = _places(self.costs)
-        place, last = places[self.index], self.index + 1 == len(places)
+        boundary, last = places[self.index], self.index + 1 == len(places)
         streams = self.mode == _STREAM
         cost = self.costs[self.mode if streams else SegmentMode(self.mode.mode)][self.index]
-        here, there = (0.0 if self.host_input else place.source), (0.0 if self.host_output else place.out)
+        here, there = (0.0 if self.host_input else boundary.source), (0.0 if self.host_output else boundary.out)
         kept = sums[:, _KEPT_BYTES]
         new = sums.copy()
-        new[:, _KEPT_BYTES] += cost.own + (here if cost.keeps_source else 0)
+        new[:, _KEPT_BYTES] += cost.kept + (here if cost.keeps_source else 0)
         forward, backward = cost.forward + here + there, cost.backward + 2 * here + there
         held, extra = cost.host, cost.host_extra
         operations = copied = 0.0
         if streams and not last:
-            held -= place.out  # its own calls had it there
+            held -= boundary.out  # its own calls had it there
         if self.host_output:
-            held += place.out
+            held += boundary.out
         if not streams:
-            extra += (place.source if self.host_input else 0) + (place.out if self.host_output else 0)  # gradients
+            # Gradients of boundaries on the host.
+            extra += (boundary.source if self.host_input else 0) + (boundary.out if self.host_output else 0)
             sides = self.host_input + self.host_output
             if sides:
                 operations, copied = (sides * amount for amount in self._one_side(last))
@@ -153,7 +155,7 @@ class _Added:
 
 
 def _best(groups: list[_Group], *, overlaps: bool) -> _Group:
-    """What no other row beats in every sum, thinned out."""
+    """The rows that no other row beats in every sum, thinned out."""
     sums = np.concatenate([group.sums for group in groups])
     modes = [one for group in groups for one in group.modes]
     compared = sums
@@ -167,17 +169,17 @@ def _best(groups: list[_Group], *, overlaps: bool) -> _Group:
 
 
 def _undominated(rows: Array) -> Places:
-    """Of sorted rows, those that no other one is at most as large as in every column; the first of equal ones."""
-    left, found = np.arange(len(rows)), []
+    """The sorted rows that no other one is at most as large as in every column; the first of equal ones."""
+    left, kept = np.arange(len(rows)), []
     while len(left):
         first, left = left[0], left[1:]
-        found.append(first)
+        kept.append(first)
         left = left[~(rows[first] <= rows[left]).all(axis=1)]
-    return np.array(found, dtype=np.intp)
+    return np.array(kept, dtype=np.intp)
 
 
 def _thinned(sums: Array, rows: Places) -> Places:
-    """At most `_KEPT`, spread evenly over what they keep on the device."""
+    """The rows, at most `_KEPT` of them, spread evenly over what they keep on the device."""
     if len(rows) <= _KEPT:
         return rows
     ordered = rows[np.argsort(sums[rows, _KEPT_BYTES], kind="stable")]

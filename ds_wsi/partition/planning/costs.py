@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ds_wsi.partition.planning.simulate import Phase
 
-TILES = 4  # a chunk, in the small simulated calls
+TILES = 4  # per chunk, in the small simulated calls
 
 
 class SegmentMode(NamedTuple):
@@ -18,19 +18,19 @@ class SegmentMode(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentCost:
-    """Of one segment in one mode; bytes and operations.
+    """The cost of one segment in one mode; bytes and operations.
 
     Attributes:
-        own: kept on the device from forward to backward, without its input (which `keeps_source` says it keeps).
-        source, out: of its input and its output.
+        kept: bytes kept on the device from forward to backward, without its input (which `keeps_source` says it keeps).
+        source, out: bytes of its input and its output.
         forward, backward: peak of each, beyond what earlier segments keep, what gradients later ones have summed, and
             input and output with their gradients.
-        gradients: of its parameters.
+        gradients: bytes of its parameters' gradients.
         host_extra: host memory at most, beyond what is kept there after forward.
-        host, copied, flops, touched, operations: as of `Phase`.
+        host, copied, flops, touched, operations: the same as in `Phase`.
     """
 
-    own: float
+    kept: float
     source: float
     out: float
     forward: float
@@ -49,8 +49,8 @@ def profile(phases: list[Phase], mode: SegmentMode | None) -> list[SegmentCost]:
     """Each segment's costs out of a simulated call; forwards come in order, then backwards in reverse.
 
     Args:
-        phases: of the call.
-        mode: of all its segments; None where they differ: what each keeps on the host is not told apart then.
+        phases: the call's phases.
+        mode: the mode of all its segments; None where they differ: what each keeps on the host is not told apart then.
     """
     count = len(phases) // 2
     forward, backward = phases[:count], list(reversed(phases[count:]))
@@ -63,7 +63,7 @@ def profile(phases: list[Phase], mode: SegmentMode | None) -> list[SegmentCost]:
         on_host = mode is not None and mode.mode in ("offload", "stream")
         costs.append(
             SegmentCost(
-                own=kept[index + 1] - kept[index] - (source if keeps else 0),
+                kept=kept[index + 1] - kept[index] - (source if keeps else 0),
                 source=source,
                 out=out,
                 forward=ahead.peak - kept[index] - source - out,
@@ -111,15 +111,15 @@ def extrapolated(low: list[Phase], high: list[Phase], scale: float) -> list[Phas
     when a phase begins grows evenly, so that the peak is at least that and what the phase added to it.
     """
     names = ("peak", "live", "host", "host_peak", "copied", "flops", "touched", "operations", "boundary")
-    found: list[Phase] = []
+    phases: list[Phase] = []
     before = 0
     for one, two in zip(low, high, strict=True):
         grown: dict[str, Any] = {}
         for name in names:
             first, second = getattr(one, name), getattr(two, name)
             grown[name] = int(max(0, first + scale * (second - first)))
-        alive = found[-1].live if found else 0
+        alive = phases[-1].live if phases else 0
         grown["peak"] = max(grown["peak"], alive + two.peak - before)
         before = two.live
-        found.append(replace(two, **grown))
-    return found
+        phases.append(replace(two, **grown))
+    return phases

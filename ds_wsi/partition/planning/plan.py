@@ -11,13 +11,13 @@ class SegmentPlan:
     """One segment of a plan.
 
     Args:
-        last: its last operation; "" for the module's output.
+        last: the segment's last operation; "" for the module's output.
         mode: one of `MODES`.
-        chunk_size: tiles a chunk, or rows of the segment's output.
+        chunk_size: tiles per chunk, or rows of the segment's output.
         host_input: whether its input waits in host memory for backward.
-        device_bytes: kept on the device from forward to backward.
-        host_bytes: kept in host memory, or on the disk beyond it.
-        peak_bytes: on the device at most while this segment is worked on, all segments' bytes included.
+        device_bytes: bytes kept on the device from forward to backward.
+        host_bytes: bytes kept in host memory, or on the disk beyond it.
+        peak_bytes: bytes on the device at most while this segment is worked on, all segments' bytes included.
         seconds: predicted, forward and backward.
     """
 
@@ -41,14 +41,14 @@ class PartitionPlan:
     """A partition of one module.
 
     Args:
-        segments: in order; none where the module runs as it is ("native"), or layer by layer ("paper").
-        axis, bn_population, compile: as of the policy.
-        input_shape: that it was made for; another number of tiles is fine.
+        segments: the segments in order; none where the module runs as it is ("native"), or layer by layer ("paper").
+        axis, bn_population, compile: the policy's.
+        input_shape: the shape that it was made for; another number of tiles is fine.
         mode: "partitioned", "native" or "paper".
-        chunk_size: of mode "paper".
+        chunk_size: the chunk size of mode "paper".
         peak_bytes, host_bytes, seconds: predicted for `input_shape`.
-        native_peak_bytes, native_seconds: of the module as it is.
-        gpu_budget_bytes, host_budget_bytes: that it fits.
+        native_peak_bytes, native_seconds: peak and time of the module as it is.
+        gpu_budget_bytes, host_budget_bytes: the budgets that it fits.
         nvme_path, nvme_budget_bytes: the disk that takes what host memory does not hold.
         rates_measured: whether seconds rest on measured rates of the device, or on assumed ones.
         timeline: (name, bytes on the device at most) of each segment's forward and backward.
@@ -75,7 +75,7 @@ class PartitionPlan:
 
     @property
     def nvme_bytes(self) -> int:
-        """On the disk at most: of `host_bytes`, what the host budget does not hold."""
+        """Bytes on the disk at most: of `host_bytes`, what the host budget does not hold."""
         return max(0, self.host_bytes - self.host_budget_bytes) if self.nvme_budget_bytes else 0
 
     @property
@@ -84,7 +84,7 @@ class PartitionPlan:
         return str(self).splitlines()[0]
 
     def __str__(self) -> str:
-        """A table, a line a segment, under a line that sums it up."""
+        """A table, one line per segment, under a line that sums it up."""
         rates = "measured" if self.rates_measured else "assumed"
         what = "x".join(map(str, self.input_shape))
         if self.mode == "paper":

@@ -19,15 +19,15 @@ from ds_wsi.runtime.pinned import locked_or_none
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one device.
+    """The rates of one device.
 
     Args:
-        flops: floating-point operations a second of convolutions, in the precision of training.
-        memory: bytes a second that elementwise operations read and write.
-        link: bytes a second to or from host memory, in one direction.
+        flops: floating-point operations per second of convolutions, in the precision of training.
+        memory: bytes per second that elementwise operations read and write.
+        link: bytes per second to or from host memory, in one direction.
         launch: seconds that one operation costs however small it is.
         measured: whether they were.
-        disk: bytes a second that a spill reads or writes; assumed, for it is the folder's, not the device's.
+        disk: bytes per second that a spill reads or writes; assumed, because it is the folder's, not the device's.
     """
 
     flops: float
@@ -52,7 +52,7 @@ def cache_path() -> Path | None:
 
 
 def device_key(device: torch.device) -> str:
-    """Whose rates they are."""
+    """The name under which a device's rates are kept."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
@@ -73,11 +73,11 @@ def find_rates(device: torch.device) -> Rates:
 
 
 def _rates_of(values: Mapping[str, Any]) -> Rates:
-    found = Rates(**values)
-    speeds = (found.flops, found.memory, found.link, found.launch, found.disk)
+    rates = Rates(**values)
+    speeds = (rates.flops, rates.memory, rates.link, rates.launch, rates.disk)
     if not all(type(speed) in (int, float) and 0 < speed < math.inf for speed in speeds):
         raise ValueError(f"rates that are no positive numbers: {speeds}")
-    return found
+    return rates
 
 
 def probe(device: torch.device) -> Rates:
@@ -104,7 +104,7 @@ def probe(device: torch.device) -> Rates:
     try:
         _keep(rates, device)
     except OSError as error:
-        hint = "HINT: XDG_CACHE_HOME names a folder to keep them in."
+        hint = "HINT: set XDG_CACHE_HOME to a folder to keep them in."
         logger.warning("the rates are not kept, and plans assume others: %s. %s", error, hint)
     return rates
 
@@ -114,11 +114,11 @@ def _keep(rates: Rates, device: torch.device) -> None:
     if path is None:
         raise FileNotFoundError("there is no home folder")
     try:
-        known = read_object(path, "the table of rates")
+        table = read_object(path, "the table of rates")
     except (OSError, ValueError):  # none yet, or none that can be read: measured again where it is wanted
-        known = {}
+        table = {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**known, device_key(device): asdict(rates)})
+    write_json(path, {**table, device_key(device): asdict(rates)})
     logger.info("rates of %s are kept in %s", device_key(device), path)
 
 
@@ -129,11 +129,11 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
     work()
     wait()
-    found = []
+    times = []
     for _ in range(5):
         start = time.perf_counter()
         for _ in range(10):
             work()
         wait()
-        found.append((time.perf_counter() - start) / 10)
-    return median(found)
+        times.append((time.perf_counter() - start) / 10)
+    return median(times)

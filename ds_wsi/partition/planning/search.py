@@ -53,12 +53,12 @@ def plan_partition(
         input_shape: [N, C, H, W].
         policy: budgets and what is fixed already; its defaults otherwise. Budgets cover what the step allocates:
             activations and the parameters' gradients, not the input and the parameters themselves.
-        dtype: of the input.
+        dtype: the input's dtype.
         autocast: torch.float16 or torch.bfloat16 under mixed precision.
-        device: whose kernels and rates are assumed; the module's own by default.
-        rates: of the device; by default measured ones where `ds-wsi plan --probe` has run, assumed ones otherwise.
+        device: the device whose kernels and rates are assumed; the module's own by default.
+        rates: the device's rates; by default measured ones where `ds-wsi plan --probe` has run, assumed ones otherwise.
         source: what a tile, or a row, of the input takes on the device before the encoder sees it; nothing by default.
-        arguments: of the forward, beside the input; none by default.
+        arguments: the forward's arguments beside the input; none by default.
 
     Returns:
         The fastest plan within the budgets; `mode` "native" where the module fits as it is.
@@ -194,11 +194,11 @@ class Planner:
         kinds = [*map(_uniform, MODES), SegmentMode("checkpoint", True)]
         if not self.cuts:
             kinds = [SegmentMode(mode) for mode in ("keep", "recompute", "offload")]
-        found = []
+        pool = []
         for size in self._chunk_sizes():
             costs = {kind: self._costs((kind,) * (len(self.cuts) + 1), size) for kind in kinds}
-            found += [(choice, size) for choice in combine(costs, self.rates, overlaps=self.overlaps)]
-        return found
+            pool += [(choice, size) for choice in combine(costs, self.rates, overlaps=self.overlaps)]
+        return pool
 
     @cached_property
     def _whole_at_least(self) -> dict[int, float]:
@@ -232,8 +232,8 @@ class Planner:
         return seconds
 
     def _whole(self, size: int) -> Choice:
-        (found,) = combine({_WHOLE[0]: self._costs(_WHOLE, size)}, self.rates, overlaps=self.overlaps)
-        return replace(found, modes=_WHOLE)  # on the spatial axis the native tail was a segment of its own
+        (choice,) = combine({_WHOLE[0]: self._costs(_WHOLE, size)}, self.rates, overlaps=self.overlaps)
+        return replace(choice, modes=_WHOLE)  # on the spatial axis the native tail was a segment of its own
 
     def _chunk_sizes(self) -> list[int]:
         if self.policy.chunk_size:
@@ -243,7 +243,7 @@ class Planner:
         return [2**power for power in range(8, -1, -1) if 2**power <= self.shape[0]]
 
     def _costs(self, modes: tuple[SegmentMode, ...], size: int) -> list[SegmentCost]:
-        """Of every segment in these modes, all the same, for the whole input in chunks of `size`."""
+        """The costs of every segment in these modes, all the same, for the whole input in chunks of `size`."""
         if self.policy.axis == "spatial":
             return profile(self.simulator.run(self._specs(modes, size), self.shape), modes[0])
         if modes not in self._fits:
@@ -293,7 +293,7 @@ class Planner:
                     spec.mode,
                     spec.chunk_size,
                     spec.host_input,
-                    int(max(0, cost.own)),
+                    int(max(0, cost.kept)),
                     max(0, phases[index].host - (phases[index - 1].host if index else 0)),
                 ),
                 max(phases[index].peak, phases[2 * parts - 1 - index].peak),
@@ -330,7 +330,7 @@ class Planner:
         return seconds_of(cost, self.rates)
 
     def _seconds_on_disk(self, choice: Choice) -> float:
-        """Of the choice, where what host memory does not hold is written and read beside the computing."""
+        """Seconds of the choice, where what host memory does not hold is written and read beside the computing."""
         return max(choice.seconds, self._disk_seconds(choice.host_peak))
 
     def _disk_seconds(self, host: float) -> float:

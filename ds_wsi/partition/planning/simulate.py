@@ -34,7 +34,7 @@ class Phase:
         host, host_peak: bytes in host memory at the end, and at most.
         copied: bytes over the link.
         flops, touched, operations: floating-point operations, bytes read and written on the device, operations.
-        boundary: of `live`, the output (forward) or the input's gradient (backward), which is the neighbour's.
+        boundary: the neighbour's part of `live`: the output (forward) or the input's gradient (backward).
     """
 
     name: str
@@ -54,14 +54,14 @@ class Simulator:
     """Simulated calls of one module.
 
     Args:
-        module: on any device; it is not changed.
+        module: the module, on any device; it is not changed.
         axis: "batch" or "spatial".
-        device: to pretend; kernels that save different tensors on different devices are told apart.
-        dtype: of the input.
+        device: the device to pretend; kernels that save different tensors on different devices are told apart.
+        dtype: the input's dtype.
         autocast: the dtype of mixed precision, or None.
         overlaps: copies to and from host memory run beside the computing, and hold memory while they do.
         source: what the input takes before the encoder sees it.
-        arguments: of the call, beside the tiles.
+        arguments: the call's arguments beside the tiles.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Simulator:
         with self.mode:
             arguments = arguments or Arguments()
             self.arguments = arguments.replaced(
-                {place: torch.empty_like(value, device=self.device) for place, value in arguments.tensors.items()}
+                {position: torch.empty_like(value, device=self.device) for position, value in arguments.tensors.items()}
             )
         self._traces: dict[Any, Traced] = {}
         self._programs: dict[Any, Program] = {}
@@ -232,7 +232,7 @@ def _fake_copy(module: nn.Module, mode: Any, device: torch.device) -> nn.Module:
 
 
 class _Uncompiled(nn.Module):
-    """In place of what `torch.compile` made of a part: the part, under the same name."""
+    """The stand-in for what `torch.compile` made of a part: the part, under the same name."""
 
     _orig_mod: Any
 

@@ -76,7 +76,7 @@ def after_larger() -> dict[str, int]:
     handle = partition_layers(module, plans[0], check=False)
     assert handle.forward is not None
     for plan in plans:
-        handle.forward.wanted = plan
+        handle.forward.plan_or_policy = plan
         before = start()
         module(x).sum().backward()
     active = held("peak")["active"] - before["active"]
