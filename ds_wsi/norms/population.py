@@ -172,7 +172,7 @@ def require_variance(norm: nn.Module, population: Moments | None, own: Moments |
     count = 0 if population is None else float(population.count)
     if count <= 1:
         raise OneValueError(
-            f"train-mode {type(norm).__name__} must see more than one value a channel, got {count:g}. "
+            f"train-mode {type(norm).__name__} must see more than one value per channel, got {count:g}. "
             "HINT: give more tiles, or call eval()."
         )
 

@@ -180,11 +180,11 @@ def _naming_slides(run: Run, step: MicroStep) -> Iterator[None]:
         with naming(f"slides {', '.join(slides)}, step {run.progress.global_step}"):
             yield
     except ValueError as error:
-        if "more than 1 value per channel" not in str(error) and "more than one value a channel" not in str(error):
+        if "more than 1 value per channel" not in str(error) and "more than one value per channel" not in str(error):
             raise
         tiles = sum(map(len, step.tiles))
         raise ValueError(
-            "the encoder's BatchNorm must see more than one value a channel in training, got "
+            "the encoder's BatchNorm must see more than one value per channel in training, got "
             f"{counted(tiles, 'tile')} of {', '.join(slides)}. HINT: leave the slide out, or take --norm_training "
             "frozen, --bags_per_step 2, or a larger --tile_size_px."
         ) from error

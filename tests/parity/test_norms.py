@@ -122,7 +122,7 @@ def test_passes_are_one_for_each_norm_and_one_more(tiles):
 
 def test_one_value_per_channel_is_refused():
     encoder = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3)).eval()
-    with pytest.raises(ValueError, match="must see more than one value a channel, got 1"):
+    with pytest.raises(ValueError, match="must see more than one value per channel, got 1"):
         encode_population(encoder, lambda: [torch.ones(1, 3)], [encoder[1]], one_chunk=True)
 
 

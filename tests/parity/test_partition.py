@@ -264,7 +264,7 @@ def test_one_value_a_channel_and_an_untraceable_module_are_refused_by_name():
         module(torch.randn(4, 3, 2, 2))
     norm = nn.Sequential(nn.BatchNorm1d(3))
     partition_layers(norm, PartitionPolicy(mode="lean"))
-    with pytest.raises(ValueError, match="must see more than one value a channel"):
+    with pytest.raises(ValueError, match="must see more than one value per channel"):
         norm(torch.randn(1, 3))
 
 

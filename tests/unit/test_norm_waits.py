@@ -67,9 +67,9 @@ def test_shared_norms_have_the_gradients_of_plain_ones(reads, without):
 def test_one_value_a_channel_is_refused_though_nothing_else_reads_the_count(reads):
     module = nn.Sequential(nn.BatchNorm1d(4)).train()
     share_norms(module, dist.group.WORLD)
-    with pytest.raises(ValueError, match=r"must see more than one value a channel, got 1\. HINT"):
+    with pytest.raises(ValueError, match=r"must see more than one value per channel, got 1\. HINT"):
         module(torch.randn(1, 4))
-    with pytest.raises(ValueError, match=r"must see more than one value a channel, got 0\. HINT"):
+    with pytest.raises(ValueError, match=r"must see more than one value per channel, got 0\. HINT"):
         module(torch.randn(0, 4))
 
 

@@ -115,7 +115,7 @@ class PaperLayer:
             if of_batch:
                 if x.numel() == x.shape[1]:
                     raise ValueError(
-                        f"train-mode BatchNorm must see more than one value a channel, got 1 (layer {self.name}). "
+                        f"train-mode BatchNorm must see more than one value per channel, got 1 (layer {self.name}). "
                         "HINT: give more tiles, or call eval()."
                     )
                 moments = statistics(setting, x)
