@@ -82,10 +82,10 @@ def _rates(name: str, path: Path, size: int, repeats: int) -> list[dict[str, Any
             rates[reader].append(rate())
     plain = rates["OpenSlide"]
     rows = []
-    for reader, found in rates.items():
-        ratio = median(ours / theirs for ours, theirs in zip(found, plain, strict=True))
-        logger.info("%s, %s: %.0f tiles/s a worker, %.3f of OpenSlide", name, reader, median(found), ratio)
-        rows.append({"slide": name, "reader": reader, "tiles/s a worker": median(found), "ratio": ratio})
+    for reader, reader_rates in rates.items():
+        ratio = median(reader_rate / plain_rate for reader_rate, plain_rate in zip(reader_rates, plain, strict=True))
+        logger.info("%s, %s: %.0f tiles/s a worker, %.3f of OpenSlide", name, reader, median(reader_rates), ratio)
+        rows.append({"slide": name, "reader": reader, "tiles/s a worker": median(reader_rates), "ratio": ratio})
     return rows
 
 
@@ -140,18 +140,20 @@ def _memory_over_slides(folder: Path, n_slides: int) -> list[int]:
     paths = sorted((folder / "slides").glob("*.tiff"))
     slides = [SlideEntry(f"slide_{index}", paths[index % len(paths)], 0, "", mpp=0.5) for index in range(n_slides)]
     grids = [whole_grid(slide.path, 64) for slide in slides]
-    process, found = psutil.Process(), []
+    process, resident_bytes = psutil.Process(), []
     for chunk in read_chunks(slides, grids, range(n_slides), ReadPolicy(workers=1, open_slides=4)):
         if chunk.request.last:
             family = [process, *process.children(recursive=True)]
-            found.append(sum(member.memory_info().rss for member in family))
-    return found
+            resident_bytes.append(sum(member.memory_info().rss for member in family))
+    return resident_bytes
 
 
 def _draw(figure: Figure, rows: Sequence[dict[str, Any]], memory: Sequence[int]) -> None:
     bars, line = figure.subplots(1, 2)
-    ours = [row for row in rows if row["reader"] != "OpenSlide"]
-    bars.barh([f"{row['slide']}\n{row['reader']}" for row in ours], [row["ratio"] for row in ours], color="#3b6ea5")
+    our_rows = [row for row in rows if row["reader"] != "OpenSlide"]
+    bars.barh(
+        [f"{row['slide']}\n{row['reader']}" for row in our_rows], [row["ratio"] for row in our_rows], color="#3b6ea5"
+    )
     bars.axvline(RATE_BOUND, color="black", linewidth=1, linestyle="--")
     bars.set_xlabel("rate a worker over OpenSlide's")
     bars.tick_params(labelsize=7)
