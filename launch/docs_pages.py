@@ -105,7 +105,9 @@ def settings_table() -> str:
 
     lines = ["| has a part in | settings |", "|---|---|"]
     for kind in Decides:
-        names = [one.setting.option or place for place, one in SETTINGS.items() if one.setting.decides is kind]
+        names = [
+            one.setting.option or field_path for field_path, one in SETTINGS.items() if one.setting.decides is kind
+        ]
         lines.append(f"| {_cell(kind.value)} | {', '.join(f'`{name}`' for name in names)} |")
     return "\n".join(lines)
 
@@ -132,12 +134,12 @@ def _arguments(kind: type) -> dict[str, str]:
     """What a docstring's Args section says of each name; names that share a line share its words."""
     section = re.search(r"^ *Args:\n(.*?)(?:\n\s*\n|\Z)", kind.__doc__ or "", re.MULTILINE | re.DOTALL)
     indent = re.match(r" *", section[1])[0] if section else ""  # type: ignore[index]
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for names, words in re.findall(
         rf"^{indent}(\w[\w, ]*): (.*?)(?=^{indent}\w|\Z)", section[1] if section else "", re.M | re.S
     ):
-        found |= dict.fromkeys(names.split(", "), " ".join(words.split()))
-    return found
+        texts |= dict.fromkeys(names.split(", "), " ".join(words.split()))
+    return texts
 
 
 def _sentence(words: str) -> str:

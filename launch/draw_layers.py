@@ -17,17 +17,17 @@ BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y, MARGIN = 118, 34, 14, 34, 12
 
 def package_imports(root: Path) -> dict[str, set[str]]:
     """Package of ds_wsi -> the others that it imports, inside functions too; not those for type checkers alone."""
-    found: dict[str, set[str]] = {}
+    imports: dict[str, set[str]] = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if parts == ("__init__",):
             continue
-        imported = found.setdefault(parts[0], set())
+        imported = imports.setdefault(parts[0], set())
         for name in _imported(ast.parse(path.read_text(encoding="utf-8"))):
             pieces = name.split(".")
             if pieces[0] == "ds_wsi" and len(pieces) > 1 and pieces[1] != parts[0]:
                 imported.add(pieces[1])
-    return {name: {other for other in others if other in found} for name, others in found.items()}
+    return {name: {other for other in others if other in imports} for name, others in imports.items()}
 
 
 def _imported(tree: ast.AST) -> list[str]:

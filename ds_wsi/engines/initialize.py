@@ -35,9 +35,9 @@ def initialize(*arguments: Any, **keywords: Any) -> tuple[Any, Any, Any, Any]:
     without a GPU, or without a compiler, no op of DeepSpeed is compiled.
 
     Args:
-        arguments, keywords: of the installed `deepspeed.initialize`, by place or by name: args, model, optimizer,
-            model_parameters, training_data, lr_scheduler, distributed_port, mpu, dist_init_required, collate_fn,
-            config, mesh_param, config_params.
+        arguments, keywords: what the installed `deepspeed.initialize` takes, by place or by name: args, model,
+            optimizer, model_parameters, training_data, lr_scheduler, distributed_port, mpu, dist_init_required,
+            collate_fn, config, mesh_param, config_params.
 
     Returns:
         (engine, optimizer, training_dataloader, lr_scheduler), DeepSpeed's.
@@ -75,19 +75,19 @@ def initialize(*arguments: Any, **keywords: Any) -> tuple[Any, Any, Any, Any]:
 
 def _take_config(given: dict[str, Any]) -> dict[str, Any]:
     """The one config among the arguments, which it leaves without: of `config`, `config_params` or `args`."""
-    found = {name: given.pop(name) for name in ("config", "config_params") if given.get(name) is not None}
+    configs = {name: given.pop(name) for name in ("config", "config_params") if given.get(name) is not None}
     args = given.get("args")
     for name in ("deepspeed_config", "deepscale_config"):
         if getattr(args, name, None) is not None:
-            found[f"args.{name}"] = getattr(args, name)
+            configs[f"args.{name}"] = getattr(args, name)
             given["args"] = args = copy.copy(args)
             setattr(args, name, None)
-    if len(found) != 1:
+    if len(configs) != 1:
         raise ValueError(
-            f"one DeepSpeed config must be given, got {', '.join(found) or 'none'}. "
+            f"one DeepSpeed config must be given, got {', '.join(configs) or 'none'}. "
             'HINT: config="ds_configs/dmgc.json", or a dictionary.'
         )
-    config = next(iter(found.values()))
+    config = next(iter(configs.values()))
     if isinstance(config, Mapping):
         return dict(config)
     if isinstance(config, str):

@@ -155,7 +155,7 @@ def fits_in_one_chunk(encoder: nn.Module, encode: Encode, tile: Tensor, n_tiles:
     Args:
         encoder: the encoder in whose layers the bytes are counted.
         encode: takes tiles through the encoder.
-        tile: [1, 3, S, S]; taken twice, because a norm without running statistics may refuse one value per channel.
+        tile: [1, 3, S, S]; it is taken twice: a norm without running statistics may refuse one value per channel.
         n_tiles: the population's tiles on this rank.
         free_bytes: free memory of the device.
     """

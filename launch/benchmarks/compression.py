@@ -76,7 +76,7 @@ class Plan:
 
     Attributes:
         mbps: links.
-        steps: of training at most.
+        steps: training steps at most.
         timed_s: seconds that a hook's steps are timed for on a link, about; 60 steps at most.
         trained: file of steps and bytes, read where it exists, else written: they do not depend on the link.
     """
@@ -101,14 +101,14 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
     Raises:
         ValueError: an unknown option.
     """
-    known = ("seeds", "steps", "timed_s", "trained", "mbps", "models", "hooks")
-    unknown = [name for name in options if name not in known]
+    option_names = ("seeds", "steps", "timed_s", "trained", "mbps", "models", "hooks")
+    unknown = [name for name in options if name not in option_names]
     if unknown:
-        raise ValueError(f"--option must be one of {', '.join(known)}, got {unknown[0]!r}")
-    wanted = tuple(options.get("hooks", ",".join(HOOKS)).split(","))
+        raise ValueError(f"--option must be one of {', '.join(option_names)}, got {unknown[0]!r}")
+    prefixes = tuple(options.get("hooks", ",".join(HOOKS)).split(","))
     plan = Plan(
         models=tuple(options.get("models", "ABMIL" if quick else "ABMIL,TransMIL").split(",")),
-        hooks=tuple(name for name in HOOKS if name.startswith(("none", *wanted))),
+        hooks=tuple(name for name in HOOKS if name.startswith(("none", *prefixes))),
         mbps=tuple(float(part) for part in options.get("mbps", "20" if quick else "5,10,20,50,1000").split(",")),
         seeds=int(options.get("seeds", 2 if quick else 5)),
         steps=int(options.get("steps", 400)),
@@ -116,7 +116,7 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
         trained=Path(options["trained"]) if "trained" in options else None,
     )
     limited = LimitedLink.available()
-    logger.info("link: %s", "namespaces and tbf" if limited else "a model, for namespaces cannot be made here")
+    logger.info("link: %s", "namespaces and tbf" if limited else "a model, because namespaces cannot be made here")
     with LimitedLink(RANKS) if limited else nullcontext() as link:
         enter = link.enter if link is not None else None
         trained = _train_all(plan, enter)
@@ -132,7 +132,7 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
     for model in plan.models:
         at = {row["hook"]: row.get("s at 20 Mbps", float("nan")) for row in rows if row["model"] == model}
         if {"topk 1.0% ddp", "dmgc 1.0% ddp"} <= set(at):
-            # No bound: of four ranks a message to everyone is no more than one to owners and one back.
+            # No bound: with four ranks, one message to everyone is no more than one to owners and one back.
             notes[f"{model} under DDP, 20 Mbps, topk 1.0% over dmgc 1.0%"] = at["topk 1.0% ddp"] / at["dmgc 1.0% ddp"]
     return Result(
         f"Communication hooks over a slow link: {RANKS} processes, {plan.seeds} seed(s), {notes['link']}",
@@ -144,23 +144,23 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
 
 
 def _train_all(plan: Plan, enter: Any) -> dict[tuple[str, str], list[dict[str, float]]]:
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    trained: dict[tuple[str, str], list[dict[str, float]]] = {}
     kept = json.loads(plan.trained.read_text()) if plan.trained and plan.trained.exists() else {}
     for model in plan.models:
         for hook in plan.hooks:
             key = f"{model}, {hook}, {plan.seeds} seeds, {plan.steps} steps"
             if key in kept:
-                found[model, hook] = kept[key]
+                trained[model, hook] = kept[key]
                 continue
             by_rank = run_ranks(_train, RANKS, model, hook, plan.seeds, plan.steps, enter=enter)
             seeds = by_rank[0]
             for number, row in enumerate(seeds):
                 row["bytes"] = sum(rank[number]["bytes"] for rank in by_rank) / (1 if enter else RANKS)
-            found[model, hook] = kept[key] = seeds
+            trained[model, hook] = kept[key] = seeds
             logger.info("%s, %s: %s", model, hook, [(row["steps"], round(row["accuracy"], 3)) for row in seeds])
             if plan.trained:
                 write_json(plan.trained, kept)
-    return found
+    return trained
 
 
 def _time_all(plan: Plan, link: LimitedLink | None, mbps: float, trained: Any) -> dict[tuple[str, str], float]:
@@ -169,14 +169,14 @@ def _time_all(plan: Plan, link: LimitedLink | None, mbps: float, trained: Any) -
         link.limit(mbps)
     cases = [(model, hook) for model in plan.models for hook in plan.hooks]
     seconds = run_ranks(_time, RANKS, cases, plan.timed_s, enter=None if link is None else link.enter)[0]
-    found = dict(zip(cases, seconds, strict=True))
+    step_s = dict(zip(cases, seconds, strict=True))
     if link is None:
         for case in cases:
             rows = trained[case]
             sent = fmean(row["bytes"] / row["taken"] for row in rows) / RANKS
-            found[case] += sent / (mbps * 1e6 / 8)
-    logger.info("%g Mbps: %s", mbps, {case: round(value, 3) for case, value in found.items()})
-    return found
+            step_s[case] += sent / (mbps * 1e6 / 8)
+    logger.info("%g Mbps: %s", mbps, {case: round(value, 3) for case, value in step_s.items()})
+    return step_s
 
 
 # --- on a rank ---
@@ -225,7 +225,7 @@ def _train(model: str, hook: str, seeds: int, steps: int) -> list[dict[str, floa
     """Steps and bytes to the target, and the accuracy there, of each seed; steps NaN where it is not met."""
     share = range(dist.get_rank(), VALIDATION_BAGS, RANKS)
     held_out = [make_bag(10**9 + number, number // RANKS % 2 == 1) for number in share]
-    found = []
+    results = []
     for seed in range(seeds):
         learner, accuracy, met = _Learner(model, hook, seed), 0.0, float("nan")
         total, taken = 0, 0
@@ -238,13 +238,13 @@ def _train(model: str, hook: str, seeds: int, steps: int) -> list[dict[str, floa
             dist.all_reduce(part)
             accuracy = float(part) / RANKS
             met = float(taken) if accuracy >= TARGET else met
-        found.append({"steps": met, "taken": float(taken), "bytes": float(total), "accuracy": accuracy})
-    return found
+        results.append({"steps": met, "taken": float(taken), "bytes": float(total), "accuracy": accuracy})
+    return results
 
 
 def _time(cases: Sequence[tuple[str, str]], timed_s: float) -> list[float]:
     """Mean seconds of a step of each case, after those in which buckets are rebuilt and connections opened."""
-    found = []
+    step_s = []
     for model, hook in cases:
         learner = _Learner(model, hook, 0, dense_steps=2)
         warm = _mean_seconds(learner, 3 if hook.startswith("powersgd") else 1)
@@ -252,12 +252,12 @@ def _time(cases: Sequence[tuple[str, str]], timed_s: float) -> list[float]:
         first = warm if warm > 2 * timed_s and not hook.startswith("powersgd") else _mean_seconds(learner, 1)
         # Small messages fit the token bucket for a few steps, which would then look faster than the link.
         steps = min(60, round(timed_s / first))
-        found.append(_mean_seconds(learner, steps) if steps > 1 else first)
-    return found
+        step_s.append(_mean_seconds(learner, steps) if steps > 1 else first)
+    return step_s
 
 
 def _mean_seconds(learner: _Learner, steps: int) -> float:
-    """Of a step, the mean over the ranks too: the same on all of them."""
+    """Mean seconds of a step, over the ranks too: the same on all of them."""
     dist.barrier()
     start = time.perf_counter()
     for _ in range(steps):
@@ -284,7 +284,7 @@ def _row(plan: Plan, trained: Any, step_s: Any, model: str, hook: str) -> dict[s
         "steps": steps,
         "sd": stdev(row["steps"] for row in met) if len(met) > 1 else float("nan"),
         "accuracy": fmean(row["accuracy"] for row in seeds),
-        "kB a step": sum(row["bytes"] for row in seeds) / sum(row["taken"] for row in seeds) / 1e3,
+        "kB per step": sum(row["bytes"] for row in seeds) / sum(row["taken"] for row in seeds) / 1e3,
         "MB to target": sent / 1e6,
         "M1": _per_step(seeds) / _per_step(dense),
         "M2": sent / fmean(row["bytes"] for row in dense),
@@ -301,25 +301,25 @@ def _per_step(seeds: Sequence[Mapping[str, float]]) -> float:
 
 
 def _bounds(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[Bound]:
-    found = []
+    bounds = []
     column = "s at 20 Mbps"
     for model in plan.models if 20.0 in plan.mbps else ():
-        own = {row["hook"]: row for row in rows if row["model"] == model and row[column] == row[column]}
-        dmgc = [row for name, row in own.items() if name.startswith("dmgc") and not name.endswith("ddp")]
-        peers = [name for name in own if name.startswith(("fp16", "topk")) and not name.endswith("ddp")]
-        others = [own[name] for name in (*peers, "powersgd ddp") if name in own]
-        if not dmgc or "none" not in own:
+        by_hook = {row["hook"]: row for row in rows if row["model"] == model and row[column] == row[column]}
+        dmgc = [row for name, row in by_hook.items() if name.startswith("dmgc") and not name.endswith("ddp")]
+        peers = [name for name in by_hook if name.startswith(("fp16", "topk")) and not name.endswith("ddp")]
+        others = [by_hook[name] for name in (*peers, "powersgd ddp") if name in by_hook]
+        if not dmgc or "none" not in by_hook:
             continue
         best = min(dmgc, key=lambda row: row[column])
         words = f"{model}, 20 Mbps: none's time to the target over {best['hook']}'s, at least 4"
-        found.append(Bound(words, own["none"][column] / best[column], 4.0))
+        bounds.append(Bound(words, by_hook["none"][column] / best[column], 4.0))
         if others:
             other = min(others, key=lambda row: row[column])
             words = f"{model}, 20 Mbps: {other['hook']}'s time over {best['hook']}'s, at least 1"
-            found.append(Bound(words, other[column] / best[column], 1.0))
+            bounds.append(Bound(words, other[column] / best[column], 1.0))
         saving = max(1 - row["M2"] for row in dmgc)
-        found.append(Bound(f"{model}: bytes to the target that dmgc saves, at least 0.99", saving, 0.99))
-    return found
+        bounds.append(Bound(f"{model}: bytes to the target that dmgc saves, at least 0.99", saving, 0.99))
+    return bounds
 
 
 def _draw(figure: Figure, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -30,7 +30,7 @@ class Machine:
 
     Args:
         device: where it runs.
-        dtype: of autocast; float32 for none.
+        dtype: autocast's dtype; float32 for none.
     """
 
     device: torch.device
@@ -95,16 +95,16 @@ class Training:
     """A model in one mode, and its training steps.
 
     Args:
-        machine: it runs on.
+        machine: the machine it runs on.
         model: everything that is trained.
         forward: the logits [1, classes], by `model`.
-        handle: of the partition, if there is one.
-        plan: of it, if it was planned.
+        handle: the partition's handle, if there is one.
+        plan: the partition's plan, if it was planned.
 
     Attributes:
         peaks: what the GPU held at most in the last step.
-        peak_bytes: of all steps so far; on a GPU active ones, which no other tensor could have had.
-        loss: of the last step.
+        peak_bytes: the peak of all steps so far; on a GPU active bytes, which no other tensor could have had.
+        loss: the last step's loss.
     """
 
     machine: Machine
@@ -126,14 +126,14 @@ class Training:
         """Take a training step; its seconds.
 
         Raises:
-            DoesNotFitError: it ran out of memory, or failed (kernels that cannot index a tensor so large, say).
+            DoesNotFitError: it ran out of memory, or failed (kernels that cannot index so large a tensor, say).
         """
         seconds, self.peaks = self._guarded(lambda: self.machine.timed(self._train))
         self.peak_bytes = max(self.peak_bytes, self.peaks.active)
         return seconds
 
     def count(self, cap_bytes: int, *, refuse: bool = True) -> None:
-        """On a CPU: count the bytes of a forward and backward; on a GPU the steps themselves are watched.
+        """Count the bytes of a forward and backward on a CPU; on a GPU the steps themselves are watched.
 
         Raises:
             DoesNotFitError: they exceed the cap, and `refuse`.
@@ -205,13 +205,13 @@ def build(
     """A training of a ResNet-18 on one image.
 
     Args:
-        machine: to run on.
+        machine: the machine to run on.
         mode: one of `MODES`.
         image: [1, 3, side, side]; on the host too for "planner".
         budget: bytes for activations and gradients; of mode "paper", eight times the largest map on the device.
-        chunk: rows a chunk, for the planner; None lets it search.
-        prepare: of the image, whole or a chunk of it.
-        rates: of the machine.
+        chunk: rows per chunk, for the planner; None lets it search.
+        prepare: what prepares the image, whole or a chunk of it.
+        rates: the machine's rates.
         search: the policy's mode, for "planner".
 
     Raises:

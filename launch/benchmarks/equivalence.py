@@ -83,9 +83,10 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
         by_rank = run_ranks(_train_cases, world, chosen, steps)
         for index, case in enumerate(chosen):
             reference = references[case.reference]
-            found = [_compared(ranks[index], reference) for ranks in by_rank]
+            rank_curves = [_compared(ranks[index], reference) for ranks in by_rank]
             curve = {
-                key: [max(values) for values in zip(*(one[key] for one in found), strict=True)] for key in found[0]
+                key: [max(values) for values in zip(*(one[key] for one in rank_curves), strict=True)]
+                for key in rank_curves[0]
             }
             curves[case] = curve
             rows.append(_row(case, curve))
@@ -102,7 +103,7 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
             "tiles": list(LENGTHS),
             "tile_px": TILE_PX,
             "learning_rates": LEARNING_RATES,
-            "threads_a_rank": 1,
+            "threads_per_rank": 1,
         },
         "plain float32 from plain float64, first gradients": floors,
     }
@@ -110,19 +111,19 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
 
 
 def _cases(quick: bool, options: Mapping[str, str]) -> tuple[int, list[Case]]:
-    known = {
+    choices = {
         "worlds": ("1", "2", "4"),
         "engines": ENGINES,
         "exchanges": EXCHANGES,
         "optimizers": ("sgd", "adam"),
         "dtypes": tuple(LIMITS),
     }
-    unknown = [name for name in options if name not in (*known, "steps")]
+    unknown = [name for name in options if name not in (*choices, "steps")]
     if unknown:
-        raise ValueError(f"--option must be one of steps, {', '.join(known)}, got {unknown[0]!r}")
-    values = {name: tuple(options[name].split(",")) if name in options else known[name] for name in known}
+        raise ValueError(f"--option must be one of steps, {', '.join(choices)}, got {unknown[0]!r}")
+    values = {name: tuple(options[name].split(",")) if name in options else choices[name] for name in choices}
     cases = []
-    for world, engine, exchange, optimizer, dtype in product(*(values[name] for name in known)):
+    for world, engine, exchange, optimizer, dtype in product(*(values[name] for name in choices)):
         if dtype == "float64" and engine not in FLOAT64_ENGINES:
             continue
         if quick and exchange != "sharded" and not (world == "4" and engine in ("ddp", "zero2")):
@@ -171,31 +172,31 @@ def make_model(encoder: str, dtype: torch.dtype) -> SlideModel:
 
 def bags_of(step: int, dtype: torch.dtype, tile_px: int) -> list[tuple[Tensor, int]]:
     """Two bags, (tiles [N, 3, S, S], label), the same in every process."""
-    found = []
-    for place in (2 * step, 2 * step + 1):
-        generator = torch.Generator().manual_seed(place)
-        count = LENGTHS[place % len(LENGTHS)]
-        label = place % 2
+    bags = []
+    for number in (2 * step, 2 * step + 1):
+        generator = torch.Generator().manual_seed(number)
+        count = LENGTHS[number % len(LENGTHS)]
+        label = number % 2
         # Blobs of colour: tiles of noise would all look alike to a network, and divide its rounding by small variances.
         coarse = torch.randn(count, 3, 4, 4, dtype=torch.float64, generator=generator) + 0.3 * label
         tiles = F.interpolate(coarse, size=(tile_px, tile_px), mode="bicubic")
-        found.append((tiles.to(dtype), label))
-    return found
+        bags.append((tiles.to(dtype), label))
+    return bags
 
 
 def _reference(encoder: str, optimizer: str, dtype: str, steps: int) -> list[dict[str, Any]]:
     kind = getattr(torch, dtype)
     model = make_model(encoder, kind)
     steppers = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-    own = steppers[optimizer](model.parameters(), lr=LEARNING_RATES[encoder][optimizer])
+    plain_optimizer = steppers[optimizer](model.parameters(), lr=LEARNING_RATES[encoder][optimizer])
     records = []
     for step in range(steps):
         tiles, labels = zip(*bags_of(step, kind, TILE_PX[encoder]), strict=True)
         loss = F.cross_entropy(model(stack_bags(tiles)).logits, torch.tensor(labels))
         loss.backward()
         gradients = {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
-        own.step()
-        own.zero_grad()
+        plain_optimizer.step()
+        plain_optimizer.zero_grad()
         parameters = {name: part.detach().clone() for name, part in model.named_parameters()}
         records.append(_record(LAYERS[encoder], step, steps, float(loss.detach()), gradients, parameters))
     return records
@@ -234,8 +235,8 @@ def _train(case: Case, steps: int) -> list[dict[str, Any]]:
         if mesh.slide_size == 2:
             bags = bags[mesh.slide_rank :: 2]
         stretches = share_tiles([len(tiles) for tiles, _ in bags], [1.0] * mesh.tile_size)[mesh.tile_rank]
-        own = [tiles[start:stop] for (tiles, _), (start, stop) in zip(bags, stretches, strict=True)]
-        stack: StackedBags = stack_bags(own, allow_empty=True)
+        shares = [tiles[start:stop] for (tiles, _), (start, stop) in zip(bags, stretches, strict=True)]
+        stack: StackedBags = stack_bags(shares, allow_empty=True)
         labels = torch.tensor([label for _, label in bags])
         total = stack_loss(stepper.model(stack), labels)
         # Not `run_micro_step`: gradients are looked at after the backward, before the step.
@@ -256,18 +257,18 @@ def _mean_loss(total: Tensor, mesh: Any) -> float:
     return float(summed) / mesh.tile_size / BAGS_PER_STEP
 
 
-def _compared(found: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, list[float]]:
+def _compared(records: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, list[float]]:
     """Differences by step: of the gradients and parameters of each layer, of all at the ends, and of the loss."""
     curves: dict[str, list[float]] = {"loss": []}
-    for ours, theirs in zip(found, reference, strict=True):
-        curves["loss"].append(abs(ours["loss"] - theirs["loss"]))
+    for trained, plain in zip(records, reference, strict=True):
+        curves["loss"].append(abs(trained["loss"] - plain["loss"]))
         for what in ("gradients", "parameters"):
-            for layer in dict.fromkeys(name for names in LAYERS.values() for name in names if name in theirs[what]):
-                value = _normalised([(ours[what][layer], theirs[what][layer])])
+            for layer in dict.fromkeys(name for names in LAYERS.values() for name in names if name in plain[what]):
+                value = _normalised([(trained[what][layer], plain[what][layer])])
                 curves.setdefault(f"{what} {layer}", []).append(value)
     for what, record, other in (
-        ("gradients all", found[0]["gradients"], reference[0]["gradients"]),
-        ("parameters all", found[-1]["parameters"], reference[-1]["parameters"]),
+        ("gradients all", records[0]["gradients"], reference[0]["gradients"]),
+        ("parameters all", records[-1]["parameters"], reference[-1]["parameters"]),
     ):
         assert record.keys() == other.keys()
         curves[what] = [_normalised([(record[name], other[name]) for name in other])]
@@ -276,19 +277,19 @@ def _compared(found: list[dict[str, Any]], reference: list[dict[str, Any]]) -> d
 
 def _normalised(pairs: list[tuple[Tensor, Tensor]]) -> float:
     """Sum of |a - b| over sum of |b|."""
-    above = sum((ours.double() - theirs.double()).abs().sum().item() for ours, theirs in pairs)
-    return above / sum(theirs.double().abs().sum().item() for _, theirs in pairs)
+    above = sum((value.double() - reference.double()).abs().sum().item() for value, reference in pairs)
+    return above / sum(reference.double().abs().sum().item() for _, reference in pairs)
 
 
 def _gradients(curve: dict[str, list[float]]) -> list[float]:
-    """Of the first step."""
+    """The gradients' differences of the first step, by layer and of all."""
     return [values[0] for key, values in curve.items() if key.startswith("gradients")]
 
 
 def _row(case: Case, curve: dict[str, list[float]]) -> dict[str, Any]:
     return {
         "ranks": case.world,
-        "ranks a bag": case.size,
+        "ranks per bag": case.size,
         "engine": case.engine,
         "encoder": case.encoder,
         "exchange": case.exchange,
@@ -315,7 +316,7 @@ def _bounds(dtype: str, rows: list[dict[str, Any]]) -> list[Bound]:
 
 
 def _draw(figure: Figure, curves: dict[Case, dict[str, list[float]]]) -> None:
-    """Gradients, parameters and loss by step: a line a layer and run on the most ranks."""
+    """Gradients, parameters and loss by step: one line per layer and run on the most ranks."""
     most = max(case.world for case in curves)
     axes = figure.subplots(1, 3)
     layers = LAYERS["small"]

@@ -25,7 +25,7 @@ def bags_part(run: SizedRun) -> None:
 
 
 def _native_seconds(run: SizedRun) -> float:
-    """Of a tile, in a native step on as many as fit."""
+    """Seconds of a tile, in a native step on as many as fit."""
     machine, sizes = run.machine, run.sizes
     tiles, prepare = random_tiles(machine, sizes.sample, sizes.tile, host=False), normaliser(machine)
     model = Pooled(resnet18(machine, 0)).to(machine.device)

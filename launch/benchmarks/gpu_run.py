@@ -46,13 +46,13 @@ class Run:
 
     Args:
         machine, rates: the device and its rates.
-        whole: at full size: parts then need time that is known beforehand.
-        rows_file: what is measured is written to as it comes.
-        deadline: of time.monotonic().
+        whole: whether it runs at full size: parts then need time that is known beforehand.
+        rows_file: the file to which the rows are written as they come.
+        deadline: a time of time.monotonic().
 
     Attributes:
         rows: each with all of `COLUMNS`; "part" names the part that made it.
-        notes: of the whole run, and of its parts.
+        notes: what is noted of the whole run, and of its parts.
         skipped: why, by part or by what is left out of one.
         done: parts that need not be measured again.
     """
@@ -80,17 +80,17 @@ class Run:
     def row(self, training: Training | None, **values: Any) -> None:
         """Add a row and write all rows."""
         plan = training.plan if training else None
-        known: dict[str, Any] = dict.fromkeys(COLUMNS)
+        cells: dict[str, Any] = dict.fromkeys(COLUMNS)
         if training:
             peaks = training.peaks
-            known |= {"peak_gib": training.peak_bytes / GIB, "alloc_retries": peaks.retries}
-            known |= {"allocated_gib": peaks.allocated / GIB, "reserved_gib": peaks.reserved / GIB}
+            cells |= {"peak_gib": training.peak_bytes / GIB, "alloc_retries": peaks.retries}
+            cells |= {"allocated_gib": peaks.allocated / GIB, "reserved_gib": peaks.reserved / GIB}
         if plan and plan.mode == "partitioned":
-            known |= {"planned_s": plan.seconds, "planned_gib": plan.peak_bytes / GIB}
-            known["plan"] = " ".join(f"{part.mode}:{part.chunk_size}" for part in plan.segments)
+            cells |= {"planned_s": plan.seconds, "planned_gib": plan.peak_bytes / GIB}
+            cells["plan"] = " ".join(f"{part.mode}:{part.chunk_size}" for part in plan.segments)
         elif plan:
-            known["plan"] = plan.mode
-        self.rows.append(known | values)
+            cells["plan"] = plan.mode
+        self.rows.append(cells | values)
         logger.info("%s", {key: value for key, value in self.rows[-1].items() if value is not None})
         self.save()
 
@@ -103,14 +103,14 @@ class Run:
         """Take over what a run on the same device has done, if the file of rows is of such a one."""
         if not self.rows_file.exists():
             return
-        found = json.loads(self.rows_file.read_text(encoding="utf-8"))
-        if any(found["notes"].get(name) != self.notes[name] for name in SAME):
+        saved = json.loads(self.rows_file.read_text(encoding="utf-8"))
+        if any(saved["notes"].get(name) != self.notes[name] for name in SAME):
             logger.warning("%s is of another device, precision or version: all is measured anew", self.rows_file)
             return
-        self.done = found["done"]
-        self.rows = [row for row in found["rows"] if row["part"] in self.done]
-        self.notes = {**found["notes"], **self.notes}
-        self.skipped = {name: why for name, why in found["skipped"].items() if name.partition(":")[0] in self.done}
+        self.done = saved["done"]
+        self.rows = [row for row in saved["rows"] if row["part"] in self.done]
+        self.notes = {**saved["notes"], **self.notes}
+        self.skipped = {name: why for name, why in saved["skipped"].items() if name.partition(":")[0] in self.done}
         logger.info("done before: %s", ", ".join(self.done) or "nothing")
 
 
@@ -138,5 +138,5 @@ def random_tiles(machine: Machine, count: int, size_px: int, *, host: bool) -> T
 
 
 def normaliser(machine: Machine) -> Callable[[Tensor], Tensor]:
-    """From uint8 pixels to what the encoder takes, of the whole input or of a chunk."""
+    """A function from uint8 pixels to what the encoder takes, of the whole input or of a chunk."""
     return lambda chunk: chunk.to(machine.dtype).sub_(127.5).div_(73.9)

@@ -32,7 +32,7 @@ QUICK_GPU = replace(QUICK, large=(160, 1.0), bag_cap=1.0)  # an allocator's bloc
 
 @dataclass
 class SizedRun(Run):
-    """With its sizes and the user's options."""
+    """A run with its sizes and the user's options."""
 
     sizes: Sizes = FULL
     options: dict[str, str] = field(default_factory=dict)

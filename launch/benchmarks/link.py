@@ -29,7 +29,7 @@ class LimitedLink:
     """A context in which `ranks` namespaces exist, joined by a bridge.
 
     Attributes:
-        enter: for `run_ranks`: puts the calling process, as its rank, into its namespace.
+        enter: puts the calling process, as its rank, into its namespace; for `run_ranks`.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -38,7 +38,7 @@ class LimitedLink:
 
     @staticmethod
     def available() -> bool:
-        """Whether namespaces can be made here: tried, for containers may forbid it to root."""
+        """Whether namespaces can be made here: tried, because containers may forbid it to root."""
         if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")):
             return False
         try:
@@ -89,8 +89,8 @@ class LimitedLink:
 def remove_left_behind() -> None:
     """Remove the namespaces of processes that were killed."""
     for name in (path.name for path in _NAMESPACES.glob("dswsi*")):
-        found = _NAME.fullmatch(name)
-        if found and not Path(f"/proc/{found[1]}").exists():
+        match = _NAME.fullmatch(name)
+        if match and not Path(f"/proc/{match[1]}").exists():
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 

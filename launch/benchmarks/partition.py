@@ -43,9 +43,9 @@ class _Case:
     """One encoder on one input, and what is tried on it.
 
     Attributes:
-        modes: of ours; "quarter" is the planner's choice within a quarter of native's activation bytes, nothing in
+        modes: our modes; "quarter" is the planner's choice within a quarter of native's activation bytes, nothing in
             host memory.
-        slow: methods timed once, for they take many times native.
+        slow: methods timed once, because they take many times native.
         bounded: the method whose time has a bound; it and native are timed at least `BOUND_REPEATS` times.
     """
 
@@ -77,7 +77,7 @@ def measure(*, quick: bool, slides: Sequence[str] = (), options: Mapping[str, st
 
 
 def _cases(quick: bool) -> list[_Case]:
-    ours = ("keep", "lean", "checkpoint", "recompute", "offload", "stream")
+    our_modes = ("keep", "lean", "checkpoint", "recompute", "offload", "stream")
     count = 1 if quick else 2
     return [
         _Case(
@@ -100,7 +100,7 @@ def _cases(quick: bool) -> list[_Case]:
             "ResNet-18, train-mode BatchNorm, 128 px",
             lambda: timm.create_model("resnet18", num_classes=0),
             (64, 3, 128, 128),
-            (*ours, "quarter", "paper"),
+            (*our_modes, "quarter", "paper"),
             chunk_size=16,
             slow=("recompute", "paper") if quick else ("recompute",),
             bounded="quarter",
@@ -109,7 +109,7 @@ def _cases(quick: bool) -> list[_Case]:
             "ResNet-18 to layer 3, eval-mode norms, one image",
             lambda: lightstream_module(3),
             (1, 3, 1024, 1024),
-            (*ours, "paper"),
+            (*our_modes, "paper"),
             chunk_size=32,
             axis="spatial",
             peers=("torch checkpoint", "save_on_cpu", "lightstream"),
@@ -133,14 +133,14 @@ class _Methods:
         self.modules: dict[str, nn.Module] = {}
         self.steps: dict[str, Step] = {}
         for name in ("native", *case.modes, *case.peers):
-            own = copy.deepcopy(module)
+            module_copy = copy.deepcopy(module)
             try:
-                self.steps[name] = _prepared(case, name, own, self.gradients)
+                self.steps[name] = _prepared(case, name, module_copy, self.gradients)
             except (ImportError, ValueError) as error:
                 skipped[f"{case.name}: {name}"] = str(error)
                 logger.info("%s: %s is skipped: %s", case.name, name, error)
                 continue
-            self.modules[name] = own
+            self.modules[name] = module_copy
         with torch.no_grad():
             weights = torch.randn_like(module(self.x[:2] if case.axis == "batch" else self.x))
         shape = weights.shape if case.axis == "spatial" else (case.shape[0], weights.shape[1])
@@ -175,8 +175,8 @@ class _Methods:
         seconds: dict[str, list[float]] = {name: [] for name in self.steps}
         for repeat in range(max(repeats, BOUND_REPEATS)):
             for name in self.steps:
-                wanted = 1 if name in case.slow else repeats
-                if repeat >= wanted and not (case.bounded and name in ("native", case.bounded)):
+                n_steps = 1 if name in case.slow else repeats
+                if repeat >= n_steps and not (case.bounded and name in ("native", case.bounded)):
                     continue
                 start = time.perf_counter()
                 self.step(name)
@@ -191,7 +191,9 @@ def _run(case: _Case, repeats: int, skipped: dict[str, str]) -> list[dict[str, A
     seconds = methods.measure_seconds(repeats)
     rows = []
     for name, (peak, gradient) in measured.items():
-        ratio = median(ours / plain for ours, plain in zip(seconds[name], seconds["native"], strict=False))
+        ratio = median(
+            method_s / native_s for method_s, native_s in zip(seconds[name], seconds["native"], strict=False)
+        )
         difference = (gradient - reference).norm() / reference.norm()
         rows.append(
             {
@@ -218,12 +220,12 @@ def _prepared(case: _Case, name: str, module: nn.Module, gradients: int) -> Step
         return save_on_cpu(module)
     if name == "lightstream":
         return lightstream_stream(module, case.shape[2], case.stream_px)
-    wanted: PartitionPlan | PartitionPolicy = (
+    partition: PartitionPlan | PartitionPolicy = (
         PartitionPolicy(mode=name, axis=case.axis, chunk_size=case.chunk_size)
         if (name != "quarter")
         else _quarter(case, module, gradients)
     )
-    partition_layers(module, wanted, check=False)  # the steps are measured, not the first call
+    partition_layers(module, partition, check=False)  # the steps are measured, not the first call
     return module
 
 
@@ -263,11 +265,11 @@ def _draw(figure: Figure, rows: Sequence[dict[str, Any]]) -> None:
     figure.set_size_inches(11, 7)
     for axes, case in zip(figure.subplots(2, 2).flat, cases, strict=False):
         for row in (row for row in rows if row["case"] == case):
-            ours = row["method"] not in ("native", "torch checkpoint", "save_on_cpu", "lightstream", "paper")
-            colour = "#3b6ea5" if ours else "#888888"
-            place = row["time over native"], row["bytes over native"]
-            axes.scatter(*place, color=colour, s=25)
-            axes.annotate(row["method"], place, xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
+            is_ours = row["method"] not in ("native", "torch checkpoint", "save_on_cpu", "lightstream", "paper")
+            colour = "#3b6ea5" if is_ours else "#888888"
+            point = row["time over native"], row["bytes over native"]
+            axes.scatter(*point, color=colour, s=25)
+            axes.annotate(row["method"], point, xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
         if max(row["time over native"] for row in rows if row["case"] == case) > 5:
             axes.set_xscale("log")
         axes.margins(x=0.15)

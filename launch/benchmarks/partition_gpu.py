@@ -66,21 +66,21 @@ def measure(*, quick: bool, slides: Sequence[str] = (), options: Mapping[str, st
         "rows": "runs/partition_gpu_rows.json",
         "resume": "no",
     }
-    found = read_options(options, defaults)
-    deadline = time.monotonic() + 60 * float(found["minutes"])
-    machine = find_machine(found["dtype"], cpu="float32")
+    chosen = read_options(options, defaults)
+    deadline = time.monotonic() + 60 * float(chosen["minutes"])
+    machine = find_machine(chosen["dtype"], cpu="float32")
     quick = quick or not machine.gpu
-    parts = [part.strip() for part in found["parts"].split(",")]
+    parts = [part.strip() for part in chosen["parts"].split(",")]
     if not set(parts) <= set(PARTS):
-        raise ValueError(f"parts must be of {', '.join(PARTS)}, got {found['parts']!r}")
-    if found["resume"] not in ("yes", "no"):
-        raise ValueError(f"resume must be yes or no, got {found['resume']!r}")
+        raise ValueError(f"parts must be of {', '.join(PARTS)}, got {chosen['parts']!r}")
+    if chosen["resume"] not in ("yes", "no"):
+        raise ValueError(f"resume must be yes or no, got {chosen['resume']!r}")
     small = QUICK_GPU if machine.gpu else QUICK
-    run = SizedRun(machine, find_rates(machine.device), not quick, Path(found["rows"]), deadline)
-    run.sizes, run.options = small if quick else FULL, found
+    run = SizedRun(machine, find_rates(machine.device), not quick, Path(chosen["rows"]), deadline)
+    run.sizes, run.options = small if quick else FULL, chosen
     precision = "float32" if machine.amp is None else f"autocast to {str(machine.dtype)[6:]}"
     run.notes |= {"device": machine.name, "precision": precision, "quick": quick, "torch": torch.__version__}
-    if found["resume"] == "yes":
+    if chosen["resume"] == "yes":
         run.resume()
     missing = [part for part in PARTS if part in parts and part not in run.done]
     if missing and machine.gpu and not (quick and run.rates.measured):
@@ -91,7 +91,7 @@ def measure(*, quick: bool, slides: Sequence[str] = (), options: Mapping[str, st
     if not run.rows:
         raise ValueError(f"nothing was measured: {run.skipped}")
     unfinished = sum(part not in run.done for part in parts)
-    run.notes |= {"skipped": run.skipped, "seconds": 60 * float(found["minutes"]) - run.left}
+    run.notes |= {"skipped": run.skipped, "seconds": 60 * float(chosen["minutes"]) - run.left}
     bounds = [Bound("parts that failed or that the time did not suffice for", unfinished, 0, at_most=True)]
     bounds += _bounds(run)
     return Result("Partitioned layers on one GPU", run.rows, bounds, lambda figure: _draw(figure, run.rows), run.notes)
@@ -119,7 +119,7 @@ def _measured(run: SizedRun, name: str) -> None:
 
 
 def _bounds(run: SizedRun) -> list[Bound]:
-    """Of what was measured at full size; exactness at any."""
+    """Bounds of what was measured at full size; exactness at any."""
     bounds = []
     if "exact" in run.notes:
         worst = max(run.notes["exact"].values())
@@ -128,13 +128,13 @@ def _bounds(run: SizedRun) -> list[Bound]:
     if not run.whole:
         return bounds
     side, cap = run.sizes.image
-    found = {row["over"]: row["ratio"] for row in run.rows if row["part"] in ("image", "paper") and row["ratio"]}
-    if "native" in found:
+    ratios = {row["over"]: row["ratio"] for row in run.rows if row["part"] in ("image", "paper") and row["ratio"]}
+    if "native" in ratios:
         words = f"{side:,} px under {cap} GiB at most {NATIVE_BOUND} x native on the whole card"
-        bounds.append(Bound(words, found["native"], NATIVE_BOUND, at_most=True))
-    if "planner" in found:
+        bounds.append(Bound(words, ratios["native"], NATIVE_BOUND, at_most=True))
+    if "planner" in ratios:
         words = f"{side:,} px under {cap} GiB at least {PAPER_BOUND:g} x faster than mode paper"
-        bounds.append(Bound(words, found["planner"], PAPER_BOUND))
+        bounds.append(Bound(words, ratios["planner"], PAPER_BOUND))
     return bounds
 
 
@@ -145,8 +145,8 @@ def _image(machine: Machine, side: int, cap: float | None) -> Tensor:
     """uint8 [1, 3, side, side], made in bands; in host memory where it is more than a quarter of the cap."""
     size = 3 * side * side
     host = size > (total_memory(machine) if cap is None else cap * GIB) / 4
-    place: dict[str, Any] = {"pin_memory": machine.gpu} if host else {"device": machine.device}
-    image = torch.empty(1, 3, side, side, dtype=torch.uint8, **place)  # page-locked: copied ahead of its use
+    where: dict[str, Any] = {"pin_memory": machine.gpu} if host else {"device": machine.device}
+    image = torch.empty(1, 3, side, side, dtype=torch.uint8, **where)  # page-locked: copied ahead of its use
     torch.manual_seed(0)
     for first in range(0, side, 1024):
         band = (1, 3, min(1024, side - first), side)
@@ -181,11 +181,11 @@ def _image_part(run: SizedRun) -> None:
     image = _image(machine, side, cap)
     # A small image fits as it is: what is tested there is a partition.
     search = run.options["mode"] or ("auto" if run.whole else "lean")
-    ours, _ = _planner(run, image, cap, chunk=chunk_of(run.options["chunk"], side), search=search)
+    planner, _ = _planner(run, image, cap, chunk=chunk_of(run.options["chunk"], side), search=search)
     native: Training | None = build(machine, "native", image, None, prepare=normaliser(machine))
     seconds: dict[str, list[float]] = {"planner": [], "native": []}
     for _ in range(3):
-        _turn(machine, ours, cap, seconds["planner"])
+        _turn(machine, planner, cap, seconds["planner"])
         try:
             if native:
                 _turn(machine, native, None, seconds["native"])
@@ -199,7 +199,7 @@ def _image_part(run: SizedRun) -> None:
         run.row(native, **common, mode="native", seconds=median(seconds["native"]))
     took = median(seconds["planner"])
     compared = {"ratio": took / median(seconds["native"]), "over": "native"} if native else {}
-    run.row(ours, **common, mode="planner", cap_gib=cap, seconds=took, **compared)
+    run.row(planner, **common, mode="planner", cap_gib=cap, seconds=took, **compared)
 
 
 def _turn(machine: Machine, training: Training, cap: float | None, seconds: list[float]) -> None:
@@ -220,8 +220,8 @@ def _paper_part(run: SizedRun) -> None:
     if warm:
         seconds = training.step()
     run.notes["paper's step"] = "the second" if warm else "the first"
-    ours = [row["seconds"] for row in run.rows if row["part"] == "image" and row["mode"] == "planner"]
-    compared = {"ratio": seconds / ours[0], "over": "planner"} if ours else {}
+    planner_seconds = [row["seconds"] for row in run.rows if row["part"] == "image" and row["mode"] == "planner"]
+    compared = {"ratio": seconds / planner_seconds[0], "over": "planner"} if planner_seconds else {}
     run.row(training, part="paper", case=f"{side} px", mode="paper", cap_gib=cap, seconds=seconds, **compared)
 
 
@@ -291,8 +291,8 @@ def _exact_part(run: SizedRun) -> None:
     image = torch.randn(1, 3, side, side, dtype=torch.float64, device=machine.device)
     expected, differences = _gradients(machine, image, None), {}
     for mode in MODES:
-        found = _gradients(machine, image, mode)
-        pairs = zip(found, expected, strict=True)
+        gradients = _gradients(machine, image, mode)
+        pairs = zip(gradients, expected, strict=True)
         differences[mode] = max(((one - two).abs().max() / two.abs().max()).item() for one, two in pairs)
         machine.rest(host=True)
     run.notes["exact"] = differences
@@ -313,7 +313,7 @@ def _draw(figure: Figure, rows: Sequence[dict[str, Any]]) -> None:
     shown = [row for row in rows if row["seconds"] is not None][::-1]
     left, right = figure.subplots(1, 2, sharey=True)
     names = [f"{row['case']}, {row['mode']}" for row in shown]
-    for axes, key, label in ((left, "seconds", "seconds a step"), (right, "peak_gib", "peak memory, GiB")):
+    for axes, key, label in ((left, "seconds", "seconds per step"), (right, "peak_gib", "peak memory, GiB")):
         colors = ["#3b6ea5" if row["mode"].startswith(("planner", "ours")) else "#888888" for row in shown]
         axes.barh(names, [row[key] or 0.0 for row in shown], color=colors)
         axes.set_xscale("log")

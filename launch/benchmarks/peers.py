@@ -32,7 +32,7 @@ def native(encoder: nn.Module) -> Forward:
 def torch_checkpoint(encoder: nn.Module) -> Forward:
     """Activation checkpoints where timm puts them (a block each, in most encoders), else one over the whole encoder.
 
-    BatchNorm in training mode updates its running statistics twice a step; the gradients are right.
+    BatchNorm in training mode updates its running statistics twice per step; the gradients are right.
     """
     if not hasattr(encoder, "set_grad_checkpointing"):
         return lambda images: checkpoint(encoder, images, use_reentrant=False)
@@ -75,10 +75,10 @@ def deepspeed_cpu_checkpointing(encoder: nn.Module) -> Forward:
     checkpointing: Any = importlib.import_module("deepspeed.runtime.activation_checkpointing.checkpointing")
     # As checkpointing.configure() does, which asks for the process group's rank besides, to log it.
     checkpointing.CPU_CHECKPOINT = True
-    own = _sharing_copy(encoder)
-    for name, block in repeated_blocks(own):
-        own.set_submodule(name, _DeepSpeedBlock(name, block, checkpointing.checkpoint))
-    return own
+    sharing_copy = _sharing_copy(encoder)
+    for name, block in repeated_blocks(sharing_copy):
+        sharing_copy.set_submodule(name, _DeepSpeedBlock(name, block, checkpointing.checkpoint))
+    return sharing_copy
 
 
 class _DeepSpeedBlock(nn.Module):
@@ -119,7 +119,7 @@ def accelerate_offload(encoder: nn.Module) -> Forward:
             f"the encoder must draw no random numbers (Accelerate draws others in backward), got {drawing[0]}. "
             "HINT: rates of 0."
         )
-    own = _sharing_copy(encoder)
+    sharing_copy = _sharing_copy(encoder)
     accelerate, fsdp = importlib.import_module("accelerate"), importlib.import_module("accelerate.utils.fsdp_utils")
     given: dict[str, Any] = {"activation_checkpointing": True, "activation_checkpointing_offload": True}
     if given.keys() - inspect.signature(accelerate.FullyShardedDataParallelPlugin).parameters.keys():
@@ -127,10 +127,10 @@ def accelerate_offload(encoder: nn.Module) -> Forward:
     plugin = accelerate.FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=sorted({type(block).__name__ for _, block in repeated_blocks(own)}),
+        transformer_cls_names_to_wrap=sorted({type(block).__name__ for _, block in repeated_blocks(sharing_copy)}),
         **given,
     )
-    return fsdp.fsdp2_apply_ac(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), own)
+    return fsdp.fsdp2_apply_ac(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), sharing_copy)
 
 
 def _draws(module: nn.Module) -> bool:
@@ -143,8 +143,8 @@ def transformers_checkpointing(encoder: nn.Module) -> Forward:
     Raises:
         ValueError: there is no such model in the encoder.
     """
-    own = _sharing_copy(encoder)
-    models = [module for module in own.modules() if hasattr(module, "gradient_checkpointing_enable")]
+    sharing_copy = _sharing_copy(encoder)
+    models = [module for module in sharing_copy.modules() if hasattr(module, "gradient_checkpointing_enable")]
     if not models:
         raise ValueError(
             f"the encoder must hold a Transformers model, got {type(encoder).__name__}. HINT: transformers.ViTModel."
@@ -155,14 +155,14 @@ def transformers_checkpointing(encoder: nn.Module) -> Forward:
             enable(offload=True)
         else:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    return own
+    return sharing_copy
 
 
 class TransformersViT(nn.Module):
     """A ViT of Transformers as an encoder: the class token's features of images [N, 3, S, S].
 
     Args:
-        sizes: of transformers.ViTConfig.
+        sizes: arguments of transformers.ViTConfig.
     """
 
     def __init__(self, **sizes: int) -> None:
@@ -181,8 +181,8 @@ def torch_memory_budget(encoder: nn.Module, budget: float, backend: str = "induc
 
     Args:
         encoder: anything that compiles as one graph.
-        budget: in [0, 1], of what the compiled encoder saves by default; 0 checkpoints the whole.
-        backend: of torch.compile, with a partitioner: "inductor", or "aot_eager", which compiles no kernel.
+        budget: the share, in [0, 1], of what the compiled encoder saves by default; 0 checkpoints the whole.
+        backend: a backend of torch.compile with a partitioner: "inductor", or "aot_eager", which compiles no kernel.
 
     Raises:
         ValueError: in the forward, a dispatch mode is on, and torch.compile would run the encoder as it is.
@@ -218,12 +218,12 @@ def trl_offload(encoder: nn.Module) -> Forward:
         raise ImportError(f"TRL must be installed, got: {error}. HINT: pip install trl.") from error
     if not torch.accelerator.is_available():
         raise ValueError("TRL's activation offload must have an accelerator, got none. HINT: another peer.")
-    own = _sharing_copy(encoder)
-    context = offloading.get_act_offloading_ctx_manager(own, warn_if_no_head=False)
+    sharing_copy = _sharing_copy(encoder)
+    context = offloading.get_act_offloading_ctx_manager(sharing_copy, warn_if_no_head=False)
 
     def forward(images: Tensor) -> Tensor:
         with context:
-            return own(images)
+            return sharing_copy(images)
 
     return forward
 
@@ -242,13 +242,13 @@ def repeated_blocks(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
         for child in parent
         if not isinstance(child, lists) and any(True for _ in child.children())
     )
-    found: list[tuple[str, nn.Module]] = []
+    blocks: list[tuple[str, nn.Module]] = []
     for name, module in encoder.named_modules():
-        if held[type(module)] > 1 and not any(name.startswith(f"{outer}.") for outer, _ in found):
-            found.append((name, module))
-    if not found:
+        if held[type(module)] > 1 and not any(name.startswith(f"{outer}.") for outer, _ in blocks):
+            blocks.append((name, module))
+    if not blocks:
         raise ValueError(f"the encoder must repeat a block, {type(encoder).__name__} does not. HINT: torch_checkpoint.")
-    return found
+    return blocks
 
 
 def _sharing_copy(encoder: nn.Module) -> nn.Module:

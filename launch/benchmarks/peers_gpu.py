@@ -34,7 +34,7 @@ class Case:
     Attributes:
         build: makes the encoder, without its head.
         shape: tiles and their side, px.
-        share: of native's peak, that ours may take.
+        share: the share of native's peak that ours may take.
         slower: seconds over native's, that ours may take; None where nothing is claimed.
         methods: names of `METHODS`.
     """
@@ -180,14 +180,14 @@ def _ours(run: Run, case: Case, tiles: Tensor, native_gib: float | None) -> tupl
 
 def bounds(run: Run) -> list[Bound]:
     """Ours against native, at full size: in small cases most bytes are parameters and their optimizer's state."""
-    found = {(row["case"], row["mode"]): row for row in run.rows if row["part"] == "peers"}
+    rows = {(row["case"], row["mode"]): row for row in run.rows if row["part"] == "peers"}
     made: list[Bound] = []
     for case in cases(whole=True) if run.whole else ():
         label = f"{case.name}, {case.shape[0]} tiles"
-        if (label, "native") not in found or case.slower is None:
+        if (label, "native") not in rows or case.slower is None:
             continue
         for mode, share, slower in ((OURS, case.share, case.slower), (FITS, 1.0, FITS_BOUND)):
-            row = found.get((label, mode), {"peak_ratio": math.inf, "ratio": math.inf})  # it did not keep to its share
+            row = rows.get((label, mode), {"peak_ratio": math.inf, "ratio": math.inf})  # it did not keep to its share
             made.append(Bound(f"{label}, {mode}: peak over native's", row["peak_ratio"], share, at_most=True))
             made.append(Bound(f"{label}, {mode}: seconds over native's", row["ratio"], slower, at_most=True))
     return made

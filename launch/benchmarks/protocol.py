@@ -41,10 +41,10 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
     Raises:
         ValueError: an unknown option.
     """
-    known = ("aggregators", "seeds", "runs", "demo_dir")
-    unknown = [name for name in options if name not in known]
+    option_names = ("aggregators", "seeds", "runs", "demo_dir")
+    unknown = [name for name in options if name not in option_names]
     if unknown:
-        raise ValueError(f"--option must be one of {', '.join(known)}, got {unknown[0]!r}")
+        raise ValueError(f"--option must be one of {', '.join(option_names)}, got {unknown[0]!r}")
     folder = Path(options.get("runs", "runs/compare"))
     names = options.get("aggregators", AGGREGATORS).split(",")
     runs = compared_runs(names, range(int(options.get("seeds", 1 if quick else 3))))
@@ -72,10 +72,10 @@ def _values(results: Mapping[ComparedRun, Mapping[str, float]], name: str, arm: 
 def _draw(figure: Figure, names: Sequence[str], results: Mapping[ComparedRun, Mapping[str, float]]) -> None:
     for number, metric in enumerate(METRICS):
         axes = figure.add_subplot(1, len(METRICS), number + 1)
-        for place, arm in product(range(len(names)), ARMS):
-            values = _values(results, names[place], arm, metric)
-            at = place + (0.15 if arm == "end_to_end" else -0.15)
-            axes.bar(at, fmean(values), 0.28, color=COLORS[arm], label=WORDS[arm] if place == 0 else None)
+        for index, arm in product(range(len(names)), ARMS):
+            values = _values(results, names[index], arm, metric)
+            at = index + (0.15 if arm == "end_to_end" else -0.15)
+            axes.bar(at, fmean(values), 0.28, color=COLORS[arm], label=WORDS[arm] if index == 0 else None)
             axes.plot([at] * len(values), values, "k.", markersize=5)
         axes.set(xticks=range(len(names)), xticklabels=names, ylim=(0, 1.05), title=f"test {metric}, each seed a dot")
     axes.legend(loc="lower right", fontsize=8)

@@ -26,12 +26,12 @@ def run_ranks(
     """`function(*arguments)` on every rank of a gloo group, one thread each; what each returned, by rank.
 
     Args:
-        function: of a module, not of a script; what it returns must load with `weights_only`: tensors, numbers,
-            strings, lists, dicts.
+        function: a function of a module, not of a script; what it returns must load with `weights_only`: tensors,
+            numbers, strings, lists, dicts.
         world_size: ranks.
-        arguments: of the function.
-        timeout_s: after which all are killed.
-        context: of multiprocessing; None spawns.
+        arguments: the function's arguments.
+        timeout_s: seconds after which all are killed.
+        context: a context of multiprocessing; None spawns.
         enter: called with the rank before the group is made, such as `LimitedLink.enter`.
 
     Raises:

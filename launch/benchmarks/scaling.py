@@ -2,7 +2,7 @@
 
 Measured: the step's time by exchange on two ranks of one thread each, beside one process of one thread; the paper's
 layout, in which the first rank has the aggregator and no tiles; bytes exchanged; peak memory by the bag's length.
-Simulated up to 512 ranks: measured times a tile and an instance, and a model of the link.
+Simulated up to 512 ranks: measured times per tile and per instance, and a model of the link.
 """
 
 import math
@@ -46,8 +46,8 @@ class Link:
     """A network between GPUs.
 
     Args:
-        latency_s: of one message.
-        bandwidth: bytes a second and rank, in one direction.
+        latency_s: the latency of one message.
+        bandwidth: bytes per second and rank, in one direction.
     """
 
     latency_s: float = 2e-5
@@ -56,13 +56,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one training step on one device.
+    """What one training step costs on one device.
 
     Args:
-        tile_s: forward and backward of the encoder, a tile.
-        instance_s: of the aggregator, an instance.
-        width: of the features.
-        gradient_bytes: of all parameters, which an engine reduces whatever the exchange.
+        tile_s: forward and backward of the encoder, per tile.
+        instance_s: forward and backward of the aggregator, per instance.
+        width: the features' width.
+        gradient_bytes: bytes of the gradients of all parameters, which an engine reduces whatever the exchange.
     """
 
     tile_s: float
@@ -93,21 +93,21 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
         float(options.get("latency_us", model_options["latency_us"])) * 1e-6,
         float(options.get("bandwidth_gb", model_options["bandwidth_gb"])) * 1e9,
     )
-    found = run_ranks(_measure_steps, 2, number["tiles"], number["tile_px"], number["repeats"])[0]
-    rows = _measured_rows(found)
+    steps = run_ranks(_measure_steps, 2, number["tiles"], number["tile_px"], number["repeats"])[0]
+    rows = _measured_rows(steps)
     peaks = {length: peak_bytes(length) for length in LENGTHS}
     rows += [
         _row(f"peak bytes, streamed bag of {n:,} tiles", 1, 0.0, size / peaks[LENGTHS[0]], size)
         for n, size in peaks.items()
     ]
-    costs = Costs(found["tile_s"], found["instance_s"], int(found["width"]), int(found["gradient_bytes"]))
-    # An accelerator that takes this long a tile, its aggregator faster by the same factor: assumed, not measured.
+    costs = Costs(steps["tile_s"], steps["instance_s"], int(steps["width"]), int(steps["gradient_bytes"]))
+    # An accelerator that takes this long per tile, its aggregator faster by the same factor: assumed, not measured.
     tile_s = float(options.get("tile_ms", model_options["tile_ms"])) * 1e-3
     assumed = replace(costs, tile_s=tile_s, instance_s=costs.instance_s * tile_s / costs.tile_s)
-    devices = {"this machine's tiles": costs, f"{tile_s * 1e3:g} ms a tile": assumed}
+    devices = {"this machine's tiles": costs, f"{tile_s * 1e3:g} ms per tile": assumed}
     curves = {
-        (name, device): [simulate(name, ranks, number["bag_tiles"], own, link) for ranks in RANKS]
-        for device, own in devices.items()
+        (name, device): [simulate(name, ranks, number["bag_tiles"], device_costs, link) for ranks in RANKS]
+        for device, device_costs in devices.items()
         for name in COLORS
     }
     for (name, device), curve in curves.items():
@@ -118,9 +118,9 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
     for name, ranks in last.items():
         logger.info("%s: %.0f%% of ideal up to %d ranks", name, 100 * ALIVE, ranks)
     notes = {**number, "link": vars(link), f"ranks at {ALIVE:.0%} of ideal": last}
-    notes["costs"] = {device: vars(own) for device, own in devices.items()}
+    notes["costs"] = {device: vars(device_costs) for device, device_costs in devices.items()}
     return Result(
-        "Scaling of one bag over ranks", rows, _bounds(found, peaks), lambda figure: _draw(figure, curves, found), notes
+        "Scaling of one bag over ranks", rows, _bounds(steps, peaks), lambda figure: _draw(figure, curves, steps), notes
     )
 
 
@@ -154,23 +154,23 @@ def _measure_steps(count: int, tile_px: int, repeats: int) -> dict[str, float]:
         if mesh.tile_rank == 0:
             times["alone"].append(_timed_step(alone, tiles, TileMesh()))
         dist.barrier()
-        for name, (model, handle, own) in shared.items():
+        for name, (model, handle, rank_tiles) in shared.items():
             if handle.forward is not None and repeat == repeats:
                 handle.forward.traffic.clear()
             dist.barrier()
-            times[name].append(_timed_step(model, own, mesh))
-    found = {f"seconds {name}": median(values[1:]) for name, values in times.items() if values}
+            times[name].append(_timed_step(model, rank_tiles, mesh))
+    measured = {f"seconds {name}": median(values[1:]) for name, values in times.items() if values}
     for name, (_, handle, _) in shared.items():
         assert handle.forward is not None
-        own = torch.tensor(float(sum(handle.forward.traffic.bytes.values())))
-        dist.all_reduce(own)
-        found[f"bytes {name}"] = float(own)
+        n_bytes = torch.tensor(float(sum(handle.forward.traffic.bytes.values())))
+        dist.all_reduce(n_bytes)
+        measured[f"bytes {name}"] = float(n_bytes)
     features = torch.randn(count, int(alone.encoder.num_features))  # type: ignore[arg-type]
-    found["instance_s"] = median(_timed_pooling(alone.aggregator, features) for _ in range(repeats)) / count
-    found["tile_s"] = found.get("seconds alone", 0.0) / count - found["instance_s"]
-    found["width"] = float(features.shape[1])
-    found["gradient_bytes"] = float(sum(p.numel() * p.element_size() for p in alone.parameters()))
-    return found
+    measured["instance_s"] = median(_timed_pooling(alone.aggregator, features) for _ in range(repeats)) / count
+    measured["tile_s"] = measured.get("seconds alone", 0.0) / count - measured["instance_s"]
+    measured["width"] = float(features.shape[1])
+    measured["gradient_bytes"] = float(sum(p.numel() * p.element_size() for p in alone.parameters()))
+    return measured
 
 
 def _timed_step(model: SlideModel, tiles: Tensor, mesh: TileMesh) -> float:
@@ -191,12 +191,12 @@ def _timed_pooling(aggregator: nn.Module, features: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _measured_rows(found: dict[str, float]) -> list[dict[str, Any]]:
-    alone = found["seconds alone"]
+def _measured_rows(measured: dict[str, float]) -> list[dict[str, Any]]:
+    alone = measured["seconds alone"]
     rows = [_row("one process, one thread", 1, alone, 1.0, 0)]
     for name in LAYOUTS:
-        seconds = found[f"seconds {name}"]
-        rows.append(_row(name, 2, seconds, alone / seconds, found[f"bytes {name}"]))
+        seconds = measured[f"seconds {name}"]
+        rows.append(_row(name, 2, seconds, alone / seconds, measured[f"bytes {name}"]))
         logger.info("%s: %.3f s on two ranks, %.2f x one process's speed", name, seconds, alone / seconds)
     return rows
 
@@ -233,8 +233,8 @@ def simulate(exchange: str, ranks: int, tiles: int, costs: Costs, link: Link) ->
     gradients = 2 * costs.gradient_bytes * ring + 2 * hops
     if exchange == "sharded":
         size = 4 * (1 + 2 * (costs.width + 1))  # maxima, sums, and the sums' gradients
-        own = math.ceil(tiles / ranks) * (costs.tile_s + costs.instance_s)
-        seconds = own + 2 * size * ring + 3 * 2 * hops
+        compute_s = math.ceil(tiles / ranks) * (costs.tile_s + costs.instance_s)
+        seconds = compute_s + 2 * size * ring + 3 * 2 * hops
     elif exchange == "replicated":
         size = 2 * features
         seconds = math.ceil(tiles / ranks) * costs.tile_s + tiles * costs.instance_s + size * ring + 2 * hops
@@ -250,9 +250,9 @@ def _last_alive(curve: Sequence[tuple[float, float, float]]) -> int:
     return max(ranks for ranks, (_, efficiency, _) in zip(RANKS, curve, strict=True) if efficiency >= ALIVE)
 
 
-def _bounds(found: dict[str, float], peaks: dict[int, int]) -> list[Bound]:
-    speed = found["seconds alone"] / found["seconds sharded"]
-    paper = found["seconds gather, no tiles on the first rank (the paper's)"] / found["seconds sharded"]
+def _bounds(measured: dict[str, float], peaks: dict[int, int]) -> list[Bound]:
+    speed = measured["seconds alone"] / measured["seconds sharded"]
+    paper = measured["seconds gather, no tiles on the first rank (the paper's)"] / measured["seconds sharded"]
     flat = peaks[LENGTHS[-1]] / peaks[LENGTHS[0]]
     return [
         Bound("sharded on two ranks of one thread at least 1.7 x one process of one thread", speed, 1.7),
@@ -262,7 +262,7 @@ def _bounds(found: dict[str, float], peaks: dict[int, int]) -> list[Bound]:
 
 
 def _draw(
-    figure: Figure, curves: dict[tuple[str, str], list[tuple[float, float, float]]], found: dict[str, float]
+    figure: Figure, curves: dict[tuple[str, str], list[tuple[float, float, float]]], measured: dict[str, float]
 ) -> None:
     left, right = figure.subplots(1, 2)
     first = next(iter(curves))[1]
@@ -277,7 +277,7 @@ def _draw(
     left.set_ylabel("share of ideal speed-up")
     left.legend(fontsize=6)
     names = [name.split(",")[0] + (", paper's" if "paper" in name else "") for name in LAYOUTS]
-    speeds = [found["seconds alone"] / found[f"seconds {name}"] for name in LAYOUTS]
+    speeds = [measured["seconds alone"] / measured[f"seconds {name}"] for name in LAYOUTS]
     right.barh(names[::-1], speeds[::-1], color="#3b6ea5")
     right.axvline(2, color="#999999", linewidth=0.6)
     right.set_xlabel("speed of two ranks over one (measured)")

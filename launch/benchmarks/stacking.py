@@ -1,9 +1,9 @@
 """Bags of different length in one step: how fast, how soon at a target, how good.
 
-The frameworks of the DPGS paper on feature bags: "classic" takes a step a bag, "padding" pads a stack to its longest
-bag, "sampling" draws equally many instances of every bag, "dpgs" stacks them as they are, in packs that fit the cache.
-All train the same model from the same weights on one device; bags have CAMELYON16's length distribution, scaled by an
-option.
+The frameworks of the DPGS paper on feature bags: "classic" takes one step per bag, "padding" pads a stack to its
+longest bag, "sampling" draws equally many instances of every bag, "dpgs" stacks them as they are, in packs that fit the
+cache. All train the same model from the same weights on one device; bags have CAMELYON16's length distribution, scaled
+by an option.
 """
 
 import time
@@ -46,7 +46,7 @@ class Fit:
     Attributes:
         bags_per_s: over all steps, validation apart.
         target_s: seconds of training until the target; None where it was not reached.
-        auc, accuracy: of the last weights on the held-out bags.
+        auc, accuracy: what the last weights reach on the held-out bags.
     """
 
     bags_per_s: float
@@ -66,10 +66,10 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
     Raises:
         ValueError: an unknown option.
     """
-    known = ("device", "repeats", "seeds", "mean_tiles", "width", "demo_dir")
-    unknown = [name for name in options if name not in known]
+    option_names = ("device", "repeats", "seeds", "mean_tiles", "width", "demo_dir")
+    unknown = [name for name in options if name not in option_names]
     if unknown:
-        raise ValueError(f"--option must be one of {', '.join(known)}, got {unknown[0]!r}")
+        raise ValueError(f"--option must be one of {', '.join(option_names)}, got {unknown[0]!r}")
     device = torch.device(options.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
     repeats, seeds = int(options.get("repeats", 3 if quick else 5)), int(options.get("seeds", 5))
     mean_tiles, width = int(options.get("mean_tiles", 50)), int(options.get("width", 512))
@@ -135,12 +135,12 @@ class Trainer:
 
     Args:
         model: an aggregator's name.
-        width: of the features.
+        width: the features' width.
         framework: one of `FRAMEWORKS`.
-        batch: bags a step; 1 under "classic".
+        batch: bags per step; 1 under "classic".
         sample: instances of a bag under "sampling".
-        learning_rate: of Adam at one bag a step; grows with the root of the bags.
-        device: of it all.
+        learning_rate: Adam's at one bag per step; grows with the root of the bags.
+        device: where everything is.
         embed: put a small network before the aggregator, trained with it, as the ABMIL paper does for digits.
     """
 
@@ -173,15 +173,15 @@ class Trainer:
         """One optimizer step on the chosen bags."""
         features = [bags.features[index] for index in chosen]
         if self.framework == "sampling":
-            features = [sample_bag(bag, self.sample, key + place) for place, bag in enumerate(features)]
+            features = [sample_bag(bag, self.sample, key + position) for position, bag in enumerate(features)]
         labels = bags.labels[list(chosen)]
         self.optimizer.zero_grad()
         row_bytes = features[0].shape[1] * features[0].element_size()
         for first, last in plan_packs([len(bag) for bag in features], self.pack_bytes // row_bytes):
-            stack, own = stack_bags(features[first:last]), labels[first:last]
+            stack, pack_labels = stack_bags(features[first:last]), labels[first:last]
             stack = stack.with_values(self.encoder(stack.values))
-            output = self.aggregator(stack, own) if self.needs_labels else self.aggregator(stack)
-            (stack_loss(output, own) / len(chosen)).backward()
+            output = self.aggregator(stack, pack_labels) if self.needs_labels else self.aggregator(stack)
+            (stack_loss(output, pack_labels) / len(chosen)).backward()
         self.optimizer.step()
 
     def evaluate(self, bags: Bags) -> tuple[float, float]:
@@ -222,8 +222,8 @@ def _wait(tensor: Tensor) -> None:
 def _speeds(
     sizes: Sequence[tuple[int, int]], device: torch.device, repeats: int
 ) -> dict[tuple[int, int, str, int], float]:
-    """Bags a second of ABMIL, medians; frameworks take their turns repeat by repeat."""
-    found: dict[tuple[int, int, str, int], float] = {}
+    """Bags per second of ABMIL, medians; frameworks take their turns repeat by repeat."""
+    speeds: dict[tuple[int, int, str, int], float] = {}
     for mean_tiles, width in sizes:
         bags = witness_bags(32, mean_tiles, width, device, seed=0)
         trainers = {}
@@ -244,20 +244,20 @@ def _speeds(
                 if repeat:
                     times[key].append((time.perf_counter() - start) / rounds)
         for (framework, batch), values in times.items():
-            found[mean_tiles, width, framework, batch] = 32 / median(values)
-        classic = found[mean_tiles, width, "classic", 1]
-        shown = ", ".join(f"{f} {found[mean_tiles, width, f, 32] / classic:.2f}" for f in FRAMEWORKS[1:])
+            speeds[mean_tiles, width, framework, batch] = 32 / median(values)
+        classic = speeds[mean_tiles, width, "classic", 1]
+        shown = ", ".join(f"{f} {speeds[mean_tiles, width, f, 32] / classic:.2f}" for f in FRAMEWORKS[1:])
         logger.info(
             "bags of %d x %d: classic %.0f bags/s; at B = 32, times that: %s", mean_tiles, width, classic, shown
         )
-    return found
+    return speeds
 
 
 def _targets(mean_tiles: int, width: int, device: torch.device, repeats: int) -> dict[tuple[str, str, int], Fit]:
     """Time to the target, median of the repeats' seeds."""
     train = witness_bags(128, mean_tiles, width, device, seed=1)
     held_out = witness_bags(64, mean_tiles, width, device, seed=2)
-    found = {}
+    targets = {}
     for model in MODELS:
         for framework in FRAMEWORKS:
             for batch in (1, 32) if framework == "dpgs" else (1,) if framework == "classic" else (32,):
@@ -268,14 +268,14 @@ def _targets(mean_tiles: int, width: int, device: torch.device, repeats: int) ->
                     fits.append(fit(trainer, train, held_out, epochs=20, seed=seed, target=TARGET_AUC))
                 reached = [one for one in fits if one.target_s is not None]
                 chosen = sorted(reached, key=lambda one: one.target_s or 0.0)[len(reached) // 2] if reached else fits[0]
-                found[model, framework, batch] = chosen
+                targets[model, framework, batch] = chosen
                 logger.info("%s, %s, B = %d: %s s to AUC %.2f", model, framework, batch, chosen.target_s, TARGET_AUC)
-    return found
+    return targets
 
 
 def _accuracies(seeds: int, device: torch.device, demo_dir: str) -> dict[tuple[str, str], list[Fit]]:
     """ABMIL on bags of digits and on the demo's tiles: classic against dpgs at B = 16, over seeds."""
-    found: dict[tuple[str, str], list[Fit]] = {}
+    accuracies: dict[tuple[str, str], list[Fit]] = {}
     demo = demo_bags(demo_dir, device)
     for what in TASKS:
         for framework, batch in (("classic", 1), ("dpgs", 16)):
@@ -291,24 +291,24 @@ def _accuracies(seeds: int, device: torch.device, demo_dir: str) -> dict[tuple[s
                 width = train.features[0].shape[1]
                 trainer = Trainer("abmil", width, framework, batch, 10, 5e-4, device, embed=True, weight_decay=5e-3)
                 fits.append(fit(trainer, train, test, epochs=60, seed=seed))
-            found[what, framework] = fits
+            accuracies[what, framework] = fits
             aucs = [one.auc for one in fits]
             logger.info("%s, %s: AUC %.3f %s", what, framework, mean(aucs), _interval(aucs))
-    return found
+    return accuracies
 
 
 def _interval(values: Sequence[float]) -> str:
-    """Of the mean, by the normal approximation."""
+    """The 95% interval of the mean, by the normal approximation."""
     half = 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return f"[{mean(values) - half:.3f}, {mean(values) + half:.3f}]"
 
 
 def _slowest(balance: str, steps: int = 50) -> float:
-    """The slowest of 8 ranks over their mean, at 64 bags of CAMELYON16's lengths a step; the worst of the steps."""
+    """The slowest of 8 ranks over their mean, at 64 bags of CAMELYON16's lengths per step; the worst of the steps."""
     ratios = []
     for seed in range(steps):
         lengths = camelyon_lengths(64, 10_000, seed)
-        loads = [sum(lengths[index] for index in own) for own in assign_bags(lengths, 8, balance=balance)]
+        loads = [sum(lengths[index] for index in rank_bags) for rank_bags in assign_bags(lengths, 8, balance=balance)]
         ratios.append(max(loads) / mean(loads))
     return max(ratios)
 
@@ -326,12 +326,12 @@ def _bounds(
     bounds = []
     sizes = list(dict.fromkeys((tiles, width) for tiles, width, _, _ in speeds))
     for tiles, width in sizes:
-        ours = speeds[tiles, width, "dpgs", 32]
+        dpgs = speeds[tiles, width, "dpgs", 32]
         least = 3.0 if (tiles, width) == (50, 512) and device.type == "cpu" else 1.0
         classic = speeds[tiles, width, "classic", 1]
-        bounds.append(Bound(f"bags of {tiles} x {width}, B = 32: at least {least:g} x classic", ours / classic, least))
+        bounds.append(Bound(f"bags of {tiles} x {width}, B = 32: at least {least:g} x classic", dpgs / classic, least))
         padding = speeds[tiles, width, "padding", 32]
-        bounds.append(Bound(f"bags of {tiles} x {width}, B = 32: at least as fast as padding", ours / padding, 1.0))
+        bounds.append(Bound(f"bags of {tiles} x {width}, B = 32: at least as fast as padding", dpgs / padding, 1.0))
     classic_s, ours_s = targets["abmil", "classic", 1].target_s, targets["abmil", "dpgs", 32].target_s
     if device.type == "cuda":
         ratio = classic_s / ours_s if classic_s and ours_s else 0.0
@@ -363,7 +363,7 @@ def _draw(
     left.axhline(1, color=COLORS["classic"], linewidth=0.8, label="classic")
     left.set_xscale("log", base=2)
     left.set_yscale("log", base=2)
-    left.set_xlabel("bags a step, B")
+    left.set_xlabel("bags per step, B")
     left.set_ylabel("bags/s over classic (ABMIL)")
     left.set_title("; ".join(f"{t} x {w}" for t, w in sizes) + ": solid to dotted", fontsize=8)
     left.legend(fontsize=7)

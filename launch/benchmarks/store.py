@@ -2,7 +2,7 @@
 
 The three are timed in turn, repeat by repeat, so that a machine whose speed drifts slows all of them; the bound is on
 the median of the repeats' ratios. The bound of a case is the lowest of three rates: three times the slides', 1,500
-tiles a second, and the decoder's own.
+tiles per second, and the decoder's own.
 """
 
 import math
@@ -29,7 +29,7 @@ from ds_wsi.slides.tiling import TileGrid
 from launch.benchmarks.table import Bound, Result
 from launch.benchmarks.tiles import large_slide, whole_grid
 
-TIMES_SLIDES, ENOUGH_TILES_A_SECOND = 3, 1_500
+TIMES_SLIDES, ENOUGH_TILES_PER_SECOND = 3, 1_500
 READERS = ("slides", "store", "decoder alone")
 
 
@@ -53,7 +53,7 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str] | 
             row, ratio = _measure_case(name, path, size, scratch / "store", repeats)
         rows.append(row)
         words = (
-            f"{name}: the store over the lowest of {TIMES_SLIDES} x slides, {ENOUGH_TILES_A_SECOND}/s and the decoder"
+            f"{name}: the store over the lowest of {TIMES_SLIDES} x slides, {ENOUGH_TILES_PER_SECOND}/s and the decoder"
         )
         bounds.append(Bound(words, ratio, 1.0))
     return Result("Tiles read a second, from slides and from a store", rows, bounds, lambda f: _draw(f, rows), {})
@@ -72,17 +72,17 @@ def _measure_case(name: str, path: Path, size: int, folder: Path, repeats: int) 
         rates["store"].append(_worker_rate(path, grid, passes, str(folder)))
         rates["decoder alone"].append(_decoder_rate(store_path(folder, grid.slide_id), grid, passes))
     ratio = median(
-        store / min(TIMES_SLIDES * slides, ENOUGH_TILES_A_SECOND, decoder)
+        store / min(TIMES_SLIDES * slides, ENOUGH_TILES_PER_SECOND, decoder)
         for slides, store, decoder in zip(*(rates[reader] for reader in READERS), strict=True)
     )
-    found = {f"{reader}, tiles/s": median(values) for reader, values in rates.items()}
+    medians = {f"{reader}, tiles/s": median(values) for reader, values in rates.items()}
     n_bytes = store_path(folder, grid.slide_id).stat().st_size / len(grid)
-    logger.info("%s: %s, packed at %.0f tiles/s, ratio %.2f", name, found, packing, ratio)
-    return {"case": name, **found, "packing, tiles/s": packing, "bytes a tile": n_bytes}, ratio
+    logger.info("%s: %s, packed at %.0f tiles/s, ratio %.2f", name, medians, packing, ratio)
+    return {"case": name, **medians, "packing, tiles/s": packing, "bytes per tile": n_bytes}, ratio
 
 
 def _worker_rate(path: Path, grid: TileGrid, passes: int, store: str) -> float:
-    """Tiles a second through one worker, from the first chunk to the last."""
+    """Tiles per second through one worker, from the first chunk to the last."""
     # From the slide each pass is one of its own, opened anew with nothing cached; a store has nothing to cache.
     name = f"{path.stem}_{{}}" if not store else path.stem
     slides = [SlideEntry(name.format(index), path, 0, "", mpp=0.5) for index in range(passes)]
@@ -109,10 +109,10 @@ def _decoder_rate(path: Path, grid: TileGrid, passes: int) -> float:
 def _draw(figure: Figure, rows: Sequence[dict[str, Any]]) -> None:
     axes = figure.subplots()
     width = 0.8 / len(READERS)
-    for place, reader in enumerate(READERS):
-        positions = [index + place * width for index in range(len(rows))]
+    for number, reader in enumerate(READERS):
+        positions = [index + number * width for index in range(len(rows))]
         axes.barh(positions, [row[f"{reader}, tiles/s"] for row in rows], width, label=reader)
     axes.set_yticks([index + width for index in range(len(rows))], [row["case"] for row in rows])
     axes.set_xscale("log")
-    axes.set_xlabel("tiles a second, one worker")
+    axes.set_xlabel("tiles per second, one worker")
     axes.legend()

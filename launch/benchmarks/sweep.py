@@ -113,20 +113,20 @@ def _setting(quick: bool, options: Mapping[str, str] | None) -> _Setting:
     }
     if gpu and quick:
         defaults["cap_gib"] = "1"
-    found = read_options(options, defaults)
-    modes = [mode.strip() for mode in found["modes"].split(",")]
+    chosen = read_options(options, defaults)
+    modes = [mode.strip() for mode in chosen["modes"].split(",")]
     if not set(modes) <= set(MODES):
-        raise ValueError(f"modes must be of {', '.join(MODES)}, got {found['modes']!r}")
-    machine = find_machine(found["dtype"], cpu="bfloat16")
+        raise ValueError(f"modes must be of {', '.join(MODES)}, got {chosen['modes']!r}")
+    machine = find_machine(chosen["dtype"], cpu="bfloat16")
     return _Setting(
         machine=machine,
-        sides=[int(side) for side in found["sides"].split(",")],
+        sides=[int(side) for side in chosen["sides"].split(",")],
         modes=modes,
-        cap_bytes=int(float(found["cap_gib"]) * 2**30),
-        repeats=max(1, int(found["repeats"])),
-        warmups=int(found["warmups"]),
-        chunk=found["chunk"],
-        minutes=float(found["minutes"]),
+        cap_bytes=int(float(chosen["cap_gib"]) * 2**30),
+        repeats=max(1, int(chosen["repeats"])),
+        warmups=int(chosen["warmups"]),
+        chunk=chosen["chunk"],
+        minutes=float(chosen["minutes"]),
         rates=probe(machine.device) if machine.gpu else None,
         levels=dict.fromkeys(MODES, 0),
     )
@@ -155,7 +155,7 @@ def _side(setting: _Setting, side: int) -> list[dict[str, Any]]:
             except DoesNotFitError as error:
                 reasons[mode] = str(error)
                 del trainings[mode]
-    found = []
+    rows = []
     for mode in setting.modes:
         training = trainings.get(mode)
         took = median(seconds[mode]) if training else None
@@ -170,8 +170,8 @@ def _side(setting: _Setting, side: int) -> list[dict[str, Any]]:
             "why": reasons.get(mode, ""),
         }
         logger.info("%s", row)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def _fitted(setting: _Setting, mode: str, image: Tensor) -> Training:
@@ -234,7 +234,7 @@ def draw(figure: Figure, rows: Sequence[dict[str, Any]], cap_bytes: int) -> None
         right.plot([row["side"] for row in points], [row["peak bytes"] / 2**30 for row in points], **style)
     right.axhline(cap_bytes / 2**30, color="black", linewidth=1, linestyle="--", label="cap")
     left.set_yscale("log")
-    for axes, label in ((left, "seconds a step (median)"), (right, "peak memory, GiB")):
+    for axes, label in ((left, "seconds per step (median)"), (right, "peak memory, GiB")):
         axes.set_xlabel("side of the image, px")
         axes.set_ylabel(label)
         axes.legend(fontsize=8)

@@ -60,7 +60,7 @@ def markdown(result: Result) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """With null for numbers that are not finite, such as the time to a target that was not met."""
+    """The value, with null for numbers that are not finite, such as the time to a target that was not met."""
     if isinstance(value, dict):
         return {key: _as_json(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

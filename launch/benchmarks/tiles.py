@@ -145,17 +145,19 @@ def _rates(case: Case, repeats: int) -> list[dict[str, Any]]:
             spent[reader].append(read())
     plain = [one.tiles / one.processor_s for one in spent["OpenSlide"]]
     rows = []
-    for reader, found in spent.items():
-        rates = [one.tiles / one.processor_s for one in found]
-        ratio = median(ours / theirs for ours, theirs in zip(rates, plain, strict=True))
-        by_clock = median(one.tiles / one.worker_s for one in found)
-        logger.info("%s, %s: %.0f tiles a processor second, %.3g x OpenSlide", case.name, reader, median(rates), ratio)
+    for reader, passes_spent in spent.items():
+        rates = [one.tiles / one.processor_s for one in passes_spent]
+        ratio = median(rate / openslide for rate, openslide in zip(rates, plain, strict=True))
+        by_clock = median(one.tiles / one.worker_s for one in passes_spent)
+        logger.info(
+            "%s, %s: %.0f tiles per processor second, %.3g x OpenSlide", case.name, reader, median(rates), ratio
+        )
         rows.append(
             {
                 "slide": case.name,
                 "reader": reader,
-                "tiles a processor second": median(rates),
-                "tiles/s a worker, by the clock": by_clock,
+                "tiles per processor second": median(rates),
+                "tiles/s per worker, by the clock": by_clock,
                 "ratio": ratio,
             }
         )
@@ -230,7 +232,7 @@ def _by_workers(path: Path, grid: TileGrid, passes: int, workers: int) -> Spent:
     slides = [SlideEntry(f"{path.stem}_{index}", path, 0, "", mpp=0.5) for index in range(passes)]
     policy = ReadPolicy(workers=workers, open_slides=1)
     start, began = time.perf_counter(), _processor_s(os.getpid())
-    stream = read_chunks(slides, [grid] * passes, range(passes), policy)
+    stream: Any = read_chunks(slides, [grid] * passes, range(passes), policy)
     left = passes * len(grid)
     while left:  # not to the stream's end, which is the workers' too
         left -= len(next(stream).tiles)
@@ -250,20 +252,20 @@ def _memory_over_slides(folder: Path, n_slides: int) -> list[int]:
     paths = sorted((folder / "slides").glob("*.tiff"))
     slides = [SlideEntry(f"slide_{index}", paths[index % len(paths)], 0, "", mpp=0.5) for index in range(n_slides)]
     grids = [whole_grid(slide.path, 64) for slide in slides]
-    process, found = psutil.Process(), []
+    process, resident_bytes = psutil.Process(), []
     for chunk in read_chunks(slides, grids, range(n_slides), ReadPolicy(workers=1, open_slides=4)):
         if chunk.request.last:
             family = [process, *process.children(recursive=True)]
-            found.append(sum(member.memory_info().rss for member in family))
-    return found
+            resident_bytes.append(sum(member.memory_info().rss for member in family))
+    return resident_bytes
 
 
 def _draw(figure: Figure, rows: Sequence[dict[str, Any]], memory: Sequence[int]) -> None:
     bars, line = figure.subplots(1, 2)
-    ours = [row for row in rows if row["reader"] != "OpenSlide"]
-    bars.barh([f"{row['slide']}\n{row['reader']}" for row in ours], [row["ratio"] for row in ours], color="#3b6ea5")
+    shown = [row for row in rows if row["reader"] != "OpenSlide"]
+    bars.barh([f"{row['slide']}\n{row['reader']}" for row in shown], [row["ratio"] for row in shown], color="#3b6ea5")
     bars.axvline(1, color="black", linewidth=1, linestyle="--")
-    bars.set_xlabel("tiles a processor second over OpenSlide's")
+    bars.set_xlabel("tiles per processor second over OpenSlide's")
     bars.tick_params(labelsize=7)
     line.plot(range(1, len(memory) + 1), [value / 2**20 for value in memory], color="#3b6ea5")
     line.set_ylim(0, 1.15 * max(memory) / 2**20)

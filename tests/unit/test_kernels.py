@@ -67,7 +67,7 @@ def test_a_trial_that_does_not_fit_takes_fewer_tiles(fit, sizes, monkeypatch, ca
         assert (chosen, f"a trial of {sizes[-1]} tiles" in caplog.text) == (torch.channels_last, True)
     else:
         assert chosen == torch.contiguous_format
-        assert "contiguous, for the trial does not fit the device" in caplog.text
+        assert "contiguous, because the trial does not fit the device" in caplog.text
 
 
 def test_a_trial_that_fails_otherwise_fails(monkeypatch):

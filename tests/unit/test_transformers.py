@@ -121,7 +121,7 @@ def test_a_rank_without_a_bag_takes_part_and_changes_nothing():
 
 def test_a_stack_that_was_cut_is_refused():
     stack = stack_bags(tiles(2, 2))
-    with pytest.raises(ValueError, match=r"labels must be one a bag, int64 \[2\], got shape \[1\].*dispatch_batches"):
+    with pytest.raises(ValueError, match=r"labels must be one per bag, int64 \[2\], got shape \[1\].*dispatch_batches"):
         make()(*stack, torch.tensor([1]))
 
 

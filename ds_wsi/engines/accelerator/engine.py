@@ -55,14 +55,14 @@ class EngineSettings:
     """What an engine has to know of the run.
 
     Args:
-        learning_rate, weight_decay, max_grad_norm: of the optimizer; max_grad_norm 0 clips nothing.
+        learning_rate, weight_decay, max_grad_norm: the optimizer's; max_grad_norm 0 clips nothing.
         optimizer: a key of `OPTIMIZERS`; the DeepSpeed JSON's own section, where it has one, decides.
-        bags_per_rank: slides a rank and micro-step.
-        accumulation: micro-steps an optimizer step.
+        bags_per_rank: slides per rank and micro-step.
+        accumulation: micro-steps per optimizer step.
         mixed_precision: "no", "bf16" or "fp16".
-        timeout_s: that a collective waits for the other ranks.
+        timeout_s: seconds that a collective waits for the other ranks.
         fsdp: shard the model with FSDP2, as under `accelerate launch --use_fsdp` without it.
-        momentum: of "sgd".
+        momentum: the momentum of "sgd".
     """
 
     learning_rate: float
@@ -95,7 +95,7 @@ def build_accelerator(
     """Start the process group as the launcher described it and return the Accelerator that drives the run.
 
     Args:
-        settings: of the engine.
+        settings: the engine's settings.
         output_dir: TensorBoard's logs go below it.
         deepspeed_config: the JSON, or None for DDP or one process; under `accelerate launch --use_deepspeed` the
             launcher's own configuration is used where this is None.
@@ -211,9 +211,9 @@ def prepare(
     """Wrap the model for the engine and build its optimizer over the parameters that are trained.
 
     Args:
-        accelerator: of `build_accelerator`.
-        model: to wrap.
-        settings: of the engine.
+        accelerator: what `build_accelerator` returned.
+        model: the model to wrap.
+        settings: the engine's settings.
         apart: a submodule whose parameters are the second of two parameter groups; None has one group.
 
     Returns:
@@ -224,8 +224,8 @@ def prepare(
         shard_model(model, accelerator)
     trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if apart is not None:
-        own = {id(parameter) for parameter in apart.parameters()}
-        groups = [p for p in trained if id(p) not in own], [p for p in trained if id(p) in own]
+        apart_ids = {id(parameter) for parameter in apart.parameters()}
+        groups = [p for p in trained if id(p) not in apart_ids], [p for p in trained if id(p) in apart_ids]
         trained = [{"params": group} for group in groups]
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
@@ -241,8 +241,8 @@ def prepare(
             trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, **more
         )
     if is_fsdp2(model):
-        # Separately, for together Accelerate would look for the parameters by address: see fsdp.py. It has nothing more
-        # to wrap ("evaluation"), but for autocast.
+        # Separately, because together Accelerate would look for the parameters by address: see fsdp.py. It has nothing
+        # more to wrap ("evaluation"), but for autocast.
         model, optimizer = (
             accelerator.prepare_model(model, evaluation_mode=True),
             accelerator.prepare_optimizer(optimizer),
@@ -286,22 +286,22 @@ def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
     same statistics, bit for bit, and stay as they are. What is not saved is constant (the tiles' mean) and stays too: a
     mean of equal numbers may be rounded. One all-reduce for all buffers of a dtype; the identity on one rank.
     """
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []  # a buffer, and what is averaged for it
+    averaged: list[tuple[torch.Tensor, torch.Tensor]] = []  # a buffer, and what is averaged for it
     variances: list[tuple[Any, torch.Tensor]] = []
     for tracked in tracked_buffers(accelerator, module):
         wide = tracked.buffer.detach().to(torch.promote_types(tracked.buffer.dtype, torch.float32))
         if tracked.name.rpartition(".")[2] == "running_var" and isinstance(tracked.part, _BatchNorm):
             variances.append((tracked.part, wide))
         else:
-            found.append((tracked.buffer, wide))
-    means = _mean_over_ranks(accelerator, [wide for _, wide in found])
-    average = {id(buffer): mean for (buffer, _), mean in zip(found, means, strict=True)}
+            averaged.append((tracked.buffer, wide))
+    means = _mean_over_ranks(accelerator, [wide for _, wide in averaged])
+    average = {id(buffer): mean for (buffer, _), mean in zip(averaged, means, strict=True)}
     spread = [
         wide + (part.running_mean.to(wide.dtype) - average[id(part.running_mean)]).square() for part, wide in variances
     ]
     for (part, _), var in zip(variances, _mean_over_ranks(accelerator, spread), strict=True):
         part.running_var.copy_(var)
-    for (buffer, _), mean in zip(found, means, strict=True):
+    for (buffer, _), mean in zip(averaged, means, strict=True):
         buffer.copy_(mean)
 
 

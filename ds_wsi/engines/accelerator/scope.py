@@ -125,7 +125,7 @@ def launched(settings: EngineSettings, deepspeed_config: dict[str, Any] | None) 
     Collective: every process of the launcher enters and leaves it.
 
     Args:
-        settings, deepspeed_config: of the runs inside.
+        settings, deepspeed_config: what `build_accelerator` takes, for the runs inside.
     """
     inherited = dist.is_initialized()
     with engine_scope():

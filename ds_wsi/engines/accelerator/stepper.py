@@ -23,12 +23,12 @@ class Stepper:
 
     Args:
         engine: one of `ENGINES`.
-        model: on its device; float64 under DDP and FSDP2 alone (DeepSpeed refuses such gradients).
+        model: a model on its device; float64 under DDP and FSDP2 alone (DeepSpeed refuses such gradients).
         optimizer: "sgd" or "adam", plain.
-        learning_rate: of it.
+        learning_rate: the optimizer's learning rate.
 
     Attributes:
-        model: wrapped.
+        model: the wrapped model.
     """
 
     def __init__(self, engine: str, model: nn.Module, optimizer: str, learning_rate: float) -> None:
@@ -57,7 +57,7 @@ class Stepper:
 
     def gradients(self) -> dict[str, Tensor]:
         """Whole reduced gradients by parameter name, on every rank; between `backward` and `step`."""
-        found = {}
+        gradients = {}
         for name, parameter in self.module.named_parameters():
             grad = parameter.grad
             if self.engine in ("zero1", "zero2", "zero3"):
@@ -65,8 +65,8 @@ class Stepper:
 
                 grad = safe_get_full_grad(parameter)
             if grad is not None:
-                found[name] = whole(grad).clone()
-        return found
+                gradients[name] = whole(grad).clone()
+        return gradients
 
     def step(self) -> None:
         """The optimizer's step."""

@@ -82,7 +82,7 @@ class Reducer:
 
     Args:
         hook: `hook(state, bucket)`, the mean over the ranks.
-        state: of the hook; a `Compressor`'s steps are kept here.
+        state: the hook's state; a `Compressor`'s steps are kept here.
         step_of: the engine's number of optimizer steps; None: it has none ([Note: passes]).
         loss_scale: the factor that gradients carry; None: none, ever.
     """

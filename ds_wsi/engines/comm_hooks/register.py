@@ -44,10 +44,10 @@ class CommHandle:
     """A registered hook.
 
     Attributes:
-        name: of the hook.
+        name: the hook's name.
         target: what it was registered with.
         where: "ddp", "fsdp2" or "zero0" to "zero3"; "one process", where nothing is sent.
-        state: of the hook.
+        state: the hook's state.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class CommHandle:
 
     @property
     def count(self) -> ByteCount | None:
-        """Of the bytes, where the hook counts them."""
+        """The count of the bytes, where the hook counts them."""
         count = self.state.count if isinstance(self.state, CountsBytes) else None
         return count if isinstance(count, ByteCount) else None
 
@@ -68,16 +68,16 @@ class CommHandle:
 
         Empty where the hook does not count.
         """
-        count, found = self.count, dict[str, float]()
+        count, values = self.count, dict[str, float]()
         if count is None:
-            return found
+            return values
         for name, way in (("push", count.push), ("pull", count.pull)):
             if way.messages:
-                found[f"comm/{name}_wire_bytes"] = way.wire_bytes
-                found[f"comm/{name}_message_ratio"] = count.message_ratio(name, last=_WINDOW)
+                values[f"comm/{name}_wire_bytes"] = way.wire_bytes
+                values[f"comm/{name}_message_ratio"] = count.message_ratio(name, last=_WINDOW)
         if isinstance(self.state, Compressor) and self.state.divided:
-            found["comm/divided_messages"] = float(self.state.divided)
-        return found
+            values["comm/divided_messages"] = float(self.state.divided)
+        return values
 
     def remove(self) -> None:
         """Give the reductions back to the engine; what was not sent yet is lost. Later calls do nothing."""
@@ -101,7 +101,7 @@ class CommHandle:
             self._reducer.forget()
 
     def save(self, folder: str | Path) -> None:
-        """Write this rank's state into a checkpoint's folder, a file a rank; every rank calls it.
+        """Write this rank's state into a checkpoint's folder, one file per rank; every rank calls it.
 
         DeepSpeed's `client_state` is no place for it: of stages 0 to 2 it keeps rank 0's copy only.
         """
@@ -141,7 +141,7 @@ def register_comm_hook(
             module that is not wrapped, too.
         hook: "allreduce", "fp16", "bf16", "topk", "powersgd" (DDP), "dmgc", or a callable `hook(state, bucket)` that
             returns the mean over the ranks in a tensor like the bucket's buffer.
-        state: of a callable, anything. Of a named one: None, its policy (`TopK`, `DMGC`, `Cast`), a `Compressor`; of
+        state: anything for a callable. For a named hook: None, its policy (`TopK`, `DMGC`, `Cast`), a `Compressor`; for
             "powersgd" torch's `PowerSGDState`.
         loss_scale: what gradients carry under DDP and FSDP2, such as a GradScaler's `get_scale`; DeepSpeed's is known.
 
@@ -196,9 +196,9 @@ def attach(engine: Any, policy: CommPolicy | None = None, **keywords: Any) -> Co
     they were not (`ds_wsi.initialize` follows them).
 
     Args:
-        engine: as `register_comm_hook`'s target.
-        policy: in the place of the section, which only a DeepSpeedEngine has.
-        keywords: of `register_comm_hook`.
+        engine: what `register_comm_hook` takes as its target.
+        policy: what replaces the section, which only a DeepSpeedEngine has.
+        keywords: further arguments of `register_comm_hook`.
 
     Returns:
         None where there is neither a policy nor a section (which is warned of), where the policy's hook is "none", or
@@ -254,7 +254,7 @@ def _say_nothing_attached(target: Any, where: str) -> None:
         logger.info("attach: nothing to do, one process has nobody to send to")
         return
     logger.warning(
-        'attach: nothing is attached under %s, for there is no "%s" section of a DeepSpeed JSON. '
+        'attach: nothing is attached under %s, because there is no "%s" section of a DeepSpeed JSON. '
         'HINT: register_comm_hook(model, "dmgc"), or attach(model, ds_wsi.compression.comm.CommPolicy(hook="dmgc")).',
         *(where, SECTION),
     )

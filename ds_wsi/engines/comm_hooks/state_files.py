@@ -1,4 +1,4 @@
-"""A hook's state in a checkpoint: a file a rank."""
+"""A hook's state in a checkpoint: one file per rank."""
 
 from pathlib import Path
 
@@ -35,20 +35,20 @@ def read_states(folder: Path) -> dict[str, Tensor]:
         ValueError: no state there, or not that of all ranks.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    own = folder / of_rank(KIND, rank, world)
-    if own.is_file():
-        return load_file(own)
-    found = sorted(folder.glob(f"{KIND}-*-of-*.safetensors"))
-    worlds = {path.stem.split("-")[-1] for path in found}
-    if not found or len(worlds) != 1 or len(found) != int(next(iter(worlds))):
+    rank_path = folder / of_rank(KIND, rank, world)
+    if rank_path.is_file():
+        return load_file(rank_path)
+    paths = sorted(folder.glob(f"{KIND}-*-of-*.safetensors"))
+    worlds = {path.stem.split("-")[-1] for path in paths}
+    if not paths or len(worlds) != 1 or len(paths) != int(next(iter(worlds))):
         raise ValueError(
-            f"a checkpoint must hold the hook's state of every rank, got {len(found)} files ({folder}). "
+            f"a checkpoint must hold the hook's state of every rank, got {len(paths)} files ({folder}). "
             "HINT: resume without a hook, or from a checkpoint of a run that had one"
         )
     if rank == 0:
         logger.warning(
             "the hook's state of %d ranks goes on with %d: each starts with the mean of their residuals",
-            len(found),
+            len(paths),
             world,
         )
-    return fold_states([load_file(path) for path in found])
+    return fold_states([load_file(path) for path in paths])

@@ -21,7 +21,7 @@ _SWITCH = "_ds_wsi_comm_switch"
 
 
 class _Switch:
-    """DDP's hook for good, for DDP takes one only: what it does may change."""
+    """DDP's hook for good, because DDP takes one only: what it does may change."""
 
     def __init__(self) -> None:
         self.run: Callable[[dist.GradBucket], Future[Tensor]] | None = None
@@ -134,12 +134,12 @@ class _ReduceScatter(ReduceScatter):
         by_rank = input_tensor.view(world, -1).split(rows, dim=1)
         flat = torch.cat([part.reshape(-1)[:numel] for part, numel in zip(by_rank, numels)])
         mean = self._reducer.mean(flat, self._names, numels, group)
-        own = []
+        shards = []
         for part, size in zip(mean.split(numels), rows):
             padded = torch.zeros(world * size, dtype=mean.dtype, device=mean.device)
             padded[: part.numel()] = part
-            own.append(padded[rank * size : (rank + 1) * size])
-        output_tensor.copy_(torch.cat(own))
+            shards.append(padded[rank * size : (rank + 1) * size])
+        output_tensor.copy_(torch.cat(shards))
         if op == dist.ReduceOp.SUM:
             output_tensor.mul_(world)
 
@@ -157,7 +157,7 @@ def hook_fsdp(model: nn.Module, reducer: Reducer) -> Callable[[], None]:
         for leaf in dict(module.named_parameters(recurse=False))
     }
     natives: list[tuple[FSDPModule, Any]] = []
-    ours: list[_ReduceScatter] = []
+    reductions: list[_ReduceScatter] = []
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
@@ -168,11 +168,11 @@ def hook_fsdp(model: nn.Module, reducer: Reducer) -> Callable[[], None]:
                     "FSDP2 parameters must be sharded along their first dimension over a mesh of one, got another "
                     "placement. HINT: fully_shard(module, mesh=init_device_mesh(device, (world_size,)))"
                 )
-            own = [names[(id(p._module_info.module), p._module_info.param_name)] for p in trained]
+            trained_names = [names[(id(p._module_info.module), p._module_info.param_name)] for p in trained]
             natives.append((module, group._reduce_scatter_comm))
-            ours.append(_ReduceScatter(group._reduce_scatter_comm, own, trained, reducer))
+            reductions.append(_ReduceScatter(group._reduce_scatter_comm, trained_names, trained, reducer))
     # Only when all are found fit.
-    for (part, _), comm in zip(natives, ours, strict=True):
+    for (part, _), comm in zip(natives, reductions, strict=True):
         part.set_custom_reduce_scatter(comm)
 
     def undo() -> None:

@@ -131,7 +131,7 @@ def _hook_stage0(engine: Any, reducer: Reducer, patches: Patches) -> None:
     def allreduce_bucket(self: Any, bucket: Sequence[Tensor], dp_group: Any, dp_world_size: Any = None) -> Tensor:
         at = {p.grad.data_ptr(): name for name, p in self.module.named_parameters() if p.grad is not None}
         # bf16's own optimizer hands over the flat gradients of whole groups: they have no other name than their place.
-        names = [at.get(gradient.data_ptr(), f"group {place}") for place, gradient in enumerate(bucket)]
+        names = [at.get(gradient.data_ptr(), f"group {index}") for index, gradient in enumerate(bucket)]
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         sent = flat.to(self.communication_data_type)
         return reducer.mean(sent, names, [gradient.numel() for gradient in bucket], dp_group).to(flat.dtype)
@@ -146,14 +146,14 @@ def _hook_stage12(engine: Any, reducer: Reducer, patches: Patches, pull: bool) -
     def gradient_reduction_w_predivide(self: Any, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
         if tensor.numel() == 0:
             return tensor
-        rows = [(group, place) for group, place, _ in self.ipg_buckets[communication_data_type].params]
-        parameters = [self.bit16_groups[group][place] for group, place in rows]
+        rows = [(group, index) for group, index, _ in self.ipg_buckets[communication_data_type].params]
+        parameters = [self.bit16_groups[group][index] for group, index in rows]
         sent = tensor.to(communication_data_type)
         if replicas is not None:
             mean = replicas.push(sent, [group for group, _ in rows], parameters)
         else:
-            own, numels = [names[id(p)] for p in parameters], [p.numel() for p in parameters]
-            mean = reducer.mean(sent, own, numels, self.dp_process_group)
+            bucket_names, numels = [names[id(p)] for p in parameters], [p.numel() for p in parameters]
+            mean = reducer.mean(sent, bucket_names, numels, self.dp_process_group)
         tensor.copy_(mean)
         return mean
 
@@ -173,14 +173,14 @@ def _hook_stage3(engine: Any, reducer: Reducer, patches: Patches) -> None:
         world, rank = dist.get_world_size(group), dist.get_rank(group)
         numels = [p.ds_numel for p in parameters]
         mean = reducer.mean(flat.to(dtype), [names[id(p)] for p in parameters], numels, group)
-        found = []
+        shards = []
         for parameter, whole in zip(parameters, mean.to(self.gradient_accumulation_dtype).split(numels)):
             size = math.ceil(parameter.ds_numel / world)
             part = whole[min(rank * size, len(whole)) : (rank + 1) * size]
             padded = torch.zeros(parameter.partition_numel(), dtype=part.dtype, device=part.device)
             padded[: len(part)] = part
-            found.append(padded)
-        return found
+            shards.append(padded)
+        return shards
 
     def avg_scatter_grads(self: Any, params_to_reduce: Any, communication_data_type: torch.dtype) -> list[Tensor]:
         flat = torch.cat([p.grad.reshape(-1) for p in params_to_reduce])
@@ -197,7 +197,7 @@ def _hook_stage3(engine: Any, reducer: Reducer, patches: Patches) -> None:
 
 
 def _coalesce(engine: Any, patches: Patches) -> None:
-    """Reduce once a step ([Note: one pass])."""
+    """Reduce once per step ([Note: one pass])."""
     held: list[Any] = []  # the context of the step's micro-steps so far
 
     def backward(self: Any, *args: Any, **keywords: Any) -> Any:

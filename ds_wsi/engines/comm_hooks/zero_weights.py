@@ -24,7 +24,7 @@ from ds_wsi.runtime.seams import lacking
 
 
 class _Layout:
-    """Of one flat group: where each parameter lies, and each rank's partition."""
+    """Where each parameter of one flat group lies, and each rank's partition."""
 
     def __init__(self, optimizer: Any, number: int, names: dict[int, str]) -> None:
         flat, self.group = optimizer.bit16_groups_flat[number], optimizer.real_dp_process_group[number]
@@ -70,19 +70,19 @@ class Replicas:
         mean = torch.zeros_like(tensor)
         for number in sorted(set(groups)):
             layout = self._layouts[number]
-            chosen = [place for place, group in enumerate(groups) if group == number]
+            chosen = [index for index, group in enumerate(groups) if group == number]
             # As they lie in the flat group, for its owners' bounds to rise.
-            chosen.sort(key=lambda place: layout.offsets[id(parameters[place])])
-            numels = [parameters[place].numel() for place in chosen]
-            flat = torch.cat([tensor[starts[place] : starts[place + 1]] for place in chosen])
-            at = [layout.offsets[id(parameters[place])] for place in chosen]
+            chosen.sort(key=lambda index: layout.offsets[id(parameters[index])])
+            numels = [parameters[index].numel() for index in chosen]
+            flat = torch.cat([tensor[starts[index] : starts[index + 1]] for index in chosen])
+            at = [layout.offsets[id(parameters[index])] for index in chosen]
             bounds = [sum(min(max(b - first, 0), n) for first, n in zip(at, numels)) for b in layout.bounds]
-            own = [self._names[id(parameters[place])] for place in chosen]
-            shard = self._reducer.owned(Bucket(flat, own, numels, layout.group), bounds)
+            names = [self._names[id(parameters[index])] for index in chosen]
+            shard = self._reducer.owned(Bucket(flat, names, numels, layout.group), bounds)
             whole = torch.zeros_like(flat)
             whole[shard.start : shard.stop] = shard.values.to(flat.dtype)
-            for place, part in zip(chosen, whole.split(numels)):
-                mean[starts[place] : starts[place + 1]] = part
+            for index, part in zip(chosen, whole.split(numels)):
+                mean[starts[index] : starts[index + 1]] = part
         return mean
 
     def attach(self, patches: Patches) -> None:

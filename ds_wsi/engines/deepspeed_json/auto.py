@@ -43,9 +43,9 @@ def fill_for_model(config: Mapping[str, Any], model: nn.Module, optimizer: Any =
     """The config with a value in the place of each "auto" ([Note: rules]); logs what it put there.
 
     Args:
-        config: of DeepSpeed, which stays as it is.
-        model: that is wrapped.
-        optimizer: that was given beside it, or None.
+        config: DeepSpeed's config, which stays as it is.
+        model: the model that is wrapped.
+        optimizer: the optimizer that was given beside it, or None.
 
     Raises:
         ValueError: an "auto" for which there is no rule; names the key and the remedy.
@@ -95,9 +95,9 @@ class _Filler:
     """A copy of a config, its words replaced one after another."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        ours = config.get(SECTION)
+        section = config.get(SECTION)
         self.config: dict[str, Any] = json.loads(json.dumps({k: v for k, v in config.items() if k != SECTION}))
-        self._ours = {} if ours is None else {SECTION: ours}
+        self._ours = {} if section is None else {SECTION: section}
         self._words: list[str] = []
 
     def autos(self) -> list[str]:
@@ -107,15 +107,15 @@ class _Filler:
     def put(self, key: str, value: Any) -> None:
         """Replace the word at a key, where it is there; None takes the key away."""
         *parents, leaf = key.split(".")
-        place: Any = self.config
+        section: Any = self.config
         for parent in parents:
-            place = place.get(parent) if isinstance(place, dict) else None
-        if not isinstance(place, dict) or place.get(leaf) != AUTO:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or section.get(leaf) != AUTO:
             return
         if value is None:
-            del place[leaf]
+            del section[leaf]
         else:
-            place[leaf] = value
+            section[leaf] = value
             self._words.append(f"{key} = {value}")
 
     def drop(self, key: str, words: str = _LEFT_OUT) -> None:

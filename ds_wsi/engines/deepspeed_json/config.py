@@ -59,11 +59,11 @@ def require_kinds(config: Mapping[str, Any]) -> None:
         ValueError: names the key and the value.
     """
     for key, (kind, words) in _KINDS.items():
-        place: Any = config
+        value: Any = config
         for name in key.split("."):
-            place = place.get(name) if isinstance(place, Mapping) else None
-        if place is not None and (not isinstance(place, kind) or isinstance(place, bool)):
-            raise ValueError(f"{key} of the DeepSpeed config must be {words}, got {json.dumps(place)}")
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{key} of the DeepSpeed config must be {words}, got {json.dumps(value)}")
     stage = (config.get("zero_optimization") or {}).get("stage", 0)
     if stage is None or not 0 <= stage <= 3:
         raise ValueError(f"zero_optimization.stage of the DeepSpeed config must be 0 to 3, got {json.dumps(stage)}")
@@ -75,7 +75,7 @@ def fill_auto(
     """Return `config` with the run's settings in place of "auto" and of absent keys.
 
     Args:
-        config: of DeepSpeed.
+        config: DeepSpeed's config.
         values: dotted key -> the run's value. Optimizer keys are filled only where the section is there.
         options: dotted key -> the command line's option, for the remedy.
 
@@ -87,10 +87,10 @@ def fill_auto(
         *parents, leaf = key.split(".")
         if parents and parents[0] not in filled:
             continue
-        place = filled
+        section = filled
         for parent in parents:
-            place = place.setdefault(parent, {})
-        present = place.get(leaf, "auto")
+            section = section.setdefault(parent, {})
+        present = section.get(leaf, "auto")
         if present not in ("auto", value):
             option = (options or {}).get(key)
             remedy = f"give {option} {present}" if option else "leave it out"
@@ -98,7 +98,7 @@ def fill_auto(
                 f'{key} of the DeepSpeed config must be "auto" or the run\'s value, {value}, got {present}. '
                 f'HINT: write "auto", or {remedy}.'
             )
-        place[leaf] = value
+        section[leaf] = value
     return filled
 
 

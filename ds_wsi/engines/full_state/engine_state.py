@@ -48,9 +48,9 @@ def take_state(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> E
     """Copy the whole state to the main process's host memory, between two optimizer steps. Collective.
 
     Args:
-        accelerator: whose engine it is.
-        module: unwrapped.
-        optimizer: of `prepare`.
+        accelerator: the Accelerator of the engine.
+        module: the unwrapped module.
+        optimizer: the optimizer that `prepare` returned.
 
     Raises:
         ValueError: an optimizer that keeps what does not belong to a parameter; names it.
@@ -81,7 +81,7 @@ def put_state(
     """Go on from what `take_state` returned, of any engine and number of ranks. Collective under ZeRO-3.
 
     Args:
-        accelerator, module, optimizer: as there, just prepared.
+        accelerator, module, optimizer: what `take_state` takes, just prepared.
         weights, states, facts: what it returned.
         betas_move: the first of Adam's betas is set at each step.
 
@@ -127,22 +127,22 @@ def describe_optimizer(inner: Any) -> dict[str, Any]:
     if kind in ("deepspeedcpuadam", "fusedadam"):
         kind = "adamw" if getattr(inner, "adam_w_mode", True) else "adam"
     group = inner.param_groups[0]
-    found: dict[str, Any] = {"kind": kind}
+    description: dict[str, Any] = {"kind": kind}
     for name in COMPARED:
         if name in group:
             value = group[name]
-            found[name] = [float(one) for one in value] if isinstance(value, tuple | list) else value
-    return found
+            description[name] = [float(one) for one in value] if isinstance(value, tuple | list) else value
+    return description
 
 
 def _take_weights(module: nn.Module, keep: bool) -> dict[str, Tensor]:
-    found = {}
+    weights = {}
     for name, value in _named(module):
         with gathered(value) if hasattr(value, "ds_id") else nullcontext():
             one = whole(value)
             if keep:
-                found[name] = one.to("cpu", copy=True)
-    return found
+                weights[name] = one.to("cpu", copy=True)
+    return weights
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -152,7 +152,7 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _take_plain(module: nn.Module, inner: Any, keep: bool) -> dict[str, Tensor]:
     names = _parameter_names(module)
-    found: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
     for group in inner.param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
@@ -161,12 +161,12 @@ def _take_plain(module: nn.Module, inner: Any, keep: bool) -> dict[str, Tensor]:
                     continue
                 number = None if kind != "step" and parameter.dim() == 0 else number_of(value, parameter)
                 if number is not None:
-                    found[f"{NUMBERS}/{kind}/{name}"] = as_number(number)
+                    states[f"{NUMBERS}/{kind}/{name}"] = as_number(number)
                     continue
                 one = whole(value)
                 if keep:
-                    found[f"{kind}/{name}"] = one.to("cpu", copy=True)
-    return found if keep else {}
+                    states[f"{kind}/{name}"] = one.to("cpu", copy=True)
+    return states if keep else {}
 
 
 def _put_weights(module: nn.Module, weights: TensorFile) -> None:
@@ -192,7 +192,7 @@ def _put_plain(module: nn.Module, inner: Any, states: TensorFile, by_name: dict[
 
 
 def _laid_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """On the parameter's device, and over the ranks as the parameter is."""
+    """The value on the parameter's device, laid over the ranks as the parameter is."""
     value = value.to(parameter.device)
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -208,19 +208,19 @@ def _parameter_names(module: nn.Module) -> dict[int, str]:
 
 def _by_parameter(states: TensorFile) -> dict[str, list[str]]:
     """Parameter's name -> the kinds of state there are of it."""
-    found: dict[str, list[str]] = {}
+    kinds: dict[str, list[str]] = {}
     for key in sorted(states.names):
         parts = key.split("/", 2 if key.startswith(f"{NUMBERS}/") else 1)
-        found.setdefault(parts[-1], []).append("/".join(parts[:-1]))
-    return found
+        kinds.setdefault(parts[-1], []).append("/".join(parts[:-1]))
+    return kinds
 
 
 def _require_names(module: nn.Module, weights: TensorFile) -> None:
-    own = {name for name, _ in _named(module)}
-    differing = sorted(own ^ weights.names)
+    names = {name for name, _ in _named(module)}
+    differing = sorted(names ^ weights.names)
     if differing:
         raise ValueError(
-            f"{weights.path} must hold the model's {len(own)} tensors, got {len(weights.names)}, which differ "
+            f"{weights.path} must hold the model's {len(names)} tensors, got {len(weights.names)}, which differ "
             f"({differing[0]}). HINT: it is of another model."
         )
 
@@ -234,9 +234,9 @@ def _require_no_master(by_name: dict[str, list[str]], states: TensorFile) -> Non
         )
 
 
-def _require_optimizer(ours: dict[str, Any], theirs: dict[str, Any], *, betas_move: bool) -> None:
-    for name in sorted(ours.keys() & theirs.keys()):
-        one, other = ours[name], theirs[name]
+def _require_optimizer(present: dict[str, Any], saved: dict[str, Any], *, betas_move: bool) -> None:
+    for name in sorted(present.keys() & saved.keys()):
+        one, other = present[name], saved[name]
         if name == "betas" and betas_move:
             one, other = one[1:], other[1:]
         if one != other:
@@ -256,9 +256,9 @@ def _facts(accelerator: Accelerator, inner: Any) -> dict[str, Any]:
 
 
 def _put_scale(scaler: Any, saved: dict[str, Any]) -> None:
-    own = scaler.state_dict()
-    if own.keys() != saved.keys() or any(type(saved[name]) is not type(value) for name, value in own.items()):
-        raise ValueError(f"a loss scale must be {own}, with other numbers, got {saved}. HINT: another checkpoint.")
+    present = scaler.state_dict()
+    if present.keys() != saved.keys() or any(type(saved[name]) is not type(value) for name, value in present.items()):
+        raise ValueError(f"a loss scale must be {present}, with other numbers, got {saved}. HINT: another checkpoint.")
     scaler.load_state_dict(saved)
 
 

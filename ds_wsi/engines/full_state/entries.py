@@ -44,7 +44,7 @@ def flat_states(
 
     Args:
         inner: the optimizer that steps.
-        group: of its parameter groups.
+        group: one of its parameter groups.
         own: what this rank steps of the group.
         names: names of the group's parameters.
         states, by_name: a file, and the kinds of state in it by parameter.

@@ -63,35 +63,35 @@ class _Group:
 
 def take_zero12(module: nn.Module, zero: Any, inner: Any, keep: bool) -> dict[str, Tensor]:
     """See `take_state`. Collective: all-gathers of every state."""
-    found: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
     for group in _groups(module, zero):
         for kind, value in sorted(inner.state.get(group.own, {}).items()):
             if value is None:
                 continue
             number = number_of(value, group.own)
             if number is not None:
-                found |= {f"{NUMBERS}/{kind}/{name}": as_number(number) for name, _, _ in group.parameters}
+                states |= {f"{NUMBERS}/{kind}/{name}": as_number(number) for name, _, _ in group.parameters}
             else:
-                found |= {f"{kind}/{name}": one for name, one in group.gather(value, keep).items()}
+                states |= {f"{kind}/{name}": one for name, one in group.gather(value, keep).items()}
         if group.differs():
-            found |= {f"{MASTER}/{name}": one for name, one in group.gather(group.own, keep).items()}
-    return found if keep else {}
+            states |= {f"{MASTER}/{name}": one for name, one in group.gather(group.own, keep).items()}
+    return states if keep else {}
 
 
 def put_zero12(module: nn.Module, zero: Any, inner: Any, states: TensorFile, by_name: dict[str, list[str]]) -> None:
     """See `put_state`; the module has its weights. No collectives."""
     for number, group in enumerate(_groups(module, zero)):
-        own, names = group.own, [name for name, _, _ in group.parameters]
-        inner.state.pop(own, None)
-        made = flat_states(inner, inner.param_groups[number], own, names, states, by_name)
+        shard, names = group.own, [name for name, _, _ in group.parameters]
+        inner.state.pop(shard, None)
+        made = flat_states(inner, inner.param_groups[number], shard, names, states, by_name)
         for name, parameter, at in group.parameters:
             kept = by_name.get(name, [])
             for kind in (kind for kind in kept if kind in made):
                 group.fill(made[kind], states.read_like(f"{kind}/{name}", parameter), at)
             master = states.read_like(f"{MASTER}/{name}", parameter) if MASTER in kept else parameter.detach()
-            group.fill(own.data, master, at)
+            group.fill(shard.data, master, at)
         if made:
-            inner.state[own] = made
+            inner.state[shard] = made
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False  # its accessors look at the states that were made here
 

@@ -15,21 +15,21 @@ def take_zero3(module: nn.Module, zero: Any, inner: Any, keep: bool) -> dict[str
     """See `take_state`. Collective: an all-gather of every state of every parameter."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    names, found = {id(parameter): name for name, parameter in module.named_parameters()}, dict[str, Tensor]()
-    for parameters, own in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-        for kind, value in sorted(inner.state.get(own, {}).items()):
+    names, states = {id(parameter): name for name, parameter in module.named_parameters()}, dict[str, Tensor]()
+    for parameters, shard in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+        for kind, value in sorted(inner.state.get(shard, {}).items()):
             if value is None:
                 continue
             is_number = not isinstance(value, Tensor) or value.dim() == 0
             for parameter in parameters:
                 name = names[id(parameter)]
                 if is_number:
-                    found[f"{NUMBERS}/{kind}/{name}"] = as_number(float(value))
+                    states[f"{NUMBERS}/{kind}/{name}"] = as_number(float(value))
                     continue
                 one = safe_get_full_optimizer_state(parameter, kind)
                 if keep:
-                    found[f"{kind}/{name}"] = one.to("cpu", copy=True)
-    return found if keep else {}
+                    states[f"{kind}/{name}"] = one.to("cpu", copy=True)
+    return states if keep else {}
 
 
 def put_zero3(
@@ -60,9 +60,9 @@ def put_zero3(
         with gathered(value, modifier_rank=0):
             value.data.copy_(weights.read_like(name, value, value.ds_shape))
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    for number, (parameters, own) in enumerate(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)):
+    for number, (parameters, shard) in enumerate(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)):
         group = inner.param_groups[zero.sub_group_to_group_id[number]]
-        inner.state[own] = flat_states(inner, group, own, [names[id(p)] for p in parameters], states, by_name)
+        inner.state[shard] = flat_states(inner, group, shard, [names[id(p)] for p in parameters], states, by_name)
         for parameter in parameters:
             name = names[id(parameter)]
             one = weights.read_like(name, parameter, parameter.ds_shape)
@@ -71,8 +71,8 @@ def put_zero3(
                 if not kind.startswith(f"{NUMBERS}/"):
                     one = states.read_like(f"{kind}/{name}", parameter, parameter.ds_shape)
                     safe_set_local_optimizer_state(parameter, _part(one, parameter), kind)
-        if not inner.state[own]:
-            del inner.state[own]
+        if not inner.state[shard]:
+            del inner.state[shard]
     zero.checkpoint_event_epilogue()
 
 
@@ -80,6 +80,6 @@ def _part(whole: Tensor, parameter: Any) -> Tensor:
     """This rank's part of a parameter's entries, with zeros to its full length."""
     length = parameter.ds_tensor.numel()
     part = torch.zeros(length, dtype=whole.dtype)
-    own = whole.reshape(-1)[dist.get_rank(parameter.ds_process_group) * length :][:length]
-    part[: own.numel()] = own
+    values = whole.reshape(-1)[dist.get_rank(parameter.ds_process_group) * length :][:length]
+    part[: values.numel()] = values
     return part

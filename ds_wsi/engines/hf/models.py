@@ -9,10 +9,10 @@
 
 [Note: loss] The forward returns the sum of its bags' losses over `num_items_in_batch`. The Trainer (5.23) makes that
 the number of labels other than -100, bags here, of all micro-steps of the optimizer step and of all ranks, and
-multiplies the loss by the ranks, for DDP and DeepSpeed take the mean over them; nothing is divided by the micro-steps
-(Accelerate is told of one, DeepSpeed `scale_wrt_gas=False`). The step's gradient is then (1 / B) sum_b grad l_b over
-its B bags, however they lie. It takes `average_tokens_across_devices=True`, the default: without, each rank divides by
-its own bags, and the mean of means is another gradient.
+multiplies the loss by the ranks, because DDP and DeepSpeed take the mean over them; nothing is divided by the
+micro-steps (Accelerate is told of one, DeepSpeed `scale_wrt_gas=False`). The step's gradient is then
+(1 / B) sum_b grad l_b over its B bags, however they lie. It takes `average_tokens_across_devices=True`, the default:
+without, each rank divides by its own bags, and the mean of means is another gradient.
 """
 
 import json
@@ -40,7 +40,7 @@ class SlideModelConfig(PretrainedConfig):
 
     Args:
         slide_model: the values of a `ModelConfig`.
-        keywords: of PretrainedConfig; `id2label` and `label2id` are the classes.
+        keywords: arguments of PretrainedConfig; `id2label` and `label2id` are the classes.
     """
 
     model_type = "ds_wsi_slide_model"
@@ -56,7 +56,7 @@ class SlideModelConfig(PretrainedConfig):
 
     @classmethod
     def of(cls, config: ModelConfig) -> "SlideModelConfig":
-        """From our configuration."""
+        """The Transformers configuration that holds ours."""
         return cls(slide_model=asdict(config))
 
     @property
@@ -136,9 +136,9 @@ class SlideModelForSlideClassification(PreTrainedModel):
             return self._idle(bags)
         if labels.shape != (bags.n_bags,):
             raise ValueError(
-                f"labels must be one a bag, int64 [{bags.n_bags}], got shape {list(labels.shape)}. HINT: a stack must "
-                'not be cut by rows: accelerator_config={"dispatch_batches": False, "split_batches": False}, and a '
-                "process a GPU (torchrun), not nn.DataParallel"
+                f"labels must be one per bag, int64 [{bags.n_bags}], got shape {list(labels.shape)}. HINT: a stack "
+                'must not be cut by rows: accelerator_config={"dispatch_batches": False, "split_batches": False}, and '
+                "one process per GPU (torchrun), not nn.DataParallel"
             )
         output = self.slide_model(bags, labels.clamp(min=0))
         counted: Any = num_items_in_batch
@@ -158,7 +158,7 @@ class SlideModelForSlideClassification(PreTrainedModel):
 
     @classmethod
     def from_run(cls, directory: str | Path) -> "SlideModelForSlideClassification":
-        """From what `ds-wsi train` exported (`ds_wsi.load_model`); see [Note: two folders]."""
+        """The model that `ds-wsi train` exported (`ds_wsi.load_model`); see [Note: two folders]."""
         slide_model, config = load_model(directory)
         return cls(SlideModelConfig.of(config), slide_model).eval()
 
@@ -179,7 +179,7 @@ class SlideModelForSlideClassification(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **keywords: Any) -> Any:
-        """As Transformers', with every weight there: one that is missing, left over or of another shape is refused.
+        """Load as Transformers does, but refuse a weight that is missing, left over or of another shape.
 
         Raises:
             ValueError: it is a run's folder, or the weights are not this model's.
@@ -238,12 +238,12 @@ class SlideCollator:
             stack, labels, _ = collate_bags(items)
             return _batch(stack, labels)
         stack = stack_bags([_bag(item, index) for index, item in enumerate(items)])
-        found = [item.get("labels", item.get("label")) for item in items]
-        if all(label is None for label in found):
+        item_labels = [item.get("labels", item.get("label")) for item in items]
+        if all(label is None for label in item_labels):
             return _batch(stack, None)
-        if any(label is None for label in found):
-            raise ValueError(f"items must have a label each, or none of them, got {found}")
-        return _batch(stack, torch.tensor([int(label) for label in found], dtype=torch.int64))
+        if any(label is None for label in item_labels):
+            raise ValueError(f"items must have a label each, or none of them, got {item_labels}")
+        return _batch(stack, torch.tensor([int(label) for label in item_labels], dtype=torch.int64))
 
 
 def _batch(stack: StackedBags, labels: Tensor | None) -> dict[str, Tensor]:

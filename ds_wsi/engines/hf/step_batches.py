@@ -15,13 +15,13 @@ from ds_wsi.stacking.policy import StackingPolicy
 
 
 class StepBatches:
-    """This rank's bags of an epoch, a list a micro-step, by `plan_epoch`: every bag once; empty where it has none.
+    """This rank's bags of an epoch, one list per micro-step, by `plan_epoch`: every bag once; empty where it has none.
 
     Args:
-        n_bags: of the data set.
-        seed: of the order.
-        rank, world_size: of this process.
-        bags_per_rank, accumulation: of a micro-step, and of a step.
+        n_bags: the data set's bags.
+        seed: the seed of the order.
+        rank, world_size: this process's rank, and the number of ranks.
+        bags_per_rank, accumulation: bags per rank and micro-step, and micro-steps per step.
         drop_last: leave a short last step out.
         stacking: deals where it says so.
         lengths: tiles of each bag, for such a policy.

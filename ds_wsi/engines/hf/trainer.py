@@ -79,7 +79,7 @@ def apply_policies(
 ) -> DsWsiConfig:
     """Apply the "ds_wsi" section's norm, partition and stacking to the model, in place, before a Trainer wraps it.
 
-    `norm` takes the place of the section's, for there is none without a DeepSpeed JSON.
+    `norm` takes the place of the section's, because there is none without a DeepSpeed JSON.
 
     Layers that are partitioned already stay so. At ZeRO-3 the encoder is gathered once for a stack of any length. The
     DeepSpeed config of the arguments takes the Adam that this machine can build (`suit_machine`).
@@ -119,10 +119,10 @@ def _apply_policies(
         logger.warning("%s of %s: of no effect, the HF Trainer's data set reads the bags", ", ".join(unused), SECTION)
     norms = _apply_norms(policies, model, args)
     zero3 = _deepspeed_config(args).get("zero_optimization", {}).get("stage") == 3
-    wanted: Any = partition_of(policies.partition, slide_model.norm_training, 1)
+    partition: Any = partition_of(policies.partition, slide_model.norm_training, 1)
     if not isinstance(slide_model.encoder.__dict__.get("forward"), PartitionedForward):
-        if wanted.mode != "native":
-            partition_layers(slide_model.encoder, wanted, spill=NvmeSpill.of(wanted))
+        if partition.mode != "native":
+            partition_layers(slide_model.encoder, partition, spill=NvmeSpill.of(partition))
         elif zero3 and any(True for _ in slide_model.encoder.parameters()):
             # ZeRO-3 gathers a module at each call, on all ranks together; ranks have more and fewer bags.
             partition_layers(slide_model.encoder, PartitionPolicy(mode="native", bn_population="bag"))
@@ -174,11 +174,11 @@ class CommHookCallback(TrainerCallback):
     """The hook of "ds_wsi": {"compression": ...} while a Trainer trains, its state in the Trainer's checkpoints.
 
     Args:
-        trainer: whose wrapped model it is registered with: `trainer.add_callback(CommHookCallback(trainer))`.
+        trainer: the Trainer, whose wrapped model gets the hook: `trainer.add_callback(CommHookCallback(trainer))`.
         resume_from: the checkpoint, where `train` resumes from one outside of `output_dir`.
 
     Attributes:
-        handle: of the present or the last training; None where there is no hook, or one rank.
+        handle: the handle of the present or the last training; None where there is no hook, or one rank.
     """
 
     def __init__(self, trainer: Trainer, resume_from: str | Path | None = None) -> None:
@@ -193,7 +193,7 @@ class CommHookCallback(TrainerCallback):
             self.handle.load(self.resume_from or _checkpoint(args, state))
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **keywords: Any) -> None:
-        """A file a rank, beside the engine's."""
+        """Save one file per rank, beside the engine's."""
         if self.handle is not None:
             self.handle.save(_checkpoint(args, state))
 
@@ -220,10 +220,10 @@ class SlideTrainer(Trainer):
         args: `remove_unused_columns` becomes False: columns are turned into inputs by the collator.
         data_collator: None takes `SlideCollator()`.
         norm: what the encoder's BatchNorm averages over, in the place of the section's.
-        keywords: of the Trainer.
+        keywords: the Trainer's other arguments.
 
     Attributes:
-        policies: of the section.
+        policies: the section's policies.
         comm: the callback with the hook.
 
     Raises:
@@ -282,10 +282,10 @@ class SlideTrainer(Trainer):
             )
         args, stacking = self.args, self.policies.stacking
         collate: Any = self.data_collator
-        wanted = (stacking.virtual_workers, args.gradient_accumulation_steps)
-        if wanted[0] not in (None, wanted[1]):
+        counts = (stacking.virtual_workers, args.gradient_accumulation_steps)
+        if counts[0] not in (None, counts[1]):
             raise ValueError(
-                f"{SECTION}.stacking.virtual_workers must be gradient_accumulation_steps, {wanted[1]}, got {wanted[0]}"
+                f"{SECTION}.stacking.virtual_workers must be gradient_accumulation_steps, {counts[1]}, got {counts[0]}"
             )
         batches = StepBatches(
             len(dataset),
@@ -320,17 +320,17 @@ class SlideTrainer(Trainer):
         return module
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's, of averaged running statistics. Collective."""
+        """Save as the Trainer does, with averaged running statistics. Collective."""
         average_buffers(self.accelerator, self._module)
         super().save_model(output_dir, _internal_call)
 
     def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
-        """As the Trainer's, of averaged running statistics. Collective."""
+        """Evaluate as the Trainer does, with averaged running statistics. Collective."""
         average_buffers(self.accelerator, self._module)
         return super().evaluation_loop(*arguments, **keywords)
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
-        """As the Trainer's, with the hook's bytes."""
+        """Log as the Trainer does, with the hook's bytes."""
         if self.is_in_train and self.comm.handle is not None:
             logs |= self.comm.handle.metrics()
         super().log(logs, *arguments, **keywords)

@@ -41,7 +41,7 @@ def connect_again(timeout: timedelta) -> None:
     calls it as often.
 
     Args:
-        timeout: that a collective waits for the other ranks.
+        timeout: how long a collective waits for the other ranks.
     """
     if _first is None or dist.is_initialized():
         return

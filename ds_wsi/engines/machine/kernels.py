@@ -1,4 +1,4 @@
-"""Which kernels a GPU uses: TF32, cuDNN's search, the order of channels in memory. A run says what it chose."""
+"""The kernels that a GPU uses: TF32, cuDNN's search, the order of channels in memory. A run says what it chose."""
 
 import copy
 import statistics
@@ -20,17 +20,17 @@ _REPEATS = 5
 _GAIN = 0.97  # of the time: what is not faster by as much is noise
 
 
-def choose_tf32(wanted: str, device: torch.device) -> None:
+def choose_tf32(choice: str, device: torch.device) -> None:
     """Let float32 products and convolutions round their factors to TF32, or not; "torch" leaves torch's setting.
 
     Args:
-        wanted: of `TF32`.
+        choice: one of `TF32`.
         device: a CPU has no TF32.
     """
     if device.type != "cuda":
         return
-    if wanted != "torch":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted == "yes"
+    if choice != "torch":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = choice == "yes"
     logger.info(
         "TF32 (--tf32): matrix products %s, convolutions %s",
         *("yes" if one else "no" for one in (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)),
@@ -47,7 +47,7 @@ def search_kernels(device: torch.device, *, one_size: bool) -> None:
 
 def choose_memory_format(
     module: "SlideModel",
-    wanted: str,
+    choice: str,
     tile_shape: Sequence[int],
     device: torch.device,
     agree: Callable[[str], str] = lambda name: name,
@@ -58,8 +58,8 @@ def choose_memory_format(
     and what the kernels reorder of them is small beside a chunk.
 
     Args:
-        module: whose encoder it is, not shared among ranks yet; its `memory_format` is set.
-        wanted: of `MEMORY_FORMATS`; "auto" tries both on a GPU ("contiguous" where not even two tiles fit it) and
+        module: the model whose encoder it is, not shared among ranks yet; its `memory_format` is set.
+        choice: one of `MEMORY_FORMATS`; "auto" tries both on a GPU ("contiguous" where not even two tiles fit it) and
             leaves a CPU alone, where neither wins by a rule.
         tile_shape: [n, 3, S, S] of a chunk.
         device: where the trial runs.
@@ -70,18 +70,18 @@ def choose_memory_format(
     """
     if not any(isinstance(part, nn.Conv2d) for part in module.encoder.modules()):
         return None
-    if wanted == "auto" and device.type != "cuda":
+    if choice == "auto" and device.type != "cuda":
         return None
-    if wanted == "auto":
+    if choice == "auto":
         seconds, tiles = _trial(module.encoder, tile_shape, device)
         faster = bool(seconds) and seconds["channels_last"] < _GAIN * seconds["contiguous"]
-        wanted = agree("channels_last" if faster else "contiguous")
+        choice = agree("channels_last" if faster else "contiguous")
         times = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
-        told = f"by a trial of {tiles} tiles: {times}" if seconds else "for the trial does not fit the device"
-        logger.info("memory format (--memory_format): %s, %s", wanted, told)
+        told = f"by a trial of {tiles} tiles: {times}" if seconds else "because the trial does not fit the device"
+        logger.info("memory format (--memory_format): %s, %s", choice, told)
     else:
-        logger.info("memory format (--memory_format): %s, as was asked for", wanted)
-    module.memory_format = _FORMATS[wanted]
+        logger.info("memory format (--memory_format): %s, as was asked for", choice)
+    module.memory_format = _FORMATS[choice]
     return module.memory_format
 
 

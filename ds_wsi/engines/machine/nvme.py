@@ -25,11 +25,11 @@ class NvmeSpill:
     """The `spill` of `partition_layers`: one file without a name, gone with the process however that ends.
 
     Args:
-        directory: on a local disk; a network file system is slower than computing again.
-        budget_bytes: that the file grows to at most; None: this rank's share of half of what is free.
+        directory: a folder on a local disk; a network file system is slower than computing again.
+        budget_bytes: what the file grows to at most; None: this rank's share of half of what is free.
 
     Attributes:
-        written_bytes, read_bytes: so far.
+        written_bytes, read_bytes: what was written and read so far.
 
     Raises:
         ValueError: the folder is missing or refuses such a file.
@@ -67,14 +67,14 @@ class NvmeSpill:
         Raises:
             OSError: the budget or the disk is full, or the disk fails.
         """
-        place = self._free.take(data.numel())
-        if place is None:
+        block = self._free.take(data.numel())
+        if block is None:
             self._grow(data.numel())
-            place = self._free.take(data.numel())
-        assert place is not None
-        self._check(self._handle.sync_pwrite(data, self._file, place[1]), "write", data.numel())
+            block = self._free.take(data.numel())
+        assert block is not None
+        self._check(self._handle.sync_pwrite(data, self._file, block[1]), "write", data.numel())
         self.written_bytes += data.numel()
-        return place
+        return block
 
     def read(self, place: Block, data: Tensor) -> None:
         """What `ds_wsi.partition.execution.host_store.Spill` asks of a disk."""
@@ -131,7 +131,7 @@ def _aio_lacks(builder: Any) -> str | None:
     """What is missing to build it, as far as can be told beforehand; None: nothing."""
     from torch.utils.cpp_extension import CUDA_HOME
 
-    lacks = [found] if (found := compiler_lacks()) else []
+    lacks = [lack] if (lack := compiler_lacks()) else []
     if not lacks and not builder.is_compatible(verbose=False):
         lacks.append("libaio is missing")
     if not without_gpu() and CUDA_HOME is None and torch.version.hip is None:

@@ -53,7 +53,7 @@ def following_world() -> Iterator[None]:
 
 
 def group_timeout(group: Any) -> timedelta:
-    """That a collective of a group waits for the other ranks."""
+    """The time that a collective of a group waits for the other ranks."""
     backend = group._get_backend(torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu"))
-    found: timedelta = backend.options._timeout
-    return found
+    timeout: timedelta = backend.options._timeout
+    return timeout

@@ -23,9 +23,9 @@ class Calls:
     """How a loop calls a model.
 
     Args:
-        bags: of one call of one process.
-        accumulation: calls of an optimizer step.
-        processes: that have bags of their own.
+        bags: bags per call of one process.
+        accumulation: calls per optimizer step.
+        processes: processes that have bags of their own.
         place: "under the HF Trainer"; for messages.
         more_bags: what gives a call more bags; for messages.
     """
@@ -52,9 +52,9 @@ def decide_norms(policies: DsWsiConfig, model: SlideModel, calls: Calls) -> Norm
     that it came from; where nothing said anything, it is decided by the weights and by the bags of a call.
 
     Args:
-        policies: of norm and partition.
-        model: with an encoder that has BatchNorm, with its weights, and with what is frozen of it frozen. Its mode is
-            left as it is.
+        policies: the policies of norm and partition.
+        model: a model whose encoder has BatchNorm, with its weights, and with what is frozen of it frozen. Its mode
+            is left as it is.
         calls: how the loop calls the model.
 
     Raises:
@@ -67,9 +67,9 @@ def decide_norms(policies: DsWsiConfig, model: SlideModel, calls: Calls) -> Norm
             "anew over the training slides. HINT: `ds-wsi train` does; or running."
         )
     keeps = _keeps(policies, model)
-    wanted = replace(policy, training=model.norm_training) if keeps else policy
+    norm_policy = replace(policy, training=model.norm_training) if keeps else policy
     mode = model.training
-    training = decide_training(wanted, "stack" if keeps else population, model.train())
+    training = decide_training(norm_policy, "stack" if keeps else population, model.train())
     model.train(mode)
     training = _within_a_call(training, policies, calls)
     if keeps:
@@ -143,13 +143,13 @@ def _within_a_call(training: str, policies: DsWsiConfig, calls: Calls) -> str:
                 f"{SECTION}.norm.training must not be step on several processes with a partition that plans each call, "
                 f'got {calls.processes} processes. HINT: name a mode of partition, such as "lean".'
             )
-        logger.info("norm.training: stack, for the partition plans the call of each process by itself")
+        logger.info("norm.training: stack, because the partition plans the call of each process by itself")
         return "stack"
     return training
 
 
 def _bags(training: str, calls: Calls) -> int:
-    """In the population of one norm; 0 where there is none."""
+    """The bags in the population of one norm; 0 where there is none."""
     return {"bag": 1, "stack": calls.bags, "step": calls.bags * calls.processes}.get(training, 0)
 
 
@@ -174,8 +174,8 @@ def require_whole_norms(model: nn.Module, config: Mapping[str, Any], also: Itera
     """Refuse half precision of DeepSpeed for a model with BatchNorm, whose forward would fail.
 
     Args:
-        model: any.
-        config: of DeepSpeed.
+        model: any model.
+        config: DeepSpeed's config.
         also: kinds of half precision that are on beside the config's.
 
     Raises:

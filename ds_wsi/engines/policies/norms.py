@@ -20,8 +20,8 @@ def decide_training(policy: NormPolicy, bn_population: str, module: SlideModel) 
     """What the norms average over in training: the policy's word, or what its "auto" means for this model.
 
     Args:
-        policy: of the norms.
-        bn_population: of the partition, which said so before there was a policy; its "bag" is taken for one.
+        policy: the norms' policy.
+        bn_population: the partition's, which said so before there was a policy; its "bag" is taken for one.
         module: built, with its weights, and with what is frozen of it frozen; in training mode.
 
     Returns:
@@ -96,23 +96,23 @@ def warn_of_few_bags(
 
 
 def partition_of(
-    wanted: PartitionPlan | PartitionPolicy, training: str, micro_steps: int, *, can_plan: bool = False
+    partition: PartitionPlan | PartitionPolicy, training: str, micro_steps: int, *, can_plan: bool = False
 ) -> Any:
     """The partition whose populations the model decides, call by call.
 
     A step's micro-steps in one call hold the activations of all of them: what would run as it is, is planned where that
-    can be (`can_plan`): on a GPU, for a CPU has no budget.
+    can be (`can_plan`): on a GPU, because a CPU has no budget.
     """
     if (
         can_plan
         and training == "step"
         and micro_steps > 1
-        and wanted.mode == "native"
-        and isinstance(wanted, PartitionPolicy)
+        and partition.mode == "native"
+        and isinstance(partition, PartitionPolicy)
     ):
-        wanted = replace(wanted, mode="auto")
+        partition = replace(partition, mode="auto")
         logger.info("norm.training step: %d micro-steps are encoded together, and planned as a partition", micro_steps)
-    return wanted if wanted.mode == "paper" else replace(wanted, bn_population="bag")
+    return partition if partition.mode == "paper" else replace(partition, bn_population="bag")
 
 
 def partition_population(partition: PartitionPlan | PartitionPolicy) -> str:

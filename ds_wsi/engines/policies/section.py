@@ -82,8 +82,8 @@ def require_done(section: Mapping[str, Any], model: nn.Module) -> DsWsiConfig:
     # What is frozen of the encoder takes running statistics, whatever the word.
     frozen = not any(part.requires_grad for leaf in batch_norms(encoder) for part in leaf.parameters())
     present = (model.norm_training, model.norm_evaluation) if isinstance(model, SaysNorms) else (None, None)
-    for name, word, found in zip(("training", "evaluation"), (norm.training, norm.evaluation), present, strict=True):
-        if word not in ("auto", found) and batch_norms(encoder) and not (frozen and found == "frozen"):
+    for name, word, current in zip(("training", "evaluation"), (norm.training, norm.evaluation), present, strict=True):
+        if word not in ("auto", current) and batch_norms(encoder) and not (frozen and current == "frozen"):
             raise _refused(
                 f"norm.{name}",
                 word,
@@ -100,9 +100,9 @@ def apply_section(section: Mapping[str, Any], model: nn.Module, config: Mapping[
     Collective where the norm is over a step of several ranks.
 
     Args:
-        section: of the config.
+        section: the config's section.
         model: a SlideModel, or any other: it is then partitioned as a whole.
-        config: of DeepSpeed, filled.
+        config: DeepSpeed's config, filled.
 
     Raises:
         ValueError: as `read_followed`; or a policy that this model cannot follow.
@@ -117,12 +117,12 @@ def apply_section(section: Mapping[str, Any], model: nn.Module, config: Mapping[
         value = asdict(policies.norm)
         raise _refused("norm", value, "must be given with a SlideModel", "leave it out; or SlideModel(encoder, ...)")
     zero3 = (config.get("zero_optimization") or {}).get("stage") == 3
-    wanted = policies.partition
+    partition = policies.partition
     if isinstance(model, SlideModel):
-        wanted = partition_of(wanted, model.norm_training, 1)
+        partition = partition_of(partition, model.norm_training, 1)
     if not _has_forward(encoder, PartitionedForward):
-        if wanted.mode != "native":
-            partition_layers(encoder, wanted, spill=NvmeSpill.of(wanted))
+        if partition.mode != "native":
+            partition_layers(encoder, partition, spill=NvmeSpill.of(partition))
         elif zero3 and isinstance(model, SlideModel) and any(True for _ in encoder.parameters()):
             # ZeRO-3 gathers a module at each call, on all ranks together; ranks have more and fewer bags.
             partition_layers(encoder, PartitionPolicy(mode="native", bn_population="bag"))

@@ -98,8 +98,8 @@ def shard_model(model: nn.Module, accelerator: Accelerator) -> None:
     more often than others, and wait for them for ever.
 
     Args:
-        model: with `encoder` and `aggregator`; another is one unit.
-        accelerator: of `build_with_fsdp`.
+        model: a model with `encoder` and `aggregator`; another is one unit.
+        accelerator: what `build_with_fsdp` returned.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     reshard = accelerator.state.fsdp_plugin.reshard_after_forward
@@ -123,7 +123,7 @@ def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
     """The blocks of an encoder: what its Sequentials and ModuleLists hold, but for single layers.
 
     ResNet's and EfficientNet's residual blocks, ViT's transformer blocks, the stages of ConvNeXt and Swin. None where
-    parameters are shared within the encoder, for each can be in one unit only, nor in a plain stack of layers.
+    parameters are shared within the encoder, because each can be in one unit only, nor in a plain stack of layers.
     """
     shared = len(list(encoder.named_parameters(remove_duplicate=False))) > len(list(encoder.parameters()))
     return [] if shared else list(_blocks(encoder))

@@ -17,8 +17,8 @@ from ds_wsi.runtime.forwards import Handle
 def gather_as_one(model: nn.Module) -> None:
     """Make partitioned modules, and aggregators of one bag at a time, ZeRO-3's leaf modules; before DeepSpeed wraps it.
 
-    A partition runs the submodules once a chunk and pass: as a leaf the module is gathered once around its forward and
-    once around its backward, however many chunks or bags a rank has, and its gradients are reduced once.
+    A partition runs the submodules once per chunk and pass: as a leaf the module is gathered once around its forward
+    and once around its backward, however many chunks or bags a rank has, and its gradients are reduced once.
     """
     from deepspeed.utils import set_z3_leaf_module
 
@@ -87,10 +87,10 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         model: the unwrapped module, whose names the keys are.
     """
     partitioned = is_zero3(model)
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        with gathered(own[name]) if partitioned and name in own else nullcontext():
+        with gathered(parameters[name]) if partitioned and name in parameters else nullcontext():
             copy = whole(value).to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True)
         state[name] = copy
     return state
