@@ -10,10 +10,10 @@ class Engine:
     """One way to train.
 
     Args:
-        options: of `ds-wsi train`.
-        variables: of the environment, beside those of torchrun.
+        options: words for `ds-wsi train`.
+        variables: the environment's, beside those of torchrun.
         zero: the stage of the JSON that is written for it, or None.
-        launched: by a launcher, which tells each rank its number.
+        launched: whether a launcher starts the ranks and tells each its number.
     """
 
     options: tuple[str, ...] = ()

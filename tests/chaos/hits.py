@@ -17,12 +17,12 @@ class Hit:
     """A fault that hits a rank at a moment.
 
     Args:
-        action: of the injector.
+        action: one of the injector's.
         code: the exit status of the rank that is hit.
         of_others: theirs.
         says: a regular expression for what the rank itself prints.
         others_say: one for what the others print; {rank} and {ranks} are filled in.
-        options: of the run that is hit.
+        options: words for the run that is hit.
         stays: the rank does not end: its launcher kills it when the others have ended.
         goes_on_after_s: a stopped rank is told to go on.
         of_all: ranks that a launcher passes it on to, where the case names none.

@@ -58,7 +58,7 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _content(path: Path) -> tuple[object, ...]:
-    """Of a file of tensors, whose header has no order."""
+    """Metadata and tensors of a file, whose header has no order."""
     with safe_open(path, "np") as file:
         return dict(file.metadata() or {}), {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
 
@@ -143,7 +143,7 @@ def other_ranks(case: Case, yard: Yard) -> Outcome:
 
 
 def largest_difference(folder: Path, whole: Path) -> float:
-    """Of the numbers in two runs' predictions."""
+    """The largest difference between numbers of two runs' predictions."""
     tables = []
     for place in (folder, whole):
         with (place / "predictions.csv").open(newline="", encoding="utf-8") as file:

@@ -26,7 +26,7 @@ class Line:
 
     @property
     def key(self) -> str:
-        """Of the case."""
+        """The case's words, each case's different."""
         hit = "" if self.rank is None else f" of rank {self.rank}"
         return f"{self.fault}/{self.engine}-{self.ranks}/{self.at}{hit}"
 
@@ -62,7 +62,7 @@ def markdown(lines: Iterable[Line], *, each: bool = True) -> str:
     """Totals by fault and by way of falling; then a row a case; and what was not run.
 
     Args:
-        lines: to tell.
+        lines: the results to tell.
         each: False leaves out the cases that held.
     """
     lines = list(lines)

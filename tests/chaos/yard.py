@@ -40,9 +40,9 @@ class Yard:
     """Folders of the campaign.
 
     Args:
-        root: of all cases: cohorts, and runs to compare with.
-        place: of this case.
-        timeout_s: of the clock, after which a run hangs.
+        root: the folder of all cases: cohorts, and runs to compare with.
+        place: the folder of this case.
+        timeout_s: time on the clock after which a run hangs.
     """
 
     root: Path
@@ -81,10 +81,10 @@ class Yard:
         """The folder of the same run without a fault; made once.
 
         Args:
-            words: of the command, that writes to `output`.
-            output: its folder.
-            engine, ranks: that it runs under.
-            name: of all that decides its bits.
+            words: the command, that writes to `output`.
+            output: the command's folder.
+            engine, ranks: what the command runs under.
+            name: all that decides the run's bits, as a name.
         """
         folder = self.root / "whole" / f"{name}-{engine}-{ranks}"
         if not (folder / "run.json").is_file():
@@ -195,13 +195,13 @@ def differences(folder: Path, whole: Path) -> list[str]:
 
 
 def history_of(folder: Path) -> list[dict[str, Any]]:
-    """Without what is timed."""
+    """A run's history without what is timed."""
     found = json.loads((folder / "history.json").read_text())
     return [{name: value for name, value in entry.items() if name not in TIMED} for entry in found]
 
 
 def bytes_of(folder: Path) -> int:
-    """That a folder takes on a disk of pages."""
+    """Bytes that a folder takes on a disk of pages."""
     size = 0
     for place, folders, files in os.walk(folder):
         size += 4096 * len(folders)
