@@ -125,7 +125,7 @@ def overflowed(policy, rank):
     return found
 
 
-BEYOND = 3e5  # times a gradient of one: some values are beyond 65504, in some shards of some ranks
+BEYOND = 3e5  # multiples of a gradient of one: some values are beyond 65504, in some shards of some ranks
 
 
 def beyond(dtype, rank):

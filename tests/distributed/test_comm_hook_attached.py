@@ -245,7 +245,7 @@ def test_the_trainers_checkpoints_hold_the_hooks_state(tmp_path):
 
 
 def accumulated():
-    """Three micro-steps a step through Accelerate's own accumulation under ZeRO 2: messages of three steps."""
+    """Three micro-steps per step through Accelerate's own accumulation under ZeRO 2: messages of three steps."""
     from pathlib import Path
 
     from accelerate.state import AcceleratorState, GradientState

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
 
 
 def settings_of(manifest: str, folder: str, **changes: Any) -> Any:
-    """Of a run of two epochs; `changes` are fields by group, as `optim={"ema_decay": 0.9}`."""
+    """Settings of a run of two epochs; `changes` are fields by group, as `optim={"ema_decay": 0.9}`."""
     from ds_wsi.config import DsWsiConfig
     from ds_wsi.training.settings import DataSettings, ModelSettings, OptimSettings, RunSettings, TrainSettings
 

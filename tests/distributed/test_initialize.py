@@ -135,7 +135,7 @@ def other_ways_to_a_config():
 
 
 def filled():
-    """Without a section the engine is DeepSpeed's own, with "auto" filled: against it, number by number."""
+    """Whether our engine without a section is DeepSpeed's own, with "auto" filled: compared number by number."""
     import deepspeed
 
     import ds_wsi
@@ -294,7 +294,7 @@ NORMS = {
     "a run's, no section": (None, 1, RUN),
 }
 CHOSEN = {
-    **dict.fromkeys(("no section", "no norm"), ("step", "running")),  # of two bags, one a rank
+    **dict.fromkeys(("no section", "no norm"), ("step", "running")),  # of two bags, one per rank
     **dict.fromkeys(("no section, accumulation", "no norm, accumulation", "auto, accumulation"), ("stack", "bag")),
     "a frozen encoder": ("frozen", "running"),
     "its own": ("bag", "running"),

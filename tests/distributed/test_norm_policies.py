@@ -1,8 +1,8 @@
 """The shape of a real cohort in small: slides of different stain, the label in a texture that some tiles have.
 
 What a run exports by itself is as good as the best that any training policy could export: on one process and on two,
-with one bag a call, with accumulation and with stacks, from scratch and from weights. Trained by bag and exported with
-running statistics, as the project once did, the same network is far worse.
+with one bag per call, with accumulation and with stacks, from scratch and from weights. Trained by bag and exported
+with running statistics, as the project once did, the same network is far worse.
 """
 
 import os
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.distributed
 TILE_PX, TRAIN, VALIDATION, TEST, TILES, RATE = 8, 32, 80, 60, 6, 0.01
 CANDIDATES = ("running", "recalibrated", "bag")
 LAYOUTS = {
-    "one bag a call": {"bags_per_group": 1, "micro_steps": 1},
+    "one bag per call": {"bags_per_group": 1, "micro_steps": 1},
     "accumulation 4": {"bags_per_group": 1, "micro_steps": 4},
     "stack of 4": {"bags_per_group": 4, "micro_steps": 1},
 }
@@ -103,7 +103,7 @@ def in_memory(slides):
 
 
 def measure(model, slides, training, evaluation, rows, split):
-    """As the trainer measures after an epoch: the choice on these slides."""
+    """What the trainer measures after an epoch: the choice on these slides."""
     from ds_wsi.evaluation import norm_choice, populations, predict
 
     chunks, bags = in_memory(slides)
@@ -125,7 +125,7 @@ def loss_of(model, slides):
 
 
 def train_cases(engine, cases) -> list:
-    """On one rank: every case's trainings."""
+    """Every case's trainings, on one rank."""
     return [_train(engine, *case) for case in cases]
 
 

@@ -66,7 +66,7 @@ def plan_of(world_size: int, accumulation: int):
 
 
 def oracle(plan, dtype) -> dict:
-    """Plain: the encoder called once a step, on all tiles of all its bags."""
+    """The plain step: the encoder called once per step, on all tiles of all its bags."""
     model, bags = make_model(dtype), make_bags(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     for step in plan:
@@ -284,7 +284,7 @@ def test_statistics_taken_anew_are_those_of_all_ranks_tiles_in_one_call(shares, 
 
 
 def evaluate_on_rank(mode) -> dict:
-    """Of a model trained over a step of both ranks: logits of more slides on one rank; and of a bag that both hold."""
+    """Logits of a model trained over a step of both ranks: of more slides on one rank; and of a bag that both hold."""
     import torch.distributed as dist
 
     from ds_wsi.norms.roles import is_shared

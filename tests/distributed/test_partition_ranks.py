@@ -74,7 +74,7 @@ def cases_of(groups):
 
 
 def assert_trained_as_plain(groups, results):
-    """Of one rank."""
+    """The results of one rank are those of plain training."""
     results = iter(results)
     exact = []
     for plain, modes in groups:
@@ -122,7 +122,7 @@ def test_two_ranks_train_as_the_plain_encoder_under_every_engine(ranks):
 
 
 def train_alone(cases):
-    """As `train_cases`, and a DDP step with a partition that leaves out the correction of norms."""
+    """What `train_cases` gives, and a DDP step with a partition that leaves out the correction of norms."""
     found = train_cases(cases)
     NormSite.correct = lambda self, statistics, z, grad: grad
     return found, train(PLAIN | {"engine": "ddp", "mode": "lean", "check": False})
@@ -163,7 +163,7 @@ def test_parameters_in_shards_are_refused(ranks):
         assert "HINT: deepspeed.utils.set_z3_leaf_module(encoder, True)" in zero3
 
 
-COUNTED = [("lean", 2), ("lean", 20), ("recompute", 2)]  # mode, tiles a chunk
+COUNTED = [("lean", 2), ("lean", 20), ("recompute", 2)]  # mode, tiles per chunk
 
 
 def count_in_zero3(mode, chunk):

@@ -140,7 +140,7 @@ def first_runs(cases, folder):
 
 
 def gone_on(cases, folder):
-    """Of cases (engine, dtype, kind, checkpoint, its step, step to end with, folder to save in), what there is then."""
+    """What there is after cases (engine, dtype, kind, checkpoint, its step, step to end with, folder to save in)."""
     found = {}
     for engine, dtype, kind, source, start, stop, name in cases:
         trainer = Trainer(engine, dtype, kind)
@@ -202,7 +202,7 @@ def test_two_one_and_four_ranks_under_every_engine(two, folder):
 
 
 def deepspeeds_own(folder):
-    """Of each stage: whether its own files load with tensors alone, and what is said of a stranger's in each place."""
+    """Whether each stage's own files load with tensors alone, and what is said of a stranger's in each place."""
     from ds_wsi.engines.hf.deepspeed_files import tensors_alone
 
     found = {}

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.distributed
 
 
 def settings_of(folder, name, world, **more):
-    """Of a run on features of four slides a step, however many processes there are."""
+    """Settings of a run on features of four slides per step, however many processes there are."""
     from dataclasses import replace
 
     from ds_wsi.config import DsWsiConfig
@@ -77,7 +77,7 @@ def how_of(engine):
 
 
 def train_runs(cases, folder):
-    """Of cases (engine, name, checkpoint to go on from or None), what there is at the end; a ValueError's words."""
+    """What there is at the end of cases (engine, name, checkpoint to go on from or None); a ValueError's words."""
     import torch.distributed as dist
 
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -106,7 +106,7 @@ def cohort(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_runs(cohort):
-    """On two processes, from the beginning, and from its own checkpoint."""
+    """Runs on two processes, from the beginning, and from their own checkpoints."""
     cases = [(engine, engine, None) for engine in RUNS]
     cases += [(engine, f"{engine} again", f"{engine}/checkpoint-3") for engine in RUNS]
     cases += [("ddp", "hook", None, HOOK), ("ddp", "hook again", "hook/checkpoint-3", HOOK)]

@@ -80,7 +80,7 @@ def oracle(layout: dict[str, int], wrong: bool = False) -> dict[str, torch.Tenso
 
 
 def train_cases(cases: list[tuple[str, dict[str, int]]]) -> list[dict[str, torch.Tensor]]:
-    """On one rank: train each case through the project's engine layer and loss weighting."""
+    """Train each case on one rank through the project's engine layer and loss weighting."""
     from accelerate.state import AcceleratorState, GradientState
 
     found = []
@@ -143,7 +143,7 @@ ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 LAYOUTS = (
     {"world_size": 2, "bags_per_rank": 1, "accumulation": 1},
     {"world_size": 2, "bags_per_rank": 2, "accumulation": 2},
-    # All five bags a step, by cost and under a cap: workers hold one to three; dropout is the bag's wherever it is.
+    # All five bags per step, by cost and under a cap: workers hold one to three; dropout is the bag's wherever it is.
     {
         "world_size": 2,
         "bags_per_rank": 3,

@@ -86,7 +86,7 @@ def steps_of(n_bags, world, accumulation, *, plain=False):
 
 
 def forget():
-    """Of Accelerate and Transformers: the engine before this one."""
+    """Make Accelerate and Transformers forget the engine before this one."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -98,7 +98,7 @@ def forget():
 
 
 def make_trainer(engine, bags, kind, accumulation=1, *, plain=False, dropout=0.0, section=None, model=None, **options):
-    """A Trainer, or a SlideTrainer, with two bags a rank and micro-step."""
+    """A Trainer, or a SlideTrainer, with two bags per rank and micro-step."""
     from transformers import Trainer, TrainingArguments
 
     from ds_wsi.engines.hf.models import SlideCollator, SlideModelConfig, SlideModelForSlideClassification
@@ -174,7 +174,7 @@ SECTION = {
 
 
 def train_cases(cases):
-    """On one rank; a case is (engine, kind, accumulation, bags, plain)."""
+    """Train each case on one rank; a case is (engine, kind, accumulation, bags, plain)."""
     found = []
     for engine, kind, accumulation, n_bags, plain in cases:
         section = SECTION if (engine, kind) == ("zero2", "tiles") else None
