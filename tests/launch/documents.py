@@ -28,7 +28,7 @@ class Block:
 
     @property
     def name(self) -> str:
-        """Under which a test runs it; "" where none does."""
+        """The name under which a test runs it; "" where none does."""
         return self.comment.removeprefix("code: ") if self.comment.startswith("code: ") else ""
 
     @property
@@ -38,7 +38,7 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """Of all pages, in their order."""
+    """The blocks of all pages, in their order."""
     found = []
     for page in PAGES:
         fences = re.finditer(r"^(?:<!-- (.*?) -->\n)?```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)

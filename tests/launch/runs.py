@@ -21,7 +21,7 @@ def train_arguments(manifest: Path, output_dir: Path, *extra: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's variables, one thread a rank, and the environment's commands on the path."""
+    """This process's variables, one thread per rank, and the environment's commands on the path."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
