@@ -15,7 +15,7 @@ from ds_wsi.stacking import stack_bags
 
 
 def smooth_svm(pair, target):
-    """With tau = alpha = 1: log sum_j exp(s_j + [j != y] - s_y)."""
+    """The loss with tau = alpha = 1: log sum_j exp(s_j + [j != y] - s_y)."""
     return math.log(sum(math.exp(pair[j] + (j != target) - pair[target]) for j in range(2)))
 
 

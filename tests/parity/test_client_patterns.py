@@ -169,7 +169,7 @@ def test_a_hook_on_the_partitioned_module_itself():
 
 
 class Named(nn.Module):
-    """Its forward has a name of its own for tiles, and a flag beside them."""
+    """A module whose forward has a name of its own for tiles, and a flag beside them."""
 
     def __init__(self):
         super().__init__()

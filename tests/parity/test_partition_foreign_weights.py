@@ -109,7 +109,7 @@ def test_a_convolution_with_a_forward_of_its_own(when, mode, norm):
 @pytest.mark.parametrize("axis", ["batch", "spatial"])
 @pytest.mark.parametrize("checks", [True, False])
 def test_a_convolution_whose_own_step_somebody_replaced(checks, axis, mode):
-    """As is done for images without a seam."""
+    """Users do so for images without a seam."""
 
     def change(net):
         for conv in (net.c2, net.c3):  # the last one's result backward does not need

@@ -167,7 +167,7 @@ def test_a_random_stack_in_random_blocks_equals_the_whole(module, mode, train, b
         finite = module(x).isfinite().all()
     except (RuntimeError, ValueError):
         finite = False
-    assume(finite)  # it shrinks the image to nothing, to one value a channel, or pools padding alone
+    assume(finite)  # it shrinks the image to nothing, to one value per channel, or pools padding alone
     for part in module.modules():
         if getattr(part, "running_mean", None) is not None:
             part.reset_running_stats()
