@@ -113,7 +113,7 @@ class SimulatedDevice(TorchDispatchMode):
         return _Kernel(torch.device("cuda", index)).run(func, name, flat, spec)
 
     def _copy_between(self, func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-        """From device to device: a copy of bytes, after what torch does to make it one.
+        """Copy from device to device: bytes, after what torch does to make it such a copy.
 
         Source: aten/src/ATen/native/cuda/Copy.cu, copy_requires_temporaries and what follows it.
         """
@@ -164,7 +164,7 @@ class _Kernel:
     """One operation of the current stream.
 
     Args:
-        device: that its results lie on.
+        device: where its results lie.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -19,7 +19,7 @@ def enable() -> None:
 
 
 class _Innermost:
-    """In the place of `StackSummary`: the innermost frames, whose lines are read where one is printed."""
+    """What takes the place of `StackSummary`: the innermost frames, whose lines are read where one is printed."""
 
     @staticmethod
     def extract(frames: Iterable[tuple[FrameType, int]], lookup_lines: bool) -> StackSummary:

@@ -15,7 +15,7 @@ SCRIPT = ROOT / "launch" / "gpu_day.sh"
 
 
 def gpu_day(variables: dict[str, str], *arguments: str) -> tuple[int, str]:
-    """Its exit status, and what it printed."""
+    """The script's exit status, and what it printed."""
     done = subprocess.run(
         ["bash", str(SCRIPT), *arguments],
         env=variables,
@@ -28,7 +28,7 @@ def gpu_day(variables: dict[str, str], *arguments: str) -> tuple[int, str]:
 
 
 def _with_deepspeed(folder: Path, status: int) -> None:
-    """In place of the launcher, which takes long: one that exits with this status."""
+    """Put one that exits with this status in place of the launcher, which takes long."""
     folder.mkdir(exist_ok=True)
     (folder / "deepspeed").write_text(f"#!/bin/sh\necho started with $*\nexit {status}\n", encoding="utf-8")
     (folder / "deepspeed").chmod(0o755)

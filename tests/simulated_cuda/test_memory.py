@@ -47,7 +47,7 @@ def test_planning_launches_and_allocates_nothing() -> None:
 
 
 def test_a_channel_without_variance_has_finite_statistics() -> None:
-    """In one chunk, and in all of them; the kernel that gives 1 / sqrt(variance) gives 0 there."""
+    """One chunk, and all of them; the kernel that gives 1 / sqrt(variance) gives 0 there."""
     found = measure("memory", "uniform")["uniform"]
     for case in found.values():
         assert case["finite"]

@@ -16,7 +16,7 @@ SCRIPT = "launch/train.py"
 
 
 def history(folder: Path) -> dict[str, float]:
-    """Of the only epoch."""
+    """The history of the only epoch."""
     (epoch,) = json.loads((folder / "history.json").read_text(encoding="utf-8"))
     return epoch
 

@@ -63,7 +63,7 @@ def test_the_main_job_has_the_losses_of_the_cpu(
 def test_where_no_memory_can_be_locked_the_losses_are_the_same(
     demo_manifest: Path, tmp_path: Path, on_cpu: dict[str, dict[str, Any]]
 ) -> None:
-    """In a container with a limit, or under WSL: stacks, and what is offloaded, are in pageable memory."""
+    """A container with a limit, or WSL: stacks, and what is offloaded, are in pageable memory."""
     given = {"offload": options(demo_manifest, *OFFLOAD)}
     found = measure("runs", str(tmp_path), json.dumps(given), SIMULATED_CUDA_LOCKED_MIB="0")
     assert losses(found["offload"]) == close_to(on_cpu["plain"])

@@ -35,7 +35,7 @@ def difference(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def message_of(work: Callable[[], object]) -> str:
-    """Of the error that it raises, its kind first."""
+    """The error that work raises, its kind first."""
     try:
         work()
     except Exception as error:
@@ -89,7 +89,7 @@ def out_of_memory() -> str:
 
 
 def inference() -> float:
-    """In inference mode operations come whole that autograd takes apart: the difference from the CPU."""
+    """The difference from the CPU in inference mode, where operations come whole that autograd takes apart."""
     x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         return difference([network().cuda().eval()(x.cuda()).cpu()], [network().eval()(x)])

@@ -84,7 +84,7 @@ def after_larger() -> dict[str, int]:
 
 
 def budgets() -> list[int]:
-    """Of plans for bags of other lengths, made one after the other in one process."""
+    """The budgets of plans for bags of other lengths, made one after the other in one process."""
     module = encoder().cuda()
     handle = partition_layers(module, PartitionPolicy(host_budget_bytes=2**30))
     assert handle.forward is not None
@@ -111,7 +111,7 @@ def page_locked() -> list[dict[str, int]]:
 
 
 def stacks() -> list[list[bool]]:
-    """Of stacks of bags that grow beyond what can be locked: whether they are page-locked, and on the device right."""
+    """Whether stacks of bags, which grow beyond what can be locked, are page-locked, and on the device right."""
     laid, found = HostStacks(CUDA), []
     for count in (64, 512, 600, 1024):  # of 3 KiB: the first fits
         bag = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
