@@ -123,7 +123,7 @@ def test_stains_without_a_change_are_the_tiles_and_black_stays_finite():
 
 @pytest.mark.parametrize("stain", range(3))
 def test_a_stain_alone_moves_along_its_own_colour(stain):
-    """By Beer and Lambert: of a pure stain the density doubles with its gain, and the others' gains do nothing."""
+    """Beer and Lambert: a pure stain's density doubles with its gain, and the others' gains do nothing."""
     own = torch.nn.functional.normalize(torch.tensor(STAINS, dtype=torch.float64), dim=1)[stain]
     tile = (256 * torch.exp(-0.7 * own) - 1).view(1, 3, 1, 1)
     gains = torch.full((3,), 5.0, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Which worker gets which bags."""
+"""How bags are shared out among workers."""
 
 from itertools import product
 
@@ -25,7 +25,7 @@ def slowest_over_mean(lengths, workers, balance):
 
 
 def test_the_slowest_of_eight_ranks_is_within_five_percent_of_the_mean():
-    """64 bags a step; round-robin is what it is compared with."""
+    """64 bags per step; round-robin is what it is compared with."""
     steps = [camelyon_lengths(64, seed) for seed in range(50)]
     lpt = [slowest_over_mean(lengths, 8, "lpt") for lengths in steps]
     turns = [slowest_over_mean(lengths, 8, "round_robin") for lengths in steps]
@@ -48,7 +48,7 @@ def test_every_bag_goes_to_one_worker(lengths, workers, balance):
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(1, 3))
 def test_the_slowest_worker_is_within_a_third_of_the_best_assignment(lengths, workers):
-    """Graham, 1969; the best of all assignments, for a lower bound of it is exceeded: 2, 3, 3, 3 on three workers."""
+    """Graham, 1969; the best of all assignments, because its lower bound is exceeded: 2, 3, 3, 3 on three workers."""
     best = min(
         max(sum(length for length, worker in zip(lengths, dealt, strict=True) if worker == w) for w in range(workers))
         for dealt in product(range(workers), repeat=len(lengths))

@@ -33,7 +33,7 @@ def predictions(slides: int, classes: int, seed: int, decimals: int = 1) -> tupl
 @pytest.mark.parametrize("slides", [3, 7, 40])
 @pytest.mark.parametrize("classes", [2, 3, 6])
 def test_every_resample_equals_sklearn(slides: int, classes: int):
-    """With 3 slides many resamples hold one class only; `slide_metrics` is sklearn, guarded."""
+    """Many resamples of 3 slides hold one class only; `slide_metrics` is sklearn, guarded."""
     labels, probabilities = predictions(slides, classes, seed=slides + classes)
     (counts,) = resample_counts(slides, 60, seed=1)
     vectorised = weighted_metrics(labels, probabilities, counts)

@@ -1,4 +1,4 @@
-"""Which grids a cohort keeps, reads again, takes from elsewhere or refuses."""
+"""The grids that a cohort keeps, reads again, takes from elsewhere or refuses."""
 
 from dataclasses import fields, replace
 

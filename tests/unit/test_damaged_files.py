@@ -176,7 +176,7 @@ def features_file(folder, suffix):
 
 
 def what_comes(read, refusal, whole, damaged):
-    """Of reading a damaged file: it is refused by its name, or has the values of the whole one, or others."""
+    """What comes of reading a damaged file: a refusal by its name, the values of the whole one, or others."""
     try:
         found = read(damaged)
     except refusal as error:

@@ -159,7 +159,7 @@ MANY = 6  # files, above which a package says what each holds
 
 
 def rooms_of(folder):
-    """Its modules and packages, by name."""
+    """The modules and packages of a folder, by name."""
     modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     return modules | {path.parent.name for path in folder.glob("*/__init__.py")}
 

@@ -63,7 +63,7 @@ def imported_modules(tree: ast.AST) -> set[str]:
 
 
 def outermost(names: set[str]) -> list[str]:
-    """Without what is inside of another."""
+    """The names that are not inside of another."""
     return sorted(name for name in names if name.rpartition(".")[0] not in names)
 
 
@@ -137,7 +137,7 @@ def test_packages_are_small_enough_to_enter(package):
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    """In all packages, whether an import is at the top, in a function or for type checkers alone."""
+    """All packages, whether an import is at the top, in a function or for type checkers alone."""
     found = {}
     for _, path in sources():
         name = ".".join(path.relative_to(LAUNCH.parent).with_suffix("").parts).removesuffix(".__init__")

@@ -1,4 +1,4 @@
-"""Which kernels a run chooses: what it leaves alone on a CPU, and that the order of channels changes no result."""
+"""The kernels that a run chooses: what it leaves alone on a CPU, and that the order of channels changes no result."""
 
 import logging
 

@@ -182,7 +182,7 @@ def test_what_is_no_manifest_is_named(folder):
 
 
 def test_a_spreadsheets_csv_is_read_or_named(folder):
-    """As Excel writes it: semicolons, a mark of order, CRLF, a row that is cut short; what it may not be is told."""
+    """Excel's CSV: semicolons, a mark of order, CRLF, a row that is cut short; what it may not be is told."""
     wanted = read_manifest(write(folder, "csv"))
     path = folder / "cohort.csv"
     path.write_bytes(

@@ -251,7 +251,7 @@ def test_encoder_weights_and_folders_of_encoders(payloads, marker, tmp_path):
 
 
 def test_a_folder_of_an_encoder_under_a_timm_that_takes_any_pickle(payloads, marker, tmp_path, monkeypatch):
-    """As timm 1.0.16 reads the file of such a folder; what it finds is torch's own answer."""
+    """The way in which timm 1.0.16 reads the file of such a folder; what it finds is torch's own answer."""
     from timm.models import _builder
 
     from ds_wsi.models.encoder import build_encoder

@@ -67,7 +67,7 @@ def test_a_run_keeps_what_was_measured_and_exports_what_was_best(run, demo_manif
 
 @pytest.mark.slow
 def test_accumulation_over_a_step_is_a_stack_of_its_bags(run, monkeypatch):
-    """Two micro-steps of one slide are one call of two: the same losses as with two slides a micro-step."""
+    """Two micro-steps of one slide are one call of two: the same losses as with two slides per micro-step."""
     folder, options = run
     found = {}
     for name, how in (
@@ -135,7 +135,7 @@ def test_a_model_of_an_earlier_version_predicts_slides_without_labels(old, demo_
 
 
 def test_the_slides_without_a_label_are_no_part_of_the_check(cohort):
-    """Of a table whose first slides have none, those that have one are compared."""
+    """The first slides of the table have none; those that have one are compared."""
     model = make_model()
     slides = [
         replace(entry, label=None if row < 3 else entry.label) for row, entry in enumerate(cohort.manifest.slides)

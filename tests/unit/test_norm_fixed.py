@@ -27,7 +27,7 @@ def cohort(demo_manifest):
 
 
 class Encoder(nn.Sequential):
-    """Its first norm is the fixed one: of `freeze_until`, of a train() of its own, or named by whoever built it."""
+    """An encoder whose first norm is fixed: by `freeze_until`, by a train() of its own, or by whoever built it."""
 
     def __init__(self, fixed_by="nothing"):
         super().__init__(
@@ -68,7 +68,7 @@ def tiles_of(cohort, row):
 
 
 def trained_logits(cohort, row, fixed_by):
-    """Of a plain copy in training mode, with the first norm in evaluation mode."""
+    """Logits of a plain copy in training mode, with the first norm in evaluation mode."""
     plain = make_model("nothing")
     if fixed_by != "nothing":
         plain.encoder[1].eval()

@@ -31,7 +31,7 @@ def cohort(demo_manifest):
 
 
 def make_model(last=nn.BatchNorm1d) -> SlideModel:
-    """Its last norm has one value a channel for each tile."""
+    """A model whose last norm has one value per channel for each tile."""
     torch.manual_seed(0)
     encoder = nn.Sequential(
         *(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),

@@ -52,7 +52,7 @@ def test_a_forward_and_a_backward_of_shared_norms_read_nothing(reads):
 
 @pytest.mark.parametrize("without", [{"bias": False}, {"affine": False}, {}])
 def test_shared_norms_have_the_gradients_of_plain_ones(reads, without):
-    """Of a norm with a weight and no bias too, for which there is no gradient to return."""
+    """A norm with a weight and no bias too, for which there is no gradient to return."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **without), nn.ReLU()).double().train()
     module, x = copy.deepcopy(plain), torch.randn(5, 3, 8, 8, dtype=torch.float64)

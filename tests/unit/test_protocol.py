@@ -27,7 +27,7 @@ PROTOCOL = EvaluationProtocol(tiles=9, runs=4, seed=2)
 
 
 class Encoder(nn.Module):
-    """With BatchNorm, whose running statistics make tiles independent in evaluation; counts the tiles it is given."""
+    """An encoder with BatchNorm, whose running statistics make tiles independent in evaluation; counts its tiles."""
 
     def __init__(self):
         super().__init__()

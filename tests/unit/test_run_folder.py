@@ -1,4 +1,4 @@
-"""Which folder a run takes, and its log."""
+"""The folder that a run takes, and its log."""
 
 import logging
 

@@ -28,7 +28,7 @@ OPTIMIZER = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 
 
 def record_of(settings, world_size=1):
-    """Of a run that is not started: only what the record reads."""
+    """The record of a run that is not started: only what the record reads."""
     if settings.model == ModelSettings():
         settings = replace(settings, model=ModelSettings(encoder="resnet10t"))
     layout = settings.step_layout(world_size)
@@ -66,7 +66,7 @@ def test_seed_split_and_how_it_is_computed_are_no_settings_of_the_group():
     assert (record.dataset, record.method, record.training) == ("demo", "resnet10t + abmil", "end to end")
     plain = record_of(TrainSettings())
     assert record.settings == plain.settings
-    # Four slides a step, on one process or two, stacked or accumulated.
+    # Four slides per step, on one process or two, stacked or accumulated.
     four = replace(settings.optim, gradient_accumulation_steps=4)
     two = replace(settings.optim, per_device_train_batch_size=2)
     assert record_of(replace(settings, optim=four)).settings == record_of(replace(settings, optim=two), 2).settings

@@ -261,7 +261,7 @@ def test_a_class_that_is_gone_is_refused_where_it_is_imported(monkeypatch):
 
 def test_methods_that_are_replaced_are_checked_on_the_instance():
     def profiled(function):
-        """As DeepSpeed's wrapper, which does not say what it wraps."""
+        """A wrapper like DeepSpeed's, which does not say what it wraps."""
 
         def wrapped(*args, **kwargs):
             return function(*args, **kwargs)

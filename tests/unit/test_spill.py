@@ -89,7 +89,7 @@ class Loop:
 
 
 def test_garbage_collected_on_the_disks_thread_is_given_up_later():
-    """Its tensors are to be written by that thread: whoever waits for them there waits for ever."""
+    """The store's tensors are to be written by that thread: whoever waits for them there waits for ever."""
     disk, go_on = Dictionary(), threading.Event()
 
     class Collects(Dictionary):
@@ -122,7 +122,7 @@ def test_garbage_collected_on_the_disks_thread_is_given_up_later():
 
 
 def test_garbage_collected_within_an_operation_is_given_up_after_it():
-    """In the middle of one the store's lists are not to be changed under it."""
+    """The store's lists are not to be changed in the middle of an operation."""
     store = HostStore(CPU)
     Loop(store, [torch.ones(8)])
     with store.turns.turn(store.give_up):
@@ -135,7 +135,7 @@ def test_garbage_collected_within_an_operation_is_given_up_after_it():
 
 
 def test_a_store_that_nobody_has_is_gone_at_once():
-    """Its memory is page-locked: it must not wait for the collector."""
+    """The store's memory is page-locked: it must not wait for the collector."""
     gc.disable()
     try:
         for disk in (None, Dictionary()):

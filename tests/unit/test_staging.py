@@ -205,7 +205,7 @@ def test_a_stack_in_host_memory_is_prepared_chunk_by_chunk_as_a_whole():
 
 
 def test_a_larger_buffer_is_made_once_the_smaller_one_is_gone(monkeypatch):
-    """Of 8 GB, say: host memory must not hold both. And where nothing can be locked nobody asks again."""
+    """A buffer of 8 GB, say: host memory must not hold both. And where nothing can be locked nobody asks again."""
     made, alive, closed = [], [], []
 
     class Locked:

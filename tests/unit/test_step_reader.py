@@ -24,7 +24,7 @@ STEPS = 3
 
 
 def make_run(device="cpu"):
-    """As much of a run as its reader asks for: five slides of four tiles."""
+    """What a reader asks of its run: five slides of four tiles."""
     slides = [SimpleNamespace(slide_id=f"S-{row}") for row in range(N_SLIDES)]
     return SimpleNamespace(
         settings=TrainSettings(),

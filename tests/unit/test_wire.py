@@ -135,7 +135,7 @@ def test_what_cannot_be_sent_is_refused(section, said):
 
 
 def changed(message, at, value, form="<B"):
-    """With a field overwritten and the checksum right again."""
+    """A message with a field overwritten and the checksum right again."""
     data = message.numpy().copy()
     data[at : at + struct.calcsize(form)] = np.frombuffer(struct.pack(form, value), np.uint8)
     return torch.from_numpy(reseal(data))
@@ -267,7 +267,7 @@ def test_ten_thousand_hostile_messages_are_read_or_refused(seed, seeds):
 
 
 def test_the_fuzz_reaches_the_payloads(seeds):
-    """Of the mutated messages some are read and some are refused for what is behind the header."""
+    """Some of the mutated messages are read and some are refused for what is behind the header."""
     said = []
     for data in (data for seed in range(40) for data in mutations(np.random.default_rng(seed), seeds)):
         try:

@@ -64,7 +64,7 @@ def sleep():
 
 
 def stubborn():
-    """As a read that no polite signal ends."""
+    """A read that no polite signal ends."""
     while True:
         time.sleep(0.01)
 
@@ -257,7 +257,7 @@ print("the same")
 
 @pytest.mark.parametrize("mount", ["mount -t tmpfs -o size=16m tmpfs", "mount -t tmpfs -o size=64m tmpfs", "full"])
 def test_a_small_or_full_dev_shm_has_no_part_in_it(mount, demo_manifest):
-    """As in a container: /dev/shm of 64 MB by default."""
+    """A container's: /dev/shm of 64 MB by default."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount")
     if mount == "full":
