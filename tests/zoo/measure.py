@@ -44,11 +44,11 @@ class Case:
     """What is compared.
 
     Args:
-        model: its key in the zoo.
+        model: the model's key in the zoo.
         axis: "batch" or "spatial".
-        mode: of the policy.
+        mode: the policy's.
         train: training mode, else evaluation mode.
-        draws: with dropout and drop path.
+        draws: whether the model has dropout and drop path.
     """
 
     model: str
@@ -76,10 +76,10 @@ class Outcome:
     Args:
         status: one of `STATUSES`.
         detail: the worst tensor, the refusal's sentence, or the error and where it was raised.
-        error: of the worst tensor, the largest difference over the largest value.
+        error: the worst tensor's, the largest difference over the largest value.
         noise: the largest noise of any tensor, in the same measure.
-        seconds: of CPU, of the partitioned step; the module's own check at its first call is in it.
-        plain_seconds: of CPU, of the plain step.
+        seconds: CPU time of the partitioned step; the module's own check at its first call is in it.
+        plain_seconds: CPU time of the plain step.
         norms: BatchNorm layers.
     """
 

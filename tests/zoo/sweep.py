@@ -60,7 +60,7 @@ def cases(model: ZooModel, axes: Iterable[str], modes: Iterable[str], settings: 
 def run_cases(
     model: ZooModel, wanted: list[Case], pipe: multiprocessing.connection.Connection, timeout: float, memory: int
 ) -> None:
-    """In the model's own process: each case's outcome, told as it is known."""
+    """Run in the model's own process: each case's outcome, told as it is known."""
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     torch.set_num_threads(1)
     with quiet():
