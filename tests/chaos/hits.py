@@ -103,13 +103,13 @@ def _judge(outcome: Outcome, how: Hit, case: Case, ended: Ended, rank: int | Non
     for number, (code, printed) in enumerate(zip(ended.codes, ended.printed, strict=True)):
         if code is None:
             continue
-        own = rank is None or number == rank
-        if not own and code == 0 and case.at.place in _LAST:
+        is_hit = rank is None or number == rank
+        if not is_hit and code == 0 and case.at.place in _LAST:
             continue
-        wanted = how.code if own else how.of_others
-        outcome.require(code == wanted, SILENT, f"rank {number} ended with {code}, not {wanted}: {printed[-300:]}")
-        says = how.says if own else how.others_say.format(rank=rank, ranks=case.ranks)
-        if rank == 0 and not own and says:
+        expected = how.code if is_hit else how.of_others
+        outcome.require(code == expected, SILENT, f"rank {number} ended with {code}, not {expected}: {printed[-300:]}")
+        says = how.says if is_hit else how.others_say.format(rank=rank, ranks=case.ranks)
+        if rank == 0 and not is_hit and says:
             says += "|rank 0, or the launcher"  # the store of the ranks' words may have died with it
         if how.of_all and number > 0:
             continue  # what all ranks do together the first one tells

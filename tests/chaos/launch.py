@@ -108,8 +108,8 @@ def start(
         path = logs / f"{len(list(logs.iterdir())):03}-rank{rank}.log"
         path.touch()
         paths.append(path)
-        own = {**variables_of(engine, rank, ranks, port), **(variables or {})}
-        pids.append(fork(partial(_rank, words, own, shots, rank, file_bytes, modules_to), path))
+        environment = {**variables_of(engine, rank, ranks, port), **(variables or {})}
+        pids.append(fork(partial(_rank, words, environment, shots, rank, file_bytes, modules_to), path))
     return Started(pids, paths, time.monotonic())
 
 
@@ -192,8 +192,8 @@ def wait(
     stopped: dict[int, float] = {}
     while len(codes) < len(run.pids):
         for pid in [pid for pid in run.pids if pid not in codes]:
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
+            reaped, status = os.waitpid(pid, os.WNOHANG)
+            if reaped:
                 codes[pid] = os.waitstatus_to_exitcode(status)
             elif goes_on_after_s is not None and is_stopped(state_of(pid)):
                 since = stopped.setdefault(pid, time.monotonic())
@@ -228,14 +228,14 @@ def _left(beside: Sequence[int]) -> list[str]:
 
 
 def _children(beside: Sequence[int]) -> list[psutil.Process]:
-    found = []
+    children = []
     for child in psutil.Process().children(recursive=True):
         if child.pid in beside:
             continue
         with suppress(psutil.Error):
             if child.status() != psutil.STATUS_ZOMBIE:
-                found.append(child)
+                children.append(child)
             elif child.ppid() == os.getpid():
                 with suppress(ChildProcessError):
                     os.waitpid(child.pid, os.WNOHANG)
-    return found
+    return children
