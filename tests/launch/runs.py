@@ -45,5 +45,5 @@ def on_a_free_port(command: list[str]) -> list[str]:
     """The command, of a launcher with a port that is free now."""
     if command[0] not in PORT_OPTION:
         return command
-    place, option = PORT_OPTION[command[0]]
-    return [*command[:place], option, str(free_port()), *command[place:]]
+    position, option = PORT_OPTION[command[0]]
+    return [*command[:position], option, str(free_port()), *command[position:]]
