@@ -132,8 +132,8 @@ def step(module, x):
 
 
 def assert_same_step(plain, partitioned, x):
-    expected, found = step(plain, x), step(partitioned, x)
-    for name, one, other in zip(("output", "input gradient"), found, expected, strict=True):
+    expected, results = step(plain, x), step(partitioned, x)
+    for name, one, other in zip(("output", "input gradient"), results, expected, strict=True):
         assert relative(one, other) <= TOLERANCE, name
     scale = max([FLOOR, *(parameter.grad.abs().max() for parameter in plain.parameters())])
     for (name, other), one in zip(plain.named_parameters(), partitioned.parameters(), strict=True):
