@@ -23,7 +23,7 @@ class _Innermost:
 
     @staticmethod
     def extract(frames: Iterable[tuple[FrameType, int]], lookup_lines: bool) -> StackSummary:
-        found = islice(frames, _FRAMES)
-        codes = [(frame.f_code, line) for frame, line in found]
+        innermost = islice(frames, _FRAMES)
+        codes = [(frame.f_code, line) for frame, line in innermost]
         kept = [FrameSummary(code.co_filename, line, code.co_name, lookup_line=lookup_lines) for code, line in codes]
         return StackSummary.from_list(kept)

@@ -57,18 +57,18 @@ def drawn_again() -> bool:
 
 def page_locked() -> list[int]:
     """Bytes counted after torch's allocator took memory, and after some was registered and unregistered."""
-    found = []
+    locked = []
     held = torch.empty(1000, dtype=torch.uint8, pin_memory=True)
-    found.append(device.counters()["locked_bytes"])
+    locked.append(device.counters()["locked_bytes"])
     memory, runtime = torch.empty(5000, dtype=torch.uint8), torch.cuda.cudart()
     assert held.is_pinned()
     assert not memory.is_pinned()
     assert int(runtime.cudaHostRegister(memory.data_ptr(), 5000, 0)) == 0
     assert memory.is_pinned()
-    found.append(device.counters()["locked_bytes"] - found[0])
+    locked.append(device.counters()["locked_bytes"] - locked[0])
     assert int(runtime.cudaHostUnregister(memory.data_ptr())) == 0
-    found.append(device.counters()["locked_bytes"] - found[0])
-    return found
+    locked.append(device.counters()["locked_bytes"] - locked[0])
+    return locked
 
 
 def retries() -> int:

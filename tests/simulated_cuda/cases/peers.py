@@ -52,7 +52,7 @@ def step(encoder: nn.Module, forward: peers.Forward, images: torch.Tensor) -> tu
 
 def main() -> None:
     """Each peer's largest difference from native's gradients over their largest, and its bytes over native's."""
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     for build, tried in CASES:
         torch.manual_seed(0)
         encoder = build().to(DEVICE)
@@ -63,8 +63,8 @@ def main() -> None:
             largest = torch.stack([gradient.abs().max() for gradient in expected]).max()
             pairs = zip(gradients, expected, strict=True)
             difference = torch.stack([(one - two).abs().max() for one, two in pairs]).max() / largest
-            found[f"{build.__name__}, {peer.__name__}"] = {"difference": float(difference), "bytes": peak / native}
-    report(found)
+            results[f"{build.__name__}, {peer.__name__}"] = {"difference": float(difference), "bytes": peak / native}
+    report(results)
 
 
 if __name__ == "__main__":
