@@ -38,12 +38,12 @@ def _forgotten():
 @pytest.fixture
 def told():
     """What is logged, one text a record: its level and its words."""
-    found: list[str] = []
+    lines: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: found.append(f"{record.levelname} {record.getMessage()}")
+    handler.emit = lambda record: lines.append(f"{record.levelname} {record.getMessage()}")
     level = logger.level
     logger.addHandler(handler), logger.setLevel(logging.INFO)
-    yield found
+    yield lines
     logger.removeHandler(handler), logger.setLevel(level)
 
 
@@ -221,16 +221,16 @@ def test_what_the_hf_trainer_exports_by_default_is_what_it_trained(accumulation,
 
 def test_the_hf_trainer_evaluates_and_exports_a_run_as_its_config_says(tmp_path):
     """The Trainer does so until it trains the run, whatever it would train."""
-    ours = model_of("run", ("step", "bag"), tmp_path / "run")
+    run_model = model_of("run", ("step", "bag"), tmp_path / "run")
     rows = stained(4)
-    expected = torch.cat([ours(stack_bags([bag["tiles"]])).logits for bag in rows])
+    expected = torch.cat([run_model(stack_bags([bag["tiles"]])).logits for bag in rows])
     for norm in (None, NormPolicy(), NormPolicy("frozen")):
         model = SlideModelForSlideClassification.from_run(tmp_path / "run")
         trainer = SlideTrainer(
             model, arguments(tmp_path, num_train_epochs=1, learning_rate=0.0), train_dataset=rows, norm=norm
         )
-        found = torch.from_numpy(trainer.predict(rows).predictions)
-        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+        logits = torch.from_numpy(trainer.predict(rows).predictions)
+        torch.testing.assert_close(logits, expected.detach(), rtol=1e-4, atol=1e-5)
         model.export_run(tmp_path / f"back {norm}")
         again = load_model(tmp_path / f"back {norm}")[1]
         assert (again.norm_training, again.norm_evaluation) == ("step", "bag")

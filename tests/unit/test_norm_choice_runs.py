@@ -69,15 +69,15 @@ def test_a_run_keeps_what_was_measured_and_exports_what_was_best(run, demo_manif
 def test_accumulation_over_a_step_is_a_stack_of_its_bags(run, monkeypatch):
     """Two micro-steps of one slide are one call of two: the same losses as with two slides per micro-step."""
     folder, options = run
-    found = {}
+    losses = {}
     for name, how in (
         ("micro", ["--gradient_accumulation_steps", "2"]),
         ("stack", ["--per_device_train_batch_size", "2"]),
     ):
         assert main([*options, *how, "--norm_training", "step", "--output_dir", str(folder / name)]) == 0
         history = json.loads((folder / name / "history.json").read_text())
-        found[name] = [entry[key] for entry in history for key in ("train_loss", "eval_loss", "norm_bag_loss")]
-    assert found["micro"] == pytest.approx(found["stack"], rel=1e-4)
+        losses[name] = [entry[key] for entry in history for key in ("train_loss", "eval_loss", "norm_bag_loss")]
+    assert losses["micro"] == pytest.approx(losses["stack"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")

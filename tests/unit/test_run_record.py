@@ -102,11 +102,11 @@ def test_every_setting_that_is_compared_by_what_it_stands_for_is_in_the_fingerpr
 @pytest.mark.parametrize("drawing", [False, True])
 def test_another_cut_of_an_encoder_that_draws_is_another_run(drawing):
     modes = [PartitionPolicy(mode="native"), PartitionPolicy(mode="lean"), PartitionPolicy(mode="lean", chunk_size=3)]
-    found = []
+    fingerprints = []
     for policy in modes:
         settings = replace(TrainSettings(), policies=replace(TrainSettings().policies, partition=policy))
-        found.append(fingerprint_of(settings, nn.Dropout(0.1) if drawing else nn.Dropout(0.0))["partition"])
-    assert len(set(found)) == (3 if drawing else 1)
+        fingerprints.append(fingerprint_of(settings, nn.Dropout(0.1) if drawing else nn.Dropout(0.0))["partition"])
+    assert len(set(fingerprints)) == (3 if drawing else 1)
 
 
 def test_stacks_that_norms_average_over_must_lie_as_they_lay():

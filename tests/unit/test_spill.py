@@ -169,8 +169,8 @@ def test_a_partition_over_a_disk_has_the_plain_gradients(mode):
         for one in (plain, module):
             one.zero_grad()
             one(x).square().sum().backward()
-        for (name, expected), found in zip(plain.named_parameters(), module.parameters(), strict=True):
-            assert torch.allclose(found.grad, expected.grad, rtol=1e-10, atol=1e-10), name
+        for (name, expected), parameter in zip(plain.named_parameters(), module.parameters(), strict=True):
+            assert torch.allclose(parameter.grad, expected.grad, rtol=1e-10, atol=1e-10), name
     store = handle.forward._store
     assert store.peak_bytes > store.capacity_bytes  # the disk held the rest
     assert store.capacity_bytes <= 3 * 2**20
@@ -190,9 +190,9 @@ def test_a_plan_counts_the_disk_after_host_memory(tmp_path):
     plan = plan_partition(module, shape, policy)
     assert plan.nvme_bytes == plan.host_bytes - 2**20 > 0
     assert "on the disk" in str(plan)
-    for wanted in (plan, policy):
+    for given in (plan, policy):
         with pytest.raises(ValueError, match="spill=None"):
-            partition_layers(module, wanted)
+            partition_layers(module, given)
 
 
 def test_a_disk_that_cannot_be_used_is_refused_with_the_reason(tmp_path, monkeypatch):
