@@ -25,7 +25,7 @@ def round_trip(residuals, gradient):
 
 
 def test_a_gradient_is_compressed_and_read_in_a_quarter_of_a_second():
-    """Of this thread's processor time, the median of 5: other processes on the machine do not count."""
+    """The median of 5 times, each the processor time of this thread: other processes on the machine do not count."""
     residuals, generator, seconds = Residuals(), torch.Generator().manual_seed(0), []
     gradient = torch.randn(D, generator=generator)
     for _ in range(5):

@@ -81,11 +81,11 @@ def test_predictions_do_not_depend_on_the_chunks(cohort):
     torch.manual_seed(0)
     model = SlideModel(Encoder(), build_aggregator("gated_abmil", WIDTH, 2))
     slides, grids = cohort.manifest.slides, cohort.grids
-    found = []
+    predictions = []
     for chunk in (7, 1000):
         failures = FailureLog(slides, grids, 0.0)
-        found.append(list(predict_slides(model, slides, grids, [1, 0], ReadPolicy(0, chunk), failures)))
-    assert [prediction.slide for prediction in found[0]] == [1, 0]
-    for a, b in zip(*found, strict=True):
+        predictions.append(list(predict_slides(model, slides, grids, [1, 0], ReadPolicy(0, chunk), failures)))
+    assert [prediction.slide for prediction in predictions[0]] == [1, 0]
+    for a, b in zip(*predictions, strict=True):
         torch.testing.assert_close(a.logits, b.logits, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(a.attention, b.attention, rtol=1e-5, atol=1e-7)

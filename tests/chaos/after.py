@@ -38,8 +38,8 @@ def go_on(words: Sequence[str], case: Case, yard: Yard, outcome: Outcome, strang
 
 def compare(outcome: Outcome, folder: Path, whole: Path) -> None:
     """The run has the uninterrupted one's results, whole checkpoints, and nothing beside."""
-    found = differences(folder, whole)
-    outcome.require(not found, LOST, f"not the uninterrupted run's: {', '.join(found)}")
+    differing = differences(folder, whole)
+    outcome.require(not differing, LOST, f"not the uninterrupted run's: {', '.join(differing)}")
     check_checkpoints(outcome, folder, "at the end")
     check_nothing_left(outcome, folder)
 

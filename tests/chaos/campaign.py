@@ -47,11 +47,11 @@ def warm_up(root: Path) -> None:
     import_module("ds_wsi.training.loop")
     import_module("ds_wsi.training.dry_run")
     for engine, ranks in _ENGINES:
-        place = root / "warm" / engine
-        yard = Yard(root, place, TIMEOUT_S)
+        folder = root / "warm" / engine
+        yard = Yard(root, folder, TIMEOUT_S)
         yard.logs.mkdir(parents=True)
         words = yard.words(yard.run, engine, *DROPOUT, "--num_train_epochs", "1")
-        listed = place / "modules.json"
+        listed = folder / "modules.json"
         ended = wait(start(words, engine, ranks, yard.logs, modules_to=listed), TIMEOUT_S)
         if set(ended.codes) != {0}:
             raise RuntimeError(f"a run without a fault must end with 0, got {ended.codes}: {ended.words[-3000:]}")
@@ -65,23 +65,23 @@ def warm_up(root: Path) -> None:
 
 def attempt(case: Case, root: Path, timeout_s: float) -> Outcome:
     """One case, in a process of its own; its folder is kept where it fell."""
-    place = Path(tempfile.mkdtemp(prefix="case-", dir=root))
-    yard, found = Yard(root, place, timeout_s), place / "outcome.json"
+    folder = Path(tempfile.mkdtemp(prefix="case-", dir=root))
+    yard, outcome_file = Yard(root, folder, timeout_s), folder / "outcome.json"
     began = time.monotonic()
-    pid = fork(lambda: _case_process(case, yard, found), place / "case.log")
+    pid = fork(lambda: _case_process(case, yard, outcome_file), folder / "case.log")
     code = _await(pid, RUNS_A_CASE * timeout_s)
-    outcome = Outcome(FELL, [LOST], f"the case's process ended with {code}: {(place / 'case.log').read_text()[-600:]}")
-    if found.is_file():
-        outcome = Outcome(**json.loads(found.read_text()))
+    outcome = Outcome(FELL, [LOST], f"the case's process ended with {code}: {(folder / 'case.log').read_text()[-600:]}")
+    if outcome_file.is_file():
+        outcome = Outcome(**json.loads(outcome_file.read_text()))
     outcome.seconds = round(time.monotonic() - began, 1)
     if outcome.status == FELL:
-        outcome.detail += f" [{place}]"
+        outcome.detail += f" [{folder}]"
     else:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return outcome
 
 
-def _case_process(case: Case, yard: Yard, found: Path) -> int:
+def _case_process(case: Case, yard: Yard, outcome_file: Path) -> int:
     os.setsid()
     adopt_orphans()
     os.environ.pop(SHOW_ALL, None)
@@ -92,15 +92,15 @@ def _case_process(case: Case, yard: Yard, found: Path) -> int:
     except Exception as error:
         traceback.print_exc()
         outcome = Outcome(FELL, [LOST], f"{type(error).__name__}: {error}")
-    found.write_text(json.dumps(asdict(outcome)))
+    outcome_file.write_text(json.dumps(asdict(outcome)))
     return 0
 
 
 def _await(pid: int, timeout_s: float) -> int | None:
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
+        reaped, status = os.waitpid(pid, os.WNOHANG)
+        if reaped:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
     os.killpg(pid, signal.SIGKILL)
@@ -162,9 +162,9 @@ def main(words: list[str] | None = None) -> int:
         campaign(cases, arguments.results, arguments.timeout, arguments.minutes)
     if arguments.page:
         write_table(arguments.results, ROOT / "docs" / "stops.md")
-    found = read_results(arguments.results)
-    sys.stdout.write(markdown(found.values()))
-    return int(any(line.outcome.status == FELL for line in found.values()))
+    lines = read_results(arguments.results)
+    sys.stdout.write(markdown(lines.values()))
+    return int(any(line.outcome.status == FELL for line in lines.values()))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ class Moment:
 
     Args:
         place: a key of the places.
-        number: of the call, in this process.
-        delay_s: after the call's begin; the process goes on meanwhile.
+        number: the call's, in this process.
+        delay_s: seconds after the call's begin; the process goes on meanwhile.
     """
 
     place: str
@@ -39,7 +39,7 @@ class Shot:
     Args:
         action: a key of `injector.ACTIONS`.
         moment: when.
-        rank: that is hit; None: all.
+        rank: the rank that is hit; None: all.
     """
 
     action: str
@@ -56,7 +56,7 @@ class Case:
         engine: a key of `engines.ENGINES`.
         ranks: processes.
         at: what the fault's drill reads: a moment, a size, a file.
-        rank: that is hit, of several.
+        rank: the rank that is hit, of several.
         sample: whether it is of the sample that each test run takes.
     """
 
@@ -80,10 +80,10 @@ class Outcome:
 
     Args:
         status: held, fell, or not run.
-        ways: by which it fell, of `WAYS`.
-        detail: in words.
+        ways: how it fell, in words of `WAYS`.
+        detail: what happened, in words.
         codes: the exit statuses of the run that was hit.
-        seconds: of the clock, of the whole case.
+        seconds: time on the clock that the whole case took.
     """
 
     status: str = HELD

@@ -10,10 +10,10 @@ class Engine:
     """One way to train.
 
     Args:
-        options: of `ds-wsi train`.
-        variables: of the environment, beside those of torchrun.
+        options: words for `ds-wsi train`.
+        variables: the environment's, beside those of torchrun.
         zero: the stage of the JSON that is written for it, or None.
-        launched: by a launcher, which tells each rank its number.
+        launched: whether a launcher starts the ranks and tells each its number.
     """
 
     options: tuple[str, ...] = ()
@@ -72,8 +72,8 @@ def options_of(name: str, folder: Path) -> list[str]:
 
 def variables_of(name: str, rank: int, ranks: int, port: int) -> dict[str, str]:
     """What the launcher sets for a rank."""
-    own = ENGINES[name].variables
+    variables = ENGINES[name].variables
     if not ENGINES[name].launched:
-        return own
+        return variables
     local = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    return {**local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **own}
+    return {**local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **variables}

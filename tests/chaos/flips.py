@@ -24,7 +24,7 @@ def flip(path: Path, place: str) -> None:
 
 def flipped_checkpoint(case: Case, yard: Yard) -> Outcome:
     """A bit of a file of the newest checkpoint is turned: it is named, and the checkpoint before it is taken."""
-    number, place = str(case.at).split()[1:3]
+    number, byte = str(case.at).split()[1:3]
     more = (*DROPOUT, "--ema_decay", "0.9", *EACH_STEP)
     words = yard.words(yard.run, case.engine, *more)
     whole = yard.whole(words, yard.run, case.engine, case.ranks, "average")
@@ -40,7 +40,7 @@ def flipped_checkpoint(case: Case, yard: Yard) -> Outcome:
     if int(number) >= len(files):
         raise NotRunError(f"{newest.name} has {len(files)} files")
     damaged = files[int(number)]
-    flip(damaged, place)
+    flip(damaged, byte)
     ended = go_on([*words, RESUMES], case, yard, outcome, None)
     outcome.codes = ended.codes
     named = r"is torn \(" if damaged.name == "files.json" else rf"is torn \({re.escape(damaged.name)} "
@@ -52,7 +52,7 @@ def flipped_checkpoint(case: Case, yard: Yard) -> Outcome:
 
 def flipped_store(case: Case, yard: Yard) -> Outcome:
     """A bit of a slide's packed tiles is turned: the run says so or is not changed, and `tile --verify` mends it."""
-    number, place = str(case.at).split()[1:3]
+    number, byte = str(case.at).split()[1:3]
     folder, outcome = yard.cohort("slides"), Outcome()
     tiles, store = yard.place / "tiles", yard.place / "store"
     of_slides = ["--manifest", str(folder / "slides.csv"), "--tile_size_px", "64"]
@@ -66,7 +66,7 @@ def flipped_store(case: Case, yard: Yard) -> Outcome:
     if int(number) >= len(files):
         raise NotRunError(f"the store has {len(files)} files")
     damaged, sound = files[int(number)], files[int(number)].read_bytes()
-    flip(damaged, place)
+    flip(damaged, byte)
     ended = wait(start(words, "plain", 1, yard.logs), yard.timeout_s)
     judge_refusal(outcome, ended, re.escape(damaged.name))
     told = damaged.name in ended.words or damaged.stem in ended.words

@@ -17,12 +17,12 @@ class Hit:
     """A fault that hits a rank at a moment.
 
     Args:
-        action: of the injector.
+        action: one of the injector's.
         code: the exit status of the rank that is hit.
         of_others: theirs.
         says: a regular expression for what the rank itself prints.
         others_say: one for what the others print; {rank} and {ranks} are filled in.
-        options: of the run that is hit.
+        options: words for the run that is hit.
         stays: the rank does not end: its launcher kills it when the others have ended.
         goes_on_after_s: a stopped rank is told to go on.
         of_all: ranks that a launcher passes it on to, where the case names none.
@@ -103,13 +103,13 @@ def _judge(outcome: Outcome, how: Hit, case: Case, ended: Ended, rank: int | Non
     for number, (code, printed) in enumerate(zip(ended.codes, ended.printed, strict=True)):
         if code is None:
             continue
-        own = rank is None or number == rank
-        if not own and code == 0 and case.at.place in _LAST:
+        is_hit = rank is None or number == rank
+        if not is_hit and code == 0 and case.at.place in _LAST:
             continue
-        wanted = how.code if own else how.of_others
-        outcome.require(code == wanted, SILENT, f"rank {number} ended with {code}, not {wanted}: {printed[-300:]}")
-        says = how.says if own else how.others_say.format(rank=rank, ranks=case.ranks)
-        if rank == 0 and not own and says:
+        expected = how.code if is_hit else how.of_others
+        outcome.require(code == expected, SILENT, f"rank {number} ended with {code}, not {expected}: {printed[-300:]}")
+        says = how.says if is_hit else how.others_say.format(rank=rank, ranks=case.ranks)
+        if rank == 0 and not is_hit and says:
             says += "|rank 0, or the launcher"  # the store of the ranks' words may have died with it
         if how.of_all and number > 0:
             continue  # what all ranks do together the first one tells

@@ -44,8 +44,8 @@ class Ended:
 
     Attributes:
         codes: exit statuses, negative for a signal; None: it had to be killed.
-        printed: of each rank.
-        seconds: of the clock.
+        printed: what each rank printed.
+        seconds: time on the clock.
         left: processes that outlived all ranks.
     """
 
@@ -93,12 +93,12 @@ def start(
     """Fork the ranks of a command of `ds-wsi`.
 
     Args:
-        words: of the command line, after the program.
-        engine: of `ENGINES`.
+        words: the command line after the program.
+        engine: a key of `ENGINES`.
         ranks: processes.
         logs: a folder for what they print.
-        shots: that hit them.
-        variables: of the environment, beside the launcher's.
+        shots: the faults that hit them.
+        variables: the environment's, beside the launcher's.
         file_bytes: the largest file that they may write.
         modules_to: a file in which rank 0 lists the modules that it has at its end.
     """
@@ -108,8 +108,8 @@ def start(
         path = logs / f"{len(list(logs.iterdir())):03}-rank{rank}.log"
         path.touch()
         paths.append(path)
-        own = {**variables_of(engine, rank, ranks, port), **(variables or {})}
-        pids.append(fork(partial(_rank, words, own, shots, rank, file_bytes, modules_to), path))
+        environment = {**variables_of(engine, rank, ranks, port), **(variables or {})}
+        pids.append(fork(partial(_rank, words, environment, shots, rank, file_bytes, modules_to), path))
     return Started(pids, paths, time.monotonic())
 
 
@@ -125,7 +125,7 @@ def _rank(
     from ds_wsi.evaluation import validator
 
     validator.CONTEXT = multiprocessing.get_context("fork")  # spawned, it would import all anew
-    torch.set_num_threads(1)  # torch mends its pool after a fork: here, for several threads at once would race
+    torch.set_num_threads(1)  # torch mends its pool after a fork: here, because several threads at once would race
     os.environ.update(variables)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
@@ -181,7 +181,7 @@ def wait(
     """Wait until all ranks have ended; what runs at the deadline is killed.
 
     Args:
-        run: of `start`.
+        run: what `start` returned.
         timeout_s: the deadline, from the start of the run.
         stays: ranks that a fault holds for ever: killed, as by their launcher, when the others have ended.
         goes_on_after_s: a rank that is seen stopped is told to go on after so long.
@@ -192,8 +192,8 @@ def wait(
     stopped: dict[int, float] = {}
     while len(codes) < len(run.pids):
         for pid in [pid for pid in run.pids if pid not in codes]:
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
+            reaped, status = os.waitpid(pid, os.WNOHANG)
+            if reaped:
                 codes[pid] = os.waitstatus_to_exitcode(status)
             elif goes_on_after_s is not None and is_stopped(state_of(pid)):
                 since = stopped.setdefault(pid, time.monotonic())
@@ -228,14 +228,14 @@ def _left(beside: Sequence[int]) -> list[str]:
 
 
 def _children(beside: Sequence[int]) -> list[psutil.Process]:
-    found = []
+    children = []
     for child in psutil.Process().children(recursive=True):
         if child.pid in beside:
             continue
         with suppress(psutil.Error):
             if child.status() != psutil.STATUS_ZOMBIE:
-                found.append(child)
+                children.append(child)
             elif child.ppid() == os.getpid():
                 with suppress(ChildProcessError):
                     os.waitpid(child.pid, os.WNOHANG)
-    return found
+    return children

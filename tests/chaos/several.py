@@ -37,9 +37,9 @@ def packing(action: str, case: Case, yard: Yard) -> Outcome:
         outcome.require(other.codes == [0], LOST, f"the second ended with {other.codes}: {other.words[-600:]}")
     ended = wait(first, yard.timeout_s)
     outcome.codes = ended.codes
-    wanted = {"kill": -signal.SIGKILL, "hold": 0}.get(action, STOPPED)
+    expected = {"kill": -signal.SIGKILL, "hold": 0}.get(action, STOPPED)
     outcome.require(not ended.hung, HUNG, f"killed after {ended.seconds:.0f} s: {ended.words[-300:]}")
-    outcome.require(ended.codes in ([wanted], [None]), SILENT, f"ended with {ended.codes}: {ended.words[-400:]}")
+    outcome.require(ended.codes in ([expected], [None]), SILENT, f"ended with {ended.codes}: {ended.words[-400:]}")
     strangers.check(outcome, "the fault")
     again = wait(start(words, "plain", 1, yard.logs), yard.timeout_s)
     outcome.require(again.codes == [0], LOST, f"again: {again.codes}: {again.words[-600:]}")
@@ -58,7 +58,7 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _content(path: Path) -> tuple[object, ...]:
-    """Of a file of tensors, whose header has no order."""
+    """Metadata and tensors of a file, whose header has no order."""
     with safe_open(path, "np") as file:
         return dict(file.metadata() or {}), {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
 
@@ -125,11 +125,11 @@ def other_ranks(case: Case, yard: Yard) -> Outcome:
         words = [*yard.words(yard.run, engine, *of_run), RESUMES]
         before = steps_kept(yard.run)
         ended = wait(start(words, engine, int(ranks), yard.logs, shots=shots), yard.timeout_s)
-        wanted = STOPPED if shots else 0
+        expected = STOPPED if shots else 0
         outcome.codes += ended.codes
         outcome.require(not ended.hung, HUNG, f"{engine} on {ranks} was killed after {ended.seconds:.0f} s")
         told = f"{engine} on {ranks}: {ended.codes}: {ended.words[-600:]}"
-        outcome.require(set(ended.codes) == {wanted}, LOST, told)
+        outcome.require(set(ended.codes) == {expected}, LOST, told)
         outcome.require(steps_kept(yard.run) > before, LOST, f"{engine} on {ranks} took no step after {before}")
         outcome.require(not ended.left, LEFT, f"processes: {ended.left}")
         check_checkpoints(outcome, yard.run, f"{engine} on {ranks}")
@@ -143,10 +143,10 @@ def other_ranks(case: Case, yard: Yard) -> Outcome:
 
 
 def largest_difference(folder: Path, whole: Path) -> float:
-    """Of the numbers in two runs' predictions."""
+    """The largest difference between numbers of two runs' predictions."""
     tables = []
-    for place in (folder, whole):
-        with (place / "predictions.csv").open(newline="", encoding="utf-8") as file:
+    for run_folder in (folder, whole):
+        with (run_folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
             tables.append(list(csv.reader(file)))
     pairs = [pair for rows in zip(*tables, strict=True) for pair in zip(*rows, strict=True)]
     return max((abs(_number(a) - _number(b)) for a, b in pairs if a != b), default=0.0)

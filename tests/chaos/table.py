@@ -26,19 +26,19 @@ class Line:
 
     @property
     def key(self) -> str:
-        """Of the case."""
+        """The case's words, each case's different."""
         hit = "" if self.rank is None else f" of rank {self.rank}"
         return f"{self.fault}/{self.engine}-{self.ranks}/{self.at}{hit}"
 
 
 def read_results(path: Path) -> dict[str, Line]:
     """The last line of each case, by its key; none where there is no file."""
-    found: dict[str, Line] = {}
+    results: dict[str, Line] = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         row = json.loads(text)
         line = Line(**{**row, "outcome": Outcome(**row["outcome"])})
-        found[line.key] = line
-    return found
+        results[line.key] = line
+    return results
 
 
 def write_line(path: Path, line: Line) -> None:
@@ -62,7 +62,7 @@ def markdown(lines: Iterable[Line], *, each: bool = True) -> str:
     """Totals by fault and by way of falling; then a row a case; and what was not run.
 
     Args:
-        lines: to tell.
+        lines: the results to tell.
         each: False leaves out the cases that held.
     """
     lines = list(lines)
@@ -73,8 +73,8 @@ def markdown(lines: Iterable[Line], *, each: bool = True) -> str:
     if shown:
         head = "| fault | engine | ranks | moment | outcome | seconds | in words |\n|---|---|---|---|---|---|---|"
         parts.append("\n".join([head, *map(_row, shown)]))
-    known = {line.key for line in lines}
-    missing = [case.key for case in CASES if case.key not in known]
+    tried = {line.key for line in lines}
+    missing = [case.key for case in CASES if case.key not in tried]
     if missing:
         parts.append(f"Of {len(CASES)} cases {len(missing)} were not tried yet.")
     return "\n\n".join(parts) + "\n"
@@ -92,7 +92,7 @@ def _totals(lines: list[Line]) -> str:
 
 def _row(line: Line) -> str:
     at = line.at if line.rank is None else f"{line.at}, rank {line.rank}"
-    found = line.outcome
-    words = found.status if found.status != FELL else ", ".join(found.ways)
-    detail = found.detail.replace("|", "\\|").replace("\n", " ")[:300]
-    return f"| {line.fault} | {line.engine} | {line.ranks} | {at} | {words} | {found.seconds:.0f} | {detail} |"
+    outcome = line.outcome
+    words = outcome.status if outcome.status != FELL else ", ".join(outcome.ways)
+    detail = outcome.detail.replace("|", "\\|").replace("\n", " ")[:300]
+    return f"| {line.fault} | {line.engine} | {line.ranks} | {at} | {words} | {outcome.seconds:.0f} | {detail} |"

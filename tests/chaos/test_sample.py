@@ -31,18 +31,18 @@ def root(tmp_path_factory):
 
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda case: case.key)
 def test_a_case_holds(case, root):
-    found = attempt(case, root, TIMEOUT_S)
-    if found.status == NOT_RUN:
-        pytest.skip(found.detail)
-    assert found.status == HELD, found
+    outcome = attempt(case, root, TIMEOUT_S)
+    if outcome.status == NOT_RUN:
+        pytest.skip(outcome.detail)
+    assert outcome.status == HELD, outcome
 
 
 def fallen(case, root, way, timeout_s=TIMEOUT_S):
     """The outcome of a case that must fall by a way."""
-    found = attempt(case, root, timeout_s)
-    assert found.status == FELL
-    assert way in found.ways, found
-    return found
+    outcome = attempt(case, root, timeout_s)
+    assert outcome.status == FELL
+    assert way in outcome.ways, outcome
+    return outcome
 
 
 def test_what_is_lost_is_seen(root, monkeypatch):
@@ -96,8 +96,8 @@ def test_a_torn_checkpoint_and_what_is_left_are_seen(root, monkeypatch):
 
     monkeypatch.setattr(loop, "tell_start", leaving)
     monkeypatch.setattr(launch, "GONE_S", 0.5)
-    found = fallen(Case("kill", at=STEP), root, TORN)
-    assert LEFT in found.ways
+    outcome = fallen(Case("kill", at=STEP), root, TORN)
+    assert LEFT in outcome.ways
 
 
 def test_the_campaign_has_what_it_promises():
@@ -115,9 +115,9 @@ def test_results_are_read_again(tmp_path):
     fell = Outcome(FELL, [LOST], "a|b\nc", [0, None], 3.0)
     for case, outcome in ((CASES[0], fell), (CASES[1], Outcome()), (CASES[0], Outcome())):
         write_line(path, Line(case.fault, case.engine, case.ranks, str(case.at), case.rank, outcome, "abc"))
-    found = read_results(path)
-    assert [found[case.key].outcome.status for case in CASES[:2]] == [HELD, HELD], "the last line of a case counts"
-    words = markdown([*found.values(), Line("kill", "plain", 1, "step 4", None, fell, "abc")])
+    results = read_results(path)
+    assert [results[case.key].outcome.status for case in CASES[:2]] == [HELD, HELD], "the last line of a case counts"
+    words = markdown([*results.values(), Line("kill", "plain", 1, "step 4", None, fell, "abc")])
     assert "| all | 3 | 2 | 0 | 1 | 0 |" in words
     assert "a\\|b c" in words
     page = tmp_path / "page.md"

@@ -40,9 +40,9 @@ class Yard:
     """Folders of the campaign.
 
     Args:
-        root: of all cases: cohorts, and runs to compare with.
-        place: of this case.
-        timeout_s: of the clock, after which a run hangs.
+        root: the folder of all cases: cohorts, and runs to compare with.
+        place: the folder of this case.
+        timeout_s: time on the clock after which a run hangs.
     """
 
     root: Path
@@ -62,10 +62,10 @@ class Yard:
     def words(self, output: Path, engine: str, *more: object, cohort: str = "cohort") -> list[str]:
         """The command line of a run of some seconds on features."""
         folder = self.cohort(cohort)
-        found: list[object] = ["train", "--features_dir", folder / "features", "--manifest", folder / "m.csv"]
-        found += ["--output_dir", output, "--aggregator", "abmil", "--num_train_epochs", EPOCHS]
-        found += ["--dataloader_num_workers", 0, "--disable_tqdm", *options_of(engine, self.root), *more]
-        return [str(word) for word in found]
+        words: list[object] = ["train", "--features_dir", folder / "features", "--manifest", folder / "m.csv"]
+        words += ["--output_dir", output, "--aggregator", "abmil", "--num_train_epochs", EPOCHS]
+        words += ["--dataloader_num_workers", 0, "--disable_tqdm", *options_of(engine, self.root), *more]
+        return [str(word) for word in words]
 
     def cohort(self, name: str) -> Path:
         """A cohort's folder, made where it is not there yet."""
@@ -81,10 +81,10 @@ class Yard:
         """The folder of the same run without a fault; made once.
 
         Args:
-            words: of the command, that writes to `output`.
-            output: its folder.
-            engine, ranks: that it runs under.
-            name: of all that decides its bits.
+            words: the command, that writes to `output`.
+            output: the command's folder.
+            engine, ranks: what the command runs under.
+            name: all that decides the run's bits, as a name.
         """
         folder = self.root / "whole" / f"{name}-{engine}-{ranks}"
         if not (folder / "run.json").is_file():
@@ -142,13 +142,13 @@ class Strangers:
         self.before = self._state()
 
     def _state(self) -> dict[str, Any]:
-        found = listing(self.outside)
+        state = listing(self.outside)
         for folder in self.planted:
             whole = listing(folder)
             names = [str(folder / name) for name in (*_NAMES, *_FOLDERS, ".link.tmp", "linked")]
             names += [str(folder / name / ".inside.tmp") for name in _FOLDERS]
-            found |= {name: whole.get(name) for name in names}
-        return found
+            state |= {name: whole.get(name) for name in names}
+        return state
 
     def check(self, outcome: Outcome, when: str) -> None:
         """Note each that is not as it was."""
@@ -164,8 +164,8 @@ def is_marked(folder: Path) -> bool:
 
 def steps_kept(folder: Path) -> int:
     """Optimizer steps of the newest checkpoint; 0 where there is none."""
-    found = list_checkpoints(folder)
-    return int(found[0].name.split("-")[1]) if found else 0
+    checkpoints = list_checkpoints(folder)
+    return int(checkpoints[0].name.split("-")[1]) if checkpoints else 0
 
 
 def check_checkpoints(outcome: Outcome, folder: Path, when: str) -> None:
@@ -185,25 +185,25 @@ def check_nothing_left(outcome: Outcome, folder: Path) -> None:
 
 def differences(folder: Path, whole: Path) -> list[str]:
     """The files in which two runs' results differ: weights, predictions, and history but for its times."""
-    found = []
+    differing = []
     for name in ("model.safetensors", "predictions.csv"):
         if not (folder / name).is_file() or (folder / name).read_bytes() != (whole / name).read_bytes():
-            found.append(name)
+            differing.append(name)
     if not (folder / "history.json").is_file() or history_of(folder) != history_of(whole):
-        found.append("history.json")
-    return found
+        differing.append("history.json")
+    return differing
 
 
 def history_of(folder: Path) -> list[dict[str, Any]]:
-    """Without what is timed."""
-    found = json.loads((folder / "history.json").read_text())
-    return [{name: value for name, value in entry.items() if name not in TIMED} for entry in found]
+    """A run's history without what is timed."""
+    history = json.loads((folder / "history.json").read_text())
+    return [{name: value for name, value in entry.items() if name not in TIMED} for entry in history]
 
 
 def bytes_of(folder: Path) -> int:
-    """That a folder takes on a disk of pages."""
+    """Bytes that a folder takes on a disk of pages."""
     size = 0
-    for place, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder):
         size += 4096 * len(folders)
-        size += sum(-(-Path(place, name).lstat().st_size // 4096) * 4096 for name in files)
+        size += sum(-(-Path(parent, name).lstat().st_size // 4096) * 4096 for name in files)
     return size

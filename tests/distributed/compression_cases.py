@@ -113,55 +113,55 @@ def pulled(policy, rank):
 
 def overflowed(policy, rank):
     """Steps 0 and 2 of three: at step 1 the last rank's gradient is not finite."""
-    state, found = Compressor(policy), []
+    state, means = Compressor(policy), []
     for step in range(3):
         gradient = gradient_of(step, rank)
         if step == 1 and rank == dist.get_world_size() - 1:
             gradient[D // 2] = float("nan")
         before = state.state_dict()
-        found.append(hook(state, bucket_of(gradient)))
+        means.append(hook(state, bucket_of(gradient)))
         if step == 1:
             assert all(torch.equal(before[name], tensor) for name, tensor in state.state_dict().items())
-    return found
+    return means
 
 
-BEYOND = 3e5  # times a gradient of one: some values are beyond 65504, in some shards of some ranks
+BEYOND = 3e5  # multiples of a gradient of one: some values are beyond 65504, in some shards of some ranks
 
 
 def beyond(dtype, rank):
     """Means of gradients that float16 does not hold; at step 1 the last rank's is not finite."""
-    state, found = Compressor(Cast(dtype)), []
+    state, results = Compressor(Cast(dtype)), []
     for step in range(3):
         gradient = gradient_of(step, rank)
         if step != 2:
             gradient[D // 4 :] *= BEYOND * (1 + rank)
         if step == 1 and rank == dist.get_world_size() - 1:
             gradient[3], gradient[-1] = float("inf"), float("nan")
-        found.append(hook(state, bucket_of(gradient)))
+        results.append(hook(state, bucket_of(gradient)))
         state.next_step()
-        found.append(state.divided)
-    return found
+        results.append(state.divided)
+    return results
 
 
 def resumed(policy, rank):
-    state, found = Compressor(policy), []
+    state, means = Compressor(policy), []
     for step in range(STEPS):
         saved, state = state.state_dict(), Compressor(policy)
         state.load_state_dict(saved)
-        found.append(hook(state, bucket_of(gradient_of(step, rank))))
+        means.append(hook(state, bucket_of(gradient_of(step, rank))))
         state.next_step()
-    return found
+    return means
 
 
 def of_two_groups(rank, world):
     """Even and odd ranks apart."""
     groups = [dist.new_group(list(range(parity, world, 2))) for parity in range(min(2, world))]
     group = groups[rank % 2]
-    found = [
+    means = [
         hook(Compressor(DMGC(keep=0.05, topology=route)), bucket_of(gradient_of(0, rank), group))
         for route in ("all_gather", "sharded", "server")
     ]
-    return [*found, hook(Compressor(Cast(torch.float32)), bucket_of(gradient_of(0, rank), group))]
+    return [*means, hook(Compressor(Cast(torch.float32)), bucket_of(gradient_of(0, rank), group))]
 
 
 def refusals(rank):
@@ -184,13 +184,13 @@ def refusals(rank):
 
 def odd_buckets(rank):
     """A bucket without entries, one of bf16, one with more ranks than entries; by topology."""
-    found = []
+    results = []
     for route in ("all_gather", "sharded", "server"):
         empty = hook(Compressor(DMGC(topology=route)), Bucket(torch.zeros(0), (), ()))
         half = hook(Compressor(DMGC(topology=route)), bucket_of(gradient_of(0, rank).bfloat16()))
         tiny = Bucket(torch.tensor([1.0 + rank, 0.5]), ("empty", "tiny"), (0, 2))
-        found.append([empty, half, hook(Compressor(DMGC(topology=route)), tiny)])
-    return found
+        results.append([empty, half, hook(Compressor(DMGC(topology=route)), tiny)])
+    return results
 
 
 def jump(rank, world):

@@ -162,12 +162,12 @@ def train(case):
     micro_step = (through_fsdp2 if case["engine"] == "fsdp2" else through_accelerate)(case, model)
     if case.get("called_before"):  # an engine's shards and hooks must not show in a plan
         assert a_plan(model.encoder) == expected
-    found = []
+    states = []
     for index in range(STEPS * case["accumulation"]):
         micro_step(index)
         if (index + 1) % case["accumulation"] == 0:
-            found.append(whole_state(model))
-    return found
+            states.append(whole_state(model))
+    return states
 
 
 def train_cases(cases):
@@ -214,9 +214,9 @@ def step_on(module, rows):
     out = module(x)
     out.backward(gradient[rows])
     module = getattr(module, "module", module)
-    found = {f"buffer {name}": value.clone() for name, value in module.named_buffers()}
-    found |= {f"gradient {name}": value.grad for name, value in module.named_parameters()}
-    return {"output": out.detach(), "input": x.grad, **found}
+    tensors = {f"buffer {name}": value.clone() for name, value in module.named_buffers()}
+    tensors |= {f"gradient {name}": value.grad for name, value in module.named_parameters()}
+    return {"output": out.detach(), "input": x.grad, **tensors}
 
 
 def synchronised_step(modes, sizes, synchronised):
@@ -227,8 +227,8 @@ def synchronised_step(modes, sizes, synchronised):
     partition_layers(encoder, PartitionPolicy(mode=modes[rank], chunk_size=sizes[rank]))
     ddp = GlooDDP(encoder)
     with Collectives() as collectives:
-        found = step_on(ddp, slice(0, SYNC_TILES[0]) if rank == 0 else slice(SYNC_TILES[0], None))
-    return found | {"collectives": dict(collectives.counts)}
+        results = step_on(ddp, slice(0, SYNC_TILES[0]) if rank == 0 else slice(SYNC_TILES[0], None))
+    return results | {"collectives": dict(collectives.counts)}
 
 
 def synchronised_error(expected, by_rank):
@@ -237,9 +237,9 @@ def synchronised_error(expected, by_rank):
     for name, value in expected.items():
         kind = name.split()[0]
         if kind in ("output", "input"):
-            pairs = [(torch.cat([found[name] for found in by_rank]), value)]
+            pairs = [(torch.cat([results[name] for results in by_rank]), value)]
         else:  # DDP takes the mean over the ranks of what is summed over the tiles
-            pairs = [(found[name], value / 2 if kind == "gradient" else value) for found in by_rank]
+            pairs = [(results[name], value / 2 if kind == "gradient" else value) for results in by_rank]
         scale = max(other.abs().max() for key, other in expected.items() if key.split()[0] == kind)
         worst[kind] = max(worst[kind], *((one - other).abs().max().item() / scale.item() for one, other in pairs))
     return worst

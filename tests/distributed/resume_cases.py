@@ -9,14 +9,14 @@ EXACT64, EXACT32 = 1e-10, 2e-6
 def distance(one, other):
     """The largest difference over a tensor's largest entry, and the tensor's name."""
     assert one.keys() == other.keys(), one.keys() ^ other.keys()
-    found = {
+    distances = {
         name: ((one[name] - other[name]).abs().max() / other[name].abs().max().clamp_min(1e-3)).item()
         for name in other
         # A shift of all attention scores changes nothing: its gradient is rounding, which Adam makes steps of.
         if not name.endswith("attention_w.bias")
     }
-    worst = max(found, key=found.__getitem__)
-    return found[worst], worst
+    worst = max(distances, key=distances.__getitem__)
+    return distances[worst], worst
 
 
 class Runs:

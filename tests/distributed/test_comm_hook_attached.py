@@ -49,10 +49,10 @@ def refusals():
     from ds_wsi.compression import DMGC, TopK
     from ds_wsi.engines.comm_hooks.register import register_comm_hook
 
-    found = {}
+    outcomes = {}
 
     def refused(name, trainer, hook="topk", state=None):
-        found[name] = first_error(lambda: register_comm_hook(trainer.model, hook, state))
+        outcomes[name] = first_error(lambda: register_comm_hook(trainer.model, hook, state))
 
     zero2 = Trainer("zero2")
     refused("powersgd", zero2, "powersgd")
@@ -76,18 +76,18 @@ def refusals():
     zero2 = Trainer("zero2")
     zero2.model.optimizer.gradient_reduction_w_predivide = lambda tensor: tensor
     refused("signature", zero2)
-    found["module"] = first_error(lambda: register_comm_hook(torch.nn.Linear(1, 1), "topk"))
+    outcomes["module"] = first_error(lambda: register_comm_hook(torch.nn.Linear(1, 1), "topk"))
     native = trained("zero2", None, steps=2)[0]
     zero2 = Trainer("zero2")
     refused("after", zero2, "dmgc", DMGC(topology="server", pull="weights"))
     for _ in range(2):
         zero2.step()
-    found["untouched"] = torch.equal(zero2.weights(), native)
-    return found
+    outcomes["untouched"] = torch.equal(zero2.weights(), native)
+    return outcomes
 
 
 def test_what_cannot_be_served_is_refused_with_the_reason():
-    found = run_ranks(refusals, 2)[0]
+    outcomes = run_ranks(refusals, 2)[0]
     words = {
         "powersgd": "must run under DDP",
         "server": "whose ranks own parts of the optimizer, got server under zero2",
@@ -104,9 +104,9 @@ def test_what_cannot_be_served_is_refused_with_the_reason():
         "module": "must be a DeepSpeedEngine, DDP or an FSDP2 module, got Linear",
     }
     for name, part in words.items():
-        assert part in found[name], (name, found[name])
-        assert "HINT" in found[name] or name == "policy", name
-    assert found["untouched"], "a refused hook must leave the engine as it was"
+        assert part in outcomes[name], (name, outcomes[name])
+        assert "HINT" in outcomes[name] or name == "policy", name
+    assert outcomes["untouched"], "a refused hook must leave the engine as it was"
 
 
 def overflowed(engine):
@@ -245,7 +245,7 @@ def test_the_trainers_checkpoints_hold_the_hooks_state(tmp_path):
 
 
 def accumulated():
-    """Three micro-steps a step through Accelerate's own accumulation under ZeRO 2: messages of three steps."""
+    """Three micro-steps per step through Accelerate's own accumulation under ZeRO 2: messages of three steps."""
     from pathlib import Path
 
     from accelerate.state import AcceleratorState, GradientState
@@ -253,7 +253,7 @@ def accumulated():
     from ds_wsi.compression.comm import CommPolicy
     from ds_wsi.engines.accelerator.engine import EngineSettings, attach_hook, build_accelerator, prepare
 
-    found = {}
+    weights = {}
     for hook in ("none", "dmgc"):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -266,10 +266,10 @@ def accumulated():
             with accelerator.accumulate(model):
                 x, y = batch_of(number, dist.get_rank())
                 accelerator.backward(F.cross_entropy(model(x), y))
-        found[hook] = torch.cat([p.detach().flatten().clone() for p in accelerator.unwrap_model(model).parameters()])
+        weights[hook] = torch.cat([p.detach().flatten().clone() for p in accelerator.unwrap_model(model).parameters()])
     coalesces = hasattr(model, "coalesce_grad_reduction")
     return {
-        **found,
+        **weights,
         "coalesces": coalesces,
         "messages": len(handle.count.push.messages),
         "step": handle.state_dict()["step"].item(),

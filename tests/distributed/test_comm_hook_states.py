@@ -61,11 +61,11 @@ def owed(engine):
 
 
 def test_what_came_out_and_what_is_kept_is_what_went_in():
-    found = run_ranks(each(owed), 2, ENGINES)[0]
-    for engine, row in found.items():
+    by_engine = run_ranks(each(owed), 2, ENGINES)[0]
+    for engine, row in by_engine.items():
         assert row["whole"], engine
         assert row["worst"] < 1e-6, (engine, row)
-    ddp = found["ddp"]["buckets"]
+    ddp = by_engine["ddp"]["buckets"]
     assert ddp[0] != ddp[1], "DDP was to rebuild its buckets, or the test proves nothing"
 
 
@@ -111,14 +111,14 @@ def test_bytes_are_those_of_the_calls_and_of_the_formula():
     from ds_wsi.compression.wire import cheapest, message_bytes, section_bytes
 
     ranks = run_ranks(each(counted), 2, ("ddp", "ddp topk", "zero1", "zero2"))
-    for found in ranks:
-        row = found["ddp topk"]
+    for by_engine in ranks:
+        row = by_engine["ddp topk"]
         d, nnz = row["numel"], kept(row["numel"], KEEP)
         assert row["push"] == message_bytes([section_bytes(cheapest("fp32", d, nnz), "fp32", d, nnz)])
         assert row["messages"] == 2
         assert row["count"] == row["push"] + 8
     for engine in ("ddp", "zero1", "zero2"):
-        rows = [found[engine] for found in ranks]
+        rows = [by_engine[engine] for by_engine in ranks]
         assert sum(row["count"] for row in rows) == sum(row["sent"] for row in rows), engine
         assert sum(row["sent"] for row in rows) < 2 * 4 * rows[0]["numel"], "fewer than a dense step's"
 
@@ -127,9 +127,11 @@ def test_the_pull_is_in_the_place_of_the_all_gather():
     missing = next(missing_seams("deepspeed", "pull"), None)
     if missing is not None:  # test_seams.py holds newer versions to the table
         pytest.skip(f"the installed DeepSpeed has no {missing.leaf}: dmgc pulls means of gradients")
-    for found in run_ranks(each(counted), 2, ("zero1", "zero2", "zero1 topk")):
-        assert found["zero1"]["gathers"] == found["zero2"]["gathers"] == 0
-        assert found["zero1 topk"]["gathers"] >= 2 * found["zero1"]["numel"], "without a pull weights are gathered"
+    for by_engine in run_ranks(each(counted), 2, ("zero1", "zero2", "zero1 topk")):
+        assert by_engine["zero1"]["gathers"] == by_engine["zero2"]["gathers"] == 0
+        assert by_engine["zero1 topk"]["gathers"] >= 2 * by_engine["zero1"]["numel"], (
+            "without a pull weights are gathered"
+        )
 
 
 # --- resume ---
@@ -149,7 +151,7 @@ def resumed(engine, folder):
         first.model.save_checkpoint(at, tag="t")
     else:
         kept = first.model.state_dict(), first.optimizer.state_dict()
-    found = {"whole": whole}
+    weights = {"whole": whole}
     for name in ("resumed", "forgetful"):
         second = Trainer(engine, optimizer="Adam")
         again = register(second, hook, KEEP)
@@ -164,14 +166,14 @@ def resumed(engine, folder):
         second.number = 2
         for _ in range(2):
             second.step()
-        found[name] = second.weights()
-    return found
+        weights[name] = second.weights()
+    return weights
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     ranks = run_ranks(each(partial(resumed, folder=str(tmp_path))), 2, ENGINES)
     for engine in ENGINES:
-        one, two = (found[engine] for found in ranks)
+        one, two = (by_engine[engine] for by_engine in ranks)
         assert torch.equal(one["whole"], two["whole"]), f"{engine}: ranks differ"
         assert torch.equal(one["resumed"], one["whole"]), engine
         assert not torch.equal(one["forgetful"], one["whole"]), f"{engine}: the state makes no difference"
@@ -202,12 +204,12 @@ def loaded_only(folder):
 @pytest.mark.parametrize(("old", "new"), [(2, 1), (1, 2)])
 def test_another_number_of_ranks_goes_on_with_the_mean_of_the_residuals(old, new, tmp_path):
     states = run_ranks(saved, old, str(tmp_path))
-    for found in run_ranks(loaded_only, new, str(tmp_path)):
-        for name, tensor in found.items():
+    for results in run_ranks(loaded_only, new, str(tmp_path)):
+        for name, tensor in results.items():
             mean = torch.stack([state[name].double() for state in states]).mean(0)
             torch.testing.assert_close(tensor.double(), mean, rtol=1e-6, atol=1e-9)
-    for found in run_ranks(loaded, new, str(tmp_path)):
-        assert found["step"] == 1
+    for results in run_ranks(loaded, new, str(tmp_path)):
+        assert results["step"] == 1
 
 
 def test_a_missing_or_torn_set_of_states_is_refused(tmp_path):

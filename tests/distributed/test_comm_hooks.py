@@ -22,7 +22,7 @@ CASTS = ("fp16", "bf16")
 def differences(cases):
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    found = []
+    rows = []
     for engine, how in cases:
         native, _ = trained(engine, None, **how)
         # One pass a step is another order of the same sum: compared with the engine's own single pass.
@@ -35,8 +35,8 @@ def differences(cases):
             weights, handle = trained(engine, hook, **how)
             row[hook] = float((weights - oracle).abs().max())
             row[f"{hook} step"] = getattr(handle.state, "step", STEPS)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def parity_cases():
@@ -115,7 +115,7 @@ def hugging_face(folder):
             engine = trainer.accelerator.deepspeed_engine_wrapped.engine
             Register.handle = register_comm_hook(engine, "dmgc", DMGC(keep=1.0))
 
-    found = []
+    weights = []
     for callbacks in ([], [Register()]):
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState(backend="gloo")
@@ -135,11 +135,11 @@ def hugging_face(folder):
         rows = [dict(zip(("x", "labels"), pair)) for n in range(6) for pair in zip(*batch_of(n, 0))]
         trainer = HfTrainer(Model(), arguments, train_dataset=rows, callbacks=callbacks)
         trainer.train()
-        found.append(torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()]))
+        weights.append(torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()]))
     started = torch.cat([p.detach().flatten() for p in make_model().parameters()])
     return {
-        "same": torch.equal(*found),
-        "moved": not torch.equal(found[0], started),
+        "same": torch.equal(*weights),
+        "moved": not torch.equal(weights[0], started),
         "pulled": Register.handle.count.pull.wire_bytes,
     }
 

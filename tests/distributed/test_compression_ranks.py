@@ -89,7 +89,7 @@ def oracle_means(policy, world, owners=False):
 
 
 def oracle_replicas(policy, world):
-    theta, replica, found = start(), start(), []
+    theta, replica, replicas = start(), start(), []
     bounds = bounds_of(policy, world)
     for step, mean in enumerate(oracle_means(policy, world, owners=True)[0]):
         theta -= RATE * mean
@@ -99,8 +99,8 @@ def oracle_replicas(policy, world):
                 replica[begin:end] = theta[begin:end]
             else:
                 replica += masked(theta - replica, policy, keep, parts_of(policy, begin, end))
-        found.append(replica.clone())
-    return found
+        replicas.append(replica.clone())
+    return replicas
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -111,8 +111,8 @@ def ranks(request):
 def test_the_mean_is_one_processs_and_the_same_on_all_ranks(ranks):
     for name, policy in POLICIES.items():
         means, residuals = oracle_means(policy, len(ranks))
-        for rank, found in enumerate(ranks):
-            result = found["hooked"][name]
+        for rank, outcomes in enumerate(ranks):
+            result = outcomes["hooked"][name]
             assert all(torch.equal(one, two) for one, two in zip(result["means"], means, strict=True)), (name, rank)
             kept = torch.cat([result["state"]["residual." + part] for part in NAMES])
             assert torch.equal(kept, residuals[rank]), (name, rank)
@@ -138,26 +138,26 @@ def test_clipping_and_momentum_are_one_processs(ranks):
         back = sent_back(mean_of(sent), MOMENTUM, world, step)
         for rank, (begin, end) in enumerate(pairwise(bounds_of(MOMENTUM, world))):
             v[rank][begin:end] += world * (mean_of(sent) - back)[begin:end]
-        for found in ranks:
-            torch.testing.assert_close(found["momentum"][step], back, rtol=1e-6, atol=1e-7)
+        for outcomes in ranks:
+            torch.testing.assert_close(outcomes["momentum"][step], back, rtol=1e-6, atol=1e-7)
 
 
 def test_keeping_everything_is_dense(ranks):
     dense = [mean_of([gradient_of(step, rank) for rank in range(len(ranks))]) for step in range(STEPS)]
-    for found in ranks:
+    for outcomes in ranks:
         for route in ("all_gather", "sharded", "server"):
-            means = found["hooked"][f"{route} 1.0 fp32 0"]["means"]
+            means = outcomes["hooked"][f"{route} 1.0 fp32 0"]["means"]
             assert all(torch.equal(one, two) for one, two in zip(means, dense, strict=True))
             if len(ranks) <= 2:  # of more, the engine's all-reduce adds in another order
-                assert torch.equal(means[0], found["reduced"])
-        assert all(torch.equal(one, two) for one, two in zip(found["cast"]["fp32"]["means"], dense, strict=True))
+                assert torch.equal(means[0], outcomes["reduced"])
+        assert all(torch.equal(one, two) for one, two in zip(outcomes["cast"]["fp32"]["means"], dense, strict=True))
 
 
 def test_replicas_are_one_processs_and_the_same_on_all_ranks(ranks):
     for name, policy in PULLS.items():
         expected = oracle_replicas(policy, len(ranks))
-        for rank, found in enumerate(ranks):
-            replicas = found["pulled"][name]["replicas"]
+        for rank, outcomes in enumerate(ranks):
+            replicas = outcomes["pulled"][name]["replicas"]
             assert all(
                 one.numpy().tobytes() == ranks[0]["pulled"][name]["replicas"][i].numpy().tobytes()
                 for i, one in enumerate(replicas)
@@ -170,13 +170,13 @@ def test_a_cast_is_summed_as_float32(ranks):
         for step in range(STEPS):
             parts = [gradient_of(step, rank).to(dtype).float() for rank in range(len(ranks))]
             expected = mean_of(parts).to(dtype).float()
-            assert all(torch.equal(found["cast"][name]["means"][step], expected) for found in ranks)
+            assert all(torch.equal(outcomes["cast"][name]["means"][step], expected) for outcomes in ranks)
 
 
 def test_a_cast_to_float16_holds_what_is_beyond_its_range(ranks):
     """Each value to 11 bits of the largest of its part, which is where a plain cast has infinity."""
-    for found in ranks:
-        large, n_large, broken, n_broken, small, n_small = found["beyond"]["fp16"]
+    for outcomes in ranks:
+        large, n_large, broken, n_broken, small, n_small = outcomes["beyond"]["fp16"]
         gradients = [gradient_of(0, rank) for rank in range(len(ranks))]
         for rank, gradient in enumerate(gradients):
             gradient[D // 4 :] *= BEYOND * (1 + rank)
@@ -196,7 +196,7 @@ def test_a_cast_to_float16_holds_what_is_beyond_its_range(ranks):
         parts = [gradient_of(2, rank).half().float() for rank in range(len(ranks))]
         assert torch.equal(small, mean_of(parts).half().float())
         assert 0 < n_large < n_broken == n_small
-        assert found["beyond"]["bf16"][1::2] == [0, 0, 0]
+        assert outcomes["beyond"]["bf16"][1::2] == [0, 0, 0]
 
 
 def cheapest_bytes(values, d, nnz):
@@ -206,15 +206,15 @@ def cheapest_bytes(values, d, nnz):
 def test_bytes_are_those_of_the_calls_and_of_the_formula(ranks):
     for kind in ("hooked", "pulled", "cast"):
         for name in ranks[0][kind]:
-            results = [found[kind][name] for found in ranks]
+            results = [outcomes[kind][name] for outcomes in ranks]
             counts, calls = [result["count"] for result in results], [result["calls"] for result in results]
             # An announcement counts at its sender for the push, at its receivers for the pull: as many bytes.
             total = sum(count[way]["wire"] for count in counts for way in ("push", "pull"))
             assert total == sum(call["sent"] + call["announced"] for call in calls), name
             assert sum(call["sent"] for call in calls) == sum(call["received"] for call in calls)
-    for found in ranks:
+    for outcomes in ranks:
         for name, policy in POLICIES.items():
-            count = found["hooked"][name]["count"]["push"]
+            count = outcomes["hooked"][name]["count"]["push"]
             assert count["dense"] == [4 * D] * STEPS
             if name in ("all_gather 0.05 fp32 0", "server 0.05 fp32 0"):
                 expected = 40 + 24 + cheapest_bytes("fp32", D, 20)
@@ -228,18 +228,18 @@ def test_bytes_are_those_of_the_calls_and_of_the_formula(ranks):
                 shards = len(ranks) if policy.topology == "sharded" else 1
                 assert count["messages"] == [shards * 64 + 4 * D] * STEPS
                 assert count["by_tensor"] == {n: STEPS * 4 * d for n, d in zip(NAMES, NUMELS, strict=True)}
-        way = found["hooked"]["all_gather 0.05 fp32 0"]["count"]
+        way = outcomes["hooked"]["all_gather 0.05 fp32 0"]["count"]
         assert way["push"]["wire"] == (len(ranks) - 1) * (sum(way["push"]["messages"]) + STEPS * 8)
         assert way["pull"] == {"messages": [], "dense": [], "wire": 0, "by_tensor": {}}
-        pull = found["pulled"]["server 0.05 fp32 0"]["count"]["pull"]
+        pull = outcomes["pulled"]["server 0.05 fp32 0"]["count"]["pull"]
         assert pull["messages"] == [40 + 24 + cheapest_bytes("fp32", D, 20)] * STEPS
 
 
 def test_an_overflow_anywhere_is_discarded_everywhere(ranks):
     for name in ranks[0]["overflowed"]:
         policy = POLICIES[name]
-        for found in ranks:
-            first, second, third = found["overflowed"][name]
+        for outcomes in ranks:
+            first, second, third = outcomes["overflowed"][name]
             assert second.isnan().all()
             assert torch.equal(first, oracle_means(policy, len(ranks))[0][0])
             assert third.isfinite().all()
@@ -247,16 +247,16 @@ def test_an_overflow_anywhere_is_discarded_everywhere(ranks):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(ranks):
-    for found in ranks:
-        for name, means in found["resumed"].items():
-            expected = found["hooked"][name]["means"]
+    for outcomes in ranks:
+        for name, means in outcomes["resumed"].items():
+            expected = outcomes["hooked"][name]["means"]
             assert all(torch.equal(one, two) for one, two in zip(means, expected, strict=True)), name
-        pairs = zip(found["momentum resumed"], found["momentum"], strict=True)
+        pairs = zip(outcomes["momentum resumed"], outcomes["momentum"], strict=True)
         assert all(torch.equal(one, two) for one, two in pairs)
 
 
 def test_a_changed_world_size_owes_the_same(ranks):
-    states = [found["hooked"]["sharded 0.05 fp32 0"]["state"] for found in ranks]
+    states = [outcomes["hooked"]["sharded 0.05 fp32 0"]["state"] for outcomes in ranks]
     folded = fold_states(states)
     state = Compressor(TopK())
     state.load_state_dict(folded)
@@ -270,28 +270,30 @@ def test_a_changed_world_size_owes_the_same(ranks):
 
 def test_groups_exchange_apart(ranks):
     policy = DMGC(keep=0.05)
-    for rank, found in enumerate(ranks):
+    for rank, outcomes in enumerate(ranks):
         members = range(rank % 2, len(ranks), 2)
         parts = [gradient_of(0, member) for member in members]
         sparse = mean_of([masked(part, policy, 0.05, parts_of(policy)) for part in parts])
-        for route, mean in zip(("all_gather", "sharded", "server"), found["groups"]):
+        for route, mean in zip(("all_gather", "sharded", "server"), outcomes["groups"]):
             assert torch.equal(mean, sent_back(sparse, DMGC(keep=0.05, topology=route), len(members), 0))
-        assert torch.equal(found["groups"][3], mean_of(parts))
+        assert torch.equal(outcomes["groups"][3], mean_of(parts))
 
 
 def test_an_engines_own_shards(ranks):
     mean = oracle_means(DMGC(keep=0.05), len(ranks), owners=True)[0][0]
-    for rank, found in enumerate(ranks):
-        begin, values = found["bounds"]["start"], found["bounds"]["values"]
+    for rank, outcomes in enumerate(ranks):
+        begin, values = outcomes["bounds"]["start"], outcomes["bounds"]["values"]
         assert begin == (0 if rank == 0 else 10)
         assert torch.equal(values, mean[begin : begin + len(values)])
-    assert sum(len(found["bounds"]["values"]) for found in ranks) == D
+    assert sum(len(outcomes["bounds"]["values"]) for outcomes in ranks) == D
 
 
 def test_wrong_use_is_refused_on_every_rank(ranks):
-    for found in ranks:
+    for outcomes in ranks:
         parts = ("policy with owners, got TopK", "policy that selects", "bounds must rise from 0 to 401")
-        for said, part in zip(found["refused"], (*parts, "must be float32 and of the shard", "finite on every rank")):
+        for said, part in zip(
+            outcomes["refused"], (*parts, "must be float32 and of the shard", "finite on every rank")
+        ):
             assert part in said
 
 
@@ -300,8 +302,8 @@ def test_odd_buckets(ranks):
     half = mean_of(
         [masked(gradient_of(0, rank).bfloat16().float(), policy, 0.01, parts_of(policy)) for rank in range(world)]
     )
-    for found in ranks:
-        for route, (empty, mean, tiny) in zip(("all_gather", "sharded", "server"), found["odd"], strict=True):
+    for outcomes in ranks:
+        for route, (empty, mean, tiny) in zip(("all_gather", "sharded", "server"), outcomes["odd"], strict=True):
             assert empty.shape == (0,)
             assert mean.dtype == torch.bfloat16
             assert torch.equal(mean, sent_back(half, DMGC(topology=route), world, 0).bfloat16())
@@ -309,11 +311,11 @@ def test_odd_buckets(ranks):
 
 
 def test_a_dense_pull_sends_the_weights_themselves(ranks):
-    assert all(torch.equal(found["jump"], 1e-4 * gradient_of(0, 0)) for found in ranks)
+    assert all(torch.equal(outcomes["jump"], 1e-4 * gradient_of(0, 0)) for outcomes in ranks)
     assert not torch.equal(start() + (ranks[0]["jump"] - start()), ranks[0]["jump"])
 
 
 def test_training_converges_with_both_ways_compressed(ranks):
-    for found in ranks:
-        assert found["loss"] < 1e-3
-        assert found["loss"] == ranks[0]["loss"]
+    for outcomes in ranks:
+        assert outcomes["loss"] < 1e-3
+        assert outcomes["loss"] == ranks[0]["loss"]

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
 
 
 def settings_of(manifest: str, folder: str, **changes: Any) -> Any:
-    """Of a run of two epochs; `changes` are fields by group, as `optim={"ema_decay": 0.9}`."""
+    """Settings of a run of two epochs; `changes` are fields by group, as `optim={"ema_decay": 0.9}`."""
     from ds_wsi.config import DsWsiConfig
     from ds_wsi.training.settings import DataSettings, ModelSettings, OptimSettings, RunSettings, TrainSettings
 
@@ -64,7 +64,7 @@ def resumed_runs(manifest: str, folder: str) -> dict[str, Any]:
     first = settings_of(
         manifest, f"{folder}/whole", optim={"ema_decay": 0.9}, run={"save_steps": 1, "save_total_limit": 9}
     )
-    found = {"whole": whole_state(train(first))}
+    states = {"whole": whole_state(train(first))}
     checkpoint = f"{folder}/whole/checkpoint-1"
     resume = loop.resume
 
@@ -76,10 +76,10 @@ def resumed_runs(manifest: str, folder: str) -> dict[str, Any]:
     for name, how in (("resumed", resume), ("forgetful", forgetful)):
         loop.resume = how
         again = replace(first.run, output_dir=f"{folder}/{name}", resume_from_checkpoint=checkpoint)
-        found[name] = whole_state(train(replace(first, run=again)))
+        states[name] = whole_state(train(replace(first, run=again)))
     loop.resume = resume
-    found["ddp"] = whole_state(train(replace(first, run=replace(again, fsdp=False, output_dir=f"{folder}/ddp"))))
-    return found
+    states["ddp"] = whole_state(train(replace(first, run=replace(again, fsdp=False, output_dir=f"{folder}/ddp"))))
+    return states
 
 
 THREE = {"stacking": {"bags_per_step": 3}}  # two bags on a rank, one on the other; then one and none
@@ -98,17 +98,17 @@ CASES["stacked", "sparse"] = {"policies": THREE | {"compression": {"hook": "topk
 
 
 def compared_runs(manifest: str, folder: str) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
+    results: dict[Any, Any] = {}
     for (case, kind), changes in CASES.items():
         sgd = {"optim": "sgd", "learning_rate": 0.2, "num_train_epochs": 1, **changes.get("optim", {})}
         run = train(settings_of(manifest, f"{folder}/{case}-{kind}", **changes | {"optim": sgd}))
-        found[case, kind] = whole_state(run)
+        results[case, kind] = whole_state(run)
         if kind == "fsdp2":
-            found[case, "shards"] = shards_of(run)
+            results[case, "shards"] = shards_of(run)
     with pytest.raises(ValueError) as refused:
         train(settings_of(manifest, f"{folder}/paper", policies=THREE | {"partition": {"mode": "paper"}}))
-    found["refused"] = str(refused.value)
-    return found
+    results["refused"] = str(refused.value)
+    return results
 
 
 def shards_of(run: Any) -> tuple[int, int, list[str]]:
@@ -136,8 +136,8 @@ def weights_differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor])
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(ranks):
-    for found in ranks:
-        runs = found["resumed"]
+    for results in ranks:
+        runs = results["resumed"]
         for name, value in runs["whole"].items():  # the weights' average, statistics too
             assert torch.equal(runs["resumed"][name], value), name
             assert torch.equal(runs["resumed"][name], ranks[0]["resumed"]["whole"][name]), name
@@ -146,8 +146,8 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(ranks):
 
 
 def test_two_ranks_train_as_under_ddp(ranks):
-    for found in ranks:
-        runs = found["compared"]
+    for results in ranks:
+        runs = results["compared"]
         for case, kind in CASES:
             difference = weights_differ(runs[case, "ddp"], runs[case, kind])
             if kind == "sparse":
@@ -159,8 +159,8 @@ def test_two_ranks_train_as_under_ddp(ranks):
 
 def test_each_rank_holds_its_share_of_the_parameters(ranks):
     for case, blocks in (("clipped", [f"encoder.layer{layer}.0" for layer in (1, 2, 3, 4)]), ("stacked", [])):
-        shares = [found["compared"][case, "shards"] for found in ranks]
-        assert sum(own for own, _, _ in shares) == shares[0][1], case
-        assert max(own for own, _, _ in shares) < 0.52 * shares[0][1], case
+        shares = [results["compared"][case, "shards"] for results in ranks]
+        assert sum(held for held, _, _ in shares) == shares[0][1], case
+        assert max(held for held, _, _ in shares) < 0.52 * shares[0][1], case
         # Ranks with more bags would gather blocks more often: there the encoder is one unit.
         assert sorted(shares[0][2]) == sorted(["", "encoder", "aggregator", *blocks]), case

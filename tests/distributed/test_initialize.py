@@ -121,7 +121,7 @@ def by_place(parameters):
 def other_ways_to_a_config():
     import ds_wsi
 
-    found = {}
+    hooks = {}
     encoded = base64.urlsafe_b64encode(json.dumps(PLAIN).encode()).decode()
     for name, more in (
         ("params", {"config_params": PLAIN}),
@@ -130,12 +130,12 @@ def other_ways_to_a_config():
     ):
         model = make_model()
         engine, *_ = ds_wsi.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **more)
-        found[name] = engine.comm_handle.name
-    return found
+        hooks[name] = engine.comm_handle.name
+    return hooks
 
 
 def filled():
-    """Without a section the engine is DeepSpeed's own, with "auto" filled: against it, number by number."""
+    """Whether our engine without a section is DeepSpeed's own, with "auto" filled: compared number by number."""
     import deepspeed
 
     import ds_wsi
@@ -194,19 +194,19 @@ def followed():
 def refused_sections():
     import ds_wsi
 
-    found = {}
+    errors = {}
     for name, section in SECTIONS.items():
-        found[f"section {name}"] = first_error(lambda section=section: begin(section))
-    found["section of a plain model"] = first_error(
+        errors[f"section {name}"] = first_error(lambda section=section: begin(section))
+    errors["section of a plain model"] = first_error(
         lambda: begin({"norm": {"training": "step"}}, torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
     )
     halves = {"bf16": {"enabled": True}}
     for name, more in (("a section", {"ds_wsi": {"compression": {"hook": "none"}}}), ("no section", {})):
         config = BASE | halves | more
-        found[f"bf16, {name}"] = first_error(
+        errors[f"bf16, {name}"] = first_error(
             lambda config=config: ds_wsi.initialize(model=make_slide_model(), config=config)
         )
-    return found
+    return errors
 
 
 def attached():
@@ -215,7 +215,7 @@ def attached():
 
     import ds_wsi
 
-    found = {}
+    answers = {}
     for name, section in {
         "partition": {"partition": {"mode": "lean"}},
         "norm": {"norm": {"training": "stack"}},
@@ -224,10 +224,10 @@ def attached():
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=BASE | {"ds_wsi": section}
         )
-        found[f"attach {name}"] = first_error(lambda engine=engine: ds_wsi.attach(engine))
-    found["attach without a section"] = ds_wsi.attach(torch.nn.parallel.DistributedDataParallel(make_model())) is None
-    found["attach bare"] = first_error(lambda: ds_wsi.attach(make_model()))
-    return found
+        answers[f"attach {name}"] = first_error(lambda engine=engine: ds_wsi.attach(engine))
+    answers["attach without a section"] = ds_wsi.attach(torch.nn.parallel.DistributedDataParallel(make_model())) is None
+    answers["attach bare"] = first_error(lambda: ds_wsi.attach(make_model()))
+    return answers
 
 
 def refused_arguments():
@@ -294,7 +294,7 @@ NORMS = {
     "a run's, no section": (None, 1, RUN),
 }
 CHOSEN = {
-    **dict.fromkeys(("no section", "no norm"), ("step", "running")),  # of two bags, one a rank
+    **dict.fromkeys(("no section", "no norm"), ("step", "running")),  # of two bags, one per rank
     **dict.fromkeys(("no section, accumulation", "no norm, accumulation", "auto, accumulation"), ("stack", "bag")),
     "a frozen encoder": ("frozen", "running"),
     "its own": ("bag", "running"),
@@ -314,33 +314,33 @@ SECTIONS = {
 
 
 def test_initialize():
-    for found in run_ranks(initialized, 2):
-        handle, batch = found["dmgc"]["handle"], found["dmgc"]["batch"]
+    for results in run_ranks(initialized, 2):
+        handle, batch = results["dmgc"]["handle"], results["dmgc"]["batch"]
         assert handle == ("dmgc", "zero1", 0.01)
         assert batch == (1, 1)
-        assert found["dmgc"]["lr"] == [3e-4]
-        assert found["dmgc"]["rest"] == (True, None, None)
-        assert found["by place"] == ([0.5], 2, True, "topk")
-        assert found["unchanged"]
-        assert [found[name] for name in ("params", "args", "base64")] == ["topk"] * 3
-        assert found["auto"] == (True, True)
-        assert found["followed"] == (True, "stack", "PackedForward")
+        assert results["dmgc"]["lr"] == [3e-4]
+        assert results["dmgc"]["rest"] == (True, None, None)
+        assert results["by place"] == ([0.5], 2, True, "topk")
+        assert results["unchanged"]
+        assert [results[name] for name in ("params", "args", "base64")] == ["topk"] * 3
+        assert results["auto"] == (True, True)
+        assert results["followed"] == (True, "stack", "PackedForward")
         for name in SECTIONS:
-            words = found[f"section {name}"]
+            words = results[f"section {name}"]
             assert words.startswith(f"ValueError: ds_wsi.{name}"), words
             assert "HINT" in words
-        assert found["norms"] == CHOSEN
+        assert results["norms"] == CHOSEN
         for name in ("a section", "no section"):
-            assert "bf16 must be off for BatchNorm" in found[f"bf16, {name}"], found[f"bf16, {name}"]
-        assert "ds_wsi.norm must be given with a SlideModel" in found["section of a plain model"]
+            assert "bf16 must be off for BatchNorm" in results[f"bf16, {name}"], results[f"bf16, {name}"]
+        assert "ds_wsi.norm must be given with a SlideModel" in results["section of a plain model"]
         for name in ("partition", "norm"):
-            assert f"ds_wsi.{name}" in found[f"attach {name}"]
-            assert "before" in found[f"attach {name}"]
-            assert "HINT: ds_wsi.initialize does it" in found[f"attach {name}"]
-        assert found["attach without a section"]
-        assert "got Sequential on 2 processes. HINT: DistributedDataParallel(model)" in found["attach bare"]
-        assert found["argument"].startswith("TypeError: got an unexpected keyword argument 'confg'")
-        assert "got config, config_params" in found["two"]
-        assert "got none. HINT: config=" in found["none"]
-        assert "no/such.json (missing)" in found["file"]
-        assert "model must be given" in found["model"]
+            assert f"ds_wsi.{name}" in results[f"attach {name}"]
+            assert "before" in results[f"attach {name}"]
+            assert "HINT: ds_wsi.initialize does it" in results[f"attach {name}"]
+        assert results["attach without a section"]
+        assert "got Sequential on 2 processes. HINT: DistributedDataParallel(model)" in results["attach bare"]
+        assert results["argument"].startswith("TypeError: got an unexpected keyword argument 'confg'")
+        assert "got config, config_params" in results["two"]
+        assert "got none. HINT: config=" in results["none"]
+        assert "no/such.json (missing)" in results["file"]
+        assert "model must be given" in results["model"]

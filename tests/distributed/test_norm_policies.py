@@ -1,8 +1,8 @@
 """The shape of a real cohort in small: slides of different stain, the label in a texture that some tiles have.
 
 What a run exports by itself is as good as the best that any training policy could export: on one process and on two,
-with one bag a call, with accumulation and with stacks, from scratch and from weights. Trained by bag and exported with
-running statistics, as the project once did, the same network is far worse.
+with one bag per call, with accumulation and with stacks, from scratch and from weights. Trained by bag and exported
+with running statistics, as the project once did, the same network is far worse.
 """
 
 import os
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.distributed
 TILE_PX, TRAIN, VALIDATION, TEST, TILES, RATE = 8, 32, 80, 60, 6, 0.01
 CANDIDATES = ("running", "recalibrated", "bag")
 LAYOUTS = {
-    "one bag a call": {"bags_per_group": 1, "micro_steps": 1},
+    "one bag per call": {"bags_per_group": 1, "micro_steps": 1},
     "accumulation 4": {"bags_per_group": 1, "micro_steps": 4},
     "stack of 4": {"bags_per_group": 4, "micro_steps": 1},
 }
@@ -103,7 +103,7 @@ def in_memory(slides):
 
 
 def measure(model, slides, training, evaluation, rows, split):
-    """As the trainer measures after an epoch: the choice on these slides."""
+    """What the trainer measures after an epoch: the choice on these slides."""
     from ds_wsi.evaluation import norm_choice, populations, predict
 
     chunks, bags = in_memory(slides)
@@ -125,7 +125,7 @@ def loss_of(model, slides):
 
 
 def train_cases(engine, cases) -> list:
-    """On one rank: every case's trainings."""
+    """Every case's trainings, on one rank."""
     return [_train(engine, *case) for case in cases]
 
 
@@ -139,8 +139,8 @@ def _train(engine, layout, weights, policies) -> list:
     from ds_wsi.engines.sharded.zero import full_state_dict
 
     slides, _ = make_cohort()
-    found = []
-    for wanted in policies:
+    results = []
+    for policy in policies:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         config = None
@@ -152,7 +152,7 @@ def _train(engine, layout, weights, policies) -> list:
                 "zero_optimization": {"stage": 2},
             }
         model = make_model(weights)
-        training = decide_training(NormPolicy(training=wanted), "stack", model)
+        training = decide_training(NormPolicy(training=policy), "stack", model)
         accumulation = 1 if training == "step" else layout["micro_steps"]
         settings = EngineSettings(*(RATE, 0.0, 0.0, "adam", layout["bags_per_group"], accumulation))
         accelerator = build_accelerator(settings, Path("unused"), config)
@@ -166,8 +166,8 @@ def _train(engine, layout, weights, policies) -> list:
                 step = step.as_one if training == "step" else step
                 weight = bag_weight(step.n_bags, world, len(step.micro_steps))
                 for groups in step.micro_steps:
-                    own = [slides[row] for row in groups[rank]]
-                    run_micro_step(accelerator, wrapped, optimizer, partial(loss_of, wrapped, own), weight)
+                    bags = [slides[row] for row in groups[rank]]
+                    run_micro_step(accelerator, wrapped, optimizer, partial(loss_of, wrapped, bags), weight)
         module = accelerator.unwrap_model(wrapped)
         average_buffers(accelerator, module)
         plain = make_model(None)
@@ -175,8 +175,8 @@ def _train(engine, layout, weights, policies) -> list:
         validation, test = range(TRAIN, TRAIN + VALIDATION), range(TRAIN + VALIDATION, len(slides))
         choice = measure(plain, slides, training, "auto", tuple(validation), "validation")
         tested = measure(plain, slides, "bag", "auto", tuple(test), "test")
-        found.append((training, choice.evaluation, {name: tested.metrics[name]["eval_auc"] for name in CANDIDATES}))
-    return found
+        results.append((training, choice.evaluation, {name: tested.metrics[name]["eval_auc"] for name in CANDIDATES}))
+    return results
 
 
 PLACES = {"one process": ("ddp", 1), "DDP": ("ddp", 2), "ZeRO-2": ("zero2", 2)}
@@ -195,12 +195,12 @@ def test_what_is_exported_by_default_is_as_good_as_the_best_policy(place):
             cases["scratch", name] = (layout, None, ("auto", "bag"))
             cases["pretrained", name] = (layout, weights, ("auto", "bag", *(["step"] if EVERYTHING else [])))
     ranks = run_ranks(train_cases, world_size, engine, list(cases.values()))
-    assert all(found == ranks[0] for found in ranks), "all ranks choose alike"
-    for (start, layout), found in zip(cases, ranks[0], strict=True):
-        told = f"{start}, {layout}, {place}: {found}"
-        training, chosen, own = found[0]
+    assert all(results == ranks[0] for results in ranks), "all ranks choose alike"
+    for (start, layout), results in zip(cases, ranks[0], strict=True):
+        told = f"{start}, {layout}, {place}: {results}"
+        training, chosen, aucs = results[0]
         assert training == ("step" if start == "scratch" else "frozen"), told
-        best = max(tested[evaluation] for _, _, tested in found for evaluation in CANDIDATES)
-        assert own[chosen] >= best - 0.03, told
-        _, _, by_bag = found[1]
-        assert by_bag["running"] < own[chosen] - 0.1, told  # what was trained by bag, and exported without a look
+        best = max(tested[evaluation] for _, _, tested in results for evaluation in CANDIDATES)
+        assert aucs[chosen] >= best - 0.03, told
+        _, _, by_bag = results[1]
+        assert by_bag["running"] < aucs[chosen] - 0.1, told  # what was trained by bag, and exported without a look

@@ -66,7 +66,7 @@ def plan_of(world_size: int, accumulation: int):
 
 
 def oracle(plan, dtype) -> dict:
-    """Plain: the encoder called once a step, on all tiles of all its bags."""
+    """The plain step: the encoder called once per step, on all tiles of all its bags."""
     model, bags = make_model(dtype), make_bags(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     for step in plan:
@@ -118,7 +118,7 @@ def train_on_rank(cases) -> list:
     """Weights and statistics of every case on this rank, float64."""
     from ds_wsi.engines.sharded.zero import full_state_dict
 
-    found = []
+    states = []
     for engine, mode, accumulation in cases:
         dtype = torch.float32 if engine.startswith("zero") else torch.float64
         model = make_model(dtype)
@@ -131,15 +131,15 @@ def train_on_rank(cases) -> list:
         wrapped.train()
         bags, rank = make_bags(dtype), accelerator.process_index
         for step in plan_of(2, accumulation):
-            own = [bags[slide] for slide in step.micro_steps[0][rank]]
-            loss = partial(loss_of, wrapped, own, dtype)
+            bags_here = [bags[slide] for slide in step.micro_steps[0][rank]]
+            loss = partial(loss_of, wrapped, bags_here, dtype)
             run_micro_step(accelerator, wrapped, optimizer, loss, bag_weight(step.n_bags, 2, 1))
         module = accelerator.unwrap_model(wrapped)
         state = {name: value.double() for name, value in full_state_dict(module).items()}
         if engine in ("ddp", "fsdp2"):  # in float64, which the exported float32 would round
             state |= {name: value.double() for name, value in module.named_buffers()}
-        found.append(state)
-    return found
+        states.append(state)
+    return states
 
 
 CASES = [
@@ -161,14 +161,16 @@ def trained():
 def test_a_step_is_one_population_on_any_number_of_ranks(trained, index):
     engine, _, accumulation = CASES[index]
     plan = plan_of(2, accumulation)
-    assert any(not own for step in plan for own in step.micro_steps[0]) or accumulation == 2, "a rank without a bag"
+    assert any(not slides for step in plan for slides in step.micro_steps[0]) or accumulation == 2, (
+        "a rank without a bag"
+    )
     exact = oracle(plan, torch.float64)
-    for found in (ranks[index] for ranks in trained):
+    for state in (ranks[index] for ranks in trained):
         for name, value in exact.items():
             buffer = name.endswith(("running_mean", "running_var"))
             # Weights leave the engines in float32; DeepSpeed trains in it.
             tolerance = 1e-10 if buffer and engine in ("ddp", "fsdp2") else 2e-5 if engine[0] == "z" else 1e-6
-            torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=f"{CASES[index]} {name}")
+            torch.testing.assert_close(state[name], value, rtol=tolerance, atol=tolerance, msg=f"{CASES[index]} {name}")
 
 
 def test_bags_as_populations_of_their_own_would_be_noticed():
@@ -185,7 +187,7 @@ def statistics_on_rank(training: str) -> list:
     import ds_wsi
     from ds_wsi.engines.accelerator.engine import average_buffers
 
-    found = []
+    statistics = []
     for engine in ENGINES:
         model = make_model(torch.float32)
         accelerator, wrap = start(engine, model, learning_rate=1e-4)
@@ -202,15 +204,15 @@ def statistics_on_rank(training: str) -> list:
         else:
             average_buffers(accelerator, module)
         norm = module.encoder.first
-        found.append([norm.running_mean.double().tolist(), norm.running_var.double().tolist()])
-    return found
+        statistics.append([norm.running_mean.double().tolist(), norm.running_var.double().tolist()])
+    return statistics
 
 
 def shared_bags_on_rank() -> list:
     """Per engine: the same of 100 steps in which both ranks hold a part of one bag."""
     from ds_wsi.tile_parallel import shard_tiles, tile_mesh
 
-    found = []
+    statistics = []
     for engine in ENGINES:
         model = make_model(torch.float32)
         accelerator, wrap = start(engine, model, learning_rate=1e-4)
@@ -222,8 +224,8 @@ def shared_bags_on_rank() -> list:
             loss = partial(loss_of, wrapped, [(stained(mesh.tile_rank, number), 1)], torch.float32)
             run_micro_step(accelerator, wrapped, optimizer, loss, 1.0)
         norm = accelerator.unwrap_model(wrapped).encoder.first
-        found.append([norm.running_mean.double().tolist(), norm.running_var.double().tolist()])
-    return found
+        statistics.append([norm.running_mean.double().tolist(), norm.running_var.double().tolist()])
+    return statistics
 
 
 def stained(rank: int, number: int) -> torch.Tensor:
@@ -235,8 +237,8 @@ def pooled_statistics(training: str) -> tuple:
     """One plain norm of all data ("step"); or one per rank, and the moments of both ranks' values as one population."""
     norms = [nn.BatchNorm2d(3).double() for _ in range(2)]
     for number in range(STEPS):
-        own = [stained(rank, number).double() for rank in range(2)]
-        norms[0](torch.cat(own) if training == "step" else own[0]), norms[1](own[1])
+        tiles = [stained(rank, number).double() for rank in range(2)]
+        norms[0](torch.cat(tiles) if training == "step" else tiles[0]), norms[1](tiles[1])
     if training == "step":
         return norms[0].running_mean, norms[0].running_var
     means, variances = (
@@ -263,8 +265,8 @@ def recalibrate_on_rank(shares, one_chunk) -> dict:
     from ds_wsi.norms.passes import recalibrate
 
     model, bags = make_model(torch.float64), make_bags(torch.float64)
-    own = [bags[slide][0] for slide in shares[dist.get_rank()]] or [torch.empty(0, 3, TILE_PX, TILE_PX).double()]
-    chunks = [torch.cat(own)] if one_chunk else own
+    tiles = [bags[slide][0] for slide in shares[dist.get_rank()]] or [torch.empty(0, 3, TILE_PX, TILE_PX).double()]
+    chunks = [torch.cat(tiles)] if one_chunk else tiles
     encoder = model.eval().encoder
     recalibrate(batch_norms(encoder), encoder, lambda: chunks, group=dist.group.WORLD, one_chunk=one_chunk)
     return {name: value for name, value in encoder.named_buffers() if name.endswith(("mean", "var"))}
@@ -278,13 +280,13 @@ def test_statistics_taken_anew_are_those_of_all_ranks_tiles_in_one_call(shares, 
         if isinstance(part, nn.BatchNorm2d):
             part.momentum = 1.0
     encoder.train()(torch.cat([bag for bag, _ in make_bags(torch.float64)]))
-    for found in run_ranks(recalibrate_on_rank, 2, shares, one_chunk):
-        for name, value in found.items():
+    for statistics in run_ranks(recalibrate_on_rank, 2, shares, one_chunk):
+        for name, value in statistics.items():
             torch.testing.assert_close(value, dict(encoder.named_buffers())[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
 def evaluate_on_rank(mode) -> dict:
-    """Of a model trained over a step of both ranks: logits of more slides on one rank; and of a bag that both hold."""
+    """Logits of a model trained over a step of both ranks: of more slides on one rank; and of a bag that both hold."""
     import torch.distributed as dist
 
     from ds_wsi.norms.roles import is_shared
@@ -296,18 +298,18 @@ def evaluate_on_rank(mode) -> dict:
     if mode is not None:
         partition_layers(model.encoder, PartitionPolicy(mode=mode, chunk_size=3, bn_population="bag"))
     model.set_norms(evaluation="bag").eval()
-    found = {"training": model.train().encoder is not None and is_shared(model.encoder)}
+    results = {"training": model.train().encoder is not None and is_shared(model.encoder)}
     with torch.no_grad():
         model.eval()
-        own = bags if rank == 0 else bags[:2]
-        found["logits"] = torch.cat([model(stack_bags([bag])).logits for bag, _ in own])
+        bags_here = bags if rank == 0 else bags[:2]
+        results["logits"] = torch.cat([model(stack_bags([bag])).logits for bag, _ in bags_here])
         if mode is None:
             mesh = tile_mesh(2)
             shard_tiles(model, mesh)
             apply_training("step", NormPolicy(), model)
             tiles = bags[4][0]
-            found["shared"] = model.eval()(stack_bags([tiles[:2] if mesh.tile_rank == 0 else tiles[2:]])).logits
-    return found
+            results["shared"] = model.eval()(stack_bags([tiles[:2] if mesh.tile_rank == 0 else tiles[2:]])).logits
+    return results
 
 
 @pytest.mark.parametrize("mode", [None, "lean"])
@@ -316,8 +318,8 @@ def test_in_evaluation_a_slide_is_its_own_population_after_a_step_of_ranks(mode)
     alone = make_model(torch.float64).set_norms("step", "bag").eval()
     with torch.no_grad():
         expected = torch.cat([alone(stack_bags([bag])).logits for bag, _ in make_bags(torch.float64)])
-    for found in run_ranks(evaluate_on_rank, 2, mode):
-        assert found["training"], "in training they share"
-        torch.testing.assert_close(found["logits"], expected[: len(found["logits"])], rtol=1e-10, atol=1e-10)
+    for results in run_ranks(evaluate_on_rank, 2, mode):
+        assert results["training"], "in training they share"
+        torch.testing.assert_close(results["logits"], expected[: len(results["logits"])], rtol=1e-10, atol=1e-10)
         if mode is None:
-            torch.testing.assert_close(found["shared"], expected[4:], rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(results["shared"], expected[4:], rtol=1e-10, atol=1e-10)

@@ -41,11 +41,16 @@ def settings_of(engine, offload=False):
     autocast = plain | {"precision": "bf16", "dtype": "float32"}
     if offload:
         return [(plain, ("lean",)), (accumulated, ("recompute",))]
-    found = [(plain, (*MODES, "native") if engine in ("ddp", "fsdp2", "zero3") else ("lean", "recompute", "offload"))]
-    found += [(accumulated, ("lean", "recompute")), (autocast, ("lean", "recompute") if engine == "ddp" else ("lean",))]
+    settings = [
+        (plain, (*MODES, "native") if engine in ("ddp", "fsdp2", "zero3") else ("lean", "recompute", "offload"))
+    ]
+    settings += [
+        (accumulated, ("lean", "recompute")),
+        (autocast, ("lean", "recompute") if engine == "ddp" else ("lean",)),
+    ]
     if engine in ("fsdp2", "zero3"):
-        found.append((plain | {"called_before": True}, ("lean",)))
-    return found
+        settings.append((plain | {"called_before": True}, ("lean",)))
+    return settings
 
 
 def distance(ours, theirs):
@@ -74,7 +79,7 @@ def cases_of(groups):
 
 
 def assert_trained_as_plain(groups, results):
-    """Of one rank."""
+    """The results of one rank are those of plain training."""
     results = iter(results)
     exact = []
     for plain, modes in groups:
@@ -84,15 +89,15 @@ def assert_trained_as_plain(groups, results):
         allowed = ADAM_TOLERANCES if plain["optimizer"] == "adam" else TOLERANCES[plain["dtype"]]
         allowed = BF16_TOLERANCES if plain["precision"] == "bf16" else allowed
         for mode in modes:
-            for step, (ours, theirs) in enumerate(zip(next(results), reference, strict=True)):
+            for step, (state, plain_state) in enumerate(zip(next(results), reference, strict=True)):
                 case = plain | {"mode": mode, "step": step}
-                counts = {name: ours[name] for name in ours if "num_batches" in name}
-                assert all(torch.equal(count, theirs[name]) for name, count in counts.items()), case
-                weights, statistics = distance(ours, theirs)
+                counts = {name: state[name] for name in state if "num_batches" in name}
+                assert all(torch.equal(count, plain_state[name]) for name, count in counts.items()), case
+                weights, statistics = distance(state, plain_state)
                 assert weights <= allowed[0], (weights, case)
                 assert statistics <= allowed[1], (statistics, case)
                 if plain["precision"] == "bf16":  # the same roundings, of other sums: as near to the exact step
-                    pairs = zip(distance(ours, exact[step]), distance(theirs, exact[step]), strict=True)
+                    pairs = zip(distance(state, exact[step]), distance(plain_state, exact[step]), strict=True)
                     assert all(one <= 1.2 * other for one, other in pairs), case
     assert next(results, None) is None
 
@@ -117,25 +122,25 @@ def ranks():
 
 
 def test_two_ranks_train_as_the_plain_encoder_under_every_engine(ranks):
-    for found in ranks:
-        assert_trained_as_plain(GROUPS, found["trained"])
+    for results in ranks:
+        assert_trained_as_plain(GROUPS, results["trained"])
 
 
 def train_alone(cases):
-    """As `train_cases`, and a DDP step with a partition that leaves out the correction of norms."""
-    found = train_cases(cases)
+    """What `train_cases` gives, and a DDP step with a partition that leaves out the correction of norms."""
+    trained = train_cases(cases)
     NormSite.correct = lambda self, statistics, z, grad: grad
-    return found, train(PLAIN | {"engine": "ddp", "mode": "lean", "check": False})
+    return trained, train(PLAIN | {"engine": "ddp", "mode": "lean", "check": False})
 
 
 def test_one_rank_trains_as_the_plain_encoder_under_every_engine():
     groups = [(settings_of(engine)[0][0], ("lean",)) for engine in ENGINES]
     groups += [(settings_of(engine)[1][0], ("recompute",)) for engine in ENGINES]
-    ((found, wrong),) = run_ranks(train_alone, 1, cases_of(groups))
-    assert_trained_as_plain(groups, found)
+    ((trained, wrong),) = run_ranks(train_alone, 1, cases_of(groups))
+    assert_trained_as_plain(groups, trained)
     # The check sees a wrong gradient, and through it wrong statistics in the next step.
-    assert distance(wrong[0], found[0][0])[0] > 1e-2
-    assert distance(wrong[1], found[0][1])[1] > 1e-4
+    assert distance(wrong[0], trained[0][0])[0] > 1e-2
+    assert distance(wrong[1], trained[0][1])[1] > 1e-4
 
 
 def refusals():
@@ -157,13 +162,13 @@ def refusals():
 
 
 def test_parameters_in_shards_are_refused(ranks):
-    for found in ranks:
-        shards, zero3 = found["refused"]
+    for results in ranks:
+        shards, zero3 = results["refused"]
         assert "got '3.conv1.weight' in shards. HINT: fully_shard the encoder" in shards
         assert "HINT: deepspeed.utils.set_z3_leaf_module(encoder, True)" in zero3
 
 
-COUNTED = [("lean", 2), ("lean", 20), ("recompute", 2)]  # mode, tiles a chunk
+COUNTED = [("lean", 2), ("lean", 20), ("recompute", 2)]  # mode, tiles per chunk
 
 
 def count_in_zero3(mode, chunk):
@@ -183,15 +188,15 @@ def count_in_zero3(mode, chunk):
 def test_zero3_gathers_once_around_forward_and_backward(ranks):
     # The aggregator's four layers are gathered twice too, each.
     expected = {"_allgather_base_": 2 + 2 * 4, "_reduce_scatter_base_": 1, "allreduce_": 1, "freed": 3}
-    for found in ranks:
-        assert found["counted"] == [expected] * len(COUNTED)
+    for results in ranks:
+        assert results["counted"] == [expected] * len(COUNTED)
 
 
 def test_sync_batchnorm_is_one_process_on_all_bags(ranks):
     encoder = make_model(torch.float64).encoder
     expected = step_on(encoder, slice(None))
     errors = [
-        synchronised_error(expected, [found["synchronised"][index] for found in ranks])
+        synchronised_error(expected, [results["synchronised"][index] for results in ranks])
         for index in range(len(SYNC_CASES))
     ]
     for case, error in zip(SYNC_CASES[:-1], errors, strict=False):
@@ -203,8 +208,8 @@ def test_sync_batchnorm_is_one_process_on_all_bags(ranks):
 
 def test_sync_batchnorm_communicates_once_a_norm_and_pass(ranks):
     norms = sum(isinstance(part, nn.BatchNorm2d) for part in make_model(torch.float64).encoder.modules())
-    for found in ranks:
-        counts = [result["collectives"] for result in found["synchronised"]]
-        own = counts[-1]  # DDP's
-        expected = {**own, "allgather_": norms, "allreduce_": norms + own["allreduce_"]}
+    for results in ranks:
+        counts = [result["collectives"] for result in results["synchronised"]]
+        of_ddp = counts[-1]  # DDP's
+        expected = {**of_ddp, "allgather_": norms, "allreduce_": norms + of_ddp["allreduce_"]}
         assert counts[:-1] == [expected] * (len(SYNC_CASES) - 1)

@@ -89,11 +89,11 @@ class Trainer:
             assert not taken.weights
             assert not taken.optimizer
             shared = {}
-        own = {f"own-{self.accelerator.process_index}.safetensors": {"x": torch.ones(2)}}
+        own_files = {f"own-{self.accelerator.process_index}.safetensors": {"x": torch.ones(2)}}
         with Saver() as saver:
             saver.make_room()
             save_checkpoint(
-                saver, self.accelerator, Path(folder), step, Contents({"facts": taken.facts}, shared, own), 9
+                saver, self.accelerator, Path(folder), step, Contents({"facts": taken.facts}, shared, own_files), 9
             )
 
     def load(self, checkpoint):
@@ -114,7 +114,7 @@ def case_name(engine, dtype, world):
 
 def first_runs(cases, folder):
     """Whole runs, each with checkpoints after steps 2 and 3, and the bits of one gone on with in the same place."""
-    found = {}
+    runs = {}
     for engine, dtype, kind in cases:
         trainer = Trainer(engine, dtype, kind)
         at = Path(folder) / f"{case_name(engine, dtype, trainer.accelerator.num_processes)}-{kind}"
@@ -132,16 +132,16 @@ def first_runs(cases, folder):
         for number in range(3, STEPS):
             again.step(number)
         resumed = again.weights()
-        found[at.name] = {
+        runs[at.name] = {
             "whole": whole,
             "same": resumed.keys() == whole.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole),
         }
-    return found
+    return runs
 
 
 def gone_on(cases, folder):
-    """Of cases (engine, dtype, kind, checkpoint, its step, step to end with, folder to save in), what there is then."""
-    found = {}
+    """What there is after cases (engine, dtype, kind, checkpoint, its step, step to end with, folder to save in)."""
+    weights = {}
     for engine, dtype, kind, source, start, stop, name in cases:
         trainer = Trainer(engine, dtype, kind)
         trainer.load(Path(folder) / source)
@@ -153,8 +153,8 @@ def gone_on(cases, folder):
             trainer.accelerator.wait_for_everyone()
             trainer.save(Path(folder) / name, stop)
         trainer.accelerator.wait_for_everyone()
-        found[name] = trainer.weights()
-    return found
+        weights[name] = trainer.weights()
+    return weights
 
 
 CASES = [
@@ -178,8 +178,8 @@ def two(folder):
 
 
 def test_the_same_place_goes_on_bit_by_bit(two):
-    for name, found in two.items():
-        assert found["same"], name
+    for name, outcome in two.items():
+        assert outcome["same"], name
 
 
 def test_two_one_and_four_ranks_under_every_engine(two, folder):
@@ -202,37 +202,37 @@ def test_two_one_and_four_ranks_under_every_engine(two, folder):
 
 
 def deepspeeds_own(folder):
-    """Of each stage: whether its own files load with tensors alone, and what is said of a stranger's in each place."""
+    """Whether each stage's own files load with tensors alone, and what is said of a stranger's in each place."""
     from ds_wsi.engines.hf.deepspeed_files import tensors_alone
 
-    found = {}
+    by_stage = {}
     for stage in range(4):
         first = Trainer(f"zero{stage}")
         first.step(0)
-        place = Path(folder) / str(stage)
-        first.model.save_checkpoint(str(place), tag="t")
-        wanted = first.weights()
+        stage_folder = Path(folder) / str(stage)
+        first.model.save_checkpoint(str(stage_folder), tag="t")
+        weights = first.weights()
         second = Trainer(f"zero{stage}")
         with tensors_alone():
-            second.model.load_checkpoint(str(place), tag="t")
+            second.model.load_checkpoint(str(stage_folder), tag="t")
         again = second.weights()
         said = []
-        for path in sorted((place / "t").rglob("*.pt")):
+        for path in sorted((stage_folder / "t").rglob("*.pt")):
             kept = path.read_bytes()
             torch.save({"module": Runs(Path(folder) / "it ran")}, path)
             try:
                 with tensors_alone():
-                    second.model.load_checkpoint(str(place), tag="t")
+                    second.model.load_checkpoint(str(stage_folder), tag="t")
             except ValueError as error:
                 said.append(str(error))
             path.write_bytes(kept)
-        found[stage] = (all(torch.equal(wanted[name], again[name]) for name in wanted), said)
-    return found
+        by_stage[stage] = (all(torch.equal(weights[name], again[name]) for name in weights), said)
+    return by_stage
 
 
 def test_deepspeeds_own_files_are_read_without_running_what_is_in_them(tmp_path):
-    (found,) = run_ranks(deepspeeds_own, 1, str(tmp_path))
-    for stage, (same, said) in found.items():
+    (by_stage,) = run_ranks(deepspeeds_own, 1, str(tmp_path))
+    for stage, (same, said) in by_stage.items():
         assert same, stage
         assert len(said) == (2 if stage else 1), said
         assert all("tensors and DeepSpeed's records alone" in words for words in said)

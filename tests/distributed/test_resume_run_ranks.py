@@ -14,7 +14,7 @@ pytestmark = pytest.mark.distributed
 
 
 def settings_of(folder, name, world, **more):
-    """Of a run on features of four slides a step, however many processes there are."""
+    """Settings of a run on features of four slides per step, however many processes there are."""
     from dataclasses import replace
 
     from ds_wsi.config import DsWsiConfig
@@ -77,19 +77,19 @@ def how_of(engine):
 
 
 def train_runs(cases, folder):
-    """Of cases (engine, name, checkpoint to go on from or None), what there is at the end; a ValueError's words."""
+    """What there is at the end of cases (engine, name, checkpoint to go on from or None); a ValueError's words."""
     import torch.distributed as dist
 
     world = dist.get_world_size() if dist.is_initialized() else 1
-    found = {}
+    results = {}
     for engine, name, source, *changes in cases:
         more, stage = how_of(engine)
         more |= {"resume_from_checkpoint": source and f"{folder}/{source}"} | (changes[0] if changes else {})
         try:
-            found[name] = state_of(run_of(settings_of(folder, name, world, **more), stage))
+            results[name] = state_of(run_of(settings_of(folder, name, world, **more), stage))
         except ValueError as error:
-            found[name] = str(error)
-    return found
+            results[name] = str(error)
+    return results
 
 
 DMGC = {"policies": {"compression": CommPolicy(hook="dmgc", keep=0.1)}}
@@ -106,7 +106,7 @@ def cohort(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_runs(cohort):
-    """On two processes, from the beginning, and from its own checkpoint."""
+    """Runs on two processes, from the beginning, and from their own checkpoints."""
     cases = [(engine, engine, None) for engine in RUNS]
     cases += [(engine, f"{engine} again", f"{engine}/checkpoint-3") for engine in RUNS]
     cases += [("ddp", "hook", None, HOOK), ("ddp", "hook again", "hook/checkpoint-3", HOOK)]
@@ -129,7 +129,7 @@ def test_a_run_goes_on_bit_by_bit(whole_runs):
 def test_a_loss_scale_is_numbers_and_comes_back():
     from ds_wsi.engines.full_state.engine_state import _put_scale
 
-    one, two = (torch.amp.GradScaler("cpu", init_scale=2.0**place) for place in (5, 9))
+    one, two = (torch.amp.GradScaler("cpu", init_scale=2.0**exponent) for exponent in (5, 9))
     for scaler in (one, two):
         scaler.scale(torch.ones(1))
     _put_scale(two, json.loads(json.dumps(one.state_dict())))

@@ -58,7 +58,7 @@ def gradient(module):
 
 def on_ranks(names, dtype):
     """Per aggregator and layout the sum over ranks of the weighted gradients, over W: what an engine's mean is."""
-    rank, world, found = dist.get_rank(), dist.get_world_size(), []
+    rank, world, means = dist.get_rank(), dist.get_world_size(), []
     policy = StackingPolicy(bags_per_step=7)
     for name in names:
         for workers, seed in LAYOUTS:
@@ -71,8 +71,8 @@ def on_ranks(names, dtype):
                     (loss_of(module, bags, ranks[rank]) * weight / workers).backward()
             total = gradient(module)
             dist.all_reduce(total)
-            found.append(total / world)
-    return found
+            means.append(total / world)
+    return means
 
 
 def per_bag(name, seed, dtype, *, wrong=False):
@@ -95,15 +95,15 @@ def in_both(names):
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_step_is_the_mean_of_the_bags(world):
     names = list(AGGREGATORS)
-    found = run_ranks(in_both, world, names)
+    by_rank = run_ranks(in_both, world, names)
     for index, name in enumerate(names):
-        for place, (_, seed) in enumerate(LAYOUTS):
+        for layout, (_, seed) in enumerate(LAYOUTS):
             # Against float64: float32 against float32 would count its own rounding twice.
             expected = per_bag(name, seed, torch.float64)
             for rank in (0, world - 1):
-                for results, limit in zip(found[rank], LIMITS.values(), strict=True):
-                    ours = results[index * len(LAYOUTS) + place].double()
-                    difference = ((ours - expected).norm() / expected.norm()).item()
+                for results, limit in zip(by_rank[rank], LIMITS.values(), strict=True):
+                    gradient = results[index * len(LAYOUTS) + layout].double()
+                    difference = ((gradient - expected).norm() / expected.norm()).item()
                     assert difference < limit, (name, seed, difference)
 
 

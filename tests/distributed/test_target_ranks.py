@@ -39,15 +39,15 @@ def flat_gradient(model):
 def on_ranks():
     rank = dist.get_rank()
     model, features = model_and_features()
-    own = list(ROWS[rank])
-    scores = model(features[own])
-    table, rows = gather_table(table_of(scores, own))
+    own_rows = list(ROWS[rank])
+    scores = model(features[own_rows])
+    table, rows = gather_table(table_of(scores, own_rows))
     step = cox_step(table)
     (cox_surrogate(scores, step.gradient[rows]) * target_factor(1, WORLD, 1)).backward()
     total = flat_gradient(model)
     dist.all_reduce(total)
     pair = dist.new_group([0, 1])
-    of_pair = gather_table(table_of(scores, own), pair) if rank < 2 else None
+    of_pair = gather_table(table_of(scores, own_rows), pair) if rank < 2 else None
     nobody = gather_table(table_of(torch.zeros(0), []))
     return {
         "gradient": total / WORLD,

@@ -101,22 +101,22 @@ def on_this_rank(case) -> dict[str, Tensor]:
     if "mode" in case:
         policy = PartitionPolicy(mode=case["mode"], chunk_size=2, bn_population=case.get("population", "bag"))
         partition_layers(model.encoder, policy)
-    own = shards(SPLITS[case["split"]], mesh.tile_rank)
+    stack = shards(SPLITS[case["split"]], mesh.tile_rank)
     if case.get("amp"):
-        model, own = model.float(), own.with_values(own.values.float())
+        model, stack = model.float(), stack.with_values(stack.values.float())
     with precision(case):
-        output = model(own, LABELS)
+        output = model(stack, LABELS)
     loss = stack_loss(output, LABELS) / 2 / mesh.tile_size
     (loss * case.get("factor", 1)).backward()
-    found = found_by(model)
-    for name, value in found.items():
+    results = found_by(model)
+    for name, value in results.items():
         if not name.startswith("running"):
             dist.all_reduce(value)
-    found["logits"] = output.logits.detach()
-    found["rows"] = torch.tensor(-1 if output.attention is None else len(output.attention))
+    results["logits"] = output.logits.detach()
+    results["rows"] = torch.tensor(-1 if output.attention is None else len(output.attention))
     traffic = handle.forward.traffic
-    found["traffic"] = torch.tensor([sum(traffic.bytes.values()), sum(traffic.calls.values())])
-    return found
+    results["traffic"] = torch.tensor([sum(traffic.bytes.values()), sum(traffic.calls.values())])
+    return results
 
 
 def run_cases(cases):
@@ -161,16 +161,16 @@ WRONG = {
 
 
 def run_everything(cases, wrong):
-    found = run_cases(cases)
+    results = run_cases(cases)
     for case in wrong:
         keep = collectives._SumOver.backward
         if case.get("identity"):
             collectives._SumOver.backward = staticmethod(lambda ctx, *grads: (grads[0], None, None))
         try:
-            found += run_cases([case])
+            results += run_cases([case])
         finally:
             collectives._SumOver.backward = keep
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +205,8 @@ def test_mixed_precision_is_no_further_from_the_exact_gradient_than_one_process_
     cases, by_rank = results
     exact = one_process({"split": "lopsided"})
     alone = difference(one_process({"split": "lopsided", "amp": True}), exact)
-    for place, exchange in enumerate(EXCHANGES, start=len(cases) + len(WRONG)):
-        assert 1e-6 < difference(by_rank[1][place], exact) < 1.5 * alone, exchange
+    for number, exchange in enumerate(EXCHANGES, start=len(cases) + len(WRONG)):
+        assert 1e-6 < difference(by_rank[1][number], exact) < 1.5 * alone, exchange
 
 
 def test_attention_is_of_the_ranks_own_tiles(results):
@@ -215,8 +215,8 @@ def test_attention_is_of_the_ranks_own_tiles(results):
         if case.get("aggregator") in ("mean", "max"):
             continue
         for rank in range(4):
-            own = sum(counts[rank] for counts in SPLITS[case["split"]])
-            assert by_rank[rank][index]["rows"] == (-1 if case["exchange"] == "gather" else own)
+            n_tiles = sum(counts[rank] for counts in SPLITS[case["split"]])
+            assert by_rank[rank][index]["rows"] == (-1 if case["exchange"] == "gather" else n_tiles)
 
 
 def test_bytes_are_as_the_formula_says(results):
@@ -245,14 +245,14 @@ def stream_on_rank(split):
     model.encoder.eval()
     rank, counts = mesh.tile_rank, split
     first = sum(counts[:rank])
-    own = tiles_of(0, sum(counts))[first : first + counts[rank]]
-    out = stream_bag(model.encoder, model.aggregator, own, chunk_size=2, group=mesh.group)
+    tiles = tiles_of(0, sum(counts))[first : first + counts[rank]]
+    out = stream_bag(model.encoder, model.aggregator, tiles, chunk_size=2, group=mesh.group)
     (F.cross_entropy(out.logits, LABELS[:1]) / 4).backward()
-    found = {}
+    gradients = {}
     for name, parameter in model.named_parameters():
-        found[name] = parameter.grad
-        dist.all_reduce(found[name])
-    return found
+        gradients[name] = parameter.grad
+        dist.all_reduce(gradients[name])
+    return gradients
 
 
 def keyed_dropout():
@@ -283,7 +283,7 @@ def test_a_streamed_bag_over_ranks_and_what_the_aggregator_draws():
         F.cross_entropy(model(stack_bags([tiles_of(0, sum(counts))])).logits, LABELS[:1]).backward()
         expected = {name: parameter.grad for name, parameter in model.named_parameters()}
         assert difference(by_rank[3][index], expected) < 1e-12, counts
-    drawn = [found[-1] for found in by_rank]
+    drawn = [results[-1] for results in by_rank]
     assert all(torch.equal(one, drawn[0]) for one in drawn)
     per_exchange = drawn[0].view(3, 4, 2, 2)
     torch.testing.assert_close(per_exchange[0, 1:], per_exchange[1, 1:])

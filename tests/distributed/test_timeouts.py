@@ -46,20 +46,20 @@ def under_each_engine() -> list:
     from ds_wsi.engines.accelerator.scope import engine_scope
     from ds_wsi.tile_parallel import tile_mesh
 
-    found = []
+    by_engine = []
     for number, engine in enumerate(ENGINES):
         with engine_scope():
             prepared(engine, 77 + number)
             tile_mesh(2)
             dist.new_group()
-            found.append(timeouts())
+            by_engine.append(timeouts())
     dist.new_group()
-    return [found, timeouts()]
+    return [by_engine, timeouts()]
 
 
 def test_all_groups_of_every_engine_have_the_runs_timeout():
-    for found, after in run_ranks(under_each_engine, 2):
-        for number, (engine, seconds) in enumerate(zip(ENGINES, found, strict=True)):
+    for by_engine, after in run_ranks(under_each_engine, 2):
+        for number, (engine, seconds) in enumerate(zip(ENGINES, by_engine, strict=True)):
             assert set(seconds) == {77 + number}, engine
             assert len(seconds) >= 3  # the world's, the mesh's, the one that was made beside
         assert after[-1] == 1800  # torch's own for gloo: nothing of the run is left

@@ -39,8 +39,8 @@ def difference(ours, theirs):
 
 @pytest.mark.usefixtures("_forgotten")
 def test_one_process_is_the_plain_loop():
-    for case, found in zip(ONE, cases.train_cases(ONE), strict=True):
-        assert difference(found, expected(case, 1)) < LIMIT, case
+    for case, state in zip(ONE, cases.train_cases(ONE), strict=True):
+        assert difference(state, expected(case, 1)) < LIMIT, case
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,10 @@ def two_ranks(tmp_path_factory, pretrained):
 
 def test_two_ranks_are_the_plain_loop_under_every_engine(two_ranks):
     for index, case in enumerate(TWO):
-        ours = [found["trained"][index] for found in two_ranks]
-        assert difference(ours[0], expected(case, 2)) < LIMIT, case
+        states = [results["trained"][index] for results in two_ranks]
+        assert difference(states[0], expected(case, 2)) < LIMIT, case
         parameters = expected(case, 2)
-        assert all(torch.equal(ours[0][name], ours[1][name]) for name in parameters), case
+        assert all(torch.equal(states[0][name], states[1][name]) for name in parameters), case
 
 
 @pytest.mark.usefixtures("_forgotten")
@@ -80,33 +80,33 @@ def test_every_bag_is_predicted_once_on_two_ranks(two_ranks):
     bags = cases.make_bags("tiles", 7)
     model = cases.make_slide_model("tiles").eval()
     logits = torch.cat([model(cases.stack_bags([bag["tiles"]])).logits for bag in bags])
-    for found in two_ranks:
-        for predicted in found["predicted"]:
+    for results in two_ranks:
+        for predicted in results["predicted"]:
             assert predicted["labels"].tolist() == [bag["labels"] for bag in bags]
             assert (predicted["logits"] - logits).abs().max() < LIMIT
 
 
 def test_a_resumed_training_is_the_uninterrupted_one_under_zero2_with_a_hook(two_ranks):
-    for found in two_ranks:
-        found = found["resumed"]
-        assert found["stopped_at"] == 3
-        assert found["wire_bytes"] > 0
-        assert found["own_state"] == 1
-        assert difference(found["stopped"], found["whole"]) > 1e-4
-        assert difference(found["resumed"], found["whole"]) == 0
+    for results in two_ranks:
+        results = results["resumed"]
+        assert results["stopped_at"] == 3
+        assert results["wire_bytes"] > 0
+        assert results["own_state"] == 1
+        assert difference(results["stopped"], results["whole"]) > 1e-4
+        assert difference(results["resumed"], results["whole"]) == 0
 
 
 @pytest.mark.usefixtures("_forgotten")
 def test_a_resumed_training_is_the_uninterrupted_one_in_one_process(tmp_path):
-    found = cases.resume_case("one", tmp_path)
-    assert difference(found["stopped"], found["whole"]) > 1e-4
-    assert difference(found["resumed"], found["whole"]) == 0
+    results = cases.resume_case("one", tmp_path)
+    assert difference(results["stopped"], results["whole"]) > 1e-4
+    assert difference(results["resumed"], results["whole"]) == 0
 
 
 def test_weights_are_loaded_into_shards(two_ranks, pretrained):
     _, state, mean = pretrained
-    for found in two_ranks:
-        assert found["loaded"]["partitioned"]
-        ours = found["loaded"]["state"]
-        assert all(torch.equal(ours[name], state[name]) for name in state)
-        assert torch.equal(ours["slide_model.mean"], mean)
+    for results in two_ranks:
+        assert results["loaded"]["partitioned"]
+        loaded = results["loaded"]["state"]
+        assert all(torch.equal(loaded[name], state[name]) for name in state)
+        assert torch.equal(loaded["slide_model.mean"], mean)

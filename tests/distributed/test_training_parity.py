@@ -80,15 +80,15 @@ def oracle(layout: dict[str, int], wrong: bool = False) -> dict[str, torch.Tenso
 
 
 def train_cases(cases: list[tuple[str, dict[str, int]]]) -> list[dict[str, torch.Tensor]]:
-    """On one rank: train each case through the project's engine layer and loss weighting."""
+    """Train each case on one rank through the project's engine layer and loss weighting."""
     from accelerate.state import AcceleratorState, GradientState
 
-    found = []
+    states = []
     for engine, layout in cases:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        found.append(_train(engine, layout))
-    return found
+        states.append(_train(engine, layout))
+    return states
 
 
 def loss_of(model: torch.nn.Module, bags: dict) -> torch.Tensor:
@@ -130,8 +130,8 @@ def _train(engine: str, layout: dict[str, int]) -> dict[str, torch.Tensor]:
     for number, step in enumerate(plan):
         weight = bag_weight(step.n_bags, accelerator.num_processes, len(step.micro_steps))
         for ranks in step.micro_steps:
-            own = {step_seed(0, number, slide): bags[slide] for slide in ranks[rank]}
-            run_micro_step(accelerator, model, optimizer, partial(loss_of, model, own), weight)
+            bags_here = {step_seed(0, number, slide): bags[slide] for slide in ranks[rank]}
+            run_micro_step(accelerator, model, optimizer, partial(loss_of, model, bags_here), weight)
     return full_state_dict(accelerator.unwrap_model(model))
 
 
@@ -143,7 +143,7 @@ ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 LAYOUTS = (
     {"world_size": 2, "bags_per_rank": 1, "accumulation": 1},
     {"world_size": 2, "bags_per_rank": 2, "accumulation": 2},
-    # All five bags a step, by cost and under a cap: workers hold one to three; dropout is the bag's wherever it is.
+    # All five bags per step, by cost and under a cap: workers hold one to three; dropout is the bag's wherever it is.
     {
         "world_size": 2,
         "bags_per_rank": 3,
@@ -168,19 +168,19 @@ def test_two_ranks_equal_one_process_under_every_engine():
     by_rank = run_ranks(train_cases, 2, cases)
     expected = {str(layout): oracle(layout) for layout in LAYOUTS}
     for index, (engine, layout) in enumerate(cases):
-        ours = [found[index] for found in by_rank]
+        states = [of_rank[index] for of_rank in by_rank]
         # Every rank holds the same whole weights, bit by bit.
-        assert largest_difference(ours[0], ours[1]) == 0, (engine, layout)
+        assert largest_difference(states[0], states[1]) == 0, (engine, layout)
         # Float32: sums in another order, over a few steps of learning rate 0.1.
-        assert largest_difference(ours[0], expected[str(layout)]) < 2e-6, (engine, layout)
+        assert largest_difference(states[0], expected[str(layout)]) < 2e-6, (engine, layout)
 
 
 def test_four_ranks_equal_one_process():
     layout = {**LAYOUTS[2], "world_size": 4, "accumulation": 1}
-    found = run_ranks(train_cases, 4, [("ddp", layout), ("fsdp2", layout), ("zero3", layout)])
+    by_rank = run_ranks(train_cases, 4, [("ddp", layout), ("fsdp2", layout), ("zero3", layout)])
     expected = oracle(layout)
     for rank, index in ((0, 0), (3, 0), (0, 1), (3, 1), (0, 2), (3, 2)):
-        assert largest_difference(found[rank][index], expected) < 2e-6, (rank, index)
+        assert largest_difference(by_rank[rank][index], expected) < 2e-6, (rank, index)
 
 
 def test_a_mean_of_rank_means_would_be_noticed():

@@ -47,7 +47,7 @@ def train_on_rank(manifest: str, folder: str) -> list:
         OptimSettings(num_train_epochs=2, learning_rate=0.01),
         policies=policies,
     )
-    known = []
+    results = []
     for name in ("between", "beside", "stopped"):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -62,8 +62,8 @@ def train_on_rank(manifest: str, folder: str) -> list:
         progress = ended[-1].progress
         history = [{key: value for key, value in entry.items() if key not in TIMED} for entry in progress.history]
         failures = [[*key, reason] for key, reason in ended[-1].failures.reasons.items()]
-        known.append([history, progress.best_epoch, progress.epoch, progress.pending, failures])
-    return known
+        results.append([history, progress.best_epoch, progress.epoch, progress.pending, failures])
+    return results
 
 
 def test_two_ranks_agree_beside_training_and_with_a_validation_between_epochs(demo_manifest, tmp_path):

@@ -43,7 +43,7 @@ def weights_of(model: SlideModel) -> dict[str, torch.Tensor]:
 def oracle(kind: str, fresh: bool = True) -> list[dict[str, torch.Tensor]]:
     """The weights after each epoch of one process on the bags of both ranks; not `fresh`: Adam counted on."""
     optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    model, found = make_model().train(), []
+    model, weights = make_model().train(), []
     parts = [optimizers[kind](model.aggregator.parameters(), lr=RATE, weight_decay=DECAY)]
     for epoch in range(EPOCHS):
         rests = epoch < WARM
@@ -64,19 +64,19 @@ def oracle(kind: str, fresh: bool = True) -> list[dict[str, torch.Tensor]]:
             for optimizer in parts:
                 optimizer.step()
                 optimizer.zero_grad()
-        found.append(weights_of(model))
-    return found
+        weights.append(weights_of(model))
+    return weights
 
 
 def train_cases(cases: list[tuple[str, str]]) -> list[list[dict[str, torch.Tensor]]]:
     from accelerate.state import AcceleratorState, GradientState
 
-    found = []
+    runs = []
     for engine, kind in cases:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        found.append(_train(engine, kind))
-    return found
+        runs.append(_train(engine, kind))
+    return runs
 
 
 def _train(engine: str, kind: str) -> list[dict[str, torch.Tensor]]:
@@ -102,7 +102,7 @@ def _train(engine: str, kind: str) -> list[dict[str, torch.Tensor]]:
     accelerator = build_accelerator(settings, Path("unused"), config)
     module = make_model()
     model, optimizer = prepare(accelerator, module, settings, apart=module.encoder)
-    found = []
+    weights = []
     for epoch in range(EPOCHS):
         module.warming_up = encoder_rests(WARM, epoch)
         if epoch == WARM:
@@ -113,8 +113,8 @@ def _train(engine: str, kind: str) -> list[dict[str, torch.Tensor]]:
             tiles, label = make_bag(epoch * STEPS + step, accelerator.process_index)
             stack, weight = stack_bags([tiles]), bag_weight(2, accelerator.num_processes, 1)
             run_micro_step(accelerator, model, optimizer, partial(loss_of, model, stack, label), weight)
-        found.append(weights_of(module))
-    return found
+        weights.append(weights_of(module))
+    return weights
 
 
 def loss_of(model, stack, label):
@@ -131,8 +131,8 @@ def encoder_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_the_encoder_rests_bit_for_bit_and_then_trains_as_if_it_began_there():
     ranks = run_ranks(train_cases, 2, CASES)
     start, expected = weights_of(make_model()), {kind: oracle(kind) for kind in ("adam", "adamw")}
-    for found in ranks:
-        for (engine, kind), epochs in zip(CASES, found, strict=True):
+    for runs in ranks:
+        for (engine, kind), epochs in zip(CASES, runs, strict=True):
             for epoch in range(WARM):
                 for name, value in encoder_of(start).items():  # BatchNorm's statistics too
                     assert torch.equal(epochs[epoch][name], value), (engine, kind, epoch, name)

@@ -62,15 +62,15 @@ def plain_loop(steps, bags, kind, wrong=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     for step in steps:
         cut = len(step) // 3 + 1
-        for place, index in enumerate(step):
+        for position, index in enumerate(step):
             value = bags[index].get("features", bags[index].get("tiles"))
             label = torch.tensor([bags[index]["labels"]])
             out = model(stack_bags([value]), label)
             loss = F.cross_entropy(out.logits, label)
             if out.auxiliary_loss is not None:
                 loss = loss + out.auxiliary_loss.sum()
-            own = cut if place < cut else len(step) - cut
-            (loss / (2 * own if wrong and len(step) > 1 else len(step))).backward()
+            rank_bags = cut if position < cut else len(step) - cut
+            (loss / (2 * rank_bags if wrong and len(step) > 1 else len(step))).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -82,11 +82,11 @@ def steps_of(n_bags, world, accumulation, *, plain=False):
     if plain:
         return [list(range(n_bags))[start : start + size] for start in range(0, n_bags, size)]
     plan = plan_epoch(n_bags, StepLayout(world, 2, accumulation), seed=SEED, epoch=0)
-    return [[bag for ranks in step.micro_steps for own in ranks for bag in own] for step in plan]
+    return [[bag for ranks in step.micro_steps for bags in ranks for bag in bags] for step in plan]
 
 
 def forget():
-    """Of Accelerate and Transformers: the engine before this one."""
+    """Make Accelerate and Transformers forget the engine before this one."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -98,7 +98,7 @@ def forget():
 
 
 def make_trainer(engine, bags, kind, accumulation=1, *, plain=False, dropout=0.0, section=None, model=None, **options):
-    """A Trainer, or a SlideTrainer, with two bags a rank and micro-step."""
+    """A Trainer, or a SlideTrainer, with two bags per rank and micro-step."""
     from transformers import Trainer, TrainingArguments
 
     from ds_wsi.engines.hf.models import SlideCollator, SlideModelConfig, SlideModelForSlideClassification
@@ -174,8 +174,8 @@ SECTION = {
 
 
 def train_cases(cases):
-    """On one rank; a case is (engine, kind, accumulation, bags, plain)."""
-    found = []
+    """Train each case on one rank; a case is (engine, kind, accumulation, bags, plain)."""
+    trained = []
     for engine, kind, accumulation, n_bags, plain in cases:
         section = SECTION if (engine, kind) == ("zero2", "tiles") else None
         if plain and engine == "zero2":
@@ -187,9 +187,9 @@ def train_cases(cases):
         if section is SECTION:
             assert isinstance(trainer.model.slide_model.encoder.forward, PartitionedForward)
         assert (trainer.comm.handle is not None) == (section is not None and "compression" in section)
-        found.append(weights(trainer))
+        trained.append(weights(trainer))
     forget()
-    return found
+    return trained
 
 
 def wrapped_as(trainer):
@@ -208,7 +208,7 @@ def resume_case(engine, folder, section=None):
         def on_step_end(self, args, state, control, **keywords):
             control.should_training_stop = state.global_step == 3
 
-    found, kept = [], []
+    states, kept = [], []
     for name, stop, resume in (("whole", False, None), ("cut", True, None), ("cut", False, True)):
         options = {"output_dir": str(Path(folder) / name), "num_train_epochs": 2, "optim": "adamw_torch"}
         options |= {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 9, "learning_rate": 0.01}
@@ -217,15 +217,15 @@ def resume_case(engine, folder, section=None):
         if stop:
             trainer.add_callback(Stop())
         trainer.train(resume_from_checkpoint=resume)
-        found.append(weights(trainer))
+        states.append(weights(trainer))
         kept.append(trainer.comm.handle)
     rank = dist.get_rank() if dist.is_initialized() else 0
     state = json.loads((Path(folder) / "cut" / "checkpoint-3" / "trainer_state.json").read_text())
     forget()
     return {
-        "whole": found[0],
-        "stopped": found[1],
-        "resumed": found[2],
+        "whole": states[0],
+        "stopped": states[1],
+        "resumed": states[2],
         "stopped_at": state["global_step"],
         "wire_bytes": 0 if kept[2] is None else kept[2].count.push.wire_bytes,
         "own_state": len(list((Path(folder) / "cut" / "checkpoint-3").glob(f"comm_hook-{rank:05}-of-*"))),
@@ -248,11 +248,11 @@ def load_case(folder):
     trainer = make_trainer("zero3", make_bags("tiles", 4), "tiles")
     model = SlideModelForSlideClassification.from_pretrained(folder)
     partitioned = all(hasattr(p, "ds_id") for p in model.parameters())
-    found = full_state_dict(model)
-    found["slide_model.mean"] = model.slide_model.mean.clone()
+    state = full_state_dict(model)
+    state["slide_model.mean"] = model.slide_model.mean.clone()
     del trainer
     forget()
-    return {"partitioned": partitioned, "state": found}
+    return {"partitioned": partitioned, "state": state}
 
 
 @contextmanager

@@ -40,6 +40,6 @@ def test_the_hook_is_the_cpus(backend, tmp_path):
 
     expected, cast = alone("gloo", "cpu")
     (tmp_path / "gloo").unlink(missing_ok=True)
-    found, found_cast = alone(backend, "cuda")
-    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
-    assert torch.equal(found_cast, cast)
+    on_device, cast_on_device = alone(backend, "cuda")
+    assert all(torch.equal(one, two) for one, two in zip(on_device, expected, strict=True))
+    assert torch.equal(cast_on_device, cast)

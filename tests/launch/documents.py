@@ -28,7 +28,7 @@ class Block:
 
     @property
     def name(self) -> str:
-        """Under which a test runs it; "" where none does."""
+        """The name under which a test runs it; "" where none does."""
         return self.comment.removeprefix("code: ") if self.comment.startswith("code: ") else ""
 
     @property
@@ -38,12 +38,12 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """Of all pages, in their order."""
-    found = []
+    """The blocks of all pages, in their order."""
+    listed = []
     for page in PAGES:
         fences = re.finditer(r"^(?:<!-- (.*?) -->\n)?```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
-        found += [Block(page.relative_to(ROOT).as_posix(), one[1] or "", one[2], one[3]) for one in fences]
-    return found
+        listed += [Block(page.relative_to(ROOT).as_posix(), one[1] or "", one[2], one[3]) for one in fences]
+    return listed
 
 
 def unnamed(found: Iterable[Block]) -> list[Block]:
@@ -53,8 +53,8 @@ def unnamed(found: Iterable[Block]) -> list[Block]:
 
 def block(name: str) -> Block:
     """The one of this name."""
-    (found,) = [one for one in blocks() if one.name == name]
-    return found
+    (named,) = [one for one in blocks() if one.name == name]
+    return named
 
 
 def commands(text: str) -> list[str]:

@@ -88,7 +88,7 @@ def draw(root: Path, mpp: float = 0.5, side_px: int = 160) -> Path:
     for number, path in enumerate(path for path in empty if path.stat().st_size == 0):
         rng = np.random.default_rng(number)
         image = np.full((side_px, side_px, 3), 243, dtype=np.uint8)
-        # As pale as glass on one side, for tiling to have something to leave out.
+        # As pale as glass on one side, so that tiling has something to leave out.
         tissue = image[:, : 3 * side_px // 4]
         tissue[:] = np.array([200, 110, 160]) + rng.integers(-30, 30, (side_px, 1, 1)) // (1 + number % 2)
         tissue[:] = np.clip(tissue.astype(int) + rng.integers(-12, 12, tissue.shape), 0, 255)

@@ -21,7 +21,7 @@ def train_arguments(manifest: Path, output_dir: Path, *extra: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's variables, one thread a rank, and the environment's commands on the path."""
+    """This process's variables, one thread per rank, and the environment's commands on the path."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
@@ -45,5 +45,5 @@ def on_a_free_port(command: list[str]) -> list[str]:
     """The command, of a launcher with a port that is free now."""
     if command[0] not in PORT_OPTION:
         return command
-    place, option = PORT_OPTION[command[0]]
-    return [*command[:place], option, str(free_port()), *command[place:]]
+    position, option = PORT_OPTION[command[0]]
+    return [*command[:position], option, str(free_port()), *command[position:]]

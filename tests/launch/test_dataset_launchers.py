@@ -19,7 +19,7 @@ MORE_PANDA = [(f"{n:032x}", "radboud", str(n % 3), "3+3" if n % 3 else "negative
 
 
 def make_panda(root):
-    """With a split as PANTHER publishes it."""
+    """PANDA with a split as PANTHER publishes it."""
     panda(root, rows=[*PANDA, *MORE_PANDA])
     touch(root, *(f"train_images/{row[0]}.tiff" for row in MORE_PANDA))
     draw(root, mpp=0.486)
@@ -35,7 +35,7 @@ def make_camelyon16(root):
 
 
 def make_camelyon17(root):
-    """With the test patients, whose labels the corrections bring."""
+    """CAMELYON17 with the test patients, whose labels the corrections bring."""
     touch(camelyon17(root), *(f"testing/patients/patient_10{n}/patient_10{n}_node_{n}.tif" for n in (1, 2)))
     rows = [("patient_101_node_1.tif", "macro"), ("patient_102_node_2.tif", "negative")]
     corrections = table(root / "plus.csv", ("slide", "stage"), rows)

@@ -55,9 +55,9 @@ def alone(tmp_path, monkeypatch):
         torch.distributed.destroy_process_group()
 
 
-def seen(names, *found):
+def seen(names, *keys):
     """The names of a block that ran, of this kind."""
-    return [names[name] for name in found]
+    return [names[name] for name in keys]
 
 
 def is_slide(names):
@@ -94,9 +94,9 @@ def is_hooked(names):
 
 def is_trained(names):
     assert names["trainer"].state.global_step == 3
-    found = names["SlideModelForSlideClassification"].from_pretrained("runs/hf/model")
-    theirs = names["model"].state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in found.state_dict().items())
+    model = names["SlideModelForSlideClassification"].from_pretrained("runs/hf/model")
+    expected = names["model"].state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 def is_trained_on_features(names):
@@ -150,9 +150,9 @@ def test_each_line_of_which_part_do_i_need_runs():
     for line in lines:
         for written, here in smaller.items():
             line = line.replace(written, here)
-        found = eval(line, names)
-        if hasattr(found, "remove"):
-            found.remove()
+        value = eval(line, names)
+        if hasattr(value, "remove"):
+            value.remove()
 
 
 @pytest.fixture
@@ -258,10 +258,10 @@ def refusal(words, capsys):
 def test_every_command_has_options_that_exist(capsys):
     n_parsed = 0
     for page, line in command_lines():
-        found = re.search(r"(?:^|\s)(?:ds-wsi|-m ds_wsi\.cli|\S+/features\.sbatch|launch/(\w+)\.py)\s*(.*)$", line)
-        if not found or " benchmark" in line or "..." in line:
+        match = re.search(r"(?:^|\s)(?:ds-wsi|-m ds_wsi\.cli|\S+/features\.sbatch|launch/(\w+)\.py)\s*(.*)$", line)
+        if not match or " benchmark" in line or "..." in line:
             continue
-        script, words = found[1], shlex.split(found[2])
+        script, words = match[1], shlex.split(match[2])
         if script and script.startswith("train_"):
             words = ["protocol", {"tcga_lung": "tcga"}.get(script[6:], script[6:]), *words]
         elif script:
@@ -379,11 +379,11 @@ def test_messages_of_troubleshooting_are_the_codes():
     page = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
     messages = re.findall(r"^```text\n(.*?)\n```$", page, re.M | re.S)
     assert len(messages) > 30
-    known = [re.compile(template, re.S) for template in templates()]
+    patterns = [re.compile(template, re.S) for template in templates()]
     # Lists of values are joined to some messages; where there is a hint, the whole is one template.
     unknown = [
         message
         for message in messages
-        if not any(one.fullmatch(message) or ("HINT" not in message and one.match(message)) for one in known)
+        if not any(one.fullmatch(message) or ("HINT" not in message and one.match(message)) for one in patterns)
     ]
     assert unknown == []

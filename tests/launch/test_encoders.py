@@ -29,8 +29,12 @@ def test_adapters_in_a_model_of_a_folder_are_merged_on_export(demo_manifest, tmp
     more = [*options.split(), *augment.split(), "--learning_rate", "0.01", "--save_total_limit", "9"]
     printed = run(["python", "launch/train.py", *train_arguments(demo_manifest, output), *more])
     assert "96 features per tile (cls_mean), normalised with mean (0.7, 0.6, 0.7)" in printed
-    model, found = load_model(output)
-    assert (found.encoder, found.encoder_options, found.mean) == ("vit_tiny_patch16_224", OPTIONS, (0.7, 0.6, 0.7))
+    model, slide_config = load_model(output)
+    assert (slide_config.encoder, slide_config.encoder_options, slide_config.mean) == (
+        "vit_tiny_patch16_224",
+        OPTIONS,
+        (0.7, 0.6, 0.7),
+    )
     assert model.encoder.state_dict().keys() == base.state_dict().keys()
     first, last = (load_file(output / f"checkpoint-{step}" / "model.safetensors") for step in (4, 8))
     changed = {name for name in last if not torch.equal(first[name], last[name])}

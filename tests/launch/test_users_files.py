@@ -96,7 +96,7 @@ class Watched:
         of_folders += [listing(self.root / name) for name in ("features", "slides", "other")]
         whole = listing(self.root)
         of_planted = {str(path): whole.get(str(path)) for path in self.planted}
-        return {path: state for found in (*of_folders, of_planted) for path, state in found.items()}
+        return {path: state for states in (*of_folders, of_planted) for path, state in states.items()}
 
     def check(self, what):
         after = self.state()
@@ -112,11 +112,11 @@ def killed_in_the_middle(root, output):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), **quiet)
     deadline = time.monotonic() + 120
-    known = len(list(output.glob("checkpoint-[0-9]*")))
+    n_before = len(list(output.glob("checkpoint-[0-9]*")))
     first = {path.name for path in output.glob("checkpoint-[0-9]*")}
     while len({path.name for path in output.glob("checkpoint-[0-9]*")} - first) < 2:
         assert process.poll() is None, "the run ended before it was killed"
-        assert time.monotonic() < deadline, f"no new checkpoint beside {known}"
+        assert time.monotonic() < deadline, f"no new checkpoint beside {n_before}"
         time.sleep(0.01)
     time.sleep(0.15)
     process.send_signal(signal.SIGKILL)

@@ -61,11 +61,11 @@ def assert_it_learned(before, after):
 def both(model, loop, part=lambda model: model, mode="lean"):
     """The loop on an untouched copy and on a partitioned one; whatever else it returns must be the same too."""
     start = copy.deepcopy(model.state_dict())
-    plain, ours = copy.deepcopy(model), copy.deepcopy(model)
-    partition(part(ours), mode)
-    results = [loop(each) for each in (plain, ours)]
-    assert_same(ours, plain)
-    assert_it_learned(start, ours.state_dict())
+    plain, parted = copy.deepcopy(model), copy.deepcopy(model)
+    partition(part(parted), mode)
+    results = [loop(each) for each in (plain, parted)]
+    assert_same(parted, plain)
+    assert_it_learned(start, parted.state_dict())
     if results[0] is not None:
         assert_same(results[1], results[0])
-    return plain, ours
+    return plain, parted

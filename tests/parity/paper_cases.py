@@ -24,9 +24,9 @@ def run(module, x):
     out = module(x)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
     (out * weights + out.square()).sum().backward()
-    found = {"output": out.detach(), "input gradient": x.grad}
-    found |= {f"gradient of {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return found | {f"buffer {name}": buffer for name, buffer in module.named_buffers()}
+    results = {"output": out.detach(), "input gradient": x.grad}
+    results |= {f"gradient of {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return results | {f"buffer {name}": buffer for name, buffer in module.named_buffers()}
 
 
 def check(module, x, axis, chunk, stop_bytes=0):

@@ -15,7 +15,7 @@ from ds_wsi.stacking import stack_bags
 
 
 def smooth_svm(pair, target):
-    """With tau = alpha = 1: log sum_j exp(s_j + [j != y] - s_y)."""
+    """The loss with tau = alpha = 1: log sum_j exp(s_j + [j != y] - s_y)."""
     return math.log(sum(math.exp(pair[j] + (j != target) - pair[target]) for j in range(2)))
 
 
@@ -79,7 +79,7 @@ def test_dtfd(distillation, length, train):
     drawn = [part.tolist() for part in torch.randperm(length).tensor_split(count)]
     parts = drawn if train else [list(range(p, length, count)) for p in range(count)]
     h = torch.relu(linear(module.embedding[0], bag))
-    passed, own, tier_1 = [], [], 0.0
+    passed, part_weights, tier_1 = [], [], 0.0
     for part in parts:
         members = h[part]
         weights = gated(module.attention_1, members).softmax(0)
@@ -88,13 +88,13 @@ def test_dtfd(distillation, length, train):
         chances = ((weights * members) @ module.classifier_1.weight.T).softmax(1)[:, -1]
         high, low = members[chances.argmax()], members[chances.argmin()]
         passed += {"maxs": [high], "maxmins": [high, low], "afs": [feature]}[distillation]
-        own.append(weights[:, 0])
+        part_weights.append(weights[:, 0])
     features = torch.stack(passed)
     across = gated(module.attention_2, features).softmax(0)
     assert_same(logits, linear(module.classifier_2, (across * features).sum(0)))
     assert_same(loss, tier_1)
     shares = across.flatten().unflatten(0, (count, -1)).sum(1)
-    for part, weights, share in zip(parts, own, shares, strict=True):
+    for part, weights, share in zip(parts, part_weights, shares, strict=True):
         assert_same(attention[part], weights * share)
 
 
@@ -117,8 +117,8 @@ def acmil_reference(module, bag, masks):
 def test_acmil(length, branches, monkeypatch):
     module, bag = build("acmil", embed_dim=7, hidden_dim=4, branches=branches), draw_bag(length)
     unmasked = torch.zeros(length, branches, dtype=torch.bool)
-    for found, expected in zip(run(module, bag, True), acmil_reference(module, bag, unmasked), strict=True):
-        assert_same(found, expected)
+    for output, expected in zip(run(module, bag, True), acmil_reference(module, bag, unmasked), strict=True):
+        assert_same(output, expected)
     module.train()
     drawn = []
 
@@ -127,9 +127,9 @@ def test_acmil(length, branches, monkeypatch):
         return drawn[-1]
 
     monkeypatch.setattr(module, "draw_masks", draw)
-    found = run(module, bag, True)
+    output = run(module, bag, True)
     masks = drawn[0][4:]
-    for one, expected in zip(found, acmil_reference(module, bag, masks), strict=True):
+    for one, expected in zip(output, acmil_reference(module, bag, masks), strict=True):
         assert_same(one, expected)
     highest = gated(module.attention, torch.relu(linear(module.embedding[0], bag))).argsort(0, descending=True)
     assert masks.sum(0).tolist() == [int(0.6 * min(10, length))] * branches
@@ -212,10 +212,10 @@ def test_gradients_of_a_short_bag_whose_equal_landmarks_are_one(length, landmark
     nn.init.normal_(module.qkv.weight)
     x = torch.randn(length, 8, dtype=torch.float64, requires_grad=True)
     inputs, outward = (x, *module.parameters()), torch.randn(length, 8, dtype=torch.float64)
-    found = torch.autograd.grad(module(x)[0], inputs, outward)
+    gradients = torch.autograd.grad(module(x)[0], inputs, outward)
     expected = torch.autograd.grad(nystrom_reference(module, x)[0], inputs, outward)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-10)
 
 
 def test_nystrom_attention_with_a_landmark_a_token_is_softmax_attention(monkeypatch):

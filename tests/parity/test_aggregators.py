@@ -74,8 +74,8 @@ def losses(output, labels):
 
 def gradients(module, bags, loss):
     leaves = [*module.parameters(), *bags]
-    found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
 
 
 def largest_error(found, expected):
@@ -89,7 +89,7 @@ def test_a_stack_equals_its_bags_in_value_and_gradient(name, options):
     bags = [bag.requires_grad_() for bag in draw_bags()]
     torch.manual_seed(5)
     stacked = run(module, bags, LABELS)
-    found = gradients(module, bags, losses(stacked, LABELS).mean())
+    grads = gradients(module, bags, losses(stacked, LABELS).mean())
     torch.manual_seed(5)  # splits and masks are drawn bag by bag, in order: the same for both
     single = [run(module, [bag], label[None]) for bag, label in zip(bags, LABELS, strict=True)]
     per_bag = [
@@ -101,10 +101,10 @@ def test_a_stack_equals_its_bags_in_value_and_gradient(name, options):
         if value is not None:
             torch.testing.assert_close(value, torch.cat(parts), rtol=TOLERANCE, atol=TOLERANCE)
     mean = [sum(parts) / len(bags) for parts in zip(*per_bag, strict=True)]
-    assert largest_error(found, mean) <= TOLERANCE
+    assert largest_error(grads, mean) <= TOLERANCE
     # Two ranks of three bags and one, each taking its mean: what stacking must not be.
     wrong = [(sum(parts[:3]) / 3 + parts[3]) / 2 for parts in zip(*per_bag, strict=True)]
-    assert largest_error(found, wrong) > 1e-2
+    assert largest_error(grads, wrong) > 1e-2
     assert stacked.attention is None or stacked.attention[:3].detach().sum(0) == pytest.approx(1)
 
 

@@ -111,14 +111,14 @@ def test_layers_of_a_transformers_encoder():
             model(pixel_values=x, labels=target).loss.backward()
             optimizer.step()
 
-    plain, ours = vit(), vit()
-    layers = [part for part in ours.modules() if isinstance(part, ViTLayer)]
+    plain, parted = vit(), vit()
+    layers = [part for part in parted.modules() if isinstance(part, ViTLayer)]
     assert len(layers) == 2
     for layer in layers:
         partition(layer, "recompute")
     loop(plain)
-    loop(ours)
-    assert_same(ours, plain)
+    loop(parted)
+    assert_same(parted, plain)
 
 
 class Rows(torch.utils.data.Dataset):

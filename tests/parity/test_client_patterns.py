@@ -169,7 +169,7 @@ def test_a_hook_on_the_partitioned_module_itself():
 
 
 class Named(nn.Module):
-    """Its forward has a name of its own for tiles, and a flag beside them."""
+    """A module whose forward has a name of its own for tiles, and a flag beside them."""
 
     def __init__(self):
         super().__init__()
@@ -227,12 +227,12 @@ def test_two_views_and_a_teacher_that_follows():
             optimizer.zero_grad()
             one, two = model(x), model(x.flip(-1))
             with torch.no_grad():
-                wanted = teacher(x)
-            (F.mse_loss(one, wanted + 1) - F.cosine_similarity(one, two).mean()).backward()
+                target = teacher(x)
+            (F.mse_loss(one, target + 1) - F.cosine_similarity(one, two).mean()).backward()
             optimizer.step()
             with torch.no_grad():
-                for theirs, ours in zip(teacher.parameters(), model.parameters(), strict=True):
-                    theirs.lerp_(ours, 0.1)
+                for averaged, trained in zip(teacher.parameters(), model.parameters(), strict=True):
+                    averaged.lerp_(trained, 0.1)
         return teacher
 
     both(network(), loop)

@@ -74,14 +74,14 @@ def plain_loss(scores, times, events, strata, ties):
     """The formula, event time by event time, of differentiable scores; None without an event."""
     terms, n_events = [], 0
     for stratum in sorted(set(strata)):
-        own = [row for row, other in enumerate(strata) if other == stratum]
-        for time in sorted({times[row] for row in own if events[row]}):
-            at_risk = torch.stack([scores[row].exp() for row in own if times[row] >= time]).sum()
-            tied = [scores[row] for row in own if times[row] == time and events[row]]
+        rows = [row for row, other in enumerate(strata) if other == stratum]
+        for time in sorted({times[row] for row in rows if events[row]}):
+            at_risk = torch.stack([scores[row].exp() for row in rows if times[row] >= time]).sum()
+            tied = [scores[row] for row in rows if times[row] == time and events[row]]
             tied_sum = torch.stack(tied).exp().sum()
             n_events += len(tied)
-            for place, score in enumerate(tied):
-                left_out = place / len(tied) if ties == "efron" else 0
+            for position, score in enumerate(tied):
+                left_out = position / len(tied) if ties == "efron" else 0
                 terms.append(torch.log(at_risk - left_out * tied_sum) - score)
     return torch.stack(terms).sum() / n_events if terms else None
 
@@ -107,8 +107,8 @@ def test_lifelines_has_the_same_maximum_and_baseline(stratified):
     assert abs(step.gradient @ covariate) < 1e-7  # how near its search comes to the maximum
     baselines = breslow_baseline(table_of(coefficient * (covariate - covariate.mean()), TIMES, EVENTS, strata))
     for stratum, expected in hazards.items():
-        found = torch.tensor(baselines[stratum].log_hazards, dtype=torch.float64).exp().tolist()
-        assert found == pytest.approx(expected, abs=1e-10)
+        baseline = torch.tensor(baselines[stratum].log_hazards, dtype=torch.float64).exp().tolist()
+        assert baseline == pytest.approx(expected, abs=1e-10)
         assert baselines[stratum].last_time == 9 if stratum or not stratified else 7
 
 
@@ -130,8 +130,8 @@ def test_the_closed_form_is_autograds(ties, data, n, n_times, n_strata):
     assert step.loss == pytest.approx(loss.item(), abs=1e-12)
     (expected,) = torch.autograd.grad(loss, scores)
     torch.testing.assert_close(step.gradient, expected, rtol=0, atol=1e-12)
-    (found,) = torch.autograd.grad(cox_surrogate(scores, step.gradient), scores)
-    assert torch.equal(found, step.gradient)
+    (gradient,) = torch.autograd.grad(cox_surrogate(scores, step.gradient), scores)
+    assert torch.equal(gradient, step.gradient)
 
 
 def test_efron_is_not_breslow_and_strata_are_not_one():

@@ -86,7 +86,7 @@ def plain_loop(bags, tiles_per_slide):
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     for epoch in range(EPOCHS):
         for step in plan_epoch(5, StepLayout(bags_per_group=2), seed=SEED, epoch=epoch):
-            slides = [slide for ranks in step.micro_steps for own in ranks for slide in own]
+            slides = [slide for ranks in step.micro_steps for of_rank in ranks for slide in of_rank]
             losses = []
             for slide in slides:
                 rows = choose_tiles(len(bags[slide]), tiles_per_slide, (SEED, epoch, slide))
@@ -111,9 +111,9 @@ def test_training_on_features_equals_a_plain_loop_and_resumes_to_the_same_bits(c
     settings = settings_of(folder, output, tiles_per_slide=4, save_steps=1, save_total_limit=20)
     train(settings)
     trained = load_file(output / "model.safetensors")
-    wanted = plain_loop(bags, 4)
-    assert furthest(trained, wanted) < 1e-6
-    assert furthest(plain_loop(bags, None), wanted) > 1e-3, "the rows drawn must matter"
+    expected = plain_loop(bags, 4)
+    assert furthest(trained, expected) < 1e-6
+    assert furthest(plain_loop(bags, None), expected) > 1e-3, "the rows drawn must matter"
     model, config = load_model(output)
     assert (config.encoder, config.in_dim, config.tiling) == (None, WIDTH, {})
     assert model.encoder_is_frozen

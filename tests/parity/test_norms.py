@@ -89,9 +89,9 @@ def test_statistics_of_a_population_are_those_of_one_call(name, one_chunk, tiles
     recalibrate(batch_norms(encoder), encoder, lambda: chunks, one_chunk=one_chunk)
     if name == "twice":  # a norm of two populations has both as one: a plain norm keeps the second alone
         return
-    for own, theirs in zip(batch_norms(encoder), batch_norms(plain), strict=True):
-        torch.testing.assert_close(own.running_mean, theirs.running_mean, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(own.running_var, theirs.running_var, rtol=1e-10, atol=1e-10)
+    for recalibrated, plain_norm in zip(batch_norms(encoder), batch_norms(plain), strict=True):
+        torch.testing.assert_close(recalibrated.running_mean, plain_norm.running_mean, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(recalibrated.running_var, plain_norm.running_var, rtol=1e-10, atol=1e-10)
 
 
 def test_chunks_as_populations_of_their_own_would_be_noticed(tiles):
@@ -130,7 +130,7 @@ def test_one_value_per_channel_is_refused():
 def test_moments_are_of_all_values_whatever_the_parts(dtype):
     torch.manual_seed(0)
     z = (torch.randn(11, 3, 4, 5) * torch.tensor([1.0, 50.0, 0.0]).view(1, 3, 1, 1) + 300).to(dtype)
-    total = pooled(found for part in z.split([1, 4, 6]) if (found := moments_of(part)) is not None)
+    total = pooled(moments for part in z.split([1, 4, 6]) if (moments := moments_of(part)) is not None)
     wide = z.double()
     tolerance = {torch.float64: 1e-12}.get(dtype, 1e-5)
     assert total.count == 11 * 20
@@ -150,11 +150,11 @@ def test_the_correction_completes_the_gradient():
     norm = lively(nn.Sequential(nn.BatchNorm2d(3)))[0].train()
     dy = torch.randn_like(z)
     (expected,) = torch.autograd.grad(norm(z), z, dy)
-    found = moments_of(z)
-    view, invstd = (1, -1, 1, 1), (found.var + norm.eps).rsqrt()
-    x = (z.detach() - found.mean.view(view)) * invstd.view(view)
+    moments = moments_of(z)
+    view, invstd = (1, -1, 1, 1), (moments.var + norm.eps).rsqrt()
+    x = (z.detach() - moments.mean.view(view)) * invstd.view(view)
     dgamma, dbeta = (dy * x).sum((0, 2, 3)), dy.sum((0, 2, 3))
-    scale, shift = correction(norm.weight.detach(), norm.eps, found.count, found.mean, found.var, dgamma, dbeta)
+    scale, shift = correction(norm.weight.detach(), norm.eps, moments.count, moments.mean, moments.var, dgamma, dbeta)
     constant = dy * (norm.weight.detach() * invstd).view(view)
     torch.testing.assert_close(constant + z.detach() * scale.view(view) + shift.view(view), expected)
     assert not torch.allclose(constant, expected), "without the second term it is another gradient"
@@ -163,19 +163,19 @@ def test_the_correction_completes_the_gradient():
 @pytest.mark.parametrize("momentum", [0.1, None, 0.0])
 def test_running_statistics_move_as_the_norms_own_forward_moves_them(momentum):
     torch.manual_seed(0)
-    own, plain = (nn.BatchNorm2d(3, momentum=momentum).double() for _ in range(2))
+    norm, plain = (nn.BatchNorm2d(3, momentum=momentum).double() for _ in range(2))
     for _ in range(3):
         z = torch.randn(4, 3, 5, 5, dtype=torch.float64)
-        found = moments_of(z)
-        track(own, found.mean, found.unbiased_var), plain(z)
-    for ours, theirs in zip(own.buffers(), plain.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    before = own.running_mean.clone()
-    for still in (own.eval(), nn.BatchNorm2d(3, track_running_stats=False)):
+        moments = moments_of(z)
+        track(norm, moments.mean, moments.unbiased_var), plain(z)
+    for buffer, plain_buffer in zip(norm.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, plain_buffer)
+    before = norm.running_mean.clone()
+    for still in (norm.eval(), nn.BatchNorm2d(3, track_running_stats=False)):
         track(still, torch.ones(3), torch.ones(3))
-    normalise_with(own, "own")
-    track(own, torch.ones(3), torch.ones(3))
-    assert own.running_mean.equal(before)
+    normalise_with(norm, "own")
+    track(norm, torch.ones(3), torch.ones(3))
+    assert norm.running_mean.equal(before)
 
 
 def test_a_norm_takes_the_statistics_that_it_is_told_and_gives_its_flags_back():
@@ -207,9 +207,9 @@ def test_what_fits_is_told_by_the_largest_layer(tiles):
 
 def test_a_pool_of_ranks_statistics_is_that_of_their_values():
     parts = [torch.randn(10, 2, dtype=torch.float64) + mean for mean in (0.0, 10.0)]
-    found = pooled(moments_of(part) for part in parts)
-    own = [moments_of(part) for part in parts]
-    assert found.mean.allclose((own[0].mean + own[1].mean) / 2)
-    assert found.var.allclose((own[0].var + own[1].var) / 2 + ((own[0].mean - own[1].mean) / 2).square())
-    assert isinstance(found, Moments)
-    assert math.isclose(found.count, 20)
+    pool = pooled(moments_of(part) for part in parts)
+    moments = [moments_of(part) for part in parts]
+    assert pool.mean.allclose((moments[0].mean + moments[1].mean) / 2)
+    assert pool.var.allclose((moments[0].var + moments[1].var) / 2 + ((moments[0].mean - moments[1].mean) / 2).square())
+    assert isinstance(pool, Moments)
+    assert math.isclose(pool.count, 20)

@@ -64,13 +64,13 @@ def test_the_check_sees_statistics_by_chunk_and_a_missing_correction(monkeypatch
     checked, partitioned = copy.deepcopy(plain), copy.deepcopy(plain)
     partition_layers(checked, PartitionPolicy(mode="lean", chunk_size=4))
     partition_layers(partitioned, PartitionPolicy(mode="lean", chunk_size=4), check=False)
-    monkeypatch.setattr(NormSite, "correct", lambda self, found, z, grad: grad)
+    monkeypatch.setattr(NormSite, "correct", lambda self, moments, z, grad: grad)
     with pytest.raises(ValueError, match=r"ResNet must be computed in a partition as it is alone, got .* gradient"):
         checked(x.clone().requires_grad_())
     reference = copy.deepcopy(plain)
-    wanted, found = step(reference, x), step(partitioned, x)
-    assert relative(found[0], wanted[0]) <= TOLERANCE
-    assert relative(found[1], wanted[1]) > 1e-3
+    of_reference, results = step(reference, x), step(partitioned, x)
+    assert relative(results[0], of_reference[0]) <= TOLERANCE
+    assert relative(results[1], of_reference[1]) > 1e-3
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -170,18 +170,18 @@ def test_a_slide_model_of_stacked_bags_has_the_population_of_the_policy(populati
     encoder, aggregator = build("resnet10t"), build_aggregator("gated_abmil", 128, 2).double()
     bags = stack_bags([torch.randint(0, 255, (n, 3, 32, 32), dtype=torch.uint8) for n in (7, 11, 26)])
     plain = SlideModel(copy.deepcopy(encoder), copy.deepcopy(aggregator))
-    ours = SlideModel(copy.deepcopy(encoder), copy.deepcopy(aggregator))
+    parted = SlideModel(copy.deepcopy(encoder), copy.deepcopy(aggregator))
     policy = PartitionPolicy(mode=mode, chunk_size=4, bn_population=population, gpu_budget_bytes=66 * 2**20)
-    partition_layers(ours.encoder, policy)
+    partition_layers(parted.encoder, policy)
     if population == "bag":
         expected = plain(bags)
     else:
         expected = plain.aggregator(bags.with_values(plain.encoder(plain.normalise(bags.values))))
-    found = ours(bags)
-    assert relative(found.logits, expected.logits) <= TOLERANCE
-    for output in (expected, found):
+    result = parted(bags)
+    assert relative(result.logits, expected.logits) <= TOLERANCE
+    for output in (expected, result):
         output.logits.square().sum().backward()
-    assert_same_state(plain, ours)
+    assert_same_state(plain, parted)
 
 
 def test_removed_it_is_the_plain_module_again():

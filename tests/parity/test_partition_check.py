@@ -186,7 +186,7 @@ def test_the_report_says_why_a_mode_is_refused(capsys):
 
 
 def test_a_module_that_is_wrong_in_one_tile_alone_is_taken_where_no_chunk_has_one():
-    """As torch's BatchNorm on a CPU is for a transposed gradient; with chunks of two, one tile can remain."""
+    """Torch's BatchNorm on a CPU is wrong so for a transposed gradient; with chunks of two, one tile can remain."""
 
     class WrongAlone(nn.Module):
         def forward(self, x):

@@ -56,13 +56,13 @@ class Count(Average):
 @pytest.mark.parametrize("kind", [Average, Attribute, Count])
 def test_a_buffer_written_in_forward_is_named_or_written_as_alone(kind, norm, mode):
     plain = Net(norm, kind()).double()
-    ours = copy.deepcopy(plain)
-    said = refusal(ours, mode)
+    parted = copy.deepcopy(plain)
+    said = refusal(parted, mode)
     if said:
         assert f"'middle' ({kind.__name__}) must not write its buffer 'ema' in forward" in said
     else:
         plain(tiles())
-        assert torch.allclose(plain.middle.ema.double(), ours.middle.ema.double())
+        assert torch.allclose(plain.middle.ema.double(), parted.middle.ema.double())
 
 
 @both
@@ -75,13 +75,13 @@ def test_a_written_buffer_is_named_beside_dropout(norm):
 @both
 def test_instance_norm_with_running_statistics_is_named_or_exact(norm, mode):
     plain = Net(norm, nn.InstanceNorm2d(8, affine=True, track_running_stats=True)).double()
-    ours = copy.deepcopy(plain)
-    said = refusal(ours, mode)
+    parted = copy.deepcopy(plain)
+    said = refusal(parted, mode)
     if said:
         assert "'middle' (InstanceNorm2d) must not write its buffer 'running_mean' in forward" in said
     else:
         plain(tiles())
-        assert torch.allclose(plain.middle.running_var, ours.middle.running_var)
+        assert torch.allclose(plain.middle.running_var, parted.middle.running_var)
 
 
 def spectral(module, kind):
@@ -99,20 +99,20 @@ def spectral(module, kind):
 )
 def test_a_weight_computed_in_forward_is_refused_or_exact(kind, norm, mode):
     torch.manual_seed(0)
-    plain, ours = spectral(Net(norm).double(), kind), spectral(Net(norm).double(), kind)
-    ours.load_state_dict(plain.state_dict())
+    plain, parted = spectral(Net(norm).double(), kind), spectral(Net(norm).double(), kind)
+    parted.load_state_dict(plain.state_dict())
     try:
-        said = refusal(ours, mode)
+        said = refusal(parted, mode)
     except RuntimeError as error:  # a trace that copies parametrized layers
         said = str(error)
     if said:
         assert any(words in said for words in ("must not write its buffer", "must be computed", "Serialization"))
         return
-    wanted = plain(tiles())
-    wanted.square().sum().backward()
-    for (name, one), other in zip(plain.named_parameters(), ours.parameters(), strict=True):
+    expected = plain(tiles())
+    expected.square().sum().backward()
+    for (name, one), other in zip(plain.named_parameters(), parted.parameters(), strict=True):
         assert torch.allclose(one.grad, other.grad, rtol=1e-7, atol=1e-10), name
-    for (name, one), other in zip(plain.named_buffers(), ours.buffers(), strict=True):
+    for (name, one), other in zip(plain.named_buffers(), parted.buffers(), strict=True):
         assert torch.allclose(one.double(), other.double(), rtol=1e-7), name
 
 

@@ -120,12 +120,12 @@ class Clipped(nn.BatchNorm2d):
 def test_a_batchnorm_with_a_forward_of_its_own_is_named_or_exact(kind, mode):
     plain = Net(first=kind(8)).double()
     nn.init.uniform_(plain.n1.weight, -1, 1)
-    ours = copy.deepcopy(plain)
-    said = refusal(ours, mode)
+    parted = copy.deepcopy(plain)
+    said = refusal(parted, mode)
     if said:
         assert f"must have torch's or timm's own forward, got {kind.__name__}'s (layer 'n1')" in said
     else:
-        assert torch.allclose(ours.eval()(tiles()), step_and_evaluate(plain), rtol=1e-9)
+        assert torch.allclose(parted.eval()(tiles()), step_and_evaluate(plain), rtol=1e-9)
 
 
 def step_and_evaluate(plain):

@@ -24,7 +24,7 @@ CHANGED = "modified by an inplace operation"
 @pytest.mark.parametrize("what", ["input", "weight", "normed"])
 def test_what_backward_reads_again_must_not_change(what, mode, norm):
     _, parted, _ = pair(norm, mode)
-    # One row a tile more than what offload leaves on the device: of what it has copied nothing can change.
+    # One row per tile more than what offload leaves on the device: of what it has copied nothing can change.
     x = tiles(side=8 if mode == "offload" else 12)
     out = parted(x)
     with torch.no_grad():

@@ -103,14 +103,14 @@ def test_autocast_within_a_forward(inner, mode):
     plain = Island(**inner)
     net = parted(copy.deepcopy(plain), mode)
     with torch.autocast("cpu", torch.bfloat16, enabled="dtype" not in inner):
-        (out, grad), (wanted, wanted_grad) = step(net, tiles().float()), step(plain, tiles().float())
+        (out, grad), (expected, expected_grad) = step(net, tiles().float()), step(plain, tiles().float())
     tolerance = 1e-5 if "enabled" in inner else 2e-2
-    assert (out - wanted).abs().max() <= tolerance * wanted.abs().max()
-    assert (grad - wanted_grad).abs().max() <= tolerance * wanted_grad.abs().max()
+    assert (out - expected).abs().max() <= tolerance * expected.abs().max()
+    assert (grad - expected_grad).abs().max() <= tolerance * expected_grad.abs().max()
     if "enabled" in inner:
         short = copy.deepcopy(plain)
         short.context = {"dtype": torch.bfloat16}
-        assert (step(short, tiles().float())[0] - wanted).abs().max() > 1e-3 * wanted.abs().max(), (
+        assert (step(short, tiles().float())[0] - expected).abs().max() > 1e-3 * expected.abs().max(), (
             "the test must see it"
         )
 

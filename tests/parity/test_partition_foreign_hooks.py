@@ -123,17 +123,17 @@ def test_a_hook_that_runs_on_every_chunk_is_seen():
 @every_mode_and_norm
 def test_functional_call_gives_its_tensors_their_gradients(mode, norm):
     plain, parted, _ = pair(norm, mode)
-    found = {}
+    gradients = {}
     for key, net in (("plain", plain), ("parted", parted)):
         given = {name: (1.5 * value.detach()).requires_grad_() for name, value in net.named_parameters()}
         x = tiles().requires_grad_()
         out = torch.func.functional_call(net, given, x)
-        found[key] = torch.autograd.grad(out, [x, *given.values()], gradient_of(out))
+        gradients[key] = torch.autograd.grad(out, [x, *given.values()], gradient_of(out))
         assert all(value.grad is None for value in net.parameters())
         # Not a leaf, and only some: what is given may be computed, as a learner's step is.
         some = {name: 1.5 * value for name, value in net.named_parameters() if name.startswith(("c2", "n2"))}
         step(net, tiles(), lambda module, x, some=some: torch.func.functional_call(module, some, x))
-    for one, other in zip(found["parted"], found["plain"], strict=True):
+    for one, other in zip(gradients["parted"], gradients["plain"], strict=True):
         assert (one - other).abs().max() <= 1e-9
     assert_same_state(plain, parted)
     assert_same(plain, parted)

@@ -180,7 +180,7 @@ def test_what_is_hidden_and_frozen_is_exact(norm):
 
 
 class MaxNorm(nn.Conv2d):
-    """As EEGNet's."""
+    """EEGNet's convolution, that bounds its weights' norm before each use."""
 
     def forward(self, x):
         self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.1)

@@ -90,7 +90,7 @@ def test_a_convolution_with_a_forward_of_its_own(when, mode, norm):
 
     def change(net):
         for conv in (net.c1, net.c3):
-            conv.forward = lambda x, own=conv.forward: own(x * x) * 2
+            conv.forward = lambda x, forward=conv.forward: forward(x * x) * 2
 
     if when == "before":
         plain = build(norm)
@@ -109,7 +109,7 @@ def test_a_convolution_with_a_forward_of_its_own(when, mode, norm):
 @pytest.mark.parametrize("axis", ["batch", "spatial"])
 @pytest.mark.parametrize("checks", [True, False])
 def test_a_convolution_whose_own_step_somebody_replaced(checks, axis, mode):
-    """As is done for images without a seam."""
+    """Users do so for images without a seam."""
 
     def change(net):
         for conv in (net.c2, net.c3):  # the last one's result backward does not need
@@ -173,12 +173,12 @@ def test_an_instance_norms_running_statistics_move_as_torchs_do(mode, tracks, tr
 def test_the_rules_of_a_norm_are_torchs(kind, train, has, tracks):
     norm = kind(3, track_running_stats=has).train(train)
     norm.track_running_stats = tracks
-    theirs = copy.deepcopy(norm)
+    plain = copy.deepcopy(norm)
     z = torch.randn(6, 3) if kind is nn.BatchNorm1d else torch.randn(6, 3, 2, 2)
-    out = theirs(z)
+    out = plain(z)
     axes = [axis for axis in range(z.dim()) if axis != 1]
     mean, var = z.mean(axes), z.var(axes)
     assert takes_population(norm) == bool(out.mean(axes).abs().max() < 1e-5)
     track(norm, mean, var)
-    for one, other in zip(norm.buffers(), theirs.buffers(), strict=True):
+    for one, other in zip(norm.buffers(), plain.buffers(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)

@@ -31,17 +31,17 @@ from ds_wsi.partition.policy import MODES
 @every_norm
 def test_a_wrapper_set_over_the_partition_is_not_lost(norm):
     _, parted, handle = pair(norm, "lean")
-    ours = parted.forward
-    parted.forward = functools.wraps(ours.original)(lambda x: ours(x) * 2)
+    forward = parted.forward
+    parted.forward = functools.wraps(forward.original)(lambda x: forward(x) * 2)
     wrapper, hooks = parted.forward, dict(parted._forward_pre_hooks)
     with pytest.raises(ValueError, match=r"got 'Net.forward' set over it \(Net\)"):
         handle.remove()
     assert parted.forward is wrapper
     assert parted._forward_pre_hooks == hooks
-    assert handle.forward is ours
+    assert handle.forward is forward
     with pytest.raises(ValueError, match="partitioned twice"):
         partition_layers(parted, PartitionPolicy(mode="lean", chunk_size=3))
-    parted.forward = ours
+    parted.forward = forward
     handle.remove()
     assert "forward" not in parted.__dict__
     assert not parted._forward_pre_hooks
@@ -51,12 +51,12 @@ def test_a_wrapper_set_over_the_partition_is_not_lost(norm):
 def test_a_wrapper_over_a_layer_of_the_papers_mode_is_not_lost():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).double()
     handle = partition_layers(net, PartitionPolicy(mode="paper", chunk_size=3))
-    theirs = net[0].forward
-    net[0].forward = lambda x: theirs(x) * 2
+    forward = net[0].forward
+    net[0].forward = lambda x: forward(x) * 2
     with pytest.raises(ValueError, match=r"set over it \(layer 0\)"):
         handle.remove()
     assert "forward" in net[1].__dict__
-    net[0].forward = theirs
+    net[0].forward = forward
     handle.remove()
     assert "forward" not in net[1].__dict__
 
@@ -80,11 +80,11 @@ def test_a_part_that_is_partitioned_is_named(mode, norm):
     inner = partition_layers(blocks.a, policy)
     with pytest.raises(ValueError, match=sentence):
         partition_layers(blocks, policy)
-    ours = blocks.a.forward
-    blocks.a.forward = lambda x: ours(x)
+    forward = blocks.a.forward
+    blocks.a.forward = lambda x: forward(x)
     with pytest.raises(ValueError, match=sentence):
         partition_layers(blocks, policy)
-    blocks.a.forward = ours
+    blocks.a.forward = forward
     inner.remove()
     partition_layers(blocks, policy)
     partition_layers(blocks.a, policy)  # nobody tells the inner one
@@ -112,14 +112,14 @@ class Scaled(Net):
 def test_a_copy_has_parts_of_its_own(how, axis, mode):
     plain, parted, handle = pair("bn", mode, axis=axis, kind=Scaled)
     assert_same(plain, parted)
-    ours, theirs = COPIES[how](plain), COPIES[how](parted)
-    for net in (ours, theirs):
+    plain_copy, parted_copy = COPIES[how](plain), COPIES[how](parted)
+    for net in (plain_copy, parted_copy):
         net.scale = 2.0
         with torch.no_grad():
             net.c2.weight.mul_(1.5)
-    assert_same(ours, theirs)
+    assert_same(plain_copy, parted_copy)
     handle.remove()
-    assert_same(ours, theirs)
+    assert_same(plain_copy, parted_copy)
     assert_same(plain, parted)
 
 
@@ -127,17 +127,17 @@ def test_a_copy_has_parts_of_its_own(how, axis, mode):
 @pytest.mark.parametrize("axis", ["batch", "spatial"])
 def test_a_shallow_copy_is_exact_while_it_holds_the_same_and_else_refused(axis, mode):
     plain, parted, handle = pair("bn", mode, axis=axis, kind=Scaled)
-    ours, theirs = copy.copy(plain), copy.copy(parted)
-    assert_same(ours, theirs)
-    theirs.scale = 2.0  # the partition computes with the module that was partitioned
+    plain_copy, parted_copy = copy.copy(plain), copy.copy(parted)
+    assert_same(plain_copy, parted_copy)
+    parted_copy.scale = 2.0  # the partition computes with the module that was partitioned
     sentence = r"a shallow copy of a partitioned Scaled must hold what that one holds, got another 'scale'.*HINT"
     with pytest.raises(ValueError, match=sentence):
-        theirs(tiles())
-    theirs.scale = 1.0
-    assert_same(ours, theirs)
-    theirs.eval()
+        parted_copy(tiles())
+    parted_copy.scale = 1.0
+    assert_same(plain_copy, parted_copy)
+    parted_copy.eval()
     with pytest.raises(ValueError, match="got another 'training'"):
-        theirs(tiles())
+        parted_copy(tiles())
     handle.remove()
     assert not parted._forward_pre_hooks
 
@@ -165,9 +165,9 @@ def test_the_stand_in_of_a_synchronised_norm_calls_what_its_class_calls(kind):
     plain = nn.BatchNorm2d(3).double()
     x = tiles()
     with Restored(norm, torch.device("cpu")):
-        found = norm(x)
+        output = norm(x)
     expected = plain(x)
-    assert differs(found, norm.act(expected) if kind is SyncBatchNormAct else expected) <= TOLERANCE
+    assert differs(output, norm.act(expected) if kind is SyncBatchNormAct else expected) <= TOLERANCE
     assert type(norm) is kind
 
 

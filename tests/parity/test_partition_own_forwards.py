@@ -15,7 +15,7 @@ LARGE = 140  # rows: the check sees 96
 
 
 class ByHeight(nn.LayerNorm):
-    """Its weights alone, twice as much in a high image."""
+    """A norm of its weights alone, twice as much in a high image."""
 
     def forward(self, x):
         return x * self.weight[:, None, None] * (2 if x.shape[2] > 100 else 1)

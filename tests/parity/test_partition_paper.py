@@ -188,7 +188,7 @@ def test_maps_meet_in_one_place(name, stop_bytes):
             block.register_forward_hook(lambda *call: places.append((call[2].device.type, call[2].nbytes)))
         out = model(torch.randn(7, 3, 64, 64, device="cpu"))
         assert out.device.type == "cuda"
-        assert all(place == ("cuda" if size <= stop_bytes else "cpu") for place, size in places)
+        assert all(device == ("cuda" if size <= stop_bytes else "cpu") for device, size in places)
 
 
 @pytest.mark.parametrize("layer", [lambda: nn.Conv2d(4, 4, 3), lambda: nn.BatchNorm2d(4)], ids=["conv", "norm"])

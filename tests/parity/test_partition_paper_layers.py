@@ -175,14 +175,14 @@ def of_others():
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_forward_of_others_is_refused_whatever_its_class_is_called(kind, when):
     layer = of_others()[kind]
-    place = kind.split("'")[0]
-    words = rf"must have the forward of torch's .* got {type(layer).__name__} \(layer {place}\).*HINT"
+    layer_name = kind.split("'")[0]
+    words = rf"must have the forward of torch's .* got {type(layer).__name__} \(layer {layer_name}\).*HINT"
     if when == "before":
         with pytest.raises(ValueError, match=words):
-            paired("batch", **{place: layer})
+            paired("batch", **{layer_name: layer})
         return
     _, parted, _ = paired("batch")
-    parted.get_submodule(place).__class__ = type(layer)
+    parted.get_submodule(layer_name).__class__ = type(layer)
     with pytest.raises(ValueError, match=words):
         parted(images("batch"))
 

@@ -58,8 +58,8 @@ def test_tiles_by_keyword_and_other_arguments_in_the_next_call():
     plain, module = asked(), asked()
     partition_layers(module, PartitionPolicy(mode="lean", chunk_size=CHUNK))
     for kwargs in ({}, {"scale": 2.0}, {"bias": torch.ones(6)}, {"bias": torch.full((6,), 2.0)}, {}):
-        expected, found = plain(pixel_values=images(), **kwargs), module(pixel_values=images(), **kwargs)
-        assert torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        expected, output = plain(pixel_values=images(), **kwargs), module(pixel_values=images(), **kwargs)
+        assert torch.allclose(output, expected, rtol=TOLERANCE, atol=TOLERANCE)
     assert torch.allclose(module(images(), 3.0), plain(images(), 3.0), rtol=TOLERANCE, atol=TOLERANCE)
 
 

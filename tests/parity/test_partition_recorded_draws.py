@@ -50,10 +50,10 @@ def test_moments_with_timm_s_drop_path_are_the_plain_module_s():
         with torch.no_grad():
             return torch.stack([net(x) for _ in range(draws)])
 
-    plain, found, without = features(False, 0.5), features(True, 0.5), features(False, 0.0, 1)
-    spread = [value.std(0).mean().item() for value in (plain, found)]
+    plain, parted, without = features(False, 0.5), features(True, 0.5), features(False, 0.0, 1)
+    spread = [value.std(0).mean().item() for value in (plain, parted)]
     assert spread[1] == pytest.approx(spread[0], rel=0.15)
-    assert plain.std().item() == pytest.approx(found.std().item(), rel=0.05)
+    assert plain.std().item() == pytest.approx(parted.std().item(), rel=0.05)
     assert abs(without.std().item() - plain.std().item()) > 0.1, "the test must see a mask that is not scaled"
 
 

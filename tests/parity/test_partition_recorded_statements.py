@@ -172,7 +172,7 @@ def conditions(net, x):
 
 
 def tokens(net, x):
-    y = x.flatten(2).transpose(1, 2).reshape(-1, 8)  # 144 rows a tile
+    y = x.flatten(2).transpose(1, 2).reshape(-1, 8)  # 144 rows per tile
     y = net.tokens(y)
     return y.reshape(x.shape[0], -1, 8).transpose(1, 2).reshape(x.shape)
 

@@ -38,9 +38,9 @@ def test_dropout_and_stochastic_depth_are_replayed(name, options, mode):
     expected = step(ByChunk(plain, 3), tiles(8))
     after = torch.rand(3)
     torch.manual_seed(5)
-    found = step(partitioned, tiles(8))
+    results = step(partitioned, tiles(8))
     assert torch.equal(after, torch.rand(3)), "backward must leave the generator as forward left it"
-    assert_same(plain, partitioned, expected, found)
+    assert_same(plain, partitioned, expected, results)
     torch.manual_seed(6)
     assert relative(step(copy.deepcopy(partitioned), tiles(8))[0], expected[0]) > 1e-3
 
@@ -104,7 +104,7 @@ def test_mixed_precision_is_applied_again_in_backward(mode, dtype):
     out = exact(x)
     out.backward(gradient_of(out))
     true = torch.cat([parameter.grad.flatten() for parameter in exact.parameters()])
-    errors = {name: (found - true).norm() / true.norm() for name, found in gradients.items()}
+    errors = {name: (gradient - true).norm() / true.norm() for name, gradient in gradients.items()}
     assert errors["ours"] <= 1.5 * errors["plain"] + 1e-3
 
 
@@ -144,18 +144,18 @@ def test_a_compiled_body_draws_what_it_draws_without_compiling(mode):
     torch.manual_seed(0)
     layers = [nn.Dropout(0.3), nn.Flatten(), nn.Linear(27, 16, bias=False), nn.ReLU(), nn.Dropout(0.5)]
     plain = nn.Sequential(*layers, nn.Linear(16, 8, bias=False), nn.Dropout(0.2), nn.Linear(8, 4, bias=False)).double()
-    found = []
+    runs = []
     for compiled in (False, True):
         module = copy.deepcopy(plain)
         partition_layers(module, PartitionPolicy(mode=mode, chunk_size=4, compile=compiled))
         torch.manual_seed(1)
         out = module(torch.randn(14, 3, 3, 3, dtype=torch.float64)).sum()
         out.backward()
-        found.append([out.detach(), *(parameter.grad for parameter in module.parameters())])
+        runs.append([out.detach(), *(parameter.grad for parameter in module.parameters())])
         for parameter in module.parameters():
             torch.testing.assert_close((parameter * parameter.grad).sum(), out, rtol=1e-12, atol=1e-12)
-    for eager, ours in zip(*found, strict=True):
-        torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-12)
+    for eager, of_compiled in zip(*runs, strict=True):
+        torch.testing.assert_close(of_compiled, eager, rtol=1e-12, atol=1e-12)
 
 
 def test_compiling_between_barriers_is_skipped_with_a_warning(caplog):

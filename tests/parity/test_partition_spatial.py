@@ -132,8 +132,8 @@ def step(module, x):
 
 
 def assert_same_step(plain, partitioned, x):
-    expected, found = step(plain, x), step(partitioned, x)
-    for name, one, other in zip(("output", "input gradient"), found, expected, strict=True):
+    expected, results = step(plain, x), step(partitioned, x)
+    for name, one, other in zip(("output", "input gradient"), results, expected, strict=True):
         assert relative(one, other) <= TOLERANCE, name
     scale = max([FLOOR, *(parameter.grad.abs().max() for parameter in plain.parameters())])
     for (name, other), one in zip(plain.named_parameters(), partitioned.parameters(), strict=True):
@@ -167,7 +167,7 @@ def test_a_random_stack_in_random_blocks_equals_the_whole(module, mode, train, b
         finite = module(x).isfinite().all()
     except (RuntimeError, ValueError):
         finite = False
-    assume(finite)  # it shrinks the image to nothing, to one value a channel, or pools padding alone
+    assume(finite)  # it shrinks the image to nothing, to one value per channel, or pools padding alone
     for part in module.modules():
         if getattr(part, "running_mean", None) is not None:
             part.reset_running_stats()

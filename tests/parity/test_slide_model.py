@@ -44,13 +44,13 @@ def test_stacked_gradient_is_the_mean_of_per_bag_gradients(aggregator):
     torch.manual_seed(2)
     for bag, label in zip(bags, labels, strict=True):
         (double_loss(single(stack_bags([bag]), label[None]), label[None]) / len(bags)).backward()
-    for (name, ours), theirs in zip(model.named_parameters(), single.parameters(), strict=True):
+    for (name, of_stack), of_single in zip(model.named_parameters(), single.parameters(), strict=True):
         # The floor is for attention_w.bias, whose gradient is zero: a softmax does not see a constant.
-        scale = theirs.grad.abs().max().clamp_min(1e-6)
-        assert ((ours.grad - theirs.grad).abs().max() / scale) < 1e-10, name
+        scale = of_single.grad.abs().max().clamp_min(1e-6)
+        assert ((of_stack.grad - of_single.grad).abs().max() / scale) < 1e-10, name
     # BatchNorm saw the same bags in the same order.
-    for ours, theirs in zip(model.buffers(), single.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for of_stack, of_single in zip(model.buffers(), single.buffers(), strict=True):
+        torch.testing.assert_close(of_stack, of_single, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_reach_the_first_convolution():

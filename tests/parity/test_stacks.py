@@ -66,10 +66,10 @@ def test_packs_are_the_stack(name):
     pack_bags(whole, 0)
     handle = pack_bags(packed, 20 * WIDTH * 8)  # twenty instances
     with bag_randomness(KEYS):
-        expected, found = step(whole, make_bags(), LABELS), step(packed, make_bags(), LABELS)
-    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-12, atol=1e-13)
+        expected, output = step(whole, make_bags(), LABELS), step(packed, make_bags(), LABELS)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-12, atol=1e-13)
     if expected.attention is not None:
-        torch.testing.assert_close(found.attention, expected.attention, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(output.attention, expected.attention, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(gradients(packed), gradients(whole), rtol=1e-11, atol=1e-12)
     handle.remove()
     assert "forward" not in packed.__dict__
@@ -102,10 +102,10 @@ def test_padding_with_a_mask_changes_no_number(name):
     plain, padded = make(name), make(name)
     expected = plain(stack_bags(make_bags()))
     handle = pad_bags(padded, SlideOutput)
-    found = padded(stack_bags(make_bags()))
-    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-11, atol=1e-12)
+    output = padded(stack_bags(make_bags()))
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-11, atol=1e-12)
     if expected.attention is not None:
-        torch.testing.assert_close(found.attention, expected.attention, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(output.attention, expected.attention, rtol=1e-11, atol=1e-12)
     handle.remove()
 
 

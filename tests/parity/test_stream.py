@@ -55,21 +55,21 @@ def worst(ours, theirs):
 @pytest.mark.parametrize(("count", "chunk", "keep"), [(12, 4, 0), (13, 4, 0), (13, 4, 2), (13, 5, 9), (1, 4, 0)])
 def test_streamed_gradients_are_the_plain_ones(name, count, chunk, keep):
     encoder, aggregator = make_parts(name)
-    ours = copy.deepcopy((encoder, aggregator))
+    streamed = copy.deepcopy((encoder, aggregator))
     tiles = torch.randn(count, 3, SIDE, SIDE, dtype=torch.float64)
     expected = plain(encoder, aggregator, tiles)
-    found = stream_bag(*ours, tiles, chunk_size=chunk, keep_chunks=keep)
-    F.cross_entropy(found.logits, torch.tensor([1])).backward()
-    assert torch.allclose(found.logits, expected.logits, rtol=1e-12, atol=1e-13)
+    output = stream_bag(*streamed, tiles, chunk_size=chunk, keep_chunks=keep)
+    F.cross_entropy(output.logits, torch.tensor([1])).backward()
+    assert torch.allclose(output.logits, expected.logits, rtol=1e-12, atol=1e-13)
     if expected.attention is not None:
-        assert torch.allclose(found.attention, expected.attention, rtol=1e-12, atol=1e-15)
-    assert worst(gradients(*ours), gradients(encoder, aggregator)) < 1e-12
+        assert torch.allclose(output.attention, expected.attention, rtol=1e-12, atol=1e-15)
+    assert worst(gradients(*streamed), gradients(encoder, aggregator)) < 1e-12
 
 
 def test_a_backward_without_the_pooled_feature_in_it_would_be_noticed(monkeypatch):
     """dL/de_k = a_k g (h_k - z): leaving z out is the obvious mistake."""
     encoder, aggregator = make_parts()
-    ours = copy.deepcopy((encoder, aggregator))
+    streamed = copy.deepcopy((encoder, aggregator))
     tiles = torch.randn(9, 3, SIDE, SIDE, dtype=torch.float64)
     plain(encoder, aggregator, tiles)
     second_pass = stream._Work.second_pass
@@ -79,13 +79,13 @@ def test_a_backward_without_the_pooled_feature_in_it_would_be_noticed(monkeypatc
         return second_pass(self, grad, parameters)
 
     monkeypatch.setattr(stream._Work, "second_pass", wrong)
-    F.cross_entropy(stream_bag(*ours, tiles, chunk_size=4).logits, torch.tensor([1])).backward()
-    assert worst(gradients(*ours), gradients(encoder, aggregator)) > 1e-3
+    F.cross_entropy(stream_bag(*streamed, tiles, chunk_size=4).logits, torch.tensor([1])).backward()
+    assert worst(gradients(*streamed), gradients(encoder, aggregator)) > 1e-3
 
 
 def test_chunks_may_be_read_when_they_are_needed_and_are_prepared_on_the_way():
     encoder, aggregator = make_parts()
-    ours = copy.deepcopy((encoder, aggregator))
+    streamed = copy.deepcopy((encoder, aggregator))
     tiles = torch.randint(0, 256, (11, 3, SIDE, SIDE), dtype=torch.uint8)
     reads = []
 
@@ -98,24 +98,24 @@ def test_chunks_may_be_read_when_they_are_needed_and_are_prepared_on_the_way():
             return tiles[index * 3 : index * 3 + 3]
 
     expected = plain(encoder, aggregator, tiles.double() / 255)
-    found = stream_bag(*ours, Slide(), prepare=lambda chunk: chunk.double() / 255)
-    F.cross_entropy(found.logits, torch.tensor([1])).backward()
+    output = stream_bag(*streamed, Slide(), prepare=lambda chunk: chunk.double() / 255)
+    F.cross_entropy(output.logits, torch.tensor([1])).backward()
     assert reads == [0, 1, 2, 3] * 2
-    assert torch.allclose(found.logits, expected.logits, rtol=1e-12)
-    assert worst(gradients(*ours), gradients(encoder, aggregator)) < 1e-12
+    assert torch.allclose(output.logits, expected.logits, rtol=1e-12)
+    assert worst(gradients(*streamed), gradients(encoder, aggregator)) < 1e-12
 
 
 def test_dropout_is_drawn_again_for_the_second_pass_and_the_generators_go_on():
     encoder, aggregator = make_parts(dropout=0.3)
-    ours = copy.deepcopy((encoder, aggregator))
+    streamed = copy.deepcopy((encoder, aggregator))
     tiles = torch.randn(8, 3, SIDE, SIDE, dtype=torch.float64)
     torch.manual_seed(5)
     features = torch.cat([encoder(chunk) for chunk in tiles.split(3)])  # draws as the chunks do
     after = torch.get_rng_state()
     F.cross_entropy(aggregator(stack_bags([features])).logits, torch.tensor([0])).backward()
     torch.manual_seed(5)
-    F.cross_entropy(stream_bag(*ours, tiles, chunk_size=3).logits, torch.tensor([0])).backward()
-    assert worst(gradients(*ours), gradients(encoder, aggregator)) < 1e-12
+    F.cross_entropy(stream_bag(*streamed, tiles, chunk_size=3).logits, torch.tensor([0])).backward()
+    assert worst(gradients(*streamed), gradients(encoder, aggregator)) < 1e-12
     assert torch.equal(torch.get_rng_state(), after)
 
 
@@ -123,26 +123,26 @@ def test_frozen_parts_get_no_gradient():
     for frozen in (0, 1):
         parts = make_parts()
         parts[frozen].requires_grad_(False)
-        ours = copy.deepcopy(parts)
+        streamed = copy.deepcopy(parts)
         tiles = torch.randn(7, 3, SIDE, SIDE, dtype=torch.float64)
         plain(*parts, tiles)
-        F.cross_entropy(stream_bag(*ours, tiles, chunk_size=3).logits, torch.tensor([1])).backward()
-        assert worst(gradients(*ours), gradients(*parts)) < 1e-12
+        F.cross_entropy(stream_bag(*streamed, tiles, chunk_size=3).logits, torch.tensor([1])).backward()
+        assert worst(gradients(*streamed), gradients(*parts)) < 1e-12
     with torch.no_grad():
-        assert stream_bag(*ours, tiles).logits.grad_fn is None
+        assert stream_bag(*streamed, tiles).logits.grad_fn is None
 
 
 def test_autocast_is_in_force_in_both_passes():
     encoder, aggregator = (part.float() for part in make_parts())
-    ours, exact = copy.deepcopy((encoder, aggregator)), copy.deepcopy((encoder, aggregator))
+    streamed, exact = copy.deepcopy((encoder, aggregator)), copy.deepcopy((encoder, aggregator))
     tiles = torch.randn(10, 3, SIDE, SIDE)
     plain(*exact, tiles)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plain(encoder, aggregator, tiles)
-        out = stream_bag(*ours, tiles, chunk_size=4)
+        out = stream_bag(*streamed, tiles, chunk_size=4)
         F.cross_entropy(out.logits.float(), torch.tensor([1])).backward()
     reference = gradients(*exact)
-    assert 1e-5 < worst(gradients(*ours), reference) < 2 * worst(gradients(encoder, aggregator), reference) + 1e-2
+    assert 1e-5 < worst(gradients(*streamed), reference) < 2 * worst(gradients(encoder, aggregator), reference) + 1e-2
 
 
 def test_what_cannot_be_streamed_is_refused_by_name():

@@ -151,10 +151,10 @@ def concatenated(tables):
 def cox_in_stacks(world, stacks, ties):
     """Two passes: scores without a graph, gathered; then each stack's backward from its own part of the gradient."""
     model, rows_of = Model(), dealt(world, stacks)
-    own = [torch.cat(of_rank) for of_rank in rows_of]
+    stacked = [torch.cat(of_rank) for of_rank in rows_of]
     with torch.no_grad():
         tables = [
-            survival_table(torch.cat([model(rows)[:, 2:3] for rows in of_rank]), own[rank])
+            survival_table(torch.cat([model(rows)[:, 2:3] for rows in of_rank]), stacked[rank])
             for rank, of_rank in enumerate(rows_of)
         ]
     step = cox_step(concatenated(tables), ties)
@@ -174,8 +174,8 @@ def plain_cox(scores, rows, ties):
     for row in events.nonzero().reshape(-1).tolist():
         same = strata == strata[row]
         tied = same & events & (times == times[row])
-        place = int((tied[:row]).sum())  # which of the tie this one is, is its row's order
-        left_out = place / int(tied.sum()) if ties == "efron" else 0
+        position = int((tied[:row]).sum())  # which of the tie this one is, is its row's order
+        left_out = position / int(tied.sum()) if ties == "efron" else 0
         at_risk = theta[same & (times >= times[row])].exp().sum()
         total = total + torch.log(at_risk - left_out * theta[tied].exp().sum()) - theta[row]
         n_events += 1
@@ -198,9 +198,9 @@ def test_a_split_step_is_one_process(name, world, stacks):
 @layouts
 @pytest.mark.parametrize("ties", TIES)
 def test_a_split_step_of_cox_is_one_process(ties, world, stacks):
-    found, loss = cox_in_stacks(world, stacks, ties)
+    gradient, loss = cox_in_stacks(world, stacks, ties)
     expected, expected_loss = whole_cox(ties)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-14)
     assert loss == pytest.approx(expected_loss, abs=1e-14)
 
 
@@ -221,9 +221,9 @@ def test_several_targets_are_the_weighted_sum_of_theirs():
             total = total + loss(model, z, rows) * target_factor(units(ALL), world, stacks, weight)
         return total
 
-    found = engine(model, [[term(rows) for rows in of_rank] for of_rank in rows_of])
+    gradient = engine(model, [[term(rows) for rows in of_rank] for of_rank in rows_of])
     expected = 3 * whole_cox("efron")[0] + sum(weight * whole(name) for name, weight in weights.items())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", SEPARABLE)

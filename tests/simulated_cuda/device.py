@@ -113,7 +113,7 @@ class SimulatedDevice(TorchDispatchMode):
         return _Kernel(torch.device("cuda", index)).run(func, name, flat, spec)
 
     def _copy_between(self, func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-        """From device to device: a copy of bytes, after what torch does to make it one.
+        """Copy from device to device: bytes, after what torch does to make it such a copy.
 
         Source: aten/src/ATen/native/cuda/Copy.cu, copy_requires_temporaries and what follows it.
         """
@@ -139,8 +139,8 @@ def _made_of_others(func: Any, name: str) -> Any:
 
 def _refuse_several_devices(name: str, tensors: list[Tensor]) -> None:
     """Raise as torch's kernels do; numbers on the CPU are fine, and lists are taken apart where they are mixed."""
-    found = {str(tensor.device) for tensor in tensors if tensor.is_cuda or tensor.dim() > 0}
-    if len(found) > 1 and name not in _MIXED and not name.startswith("_foreach_"):
+    devices = {str(tensor.device) for tensor in tensors if tensor.is_cuda or tensor.dim() > 0}
+    if len(devices) > 1 and name not in _MIXED and not name.startswith("_foreach_"):
         shapes = ", ".join(f"{tensor.device} {list(tensor.shape)}" for tensor in tensors)
         raise RuntimeError(f"Expected all tensors to be on the same device: {name} got {shapes}")
 
@@ -164,7 +164,7 @@ class _Kernel:
     """One operation of the current stream.
 
     Args:
-        device: that its results lie on.
+        device: where its results lie.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -189,8 +189,8 @@ class _Kernel:
             results = compute(*args, **kwargs)
         # As after every launch: an error of an earlier call that nobody has read is raised here.
         torch.cuda.check_error(_runtime.cudaGetLastError())
-        found, form = tree_flatten(results)
-        return tree_unflatten([self._raise(leaf) for leaf in found], form)
+        leaves, form = tree_flatten(results)
+        return tree_unflatten([self._raise(leaf) for leaf in leaves], form)
 
     # ------------------------------------------------------------------------------------------------ operands
 

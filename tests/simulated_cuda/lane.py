@@ -69,7 +69,7 @@ def library() -> Path:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"g++ must compile {SOURCES[0]}, got:\n{done.stderr[-4000:]}")
-            built.replace(target)  # at once, for other processes may be building it too
+            built.replace(target)  # at once, because other processes may be building it too
     return target
 
 
@@ -77,7 +77,7 @@ def environment(schedule: str = "late_copies", **more: str) -> dict[str, str]:
     """This process's variables, and those that simulate the device in every Python process below.
 
     Args:
-        schedule: of `SCHEDULES`, or "" for a process without a device.
+        schedule: one of `SCHEDULES`, or "" for a process without a device.
         more: variables besides, such as SIMULATED_CUDA_MIB.
     """
     present = dict(os.environ)

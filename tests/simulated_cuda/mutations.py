@@ -20,9 +20,9 @@ class Mutation:
 
     Args:
         name: what is missing.
-        method: of `HostStore`.
+        method: a method of `HostStore`.
         old, new: text of the method, and what takes its place.
-        schedules: under which it must be noticed; of `lane.SCHEDULES`.
+        schedules: those of `lane.SCHEDULES` under which it must be noticed.
     """
 
     name: str

@@ -19,11 +19,11 @@ def enable() -> None:
 
 
 class _Innermost:
-    """In the place of `StackSummary`: the innermost frames, whose lines are read where one is printed."""
+    """What takes the place of `StackSummary`: the innermost frames, whose lines are read where one is printed."""
 
     @staticmethod
     def extract(frames: Iterable[tuple[FrameType, int]], lookup_lines: bool) -> StackSummary:
-        found = islice(frames, _FRAMES)
-        codes = [(frame.f_code, line) for frame, line in found]
+        innermost = islice(frames, _FRAMES)
+        codes = [(frame.f_code, line) for frame, line in innermost]
         kept = [FrameSummary(code.co_filename, line, code.co_name, lookup_line=lookup_lines) for code, line in codes]
         return StackSummary.from_list(kept)

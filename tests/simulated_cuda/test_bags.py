@@ -6,9 +6,9 @@ from .lane import SCHEDULES, measure
 
 
 def test_the_memory_of_a_step_does_not_grow_with_the_bag() -> None:
-    found = measure("bags", "growth")["growth"]
+    results = measure("bags", "growth")["growth"]
     for kind in ("active", "allocated"):
-        assert found["4096"][kind] <= 1.05 * found["512"][kind], kind
+        assert results["4096"][kind] <= 1.05 * results["512"][kind], kind
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -15,7 +15,7 @@ SCRIPT = ROOT / "launch" / "gpu_day.sh"
 
 
 def gpu_day(variables: dict[str, str], *arguments: str) -> tuple[int, str]:
-    """Its exit status, and what it printed."""
+    """The script's exit status, and what it printed."""
     done = subprocess.run(
         ["bash", str(SCRIPT), *arguments],
         env=variables,
@@ -28,7 +28,7 @@ def gpu_day(variables: dict[str, str], *arguments: str) -> tuple[int, str]:
 
 
 def _with_deepspeed(folder: Path, status: int) -> None:
-    """In place of the launcher, which takes long: one that exits with this status."""
+    """Put one that exits with this status in place of the launcher, which takes long."""
     folder.mkdir(exist_ok=True)
     (folder / "deepspeed").write_text(f"#!/bin/sh\necho started with $*\nexit {status}\n", encoding="utf-8")
     (folder / "deepspeed").chmod(0o755)
@@ -51,9 +51,9 @@ def test_the_script_names_what_fails_and_goes_on_with_what_is_missing(tmp_path: 
     assert "failed: train_deepspeed (status 3)" in printed
     assert {path.name for path in marks.glob("*.done")} == {"exact.done"}
     assert "--deepspeed ds_configs/papers.json --manifest" in (marks / "train_deepspeed.log").read_text()
-    found = json.loads((marks / "results" / "partition_gpu.json").read_text(encoding="utf-8"))
-    assert [(row["part"], row["ratio"] < 1e-10) for row in found["rows"]] == [("exact", True)]
-    assert found["notes"]["rates"] == rates["Simulated CUDA device"]
+    results = json.loads((marks / "results" / "partition_gpu.json").read_text(encoding="utf-8"))
+    assert [(row["part"], row["ratio"] < 1e-10) for row in results["rows"]] == [("exact", True)]
+    assert results["notes"]["rates"] == rates["Simulated CUDA device"]
     assert (marks / "results" / "partition_gpu.png").stat().st_size > 0
 
     _with_deepspeed(launchers, status=0)

@@ -8,10 +8,10 @@ from .mutations import MUTATIONS
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_store_is_right_and_each_mutation_is_noticed(schedule: str) -> None:
-    found = measure("store", schedule, schedule=schedule)
-    assert found.pop("") == [], "the store as it is"
-    assert list(found) == [mutation.name for mutation in MUTATIONS if schedule in mutation.schedules]
-    assert [name for name, noticed in found.items() if not noticed] == []
+    results = measure("store", schedule, schedule=schedule)
+    assert results.pop("") == [], "the store as it is"
+    assert list(results) == [mutation.name for mutation in MUTATIONS if schedule in mutation.schedules]
+    assert [name for name, noticed in results.items() if not noticed] == []
 
 
 def test_every_mutation_has_a_schedule_that_must_notice_it() -> None:

@@ -8,18 +8,18 @@ from .lane import measure
 def test_what_is_in_flight_is_within_the_plan() -> None:
     """Copies end as late as they may: nothing but the limit on them bounds the memory that they hold."""
     measured = measure("memory", "flight", "after_larger")
-    found = measured["flight"]
-    limit = found["plan"] + 2 * found["map"]
-    assert found["sent"] > 10 * limit  # or nothing was offloaded
+    flight = measured["flight"]
+    limit = flight["plan"] + 2 * flight["map"]
+    assert flight["sent"] > 10 * limit  # or nothing was offloaded
     for phase in ("forward", "backward"):
-        assert found[phase]["active"] <= limit, phase
-        assert found[phase]["reserved"] <= 1.25 * limit, phase
-    assert (found["retries_before"], found["retries"]) == (1, 0)  # those of the step alone
-    assert found["fetched"] <= 1.1 * found["sent"]
-    assert found["locked_peak"] <= 1.1 * found["host_peak"]
+        assert flight[phase]["active"] <= limit, phase
+        assert flight[phase]["reserved"] <= 1.25 * limit, phase
+    assert (flight["retries_before"], flight["retries"]) == (1, 0)  # those of the step alone
+    assert flight["fetched"] <= 1.1 * flight["sent"]
+    assert flight["locked_peak"] <= 1.1 * flight["host_peak"]
     # And however large an earlier call's tensors were.
     after = measured["after_larger"]
-    assert after["active"] <= after["plan"] + 2 * found["map"] < after["larger_map"]
+    assert after["active"] <= after["plan"] + 2 * flight["map"] < after["larger_map"]
 
 
 def test_a_second_plan_has_the_budget_of_the_first() -> None:
@@ -33,22 +33,22 @@ def test_page_locked_memory_is_what_is_held() -> None:
 
 
 def test_locked_memory_that_is_refused_is_pageable_and_right() -> None:
-    found = measure("memory", "refused", SIMULATED_CUDA_LOCKED_MIB="1")["refused"]
-    assert found["difference"] < 1e-12
-    assert found["sent"] > 2**20
-    assert found["stacks"] == [[True, True], [False, True], [False, True], [False, True]]
+    results = measure("memory", "refused", SIMULATED_CUDA_LOCKED_MIB="1")["refused"]
+    assert results["difference"] < 1e-12
+    assert results["sent"] > 2**20
+    assert results["stacks"] == [[True, True], [False, True], [False, True], [False, True]]
 
 
 def test_planning_launches_and_allocates_nothing() -> None:
-    found = measure("memory", "planning")["planning"]
-    assert found.keys() == {"torch.float16", "torch.bfloat16"}
-    for kind, plan in found.items():
+    plans = measure("memory", "planning")["planning"]
+    assert plans.keys() == {"torch.float16", "torch.bfloat16"}
+    for kind, plan in plans.items():
         assert plan == {"plan": "partitioned", "kernels": 0, "allocated": 0}, kind
 
 
 def test_a_channel_without_variance_has_finite_statistics() -> None:
-    """In one chunk, and in all of them; the kernel that gives 1 / sqrt(variance) gives 0 there."""
-    found = measure("memory", "uniform")["uniform"]
-    for case in found.values():
+    """One chunk, and all of them; the kernel that gives 1 / sqrt(variance) gives 0 there."""
+    results = measure("memory", "uniform")["uniform"]
+    for case in results.values():
         assert case["finite"]
         assert case["difference"] < 1e-5

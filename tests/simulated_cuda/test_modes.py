@@ -11,6 +11,6 @@ TOLERANCE = 1e-12  # relative, in float64: sums over chunks round differently fr
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_mode_equals_the_module_as_it_is(schedule: str) -> None:
-    found = measure("modes", schedule=schedule)
-    assert {f"{mode}, {axis}" for mode in MODES for axis in ("batch", "spatial")} < found.keys()
-    assert {case: worst for case, worst in found.items() if worst > TOLERANCE} == {}
+    results = measure("modes", schedule=schedule)
+    assert {f"{mode}, {axis}" for mode in MODES for axis in ("batch", "spatial")} < results.keys()
+    assert {case: worst for case, worst in results.items() if worst > TOLERANCE} == {}

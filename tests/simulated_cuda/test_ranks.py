@@ -16,7 +16,7 @@ SCRIPT = "launch/train.py"
 
 
 def history(folder: Path) -> dict[str, float]:
-    """Of the only epoch."""
+    """The history of the only epoch."""
     (epoch,) = json.loads((folder / "history.json").read_text(encoding="utf-8"))
     return epoch
 
@@ -47,6 +47,6 @@ def test_two_ranks_that_share_each_bag_train_as_one_process(
     shared = options(demo_manifest, "--partition", "lean", "--partition_chunk_size", "2", "--memory_format", "auto")
     variables = environment("late_copies", SIMULATED_CUDA_DEVICES="2")
     run([*command, *shared, "--output_dir", str(tmp_path)], variables)
-    found = history(tmp_path)
+    epoch = history(tmp_path)
     for name in ("train_loss", "eval_loss"):
-        assert found[name] == pytest.approx(on_cpu["one bag"][name], rel=1e-5), name
+        assert epoch[name] == pytest.approx(on_cpu["one bag"][name], rel=1e-5), name

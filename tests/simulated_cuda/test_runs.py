@@ -54,8 +54,8 @@ def test_the_main_job_has_the_losses_of_the_cpu(
 ) -> None:
     runs = {"plain": ["--memory_format", "auto"], "offload": OFFLOAD, "validated beside": ["--validate_beside"]}
     given = {name: options(demo_manifest, *more) for name, more in runs.items()}
-    found = measure("runs", str(tmp_path), json.dumps(given))
-    for name, one in found.items():
+    results = measure("runs", str(tmp_path), json.dumps(given))
+    for name, one in results.items():
         assert losses(one) == close_to(on_cpu["plain"]), name
         assert one["allocated"] > 2**24, name
 
@@ -63,10 +63,10 @@ def test_the_main_job_has_the_losses_of_the_cpu(
 def test_where_no_memory_can_be_locked_the_losses_are_the_same(
     demo_manifest: Path, tmp_path: Path, on_cpu: dict[str, dict[str, Any]]
 ) -> None:
-    """In a container with a limit, or under WSL: stacks, and what is offloaded, are in pageable memory."""
+    """A container with a limit, or WSL: stacks, and what is offloaded, are in pageable memory."""
     given = {"offload": options(demo_manifest, *OFFLOAD)}
-    found = measure("runs", str(tmp_path), json.dumps(given), SIMULATED_CUDA_LOCKED_MIB="0")
-    assert losses(found["offload"]) == close_to(on_cpu["plain"])
+    results = measure("runs", str(tmp_path), json.dumps(given), SIMULATED_CUDA_LOCKED_MIB="0")
+    assert losses(results["offload"]) == close_to(on_cpu["plain"])
 
 
 def test_every_config_trains_as_without_deepspeed(
@@ -82,7 +82,7 @@ def test_every_config_trains_as_without_deepspeed(
     expected = {"offload": "plain", "dmgc": "plain", "papers": "adam", "stacking": "stacked"}
     assert {f"{name}.json" for name in runs} | {"tile_parallel.json"} == {path.name for path in CONFIGS.iterdir()}
     given = {name: options(demo_manifest, *more) for name, more in runs.items()}
-    found = measure("runs", str(tmp_path / "runs"), json.dumps(given), schedule="late_writes")
-    for name, one in found.items():
+    results = measure("runs", str(tmp_path / "runs"), json.dumps(given), schedule="late_writes")
+    for name, one in results.items():
         assert losses(one) == close_to(on_cpu[expected[name]]), name
         assert 2**24 < one["allocated"] < 2**29, name  # empty buckets took gigabytes

@@ -48,8 +48,8 @@ class OneProcess:
 
 def save_one(saver, folder, step):
     saver.make_room()
-    shared, own = {"model.safetensors": {"w": torch.ones(2)}}, {"own.safetensors": {"x": torch.arange(3)}}
-    save_checkpoint(saver, OneProcess(), folder, step, Contents({}, shared, own), 2)
+    shared, own_files = {"model.safetensors": {"w": torch.ones(2)}}, {"own.safetensors": {"x": torch.arange(3)}}
+    save_checkpoint(saver, OneProcess(), folder, step, Contents({}, shared, own_files), 2)
 
 
 def save(folder, step):

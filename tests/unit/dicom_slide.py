@@ -74,10 +74,10 @@ def write_dicom(path: Path, image: np.ndarray, mpp: float, *, series: str = "1.2
         sequence(0x48, 0x105, element(0x48, 0x106, "SH", "1")),
         sequence(0x5200, 0x9229, measures),
     ]
-    offsets, place = [], 0
+    offsets, position = [], 0
     for piece in pieces:
-        offsets.append(place)
-        place += 8 + len(piece)
+        offsets.append(position)
+        position += 8 + len(piece)
     table = struct.pack(f"<{len(offsets)}I", *offsets)
     pixels = struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OB", 0, 0xFFFFFFFF)
     pixels += b"".join(struct.pack("<HHI", 0xFFFE, 0xE000, len(part)) + part for part in (table, *pieces))

@@ -38,11 +38,11 @@ def written_out(counts: np.ndarray) -> np.ndarray:
 def censoring_by_hand(training: FollowUp, time: float) -> float:
     """G(t), factor by factor; who has the event at a time is no longer at risk of being censored then."""
     product = 1.0
-    for own in sorted(set(training.times.tolist())):
-        if own <= time:
-            censored = sum(t == own and not d for t, d in zip(training.times, training.events, strict=True))
-            leaving = sum(t == own and d for t, d in zip(training.times, training.events, strict=True))
-            exposed = sum(t >= own for t in training.times) - leaving
+    for earlier in sorted(set(training.times.tolist())):
+        if earlier <= time:
+            censored = sum(t == earlier and not d for t, d in zip(training.times, training.events, strict=True))
+            leaving = sum(t == earlier and d for t, d in zip(training.times, training.events, strict=True))
+            exposed = sum(t >= earlier for t in training.times) - leaving
             product *= 1 - censored / exposed if exposed else 1
     return product
 

@@ -10,8 +10,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
 
 def example(name, folder):
     """The page's example of this name, as a file."""
-    found = re.search(rf"<!-- {re.escape(name)} -->\n```csv\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    (folder / name).write_text(found[1])
+    match = re.search(rf"<!-- {re.escape(name)} -->\n```csv\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (folder / name).write_text(match[1])
     return folder / name
 
 

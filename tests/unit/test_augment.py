@@ -50,7 +50,7 @@ def test_all_eight_symmetries_occur_and_only_they():
     counts = [0] * 8
     for slide in range(400):
         out = augment_bag(bag(), FLIPS, (0, 0, slide))
-        (which,) = [index for index, wanted in enumerate(expected) if torch.equal(out, wanted)]
+        (which,) = [index for index, symmetry in enumerate(expected) if torch.equal(out, symmetry)]
         counts[which] += 1
     assert min(counts) > 20
 

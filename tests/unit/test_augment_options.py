@@ -37,13 +37,13 @@ def bag(n=6, side=32):
 def test_each_option_changes_tiles_alike_and_anew_for_each_slide(name):
     policy = AugmentPolicy(**NOTHING, **{name: EACH[name]}, **({"blur_probability": 1.0} if name == "blur" else {}))
     tiles = bag(1).expand(4, -1, -1, -1)
-    found = [augment_bag(tiles, policy, (0, 0, slide)) for slide in range(3)]
-    for out in found:
+    outputs = [augment_bag(tiles, policy, (0, 0, slide)) for slide in range(3)]
+    for out in outputs:
         assert out.dtype == torch.uint8
         assert not torch.equal(out, tiles)
         assert all(torch.equal(out[0], other) for other in out)
-    assert not torch.equal(found[0], found[1])
-    assert not torch.equal(found[1], found[2])
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
     assert torch.equal(tiles, bag(1).expand(4, -1, -1, -1))  # the input is not written
 
 
@@ -72,15 +72,15 @@ class LargestFloat(TorchDispatchMode):
 
 
 def test_no_floating_copy_holds_the_bag():
-    side, tiles_a_chunk, found = 32, 4, []
+    side, tiles_a_chunk, sizes = 32, 4, []
     margin = math.ceil(side * (math.sqrt(2) - 1) / 2) + 1
     for n_tiles in (8, 64):
         with LargestFloat() as largest:
             augment_bag(bag(n_tiles), ALL, (0, 0, 0), chunk_bytes=4 * 3 * side**2 * tiles_a_chunk)
-        found.append(largest.bytes)
+        sizes.append(largest.bytes)
     # The largest are the hues' masks, two for each channel, or the tiles with their reflected margins.
     chunk = 4 * 3 * tiles_a_chunk * side**2
-    assert found[0] == found[1] <= max(6 * chunk, chunk * (1 + 2 * margin / side) ** 2)
+    assert sizes[0] == sizes[1] <= max(6 * chunk, chunk * (1 + 2 * margin / side) ** 2)
 
 
 def test_an_option_switched_on_leaves_the_draws_of_the_others():
@@ -123,17 +123,17 @@ def test_stains_without_a_change_are_the_tiles_and_black_stays_finite():
 
 @pytest.mark.parametrize("stain", range(3))
 def test_a_stain_alone_moves_along_its_own_colour(stain):
-    """By Beer and Lambert: of a pure stain the density doubles with its gain, and the others' gains do nothing."""
-    own = torch.nn.functional.normalize(torch.tensor(STAINS, dtype=torch.float64), dim=1)[stain]
-    tile = (256 * torch.exp(-0.7 * own) - 1).view(1, 3, 1, 1)
+    """Beer and Lambert: a pure stain's density doubles with its gain, and the others' gains do nothing."""
+    colour = torch.nn.functional.normalize(torch.tensor(STAINS, dtype=torch.float64), dim=1)[stain]
+    tile = (256 * torch.exp(-0.7 * colour) - 1).view(1, 3, 1, 1)
     gains = torch.full((3,), 5.0, dtype=torch.float64)
     gains[stain] = 2
     out = shift_stains(tile, gains, torch.zeros(3, dtype=torch.float64))
-    torch.testing.assert_close(out.flatten(), 256 * torch.exp(-1.4 * own) - 1, rtol=1e-9, atol=1e-6)
+    torch.testing.assert_close(out.flatten(), 256 * torch.exp(-1.4 * colour) - 1, rtol=1e-9, atol=1e-6)
     more = torch.zeros(3, dtype=torch.float64)
     more[stain] = 0.3
     out = shift_stains(tile, torch.ones(3), more)
-    torch.testing.assert_close(out.flatten(), 256 * torch.exp(-1.0 * own) - 1, rtol=1e-9, atol=1e-6)
+    torch.testing.assert_close(out.flatten(), 256 * torch.exp(-1.0 * colour) - 1, rtol=1e-9, atol=1e-6)
 
 
 @pytest.mark.parametrize(

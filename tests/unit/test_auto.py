@@ -19,7 +19,7 @@ PLAIN = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 2))
 
 
 def test_batches_are_what_the_others_leave_to_compute():
-    for given, found in (
+    for given, filled in (
         ({}, {"train_micro_batch_size_per_gpu": 1}),
         ({"train_batch_size": "auto"}, {"train_micro_batch_size_per_gpu": 1}),
         (
@@ -32,7 +32,7 @@ def test_batches_are_what_the_others_leave_to_compute():
         ),
     ):
         before = dict(given)
-        assert fill_for_model(given, PLAIN) == found
+        assert fill_for_model(given, PLAIN) == filled
         assert given == before
 
 
@@ -65,8 +65,8 @@ def test_buckets_follow_from_the_models_size():
         "sub_group_size": "auto",
         "offload_param": {"device": "auto"},
     }
-    found = fill_for_model({"train_batch_size": 1, "zero_optimization": zero}, PLAIN)["zero_optimization"]
-    assert found == {
+    filled = fill_for_model({"train_batch_size": 1, "zero_optimization": zero}, PLAIN)["zero_optimization"]
+    assert filled == {
         "stage": 3,
         "reduce_bucket_size": 64,
         "stage3_prefetch_bucket_size": 57,
@@ -74,8 +74,8 @@ def test_buckets_follow_from_the_models_size():
         "offload_param": {"device": "none"},
     }
     convolutions = nn.Sequential(nn.Conv2d(3, 64, 9, bias=False), nn.Flatten(), nn.Linear(10, 2))
-    found = fill_for_model({"train_batch_size": 1, "zero_optimization": zero}, convolutions)["zero_optimization"]
-    assert found["reduce_bucket_size"] == 3 * 64 * 81, "a bucket holds the largest parameter"
+    filled = fill_for_model({"train_batch_size": 1, "zero_optimization": zero}, convolutions)["zero_optimization"]
+    assert filled["reduce_bucket_size"] == 3 * 64 * 81, "a bucket holds the largest parameter"
     assert fill_rest({"zero_optimization": zero})["zero_optimization"]["reduce_bucket_size"] == BUCKET_SIZE
 
 
@@ -141,8 +141,8 @@ def use_autocast(config, precision):
 class TestPrecisionOfTheJson:
     def test_the_same_as_the_option_is_followed_by_autocast(self, kind, dtype):
         for enabled in (True, "auto"):
-            found = use_autocast({kind: {"enabled": enabled, "loss_scale": 0}}, kind)
-            assert found == {kind: {"enabled": False}, "torch_autocast": {"enabled": True, "dtype": dtype}}
+            filled = use_autocast({kind: {"enabled": enabled, "loss_scale": 0}}, kind)
+            assert filled == {kind: {"enabled": False}, "torch_autocast": {"enabled": True, "dtype": dtype}}
 
     def test_without_the_option_the_remedy_is_the_option(self, kind, dtype):
         with pytest.raises(ValueError, match=rf"^{kind}\.enabled .*precision, no, got true\. HINT: give --{kind}, or"):

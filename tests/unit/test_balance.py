@@ -1,4 +1,4 @@
-"""Which worker gets which bags."""
+"""How bags are shared out among workers."""
 
 from itertools import product
 
@@ -20,12 +20,12 @@ def camelyon_lengths(count, seed):
 
 
 def slowest_over_mean(lengths, workers, balance):
-    loads = [sum(lengths[i] for i in own) for own in assign_bags(lengths, workers, balance=balance)]
+    loads = [sum(lengths[i] for i in bags) for bags in assign_bags(lengths, workers, balance=balance)]
     return max(loads) / np.mean(loads)
 
 
 def test_the_slowest_of_eight_ranks_is_within_five_percent_of_the_mean():
-    """64 bags a step; round-robin is what it is compared with."""
+    """64 bags per step; round-robin is what it is compared with."""
     steps = [camelyon_lengths(64, seed) for seed in range(50)]
     lpt = [slowest_over_mean(lengths, 8, "lpt") for lengths in steps]
     turns = [slowest_over_mean(lengths, 8, "round_robin") for lengths in steps]
@@ -39,21 +39,21 @@ def test_the_slowest_of_eight_ranks_is_within_five_percent_of_the_mean():
 def test_every_bag_goes_to_one_worker(lengths, workers, balance):
     dealt = assign_bags(lengths, workers, balance=balance)
     assert len(dealt) == workers
-    assert sorted(index for own in dealt for index in own) == list(range(len(lengths)))
+    assert sorted(index for bags in dealt for index in bags) == list(range(len(lengths)))
     if balance == "lpt":
-        slowest = max(([lengths[i] for i in own] for own in dealt), key=sum)
+        slowest = max(([lengths[i] for i in bags] for bags in dealt), key=sum)
         # Its last bag, the shortest, went to it because all others had at least as much then.
         assert (sum(slowest) - min(slowest)) * workers <= sum(lengths) - min(slowest)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(1, 3))
 def test_the_slowest_worker_is_within_a_third_of_the_best_assignment(lengths, workers):
-    """Graham, 1969; the best of all assignments, for a lower bound of it is exceeded: 2, 3, 3, 3 on three workers."""
+    """Graham, 1969; the best of all assignments, because its lower bound is exceeded: 2, 3, 3, 3 on three workers."""
     best = min(
         max(sum(length for length, worker in zip(lengths, dealt, strict=True) if worker == w) for w in range(workers))
         for dealt in product(range(workers), repeat=len(lengths))
     )
-    slowest = max(sum(lengths[i] for i in own) for own in assign_bags(lengths, workers, balance="lpt"))
+    slowest = max(sum(lengths[i] for i in bags) for bags in assign_bags(lengths, workers, balance="lpt"))
     assert 3 * workers * slowest <= (4 * workers - 1) * best
 
 
@@ -63,7 +63,7 @@ def test_a_bag_over_the_cap_is_named_and_so_are_bags_that_do_not_fit_together():
     assert caught.value.bag == 1
     with pytest.raises(OverCapError, match="3 bags of 24 tiles must fit 2 workers of 10 tiles"):
         assign_bags([8, 8, 8], 2, max_tiles=10)
-    loads = [sum([5, 5, 5, 5][i] for i in own) for own in assign_bags([5, 5, 5, 5], 2, max_tiles=10)]
+    loads = [sum([5, 5, 5, 5][i] for i in bags) for bags in assign_bags([5, 5, 5, 5], 2, max_tiles=10)]
     assert loads == [10, 10]
 
 
@@ -92,7 +92,9 @@ def test_a_step_has_the_same_bags_however_many_workers_compute_it():
         plan_epoch(40, StepLayout(ranks, 1, workers, policy), seed=3, epoch=1, lengths=lengths)
         for ranks, workers in ((1, 1), (2, 3), (8, 1))
     ]
-    steps = [[sorted(b for ranks in step.micro_steps for own in ranks for b in own) for step in plan] for plan in plans]
+    steps = [
+        [sorted(b for ranks in step.micro_steps for bags in ranks for b in bags) for step in plan] for plan in plans
+    ]
     assert steps[0] == steps[1] == steps[2]
     assert [step.n_bags for step in plans[1]] == [16, 16, 8]
     assert all(len(step.micro_steps) == 3 and len(step.micro_steps[0]) == 2 for step in plans[1])

@@ -33,7 +33,7 @@ def predictions(slides: int, classes: int, seed: int, decimals: int = 1) -> tupl
 @pytest.mark.parametrize("slides", [3, 7, 40])
 @pytest.mark.parametrize("classes", [2, 3, 6])
 def test_every_resample_equals_sklearn(slides: int, classes: int):
-    """With 3 slides many resamples hold one class only; `slide_metrics` is sklearn, guarded."""
+    """Many resamples of 3 slides hold one class only; `slide_metrics` is sklearn, guarded."""
     labels, probabilities = predictions(slides, classes, seed=slides + classes)
     (counts,) = resample_counts(slides, 60, seed=1)
     vectorised = weighted_metrics(labels, probabilities, counts)
@@ -125,10 +125,10 @@ def test_where_all_are_right_or_wrong_the_accuracy_has_an_exact_interval(slides,
     probabilities = np.eye(2)[labels if right else 1 - labels]
     names = [f"p{row % patients}" for row in range(slides)]
     intervals = bootstrap_metrics(labels, probabilities, 200, patients=names)
-    found = intervals["accuracy"]
+    interval = intervals["accuracy"]
     exact = binomtest(patients if right else 0, patients).proportion_ci(0.95, method="exact")
-    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-9)
-    assert found.method == "exact"
+    assert (interval.low, interval.high) == pytest.approx((exact.low, exact.high), abs=1e-9)
+    assert interval.method == "exact"
     assert intervals["balanced_accuracy"].method == "undetermined"
     table = format_table(intervals)
     assert f"[{exact.low:.3f}, {exact.high:.3f}]" in table
@@ -140,9 +140,9 @@ def test_one_error_is_enough_for_a_bootstrap():
     labels = np.arange(20) % 2
     probabilities = np.eye(2)[labels]
     probabilities[3] = probabilities[3, ::-1]
-    found = bootstrap_metrics(labels, probabilities, 500)["accuracy"]
-    assert found.method == "bootstrap"
-    assert found.low < 0.95 < found.high <= 1
+    interval = bootstrap_metrics(labels, probabilities, 500)["accuracy"]
+    assert interval.method == "bootstrap"
+    assert interval.low < 0.95 < interval.high <= 1
 
 
 def test_table_for_the_terminal():

@@ -119,12 +119,12 @@ def test_a_pipe_in_a_checkpoint_is_waited_for_nowhere(tmp_path, name, messages):
 def test_any_flipped_byte_of_the_list_is_noticed(tmp_path):
     folder = write_checkpoint(tmp_path / "checkpoint-1")
     content = (folder / FILE_LIST).read_bytes()
-    for place in range(len(content)):
-        if content[place : place + 1].isspace():
+    for position in range(len(content)):
+        if content[position : position + 1].isspace():
             continue
         (folder / FILE_LIST).write_bytes(content)
-        flip_byte(folder / FILE_LIST, place)
-        assert verify(folder) is not None, place
+        flip_byte(folder / FILE_LIST, position)
+        assert verify(folder) is not None, position
 
 
 def test_checkpoints_are_ordered_by_step_and_others_are_not_listed(run):

@@ -27,13 +27,13 @@ def test_before_and_beside_are_the_same_run(cohort, capsys):
     assert re.search(r"checkpoint-1 \(waited \d+\.\d\d s until it was written\)", printed)
     for name in ("model.safetensors", "predictions.csv"):
         assert (cohort / "before" / name).read_bytes() == (cohort / "beside" / name).read_bytes()
-    for place in ("before", "beside"):
-        found = list_checkpoints(cohort / place)
-        assert len(found) == 12
-        assert all(verify(path) is None for path in found)
+    for folder in ("before", "beside"):
+        checkpoints = list_checkpoints(cohort / folder)
+        assert len(checkpoints) == 12
+        assert all(verify(path) is None for path in checkpoints)
     last = "checkpoint-12"
     for name in ("model", "optimizer", "weight_average", "random-00000-of-00001"):
-        one, other = (cohort / place / last / f"{name}.safetensors" for place in ("before", "beside"))
+        one, other = (cohort / folder / last / f"{name}.safetensors" for folder in ("before", "beside"))
         assert one.read_bytes() == other.read_bytes(), name
 
 

@@ -214,7 +214,7 @@ def test_every_traceback_can_be_had(printed, monkeypatch):
 
 
 def test_an_error_of_ours_in_a_worker_is_printed_as_it_is(printed, tmp_path):
-    """As torch's loader hands it over: another error, with the traceback as text."""
+    """Torch's loader hands it over like this: another error, with the traceback as text."""
     from torch._utils import ExceptionWrapper
 
     from ds_wsi.bags.features import read_features

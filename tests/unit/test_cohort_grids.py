@@ -1,4 +1,4 @@
-"""Which grids a cohort keeps, reads again, takes from elsewhere or refuses."""
+"""The grids that a cohort keeps, reads again, takes from elsewhere or refuses."""
 
 from dataclasses import fields, replace
 
@@ -58,17 +58,17 @@ def test_a_torn_grid_is_a_problem_that_names_it(slides, tmp_path):
 def test_an_imported_grid_is_taken_as_it_is_or_refused(slides, tmp_path):
     tiles = tmp_path / "tiles"
     with Slide(slides / "good.tiff", slide_id="one") as slide:
-        own = tile_slide(slide, POLICY)
-        export_trident(replace(own, coords=own.coords[:2]), tmp_path / "one.h5")
+        grid = tile_slide(slide, POLICY)
+        export_trident(replace(grid, coords=grid.coords[:2]), tmp_path / "one.h5")
         write_grid(import_trident(tmp_path / "one.h5", slide), tiles / "one.safetensors")
     before = (tiles / "one.safetensors").read_bytes()
     # another tissue threshold is no reason to refuse it
     cohort = load(tmp_path, two(slides), replace(POLICY, min_tissue_fraction=0.2), tiles_dir=tiles)
-    np.testing.assert_array_equal(cohort.grids[0].coords, own.coords[:2])
-    for policy, ours in ((TilingPolicy(tile_size_px=32), "32 px at 0.5"), (replace(POLICY, mpp=1.0), "64 px at 1 ")):
+    np.testing.assert_array_equal(cohort.grids[0].coords, grid.coords[:2])
+    for policy, words in ((TilingPolicy(tile_size_px=32), "32 px at 0.5"), (replace(POLICY, mpp=1.0), "64 px at 1 ")):
         with pytest.raises(ManifestError, match="imported from trident") as caught:
             load(tmp_path, two(slides), policy, tiles_dir=tiles)
-        assert ours in str(caught.value)
+        assert words in str(caught.value)
         assert "got 64 px at 0.5" in str(caught.value)
     assert (tiles / "one.safetensors").read_bytes() == before
 
@@ -120,8 +120,8 @@ def test_an_imported_grid_of_another_slide_is_refused(slides, tmp_path, with_fin
     name = "good.tiff" if with_fingerprint else "other.tiff"  # of the other size in px
     with Slide(slides / name, slide_id="one") as slide:
         export_trident(tile_slide(slide, POLICY), tmp_path / "one.h5")
-        found = slide_fingerprint(slides / "other.tiff") if with_fingerprint else None
-        write_grid(import_trident(tmp_path / "one.h5", slide), tiles / "one.safetensors", found)
+        fingerprint = slide_fingerprint(slides / "other.tiff") if with_fingerprint else None
+        write_grid(import_trident(tmp_path / "one.h5", slide), tiles / "one.safetensors", fingerprint)
     before = (tiles / "one.safetensors").read_bytes()
     with pytest.raises(
         ManifestError, match=r"imported from trident must be of the slide's present file.*import it again"

@@ -54,7 +54,7 @@ def test_compression_pays_on_a_slow_link_and_not_on_a_fast_one(topology):
     policy = CommPolicy(keep=0.01, topology=topology)
     assert fastest(predict(policy, NUMEL, SLOW, 0.2, 0.02)) == "dmgc"
     assert fastest(predict(policy, NUMEL, FAST, 0.2, 0.02)) == "none"
-    # 6/4 of 4 bytes a value at 2.5 MB/s, and six latencies.
+    # 6/4 of 4 bytes per value at 2.5 MB/s, and six latencies.
     assert predict(policy, NUMEL, SLOW, 0.2, 0.02)["none"] == pytest.approx(1.5 * 4 * NUMEL / 2.5e6 + 6e-3)
 
 

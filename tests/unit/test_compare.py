@@ -17,12 +17,12 @@ from launch.benchmarks.table import Bound, write_result
 @pytest.fixture
 def commands(monkeypatch):
     """The trainings' commands, which leave what a training leaves."""
-    found = []
+    runs = []
 
     def train(command, check):
         assert check
         settings, _ = settings_from(build_parser().parse_args(command[3:]))
-        found.append(settings)
+        runs.append(settings)
         folder = compare.Path(settings.run.output_dir)
         folder.mkdir(parents=True)
         value = 0.5 + 0.1 * settings.run.seed + (0.0 if settings.model.freeze_encoder else 0.25)
@@ -39,7 +39,7 @@ def commands(monkeypatch):
     monkeypatch.setattr(subprocess, "run", train)
     monkeypatch.setattr(RunRecord, "read", read)
     monkeypatch.setattr("ds_wsi.commands.demo.make_demo", lambda folder, policy: folder)
-    return found
+    return runs
 
 
 def test_one_command_trains_every_aggregator_seed_and_kind_once(commands, tmp_path, capsys):

@@ -26,8 +26,8 @@ def pairwise_covariance(positive, scores):
     """DeLong's covariance from the m x n kernel, double sums as in the paper: no ranks."""
     components = []
     for score in scores:
-        ours, others = score[positive], score[~positive]
-        kernel = (ours[:, None] > others) + 0.5 * (ours[:, None] == others)
+        positives, others = score[positive], score[~positive]
+        kernel = (positives[:, None] > others) + 0.5 * (positives[:, None] == others)
         components.append((kernel.mean(1), kernel.mean(0), kernel.mean()))
     covariance = np.zeros((2, 2))
     for i, (tens_i, ones_i, area_i) in enumerate(components):
@@ -50,17 +50,19 @@ def correlated_scores(n, seed, decimals):
 @pytest.mark.parametrize("n", [6, 31, 200])
 def test_delong_equals_the_formula_over_all_pairs(n, decimals):
     positive, scores = correlated_scores(n, seed=n, decimals=decimals)
-    found = delong(positive, *scores)
+    result = delong(positive, *scores)
     expected = pairwise_covariance(positive, scores)
-    np.testing.assert_allclose(found.covariance, expected, rtol=1e-11, atol=1e-15)
+    np.testing.assert_allclose(result.covariance, expected, rtol=1e-11, atol=1e-15)
     areas = [roc_auc_score(positive, score) for score in scores]
-    np.testing.assert_allclose([found.auc_a, found.auc_b, found.difference], [*areas, areas[1] - areas[0]], atol=1e-13)
+    np.testing.assert_allclose(
+        [result.auc_a, result.auc_b, result.difference], [*areas, areas[1] - areas[0]], atol=1e-13
+    )
     error = math.sqrt(expected[0, 0] + expected[1, 1] - 2 * expected[0, 1])
-    assert found.z == pytest.approx((areas[1] - areas[0]) / error, rel=1e-10, abs=1e-12)
+    assert result.z == pytest.approx((areas[1] - areas[0]) / error, rel=1e-10, abs=1e-12)
     ends = (areas[1] - areas[0]) + np.array([-1, 1]) * 1.959963984540054 * error
-    np.testing.assert_allclose([found.low, found.high], ends.clip(-1, 1), rtol=1e-12)
+    np.testing.assert_allclose([result.low, result.high], ends.clip(-1, 1), rtol=1e-12)
     # The normal's tail, from another formula than erfc.
-    assert found.p_value == pytest.approx(2 * (1 - 0.5 * (1 + math.erf(abs(found.z) / math.sqrt(2)))), abs=1e-12)
+    assert result.p_value == pytest.approx(2 * (1 - 0.5 * (1 + math.erf(abs(result.z) / math.sqrt(2)))), abs=1e-12)
 
 
 def test_delong_rejects_a_true_null_as_often_as_it_says():
@@ -78,9 +80,9 @@ def _null(seed):
 def test_delong_is_undefined_without_two_of_a_class_or_without_variance(positive):
     positive = np.array(positive)
     scores = np.linspace(0, 1, len(positive))
-    found = delong(positive, scores, scores)
-    assert math.isnan(found.p_value)
-    assert math.isnan(found.low)
+    result = delong(positive, scores, scores)
+    assert math.isnan(result.p_value)
+    assert math.isnan(result.low)
 
 
 def write_run(folder, labels, probabilities, patients=None, order=None, classes="abc", names=None):
@@ -114,8 +116,8 @@ def test_the_paired_bootstrap_draws_patients_the_same_for_both(tmp_path, classes
     order = np.random.default_rng(5).permutation(24)  # the other file's rows lie otherwise
     a = read_predictions(write_run(tmp_path / "a", labels, one, patients))
     b = read_predictions(write_run(tmp_path / "b", labels, two, patients, order))
-    found = compare_predictions(a, b, n_resamples=20, seed=3)
-    assert (found.n_slides, found.n_patients) == (24, len(names))
+    comparison = compare_predictions(a, b, n_resamples=20, seed=3)
+    assert (comparison.n_slides, comparison.n_patients) == (24, len(names))
     differences = {name: [] for name in METRIC_NAMES}
     for counts in np.concatenate(list(resample_counts(len(names), 20, seed=3))):
         rows = np.repeat(np.arange(24), [counts[names.index(patient)] for patient in patients])
@@ -124,22 +126,22 @@ def test_the_paired_bootstrap_draws_patients_the_same_for_both(tmp_path, classes
             differences[name].append(each[1][name] - each[0][name])
     for name, values in differences.items():
         defined = np.array(values)[np.isfinite(values)]
-        metric = found.metrics[name]
+        metric = comparison.metrics[name]
         assert metric.n_resamples_used == len(defined)
         np.testing.assert_allclose([metric.low, metric.high], np.quantile(defined, [0.025, 0.975]), atol=1e-12)
-    assert (found.delong is None) == (classes == 3)
-    assert "B - A" in format_comparison(found)
-    json.dumps(comparison_to_json(found), allow_nan=False)
+    assert (comparison.delong is None) == (classes == 3)
+    assert "B - A" in format_comparison(comparison)
+    json.dumps(comparison_to_json(comparison), allow_nan=False)
 
 
 def test_a_run_compared_with_itself_differs_in_nothing(tmp_path):
     labels, (one, _) = random_runs(12, 2)
     run = read_predictions(write_run(tmp_path / "a", labels, one))
-    found = compare_predictions(run, run, n_resamples=40)
-    assert all((each.difference, each.p_value) == (0, 1) for each in found.metrics.values())
-    assert all(math.isnan(each.low) for each in found.metrics.values())
-    assert math.isnan(found.delong.p_value)
-    assert "too few slides to tell: the models differ on 0 patients" in format_comparison(found)
+    comparison = compare_predictions(run, run, n_resamples=40)
+    assert all((each.difference, each.p_value) == (0, 1) for each in comparison.metrics.values())
+    assert all(math.isnan(each.low) for each in comparison.metrics.values())
+    assert math.isnan(comparison.delong.p_value)
+    assert "too few slides to tell: the models differ on 0 patients" in format_comparison(comparison)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -148,7 +150,7 @@ def test_p_values_are_the_share_of_exchanges_with_as_large_a_difference(classes)
     patients = [f"p{row % 6}" for row in range(11)]
     scores[1][0] = scores[0][0]  # p0 has one slide with two predictions that differ, and one without
     scores[1][5] = scores[0][5]  # p5 differs in nothing
-    found, differing, smallest = exchange_test(labels, tuple(scores), patients)
+    p_values, differing, smallest = exchange_test(labels, tuple(scores), patients)
     assert (differing, smallest) == (5, 2 / 2**5)
     differences = {name: [] for name in METRIC_NAMES}
     for exchanged in itertools.product([False, True], repeat=5):
@@ -158,7 +160,7 @@ def test_p_values_are_the_share_of_exchanges_with_as_large_a_difference(classes)
             differences[name].append(abs(each[1][name] - each[0][name]))
     for name, values in differences.items():
         defined = np.array(values)[np.isfinite(values)]
-        assert found[name] == pytest.approx(np.mean(defined >= values[0] - 1e-9)), name
+        assert p_values[name] == pytest.approx(np.mean(defined >= values[0] - 1e-9)), name
 
 
 def test_four_slides_of_which_two_differ_prove_nothing(tmp_path):
@@ -167,11 +169,11 @@ def test_four_slides_of_which_two_differ_prove_nothing(tmp_path):
     two = np.eye(2)[labels] * 0.8 + 0.1
     two[[0, 3]] = one[[0, 3]]
     runs = [read_predictions(write_run(tmp_path / name, labels, run)) for name, run in (("a", one), ("b", two))]
-    found = compare_predictions(*runs)
-    assert found.n_differing == 2
-    assert min(each.p_value for each in found.metrics.values()) >= 0.5
+    comparison = compare_predictions(*runs)
+    assert comparison.n_differing == 2
+    assert min(each.p_value for each in comparison.metrics.values()) >= 0.5
     assert "too few slides to tell: the models differ on 2 patients, and no p below 0.5 is possible" in (
-        format_comparison(found)
+        format_comparison(comparison)
     )
 
 

@@ -89,14 +89,14 @@ def test_counts_by_hand():
 
 
 def test_bytes_to_target_are_those_when_it_was_first_met():
-    ours, dense = ByteCount(), ByteCount()
-    for count, size in ((ours, 100), (dense, 1000)):
+    sparse, dense = ByteCount(), ByteCount()
+    for count, size in ((sparse, 100), (dense, 1000)):
         count.record("push", message_bytes=size, wire_bytes=size, numels={}, by_tensor={})
         count.reach_target()
         count.record("push", message_bytes=size, wire_bytes=size, numels={}, by_tensor={})
         count.reach_target()
-    assert ours.bytes_to_target == 100
-    assert target_ratio(ours, dense) == 0.1
+    assert sparse.bytes_to_target == 100
+    assert target_ratio(sparse, dense) == 0.1
 
 
 def test_shares_sum_to_the_whole():

@@ -40,20 +40,20 @@ def damage_all(path, check, masks=MASKS):
     The masks take turns: each byte is changed once.
     """
     context = multiprocessing.get_context("fork")
-    theirs = Path(f"{path.parent}/damaged/{path.name}")
-    theirs.parent.mkdir()
+    damaged_path = Path(f"{path.parent}/damaged/{path.name}")
+    damaged_path.parent.mkdir()
     counted = path.parent / "counted.json"
 
     def run():
         whole, counts = path.read_bytes(), {}
-        for place, mask in zip(range(len(whole)), cycle(masks), strict=False):
+        for position, mask in zip(range(len(whole)), cycle(masks), strict=False):
             damaged = bytearray(whole)
-            damaged[place] ^= mask
-            theirs.write_bytes(damaged)
+            damaged[position] ^= mask
+            damaged_path.write_bytes(damaged)
             try:
-                word = check(theirs)
+                word = check(damaged_path)
             except BaseException as error:
-                word = f"{type(error).__name__} (byte {place} ^ {mask:02x}: {str(error)[:200]})"
+                word = f"{type(error).__name__} (byte {position} ^ {mask:02x}: {str(error)[:200]})"
             counts[word] = counts.get(word, 0) + 1
         counted.write_text(json.dumps(counts))
 
@@ -97,7 +97,7 @@ def packed(tmp_path, monkeypatch):
 
 
 def tiles_of(path):
-    found = {}
+    tiles = {}
     with StoredSlide(path) as stored:
         for row in range(len(stored)):
             out = np.zeros((32, 32, 3), dtype=np.uint8)
@@ -105,9 +105,9 @@ def tiles_of(path):
                 stored.read_tile(row, out)
             except TileReadError:
                 continue
-            found[row] = out
+            tiles[row] = out
         _ = stored.n_failed
-    return found
+    return tiles
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
@@ -117,13 +117,13 @@ def test_a_store_with_a_changed_byte_is_never_read_wrongly(packed, version):
 
     def check(damaged):
         try:
-            found = tiles_of(damaged)
+            tiles = tiles_of(damaged)
             _ = damaged_rows(damaged), tile_store.store_problem(damaged, grid, slide.path)
         except StoreError as error:
             return "refused" if str(damaged) in str(error) else f"without its name: {error}"
-        assert {*found} <= {*whole}
-        assert all(np.array_equal(found[row], whole[row]) for row in found)
-        return "read" if len(found) == len(whole) else "a tile refused"
+        assert {*tiles} <= {*whole}
+        assert all(np.array_equal(tiles[row], whole[row]) for row in tiles)
+        return "read" if len(tiles) == len(whole) else "a tile refused"
 
     counts = damage_all(path, check)
     assert counts["refused"] > 1000
@@ -176,12 +176,12 @@ def features_file(folder, suffix):
 
 
 def what_comes(read, refusal, whole, damaged):
-    """Of reading a damaged file: it is refused by its name, or has the values of the whole one, or others."""
+    """What comes of reading a damaged file: a refusal by its name, the values of the whole one, or others."""
     try:
-        found = read(damaged)
+        value = read(damaged)
     except refusal as error:
         return "refused" if str(damaged) in str(error) else f"without its name: {error}"
-    return "read" if found == whole else "other values"
+    return "read" if value == whole else "other values"
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", "_old.pt", ".h5", "_packed.h5"])
@@ -204,9 +204,9 @@ def test_a_grid_with_a_changed_byte_is_refused_or_right(tmp_path):
     write_grid(grid, path, Fingerprint(5, "abc"))
 
     def everything(place):
-        found = read_grid(place)
-        values = {name: getattr(found, name) for name in found.__dataclass_fields__ if name != "coords"}
-        return values, found.coords.tolist(), read_slide_fingerprint(place)
+        grid_read = read_grid(place)
+        values = {name: getattr(grid_read, name) for name in grid_read.__dataclass_fields__ if name != "coords"}
+        return values, grid_read.coords.tolist(), read_slide_fingerprint(place)
 
     whole = everything(path)
 
@@ -247,10 +247,10 @@ def test_a_mask_with_a_changed_byte_ends_no_process(suffix, tmp_path):
 
         def check(damaged):
             try:
-                found = read_mask(MaskFile(damaged), slide, 10)
+                mask = read_mask(MaskFile(damaged), slide, 10)
             except SlideError as error:
                 return "refused" if str(damaged) in str(error) else f"without its name: {error}"
-            return "read" if np.array_equal(found, whole) else "other values"
+            return "read" if np.array_equal(mask, whole) else "other values"
 
         counts = damage_all(path, check)
     # GeoJSON is text: another digit is another corner.
@@ -274,15 +274,15 @@ def test_a_table_with_a_changed_byte_ends_no_process(kind, tmp_path):
             stream.write_table(table)
 
     def check(damaged):
-        place = damaged
+        target = damaged
         if kind == "saved":
-            place = path.parent / "damaged"
+            target = path.parent / "damaged"
             for name in ("state.json", "dataset_info.json"):
-                shutil.copy(path.parent / name, place / name)
+                shutil.copy(path.parent / name, target / name)
         try:
-            read_table_file(place)
+            read_table_file(target)
         except ManifestError as error:
-            return "refused" if str(place) in str(error) else f"without its name: {error}"
+            return "refused" if str(target) in str(error) else f"without its name: {error}"
         return "read"
 
     counts = damage_all(path, check)

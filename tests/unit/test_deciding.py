@@ -21,7 +21,7 @@ from ds_wsi.training.same_run import differences, known_early, of_settings
 from ds_wsi.training.setting_list import SETTINGS, has_effect, needed_words, sibling, value_at
 from ds_wsi.training.settings import TrainSettings
 
-DECIDING = [place for place, one in SETTINGS.items() if one.setting.decides is Decides.RESULT]
+DECIDING = [field_path for field_path, one in SETTINGS.items() if one.setting.decides is Decides.RESULT]
 # Settings that decide by what they stand for, with others, on which tiles a model is tested, or a run's name.
 INDIRECT = (Decides.RESOLVED, Decides.STEP, Decides.TEST, Decides.NAME)
 # A demo is known by the manifest that it writes; of the ways to see tissue there is one version so far.
@@ -64,9 +64,11 @@ WORDS = {
 
 def with_values(base, values):
     """Settings with these at their places, set together."""
-    for owner in {place.rpartition(".")[0] for place in values}:
+    for owner in {field_path.rpartition(".")[0] for field_path in values}:
         fields = {
-            place.rpartition(".")[2]: value for place, value in values.items() if place.rpartition(".")[0] == owner
+            field_path.rpartition(".")[2]: value
+            for field_path, value in values.items()
+            if field_path.rpartition(".")[0] == owner
         }
         group, _, policy = owner.partition(".")
         if policy:
@@ -77,32 +79,32 @@ def with_values(base, values):
     return base
 
 
-def values_of(place):
+def values_of(field_path):
     """Values that a setting may have."""
-    one = SETTINGS[place]
+    one = SETTINGS[field_path]
     kind, default = one.setting.kind, one.default
-    if place in WORDS:
-        return st.sampled_from(WORDS[place])
+    if field_path in WORDS:
+        return st.sampled_from(WORDS[field_path])
     if isinstance(kind, tuple):
         return st.sampled_from(kind)
     if kind in (FLAG, SWITCH):
         return st.booleans()
-    if place == "optim.class_weights":
+    if field_path == "optim.class_weights":
         return st.none() | st.tuples(st.sampled_from([1.0, 2.0, 3.0]), st.just(1.0))
-    if place == "model.lora_targets":
+    if field_path == "model.lora_targets":
         return st.sampled_from([("qkv",), ("qkv", "proj"), ("fc1",)])
     if isinstance(default, float):
         return st.sampled_from([0.0625, 0.125, 0.25, 0.5])
     return st.integers(1, 8)
 
 
-def needed(place):
+def needed(field_path):
     """Values of other settings with which this one has an effect."""
-    needs = SETTINGS[place].setting.needs
+    needs = SETTINGS[field_path].setting.needs
     if needs is None:
         return {}
     name, values = needs
-    other = sibling(place, name)
+    other = sibling(field_path, name)
     return {other: values[0] if values else {"model.lora_rank": 4, "policies.augment.blur": 1.0}[other]}
 
 
@@ -121,51 +123,57 @@ def manifest(tmp_path_factory):
     return str(path)
 
 
-@pytest.mark.parametrize("place", DECIDING)
+@pytest.mark.parametrize("field_path", DECIDING)
 @given(data=st.data())
 @of_hypothesis(max_examples=5, deadline=None)
-def test_runs_that_differ_in_what_decides_are_not_resumed_taken_up_or_pooled(place, data, manifest):
-    base = with_values(TrainSettings(), {"data.manifest": manifest, **needed(place), **COMPANIONS.get(place, {})})
-    assert has_effect(base, place)
-    one = data.draw(values_of(place))
-    other = data.draw(values_of(place).filter(lambda value: value != one))
-    ours, theirs = (with_values(base, {place: value}) for value in (one, other))
-    as_json = [json.loads(json.dumps(of_settings(given_settings))) for given_settings in (ours, theirs)]
-    assert any(place.rpartition(".")[2] in line for line in differences(*as_json)), "resumed"
-    assert identity(ours, None) != identity(theirs, None), "taken up by a protocol"
-    if not SETTINGS[place].setting.column:
-        assert _group_settings(as_run(ours)) != _group_settings(as_run(theirs)), "pooled"
+def test_runs_that_differ_in_what_decides_are_not_resumed_taken_up_or_pooled(field_path, data, manifest):
+    base = with_values(
+        TrainSettings(), {"data.manifest": manifest, **needed(field_path), **COMPANIONS.get(field_path, {})}
+    )
+    assert has_effect(base, field_path)
+    one = data.draw(values_of(field_path))
+    other = data.draw(values_of(field_path).filter(lambda value: value != one))
+    run_one, run_other = (with_values(base, {field_path: value}) for value in (one, other))
+    as_json = [json.loads(json.dumps(of_settings(given_settings))) for given_settings in (run_one, run_other)]
+    assert any(field_path.rpartition(".")[2] in line for line in differences(*as_json)), "resumed"
+    assert identity(run_one, None) != identity(run_other, None), "taken up by a protocol"
+    if not SETTINGS[field_path].setting.column:
+        assert _group_settings(as_run(run_one)) != _group_settings(as_run(run_other)), "pooled"
 
 
 @pytest.mark.parametrize(
-    "place",
-    [place for place, one in SETTINGS.items() if one.setting.decides in INDIRECT and place not in OF_ONE_VALUE],
+    "field_path",
+    [
+        field_path
+        for field_path, one in SETTINGS.items()
+        if one.setting.decides in INDIRECT and field_path not in OF_ONE_VALUE
+    ],
 )
 @given(data=st.data())
 @of_hypothesis(max_examples=5, deadline=None)
-def test_runs_that_differ_in_what_decides_indirectly_are_not_taken_up_or_pooled(place, data, manifest):
-    one = SETTINGS[place].setting
-    base = with_values(TrainSettings(), {"data.manifest": manifest, **COMPANIONS.get(place, {})})
-    first = data.draw(values_of(place))
-    other = data.draw(values_of(place).filter(lambda value: value != first))
-    ours, theirs = (with_values(base, {place: value}) for value in (first, other))
-    if place not in run_mark._ELSEWHERE:
-        assert identity(ours, None) != identity(theirs, None), "taken up by a protocol"
-    if one.decides is Decides.RESOLVED and not one.column and place not in record._ELSEWHERE:
-        assert _group_settings(as_run(ours)) != _group_settings(as_run(theirs)), "pooled"
+def test_runs_that_differ_in_what_decides_indirectly_are_not_taken_up_or_pooled(field_path, data, manifest):
+    one = SETTINGS[field_path].setting
+    base = with_values(TrainSettings(), {"data.manifest": manifest, **COMPANIONS.get(field_path, {})})
+    first = data.draw(values_of(field_path))
+    other = data.draw(values_of(field_path).filter(lambda value: value != first))
+    run_one, run_other = (with_values(base, {field_path: value}) for value in (first, other))
+    if field_path not in run_mark._ELSEWHERE:
+        assert identity(run_one, None) != identity(run_other, None), "taken up by a protocol"
+    if one.decides is Decides.RESOLVED and not one.column and field_path not in record._ELSEWHERE:
+        assert _group_settings(as_run(run_one)) != _group_settings(as_run(run_other)), "pooled"
     if one.resolved in EARLY:
-        assert differences(known_early(ours, 1), known_early(theirs, 1)), "resumed"
-    sizes = [given_settings.step_layout(1).bags_per_step for given_settings in (ours, theirs)]
+        assert differences(known_early(run_one, 1), known_early(run_other, 1)), "resumed"
+    sizes = [given_settings.step_layout(1).bags_per_step for given_settings in (run_one, run_other)]
     if sizes[0] != sizes[1]:
-        assert _group_settings(as_run(ours)) != _group_settings(as_run(theirs)), "pooled"
-        assert differences(known_early(ours, 1), known_early(theirs, 1)), "resumed"
+        assert _group_settings(as_run(run_one)) != _group_settings(as_run(run_other)), "pooled"
+        assert differences(known_early(run_one, 1), known_early(run_other, 1)), "resumed"
 
 
 def test_what_is_compared_elsewhere_is_a_setting_and_compared():
     cuts = {f"policies.partition.{name}" for name in ("mode", "axis", "chunk_size")}
     mark, pooled = set(run_mark._ELSEWHERE), set(record._ELSEWHERE)
     assert mark - cuts == {"data.manifest", "run.deepspeed", "run.validate_beside"}
-    resolved = {place for place, one in SETTINGS.items() if one.setting.decides is Decides.RESOLVED}
+    resolved = {field_path for field_path, one in SETTINGS.items() if one.setting.decides is Decides.RESOLVED}
     assert not pooled - {*resolved, "run.eval_precision", "run.early_stopping_patience"}
     base = with_values(TrainSettings(), {"run.early_stopping_patience": 3})
     beside = with_values(base, {"run.validate_beside": True})
@@ -192,15 +200,15 @@ def test_a_setting_must_say_what_it_decides():
         setting(0, "words")
 
 
-@pytest.mark.parametrize("place", [place for place, one in SETTINGS.items() if one.setting.needs])
-def test_what_has_no_effect_decides_nothing(place):
+@pytest.mark.parametrize("field_path", [field_path for field_path, one in SETTINGS.items() if one.setting.needs])
+def test_what_has_no_effect_decides_nothing(field_path):
     base = TrainSettings()
-    assert not has_effect(base, place)
-    assert needed_words(place).startswith("--")
-    other = {True: False, False: True}.get(value_at(base, place))
-    other = SETTINGS[place].default * 2 if isinstance(SETTINGS[place].default, int | float) else other
-    if other and other != value_at(base, place) and SETTINGS[place].setting.kind is not None:
-        assert of_settings(with_values(base, {place: other})) == of_settings(base)
+    assert not has_effect(base, field_path)
+    assert needed_words(field_path).startswith("--")
+    other = {True: False, False: True}.get(value_at(base, field_path))
+    other = SETTINGS[field_path].default * 2 if isinstance(SETTINGS[field_path].default, int | float) else other
+    if other and other != value_at(base, field_path) and SETTINGS[field_path].setting.kind is not None:
+        assert of_settings(with_values(base, {field_path: other})) == of_settings(base)
 
 
 def test_a_field_that_is_not_declared_is_refused(monkeypatch):
@@ -223,8 +231,8 @@ def test_a_setting_that_is_resolved_says_by_what():
 def test_another_compression_is_not_resumed_without_a_word():
     base = replace(TrainSettings().policies, compression=CommPolicy(hook="dmgc"))
     other = replace(base, compression=CommPolicy(hook="dmgc", momentum=0.5))
-    found = [of_settings(replace(TrainSettings(), policies=policies)) for policies in (other, base)]
-    (line,) = differences(*found)
+    settings = [of_settings(replace(TrainSettings(), policies=policies)) for policies in (other, base)]
+    (line,) = differences(*settings)
     assert line == "policies.compression.momentum must be the checkpoint's, 0.0, to continue it exactly, got 0.5"
 
 
@@ -235,5 +243,5 @@ def test_how_bags_are_dealt_is_no_part_of_the_result():
 
 def test_defaults_are_those_of_a_run():
     """Also of a policy whose own default, used alone, is another."""
-    for place, one in SETTINGS.items():
-        assert value_at(TrainSettings(), place) == one.default, place
+    for field_path, one in SETTINGS.items():
+        assert value_at(TrainSettings(), field_path) == one.default, field_path

@@ -60,9 +60,9 @@ def test_no_config_of_ours_needs_nvcc(path, monkeypatch):
         assert without["optimizer"]["params"]["torch_adam"] is True
         assert without["zero_force_ds_cpu_optimizer"] is False
     built = on_a_gpu(monkeypatch)
-    found = chosen(config)
+    filled = chosen(config)
     offloads = "offload_optimizer" in config["zero_optimization"]
-    assert found["optimizer"]["params"].get("torch_adam", False) is not offloads
+    assert filled["optimizer"]["params"].get("torch_adam", False) is not offloads
     assert built == (["cpu_adam"] if offloads else [])
     if not offloads:  # under Accelerate, the HF Trainer and ds_wsi.initialize nobody chooses
         assert config["optimizer"]["params"]["torch_adam"] is True
@@ -108,9 +108,9 @@ def test_an_offloaded_optimizer_falls_back_and_says_what_to_install(config, mach
     on_a_gpu(monkeypatch)
     assert chosen(config) == config
     on_a_gpu(monkeypatch, **machine)
-    found = chosen(config)
-    assert found["zero_force_ds_cpu_optimizer"] is False  # else DeepSpeed refuses torch's
-    assert found.get("optimizer", {}).get("params", {}).get("torch_adam", True) is True
+    filled = chosen(config)
+    assert filled["zero_force_ds_cpu_optimizer"] is False  # else DeepSpeed refuses torch's
+    assert filled.get("optimizer", {}).get("params", {}).get("torch_adam", True) is True
     (message,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert message.endswith("HINT: install g++ and ninja.")
     assert "Error building extension" in message or "no g++" in message

@@ -21,7 +21,7 @@ def default_cohort(tmp_path_factory):
 
 
 def test_slides_are_pyramids_that_openslide_reads_with_their_mpp(demo_manifest):
-    found = set()
+    mpps = set()
     for slide in read_manifest(demo_manifest).slides:
         with openslide.OpenSlide(str(slide.path)) as opened:
             assert opened.level_count >= 2
@@ -29,8 +29,8 @@ def test_slides_are_pyramids_that_openslide_reads_with_their_mpp(demo_manifest):
             mpp = float(opened.properties["openslide.mpp-x"])
             # One physical size at any resolution: 384 px of 0.5 um, the multiple of 64 nearest to 352.
             assert opened.dimensions[0] * mpp == pytest.approx(384 * 0.5, rel=1e-4)
-            found.add(round(mpp, 6))
-    assert found == {0.25, 0.5}
+            mpps.add(round(mpp, 6))
+    assert mpps == {0.25, 0.5}
 
 
 def test_levels_show_the_same_slide(demo_manifest):
@@ -107,8 +107,8 @@ def test_centres_differ_more_than_the_slides_of_one(stains):
         tissue = picture[picture.min(-1) < 200]
         pair = row // 2 % 6 if row < 16 else 6 + (row - 16) // 2 % 4
         means.setdefault(pair, []).append(tissue.mean(0))
-    within = np.mean([np.std(found, axis=0) for found in means.values() if len(found) > 1], axis=0)
-    between = np.std([np.mean(found, axis=0) for found in means.values()], axis=0)
+    within = np.mean([np.std(colours, axis=0) for colours in means.values() if len(colours) > 1], axis=0)
+    between = np.std([np.mean(colours, axis=0) for colours in means.values()], axis=0)
     assert (between > 1.5 * within).all()
     assert len(means) == 10
     labels = [slide.label for slide in stains.manifest.slides]
@@ -134,7 +134,7 @@ def test_half_of_the_sparse_tumours_of_each_centre_have_few_rings():
     for index, share in enumerate(shares):
         of_centre.setdefault(demo._centre(index, policy), set()).add(share)
     assert len(of_centre) == 10
-    assert all(found == {1.0, policy.few_rings} for found in of_centre.values())
+    assert all(rings == {1.0, policy.few_rings} for rings in of_centre.values())
     assert {demo._rings(index, StainsPolicy()) for index in range(152)} == {1.0}
 
 

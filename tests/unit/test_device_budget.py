@@ -91,8 +91,8 @@ def test_the_budget_is_what_is_left(monkeypatch):
 def test_a_validation_beside_on_the_same_gpu_has_a_fifth(monkeypatch, caplog, run, more, shared):
     caplog.set_level(logging.INFO, "ds_wsi")
     share = 0.9 * 0.8 if shared else 0.9
-    found = budget(monkeypatch, engine=accelerator(**more), **run)
-    assert found.gpu_budget_bytes == int(share * (FREE - later(EngineMemory())))
+    policy = budget(monkeypatch, engine=accelerator(**more), **run)
+    assert policy.gpu_budget_bytes == int(share * (FREE - later(EngineMemory())))
     assert ("a fifth for the validation beside (--validate_beside)" in caplog.text) is shared
     assert "of the 10.00 GiB that are free on cuda:0" in caplog.text
 

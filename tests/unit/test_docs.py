@@ -94,8 +94,8 @@ def test_the_table_of_my_slides_is_read(tmp_path):
     table = re.search(r"<!-- my_slides\.csv -->\n```csv\n(.*?)```", page, re.S)[1]
     (tmp_path / "my_slides.csv").write_text(table, "utf-8")
     manifest, _ = parse_manifest(tmp_path / "my_slides.csv", need_slides=False)
-    found = [(slide.slide_id, manifest.label_name(slide), slide.split, slide.mpp) for slide in manifest.slides]
-    assert found == [("S-001", "tumor", "train", None), ("S-002", "normal", "test", 0.25)]
+    slides = [(slide.slide_id, manifest.label_name(slide), slide.split, slide.mpp) for slide in manifest.slides]
+    assert slides == [("S-001", "tumor", "train", None), ("S-002", "normal", "test", 0.25)]
 
 
 def test_links_out_of_docs_lead_to_files_of_the_site(docs_pages):

@@ -240,21 +240,21 @@ def test_the_commands_lines_and_status(monkeypatch, capsys, statuses, code):
 def test_env(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["env", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["packages"]["torch"] == torch.__version__.partition("+")[0]
-    assert set(found["packages"]) == {one.name for one in versions.needed_packages()}
-    assert found["torch"]["devices"] == []
-    assert found["memory"]["bytes"] > 2**28
+    environment = json.loads(capsys.readouterr().out)
+    assert environment["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert set(environment["packages"]) == {one.name for one in versions.needed_packages()}
+    assert environment["torch"]["devices"] == []
+    assert environment["memory"]["bytes"] > 2**28
     assert main(["env"]) == 0
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line.startswith("deepspeed"))
-    assert lines["deepspeed"] == found["packages"]["deepspeed"]
+    assert lines["deepspeed"] == environment["packages"]["deepspeed"]
 
 
 def test_env_of_gpus(monkeypatch, capsys):
-    known = namedtuple("Properties", "name major minor total_memory")("H200", 9, 0, 2**37)
+    properties = namedtuple("Properties", "name major minor total_memory")("H200", 9, 0, 2**37)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: known)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**36, 2**37))
     assert main(["env"]) == 0
     printed = capsys.readouterr().out

@@ -118,11 +118,11 @@ def test_a_gpu_that_torch_does_not_see(no_gpu, monkeypatch):
 
 
 def test_a_gpu_that_fails_or_is_taken(monkeypatch):
-    known = SimpleNamespace(name="Tesla", major=3, minor=5)
+    properties = SimpleNamespace(name="Tesla", major=3, minor=5)
     cuda = SimpleNamespace(
         is_available=lambda: True,
         device_count=lambda: 2,
-        get_device_properties=lambda index: known,
+        get_device_properties=lambda index: properties,
         mem_get_info=lambda index: (2**30 * (10 if index else 2), 2**30 * 10),
     )
     monkeypatch.setattr(torch, "cuda", cuda)

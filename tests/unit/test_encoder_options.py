@@ -35,7 +35,7 @@ def small_resnet(**options):
 
 
 def lively(encoder):
-    """With norms that pass gradients: timm's last one of a block is zero at first."""
+    """Make norms pass gradients: timm's last one of a block is zero at first."""
     for part in encoder.modules():
         if isinstance(part, nn.BatchNorm2d):
             nn.init.uniform_(part.weight, 0.5, 1.5)
@@ -55,7 +55,7 @@ class TestFeatures:
         torch.testing.assert_close(flat(x).view(2, 32, -1).mean(-1), pooled(x))
 
     def test_parameters_without_values_beside_buffers_that_have_theirs(self):
-        """As Transformers 4 builds a model that it loads."""
+        """Transformers 4 builds a model like this when it loads one."""
         encoder = small_resnet()
         for part in encoder.modules():
             for name, parameter in part.named_parameters(recurse=False):

@@ -95,7 +95,7 @@ def test_full_state_is_float32_copies_under_the_modules_names():
 
 
 def test_running_statistics_are_averaged_and_constants_left_alone():
-    """As two ranks' values together have: means 0 and 2, variances 1 and 1 pool to 1 and 2."""
+    """The results are those of two ranks' values together: means 0 and 2, variances 1 and 1 pool to 1 and 2."""
 
     class Ranks:
         num_processes = 2

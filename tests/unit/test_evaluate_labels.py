@@ -62,14 +62,14 @@ def test_slides_without_labels_are_predicted_without_metrics(evaluate, headings,
     code, said, out = evaluate(("slide_id", "label"), LABELLED)
     assert code == 0
     assert re.search(r"slides +6\n +patients +6\n +label normal +2\n +label tumor +2\n +label other +2\n", said)
-    wanted = predictions(out)
-    assert {row["label"] for row in wanted} == set(CLASSES)
+    expected = predictions(out)
+    assert {row["label"] for row in expected} == set(CLASSES)
     code, said, out = evaluate(headings, [(name, *end) for name, _ in LABELLED])
     assert code == 0
     assert "no labels in" in said
     assert "6 slides are predicted, without metrics and report" in said
     assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "predictions", "predictions.csv"]
-    assert predictions(out) == [{key: value for key, value in row.items() if key != "label"} for row in wanted]
+    assert predictions(out) == [{key: value for key, value in row.items() if key != "label"} for row in expected]
 
 
 def test_labels_of_some_slides_are_refused_by_name_but_for_those_not_chosen(evaluate):
@@ -104,7 +104,7 @@ def test_a_model_keeps_its_classes_in_their_order(evaluate, classes):
 
 def test_other_words_for_the_models_classes_are_mapped_or_refused(evaluate):
     code, _, out = evaluate(("slide_id", "label"), LABELLED)
-    wanted = predictions(out)
+    expected = predictions(out)
     rows = [(name, str(CLASSES.index(label))) for name, label in LABELLED]
     code, said, _ = evaluate(("slide_id", "label"), rows)
     assert code == 2
@@ -112,7 +112,7 @@ def test_other_words_for_the_models_classes_are_mapped_or_refused(evaluate):
     assert "--map_labels LABEL=CLASS" in said
     code, _, out = evaluate(("slide_id", "label"), rows, "--map_labels", "0=normal,1=tumor,2=other")
     assert code == 0
-    assert predictions(out) == wanted
+    assert predictions(out) == expected
     code, said, _ = evaluate(("slide_id", "label"), rows, "--map_labels", "0=normal,1=tumor")
     assert code == 2
     assert "classes must be the model's, got 2" in said

@@ -89,8 +89,8 @@ def test_the_runs_splits_are_understood_and_no_overlap_is_told_of_its_test(cohor
     assert "splits are the run's" in printed
     assert told.startswith("test metrics of")
     assert "evaluated slides are among" not in printed
-    ours, theirs = ((folder / "predictions.csv").read_text() for folder in (tmp_path / "e", cohort / "run"))
-    assert ours == theirs
+    evaluated, of_run = ((folder / "predictions.csv").read_text() for folder in (tmp_path / "e", cohort / "run"))
+    assert evaluated == of_run
     assert json.loads((tmp_path / "e" / "run.json").read_text())["test_split"] == "test"
 
 

@@ -128,7 +128,7 @@ def test_the_order_of_the_classes_can_be_given(tmp_path):
 
 
 def test_files_of_one_name_are_slides_of_their_folders(tmp_path, caplog):
-    """A folder a patient, and in each 1.svs and 2.svs; a name that is there once stays."""
+    """A folder per patient, and in each 1.svs and 2.svs; a name that is there once stays."""
     for name in ("P0/1.svs", "P0/2.svs", "P1/1.svs", "P1/2.svs", "P1/3.svs"):
         touch(tmp_path, name)
     rows = [("P0/1.svs", "x"), ("P0\\2.svs", "y"), ("P1/1", "x"), ("P1/2.svs", "y"), ("3", "x")]

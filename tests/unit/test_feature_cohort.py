@@ -50,12 +50,12 @@ def write_cohort(folder, lengths, columns="slide_id,label,split"):
 
 @pytest.fixture
 def messages():
-    found = []
+    texts = []
     handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())
+    handler.emit = lambda record: texts.append(record.getMessage())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    yield found
+    yield texts
     logger.removeHandler(handler)
 
 
@@ -140,7 +140,7 @@ def test_bags_hold_the_rows_asked_for(tmp_path, workers):
     first = features_of(0, 6)
     expected = [features_of(2, 4), first[1:4], first[[1, 5]], torch.empty(0, WIDTH), features_of(1, 2)]
     assert [bag.slide for bag in bags] == [2, 0, 0, 1, 1]
-    assert all(torch.equal(bag.tiles, wanted) for bag, wanted in zip(bags, expected, strict=True))
+    assert all(torch.equal(bag.tiles, tiles) for bag, tiles in zip(bags, expected, strict=True))
     assert all(bag.tiles.untyped_storage().nbytes() == 4 * bag.tiles.numel() for bag in bags), "no more is handed over"
     assert [bag.kept.tolist() for bag in bags] == [[0, 1, 2, 3], [1, 2, 3], [1, 5], [], [0, 1]]
 

@@ -121,7 +121,7 @@ def grid_of(columns, rows, side, start=(0, 0)):
         (grid_of(6, 5, 256), 256),
         (grid_of(6, 5, 1024), 1024),
         (grid_of(4, 4, 256) + grid_of(5, 3, 256, (5003, 77)), 256),  # contours of CLAM's: each its own grid
-        ([place for index, place in enumerate(grid_of(12, 12, 256)) if index % 5], 256),  # holes
+        ([corner for index, corner in enumerate(grid_of(12, 12, 256)) if index % 5], 256),  # holes
         (grid_of(7, 1, 224), 224),  # a core's one row
         (grid_of(1, 7, 224), 224),
         ([(0, 0), (2560, 0), (0, 5120), (2560, 5120)], None),  # none beside another
@@ -134,8 +134,8 @@ def grid_of(columns, rows, side, start=(0, 0)):
 )
 def test_the_side_of_tiles_is_told_by_tiles_side_by_side_or_not_at_all(tmp_path, coords, side):
     places = torch.tensor(coords)
-    found = read_places(write(tmp_path / "a.h5", torch.ones(len(places), 3), places))
-    assert (None if found is None else found[1]) == side
+    answer = read_places(write(tmp_path / "a.h5", torch.ones(len(places), 3), places))
+    assert (None if answer is None else answer[1]) == side
 
 
 def test_places_have_the_files_side_or_the_commonest_step(tmp_path):
@@ -143,8 +143,8 @@ def test_places_have_the_files_side_or_the_commonest_step(tmp_path):
     coords = torch.tensor([[0, 0], [256, 0], [512, 0], [256, 256], [517, 256]])
     features = torch.ones(5, 3)
     for suffix in (".h5", ".pt", ".safetensors"):
-        found, side = read_places(write(tmp_path / f"a{suffix}", features, coords))
-        assert found.tolist() == coords.tolist()
+        positions, side = read_places(write(tmp_path / f"a{suffix}", features, coords))
+        assert positions.tolist() == coords.tolist()
         assert side == 256
         assert read_places(write(tmp_path / f"b{suffix}", features, None)) is None
         assert read_places(write(tmp_path / f"c{suffix}", features[:1], coords[:1])) is None
@@ -160,21 +160,21 @@ def test_places_have_the_files_side_or_the_commonest_step(tmp_path):
 @pytest.mark.parametrize("suffix", [".pt", ".h5", ".safetensors"])
 def test_features_of_another_name_are_named_with_the_remedy(tmp_path, suffix):
     path, value = tmp_path / f"a{suffix}", torch.randn(5, 8)
-    found = {"tile_embeds": value, "coords": torch.zeros(5, 2)}
+    content = {"tile_embeds": value, "coords": torch.zeros(5, 2)}
     if suffix == ".pt":
-        torch.save({**found, "label": 3}, path)
+        torch.save({**content, "label": 3}, path)
     elif suffix == ".safetensors":
-        save_file(found, path)
+        save_file(content, path)
     else:
         with h5py.File(path, "w") as file:
-            for name, tensor in found.items():
+            for name, tensor in content.items():
                 file[name] = tensor.numpy()
     for read in (read_features, read_shape):
         words = r"'coords' \[5, 2\].*'tile_embeds' \[5, 8\].*HINT: if 'tile_embeds'"
         with pytest.raises(FeatureFileError, match=words) as error:
             read(path)
     remedy = str(error.value).split("name it so: ")[1].rstrip(".")
-    names = {"path": path, "found": found, "torch": torch, "save_file": save_file, "h5py": h5py}
+    names = {"path": path, "found": content, "torch": torch, "save_file": save_file, "h5py": h5py}
     if suffix == ".h5":
         call, _, opened = remedy.partition(" with ")
         with h5py.File(path, "a") as file:
@@ -190,10 +190,10 @@ def test_features_that_ask_for_a_gradient_are_numbers_like_others(tmp_path):
     torch.save(value, tmp_path / "a.pt")
     torch.save({"features": torch.nn.Parameter(value.detach()), "coords": torch.zeros(5, 2)}, tmp_path / "b.pt")
     for name in ("a.pt", "b.pt"):
-        found = read_features(tmp_path / name)
-        assert not found.features.requires_grad
-        assert torch.equal(found.features, value.detach())
-        assert len(found.features.numpy().data) == 5
+        bag = read_features(tmp_path / name)
+        assert not bag.features.requires_grad
+        assert torch.equal(bag.features, value.detach())
+        assert len(bag.features.numpy().data) == 5
         assert read_shape(tmp_path / name) == (5, 8)
     batch = torch.utils.data.DataLoader(FeatureDataset(tmp_path, [("a", 0), ("b", 1)]), 2, collate_fn=collate_bags)
     stack, *_ = next(iter(batch))

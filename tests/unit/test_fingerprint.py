@@ -9,12 +9,12 @@ from ds_wsi.slides.fingerprint import slide_fingerprint
 
 def test_a_copy_a_link_and_a_touched_file_have_the_same(tmp_path):
     (tmp_path / "a.svs").write_bytes(bytes(range(256)))
-    found = slide_fingerprint(tmp_path / "a.svs")
+    fingerprint = slide_fingerprint(tmp_path / "a.svs")
     (tmp_path / "b.tif").write_bytes(bytes(range(256)))
     (tmp_path / "c.svs").symlink_to("a.svs")
     os.utime(tmp_path / "a.svs", (1, 1))
-    assert {slide_fingerprint(tmp_path / name) for name in ("a.svs", "b.tif", "c.svs")} == {found}
-    assert found.n_bytes == 256
+    assert {slide_fingerprint(tmp_path / name) for name in ("a.svs", "b.tif", "c.svs")} == {fingerprint}
+    assert fingerprint.n_bytes == 256
 
 
 def test_a_file_that_was_replaced_is_read_again_also_with_its_old_time(tmp_path):
@@ -44,12 +44,12 @@ def test_of_a_large_file_head_end_and_evenly_spaced_pieces_are_read(tmp_path, mo
     (tmp_path / "a").write_bytes(content)
     first = file_fingerprint(tmp_path / "a")
     seen = []
-    for place in range(2010):
-        if place % 500 in (0, 9, 10, 499):
+    for position in range(2010):
+        if position % 500 in (0, 9, 10, 499):
             other = bytearray(content)
-            other[place] = 1
-            (tmp_path / f"b{place}").write_bytes(other)
-            seen += [place] if file_fingerprint(tmp_path / f"b{place}") != first else []
+            other[position] = 1
+            (tmp_path / f"b{position}").write_bytes(other)
+            seen += [position] if file_fingerprint(tmp_path / f"b{position}") != first else []
     assert seen == [0, 9, 500, 509, 1000, 1009, 1500, 1509, 2000, 2009]
     (tmp_path / "c").write_bytes(content + b"\0")
     assert file_fingerprint(tmp_path / "c") != first

@@ -18,10 +18,10 @@ CPU = torch.device("cpu")
 
 def checkpoints_are_finite(run):
     """Every tensor in every checkpoint; and there is at least one checkpoint."""
-    found = list(run.glob("checkpoint-*"))
-    for path in (file for checkpoint in found for file in checkpoint.rglob("*.safetensors")):
+    checkpoints = list(run.glob("checkpoint-*"))
+    for path in (file for checkpoint in checkpoints for file in checkpoint.rglob("*.safetensors")):
         assert all(value.isfinite().all() for value in load_file(path).values() if value.is_floating_point()), path
-    return len(found)
+    return len(checkpoints)
 
 
 def spoil(folder, name, value):

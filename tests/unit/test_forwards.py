@@ -25,10 +25,10 @@ def test_what_lay_below_is_put_back():
 
 def test_a_users_own_forward_is_put_back():
     module = nn.Linear(2, 2)
-    module.forward = own = lambda x: "own"
+    module.forward = forward = lambda x: "own"
     handle = Handle(module, lambda x: "ours", "one")
     handle.remove()
-    assert module.forward is own
+    assert module.forward is forward
 
 
 def test_removal_out_of_order_is_refused_by_name_and_changes_nothing():

@@ -22,8 +22,8 @@ BLOCKS = {
 
 
 def names_of(encoder: nn.Module) -> list[str]:
-    found = {id(part) for part in fsdp.encoder_blocks(encoder)}
-    return [name for name, part in encoder.named_modules() if id(part) in found]
+    blocks = {id(part) for part in fsdp.encoder_blocks(encoder)}
+    return [name for name, part in encoder.named_modules() if id(part) in blocks]
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -18,11 +18,11 @@ def commands():
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_of_training_has_words_of_its_own(name):
-    place, declared, default, group = OPTIONS[name]
+    field_path, declared, default, group = OPTIONS[name]
     text = declared.help
     assert len(text.split()) >= 3, "a sentence that can be read without the option"
     assert not re.match(r"(of|which|its|their|others) ", text)
-    words = default_words(place)
+    words = default_words(field_path)
     assert words
     assert words not in ("None", "()", "True", "False")
     assert group in GROUPS

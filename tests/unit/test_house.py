@@ -88,8 +88,8 @@ def too_long(text):
 
 def test_no_file_and_no_function_is_too_long():
     tests = sorted((ROOT / "tests").rglob("*.py"))  # what several share is a plain module beside them
-    found = {str(path.relative_to(ROOT)): too_long(path.read_text("utf-8")) for path in [*SOURCES, *tests]}
-    assert {path: words for path, words in found.items() if words} == {}
+    faults = {str(path.relative_to(ROOT)): too_long(path.read_text("utf-8")) for path in [*SOURCES, *tests]}
+    assert {path: words for path, words in faults.items() if words} == {}
 
 
 def test_lines_are_counted_from_def_to_the_last():
@@ -133,16 +133,16 @@ def names_given(tree):
 
 def test_own_objects_are_asked_by_contract_and_not_by_name():
     trees = {path: ast.parse(path.read_text("utf-8")) for path in SOURCES}
-    own = set().union(*map(names_given, trees.values()))
-    assert own >= {"encodes_stacks", "needs_labels", "pooling", "packed", "frozen_parts", "takes_host_tiles"}
-    found = {}
+    contracts = set().union(*map(names_given, trees.values()))
+    assert contracts >= {"encodes_stacks", "needs_labels", "pooling", "packed", "frozen_parts", "takes_host_tiles"}
+    asked = {}
     for path, tree in trees.items():
         lines = path.read_text("utf-8").splitlines()
         for name, places in names_asked(tree).items():
-            if name in own and name not in OF_OTHERS:
-                found[name] = str(path.relative_to(ROOT))
-                assert all("#" in lines[place - 2] + lines[place - 1] for place in places), f"{path}: give the reason"
-    assert found == ASKED_BY_NAME
+            if name in contracts and name not in OF_OTHERS:
+                asked[name] = str(path.relative_to(ROOT))
+                assert all("#" in lines[line - 2] + lines[line - 1] for line in places), f"{path}: give the reason"
+    assert asked == ASKED_BY_NAME
     assert len(ASKED_BY_NAME) <= 3
     assert not names_given(trees[CONTRACTS]) & OF_OTHERS.keys()
 
@@ -159,7 +159,7 @@ MANY = 6  # files, above which a package says what each holds
 
 
 def rooms_of(folder):
-    """Its modules and packages, by name."""
+    """The modules and packages of a folder, by name."""
     modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     return modules | {path.parent.name for path in folder.glob("*/__init__.py")}
 

@@ -63,22 +63,22 @@ def imported_modules(tree: ast.AST) -> set[str]:
 
 
 def outermost(names: set[str]) -> list[str]:
-    """Without what is inside of another."""
+    """The names that are not inside of another."""
     return sorted(name for name in names if name.rpartition(".")[0] not in names)
 
 
 def violations(package: str, tree: ast.AST) -> list[str]:
-    found = []
+    faults = []
     for name in outermost(imported_modules(tree)):
         parts = name.split(".")
         if parts[0] == "ds_wsi" and len(parts) > 1 and parts[1] != package:
             allowed = layer_of(parts[1]) < layer_of(package) or (package, parts[1]) in SIBLINGS
-            found += [] if allowed else [f"{package} imports {name}"]
+            faults += [] if allowed else [f"{package} imports {name}"]
         if parts[0] in FRAMEWORKS and package != "engines":
-            found.append(f"{package} imports the framework {name}")
+            faults.append(f"{package} imports the framework {name}")
         if parts[0] in NOT_INSTALLED and package != "launch":
-            found.append(f"{package} imports {name}, which is not installed")
-    return found
+            faults.append(f"{package} imports {name}, which is not installed")
+    return faults
 
 
 def room_violations(room: str, layers: tuple[set[str], ...], prefix: str, tree: ast.AST) -> list[str]:
@@ -137,13 +137,13 @@ def test_packages_are_small_enough_to_enter(package):
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    """In all packages, whether an import is at the top, in a function or for type checkers alone."""
-    found = {}
+    """All packages, whether an import is at the top, in a function or for type checkers alone."""
+    imports = {}
     for _, path in sources():
         name = ".".join(path.relative_to(LAUNCH.parent).with_suffix("").parts).removesuffix(".__init__")
-        found[name] = imported_modules(ast.parse(path.read_text(encoding="utf-8")))
-    assert len(found) > 400
-    assert circles({name: targets & found.keys() - {name} for name, targets in found.items()}) == []
+        imports[name] = imported_modules(ast.parse(path.read_text(encoding="utf-8")))
+    assert len(imports) > 400
+    assert circles({name: targets & imports.keys() - {name} for name, targets in imports.items()}) == []
 
 
 def test_the_check_finds_rooms_and_circles():

@@ -80,7 +80,7 @@ def test_features_of_a_tile_store_and_of_the_slides_are_not_mixed(cohort, capsys
 
 
 def without(path, *keys):
-    """As an earlier version wrote it."""
+    """Write a file as an earlier version wrote it."""
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     left_out = (*keys, *CHECKSUMS)

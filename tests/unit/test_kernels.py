@@ -1,4 +1,4 @@
-"""Which kernels a run chooses: what it leaves alone on a CPU, and that the order of channels changes no result."""
+"""The kernels that a run chooses: what it leaves alone on a CPU, and that the order of channels changes no result."""
 
 import logging
 
@@ -21,26 +21,26 @@ def model() -> SlideModel:
 
 
 def test_a_cpu_is_left_alone():
-    own, before = model(), (torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32)
-    assert choose_memory_format(own, "auto", SHAPE, CPU) is None
+    slide_model, before = model(), (torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32)
+    assert choose_memory_format(slide_model, "auto", SHAPE, CPU) is None
     choose_tf32("yes", CPU)
     search_kernels(CPU, one_size=True)
     assert (torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32) == before
     tiles = torch.zeros(SHAPE, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    assert own.normalise(tiles).is_contiguous(memory_format=torch.channels_last)  # as it was read
+    assert slide_model.normalise(tiles).is_contiguous(memory_format=torch.channels_last)  # as it was read
 
 
 @pytest.mark.parametrize("wanted", ["contiguous", "channels_last"])
 def test_the_order_of_channels_changes_no_result(wanted, caplog):
-    own = model()
+    slide_model = model()
     tiles = torch.randint(0, 256, SHAPE, dtype=torch.uint8)
-    expected = own.encode(tiles)
+    expected = slide_model.encode(tiles)
     with caplog.at_level(logging.INFO, logger="ds_wsi"):
-        chosen = choose_memory_format(own, wanted, SHAPE, CPU)
+        chosen = choose_memory_format(slide_model, wanted, SHAPE, CPU)
     assert wanted in caplog.text
     for given in (tiles, tiles.contiguous(memory_format=torch.channels_last)):
-        assert own.normalise(given).is_contiguous(memory_format=chosen)
-        torch.testing.assert_close(own.encode(given), expected, rtol=1e-12, atol=1e-12)
+        assert slide_model.normalise(given).is_contiguous(memory_format=chosen)
+        torch.testing.assert_close(slide_model.encode(given), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("fit", "sizes"), [(9, [8]), (5, [8, 4]), (2, [8, 4, 2]), (1, [8, 4, 2])])
@@ -80,5 +80,5 @@ def test_a_trial_that_fails_otherwise_fails(monkeypatch):
 
 
 def test_an_encoder_without_convolutions_has_no_format():
-    own = SlideModel(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)), nn.Linear(4, 2))
-    assert choose_memory_format(own, "channels_last", SHAPE, CPU) is None
+    slide_model = SlideModel(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)), nn.Linear(4, 2))
+    assert choose_memory_format(slide_model, "channels_last", SHAPE, CPU) is None

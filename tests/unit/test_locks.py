@@ -112,18 +112,18 @@ def test_a_second_attempt_in_the_process_does_not_let_the_lock_go(tmp_path, spel
 def test_of_two_threads_that_ask_at_once_one_gets_it(tmp_path, monkeypatch):
     from ds_wsi.runtime import locks
 
-    path, real, found = lock_path(tmp_path), locks._locked, []
+    path, real, taken = lock_path(tmp_path), locks._locked, []
 
     def asked_for_meanwhile(wanted):
-        if not found:
-            found.append(None)
-            found[0] = take(path)
+        if not taken:
+            taken.append(None)
+            taken[0] = take(path)
         return real(wanted)
 
     monkeypatch.setattr(locks, "_locked", asked_for_meanwhile)
     lock = take(path)
     assert lock is not None
-    assert found == [None], "both got it"
+    assert taken == [None], "both got it"
     assert not _another_gets_it(path)
     release(path, lock)
 
@@ -202,7 +202,7 @@ def test_processes_with_the_same_items_do_each_once(tmp_path, kill_at):
     assert sorted(path.stem for path in tmp_path.glob("*.done")) == sorted(names)
     makers = {path.read_text() for path in tmp_path.glob("*.done")}
     assert len(makers) > 1, "one process did all: the test proved nothing"
-    assert all(len(found) == len(names) and set(found) <= {"done", "kept"} for found in results)
+    assert all(len(outcomes) == len(names) and set(outcomes) <= {"done", "kept"} for outcomes in results)
 
 
 def test_claims_are_let_go_at_the_end_and_by_an_error(tmp_path):
@@ -283,9 +283,9 @@ def test_commands_that_share_a_folder_of_features_write_each_slide_once(demo_man
     names = sorted(path.name for path in (tmp_path / "alone").glob("*.safetensors"))
     assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == sorted([*names, "features_summary.csv"])
     for name in names:
-        ours, wanted = (load_file(tmp_path / folder / name) for folder in ("shared", "alone"))
-        assert ours.keys() == wanted.keys()
-        assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
+        shared, expected = (load_file(tmp_path / folder / name) for folder in ("shared", "alone"))
+        assert shared.keys() == expected.keys()
+        assert all(torch.equal(shared[key], expected[key]) for key in expected)
     assert all(code == 0 for code, _ in written)
     assert sum(count for _, count in written) == len(names) - 1, "a slide was done twice"
 

@@ -38,17 +38,17 @@ def _forgotten():
 @pytest.fixture
 def told():
     """What is logged, one text a record: its level and its words."""
-    found: list[str] = []
+    lines: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: found.append(f"{record.levelname} {record.getMessage()}")
+    handler.emit = lambda record: lines.append(f"{record.levelname} {record.getMessage()}")
     level = logger.level
     logger.addHandler(handler), logger.setLevel(logging.INFO)
-    yield found
+    yield lines
     logger.removeHandler(handler), logger.setLevel(level)
 
 
 def loaded(model: SlideModel) -> SlideModel:
-    """As if its encoder came with weights."""
+    """The model, as if its encoder came with weights."""
     for norm in batch_norms(model.encoder):
         norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
     return model
@@ -124,7 +124,7 @@ def test_a_model_is_evaluated_as_it_is_trained_or_somebody_is_told(case, told, t
 
 
 def test_a_model_that_was_saved_as_it_was_built_is_decided_for_as_a_new_one(tmp_path):
-    """Its folder says bag and running, the defaults; frozen norms of it would normalise nothing."""
+    """The folder says bag and running, the defaults; frozen norms of it would normalise nothing."""
     built = SlideModelForSlideClassification(SlideModelConfig.of(CONFIG), build_model(CONFIG))
     built.save_pretrained(tmp_path)
     read = SlideModelForSlideClassification.from_pretrained(tmp_path).slide_model
@@ -220,17 +220,17 @@ def test_what_the_hf_trainer_exports_by_default_is_what_it_trained(accumulation,
 
 
 def test_the_hf_trainer_evaluates_and_exports_a_run_as_its_config_says(tmp_path):
-    """Until it trains it, whatever it would train."""
-    ours = model_of("run", ("step", "bag"), tmp_path / "run")
+    """The Trainer does so until it trains the run, whatever it would train."""
+    run_model = model_of("run", ("step", "bag"), tmp_path / "run")
     rows = stained(4)
-    expected = torch.cat([ours(stack_bags([bag["tiles"]])).logits for bag in rows])
+    expected = torch.cat([run_model(stack_bags([bag["tiles"]])).logits for bag in rows])
     for norm in (None, NormPolicy(), NormPolicy("frozen")):
         model = SlideModelForSlideClassification.from_run(tmp_path / "run")
         trainer = SlideTrainer(
             model, arguments(tmp_path, num_train_epochs=1, learning_rate=0.0), train_dataset=rows, norm=norm
         )
-        found = torch.from_numpy(trainer.predict(rows).predictions)
-        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+        logits = torch.from_numpy(trainer.predict(rows).predictions)
+        torch.testing.assert_close(logits, expected.detach(), rtol=1e-4, atol=1e-5)
         model.export_run(tmp_path / f"back {norm}")
         again = load_model(tmp_path / f"back {norm}")[1]
         assert (again.norm_training, again.norm_evaluation) == ("step", "bag")
@@ -255,7 +255,7 @@ def test_a_saved_transformers_model_keeps_its_pair(tmp_path):
 
 
 class OneValue(nn.Module):
-    """Its norm sees one value a channel of each tile."""
+    """A model whose norm sees one value per channel of each tile."""
 
     num_features = 4
 

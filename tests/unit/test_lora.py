@@ -109,11 +109,11 @@ def test_partitioned_it_computes_the_same():
             if "lora_B" in name:
                 nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
         model(stack()).logits.square().sum().backward()
-    for (name, ours), theirs in zip(other.named_parameters(), one.parameters(), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None) == (not ours.requires_grad), name
-        if ours.grad is not None:
-            scale = theirs.grad.abs().max().clamp_min(1e-6)
-            assert (ours.grad - theirs.grad).abs().max() <= 1e-10 * scale, name
+    for (name, parted), plain in zip(other.named_parameters(), one.parameters(), strict=True):
+        assert (parted.grad is None) == (plain.grad is None) == (not parted.requires_grad), name
+        if parted.grad is not None:
+            scale = plain.grad.abs().max().clamp_min(1e-6)
+            assert (parted.grad - plain.grad).abs().max() <= 1e-10 * scale, name
 
 
 @needs_peft

@@ -182,13 +182,13 @@ def test_what_is_no_manifest_is_named(folder):
 
 
 def test_a_spreadsheets_csv_is_read_or_named(folder):
-    """As Excel writes it: semicolons, a mark of order, CRLF, a row that is cut short; what it may not be is told."""
-    wanted = read_manifest(write(folder, "csv"))
+    """Excel's CSV: semicolons, a mark of order, CRLF, a row that is cut short; what it may not be is told."""
+    expected = read_manifest(write(folder, "csv"))
     path = folder / "cohort.csv"
     path.write_bytes(
         b"\xef\xbb\xbf" + path.read_bytes().replace(b",", b";").replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     )
-    assert read_manifest(path) == wanted
+    assert read_manifest(path) == expected
     path.write_bytes("slide_id,path,label\na,a.svs,gr\xfcn\n".encode("latin-1"))
     with pytest.raises(
         ValueError, match=r"must be text in UTF-8, got byte 0xfc at position \d+ \(.*cohort.csv\). HINT"

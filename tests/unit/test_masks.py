@@ -65,9 +65,9 @@ def test_written_features_are_as_qupath_wants_them(tmp_path):
     mask = pixels((1, 1, 9, 9))
     mask[3:5, 3:5] = False
     write_mask(tmp_path / "s.geojson", mask, 16.0, fake(256, 192))
-    found = json.loads((tmp_path / "s.geojson").read_text())
-    assert found["type"] == "FeatureCollection"
-    (one,) = found["features"]
+    collection = json.loads((tmp_path / "s.geojson").read_text())
+    assert collection["type"] == "FeatureCollection"
+    (one,) = collection["features"]
     outer, hole = one["geometry"]["coordinates"]
     assert one["geometry"]["type"] == "Polygon"
     assert {tuple(corner) for corner in outer} == {(16, 16), (144, 16), (144, 144), (16, 144)}
@@ -135,8 +135,8 @@ def test_a_png_of_any_scale_and_kind(tmp_path, scale, mode):
         if mode == "P":
             image.putpalette([0, 0, 0, 255, 0, 0])
     image.save(tmp_path / "s.png")
-    found = read_mask(MaskFile(tmp_path / "s.png"), fake(160, 120), 10.0)
-    np.testing.assert_array_equal(found, pixels((2, 3, 7, 9)))
+    mask_read = read_mask(MaskFile(tmp_path / "s.png"), fake(160, 120), 10.0)
+    np.testing.assert_array_equal(mask_read, pixels((2, 3, 7, 9)))
 
 
 def test_places_from_the_scanned_areas_corner(tmp_path):
@@ -146,8 +146,8 @@ def test_places_from_the_scanned_areas_corner(tmp_path):
     np.testing.assert_array_equal(read_mask(drawn, slide, 10.0), pixels((0, 0, 3, 1)))
     assert drawn.name != drawn._replace(in_bounds=True).name
     write_mask(tmp_path / "out.geojson", pixels((4, 2, 7, 3)), 10.0, slide, in_bounds=True)
-    found = MaskFile(tmp_path / "out.geojson", True)
-    np.testing.assert_array_equal(read_mask(found, slide, 10.0), pixels((4, 2, 7, 3)))
+    mask_file = MaskFile(tmp_path / "out.geojson", True)
+    np.testing.assert_array_equal(read_mask(mask_file, slide, 10.0), pixels((4, 2, 7, 3)))
     Image.fromarray(np.full((8, 10), 255, np.uint8)).save(tmp_path / "s.png")
     area = read_mask(MaskFile(tmp_path / "s.png", True), slide, 10.0)
     np.testing.assert_array_equal(area, pixels((4, 2, 14, 10)))
@@ -199,14 +199,14 @@ def test_a_slide_has_one_mask(tmp_path):
 
 def test_tiling_follows_the_mask_and_our_own_mask_gives_our_own_tiles(tmp_path):
     with Slide(write_slide(tmp_path / "s.tiff", draw(520, 390, (128, 64, 320, 192)), mpp=0.5)) as slide:
-        own = tile_slide(slide, POLICY)
+        grid = tile_slide(slide, POLICY)
         tissue = find_tissue(slide, POLICY)
         write_mask(tmp_path / "s.geojson", tissue.mask, tissue.downsample, slide)
         again = tile_slide(slide, POLICY, MaskFile(tmp_path / "s.geojson"))
-        np.testing.assert_array_equal(again.coords, own.coords)
-        assert own.tissue.mask == ""
+        np.testing.assert_array_equal(again.coords, grid.coords)
+        assert grid.tissue.mask == ""
         assert again.tissue.mask.startswith("s.geojson ")
-        assert again.tissue.share == own.tissue.share
+        assert again.tissue.share == grid.tissue.share
         corrected = write(tmp_path / "t.geojson", feature(box(0, 0, 64, 64)), feature(box(384, 320, 448, 384)))
         moved = tile_slide(slide, POLICY, corrected)
         assert moved.coords.tolist() == [[0, 0], [384, 320]]

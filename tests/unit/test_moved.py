@@ -15,10 +15,10 @@ def test_an_earlier_place_is_found_and_holds_todays_names(old):
     with pytest.warns(FutureWarning, match=f"ds_wsi.{old} has moved: import from ds_wsi.{MOVED[old][0]}"):
         module = importlib.import_module(f"ds_wsi.{old}")
     seen = set()
-    for place in MOVED[old]:
-        today = importlib.import_module(f"ds_wsi.{place}")
+    for module_name in MOVED[old]:
+        today = importlib.import_module(f"ds_wsi.{module_name}")
         names = {name for name in vars(today) if not name.startswith("_")} - seen
-        assert names, place
+        assert names, module_name
         for name in names:
             assert getattr(module, name) is getattr(today, name)
         seen |= names

@@ -241,17 +241,17 @@ def test_encoder_weights_and_folders_of_encoders(payloads, marker, tmp_path):
             (tmp_path / f"{kind}{suffix}").write_bytes(content)
             with pytest.raises(ValueError, match=r"encoder weights must be a whole file of tensors"):
                 read_tensors(tmp_path / f"{kind}{suffix}")
-        place = tmp_path / f"encoder-{kind}"
-        place.mkdir()
-        (place / "config.json").write_text(json.dumps({"architecture": "test_resnet", "num_classes": 0}))
-        plant(place, content, ("pytorch_model.bin", "model.pt", "modeling.py"))
+        folder = tmp_path / f"encoder-{kind}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"architecture": "test_resnet", "num_classes": 0}))
+        plant(folder, content, ("pytorch_model.bin", "model.pt", "modeling.py"))
         with pytest.raises(Exception, match=r"(?i)encoder|weights|checkpoint|pickle|safetensors"):
-            build_extractor(f"local-dir:{place}", TilingPolicy(tile_size_px=64))
+            build_extractor(f"local-dir:{folder}", TilingPolicy(tile_size_px=64))
     assert not marker.exists()
 
 
 def test_a_folder_of_an_encoder_under_a_timm_that_takes_any_pickle(payloads, marker, tmp_path, monkeypatch):
-    """As timm 1.0.16 reads the file of such a folder; what it finds is torch's own answer."""
+    """The way in which timm 1.0.16 reads the file of such a folder; what it finds is torch's own answer."""
     from timm.models import _builder
 
     from ds_wsi.models.encoder import build_encoder

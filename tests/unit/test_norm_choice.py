@@ -35,26 +35,26 @@ def test_a_slides_own_statistics_are_over_all_its_tiles(cohort, memory, monkeypa
     model = make_model().set_norms(evaluation="bag")
     state = {name: value.clone() for name, value in model.state_dict().items()}
     slides, grids, policy, failures = work(cohort)
-    for row, found, kept in encode_slides(model, slides, grids, [0, 3], policy, failures):
+    for row, features, kept in encode_slides(model, slides, grids, [0, 3], policy, failures):
         plain = make_model().encoder.train()
         expected = plain(model.normalise(tiles_of(cohort, row)))
-        torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(features, expected.detach(), rtol=0, atol=1e-10)
         assert len(kept) == len(expected) > 7
         in_one_call = model(stack_bags([tiles_of(cohort, row)])).logits
-        torch.testing.assert_close(model.aggregate(stack_bags([found])).logits, in_one_call)
+        torch.testing.assert_close(model.aggregate(stack_bags([features])).logits, in_one_call)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any("forward" in part.__dict__ for part in model.modules())
 
 
 def test_norms_without_running_statistics_never_have_a_chunks(cohort):
     """They have nothing but what they are given: a chunk's would make a prediction depend on how tiles are read."""
-    found = []
+    encoded = []
     for chunk in (5, 1000):
         model = make_model()
         model.encoder[1] = nn.BatchNorm2d(6, track_running_stats=False).double()
         slides, grids, policy, failures = work(cohort, chunk)
-        found += [features for _, features, _ in encode_slides(model.eval(), slides, grids, [0], policy, failures)]
-    torch.testing.assert_close(*found)
+        encoded += [features for _, features, _ in encode_slides(model.eval(), slides, grids, [0], policy, failures)]
+    torch.testing.assert_close(*encoded)
 
 
 def test_variants_are_predicted_from_one_reading(cohort, monkeypatch):
@@ -71,15 +71,15 @@ def test_variants_are_predicted_from_one_reading(cohort, monkeypatch):
     }
     variants = [NormVariant("running"), NormVariant("recalibrated", taken), NormVariant("bag")]
     slides, grids, policy, failures = work(cohort)
-    (found,) = predict_variants(model, slides, grids, [1], policy, failures, variants)
+    (predictions,) = predict_variants(model, slides, grids, [1], policy, failures, variants)
     assert reads == [[1]]
     tiles = tiles_of(cohort, 1)
-    for prediction, name in zip(found, ("running", "recalibrated", "bag"), strict=True):
+    for prediction, name in zip(predictions, ("running", "recalibrated", "bag"), strict=True):
         plain = make_model().set_norms(evaluation=name)
         if name == "recalibrated":
             plain.encoder.load_state_dict(plain.encoder.state_dict() | taken)
         torch.testing.assert_close(prediction.logits, plain(stack_bags([tiles])).logits[0], msg=name)
-    assert not torch.allclose(found[0].logits, found[2].logits)
+    assert not torch.allclose(predictions[0].logits, predictions[2].logits)
 
 
 def parts(cohort):

@@ -67,17 +67,17 @@ def test_a_run_keeps_what_was_measured_and_exports_what_was_best(run, demo_manif
 
 @pytest.mark.slow
 def test_accumulation_over_a_step_is_a_stack_of_its_bags(run, monkeypatch):
-    """Two micro-steps of one slide are one call of two: the same losses as with two slides a micro-step."""
+    """Two micro-steps of one slide are one call of two: the same losses as with two slides per micro-step."""
     folder, options = run
-    found = {}
+    losses = {}
     for name, how in (
         ("micro", ["--gradient_accumulation_steps", "2"]),
         ("stack", ["--per_device_train_batch_size", "2"]),
     ):
         assert main([*options, *how, "--norm_training", "step", "--output_dir", str(folder / name)]) == 0
         history = json.loads((folder / name / "history.json").read_text())
-        found[name] = [entry[key] for entry in history for key in ("train_loss", "eval_loss", "norm_bag_loss")]
-    assert found["micro"] == pytest.approx(found["stack"], rel=1e-4)
+        losses[name] = [entry[key] for entry in history for key in ("train_loss", "eval_loss", "norm_bag_loss")]
+    assert losses["micro"] == pytest.approx(losses["stack"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_model_of_an_earlier_version_predicts_slides_without_labels(old, demo_
 
 
 def test_the_slides_without_a_label_are_no_part_of_the_check(cohort):
-    """Of a table whose first slides have none, those that have one are compared."""
+    """The first slides of the table have none; those that have one are compared."""
     model = make_model()
     slides = [
         replace(entry, label=None if row < 3 else entry.label) for row, entry in enumerate(cohort.manifest.slides)

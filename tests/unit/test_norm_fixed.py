@@ -27,7 +27,7 @@ def cohort(demo_manifest):
 
 
 class Encoder(nn.Sequential):
-    """Its first norm is the fixed one: of `freeze_until`, of a train() of its own, or named by whoever built it."""
+    """An encoder whose first norm is fixed: by `freeze_until`, by a train() of its own, or by whoever built it."""
 
     def __init__(self, fixed_by="nothing"):
         super().__init__(
@@ -68,7 +68,7 @@ def tiles_of(cohort, row):
 
 
 def trained_logits(cohort, row, fixed_by):
-    """Of a plain copy in training mode, with the first norm in evaluation mode."""
+    """Logits of a plain copy in training mode, with the first norm in evaluation mode."""
     plain = make_model("nothing")
     if fixed_by != "nothing":
         plain.encoder[1].eval()
@@ -143,8 +143,8 @@ def test_an_exported_model_says_which_norms_are_fixed(tmp_path):
     assert (read, loaded.fixed_norms) == (config, fixed)
     for mode in (False, True, False):  # a call of train() loses nothing
         loaded.train(mode)
-        own = {name for name, norm in named_batch_norms(loaded.encoder).items() if norm.training}
-        assert own == set(named_batch_norms(loaded.encoder)) - set(fixed)
+        in_training = {name for name, norm in named_batch_norms(loaded.encoder).items() if norm.training}
+        assert in_training == set(named_batch_norms(loaded.encoder)) - set(fixed)
 
 
 def test_a_model_of_the_version_before_is_evaluated_as_before(tmp_path):
@@ -227,10 +227,10 @@ def test_a_partitioned_encoder_is_evaluated_with_a_slides_own_statistics(cohort,
     assert model.encoder.__dict__.get("forward") is forward
     parts = (BagPart(row, 0, cohort.lengths[row]),)
     plan = NormPlan("bag", ("recalibrated",), recalibration=parts, gap=parts)
-    found, plain = choose_norms(model, *work(cohort), plan), choose_norms(make_model("nothing"), *work(cohort), plan)
-    for one, other in zip(found.statistics.values(), plain.statistics.values(), strict=True):
+    choice, plain = choose_norms(model, *work(cohort), plan), choose_norms(make_model("nothing"), *work(cohort), plan)
+    for one, other in zip(choice.statistics.values(), plain.statistics.values(), strict=True):
         torch.testing.assert_close(one, other)
-    assert found.gap == pytest.approx(plain.gap)
+    assert choice.gap == pytest.approx(plain.gap)
     handle.remove()
 
 

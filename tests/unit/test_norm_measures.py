@@ -31,7 +31,7 @@ def cohort(demo_manifest):
 
 
 def make_model(last=nn.BatchNorm1d) -> SlideModel:
-    """Its last norm has one value a channel for each tile."""
+    """A model whose last norm has one value per channel for each tile."""
     torch.manual_seed(0)
     encoder = nn.Sequential(
         *(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
@@ -94,21 +94,21 @@ def test_a_test_slide_of_one_tile_is_known_before_its_turn(cohort):
     row = cohort.rows("test")[0]
     one = with_one_tile(cohort, row)
     plan = NormPlan("bag", CANDIDATES, rows=one.rows("validation"), recalibration=parts(one))
-    found, without = (choose_norms(make_model(), *work(one), replace(plan, probes=rows)) for rows in ((row,), ()))
-    assert set(without.metrics) - set(found.metrics) == {"bag"}
-    assert found.metrics["running"] == without.metrics["running"]
+    probed, without = (choose_norms(make_model(), *work(one), replace(plan, probes=rows)) for rows in ((row,), ()))
+    assert set(without.metrics) - set(probed.metrics) == {"bag"}
+    assert probed.metrics["running"] == without.metrics["running"]
 
 
 def test_ranks_leave_out_what_one_of_them_cannot_take(cohort):
     """This rank has slides of many tiles; another one's answer holds the refusal."""
     plan = NormPlan("bag", ("running", "bag"), rows=cohort.rows("validation"))
     row = plan.rows[0]
-    theirs = OneValueError("got 1 tile of theirs")
+    error = OneValueError("got 1 tile of theirs")
 
     def gather(answers):
         if not isinstance(answers[0], tuple):
             return answers
-        return [(answers[0][0], theirs), *answers[1:]]
+        return [(answers[0][0], error), *answers[1:]]
 
     ranks = Ranks(lambda costs: range(len(costs)), gather)
     assert set(choose_norms(make_model(), *work(cohort), plan, ranks).metrics) == {"running"}
@@ -119,9 +119,9 @@ def test_a_training_slide_of_one_tile_is_no_part_of_the_gap(cohort):
     train = cohort.rows("train")
     one = with_one_tile(cohort, train[0])
     given = [NormPlan("bag", gap=parts(one)), NormVariant("running")]
-    found = norm_gap(make_model(), *work(one), *given)
+    gap = norm_gap(make_model(), *work(one), *given)
     others = replace(given[0], gap=parts(one)[1:])
-    assert found == pytest.approx(norm_gap(make_model(), *work(one), others, given[1]))
+    assert gap == pytest.approx(norm_gap(make_model(), *work(one), others, given[1]))
     assert norm_gap(make_model(), *work(one), replace(given[0], gap=parts(one)[:1]), given[1]) is None
 
 
@@ -157,10 +157,10 @@ def test_populations_of_the_gap_are_as_large_as_those_of_training(cohort, monkey
     monkeypatch.setattr(norm_choice.TileEncoder, "together", counted)
     for bags, expected in ((2, [2, 2]), (5, [5]), (8, [5])):
         sizes.clear()
-        found = norm_gap(make_model(), *work(cohort), replace(plan, bags_per_population=bags), NormVariant("running"))
+        gap = norm_gap(make_model(), *work(cohort), replace(plan, bags_per_population=bags), NormVariant("running"))
         assert sizes == expected
         whole = replace(plan, gap=plan.gap[: sum(expected)], bags_per_population=bags)
-        assert found == norm_gap(make_model(), *work(cohort), whole, NormVariant("running"))
+        assert gap == norm_gap(make_model(), *work(cohort), whole, NormVariant("running"))
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_populations_of_the_gap_are_as_large_as_those_of_training(cohort, monkey
     [(StepLayout(1, 1, 8), 1), (StepLayout(2, 3, 4), 3), (StepLayout(2, 1, 2, StackingPolicy(bags_per_step=12)), 3)],
 )
 def test_a_stack_is_of_one_micro_step_and_a_step_of_all(layout, stack):
-    found = [bags_of_population(training, layout) for training in ("bag", "stack", "step", "frozen")]
-    assert found == [1, stack, layout.bags_per_step, 1]
+    sizes = [bags_of_population(training, layout) for training in ("bag", "stack", "step", "frozen")]
+    assert sizes == [1, stack, layout.bags_per_step, 1]
 
 
 def planned(cohort, training, evaluation="auto", bags=1, freeze_epochs=0):

@@ -28,14 +28,14 @@ class Reads(TorchDispatchMode):
 def reads(monkeypatch):
     """A process group of one rank, and the count; `tolist` counts too, which a CPU answers without an operation."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    found, tolist = Reads(), torch.Tensor.tolist
+    counter, tolist = Reads(), torch.Tensor.tolist
 
     def counted(tensor):
-        found.count += 1
+        counter.count += 1
         return tolist(tensor)
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
-    yield found
+    yield counter
     dist.destroy_process_group()
 
 
@@ -52,7 +52,7 @@ def test_a_forward_and_a_backward_of_shared_norms_read_nothing(reads):
 
 @pytest.mark.parametrize("without", [{"bias": False}, {"affine": False}, {}])
 def test_shared_norms_have_the_gradients_of_plain_ones(reads, without):
-    """Of a norm with a weight and no bias too, for which there is no gradient to return."""
+    """A norm with a weight and no bias too, for which there is no gradient to return."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **without), nn.ReLU()).double().train()
     module, x = copy.deepcopy(plain), torch.randn(5, 3, 8, 8, dtype=torch.float64)
@@ -60,8 +60,8 @@ def test_shared_norms_have_the_gradients_of_plain_ones(reads, without):
     dy = torch.randn(5, 4, 6, 6, dtype=torch.float64)
     for one in (plain, module):
         one(x).backward(dy)
-    for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
+    for parameter, plain_parameter in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, plain_parameter.grad)
 
 
 def test_one_value_a_channel_is_refused_though_nothing_else_reads_the_count(reads):
@@ -90,11 +90,11 @@ def test_counts_on_the_device_merge_as_those_on_the_host(reads, monkeypatch, dty
     expected = None
     for part in parts:
         expected = merged(expected, part)
-    found = merged_over(None, parts[1], like)
-    assert float(found.count) == expected.count
-    assert torch.equal(found.mean, expected.mean)
-    assert torch.equal(found.m2, expected.m2)
-    assert torch.equal(found.unbiased_var, expected.unbiased_var)
+    of_device = merged_over(None, parts[1], like)
+    assert float(of_device.count) == expected.count
+    assert torch.equal(of_device.mean, expected.mean)
+    assert torch.equal(of_device.m2, expected.m2)
+    assert torch.equal(of_device.unbiased_var, expected.unbiased_var)
 
 
 @pytest.mark.parametrize("of_step", [False, True])

@@ -106,22 +106,24 @@ def outside(tmp_path):
     return tmp_path
 
 
-def virtual(file, place):
+def virtual(file, folder):
     layout = h5py.VirtualLayout((5, 4), "f4")
-    layout[:] = h5py.VirtualSource(str(place / "other.h5"), "features", (5, 4))
+    layout[:] = h5py.VirtualSource(str(folder / "other.h5"), "features", (5, 4))
     file.create_virtual_dataset("features", layout)
 
 
 OUTSIDE = {
-    "link": lambda file, place: file.update(features=h5py.ExternalLink(str(place / "other.h5"), "/features")),
-    "link to a pipe": lambda file, place: file.update(features=h5py.ExternalLink(str(place / "pipe"), "/features")),
-    "soft link": lambda file, place: file.update(x=np.ones((5, 4)), features=h5py.SoftLink("/x")),
-    "pipe": lambda file, place: file.create_dataset("features", (5, 4), "f4", external=[(str(place / "pipe"), 0, 80)]),
-    "stranger": lambda file, place: file.create_dataset("features", (5, 4), "u1", external=[("/etc/passwd", 0, 20)]),
+    "link": lambda file, folder: file.update(features=h5py.ExternalLink(str(folder / "other.h5"), "/features")),
+    "link to a pipe": lambda file, folder: file.update(features=h5py.ExternalLink(str(folder / "pipe"), "/features")),
+    "soft link": lambda file, folder: file.update(x=np.ones((5, 4)), features=h5py.SoftLink("/x")),
+    "pipe": lambda file, folder: file.create_dataset(
+        "features", (5, 4), "f4", external=[(str(folder / "pipe"), 0, 80)]
+    ),
+    "stranger": lambda file, folder: file.create_dataset("features", (5, 4), "u1", external=[("/etc/passwd", 0, 20)]),
     "virtual": virtual,
-    "another link": lambda file, place: file.update(a=h5py.ExternalLink(str(place / "pipe"), "/features")),
-    "coords": lambda file, place: file.update(
-        features=np.ones((5, 4), "f4"), coords=h5py.ExternalLink(str(place / "pipe"), "/coords")
+    "another link": lambda file, folder: file.update(a=h5py.ExternalLink(str(folder / "pipe"), "/features")),
+    "coords": lambda file, folder: file.update(
+        features=np.ones((5, 4), "f4"), coords=h5py.ExternalLink(str(folder / "pipe"), "/coords")
     ),
 }
 
@@ -241,10 +243,10 @@ def test_a_table_with_other_words_about_it_is_named(about, tmp_path):
 @pytest.mark.parametrize("change", ["width", "torn", "kind"])
 def test_a_changed_record_of_features_is_not_believed(cohort, change, tmp_path):
     record = tmp_path / "features.json"
-    found = load_feature_cohort(cohort / "m.csv", cohort / "features", record_dir=tmp_path)
+    features = load_feature_cohort(cohort / "m.csv", cohort / "features", record_dir=tmp_path)
     text = record.read_text()
     record.write_text({"width": text.replace('"n_rows": 5', '"n_rows": 6', 1), "torn": text[:99], "kind": "[]"}[change])
-    assert load_feature_cohort(cohort / "m.csv", cohort / "features", record_dir=tmp_path) == found
+    assert load_feature_cohort(cohort / "m.csv", cohort / "features", record_dir=tmp_path) == features
     assert record.read_text() == text
 
 
@@ -263,16 +265,16 @@ def test_exported_weights_with_any_other_byte_are_refused(tmp_path):
     save_weights(tmp_path / "again.safetensors", state)
     assert (tmp_path / "again.safetensors").read_bytes() == whole
     assert all(torch.equal(read_weights(tmp_path / "w.safetensors")[name], value) for name, value in state.items())
-    for place in range(len(whole)):
+    for position in range(len(whole)):
         damaged = bytearray(whole)
-        damaged[place] ^= 1
+        damaged[position] ^= 1
         (tmp_path / "w.safetensors").write_bytes(damaged)
         try:
-            found = read_weights(tmp_path / "w.safetensors")
+            weights = read_weights(tmp_path / "w.safetensors")
         except WeightsFileError:
             continue
-        assert found.keys() == state.keys()  # in a blank of the head, or the name of a checksum
-        assert all(torch.equal(found[name], value) for name, value in state.items())
+        assert weights.keys() == state.keys()  # in a blank of the head, or the name of a checksum
+        assert all(torch.equal(weights[name], value) for name, value in state.items())
     save_file(state, tmp_path / "old.safetensors")
     assert read_weights(tmp_path / "old.safetensors").keys() == state.keys()
 

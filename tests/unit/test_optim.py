@@ -88,12 +88,12 @@ def require_momentum_is_read_at_each_step(make, *, decoupled, dtype, device="cpu
     )
     demon = [demon_beta(step, total_steps=STEPS, initial=0.9) for step in range(STEPS)]
     tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
-    found = {}
+    results = {}
     for name, betas in {"demon": demon, "constant": [0.9] * STEPS, "ending at 0": [0.9] * (STEPS - 1) + [0.0]}.items():
-        found[name] = trained(make, weights, gradients, betas)
-        wanted = adam_by_formula(*(weights, gradients, betas), decay=0.01, decoupled=decoupled)
-        torch.testing.assert_close(found[name], wanted, **tolerance)
-    assert (found["demon"] - found["constant"]).abs().max() > 1e-3
+        results[name] = trained(make, weights, gradients, betas)
+        expected = adam_by_formula(*(weights, gradients, betas), decay=0.01, decoupled=decoupled)
+        torch.testing.assert_close(results[name], expected, **tolerance)
+    assert (results["demon"] - results["constant"]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
@@ -150,15 +150,15 @@ def test_the_average_is_the_weighted_sum_of_all_weights(tmp_path):
     module = nn.Linear(3, 2)
     module.bias.requires_grad_(False)
     average = WeightAverage(module, decay=0.5)
-    wanted = module.weight.detach().clone()
+    expected = module.weight.detach().clone()
     for step in range(1, 20):
         with torch.no_grad():
             module.weight.normal_()
         average.update(module)
         decay = min(0.5, (1 + step) / (10 + step))
-        wanted = decay * wanted + (1 - decay) * module.weight.detach()
+        expected = decay * expected + (1 - decay) * module.weight.detach()
     assert set(average.weights()) == {"weight"}
-    torch.testing.assert_close(average.weights()["weight"], wanted)
+    torch.testing.assert_close(average.weights()["weight"], expected)
     again = WeightAverage(nn.Linear(3, 2).requires_grad_(True), decay=0.5)
     write_tensors(tmp_path / "one", average.weights())
     write_tensors(tmp_path / "two", average.weights() | {"bias": torch.ones(2)})
@@ -173,7 +173,7 @@ def test_the_average_is_the_weighted_sum_of_all_weights(tmp_path):
     with open_tensors(tmp_path / "two") as file:
         again.load(file, 19)
     assert again.steps == 19
-    torch.testing.assert_close(again.weights()["weight"], wanted)
+    torch.testing.assert_close(again.weights()["weight"], expected)
 
 
 def arguments(manifest, folder, *more):

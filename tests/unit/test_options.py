@@ -65,7 +65,7 @@ EXAMPLES = {
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dashes", [False, True])
 def test_every_option_sets_its_field_with_underscores_or_dashes(name, dashes, tmp_path):
-    place, declared, _, _ = OPTIONS[name]
+    field_path, declared, _, _ = OPTIONS[name]
     kind = declared.kind
     if name == "classes":
         given, expected = "b, a,", ("b", "a")
@@ -89,7 +89,7 @@ def test_every_option_sets_its_field_with_underscores_or_dashes(name, dashes, tm
         "momentum": ["--optim", "sgd"],
     }.get(name, [])
     settings = settings_of(option, *([] if given is None else [given]), *needed)
-    assert value_at(settings, place) == expected
+    assert value_at(settings, field_path) == expected
 
 
 def test_the_command_line_overrides_the_json_and_the_json_the_defaults(tmp_path):

@@ -20,9 +20,9 @@ def test_a_thousand_files_of_another_encoder_are_one_line(tmp_path):
     for name in names[30:]:
         other = about(name, tiles=f"{len(name)} at coords {hash(name) % 99}, {{}}")
         write_features(tmp_path / f"{name}.safetensors", torch.ones(4, 2), torch.zeros(4, 2), 1.0, other)
-    wanted = [about(name, "resnet50 with weights 00000002") for name in names[:30]] + [about(n) for n in names[30:]]
+    records = [about(name, "resnet50 with weights 00000002") for name in names[:30]] + [about(n) for n in names[30:]]
     with pytest.raises(ValueError, match="got 40 other files") as caught:
-        _kept(tmp_path, wanted)
+        _kept(tmp_path, records)
     lines = [line for line in str(caught.value).splitlines() if line.startswith("  ")]
     assert len(lines) == 3, lines
     assert "20 times: encoder must be resnet50 with weights 00000002, got resnet18 with weights 00000001 (" in lines[0]

@@ -110,7 +110,7 @@ def test_other_errors_keep_their_words(emptied, device):
 
 
 class Engine:
-    """As much of Accelerate as a micro-step calls."""
+    """What a micro-step calls of Accelerate."""
 
     sync_gradients = True
 

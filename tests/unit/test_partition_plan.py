@@ -146,13 +146,13 @@ def test_an_encoder_whose_first_layers_are_frozen_is_planned_and_trained(frozen,
         plan = plan_partition(encoder, x.shape, policy)
         assert plan.mode == "partitioned"
         assert len(plan.timeline) == 2 * len(plan.segments)
-        plain, ours = copy.deepcopy(encoder).double(), copy.deepcopy(encoder).double()
-        partition_layers(ours, plan)
-        for module in (plain, ours):
+        plain, parted = copy.deepcopy(encoder).double(), copy.deepcopy(encoder).double()
+        partition_layers(parted, plan)
+        for module in (plain, parted):
             out = module(x.double()).square().sum()
             if frozen != "all":
                 out.backward()
-        for one, other in zip(plain.parameters(), ours.parameters(), strict=True):
+        for one, other in zip(plain.parameters(), parted.parameters(), strict=True):
             assert (one.grad is None) == (other.grad is None) == (not one.requires_grad)
             if one.grad is not None:
                 torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-10)

@@ -12,8 +12,8 @@ from ds_wsi.runtime.memory import ByteMeter
 from launch.benchmarks import peers
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def _relative(value: Tensor, expected: Tensor) -> float:
+    return ((value - expected).abs().max() / expected.abs().max()).item()
 
 
 def _step(encoder: nn.Module, forward: peers.Forward, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

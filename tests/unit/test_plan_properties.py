@@ -144,4 +144,4 @@ def test_a_plan_that_went_through_json_runs_the_same(share):
         torch.manual_seed(1)
         module(torch.randn(SHAPE)).square().sum().backward()
         gradients.append([parameter.grad for parameter in module.parameters()])
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))

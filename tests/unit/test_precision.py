@@ -41,7 +41,7 @@ def features_of(model, cohort):
     slides, grids = cohort.manifest.slides, cohort.grids
     failures = FailureLog(slides, grids, 0.0)
     stream = encode_slides(model.eval(), slides, grids, [0, 3], ReadPolicy(0, chunk_tiles=5), failures)
-    return [found.features for found in stream]
+    return [encoded.features for encoded in stream]
 
 
 @pytest.mark.parametrize("evaluation", ["running", "bag"])
@@ -56,8 +56,8 @@ def test_half_precision_differs_by_rounding_alone(precision, evaluation, cohort)
         assert 0 < error < LAYERS * ROUNDING[precision]  # not 0: the encoder did compute in it
     slides, grids = cohort.manifest.slides, cohort.grids
     failures = FailureLog(slides, grids, 0.0)
-    (found,) = predict_slides(model, slides, grids, [0], ReadPolicy(0), failures)
-    assert found.logits.dtype == found.attention.dtype == torch.float32
+    (prediction,) = predict_slides(model, slides, grids, [0], ReadPolicy(0), failures)
+    assert prediction.logits.dtype == prediction.attention.dtype == torch.float32
 
 
 def test_without_the_option_nothing_is_cast_and_float64_never_is(cohort):
@@ -130,15 +130,15 @@ def test_the_process_beside_training_validates_in_it_too(cohort, tmp_path):
     save_model(tmp_path, config, model.state_dict())
     slides, grids = cohort.manifest.slides, cohort.grids
     plan, policy = NormPlan(rows=cohort.rows("validation")), ReadPolicy(0)
-    found = {}
+    losses = {}
     for precision in ("no", "bf16"):
         failures = FailureLog(slides, grids, 0.0)
         work = ValidationWork(config, slides, grids, plan, policy, "cpu", precision)
         beside = validator._validate(work, tmp_path / "model.safetensors", failures).choice.metrics
         model.evaluation_precision = precision
         assert beside == choose_norms(model, slides, grids, policy, failures, plan).metrics
-        found[precision] = beside["running"]["eval_loss"]
-    assert 0 < abs(found["no"] - found["bf16"]) < 0.02
+        losses[precision] = beside["running"]["eval_loss"]
+    assert 0 < abs(losses["no"] - losses["bf16"]) < 0.02
 
 
 def test_a_model_of_features_has_nothing_to_cast(tmp_path, capsys):

@@ -40,7 +40,7 @@ def test_every_preset_sets_what_it_says(name):
     preset = PRESETS[name]
     protocol, settings, config, _ = parse(preset.dataset, "--preset", name)
     assert config is None
-    assert {place: value_at(settings, place) for place in preset.settings} == dict(preset.settings)
+    assert {field_path: value_at(settings, field_path) for field_path in preset.settings} == dict(preset.settings)
     assert set(preset.protocol) <= {*reading_names(preset.dataset), *SPLITTING, "seeds"}
     assert len(protocol.seeds) == preset.protocol["seeds"]
     assert preset.source
@@ -78,12 +78,12 @@ PAPER = {
 def test_the_papers_values(name):
     protocol, settings, *_ = parse(PRESETS[name].dataset, "--preset", name)
     optim, reading, tiling = settings.optim, settings.policies.reading, settings.policies.tiling
-    found = (
+    values = (
         *(optim.num_train_epochs, optim.learning_rate, optim.per_device_train_batch_size),
         *(optim.gradient_accumulation_steps, reading.tiles_per_slide, optim.lr_scheduler_type),
         *(settings.model.freeze_encoder, optim.demon),
     )
-    assert found == PAPER[name]
+    assert values == PAPER[name]
     # On any number of processes the paper's step.
     assert settings.policies.stacking.bags_per_step == PAPER[name][2] * PAPER[name][3]
     assert (optim.optim, optim.weight_decay, optim.warmup_steps) == ("adam", 1e-4, 0)

@@ -27,7 +27,7 @@ PROTOCOL = EvaluationProtocol(tiles=9, runs=4, seed=2)
 
 
 class Encoder(nn.Module):
-    """With BatchNorm, whose running statistics make tiles independent in evaluation; counts the tiles it is given."""
+    """An encoder with BatchNorm, whose running statistics make tiles independent in evaluation; counts its tiles."""
 
     def __init__(self):
         super().__init__()
@@ -43,9 +43,9 @@ class Encoder(nn.Module):
 @pytest.fixture(scope="module")
 def cohort(demo_manifest):
     """Grids of 64 px: a dozen tiles or so; the last is cut to fewer than are drawn."""
-    found = load_cohort(demo_manifest, TilingPolicy(tile_size_px=64), need_splits=False)
-    short = replace(found.grids[-1], coords=found.grids[-1].coords[:5])
-    return replace(found, grids=(*found.grids[:-1], short))
+    whole = load_cohort(demo_manifest, TilingPolicy(tile_size_px=64), need_splits=False)
+    short = replace(whole.grids[-1], coords=whole.grids[-1].coords[:5])
+    return replace(whole, grids=(*whole.grids[:-1], short))
 
 
 def build(aggregator):
@@ -123,7 +123,7 @@ def test_of_several_runs_the_bootstrap_is_of_their_mean():
     scores = generator.random((3, 15)) + 0.4 * labels
     runs = np.stack([1.5 - scores, scores], axis=-1) / 1.5
     runs = np.clip(runs, 0, 1) / np.clip(runs, 0, 1).sum(-1, keepdims=True)
-    found = bootstrap_metrics(labels, runs, n_resamples=20, seed=4, patients=patients)
+    intervals = bootstrap_metrics(labels, runs, n_resamples=20, seed=4, patients=patients)
     samples = {name: [] for name in METRIC_NAMES}
     for counts in np.concatenate(list(resample_counts(8, 20, seed=4))):
         rows = [
@@ -136,7 +136,7 @@ def test_of_several_runs_the_bootstrap_is_of_their_mean():
         each = [slide_metrics(labels[rows], run[rows]) for run in runs]
         for name in METRIC_NAMES:
             samples[name].append(np.mean([metrics[name] for metrics in each]))
-    for name, interval in found.items():
+    for name, interval in intervals.items():
         assert interval.value == pytest.approx(np.mean([slide_metrics(labels, run)[name] for run in runs]), abs=1e-14)
         defined = np.array(samples[name])[np.isfinite(samples[name])]
         assert interval.n_resamples_used == len(defined)
@@ -155,10 +155,10 @@ def test_results_hold_each_runs_metrics_and_the_mean_probabilities(cohort, tmp_p
         len({slide.patient_id for slide in cohort.manifest.slides}),
     )
     values = [slide_metrics(labels, run)["auc"] for run in runs]
-    found = written["runs"]["auc"]
-    assert found["values"] == pytest.approx(values)
-    assert (found["mean"], found["std"]) == (pytest.approx(fmean(values)), pytest.approx(stdev(values)))
-    assert written["metrics"]["auc"]["value"] == found["mean"]
+    auc = written["runs"]["auc"]
+    assert auc["values"] == pytest.approx(values)
+    assert (auc["mean"], auc["std"]) == (pytest.approx(fmean(values)), pytest.approx(stdev(values)))
+    assert written["metrics"]["auc"]["value"] == auc["mean"]
     with (tmp_path / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["patient_id"] for row in rows] == [slide.patient_id for slide in cohort.manifest.slides]

@@ -234,12 +234,12 @@ def test_a_trained_model_is_tested_on_an_external_set(finished, data, tmp_path, 
     assert "got 0, 1: the cohort's are 0, 1 (labels.csv" in capsys.readouterr().err
     assert main([*given, "--map_labels", "0=wt,1=mutant"]) == 0
     with (
-        (tmp_path / "out" / "predictions.csv").open() as theirs,
-        (finished / SEED_0 / "predictions.csv").open() as ours,
+        (tmp_path / "out" / "predictions.csv").open() as external_file,
+        (finished / SEED_0 / "predictions.csv").open() as run_file,
     ):
-        rows, own = list(csv.DictReader(theirs)), list(csv.DictReader(ours))
+        rows, run_rows = list(csv.DictReader(external_file)), list(csv.DictReader(run_file))
     assert [row["label"] for row in rows] == ["wt", "mutant"] * 4
-    assert rows[6:] == own, "the same slides, whatever their labels are called there"
+    assert rows[6:] == run_rows, "the same slides, whatever their labels are called there"
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ def test_slides_with_numbers_for_names_are_found_in_clams_columns_of_floats(tmp_
     clam(path, *[[written.format(number) for number in part] for part in parts])
     with caplog.at_level("INFO", "ds_wsi"):
         manifest = apply_split(renamed(cohort(), str), path)
-    found = {split: [slide.slide_id for slide in manifest.in_split(split)] for split in SPLITS}
-    assert found == {split: list(map(str, part)) for split, part in zip(SPLITS, parts)}
+    slide_ids = {split: [slide.slide_id for slide in manifest.in_split(split)] for split in SPLITS}
+    assert slide_ids == {split: list(map(str, part)) for split, part in zip(SPLITS, parts)}
     assert ("12 slides are read as numbers" in caplog.text) == (written != "{}")
     apply_split(renamed(cohort(), "{:03d}".format), path)
 

@@ -22,12 +22,12 @@ def train(manifest, folder, tiles_dir, *more):
 @pytest.fixture
 def events(monkeypatch):
     """What happens in training, in order: a bag is read, a backward is queued, totals are read."""
-    found = []
+    order = []
     read, backward, reduce, ahead = step_reader.read_bags, Accelerator.backward, Accelerator.reduce, loop.StepReader
 
     def reading(*arguments, **more):
         for bag in read(*arguments, **more):
-            found.append("read")
+            order.append("read")
             yield bag
 
     class Ahead(ahead):
@@ -38,9 +38,9 @@ def events(monkeypatch):
 
     monkeypatch.setattr(step_reader, "read_bags", reading)
     monkeypatch.setattr(loop, "StepReader", Ahead)
-    monkeypatch.setattr(Accelerator, "backward", lambda *given: found.append("backward") or backward(*given))
-    monkeypatch.setattr(Accelerator, "reduce", lambda *given: found.append("totals") or reduce(*given))
-    return found
+    monkeypatch.setattr(Accelerator, "backward", lambda *given: order.append("backward") or backward(*given))
+    monkeypatch.setattr(Accelerator, "reduce", lambda *given: order.append("totals") or reduce(*given))
+    return order
 
 
 def test_the_next_bags_are_read_before_the_totals_are_and_the_run_is_the_same(

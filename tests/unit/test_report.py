@@ -124,8 +124,8 @@ def test_the_area_below_the_roc_curve_is_the_auc(tmp_path: Path, classes: int):
         points = roc_points(labels == index, chances[:, index])
         assert points is not None
         areas.append(np.trapezoid(points[:, 1], points[:, 0]))
-    wanted = slide_metrics(labels, chances.clip(0))["auc"]
-    assert (areas[1] if classes == 2 else np.mean(areas)) == pytest.approx(wanted, abs=1e-12)
+    auc = slide_metrics(labels, chances.clip(0))["auc"]
+    assert (areas[1] if classes == 2 else np.mean(areas)) == pytest.approx(auc, abs=1e-12)
     names = [f"class_{index}" for index in range(classes)]
     rows = [
         prediction(

@@ -82,14 +82,14 @@ def test_momentum_correction_is_a_written_out_loop():
 
 def test_momentum_correction_of_everything_is_sgd_with_momentum():
     residuals, weight = Residuals(0.5), torch.zeros(D, requires_grad=True)
-    optimizer, ours = torch.optim.SGD([weight], lr=1.0, momentum=0.5), torch.zeros(D)
+    optimizer, replica = torch.optim.SGD([weight], lr=1.0, momentum=0.5), torch.zeros(D)
     for gradient in gradients(4):
         weight.grad = gradient
         optimizer.step()
         pending = residuals.accumulate(NAMES, NUMELS, gradient)
-        ours -= pending.corrected
+        replica -= pending.corrected
         residuals.commit(pending, None, pending.corrected)
-        assert torch.equal(ours, weight)
+        assert torch.equal(replica, weight)
 
 
 def test_what_is_sent_whole_keeps_its_velocity():
@@ -213,7 +213,11 @@ def test_the_feedback_trains_where_the_papers_misprint_does_not():
         forgotten.load_state_dict({})
         return send(forgotten, gradient, 1)
 
-    dense, ours, printed = trained_loss(lambda g: g), trained_loss(lambda g: send(kept, g, 1)), trained_loss(misprint)
+    dense, fed_back, printed = (
+        trained_loss(lambda g: g),
+        trained_loss(lambda g: send(kept, g, 1)),
+        trained_loss(misprint),
+    )
     assert dense < 0.01
-    assert ours < 0.01
-    assert printed > 10 * ours
+    assert fed_back < 0.01
+    assert printed > 10 * fed_back

@@ -110,8 +110,8 @@ def log_likelihood(of, x, ties, coefficient):
         tied = [i for i in range(len(of)) if of.events[i] and of.times[i] == time]
         at_risk = sum(math.exp(coefficient * x[i]) for i in range(len(of)) if of.times[i] >= time)
         of_tied = sum(math.exp(coefficient * x[i]) for i in tied)
-        for place, i in enumerate(tied):
-            share = place / len(tied) if ties == "efron" else 0
+        for position, i in enumerate(tied):
+            share = position / len(tied) if ties == "efron" else 0
             total += coefficient * x[i] - math.log(at_risk - share * of_tied)
     return total
 

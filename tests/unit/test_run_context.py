@@ -22,11 +22,11 @@ WRITERS = {
 
 def test_no_field_of_a_run_is_set_again():
     run = object.__new__(Run)
-    for place in dataclasses.fields(Run):
+    for field in dataclasses.fields(Run):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(run, place.name, None)
-    advances = {place.name for place in dataclasses.fields(Run)} - {
-        place.name for place in dataclasses.fields(RunContext)
+            setattr(run, field.name, None)
+    advances = {field.name for field in dataclasses.fields(Run)} - {
+        field.name for field in dataclasses.fields(RunContext)
     }
     assert advances == {"failures", "average", "saver", "progress", "clock"}
 
@@ -39,19 +39,19 @@ def targets(node):
 
 
 def test_what_advances_is_set_by_the_modules_that_its_docstring_names():
-    names = {place.name for kind in (Progress, Clock) for place in dataclasses.fields(kind)}
-    found = {}
+    names = {field.name for kind in (Progress, Clock) for field in dataclasses.fields(kind)}
+    writers = {}
     for path in ROOT.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)) if "progress." in text or "clock." in text else ():
             for target in targets(node):
                 holder = ast.unparse(target.value).rpartition(".")[2]
                 if holder in ("progress", "clock") and target.attr in names:
-                    found.setdefault(str(path.relative_to(ROOT)), set()).add(target.attr)
-    assert found == WRITERS
+                    writers.setdefault(str(path.relative_to(ROOT)), set()).add(target.attr)
+    assert writers == WRITERS
     for kind in (Progress, Clock):
         for path, set_there in WRITERS.items():
-            if set_there & {place.name for place in dataclasses.fields(kind)}:
+            if set_there & {field.name for field in dataclasses.fields(kind)}:
                 assert f"`{Path(path).stem}`" in kind.__doc__, (kind, path)
 
 

@@ -1,4 +1,4 @@
-"""Which folder a run takes, and its log."""
+"""The folder that a run takes, and its log."""
 
 import logging
 
@@ -74,15 +74,15 @@ def test_the_log_goes_on_and_says_how_a_run_ended(tmp_path):
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling", "folder"])
 def test_a_users_file_of_the_logs_name_is_left_alone(tmp_path, kind, caplog):
-    target, place = tmp_path / "outside.log", tmp_path / "run" / LOG
-    place.parent.mkdir()
+    target, log = tmp_path / "outside.log", tmp_path / "run" / LOG
+    log.parent.mkdir()
     target.write_text("# ds_wsi.started: what the run said\n")
     if kind == "folder":
-        place.mkdir()
+        log.mkdir()
     elif kind == "file":
-        place.write_text("the user's\n")
+        log.write_text("the user's\n")
     else:
-        place.symlink_to(target if kind == "link" else tmp_path / "none")
+        log.symlink_to(target if kind == "link" else tmp_path / "none")
     before = listing(tmp_path)
     say(tmp_path / "run", "a message")
     assert listing(tmp_path) == before

@@ -28,7 +28,7 @@ OPTIMIZER = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 
 
 def record_of(settings, world_size=1):
-    """Of a run that is not started: only what the record reads."""
+    """The record of a run that is not started: only what the record reads."""
     if settings.model == ModelSettings():
         settings = replace(settings, model=ModelSettings(encoder="resnet10t"))
     layout = settings.step_layout(world_size)
@@ -66,7 +66,7 @@ def test_seed_split_and_how_it_is_computed_are_no_settings_of_the_group():
     assert (record.dataset, record.method, record.training) == ("demo", "resnet10t + abmil", "end to end")
     plain = record_of(TrainSettings())
     assert record.settings == plain.settings
-    # Four slides a step, on one process or two, stacked or accumulated.
+    # Four slides per step, on one process or two, stacked or accumulated.
     four = replace(settings.optim, gradient_accumulation_steps=4)
     two = replace(settings.optim, per_device_train_batch_size=2)
     assert record_of(replace(settings, optim=four)).settings == record_of(replace(settings, optim=two), 2).settings
@@ -102,11 +102,11 @@ def test_every_setting_that_is_compared_by_what_it_stands_for_is_in_the_fingerpr
 @pytest.mark.parametrize("drawing", [False, True])
 def test_another_cut_of_an_encoder_that_draws_is_another_run(drawing):
     modes = [PartitionPolicy(mode="native"), PartitionPolicy(mode="lean"), PartitionPolicy(mode="lean", chunk_size=3)]
-    found = []
+    fingerprints = []
     for policy in modes:
         settings = replace(TrainSettings(), policies=replace(TrainSettings().policies, partition=policy))
-        found.append(fingerprint_of(settings, nn.Dropout(0.1) if drawing else nn.Dropout(0.0))["partition"])
-    assert len(set(found)) == (3 if drawing else 1)
+        fingerprints.append(fingerprint_of(settings, nn.Dropout(0.1) if drawing else nn.Dropout(0.0))["partition"])
+    assert len(set(fingerprints)) == (3 if drawing else 1)
 
 
 def test_stacks_that_norms_average_over_must_lie_as_they_lay():

@@ -19,13 +19,13 @@ def folder(tmp_path_factory):
 
 
 def test_metrics_name_dataset_split_classes_and_positive_class(folder, capfd):
-    found = json.loads((folder / "run" / "metrics.json").read_text())
-    assert [found[name] for name in ("dataset", "split", "classes", "positive_class")] == [
+    metrics = json.loads((folder / "run" / "metrics.json").read_text())
+    assert [metrics[name] for name in ("dataset", "split", "classes", "positive_class")] == [
         *("m", "test", ["normal", "tumor"], "tumor")
     ]
     assert evaluate(folder, folder / "run", folder / "all", "--split", "all", "--dataset_name", "mine") == 0
-    found = json.loads((folder / "all" / "metrics.json").read_text())
-    assert (found["dataset"], found["split"]) == ("mine", "all")
+    metrics = json.loads((folder / "all" / "metrics.json").read_text())
+    assert (metrics["dataset"], metrics["split"]) == ("mine", "all")
 
 
 def test_the_page_tells_cohort_command_and_changed_settings(folder):

@@ -81,8 +81,10 @@ def test_the_same_table_written_anew_is_the_same(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "c")
     write_table(tmp_path / "c" / "m.csv", rows_of())
     assert train(tmp_path / "c", tmp_path / "c" / "run", "--save_steps", "3", "--resume_from_checkpoint", epochs=4) == 0
-    ours, whole = ((place / "model.safetensors").read_bytes() for place in (tmp_path / "c" / "run", stopped / "whole"))
-    assert ours == whole
+    resumed, whole = (
+        (folder / "model.safetensors").read_bytes() for folder in (tmp_path / "c" / "run", stopped / "whole")
+    )
+    assert resumed == whole
 
 
 def test_a_checkpoint_of_an_earlier_version_is_continued_with_one_line(stopped, tmp_path, capsys):
@@ -109,8 +111,8 @@ def test_a_checkpoint_of_an_earlier_version_is_continued_with_one_line(stopped, 
 
 
 def test_another_draw_of_splits_is_named():
-    ours = {DRAW: 0, "seed": 3}
-    assert differences(ours, {DRAW: 3, "seed": 3}) == [
+    settings = {DRAW: 0, "seed": 3}
+    assert differences(settings, {DRAW: 3, "seed": 3}) == [
         "--split_seed must be the checkpoint's, 3, to continue it exactly, got 0"
     ]
 
@@ -131,8 +133,8 @@ def test_more_epochs_are_exact_or_refused(stopped, tmp_path, schedule, capsys):
         return
     assert longer == 0
     assert train(stopped, tmp_path / "long", *more, epochs=3) == 0
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("short", "long"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    resumed, uninterrupted = (load_file(tmp_path / name / "model.safetensors") for name in ("short", "long"))
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
     histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("short", "long")]
     losses = [[entry["train_loss"] for entry in history] for history in histories]
     assert losses[0] == losses[1]
@@ -171,8 +173,8 @@ def test_checkpoints_by_time_within_an_epoch_and_the_time_of_all_starts(tmp_path
     page = (folder / "run" / "report.html").read_text()
     total, last = map(int, re.search(r"<dd>(\d+) s in 2 starts, (\d+) s in the last</dd>", page).groups())
     assert total >= last
-    ours, theirs = (load_file(folder / name / "model.safetensors") for name in ("run", "never"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    resumed, uninterrupted = (load_file(folder / name / "model.safetensors") for name in ("run", "never"))
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
 
 
 def test_a_finished_run_says_so_and_tests_nothing_again(stopped, tmp_path, capsys):

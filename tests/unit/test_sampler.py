@@ -13,7 +13,7 @@ layouts = st.fixed_dictionaries(
 
 
 def slides_of(step):
-    return [slide for ranks in step.micro_steps for own in ranks for slide in own]
+    return [slide for ranks in step.micro_steps for bags in ranks for slide in bags]
 
 
 @given(n=st.integers(0, 120), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000), layout=layouts)
@@ -31,7 +31,7 @@ def test_ranks_take_the_same_number_of_micro_steps_and_are_within_one_bag(n, see
         assert len(step.micro_steps) == layout["micro_steps"]
         for ranks in step.micro_steps:
             assert len(ranks) == layout["groups"]
-            assert all(len(own) <= layout["bags_per_group"] for own in ranks)
+            assert all(len(bags) <= layout["bags_per_group"] for bags in ranks)
         loads = [sum(len(ranks[rank]) for ranks in step.micro_steps) for rank in range(layout["groups"])]
         assert max(loads) - min(loads) <= 1
 

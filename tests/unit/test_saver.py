@@ -126,18 +126,18 @@ def test_a_failure_at_the_end_is_raised_and_one_beside_an_error_is_told(tmp_path
 
 def test_a_part_of_another_process_is_waited_for_and_its_failure_told(tmp_path):
     def waits(answer, seconds=20.0, ending=False):
-        place = tmp_path / "part-00001.json"
-        place.unlink(missing_ok=True)
+        part = tmp_path / "part-00001.json"
+        part.unlink(missing_ok=True)
         event = threading.Event()
         if ending:
             event.set()
-        timer = threading.Timer(0.1, lambda: write_json(place, answer)) if answer else None
+        timer = threading.Timer(0.1, lambda: write_json(part, answer)) if answer else None
         if timer:
             timer.start()
         return checkpoint._await_part(tmp_path / "checkpoint-1", 1, saver_module.Patience(seconds, event))
 
-    found = waits({"files": {"b": {"bytes": 3, "sha256": "x"}}})
-    assert found["b"].bytes == 3
+    files = waits({"files": {"b": {"bytes": 3, "sha256": "x"}}})
+    assert files["b"].bytes == 3
     with pytest.raises(RuntimeError, match="rank 1 could not write its part of checkpoint-1: OSError: full"):
         waits({"failed": "OSError: full"})
     with pytest.raises(RuntimeError, match=r"got none of rank 1 in time .*HINT"):

@@ -55,15 +55,15 @@ def sources() -> dict[str, ast.Module]:
 
 def made_here(trees: dict[str, ast.Module]) -> set[str]:
     """Private names that ds_wsi defines: functions, classes, attributes of `self`, variables of modules and classes."""
-    found = set()
+    names = set()
     for tree in trees.values():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                found.add(node.name)
+                names.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                found.add(node.id)
-        found |= set_on_self(tree)
-    return found
+                names.add(node.id)
+        names |= set_on_self(tree)
+    return names
 
 
 def on_self(node: ast.Attribute) -> bool:
@@ -77,16 +77,16 @@ def set_on_self(tree: ast.Module) -> set[str]:
 
 def foreign_names(tree: ast.Module, ours: set[str]) -> list[tuple[int, str]]:
     """(line, name) of each private name of another package that a module writes."""
-    found: list[tuple[int, str]] = []
-    own = set_on_self(tree)
+    at_lines: list[tuple[int, str]] = []
+    set_here = set_on_self(tree)
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Attribute):
-            names = [] if on_self(node) and node.attr in own else [node.attr]
+            names = [] if on_self(node) and node.attr in set_here else [node.attr]
         elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("ds_wsi"):
             hidden = any(is_private(part) for part in (node.module or "").split(".")) and node.module != "__future__"
             names = [one.name for one in node.names if hidden or is_private(one.name)]
-            found += [(node.lineno, name) for name in names]
+            at_lines += [(node.lineno, name) for name in names]
             continue
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in BY_STRING:
             names = [one.value for one in node.args[1:2] if isinstance(one, ast.Constant) and type(one.value) is str]
@@ -96,39 +96,39 @@ def foreign_names(tree: ast.Module, ours: set[str]) -> list[tuple[int, str]]:
         for name in names:
             deepspeeds = name.startswith("ds_") and name not in OURS_OF_DS
             if name in KNOWN or deepspeeds or (is_private(name) and name not in ours):
-                found.append((node.lineno, name))
-    return [(line, name) for line, name in found if name not in PYTHONS | PARTS and not is_dunder(name)]
+                at_lines.append((node.lineno, name))
+    return [(line, name) for line, name in at_lines if name not in PYTHONS | PARTS and not is_dunder(name)]
 
 
 def written_names(tree: ast.Module) -> set[str]:
     """Everything that a module could mean a row by: attributes, imports, definitions, strings and their parts."""
-    found = set()
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            found.add(node.attr)
+            names.add(node.attr)
         elif isinstance(node, ast.ImportFrom):
-            found |= {one.name for one in node.names}
+            names |= {one.name for one in node.names}
         elif isinstance(node, ast.FunctionDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(node.value)
-    return found
+            names.add(node.value)
+    return names
 
 
 def stray(trees: dict[str, ast.Module]) -> list[str]:
     """Each private name that the table lacks, or that is written where it may not be."""
-    ours, found = made_here(trees), []
+    made, faults = made_here(trees), []
     for path, tree in trees.items():
         if path.startswith(TABLE):
             continue
         package = path.split("/")[0]
-        for line, name in foreign_names(tree, ours):
+        for line, name in foreign_names(tree, made):
             rows = [row for row in SEAMS if row.leaf == name]
             if not rows:
-                found.append(f"{path}:{line}: {name} is in no row of {TABLE}")
+                faults.append(f"{path}:{line}: {name} is in no row of {TABLE}")
             elif not any(package in row.places for row in rows):
-                found.append(f"{path}:{line}: {name} may be written in {rows[0].places or TABLE} alone")
-    return found
+                faults.append(f"{path}:{line}: {name} may be written in {rows[0].places or TABLE} alone")
+    return faults
 
 
 def test_every_private_name_is_in_the_table_and_in_its_place():
@@ -152,10 +152,10 @@ def test_every_private_name_is_in_the_table_and_in_its_place():
     ],
 )
 def test_the_check_finds_them(path, text, words):
-    found = stray({path: ast.parse(text)})
-    assert len(found) == (words is not None), found
+    faults = stray({path: ast.parse(text)})
+    assert len(faults) == (words is not None), faults
     if words is not None:
-        assert words in found[0]
+        assert words in faults[0]
 
 
 def test_no_row_is_of_the_past():
@@ -170,9 +170,9 @@ def test_no_row_is_of_the_past():
     for row in SEAMS:
         mangled = row.leaf.partition("_Stage3")[2]  # a method that begins with two underscores
         forms = {row.leaf, row.leaf.removeprefix("_global"), mangled or row.leaf}
-        for place in row.places:
-            written = by_package[place]
-            assert any(form in written for form in forms), f"{row.name} is no longer written in {place}"
+        for package in row.places:
+            written = by_package[package]
+            assert any(form in written for form in forms), f"{row.name} is no longer written in {package}"
         if not row.places:
             text = (ROOT / TABLE / "readers.py").read_text()
             assert row.name in classes or row.leaf in text, f"{row.name} is used by no function of {TABLE}"
@@ -261,7 +261,7 @@ def test_a_class_that_is_gone_is_refused_where_it_is_imported(monkeypatch):
 
 def test_methods_that_are_replaced_are_checked_on_the_instance():
     def profiled(function):
-        """As DeepSpeed's wrapper, which does not say what it wraps."""
+        """A wrapper like DeepSpeed's, which does not say what it wraps."""
 
         def wrapped(*args, **kwargs):
             return function(*args, **kwargs)

@@ -86,15 +86,15 @@ def test_each_begins_with_its_own_and_all_reach_all():
     costs = [3, 90, 5, 5, 40, 8, 60, 1, 1, 30]
     assert shard_order(costs, ALONE) == list(range(10))
     orders = [shard_order(costs, Shard(index, 3)) for index in range(3)]
-    own = [own_items(costs, Shard(index, 3)) for index in range(3)]
-    assert sorted(item for items in own for item in items) == list(range(10))
-    for order, items in zip(orders, own, strict=True):
+    dealt = [own_items(costs, Shard(index, 3)) for index in range(3)]
+    assert sorted(item for items in dealt for item in items) == list(range(10))
+    for order, items in zip(orders, dealt, strict=True):
         assert sorted(order) == list(range(10))
         assert set(order[: len(items)]) == items
         begun = [costs[item] for item in order[: len(items)]]
         assert begun == sorted(begun, reverse=True)
-    assert max(sum(costs[item] for item in items) for items in own) == 90  # the largest has a shard of its own
-    assert orders[0][len(own[0])] == min(own[1], key=lambda item: costs[item])  # of others the cheap end
+    assert max(sum(costs[item] for item in items) for items in dealt) == 90  # the largest has a shard of its own
+    assert orders[0][len(dealt[0])] == min(dealt[1], key=lambda item: costs[item])  # of others the cheap end
 
 
 def test_a_process_takes_its_machines_device(monkeypatch):
@@ -196,8 +196,8 @@ def run_all(lines, log, environ, dies_at=0, dies_after=False, together=None):
 
         return work
 
-    for kind, place, name, name_of in WORK:
-        setattr(place, name, watched(kind, getattr(place, name), name_of))
+    for kind, module, name, name_of in WORK:
+        setattr(module, name, watched(kind, getattr(module, name), name_of))
     os._exit(max(main(line) for line in lines))
 
 
@@ -250,13 +250,13 @@ def test_shards_that_are_killed_and_started_again_do_each_slide_once_and_write_t
     done = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     kinds = [("tile", ""), ("mask", ""), ("pack", ""), ("features", ""), ("predict", "")]
     kinds += [("draw", "heatmaps/"), ("draw", "maps/")]
-    expected = sorted((kind, f"{place}{name}") for kind, place in kinds for name in names)
+    expected = sorted((kind, f"{prefix}{name}") for kind, prefix in kinds for name in names)
     assert sorted((kind, name) for kind, name, _ in done) == expected, "a slide was left out, or done twice"
     assert len({pid for *_, pid in done}) >= 4, "too few processes took part: the test proved nothing"
-    ours, wanted = contents(folder), contents(alone)
-    assert ours.keys() == wanted.keys()
-    assert [name for name in wanted if ours[name] != wanted[name]] == []
-    assert {"features/features_summary.csv", "store/store_summary.csv", "tiles/tile_summary.csv"} <= wanted.keys()
+    sharded, of_one = contents(folder), contents(alone)
+    assert sharded.keys() == of_one.keys()
+    assert [name for name in of_one if sharded[name] != of_one[name]] == []
+    assert {"features/features_summary.csv", "store/store_summary.csv", "tiles/tile_summary.csv"} <= of_one.keys()
     assert capfd.readouterr().out.count("metrics of 5 slides of all splits") == 1
 
 

@@ -128,8 +128,8 @@ def test_overview_averages_exact_squares(tmp_path, monkeypatch, downsample):
     image = np.zeros((150, 203, 3), dtype=np.uint8)
     image[..., 0], image[..., 1] = np.arange(203)[None, :], np.arange(150)[:, None]
     with Slide(write_slide(tmp_path / "ramp.tiff", image)) as slide:
-        overview, found = slide.read_overview_downsampled(downsample)
-    assert found == downsample
+        overview, factor = slide.read_overview_downsampled(downsample)
+    assert factor == downsample
     height, width = math.ceil(150 / downsample), math.ceil(203 / downsample)
     assert overview.shape == (height, width, 3)
     inner = overview[:-1, :-1].astype(float)  # the last may reach over the edge

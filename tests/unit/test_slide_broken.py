@@ -71,14 +71,14 @@ def test_a_broken_part_of_an_overview_is_narrowed_down_and_told(tmp_path, monkey
     path = broken_in_the_middle(tmp_path / "a.tiff")
     whole = write_slide(tmp_path / "b.tiff", ramp(1024, 1024), compression="zlib", tile_px=256)
     with Slide(path) as slide, Slide(whole) as intact:
-        found = slide.read_overview_with_gaps(downsample)
+        overview = slide.read_overview_with_gaps(downsample)
         expected, _ = intact.read_overview_downsampled(downsample)
     assert "slide a: " in caplog.text
     assert str(path) in caplog.text
-    difference = np.abs(found.pixels.astype(int) - expected)[~found.unreadable]
+    difference = np.abs(overview.pixels.astype(int) - expected)[~overview.unreadable]
     assert difference.max() <= (1 if downsample != int(downsample) else 0)  # Pillow's rounding, which is of the block
-    assert (found.pixels[found.unreadable] == 255).all()
-    rows, columns = found.unreadable.nonzero()
+    assert (overview.pixels[overview.unreadable] == 255).all()
+    rows, columns = overview.unreadable.nonzero()
     low, high = np.array([rows.min(), columns.min()]), np.array([rows.max(), columns.max()]) + 1
     assert (low * downsample <= 512 + downsample).all()  # the broken tile is in it
     assert (high * downsample >= 768 - downsample).all()
@@ -95,18 +95,18 @@ def test_a_broken_part_is_read_from_a_finer_level(tmp_path):
         file.seek(offset)
         file.write(b"\xff" * size)
     with Slide(path) as slide:
-        found = slide.read_overview_with_gaps(4)
-    assert not found.unreadable.any()
+        overview = slide.read_overview_with_gaps(4)
+    assert not overview.unreadable.any()
     expected = np.asarray(Image.fromarray(image).reduce(4)).astype(float)
-    assert np.abs(found.pixels - expected).max() <= 2
+    assert np.abs(overview.pixels - expected).max() <= 2
 
 
 def test_the_search_for_broken_parts_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(slide_module, "MAX_FAILED_READS", 3)
     path = broken_in_the_middle(tmp_path / "a.tiff")
     with Slide(path) as slide:
-        found = slide.read_overview_with_gaps(16)
-    assert 1 / 16 <= found.unreadable.mean() <= 1 / 4
+        overview = slide.read_overview_with_gaps(16)
+    assert 1 / 16 <= overview.unreadable.mean() <= 1 / 4
 
 
 def test_broken_files_each_say_what_they_are(shared_data):

@@ -89,7 +89,7 @@ class Loop:
 
 
 def test_garbage_collected_on_the_disks_thread_is_given_up_later():
-    """Its tensors are to be written by that thread: whoever waits for them there waits for ever."""
+    """The store's tensors are to be written by that thread: whoever waits for them there waits for ever."""
     disk, go_on = Dictionary(), threading.Event()
 
     class Collects(Dictionary):
@@ -122,7 +122,7 @@ def test_garbage_collected_on_the_disks_thread_is_given_up_later():
 
 
 def test_garbage_collected_within_an_operation_is_given_up_after_it():
-    """In the middle of one the store's lists are not to be changed under it."""
+    """The store's lists are not to be changed in the middle of an operation."""
     store = HostStore(CPU)
     Loop(store, [torch.ones(8)])
     with store.turns.turn(store.give_up):
@@ -135,7 +135,7 @@ def test_garbage_collected_within_an_operation_is_given_up_after_it():
 
 
 def test_a_store_that_nobody_has_is_gone_at_once():
-    """Its memory is page-locked: it must not wait for the collector."""
+    """The store's memory is page-locked: it must not wait for the collector."""
     gc.disable()
     try:
         for disk in (None, Dictionary()):
@@ -169,8 +169,8 @@ def test_a_partition_over_a_disk_has_the_plain_gradients(mode):
         for one in (plain, module):
             one.zero_grad()
             one(x).square().sum().backward()
-        for (name, expected), found in zip(plain.named_parameters(), module.parameters(), strict=True):
-            assert torch.allclose(found.grad, expected.grad, rtol=1e-10, atol=1e-10), name
+        for (name, expected), parameter in zip(plain.named_parameters(), module.parameters(), strict=True):
+            assert torch.allclose(parameter.grad, expected.grad, rtol=1e-10, atol=1e-10), name
     store = handle.forward._store
     assert store.peak_bytes > store.capacity_bytes  # the disk held the rest
     assert store.capacity_bytes <= 3 * 2**20
@@ -190,9 +190,9 @@ def test_a_plan_counts_the_disk_after_host_memory(tmp_path):
     plan = plan_partition(module, shape, policy)
     assert plan.nvme_bytes == plan.host_bytes - 2**20 > 0
     assert "on the disk" in str(plan)
-    for wanted in (plan, policy):
+    for given in (plan, policy):
         with pytest.raises(ValueError, match="spill=None"):
-            partition_layers(module, wanted)
+            partition_layers(module, given)
 
 
 def test_a_disk_that_cannot_be_used_is_refused_with_the_reason(tmp_path, monkeypatch):

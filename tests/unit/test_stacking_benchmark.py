@@ -39,15 +39,13 @@ def test_digit_bags_are_positive_with_a_nine_in_them_and_share_no_digit_with_the
 @pytest.mark.slow
 def test_every_framework_learns_and_dpgs_takes_the_steps_of_a_mean():
     train, held_out = digit_bags(120, 0, CPU), digit_bags(200, 1, CPU, test=True)
-    found = {}
+    fits = {}
     for framework, batch in (("classic", 1), ("padding", 8), ("sampling", 8), ("dpgs", 8)):
         torch.manual_seed(0)
         trainer = Trainer("abmil", 64, framework, batch, 10, 5e-4, CPU, embed=True, weight_decay=5e-3)
-        found[framework] = fit(trainer, train, held_out, epochs=30, seed=0)
-        assert found[framework].auc > 0.75, framework
-    assert (
-        abs(found["padding"].auc - found["dpgs"].auc) < 0.02
-    )  # a mask hides the padding: the same steps, but rounding
+        fits[framework] = fit(trainer, train, held_out, epochs=30, seed=0)
+        assert fits[framework].auc > 0.75, framework
+    assert abs(fits["padding"].auc - fits["dpgs"].auc) < 0.02  # a mask hides the padding: the same steps, but rounding
     trainer = Trainer("abmil", 64, "dpgs", 8, 10, 5e-4, CPU, embed=True, weight_decay=5e-3)
     reached = fit(trainer, train, held_out, epochs=60, seed=0, target=0.8)
     assert reached.target_s is not None

@@ -95,15 +95,15 @@ def test_a_tensor_with_two_owners_comes_back_once(activation):
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_two_calls_on_one_input_are_outstanding(depth):
     """The second saves tensors that lie in host memory already: in an order of its own."""
-    x, found = torch.randn(16, 3, 32, 32, dtype=torch.float64), []
+    x, gradients = torch.randn(16, 3, 32, 32, dtype=torch.float64), []
     for mode in ("native", "offload"):
         module = encoder(depth=depth)
         partition_layers(module, PartitionPolicy(mode=mode, chunk_size=2), check=False)
         one, other = module(x), module(x)
         (one.sum() + other.square().sum()).backward()
-        found.append([parameter.grad for parameter in module.parameters()])
-    for ours, theirs in zip(*reversed(found), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    for second, first in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-10, atol=1e-12)
 
 
 def test_what_a_call_saves_is_asked_for_in_its_own_order(monkeypatch):
@@ -138,15 +138,15 @@ def test_views_of_one_memory_that_differ_by_a_promise_are_two_tensors(mode):
             power = (z * z.conj()).real + z.imag * z.conj().imag * 0.3 + z.imag.exp().log1p()
             return self.head(torch.log1p(power.abs()).mean((2, 3)))
 
-    x, found = torch.randn(8, 3, 16, 16, dtype=torch.float64) / 16, []
-    for wanted in ("native", mode):
+    x, gradients = torch.randn(8, 3, 16, 16, dtype=torch.float64) / 16, []
+    for each_mode in ("native", mode):
         torch.manual_seed(0)
         module = Power().double()
-        partition_layers(module, PartitionPolicy(mode=wanted, chunk_size=2), check=False)
+        partition_layers(module, PartitionPolicy(mode=each_mode, chunk_size=2), check=False)
         module(x).sum().backward()
-        found.append([parameter.grad for parameter in module.parameters()])
-    for ours, theirs in zip(*reversed(found), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    for gradient, native_gradient in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(gradient, native_gradient, rtol=1e-10, atol=1e-12)
 
 
 def test_a_tensor_its_conjugate_and_its_negative_come_back_as_they_were_put():
@@ -205,7 +205,7 @@ def test_a_stack_in_host_memory_is_prepared_chunk_by_chunk_as_a_whole():
 
 
 def test_a_larger_buffer_is_made_once_the_smaller_one_is_gone(monkeypatch):
-    """Of 8 GB, say: host memory must not hold both. And where nothing can be locked nobody asks again."""
+    """A buffer of 8 GB, say: host memory must not hold both. And where nothing can be locked nobody asks again."""
     made, alive, closed = [], [], []
 
     class Locked:
@@ -254,5 +254,5 @@ def test_a_model_trains_on_a_stack_in_host_memory_as_on_tensors(mode):
 
     on_device = stack_bags([change(bag) for change, bag in zip(changes, bags, strict=True)])
     host = StackedBags(HostTiles(HostStacks(CPU).lay(bags), [5, 9], changes), bounds_on(CPU, [5, 9]))
-    for ours, theirs in zip(gradients(host), gradients(on_device), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    for of_host, of_device in zip(gradients(host), gradients(on_device), strict=True):
+        torch.testing.assert_close(of_host, of_device, rtol=1e-12, atol=1e-14)

@@ -24,7 +24,7 @@ STEPS = 3
 
 
 def make_run(device="cpu"):
-    """As much of a run as its reader asks for: five slides of four tiles."""
+    """What a reader asks of its run: five slides of four tiles."""
     slides = [SimpleNamespace(slide_id=f"S-{row}") for row in range(N_SLIDES)]
     return SimpleNamespace(
         settings=TrainSettings(),
@@ -74,12 +74,12 @@ def slides_of(steps, epoch):
 
 def test_each_step_has_the_bags_of_its_plan():
     steps = reader()
-    found = [slides_of(steps, epoch) for epoch in range(EPOCHS)]
-    for epoch in found:
+    by_epoch = [slides_of(steps, epoch) for epoch in range(EPOCHS)]
+    for epoch in by_epoch:
         assert len(epoch) == STEPS
         assert all(planned == read for planned, read in epoch)
         assert sorted(slide for _, read in epoch for bags in read for slide in bags) == list(range(N_SLIDES))
-    assert found[0] != found[1]  # an order of its own
+    assert by_epoch[0] != by_epoch[1]  # an order of its own
     assert list(steps.of_epoch(EPOCHS)) == []
 
 
@@ -131,16 +131,16 @@ def test_on_a_device_the_next_step_of_the_epoch_is_read_ahead_and_no_more(monkey
 
     steps = reader(run=make_run("cuda"), read=noting)
     monkeypatch.setattr(step_reader, "lay_bags", lambda run, bags, step: SimpleNamespace(bags=bags, step=step))
-    counts, found = [], []
+    counts, slides = [], []
     for epoch in range(EPOCHS):
         for step, micro_steps in steps.of_epoch(epoch):
             for micro in micro_steps:
                 assert micro.step == step.number
-                found += [bag.slide for bag in micro.bags]
+                slides += [bag.slide for bag in micro.bags]
             steps.make_ready()
-            counts.append(len(asked) - len(found))
+            counts.append(len(asked) - len(slides))
     assert counts == [1, 1, 0] * EPOCHS  # after an epoch's last step, which is validated first, nothing
-    assert found == asked
+    assert slides == asked
 
 
 def test_a_run_whose_bags_come_in_another_order_ends_with_slide_and_step(tmp_path, monkeypatch, capsys):

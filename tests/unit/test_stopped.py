@@ -221,7 +221,7 @@ sys.exit(status)
     ],
 )
 def test_signals_before_and_after_a_commands_work(moment, number, status):
-    """From the first lines to the last a signal has the promised exit status, or changes none that is there."""
+    """A signal has the promised exit status from the first lines to the last, or changes none that is there."""
     command = [sys.executable, "-c", COMMAND, moment, str(number)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == status, done.stderr

@@ -41,8 +41,8 @@ def tile(slide, folder, **streams_of):
 
 
 def require_files(folder):
-    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert found == sorted(FILES)
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert files == sorted(FILES)
 
 
 def test_results_whose_reader_is_gone_are_in_the_files(slide, tmp_path):
@@ -95,14 +95,14 @@ def test_the_help_page_whose_reader_is_gone_ends_well():
 def test_one_place_prints():
     """The linter finds calls of `print`; handed on as a function it is another's."""
     package = Path(streams.__file__).parents[1]
-    found = [
+    lines = [
         path.name
         for path in package.rglob("*.py")
         if path != Path(streams.__file__)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Name) and node.id == "print"
     ]
-    assert not found
+    assert not lines
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])

@@ -237,8 +237,8 @@ def test_the_mean_auc_is_weighted_by_the_drop_of_the_curve():
     survival, last, drops = 1.0, 1.0, []
     for time in TIMES:
         survival = 1.0
-        for own in sorted(set(TEST.times[TEST.events & (TEST.times <= time)])):
-            survival *= 1 - np.sum(TEST.events & (TEST.times == own)) / np.sum(TEST.times >= own)
+        for earlier in sorted(set(TEST.times[TEST.events & (TEST.times <= time)])):
+            survival *= 1 - np.sum(TEST.events & (TEST.times == earlier)) / np.sum(TEST.times >= earlier)
         drops.append(last - survival)
         last = survival
     expected = np.average(at_times.auc, weights=drops)

@@ -185,8 +185,8 @@ def test_wrong_tables_are_refused():
 
 
 def test_one_process_gathers_its_own():
-    own = table_of(torch.zeros(3, 1, requires_grad=True), [1, 2, 3], [1, 0, 1])
-    table, rows = gather_table(own)
+    alone = table_of(torch.zeros(3, 1, requires_grad=True), [1, 2, 3], [1, 0, 1])
+    table, rows = gather_table(alone)
     assert not table.scores.requires_grad
     assert (len(table), rows) == (3, slice(0, 3))
 
@@ -294,9 +294,9 @@ def clamped(logits, bins, events, least=1e-7):
     """The loss as it is often written: of hazards that are clamped."""
     hazards = logits.sigmoid()
     padded = torch.cat([torch.ones_like(hazards[:, :1]), (1 - hazards).cumprod(1)], dim=1)
-    own = bins[:, None]
-    seen = -padded.gather(1, own).clamp(min=least).log() - hazards.gather(1, own).clamp(min=least).log()
-    return torch.where(events, seen[:, 0], -padded.gather(1, own + 1)[:, 0].clamp(min=least).log()).sum()
+    columns = bins[:, None]
+    seen = -padded.gather(1, columns).clamp(min=least).log() - hazards.gather(1, columns).clamp(min=least).log()
+    return torch.where(events, seen[:, 0], -padded.gather(1, columns + 1)[:, 0].clamp(min=least).log()).sum()
 
 
 def test_a_tiny_hazard_keeps_its_gradient_and_clamped_it_loses_it():

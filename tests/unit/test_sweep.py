@@ -33,14 +33,14 @@ def test_sweep_says_what_fits_and_how_long_it_takes(tmp_path):
     assert list(rows) == [(side, mode) for side in (96, 160) for mode in sweep.MODES]
     assert rows[96, "native"]["ratio"] == 1
     assert rows[96, "planner"]["plan"] == "native"
-    native, ours, paper = (rows[160, mode] for mode in sweep.MODES)
+    native, planner, paper = (rows[160, mode] for mode in sweep.MODES)
     assert (native["fits"], native["seconds"], native["peak bytes"]) == ("no", None, None)
     assert "the cap is" in native["why"]
-    assert ours["fits"] == "yes"
-    assert ours["peak bytes"] <= 0.047 * GIB
-    assert len(ours["plan"].split()) > 1
-    assert ours["ratio"] is None  # native does not fit: there is nothing to compare with
-    assert paper["peak bytes"] > ours["peak bytes"]
+    assert planner["fits"] == "yes"
+    assert planner["peak bytes"] <= 0.047 * GIB
+    assert len(planner["plan"].split()) > 1
+    assert planner["ratio"] is None  # native does not fit: there is nothing to compare with
+    assert paper["peak bytes"] > planner["peak bytes"]
     assert result.notes["precision"] == "float32, no autocast"
     write_result("sweep", result, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"sweep.json", "sweep.md", "sweep.png"}
@@ -89,23 +89,23 @@ def test_all_gpu_numbers_at_small_size(tmp_path, monkeypatch):
     assert set(result.notes["skipped"]) == {f"peers: tiny, 32 tiles: {name}" for name in NEED_A_GPU}
     assert max(result.notes["exact"].values()) < 1e-10
     assert [bound.holds for bound in result.bounds] == [True, True]  # all parts, exact: small sizes claim no times
-    found = {(row["part"], row["case"], row["mode"]): row for row in result.rows}
-    assert found["image", "64 px", "planner"]["over"] == "native"
-    assert found["paper", "64 px", "paper"]["over"] == "planner"
-    modes = [mode for part, _, mode in found if part == "peers"]
+    rows = {(row["part"], row["case"], row["mode"]): row for row in result.rows}
+    assert rows["image", "64 px", "planner"]["over"] == "native"
+    assert rows["paper", "64 px", "paper"]["over"] == "planner"
+    modes = [mode for part, _, mode in rows if part == "peers"]
     assert modes == [*(name for name in PEERS.methods if name not in NEED_A_GPU), "ours", "ours, whole card"]
-    assert found["peers", "tiny, 32 tiles", "ours"]["peak_ratio"] < 0.8
-    assert found["peers", "tiny, 32 tiles", "ours, whole card"]["peak_ratio"] == 1
+    assert rows["peers", "tiny, 32 tiles", "ours"]["peak_ratio"] < 0.8
+    assert rows["peers", "tiny, 32 tiles", "ours, whole card"]["peak_ratio"] == 1
     losses = result.notes["peers: loss of the first step"]["tiny, 32 tiles"]
     assert list(losses) == modes
     assert list(losses.values()) == pytest.approx([losses["native"]] * len(losses), rel=1e-5)
-    assert found["large", "160 px", "planner"]["peak_gib"] <= small.large[1]
-    assert found["largest", "64 px", "planner"]["plan"] == "recompute:4"
+    assert rows["large", "160 px", "planner"]["peak_gib"] <= small.large[1]
+    assert rows["largest", "64 px", "planner"]["plan"] == "recompute:4"
     bag = result.notes["32 tiles"]
-    plan = found["bags", "32 tiles", "planner"]["plan"]
+    plan = rows["bags", "32 tiles", "planner"]["plan"]
     assert (bag["fetched_bytes"] + bag["sent_bytes"] > 0) == ("offload" in plan or "stream" in plan), plan
-    seconds = found["bags", "32 tiles", "planner"]["seconds"]
-    ratio = found["bags", "32 tiles", "planner"]["ratio"]
+    seconds = rows["bags", "32 tiles", "planner"]["seconds"]
+    ratio = rows["bags", "32 tiles", "planner"]["ratio"]
     assert ratio == pytest.approx(seconds / max(bag["compute_s"], bag["transfer_s"]))
     for row in result.rows:  # what was planned is what was counted
         if row["planned_gib"] is not None:

@@ -63,9 +63,9 @@ of_each_loss = pytest.mark.parametrize(("shape", "targets", "loss"), CASES.value
 def test_a_bag_without_a_target_is_in_no_sum_and_gets_no_gradient(shape, targets, loss):
     outputs = normal(*shape).requires_grad_()
     labelled = torch.tensor([0, 1, 3, 4])
-    found = loss(outputs, targets, None)
-    torch.testing.assert_close(found, loss(outputs[labelled], targets[labelled], None), rtol=0, atol=1e-14)
-    found.backward()
+    total = loss(outputs, targets, None)
+    torch.testing.assert_close(total, loss(outputs[labelled], targets[labelled], None), rtol=0, atol=1e-14)
+    total.backward()
     assert outputs.grad[2].abs().max() == 0
     assert outputs.grad[labelled].abs().amax(1).min() > 0
 
@@ -74,9 +74,9 @@ def test_a_bag_without_a_target_is_in_no_sum_and_gets_no_gradient(shape, targets
 def test_without_a_labelled_bag_the_zero_stays_connected(shape, targets, loss):
     for rows in ([2], []):
         outputs = normal(*shape).requires_grad_()
-        found = loss(outputs[rows], targets[rows], None)
-        assert (found.item(), found.requires_grad) == (0.0, True)
-        found.backward()
+        total = loss(outputs[rows], targets[rows], None)
+        assert (total.item(), total.requires_grad) == (0.0, True)
+        total.backward()
         assert outputs.grad.abs().max() == 0
 
 
@@ -90,10 +90,10 @@ def test_a_bags_weight_is_the_factor_of_its_loss(shape, targets, loss):
 @of_each_loss
 def test_half_precision_is_computed_in_float32(shape, targets, loss):
     outputs = normal(*shape).bfloat16()
-    found = loss(outputs, targets, None)
-    assert found.dtype is torch.float32
+    total = loss(outputs, targets, None)
+    assert total.dtype is torch.float32
     exact = loss(outputs.double(), targets, None)
-    assert found.item() == pytest.approx(exact.item(), rel=1e-6)
+    assert total.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
 def test_an_idle_ranks_zero_is_zero_whatever_its_output_is():

@@ -186,11 +186,11 @@ class TestOrdinal:
         reached = kappa(fitted.values)
         assert list(fitted.values) == sorted(fitted.values)
         assert reached >= kappa([0.5, 1.5]) - 1e-12
-        for place in np.arange(-1, 3.5, 0.05):
-            if place <= fitted.values[1]:
-                assert kappa([place, fitted.values[1]]) <= reached + 1e-9
-            if place >= fitted.values[0]:
-                assert kappa([fitted.values[0], place]) <= reached + 1e-9
+        for threshold in np.arange(-1, 3.5, 0.05):
+            if threshold <= fitted.values[1]:
+                assert kappa([threshold, fitted.values[1]]) <= reached + 1e-9
+            if threshold >= fitted.values[0]:
+                assert kappa([fitted.values[0], threshold]) <= reached + 1e-9
 
     def test_a_collapsed_score_keeps_the_thresholds_of_rounding(self):
         assert fit_grade_thresholds([1.0, 1.0], [0, 2], 3, split="validation").values == (0.5, 1.5)

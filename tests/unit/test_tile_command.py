@@ -63,13 +63,13 @@ def test_shares_a_summary_and_places_are_printed(cohort, capsys):
 def test_masks_go_out_are_corrected_and_come_back(cohort, capsys):
     options = ("--slide_mpp", 0.5)
     assert tile(cohort, *options, "--export_masks", cohort / "masks") == 0
-    own = read_grid(cohort / "tiles/one.safetensors")
+    grid = read_grid(cohort / "tiles/one.safetensors")
     assert tile(cohort, *options, "--tissue_masks", cohort / "masks", output="again") == 0
-    np.testing.assert_array_equal(read_grid(cohort / "again/one.safetensors").coords, own.coords)
+    np.testing.assert_array_equal(read_grid(cohort / "again/one.safetensors").coords, grid.coords)
     path = cohort / "masks/one.geojson"
-    found = json.loads(path.read_text())
-    found["features"][0]["geometry"]["coordinates"] = [[[0, 0], [96, 0], [96, 32], [0, 32], [0, 0]]]
-    path.write_text(json.dumps(found))
+    collection = json.loads(path.read_text())
+    collection["features"][0]["geometry"]["coordinates"] = [[[0, 0], [96, 0], [96, 32], [0, 32], [0, 0]]]
+    path.write_text(json.dumps(collection))
     assert tile(cohort, *options, "--tissue_masks", cohort / "masks") == 0
     assert read_grid(cohort / "tiles/one.safetensors").coords.tolist() == [[0, 0], [32, 0], [64, 0]]
     # What was corrected is never written over.
@@ -112,8 +112,8 @@ def test_imported_grids_keep_the_slides_own_resolution(cohort, capsys):
     told = {name: read_grid(cohort / "imported" / f"{name}.safetensors").slide_mpp for name in ("one", "two", "three")}
     assert told == pytest.approx({"one": 0.5, "two": 0.25, "three": 1.0}, rel=1e-3)
     assert tile(cohort, "--slide_mpp", 1.0) == 0  # the same rule
-    ours = {name: read_grid(cohort / "tiles" / f"{name}.safetensors").slide_mpp for name in told}
-    assert ours == pytest.approx(told)
+    mpps = {name: read_grid(cohort / "tiles" / f"{name}.safetensors").slide_mpp for name in told}
+    assert mpps == pytest.approx(told)
     capsys.readouterr()
     assert tile(cohort, "--import_clam", cohort / "clam", "--tissue_masks", cohort) == 2
     assert "--tissue_masks must not be given with --import_clam" in capsys.readouterr().err
@@ -144,9 +144,9 @@ def test_training_and_evaluation_leave_bad_slides_out_and_say_so(tmp_path, capsy
 
 
 def parsers():
-    found = build_parser()._subparsers._group_actions[0].choices
-    protocol = found["protocol"]._subparsers._group_actions[0].choices
-    return {name: next(iter(protocol.values())) if name == "protocol" else found[name] for name in READ_SLIDES}
+    commands = build_parser()._subparsers._group_actions[0].choices
+    protocol = commands["protocol"]._subparsers._group_actions[0].choices
+    return {name: next(iter(protocol.values())) if name == "protocol" else commands[name] for name in READ_SLIDES}
 
 
 def options_of(parser):
@@ -206,5 +206,5 @@ def test_short_work_is_not_told(caplog):
 
 
 def test_durations():
-    found = [duration(value) for value in (0.4, 59, 61, 3599, 3600, 9000)]
-    assert found == ["0 s", "59 s", "1 min", "1 h 00 min", "1 h 00 min", "2 h 30 min"]
+    words = [duration(value) for value in (0.4, 59, 61, 3599, 3600, 9000)]
+    assert words == ["0 s", "59 s", "1 min", "1 h 00 min", "1 h 00 min", "2 h 30 min"]

@@ -132,10 +132,10 @@ def test_a_flipped_bit_is_found_at_reading_named_and_repaired(slide, tmp_path):
     grid, path = grid_of(slide), store_path(tmp_path, "s")
     pack_slide(slide, grid, tmp_path)
     with StoredSlide(path) as stored:
-        place = path.read_bytes().index(bytes(stored.jpeg(5)))
+        offset = path.read_bytes().index(bytes(stored.jpeg(5)))
     assert damaged_rows(path) == []
     data = bytearray(path.read_bytes())
-    data[place + 500] ^= 4
+    data[offset + 500] ^= 4
     path.write_bytes(data)
     assert damaged_rows(path) == [5]
     x, y = grid.coords[5]
@@ -213,13 +213,13 @@ def bags_of(cohort, policy, order):
 def test_bags_from_a_store_are_the_bags_of_the_slides(cohort, tmp_path, workers):
     pack_cohort(cohort, tmp_path / "store")
     order = [3, BagPart(0, 0, 3, (1, 4, 5)), 1]
-    ours = bags_of(cohort, ReadPolicy(workers=workers, tile_store=str(tmp_path / "store")), order)
-    theirs = bags_of(cohort, ReadPolicy(workers=0), order)
-    for own, other in zip(ours, theirs, strict=True):
-        assert own.slide == other.slide
-        assert own.kept.tolist() == other.kept.tolist()
-        assert own.tiles.shape == other.tiles.shape
-        assert (own.tiles.int() - other.tiles.int()).abs().float().mean() < 2
+    from_store = bags_of(cohort, ReadPolicy(workers=workers, tile_store=str(tmp_path / "store")), order)
+    from_slides = bags_of(cohort, ReadPolicy(workers=0), order)
+    for bag, other in zip(from_store, from_slides, strict=True):
+        assert bag.slide == other.slide
+        assert bag.kept.tolist() == other.kept.tolist()
+        assert bag.tiles.shape == other.tiles.shape
+        assert (bag.tiles.int() - other.tiles.int()).abs().float().mean() < 2
 
 
 def test_every_slide_that_a_store_lacks_is_listed(cohort, tmp_path):

@@ -210,12 +210,15 @@ def test_a_broken_tile_is_kept_to_be_reported_and_the_others_are_as_before(tmp_p
                 slide.read_tile(x, y, grid.level, grid.read_size_px, 128)
             except TileReadError:
                 failed.append((x, y))
-    kept, wanted = {tuple(place) for place in grid.coords.tolist()}, {tuple(place) for place in whole.coords.tolist()}
+    kept, expected = (
+        {tuple(corner) for corner in grid.coords.tolist()},
+        {tuple(corner) for corner in whole.coords.tolist()},
+    )
     if levels == 2:  # the overview is whole
-        assert (kept, unknown) == (wanted, 0)
+        assert (kept, unknown) == (expected, 0)
         assert failed == [(384, 512)]
     else:
-        assert kept == wanted | {(0, 0)}  # glass or tissue, in the broken corner
+        assert kept == expected | {(0, 0)}  # glass or tissue, in the broken corner
         assert unknown == 2
         assert failed == [(0, 0), (384, 512)]
 

@@ -118,7 +118,7 @@ def stained(colour, shape, seed=2):
 
 
 def overview(image, mpp=8.0):
-    """Of 0.5 um/px."""
+    """The overview of an image of 0.5 um/px."""
     return np.asarray(Image.fromarray(image).reduce(int(mpp / 0.5)))
 
 

@@ -11,7 +11,7 @@ D = 300_007  # above the size up to which nothing is sampled
 
 
 def naive(flat, k):
-    """By a stable sort of the magnitudes' bits, descending."""
+    """The k largest by a stable sort of the magnitudes' bits, descending."""
     keys = flat.numpy().view(np.int32) & 0x7FFFFFFF
     return torch.from_numpy(np.sort(np.argsort(-keys.astype(np.int64), kind="stable")[:k]))
 

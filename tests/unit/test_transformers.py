@@ -48,22 +48,22 @@ def same(ours, theirs):
 
 
 def test_weights_are_those_of_build_model():
-    ours = make().slide_model.state_dict()
+    state = make().slide_model.state_dict()
     torch.manual_seed(0)
-    assert same(ours, build_model(CONFIG).state_dict())
+    assert same(state, build_model(CONFIG).state_dict())
 
 
 def test_a_saved_model_is_loaded_whole(tmp_path):
     model = make(OTHER)
     model.save_pretrained(tmp_path)
-    found, info = SlideModelForSlideClassification.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = SlideModelForSlideClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
-    assert same(found.state_dict(), model.state_dict())
-    assert found.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert same(loaded.state_dict(), model.state_dict())
+    assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"}
     batch = SlideCollator()([{"tiles": bag} for bag in tiles(3, 2)])
     # The channels' mean and deviation are no weights: they come from the configuration.
-    assert same(dict(found.named_buffers()), dict(model.named_buffers()))
-    torch.testing.assert_close(found(**batch).logits, model.eval()(**batch).logits, rtol=1e-5, atol=1e-6)
+    assert same(dict(loaded.named_buffers()), dict(model.named_buffers()))
+    torch.testing.assert_close(loaded(**batch).logits, model.eval()(**batch).logits, rtol=1e-5, atol=1e-6)
 
 
 def test_a_weight_that_is_missing_is_refused(tmp_path):
@@ -155,8 +155,8 @@ def test_every_bag_is_dealt_once_an_epoch(stacking):
         for batches in ranks:
             batches.set_epoch(epoch)
         dealt = [list(batches) for batches in ranks]
-        assert {len(own) for own in dealt} == {len(ranks[0])}
-        assert sorted(bag for own in dealt for micro in own for bag in micro) == list(range(23))
+        assert {len(of_rank) for of_rank in dealt} == {len(ranks[0])}
+        assert sorted(bag for of_rank in dealt for micro in of_rank for bag in micro) == list(range(23))
         orders.append(dealt)
     assert orders[0] != orders[1]
     dropped = StepBatches(23, rank=0, drop_last=True, **layout)

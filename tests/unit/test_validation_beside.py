@@ -53,7 +53,7 @@ def forked(monkeypatch):
 
 
 def history_of(folder):
-    """Without what is timed, in the order in which it is written."""
+    """A run's history without what is timed, in the order in which it is written."""
     history = json.loads((Path(folder) / "history.json").read_text())
     return [[(key, value) for key, value in entry.items() if key not in TIMED] for entry in history]
 

@@ -47,9 +47,9 @@ def test_what_is_decoded_was_encoded_and_has_the_formulas_size(indices, values):
         section = a_section(d, nnz)
         message = encode([section], step=5, source=2, shard=3, flags=ABSOLUTE, values=values, indices=indices)
         assert len(message) == message_bytes([section_bytes(indices, values, d, nnz)])
-        found = decode(message, layout=[(0, d)], step=5)
-        assert (found.step, found.source, found.shard, found.flags) == (5, 2, 3, ABSOLUTE)
-        (back,) = found.sections
+        decoded = decode(message, layout=[(0, d)], step=5)
+        assert (decoded.step, decoded.source, decoded.shard, decoded.flags) == (5, 2, 3, ABSOLUTE)
+        (back,) = decoded.sections
         rounded = round_values(section.values, values)
         assert torch.equal(densified(back), densified(Section(0, d, section.indices, rounded)))
         if indices != "dense":
@@ -66,8 +66,8 @@ def test_all_tensors_of_a_step_are_one_message():
     ]
     sections.append(Section(3, 5, None, torch.arange(5.0)))
     message = encode(sections, step=0)
-    found = decode(message, layout=[(s.id, s.numel) for s in sections])
-    assert all(torch.equal(densified(one), densified(two)) for one, two in zip(found.sections, sections, strict=True))
+    decoded = decode(message, layout=[(s.id, s.numel) for s in sections])
+    assert all(torch.equal(densified(one), densified(two)) for one, two in zip(decoded.sections, sections, strict=True))
     sizes = [section_bytes(cheapest("fp32", s.numel, len(s.values)), "fp32", s.numel, len(s.values)) for s in sections]
     assert len(message) == message_bytes(sizes)
 
@@ -105,8 +105,8 @@ def test_clustered_and_extreme_indices():
     d = 2**32 - 1
     far = torch.tensor([0, 1, 2, 2**31, d - 1])
     for indices in ("coo", "gap"):
-        found = decode(encode([Section(0, d, far, torch.ones(5))], step=0, indices=indices))
-        assert torch.equal(found.sections[0].indices, far)
+        decoded = decode(encode([Section(0, d, far, torch.ones(5))], step=0, indices=indices))
+        assert torch.equal(decoded.sections[0].indices, far)
 
 
 def test_values_too_large_saturate_and_round_as_a_receiver_decodes():
@@ -135,7 +135,7 @@ def test_what_cannot_be_sent_is_refused(section, said):
 
 
 def changed(message, at, value, form="<B"):
-    """With a field overwritten and the checksum right again."""
+    """A message with a field overwritten and the checksum right again."""
     data = message.numpy().copy()
     data[at : at + struct.calcsize(form)] = np.frombuffer(struct.pack(form, value), np.uint8)
     return torch.from_numpy(reseal(data))
@@ -252,11 +252,11 @@ def test_ten_thousand_hostile_messages_are_read_or_refused(seed, seeds):
     for data in mutations(np.random.default_rng(seed), seeds):
         before = data.tobytes()
         try:
-            found = decode(torch.from_numpy(data))
+            decoded = decode(torch.from_numpy(data))
         except WireError:
             continue
         assert data.tobytes() == before
-        for section in found.sections:
+        for section in decoded.sections:
             assert section.values.isfinite().all()
             assert section.indices is not None or len(section.values) == section.numel
             if section.indices is not None and len(section.indices):
@@ -267,7 +267,7 @@ def test_ten_thousand_hostile_messages_are_read_or_refused(seed, seeds):
 
 
 def test_the_fuzz_reaches_the_payloads(seeds):
-    """Of the mutated messages some are read and some are refused for what is behind the header."""
+    """Some of the mutated messages are read and some are refused for what is behind the header."""
     said = []
     for data in (data for seed in range(40) for data in mutations(np.random.default_rng(seed), seeds)):
         try:

@@ -73,6 +73,22 @@ def test_the_documentation_keeps_to_the_rules_of_wording():
     assert not found, "\n".join(found)
 
 
+# Words of the package's messages, which tests match: they are mended with the messages.
+MESSAGES = ("one value a channel", "one a bag", "contiguous, for the trial does not fit")
+
+
+@pytest.mark.parametrize("rule", HELD)
+def test_the_tests_keep_to_the_rules_of_wording(rule):
+    modules = [path for path in _modules(ROOT / "tests") if path != Path(__file__)]  # here faults are planted
+    broken = [
+        f"{path.relative_to(ROOT)}:{fault.line}: {fault.words}"
+        for path in modules
+        for fault in file_faults(path)
+        if fault.rule == rule and not any(words in fault.words for words in MESSAGES)
+    ]
+    assert not broken, "\n".join(broken)
+
+
 def _modules(path):
     modules = [path] if path.is_file() else sorted(path.rglob("*.py"))
     assert modules, f"{path} must be a module or a package"

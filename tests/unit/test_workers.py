@@ -44,10 +44,10 @@ def at_tile(monkeypatch):
         slide_id = cohort.manifest.slides[5].slide_id
         read_tile, parent = Slide.read_tile, os.getpid()
 
-        def read(self, *place, **more):
-            if (self.slide_id, *place[:2]) == (slide_id, x, y) and os.getpid() != parent:
+        def read(self, *corner, **more):
+            if (self.slide_id, *corner[:2]) == (slide_id, x, y) and os.getpid() != parent:
                 call()
-            return read_tile(self, *place, **more)
+            return read_tile(self, *corner, **more)
 
         monkeypatch.setattr(Slide, "read_tile", read)
         return f"slide {slide_id}, tile at ({x}, {y}) ({cohort.manifest.slides[5].path})"
@@ -64,7 +64,7 @@ def sleep():
 
 
 def stubborn():
-    """As a read that no polite signal ends."""
+    """A read that no polite signal ends."""
     while True:
         time.sleep(0.01)
 
@@ -98,9 +98,9 @@ def test_without_a_limit_a_stopped_process_is_waited_for_until_it_goes_on(cohort
         target=lambda: (time.sleep(2.5), os.kill(pids.get(), signal.SIGCONT))
     )
     waker.start()
-    found = bags_of(cohort, workers=1, timeout_s=0)
+    bags = bags_of(cohort, workers=1, timeout_s=0)
     waker.join()
-    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(found, expected, strict=True))
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(bags, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_a_process_that_dies_is_told_at_once_with_its_tile(cohort, at_tile, numb
 def test_workers_outlast_the_signals_that_ask_a_run_to_end(cohort, at_tile):
     expected = bags_of(cohort, workers=0)
     at_tile(cohort, lambda: [os.kill(os.getpid(), one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
-    found = bags_of(cohort, workers=2)
-    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(found, expected, strict=True))
+    bags = bags_of(cohort, workers=2)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(bags, expected, strict=True))
 
 
 def test_a_stream_that_is_left_ends_its_processes_and_one_that_is_held_does_not_hold_up_the_exit(cohort, at_tile):
@@ -188,9 +188,9 @@ def test_answers_are_the_jobs_own_in_order_whatever_their_size(n_workers, ahead)
     job = Numbers()
     # Requests of 1 MB do not fit into a socket: neither side may wait for the other to read.
     requests = [Large(number) for number in range(30)]
-    found = list(answers(job, requests, workers=n_workers, ahead=ahead, timeout_s=30, describe=lambda *_: ""))
-    assert [request for request, _ in found] == requests
-    for request, answer in found:
+    answered = list(answers(job, requests, workers=n_workers, ahead=ahead, timeout_s=30, describe=lambda *_: ""))
+    assert [request for request, _ in answered] == requests
+    for request, answer in answered:
         expected = job.answer(request)
         assert torch.equal(answer.tensor, expected.tensor)
         assert answer.more == expected.more
@@ -220,9 +220,9 @@ def test_without_memory_files_tiles_go_through_files_of_the_temporary_folder(coh
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     workers._tell_transport.cache_clear()
     with caplog.at_level("INFO", logger="ds_wsi"):
-        found = bags_of(cohort, workers=2)
+        bags = bags_of(cohort, workers=2)
     workers._tell_transport.cache_clear()
-    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(found, expected, strict=True))
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(bags, expected, strict=True))
     assert f"in files of {tmp_path}: no memory files" in caplog.text
     assert not list(tmp_path.iterdir())
 
@@ -257,7 +257,7 @@ print("the same")
 
 @pytest.mark.parametrize("mount", ["mount -t tmpfs -o size=16m tmpfs", "mount -t tmpfs -o size=64m tmpfs", "full"])
 def test_a_small_or_full_dev_shm_has_no_part_in_it(mount, demo_manifest):
-    """As in a container: /dev/shm of 64 MB by default."""
+    """A container's: /dev/shm of 64 MB by default."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount")
     if mount == "full":

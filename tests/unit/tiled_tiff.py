@@ -61,12 +61,12 @@ class Kind:
 
 def segments(jpeg):
     """The marker segments before the scan, and what comes after them."""
-    position, found = 2, []
+    position, pieces = 2, []
     while jpeg[position + 1] != 0xDA:
         end = position + 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
-        found.append(jpeg[position:end])
+        pieces.append(jpeg[position:end])
         position = end
-    return found, jpeg[position:]
+    return pieces, jpeg[position:]
 
 
 def encode(tile, kind):
@@ -167,8 +167,8 @@ def _tags(number, page, offsets, counts, kind):
 
 def _write_directory(out, link, tags, kind):
     """Append a directory and what its entries point to; returns where the place of the next one belongs."""
-    place = "Q" if kind.big else "I"
-    size = struct.calcsize(place)
+    offset_form = "Q" if kind.big else "I"
+    size = struct.calcsize(offset_form)
     entries = []
     for tag, (kind_of_values, values) in sorted(tags.items()):
         data = values if isinstance(values, bytes) else b""
@@ -177,11 +177,11 @@ def _write_directory(out, link, tags, kind):
         if len(data) > size:
             at = len(out)
             out += data + bytes(len(data) % 2)
-            data = struct.pack(kind.order + place, at)
+            data = struct.pack(kind.order + offset_form, at)
         entries.append(
-            struct.pack(f"{kind.order}HH{place}", tag, kind_of_values, len(values)) + data.ljust(size, b"\0")
+            struct.pack(f"{kind.order}HH{offset_form}", tag, kind_of_values, len(values)) + data.ljust(size, b"\0")
         )
-    struct.pack_into(kind.order + place, out, link, len(out))
+    struct.pack_into(kind.order + offset_form, out, link, len(out))
     out += struct.pack(kind.order + ("Q" if kind.big else "H"), len(entries)) + b"".join(entries)
     out += bytes(size)
     return len(out) - size

@@ -53,10 +53,10 @@ def evaluate(folder, model, output, *more):
 
 def listing(folder, without=()):
     """Path -> all that is known of each entry below a folder, symbolic links not followed."""
-    found = {}
-    for place, folders, files in os.walk(folder):
+    entries = {}
+    for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            path = Path(place) / name
+            path = Path(parent) / name
             if path.is_relative_to(folder) and path.relative_to(folder).parts[0] in without:
                 continue
             state = path.lstat()
@@ -66,5 +66,5 @@ def listing(folder, without=()):
             else:
                 content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
             time_ns = 0 if stat.S_ISDIR(kind) else state.st_mtime_ns
-            found[str(path)] = (state.st_mode, content, time_ns)
-    return found
+            entries[str(path)] = (state.st_mode, content, time_ns)
+    return entries

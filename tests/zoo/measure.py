@@ -44,11 +44,11 @@ class Case:
     """What is compared.
 
     Args:
-        model: its key in the zoo.
+        model: the model's key in the zoo.
         axis: "batch" or "spatial".
-        mode: of the policy.
+        mode: the policy's.
         train: training mode, else evaluation mode.
-        draws: with dropout and drop path.
+        draws: whether the model has dropout and drop path.
     """
 
     model: str
@@ -76,10 +76,10 @@ class Outcome:
     Args:
         status: one of `STATUSES`.
         detail: the worst tensor, the refusal's sentence, or the error and where it was raised.
-        error: of the worst tensor, the largest difference over the largest value.
+        error: the worst tensor's, the largest difference over the largest value.
         noise: the largest noise of any tensor, in the same measure.
-        seconds: of CPU, of the partitioned step; the module's own check at its first call is in it.
-        plain_seconds: of CPU, of the plain step.
+        seconds: CPU time of the partitioned step; the module's own check at its first call is in it.
+        plain_seconds: CPU time of the plain step.
         norms: BatchNorm layers.
     """
 
@@ -119,10 +119,10 @@ def reference(model: ZooModel, axis: str, *, train: bool, draws: bool) -> Refere
     """
     module, x = build(model, train, draws), tile_input(model, axis)
     started = time.process_time()
-    found = step(copy.deepcopy(module), x, model.keyword)
+    results = step(copy.deepcopy(module), x, model.keyword)
     seconds = time.process_time() - started
     torch.manual_seed(5)
-    drawn = not torch.equal(found["generator"], torch.random.get_rng_state())  # type: ignore[arg-type]
+    drawn = not torch.equal(results["generator"], torch.random.get_rng_state())  # type: ignore[arg-type]
     if drawn:  # another order of tiles is another draw
         signs = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(7))
         others = [step(copy.deepcopy(module), x * (1 + EPSILON * signs), model.keyword)]
@@ -130,9 +130,9 @@ def reference(model: ZooModel, axis: str, *, train: bool, draws: bool) -> Refere
         others = [step(copy.deepcopy(module), x, model.keyword, order) for order in ORDERS[axis]]
     noise: dict[str, float] = {}
     for other in others:
-        for name, size in distances(other, found):
+        for name, size in distances(other, results):
             noise[name] = max(noise.get(name, 0.0), size)
-    return Reference(module, x, model.keyword, model.floor, found, noise, seconds, drawn)
+    return Reference(module, x, model.keyword, model.floor, results, noise, seconds, drawn)
 
 
 def measure(plain: Reference, axis: str, mode: str, longest: float = 120.0) -> Outcome:
@@ -190,13 +190,13 @@ def _drawn(plain: Reference, axis: str, mode: str) -> Outcome:
         del parts["one chunk"]
     outcome = Outcome("exact")
     for name, part in parts.items():
-        found = _guarded(plain, part)
-        if name == "one chunk" and couples and found.status == "wrong":
+        result = _guarded(plain, part)
+        if name == "one chunk" and couples and result.status == "wrong":
             continue  # another order of draws
-        worst = max(found.error, outcome.error)
-        outcome = replace(found, error=worst, seconds=found.seconds + outcome.seconds)
-        if found.status != "exact":
-            return replace(outcome, error=found.error, detail=f"{name}: {found.detail}")
+        worst = max(result.error, outcome.error)
+        outcome = replace(result, error=worst, seconds=result.seconds + outcome.seconds)
+        if result.status != "exact":
+            return replace(outcome, error=result.error, detail=f"{name}: {result.detail}")
     return outcome
 
 
@@ -227,15 +227,15 @@ class _ByChunk(nn.Module):
 def _held(plain: Reference, module: nn.Module, expected: Found, noise: dict[str, float]) -> Outcome:
     """A module's step against what is expected of it."""
     started = time.process_time()
-    found = step(module, plain.x, plain.keyword)
+    results = step(module, plain.x, plain.keyword)
     seconds = time.process_time() - started
-    sizes = dict(distances(found, expected))
+    sizes = dict(distances(results, expected))
     worst = max(sizes, key=lambda name: sizes[name] / max(plain.floor, FACTOR * noise.get(name, 0.0)))
     loud = max(noise, key=lambda name: noise[name]) if noise else ""
     outcome = Outcome("exact", worst, sizes[worst], noise.get(loud, 0.0), seconds)
     if sizes[worst] > max(plain.floor, FACTOR * noise.get(worst, 0.0)):
         return replace(outcome, status="wrong", detail=f"{worst}, of noise {noise.get(worst, 0.0):.1e}")
-    if not torch.equal(torch.random.get_rng_state(), found["generator"]):  # type: ignore[arg-type]
+    if not torch.equal(torch.random.get_rng_state(), results["generator"]):  # type: ignore[arg-type]
         return replace(outcome, status="wrong", detail="backward does not leave the generator as forward left it")
     if outcome.noise > BLUR:
         return replace(outcome, status="undecided", detail=f"{loud}: the plain module differs from itself as much")
@@ -253,9 +253,9 @@ def _slope(plain: Reference, module: nn.Module) -> Outcome:
 
 
 def _slope_error(module: nn.Module, x: Tensor, keyword: str | None) -> float:
-    found = step(module, x, keyword)
+    tensors = step(module, x, keyword)
     generator = torch.Generator().manual_seed(4)
-    moved: list[tuple[Tensor, Tensor | None]] = [(x, found["input's gradient"])]
+    moved: list[tuple[Tensor, Tensor | None]] = [(x, tensors["input's gradient"])]
     moved += [(parameter, parameter.grad) for parameter in module.parameters()]
     lines = [
         torch.randn(tensor.shape, dtype=torch.float64, generator=generator) * tensor.detach().square().mean().sqrt()
@@ -290,24 +290,24 @@ def _size(axis: str) -> int:
 def _guarded(plain: Reference, run: Callable[[], Outcome]) -> Outcome:
     """A comparison whose errors are outcomes: a refusal is an error that the package raises with its rule."""
     try:
-        found = run()
+        outcome = run()
     except Exception as error:
-        found = failure(error)
-    return replace(found, plain_seconds=plain.seconds, norms=plain.norms)
+        outcome = failure(error)
+    return replace(outcome, plain_seconds=plain.seconds, norms=plain.norms)
 
 
 def failure(error: BaseException) -> Outcome:
     """Refused where the package itself raised a sentence with "must"; crashed otherwise, with the place."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename.startswith(PACKAGE)]
+    package_frames = [frame for frame in frames if frame.filename.startswith(PACKAGE)]
     text = " ".join(str(error).split())
     # A refusal may wrap what the model's Python raised, but not a slip of the package's own.
     cause = traceback.extract_tb(error.__cause__.__traceback__) if error.__cause__ else []
     slip = bool(cause) and cause[-1].filename.startswith(PACKAGE) and not isinstance(error.__cause__, ValueError)
-    if own and frames[-1].filename == own[-1].filename and " must " in text and not slip:
+    if package_frames and frames[-1].filename == package_frames[-1].filename and " must " in text and not slip:
         return Outcome("refused", text)
-    place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
-    return Outcome("crashed", f"{type(error).__name__}: {text[:300]}{place}")
+    where = f" at {Path(package_frames[-1].filename).name}:{package_frames[-1].lineno}" if package_frames else ""
+    return Outcome("crashed", f"{type(error).__name__}: {text[:300]}{where}")
 
 
 @contextmanager

@@ -178,16 +178,16 @@ CONVOLUTIONAL: list[tuple[str, str, dict[str, Any]]] = [
 
 def models() -> list[ZooModel]:
     """The encoders' shapes."""
-    found = [
+    entries = [
         ZooModel(f"pathology/{key}", partial(_vit, name, prefix, options), (3, 32, 32))
         for key, name, prefix, options in VITS
     ]
-    found += [
+    entries += [
         ZooModel(f"pathology/{key}", partial(_convolutional, name, options), (3, 64, 64), (3, 133, 64))
         for key, name, options in CONVOLUTIONAL
     ]
     gated = {"use_swiglu_ffn": True, "mlp_ratio": 4}
-    found += [
+    entries += [
         ZooModel("pathology/Phikon", partial(_transformers, "ViT", {"intermediate_size": 96}, 0), (3, 32, 32)),
         ZooModel("pathology/Phikon-v2", partial(_transformers, "Dinov2", {"mlp_ratio": 4}, 0), (3, 32, 32)),
         ZooModel("pathology/Midnight", partial(_transformers, "Dinov2", gated, 1), (3, 32, 32)),
@@ -195,4 +195,4 @@ def models() -> list[ZooModel]:
         ZooModel("pathology/CTransPath", _swin_with_stem, (3, 64, 64)),
         ZooModel("pathology/ViT with the stem", _vit_with_stem, (3, 32, 32)),
     ]
-    return found
+    return entries

@@ -83,16 +83,18 @@ def step(module: nn.Module, x: Tensor, keyword: str | None, order: int = 0) -> F
     ]
     pairs = [(out, grad) for out, grad in zip(results, given, strict=True) if out.requires_grad]
     torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
-    found: Found = {}
+    tensors: Found = {}
     for index, out in enumerate(results):
-        found[f"output {index}"] = out.detach().roll(-(order * out.shape[0] // tiles), 0) if out.dim() else out.detach()
-    found["input's gradient"] = None if x.grad is None else x.grad.roll(-order, 0)
+        tensors[f"output {index}"] = (
+            out.detach().roll(-(order * out.shape[0] // tiles), 0) if out.dim() else out.detach()
+        )
+    tensors["input's gradient"] = None if x.grad is None else x.grad.roll(-order, 0)
     for name, parameter in module.named_parameters():
-        found[f"gradient of {name}"] = parameter.grad
+        tensors[f"gradient of {name}"] = parameter.grad
     for name, buffer in module.named_buffers():
-        found[f"buffer {name}"] = buffer.detach().clone()
-    found["generator"] = after  # what backward leaves is looked at by `check_generator`
-    return found
+        tensors[f"buffer {name}"] = buffer.detach().clone()
+    tensors["generator"] = after  # what backward leaves is looked at by `check_generator`
+    return tensors
 
 
 def distances(found: Found, expected: Found) -> Iterator[tuple[str, float]]:

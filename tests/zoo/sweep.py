@@ -60,7 +60,7 @@ def cases(model: ZooModel, axes: Iterable[str], modes: Iterable[str], settings: 
 def run_cases(
     model: ZooModel, wanted: list[Case], pipe: multiprocessing.connection.Connection, timeout: float, memory: int
 ) -> None:
-    """In the model's own process: each case's outcome, told as it is known."""
+    """Run in the model's own process: each case's outcome, told as it is known."""
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     torch.set_num_threads(1)
     with quiet():
@@ -70,9 +70,9 @@ def run_cases(
             try:
                 plain = reference(model, axis, train=train, draws=draws)
             except Exception as error:
-                found = failure(error)
+                outcome = failure(error)
                 for case in some:
-                    pipe.send((case.key, Outcome("not run", f"the plain module: {found.detail}")))
+                    pipe.send((case.key, Outcome("not run", f"the plain module: {outcome.detail}")))
                 continue
             for case in some:
                 pipe.send((case.key, None))
@@ -86,15 +86,15 @@ def supervise(model: ZooModel, wanted: list[Case], timeout: float, memory: int) 
     """Outcomes of one model's cases; where a process dies or takes too long, another takes the rest."""
     left = {case.key: case for case in wanted}
     while left:
-        mine, theirs = multiprocessing.Pipe(duplex=False)
+        receiver, sender = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("fork")  # the libraries are imported once
-        process = context.Process(target=run_cases, args=(model, list(left.values()), theirs, timeout, memory))
+        process = context.Process(target=run_cases, args=(model, list(left.values()), sender, timeout, memory))
         process.start()
-        theirs.close()
+        sender.close()
         present = next(iter(left))
-        for key, outcome in _listen(process, mine, present, timeout):
+        for key, outcome in _listen(process, receiver, present, timeout):
             yield left.pop(key), outcome
-        mine.close()
+        receiver.close()
 
 
 def _listen(
@@ -157,9 +157,9 @@ def sweep(models: list[ZooModel], arguments: argparse.Namespace, done: set[str],
     """Measure what is not there yet, model after model; a line a case."""
     memory = int(arguments.memory_gib * 2**30)
     for index, model in enumerate(models):
-        wanted = [case for case in cases(model, arguments.axis, arguments.modes, arguments.settings)]
-        wanted = [case for case in wanted if case.key not in done]
-        for case, outcome in supervise(model, wanted, arguments.timeout, memory):
+        due = [case for case in cases(model, arguments.axis, arguments.modes, arguments.settings)]
+        due = [case for case in due if case.key not in done]
+        for case, outcome in supervise(model, due, arguments.timeout, memory):
             line = {**asdict(case), **asdict(outcome), "commit": version, "torch": torch.__version__}
             with arguments.results.open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -29,13 +29,13 @@ class Line:
 
 def read_results(path: Path) -> dict[str, Line]:
     """The last line of each case, by its key; none where there is no file."""
-    found: dict[str, Line] = {}
+    results: dict[str, Line] = {}
     for text in path.read_text().splitlines() if path.is_file() else []:
         row = json.loads(text)
         case = Case(**{field.name: row[field.name] for field in fields(Case)})
         outcome = Outcome(**{field.name: row[field.name] for field in fields(Outcome)})
-        found[case.key] = Line(case, outcome, row["commit"], row["torch"])
-    return found
+        results[case.key] = Line(case, outcome, row["commit"], row["torch"])
+    return results
 
 
 def write_table(results: Path, page: Path) -> None:

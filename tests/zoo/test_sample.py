@@ -34,14 +34,14 @@ def test_a_model_of_the_zoo_is_exact(key, second, draws):
     plain = reference(MODELS[key], "batch", train=True, draws=draws)
     assert plain.draws == draws
     for mode in {"lean", second}:
-        found = measure(plain, "batch", mode)
-        assert found.status == "exact", f"{mode}: {found}"
+        result = measure(plain, "batch", mode)
+        assert result.status == "exact", f"{mode}: {result}"
 
 
 def test_rows_of_a_large_image_are_exact():
     plain = reference(MODELS["timm/byobnet/test_byobnet"], "spatial", train=True, draws=False)
-    found = measure(plain, "spatial", "lean")
-    assert found.status == "exact", found
+    result = measure(plain, "spatial", "lean")
+    assert result.status == "exact", result
 
 
 class Peers(nn.Module):
@@ -83,9 +83,9 @@ def test_the_measure_sees_tiles_that_are_computed_apart(monkeypatch):
         module.forward = lambda x: torch.cat([forward(part) for part in x.split(policy.chunk_size)])
 
     plain = reference(entry(Peers), "batch", train=True, draws=False)
-    found = outcome(plain, monkeypatch, apart)
-    assert found.status == "wrong"
-    assert found.error > 1e-3
+    result = outcome(plain, monkeypatch, apart)
+    assert result.status == "wrong"
+    assert result.error > 1e-3
     plain = reference(MODELS["timm/byobnet/test_byobnet"], "batch", train=True, draws=False)
     assert outcome(plain, monkeypatch, apart).status == "wrong"
 
@@ -104,15 +104,15 @@ def test_the_measure_sees_a_mask_that_is_not_scaled(monkeypatch):
 
 def test_the_measure_tells_a_refusal_from_a_crash(monkeypatch):
     plain = reference(entry(Peers), "batch", train=True, draws=False)
-    found = outcome(plain, monkeypatch, lambda module, policy: 1 / 0)
-    assert (found.status, found.detail.split(":")[0]) == ("crashed", "ZeroDivisionError")
+    result = outcome(plain, monkeypatch, lambda module, policy: 1 / 0)
+    assert (result.status, result.detail.split(":")[0]) == ("crashed", "ZeroDivisionError")
     monkeypatch.undo()
     module = entry(Peers)
     plain = reference(module, "batch", train=True, draws=False)
     plain.module.grad_checkpointing = True
-    found = measure(plain, "batch", "lean")
-    assert found.status == "refused"
-    assert "must not checkpoint itself" in found.detail
+    result = measure(plain, "batch", "lean")
+    assert result.status == "refused"
+    assert "must not checkpoint itself" in result.detail
 
 
 def test_every_model_has_cases_and_a_key_of_its_own():

@@ -222,7 +222,7 @@ IN_FLOAT32 = ("naflexvit_base_patch16_gap",)  # it interpolates its positions in
 
 
 def _build(family: str, name: str, options: dict[str, Any], draws: bool) -> nn.Module:
-    """By timm's name, or by the class of that name in the model file, whose constructor takes more arguments.
+    """The model by timm's name, or by the class of that name in the model file, whose constructor takes more arguments.
 
     With draws, as far as the constructor knows rates of dropout and drop path.
     """

@@ -97,7 +97,7 @@ def _build(name: str, options: dict[str, Any], draws: bool) -> nn.Module:
     if name == "VisionTransformer":
         return module(**options, dropout=0.1, attention_dropout=0.1, num_classes=10)
     result: nn.Module = module(weights=None, **options)
-    # The first layer of these classifiers reads 25,088 or 9,216 numbers a tile: most of the time, and nothing new.
+    # The first layer of these classifiers reads 25,088 or 9,216 numbers per tile: most of the time, and nothing new.
     if name.startswith(("vgg", "alexnet")):
         channels = 512 if name.startswith("vgg") else 256
         result.avgpool = nn.AdaptiveAvgPool2d(1)

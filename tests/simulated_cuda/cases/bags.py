@@ -35,8 +35,8 @@ def model(place: str, dtype: torch.dtype) -> SlideModel:
     layers: list[nn.Module] = []
     for index in range(3):
         layers += [nn.Conv2d(WIDTH if index else 3, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU()]
-    own = SlideModel(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), Mean())
-    return own.to(device=place, dtype=dtype).train()
+    slide_model = SlideModel(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), Mean())
+    return slide_model.to(device=place, dtype=dtype).train()
 
 
 def stack(bags: list[Tensor], stacks: HostStacks) -> StackedBags:
@@ -56,32 +56,32 @@ def tiles(count: int) -> Tensor:
 
 def growth() -> dict[str, dict[str, int]]:
     """Active bytes, and allocated ones, at the peak of a step, by the number of tiles."""
-    own, device = model("cuda", torch.float32), torch.device("cuda", 0)
-    partition_layers(own.encoder, PartitionPolicy(mode="recompute", chunk_size=CHUNK))
-    stacks, found = HostStacks(device), {}
+    slide_model, device = model("cuda", torch.float32), torch.device("cuda", 0)
+    partition_layers(slide_model.encoder, PartitionPolicy(mode="recompute", chunk_size=CHUNK))
+    stacks, peaks = HostStacks(device), {}
     for count in (128, 512, 4096):  # the first one makes the gradients
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        own(stack([tiles(count)], stacks)).logits.sum().backward()
+        slide_model(stack([tiles(count)], stacks)).logits.sum().backward()
         stacks.used()
         stats = torch.cuda.memory_stats()
-        found[str(count)] = {name: stats[f"{name}_bytes.all.peak"] for name in ("active", "allocated")}
-    return found
+        peaks[str(count)] = {name: stats[f"{name}_bytes.all.peak"] for name in ("active", "allocated")}
+    return peaks
 
 
 def gradients() -> float:
     """The largest relative difference from the CPU's, over three steps on stacks of bags: two buffers take turns."""
     results = []
-    for place in ("cpu", "cuda"):
-        own = model(place, torch.float64)
-        partition_layers(own.encoder, PartitionPolicy(mode="offload", chunk_size=7, bn_population="bag"))
-        stacks = HostStacks(torch.device(place))
+    for device in ("cpu", "cuda"):
+        slide_model = model(device, torch.float64)
+        partition_layers(slide_model.encoder, PartitionPolicy(mode="offload", chunk_size=7, bn_population="bag"))
+        stacks = HostStacks(torch.device(device))
         for step in range(3):
             bags = [tiles(10 + step), tiles(23), tiles(3)]
-            own(stack(bags, stacks)).logits.square().sum().backward()
+            slide_model(stack(bags, stacks)).logits.square().sum().backward()
             stacks.used()
-        results.append([parameter.grad.cpu() for parameter in own.parameters() if parameter.grad is not None])
+        results.append([parameter.grad.cpu() for parameter in slide_model.parameters() if parameter.grad is not None])
     cpu, cuda = results
     return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-9)).item() for a, b in zip(cpu, cuda, strict=True))
 

@@ -35,7 +35,7 @@ def difference(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def message_of(work: Callable[[], object]) -> str:
-    """Of the error that it raises, its kind first."""
+    """The error that work raises, its kind first."""
     try:
         work()
     except Exception as error:
@@ -57,18 +57,18 @@ def drawn_again() -> bool:
 
 def page_locked() -> list[int]:
     """Bytes counted after torch's allocator took memory, and after some was registered and unregistered."""
-    found = []
+    locked = []
     held = torch.empty(1000, dtype=torch.uint8, pin_memory=True)
-    found.append(device.counters()["locked_bytes"])
+    locked.append(device.counters()["locked_bytes"])
     memory, runtime = torch.empty(5000, dtype=torch.uint8), torch.cuda.cudart()
     assert held.is_pinned()
     assert not memory.is_pinned()
     assert int(runtime.cudaHostRegister(memory.data_ptr(), 5000, 0)) == 0
     assert memory.is_pinned()
-    found.append(device.counters()["locked_bytes"] - found[0])
+    locked.append(device.counters()["locked_bytes"] - locked[0])
     assert int(runtime.cudaHostUnregister(memory.data_ptr())) == 0
-    found.append(device.counters()["locked_bytes"] - found[0])
-    return found
+    locked.append(device.counters()["locked_bytes"] - locked[0])
+    return locked
 
 
 def retries() -> int:
@@ -89,7 +89,7 @@ def out_of_memory() -> str:
 
 
 def inference() -> float:
-    """In inference mode operations come whole that autograd takes apart: the difference from the CPU."""
+    """The difference from the CPU in inference mode, where operations come whole that autograd takes apart."""
     x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         return difference([network().cuda().eval()(x.cuda()).cpu()], [network().eval()(x)])

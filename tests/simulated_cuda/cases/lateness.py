@@ -19,18 +19,18 @@ def main() -> None:
     side = torch.cuda.Stream()
     on_device, on_host = torch.zeros(SIZE, device="cuda"), torch.zeros(SIZE).pin_memory()
     torch.cuda.synchronize()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     with torch.cuda.stream(side):
         on_host.copy_(on_device + 1, non_blocking=True)
-    found["copy out"] = seen(on_host == 1)
+    results["copy out"] = seen(on_host == 1)
     side.synchronize()
     waited = [seen(on_host == 1) == "at once"]
 
     # Kernels of the side stream see its copies, so another stream looks, which does not wait.
     with torch.cuda.stream(side):
         on_device.copy_(on_host, non_blocking=True)
-    found["copy back"] = seen((on_device + 0).cpu() == 1)
+    results["copy back"] = seen((on_device + 0).cpu() == 1)
     torch.cuda.synchronize()
     waited.append(seen(on_device.cpu() == 1) == "at once")
 
@@ -38,14 +38,14 @@ def main() -> None:
     with torch.cuda.stream(side):
         on_host.copy_(result, non_blocking=True)
     side.synchronize()
-    found["kernel"] = seen(on_host == 2)
+    results["kernel"] = seen(on_host == 2)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         on_host.copy_(result, non_blocking=True)
     side.synchronize()
     waited.append(seen(on_host == 2) == "at once")
 
-    report({**found, "waited for": all(waited)})
+    report({**results, "waited for": all(waited)})
 
 
 if __name__ == "__main__":

@@ -53,18 +53,18 @@ def flight() -> dict[str, Any]:
     device.fail_mallocs(1)
     torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
     retries = device_peaks(CUDA).retries
-    found: dict[str, Any] = {"plan": plan.peak_bytes, "map": MAP_BYTES, "retries_before": retries}
+    measured: dict[str, Any] = {"plan": plan.peak_bytes, "map": MAP_BYTES, "retries_before": retries}
     before = start()
     y = module(x)
-    found["forward"] = {name: size - before[name] for name, size in held("peak").items()}
+    measured["forward"] = {name: size - before[name] for name, size in held("peak").items()}
     y.sum().backward()
-    found["backward"] = {name: size - before[name] for name, size in held("peak").items()}
+    measured["backward"] = {name: size - before[name] for name, size in held("peak").items()}
     assert handle.forward is not None
     store = handle.forward._store
     assert store is not None
-    found |= {"sent": store.sent_bytes, "fetched": store.fetched_bytes, "host_peak": store.peak_bytes}
-    found["retries"] = device_peaks(CUDA).retries
-    return found | device.counters()
+    measured |= {"sent": store.sent_bytes, "fetched": store.fetched_bytes, "host_peak": store.peak_bytes}
+    measured["retries"] = device_peaks(CUDA).retries
+    return measured | device.counters()
 
 
 def after_larger() -> dict[str, int]:
@@ -84,52 +84,52 @@ def after_larger() -> dict[str, int]:
 
 
 def budgets() -> list[int]:
-    """Of plans for bags of other lengths, made one after the other in one process."""
+    """The budgets of plans for bags of other lengths, made one after the other in one process."""
     module = encoder().cuda()
     handle = partition_layers(module, PartitionPolicy(host_budget_bytes=2**30))
     assert handle.forward is not None
-    found = []
+    sizes = []
     for tiles in (TILES, TILES // 3, 2 * TILES):
         module(torch.rand(tiles, 3, SIDE, SIDE, device="cuda")).sum().backward()
-        found.append(handle.forward.plans[-1].gpu_budget_bytes)
-    return found
+        sizes.append(handle.forward.plans[-1].gpu_budget_bytes)
+    return sizes
 
 
 def page_locked() -> list[dict[str, int]]:
     """Bytes locked, and held at the same time, as a store grows: by plan, and by tensor."""
     store = HostStore(CUDA)
-    found = []
+    sizes = []
     for size in (65, 130, 260):
         store.reserve(size * 2**20)
-        found.append({"held": size * 2**20, "locked": device.counters()["locked_bytes"]})
+        sizes.append({"held": size * 2**20, "locked": device.counters()["locked_bytes"]})
     tickets = [store.put(torch.rand(2**18, device="cuda")) for _ in range(270)]
-    found.append({"held": store.held_bytes, "locked": device.counters()["locked_bytes"]})
+    sizes.append({"held": store.held_bytes, "locked": device.counters()["locked_bytes"]})
     for ticket in tickets:
         store.release(ticket)
     del store
-    return found
+    return sizes
 
 
 def stacks() -> list[list[bool]]:
-    """Of stacks of bags that grow beyond what can be locked: whether they are page-locked, and on the device right."""
-    laid, found = HostStacks(CUDA), []
+    """Whether stacks of bags, which grow beyond what can be locked, are page-locked, and on the device right."""
+    laid, results = HostStacks(CUDA), []
     for count in (64, 512, 600, 1024):  # of 3 KiB: the first fits
         bag = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
         stack = laid.lay([bag[:7], bag[7:]])
         on_device = stack.to(CUDA, non_blocking=True)
         laid.used()
-        found.append([stack.is_pinned(), torch.equal(on_device.cpu(), bag)])
-    return found
+        results.append([stack.is_pinned(), torch.equal(on_device.cpu(), bag)])
+    return results
 
 
 def refused() -> dict[str, Any]:
     """Gradients in mode offload where no host memory can be locked: the largest difference from the CPU's."""
     of_stacks = stacks()
     x, gradients = torch.rand(TILES, 3, 16, 16, dtype=torch.float64), []
-    for place in ("cpu", "cuda"):
-        module = encoder().double().to(place)
+    for device_name in ("cpu", "cuda"):
+        module = encoder().double().to(device_name)
         handle = partition_layers(module, PartitionPolicy(mode="offload", chunk_size=CHUNK))
-        module(x.to(place)).sum().backward()
+        module(x.to(device_name)).sum().backward()
         gradients.append([p.grad.cpu() for p in module.parameters() if p.grad is not None])
     assert handle.forward is not None
     assert handle.forward._store is not None
@@ -143,15 +143,15 @@ def planning() -> dict[str, Any]:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)]
     module = nn.Sequential(*layers, nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).cuda()
-    found = {}
+    plans = {}
     for mode, kind in (("auto", torch.float16), ("offload", torch.bfloat16)):
         policy = PartitionPolicy(mode=mode, chunk_size=8, gpu_budget_bytes=2**20, host_budget_bytes=2**30)
         before = start()
         plan = plan_partition(module, (64, 3, 16, 16), policy, autocast=kind, device=CUDA)
         launched = device.counters()["kernels"]
         allocated = held("peak")["allocated"] - before["allocated"]
-        found[str(kind)] = {"plan": plan.mode, "kernels": launched, "allocated": allocated}
-    return found
+        plans[str(kind)] = {"plan": plan.mode, "kernels": launched, "allocated": allocated}
+    return plans
 
 
 class Depthwise(nn.Module):
@@ -172,18 +172,18 @@ def uniform() -> dict[str, dict[str, Any]]:
     """Steps with a dead channel, and with one chunk of tiles of one colour: finite, and the CPU's numbers."""
     torch.manual_seed(1)
     patches = nn.Sequential(nn.Conv2d(3, 4, 4, 4, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
-    x, found = torch.randn(8, 3, 16, 16), {}
+    x, outcomes = torch.randn(8, 3, 16, 16), {}
     of_one_colour = x.clone()
     of_one_colour[:2] = 0.25
     cases: dict[str, tuple[nn.Module, Tensor]] = {"dead": (Depthwise(), x), "one chunk": (patches, of_one_colour)}
     for name, (module, tiles) in cases.items():
         state = {key: value.clone() for key, value in module.state_dict().items()}
         results = []
-        for place in ("cpu", "cuda"):
-            module.to(place).load_state_dict(state)
+        for device_name in ("cpu", "cuda"):
+            module.to(device_name).load_state_dict(state)
             module.zero_grad()
             handle = partition_layers(module, PartitionPolicy(mode="lean", chunk_size=2))
-            out = module(tiles.to(place))
+            out = module(tiles.to(device_name))
             out.square().sum().backward()
             handle.remove()
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
@@ -191,8 +191,8 @@ def uniform() -> dict[str, dict[str, Any]]:
         cpu, cuda = results
         worst = max((a - b).abs().max().item() for a, b in zip(cpu, cuda, strict=True))
         finite = all(bool(value.isfinite().all()) for value in cuda)
-        found[name] = {"finite": finite, "difference": worst if finite else None}
-    return found
+        outcomes[name] = {"finite": finite, "difference": worst if finite else None}
+    return outcomes
 
 
 MEASURES = {

@@ -64,16 +64,16 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
 
 def two_forwards(mode: str) -> float:
     """Two calls before the first backward: the difference from the module as it is, on the CPU."""
-    found = []
-    for place in ("cpu", "cuda"):
-        module = encoder().to(place)
-        if place == "cuda":
+    results = []
+    for device_name in ("cpu", "cuda"):
+        module = encoder().to(device_name)
+        if device_name == "cuda":
             partition_layers(module, PartitionPolicy(mode=mode, chunk_size=4))
-        outs = [module(tiles(INPUTS["batch"], seed).to(place)) for seed in (2, 3)]
+        outs = [module(tiles(INPUTS["batch"], seed).to(device_name)) for seed in (2, 3)]
         for out in reversed(outs):
             out.square().sum().backward()
-        found.append(copied([*outs, *(p.grad for p in module.parameters())]))
-    return difference(found[1], found[0])
+        results.append(copied([*outs, *(p.grad for p in module.parameters())]))
+    return difference(results[1], results[0])
 
 
 class Masked(nn.Module):
@@ -108,32 +108,32 @@ class _OnHost(torch.autograd.Function):
 
 def on_host(mode: str) -> float:
     """An input in host memory that requires gradient, through a module that saves a tensor of the host."""
-    found = []
-    for place in ("cpu", "cuda"):
-        module, x = Masked().to(place), tiles(INPUTS["batch"]).requires_grad_()
-        if place == "cuda":
+    results = []
+    for device_name in ("cpu", "cuda"):
+        module, x = Masked().to(device_name), tiles(INPUTS["batch"]).requires_grad_()
+        if device_name == "cuda":
             partition_layers(module, PartitionPolicy(mode=mode, chunk_size=4))
-        found.append([*step(module, x), *copied([x.grad])])
-    return difference(found[1], found[0])
+        results.append([*step(module, x), *copied([x.grad])])
+    return difference(results[1], results[0])
 
 
 def main() -> None:
     """Measure."""
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     on_device = encoder().cuda()
     for axis, shape in INPUTS.items():
         x = tiles(shape)
         expected, x = step(encoder(), x), x.cuda()
-        found[f"native, {axis}"] = difference(step(copy.deepcopy(on_device), x), expected)
+        results[f"native, {axis}"] = difference(step(copy.deepcopy(on_device), x), expected)
         for mode in MODES:
             module = copy.deepcopy(on_device)
             partition_layers(module, PartitionPolicy(mode=mode, axis=axis, chunk_size=4))
-            found[f"{mode}, {axis}"] = difference(step(module, x), expected)
+            results[f"{mode}, {axis}"] = difference(step(module, x), expected)
     for mode in ("lean", "offload", "stream"):
-        found[f"{mode}, two forwards"] = two_forwards(mode)
+        results[f"{mode}, two forwards"] = two_forwards(mode)
     for mode in ("keep", "offload"):
-        found[f"{mode}, on the host"] = on_host(mode)
-    report(found)
+        results[f"{mode}, on the host"] = on_host(mode)
+    report(results)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,18 @@ DEVICE = torch.device("cuda")
 
 
 def resnet() -> nn.Module:
-    """Of eight blocks, with BatchNorm in training mode."""
+    """A ResNet of eight blocks, with BatchNorm in training mode."""
     return timm.create_model("resnet18", num_classes=0, channels=(16,) * 4, zero_init_last=False).train()
 
 
 def vit() -> nn.Module:
-    """Of six blocks."""
+    """A timm ViT of six blocks."""
     sizes = {"embed_dim": 32, "num_heads": 2, "depth": 6, "img_size": 64, "patch_size": 8}
     return timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes).train()
 
 
 def of_transformers() -> nn.Module:
-    """As large, of Transformers."""
+    """A ViT of Transformers, as large."""
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 6, "intermediate_size": 128}
     return peers.TransformersViT(**sizes, image_size=64, patch_size=8).train()
 
@@ -52,7 +52,7 @@ def step(encoder: nn.Module, forward: peers.Forward, images: torch.Tensor) -> tu
 
 def main() -> None:
     """Each peer's largest difference from native's gradients over their largest, and its bytes over native's."""
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     for build, tried in CASES:
         torch.manual_seed(0)
         encoder = build().to(DEVICE)
@@ -63,8 +63,8 @@ def main() -> None:
             largest = torch.stack([gradient.abs().max() for gradient in expected]).max()
             pairs = zip(gradients, expected, strict=True)
             difference = torch.stack([(one - two).abs().max() for one, two in pairs]).max() / largest
-            found[f"{build.__name__}, {peer.__name__}"] = {"difference": float(difference), "bytes": peak / native}
-    report(found)
+            results[f"{build.__name__}, {peer.__name__}"] = {"difference": float(difference), "bytes": peak / native}
+    report(results)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,11 @@ def encoder() -> nn.Sequential:
 
 def steps(module: nn.Module, place: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Two steps on other tiles, the second on top of the first's gradients."""
-    found = []
+    results = []
     for seed in range(2):
         x = torch.randn(16, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        found += step(module, place(x))
-    return found
+        results += step(module, place(x))
+    return results
 
 
 def trained(mode: str, place: Callable[[Tensor], Tensor], expected: list[Tensor], spill: bool = False) -> bool:
@@ -164,10 +164,10 @@ def host_memory_read_from_disk() -> bool:
     store.prefetch(first)
     assert first.reading is not None
     first.reading.result()
-    found = [store.get(third) + 0.0, store.get(first) + 0.0]
+    values = [store.get(third) + 0.0, store.get(first) + 0.0]
     assert store._thread is not None
     store._thread.shutdown()
-    return holds(found[0], 2.0) and holds(found[1], 0.0)
+    return holds(values[0], 2.0) and holds(values[1], 0.0)
 
 
 WAYS: dict[str, Callable[[], bool]] = {
@@ -201,12 +201,12 @@ def main(schedule: str) -> None:
         "stream": partial(trained, "stream", Tensor.cuda, expected),
         "disk": partial(trained, "offload", Tensor.cuda, expected, spill=True),
     }
-    found = {"": list(noticed(ways))}
+    results = {"": list(noticed(ways))}
     for mutation in MUTATIONS:
         if schedule in mutation.schedules:
             with applied(mutation):
-                found[mutation.name] = list(islice(noticed(ways), 1))
-    report(found)
+                results[mutation.name] = list(islice(noticed(ways), 1))
+    report(results)
 
 
 if __name__ == "__main__":
