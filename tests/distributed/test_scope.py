@@ -71,7 +71,7 @@ def several(port: int, end: str) -> list[float]:
 
 
 def test_several_runs_one_after_the_other_each_form_a_group(tmp_path):
-    """In the launcher's store the addresses of the first group stay: the second met nobody, and waited for ever."""
+    """Addresses of the first group stay in the launcher's store: the second group met nobody, and waited for ever."""
     launcher = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     assert run_ranks(several, 2, launcher.port, str(tmp_path / "end")) == [[3.0, 0.0, 21.0, 0.0, 201.0, 0.0]] * 2
 

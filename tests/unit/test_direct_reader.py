@@ -110,8 +110,8 @@ def test_regions_larger_than_openslides_pieces(path):
     write_tiff(path, [Page((4400, 40)), Page((2200, 20))], Kind())
     with openslide.OpenSlide(path) as handle, DirectTiff(path) as direct:
         for x, level, size in ((-30, 0, (4500, 33)), (200, 0, (4200, 20)), (-4, 1, (4200, 9))):
-            theirs = np.asarray(handle.read_region((x, -2), level, size))
-            expected = np.where(theirs[..., 3:] == 0, 255, theirs[..., :3])
+            rgba = np.asarray(handle.read_region((x, -2), level, size))
+            expected = np.where(rgba[..., 3:] == 0, 255, rgba[..., :3])
             np.testing.assert_array_equal(direct.read_region(x, -2, level, *size), expected)
 
 
@@ -119,8 +119,8 @@ def test_before_the_first_pixel_places_are_rounded_as_openslide_rounds_them(path
     write_tiff(path, [Page((200, 120)), Page((100, 60))], Kind(subsampling="444"))
     with openslide.OpenSlide(path) as handle, DirectTiff(path) as direct:
         for x, y in itertools.product(range(-4, 1), repeat=2):
-            theirs = np.asarray(handle.read_region((x, y), 1, (20, 20)))
-            expected = np.where(theirs[..., 3:] == 0, 255, theirs[..., :3])
+            rgba = np.asarray(handle.read_region((x, y), 1, (20, 20)))
+            expected = np.where(rgba[..., 3:] == 0, 255, rgba[..., :3])
             np.testing.assert_array_equal(direct.read_region(x, y, 1, 20, 20), expected)
 
 

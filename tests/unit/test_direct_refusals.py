@@ -127,6 +127,6 @@ def _without_apps(segments):
 
 
 def test_a_folder_and_a_missing_file_are_errors_of_the_system(path):
-    for place in (path.parent, path):
+    for unreadable in (path.parent, path):
         with pytest.raises(OSError, match="directory"):
-            DirectTiff(place)
+            DirectTiff(unreadable)

@@ -94,13 +94,13 @@ def read_alike(path, data):
                 assert str(tile) == str(expected)
             else:  # OpenSlide decodes tiles of which it shows nothing
                 assert isinstance(tile, np.ndarray) or str(tile) == str(expected)
-        found, expected = (outcome(lambda: one.read_overview_with_gaps(2.0)) for one in (slide, by_openslide))  # noqa: B023
+        overview, expected = (outcome(lambda: one.read_overview_with_gaps(2.0)) for one in (slide, by_openslide))  # noqa: B023
         if isinstance(expected, SlideError):
-            assert isinstance(found, SlideError)
-        elif np.array_equal(found.unreadable, expected.unreadable):
-            np.testing.assert_array_equal(found.pixels, expected.pixels)
+            assert isinstance(overview, SlideError)
+        elif np.array_equal(overview.unreadable, expected.unreadable):
+            np.testing.assert_array_equal(overview.pixels, expected.pixels)
         else:
-            assert not (found.unreadable & ~expected.unreadable).any()
+            assert not (overview.unreadable & ~expected.unreadable).any()
 
 
 def random_slide(folder, slide, data):
@@ -260,7 +260,7 @@ def test_a_level_with_other_pixels_is_read_by_openslide(path, told, monkeypatch)
 
 
 def test_a_proof_that_openslide_cannot_end_leaves_a_slide_that_is_read(path, told):
-    """Its handle is dead after an error; a tile that is whole is read all the same."""
+    """OpenSlide's handle is dead after an error; a tile that is whole is read all the same."""
     write_tiff(path, [Page((192, 192))], Kind())
     slide, by_openslide = both(path)
     expected = by_openslide.read_tile(64, 64, 0, 64, 64)
