@@ -13,7 +13,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ds_wsi.evaluation import record
+from ds_wsi.evaluation.comparison import read_predictions
 from ds_wsi.evaluation.record import RunFolderError, RunRecord
 from ds_wsi.models import AGGREGATORS
 from ds_wsi.models.packaged import ENCODER
@@ -25,6 +28,7 @@ from ds_wsi.slides.policy import DEMO_DIRS
 
 ARMS: Mapping[str, tuple[str, ...]] = {"frozen": ("--freeze_encoder",), "end_to_end": ()}
 METRICS = ("auc", "accuracy")
+LOG_LOSS = "log loss"  # in nats; it still tells two models apart where both metrics are 1
 # Of both arms. Tiles drawn anew in each epoch keep an aggregator from learning 64 slides by heart.
 SETTINGS = ("--tiles_per_slide", "16", "--num_train_epochs", "20")
 # Bags of 16 among 256 landmarks are next to nothing; at the trainer's rate some seeds stay at chance, at this one some
@@ -116,7 +120,10 @@ def compare(runs: Sequence[ComparedRun], output_dir: Path, cohort: ComparedCohor
         logger.info("run %d of %d: %s", number, len(runs), run.name)
         write_json(_mark(run, output_dir), _made_of(run, cohort))
         subprocess.run(run.command(cohort, folder), check=True)
-    text = format_table({run: read_metrics(output_dir / run.name) for run in runs}, cohort.demo)
+    results = {
+        run: {**read_metrics(output_dir / run.name), LOG_LOSS: read_log_loss(output_dir / run.name)} for run in runs
+    }
+    text = format_table(results, cohort.demo)
     write_text(output_dir / "compare.md", text + "\n")
     return text
 
@@ -164,22 +171,33 @@ def read_metrics(folder: Path) -> dict[str, float]:
     return {name: float("nan") if metrics[name]["value"] is None else metrics[name]["value"] for name in METRICS}
 
 
+def read_log_loss(folder: Path) -> float:
+    """The mean over a finished run's test slides of minus the logarithm of the label's probability, in nats."""
+    predictions = read_predictions(folder)
+    of_labels = predictions.probabilities[np.arange(len(predictions.labels)), predictions.labels]
+    return float(-np.log(np.maximum(of_labels, np.finfo(np.float64).eps)).mean())  # 36 nats where it is 0
+
+
 def format_table(results: Mapping[ComparedRun, Mapping[str, float]], demo: str = "plain") -> str:
     """Rows of aggregators and metrics: frozen, end to end, and the difference of the runs of one seed.
 
-    Means over the seeds, with the standard deviation (n - 1) where there are several; in percentage points.
+    Means over the seeds, with the standard deviation (n - 1) where there are several; metrics in percentage points, and
+    the log loss, where the results hold it, in thousandths of a nat.
     """
     seeds = sorted({run.seed for run in results})
     lines = [
-        f"demo cohort{'' if demo == 'plain' else ' ' + demo}, test split, %, "
+        f"demo cohort{'' if demo == 'plain' else ' ' + demo}, test split, % (log loss: 1e-3), "
         f"{counted(len(seeds), 'seed')} from {seeds[0]}" + (", mean ± standard deviation" if len(seeds) > 1 else ""),
         "",
         "| aggregator | metric | frozen encoder | end to end | difference |",
         "|---|---|---|---|---|",
     ]
-    for name, metric in product(dict.fromkeys(run.aggregator for run in results), METRICS):
+    shown = [metric for metric in (*METRICS, LOG_LOSS) if all(metric in values for values in results.values())]
+    for name, metric in product(dict.fromkeys(run.aggregator for run in results), shown):
+        scale = 1000 if metric == LOG_LOSS else 100
         frozen, trained = (
-            [100 * results[ComparedRun(name, arm, seed)][metric] for seed in seeds] for arm in ("frozen", "end_to_end")
+            [scale * results[ComparedRun(name, arm, seed)][metric] for seed in seeds]
+            for arm in ("frozen", "end_to_end")
         )
         gains = [of_trained - of_frozen for of_trained, of_frozen in zip(trained, frozen, strict=True)]
         lines.append(f"| {name} | {metric} | {_spread(frozen)} | {_spread(trained)} | {_spread(gains, sign='+')} |")

@@ -1,6 +1,9 @@
 import json
+import math
+import statistics
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +30,12 @@ def commands(monkeypatch):
         folder.mkdir(parents=True)
         value = 0.5 + 0.1 * settings.run.seed + (0.0 if settings.model.freeze_encoder else 0.25)
         metrics = {name: {"value": value, "low": 0, "high": 1} for name in compare.METRICS}
-        (folder / "metrics.json").write_text(json.dumps({"metrics": metrics}))
+        (folder / "metrics.json").write_text(
+            json.dumps({"metrics": metrics, "evaluation": {"tiles": None, "runs": 1, "seed": 0}})
+        )
+        rows = [f"{name},{name},{name},3,{value},{1 - value}" for name in ("normal", "tumor")]
+        head = "slide_id,patient_id,label,n_tiles,probability_normal,probability_tumor"
+        (folder / "predictions.csv").write_text("\n".join([head, *rows, ""]))
         if settings.model.aggregator != "mean":  # else it died before its end
             (folder / "run.json").write_text("{}")
         return subprocess.CompletedProcess(command, 0)
@@ -36,7 +44,7 @@ def commands(monkeypatch):
         if not (folder / "run.json").exists():
             raise compare.RunFolderError("unfinished")
 
-    monkeypatch.setattr(subprocess, "run", train)
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=train))  # others ask the system by processes too
     monkeypatch.setattr(RunRecord, "read", read)
     monkeypatch.setattr("ds_wsi.commands.demo.make_demo", lambda folder, policy: folder)
     return runs
@@ -53,6 +61,12 @@ def test_one_command_trains_every_aggregator_seed_and_kind_once(commands, tmp_pa
     assert {run.run.resume_from_checkpoint for run in commands} == {"latest"}
     printed = capsys.readouterr().out
     assert "| abmil | auc | 65.00 ± 7.07 | 90.00 ± 7.07 | +25.00 ± 0.00 |" in printed
+    losses = [[-500 * math.log(value * (1 - value)) for value in values] for values in ((0.6, 0.7), (0.85, 0.95))]
+    frozen, trained, gains = (
+        f"{statistics.fmean(one):{sign}.2f} ± {statistics.stdev(one):.2f}"
+        for one, sign in zip((*losses, [b - a for a, b in zip(*losses, strict=True)]), ("", "", "+"), strict=True)
+    )
+    assert f"| abmil | log loss | {frozen} | {trained} | {gains} |" in printed
     assert (tmp_path / "compare.md").read_text() in printed
     assert main([*given, "--output_dir", str(tmp_path)]) == 0
     assert len(commands) == 8, "what is finished is not trained again"
