@@ -8,6 +8,7 @@ a writer was killed before it signed. What has another name is never touched.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from ds_wsi.runtime.full_disk import naming_full_disk
 PROGRAM = "ds_wsi"
 RECORD = ".ds_wsi-writer.json"
 NAME = re.compile(r"\.ds_wsi-[0-9a-f]{32}\.tmp")
+TRIES = 10  # of making a folder that another start does not take for left behind
 OTHER_HOST_S = 24 * 3600  # another machine's lock does not show on every file system: its folders are left for a day
 
 
@@ -73,8 +75,9 @@ def remove_left_behind(folder: Path) -> None:
         try:
             record = os.open(path / RECORD, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
-            with suppress(OSError):  # with something in it, it is not ours
-                path.rmdir()
+            if _is_known_to_this_host(path):
+                with suppress(OSError):  # with something in it, it is not ours
+                    path.rmdir()
             continue
         except OSError:  # not ours to open
             continue
@@ -87,16 +90,18 @@ def remove_left_behind(folder: Path) -> None:
 
 def _signed_folder(parent: Path) -> tuple[Path, int]:
     """A new folder, and the descriptor of its record, which holds the lock."""
-    while True:
-        folder = parent / f".ds_wsi-{secrets.token_hex(16)}.tmp"
+    for _ in range(TRIES):
+        folder = parent / f".ds_wsi-{_host_digits()}{secrets.token_hex(12)}.tmp"
         folder.mkdir()
+        record = None
         try:
             record = _sign(folder)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        finally:
+            if record is None:
+                shutil.rmtree(folder, ignore_errors=True)
         if record is not None:
             return folder, record
+    raise OSError(f"{parent}: a folder that is made there must stay, got {TRIES} that were gone at once")
 
 
 def _sign(folder: Path) -> int | None:
@@ -120,6 +125,19 @@ def _sign(folder: Path) -> int | None:
     return descriptor
 
 
+def _host_digits() -> str:
+    """This machine's part of a name: a folder without a record tells by it whose locks would show."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _is_known_to_this_host(folder: Path) -> bool:
+    """Whether a writer that had not signed yet would be seen here, or cannot live after so long."""
+    digits = folder.name.removeprefix(".ds_wsi-")[:8]
+    with suppress(OSError):
+        return digits == _host_digits() or time.time() - folder.stat().st_mtime > OTHER_HOST_S
+    return False
+
+
 def _is_dead(record: int, folder: Path) -> bool:
     try:
         if not stat.S_ISREG(os.fstat(record).st_mode):  # no record: a pipe would be waited for
@@ -127,7 +145,7 @@ def _is_dead(record: int, folder: Path) -> bool:
         fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
         text = os.read(record, 2**16)
         if not text:  # killed before it was written, where nothing else is there
-            return os.listdir(folder) == [RECORD]
+            return os.listdir(folder) == [RECORD] and _is_known_to_this_host(folder)
         content = json.loads(text)
     except (OSError, ValueError, RecursionError):  # the writer lives, or this is no record of ours
         return False

@@ -83,13 +83,23 @@ def test_a_folder_without_a_record_of_its_own_is_not_ours(tmp_path, monkeypatch)
 
 
 def test_a_folder_whose_writer_was_killed_before_it_signed_is_removed(tmp_path):
-    names = [f".ds_wsi-{digit * 32}.tmp" for digit in "0123"]
+    here = temporary._host_digits()
+    names = [f".ds_wsi-{here}{digit * 24}.tmp" for digit in "0123"]
     for name in names:
         (tmp_path / name).mkdir()
     for name in names[1:3]:
         (tmp_path / name / RECORD).touch()
     for name in names[2:]:
         (tmp_path / name / "a.txt").write_text("a")  # which no writer of ours has where it has not signed
+    # Another machine's writer may be about to sign: its lock need not show here.
+    elsewhere = [f".ds_wsi-{'e' * 32}.tmp", f".ds_wsi-{'f' * 32}.tmp"]
+    for name in elsewhere:
+        (tmp_path / name).mkdir()
+    (tmp_path / elsewhere[1] / RECORD).touch()
+    remove_left_behind(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[2:], *elsewhere])
+    for name in elsewhere:
+        os.utime(tmp_path / name, (time.time() - 25 * 3600,) * 2)
     remove_left_behind(tmp_path)
     assert sorted(os.listdir(tmp_path)) == names[2:]
 
@@ -176,7 +186,7 @@ def test_permissions_are_the_umasks_whatever_the_writer_chose(umask, mode, tmp_p
 def test_no_two_names_are_the_same_and_none_that_is_there_is_taken(tmp_path, monkeypatch):
     with temporary_folder(tmp_path) as first, temporary_folder(tmp_path) as second:
         assert first != second
-        monkeypatch.setattr(temporary.secrets, "token_hex", lambda _: first.name[8:-4])
+        monkeypatch.setattr(temporary.secrets, "token_hex", lambda _: first.name[16:-4])
         (first / "a").write_text("a")
         with pytest.raises(FileExistsError), temporary_folder(tmp_path):
             pass
