@@ -37,8 +37,10 @@ class JpegTiles:
         page = _page(file, slide, grid)
         if page is not None:
             tiles = cls(file, page, slide.level_downsamples[grid.level])
-            if tiles._same_pixels(slide, grid):
-                return tiles
+            # OpenSlide's own pixels: a slide that is read directly would be compared with itself.
+            with Slide(slide.path, slide_id=slide.slide_id, reader="openslide") as by_openslide:
+                if tiles._same_pixels(by_openslide, grid):
+                    return tiles
         file.close()
         return None
 

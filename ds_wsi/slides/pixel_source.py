@@ -104,8 +104,8 @@ class PixelSource:
             self._refused.add(level)
             tell_openslide(self._slide_id, self._path, str(error))
         if not is_usable(self.handle):  # the reason is an error of OpenSlide's
-            self.handle.close()
-            self.handle = self._open()
+            dead, self.handle = self.handle, self._open()
+            dead.close()
         return None
 
     def _open(self) -> Any:

@@ -98,9 +98,9 @@ class Slide:
 
     def close(self) -> None:
         """Close the file; a later read opens it again."""
-        if self._handle is not None:
-            self._handle.close()
-            self._handle = None
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            handle.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handle": None}

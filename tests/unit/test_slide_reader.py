@@ -274,6 +274,20 @@ def test_a_proof_that_openslide_cannot_end_leaves_a_slide_that_is_read(path, tol
     assert slide._handle.handle is not dead
 
 
+def test_a_file_that_cannot_be_opened_again_is_told_and_read_when_it_can(path, told):
+    write_tiff(path, [Page((192, 192))], Kind())
+    slide, by_openslide = both(path)
+    handle = slide._handle.handle
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(handle, "read_region", lambda *_: (_ for _ in ()).throw(openslide.OpenSlideError("broken")))
+        patch.setattr("ds_wsi.slides.pixel_source.is_usable", lambda _: False)
+        patch.setattr("ds_wsi.slides.pixel_source.open_handle", lambda *_: (_ for _ in ()).throw(SlideError("gone")))
+        for _ in range(2):
+            with pytest.raises(SlideError, match="gone"):
+                slide.read_tile(64, 64, 0, 64, 64)
+    np.testing.assert_array_equal(slide.read_tile(64, 64, 0, 64, 64), by_openslide.read_tile(64, 64, 0, 64, 64))
+
+
 def test_a_broken_tile_is_openslides_error_and_its_neighbours_are_read(path):
     places = write_tiff(path, [Page((192, 192))], Kind())
     content = bytearray(path.read_bytes())

@@ -17,6 +17,7 @@ from ds_wsi.bags.manifest import ManifestError
 from ds_wsi.bags.packing import pack_cohort, require_store
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.cli import main
+from ds_wsi.slides import jpeg_tiles
 from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.slides.pyramid import write_pyramid
 from ds_wsi.slides.slide import Slide, TileReadError
@@ -71,6 +72,14 @@ def test_the_slides_own_jpeg_tiles_are_copied_and_decode_to_openslides_pixels(sl
     assert all(column(path, "copied"))
     assert np.array_equal(stored_tiles(path, grid), tiles_of(slide, grid))
     assert list(zip(column(path, "x"), column(path, "y"))) == [tuple(xy) for xy in grid.coords.tolist()]
+
+
+def test_tiles_are_compared_with_openslides_pixels_and_not_with_a_direct_readers(slide, monkeypatch):
+    grid = grid_of(slide)
+    decode, read_tile = jpeg_tiles.decode, slide.read_tile
+    monkeypatch.setattr(jpeg_tiles, "decode", lambda *given: 255 - decode(*given))
+    monkeypatch.setattr(slide, "read_tile", lambda *given: 255 - read_tile(*given))  # with the decoder's fault
+    assert jpeg_tiles.JpegTiles.of(slide, grid) is None
 
 
 def test_a_tile_of_broken_codes_is_not_copied(tmp_path):

@@ -37,14 +37,15 @@ _first: _Connection | None = None
 def connect_again(timeout: timedelta) -> None:
     """Form a group where an earlier one of ours is gone, as that was formed, under names of its own.
 
-    Nothing is done before the first, and where there is a group. Collective: every process that formed the first one
-    calls it as often.
+    Nothing is done before the first, where that was of one process, and where there is a group. Collective: every process
+    that formed the first one calls it as often.
 
     Args:
         timeout: how long a collective waits for the other ranks.
     """
-    if _first is None or dist.is_initialized():
+    if _first is None or _first.world_size == 1 or dist.is_initialized():
         return
+    _first.store.set_timeout(timeout)
     dist.init_process_group(
         _first.backend,
         store=dist.PrefixStore(f"ds_wsi/group {_first.n_groups}", _first.store),

@@ -56,7 +56,10 @@ class ProvedSlide:
     def is_changed(self) -> bool:
         """Whether the file was written to since it was opened, so that neither places nor kept tiles hold any more."""
         # Without the last time, which also changes where another file takes the name: the open one can still be read.
-        return self._slide.file.identity[:-1] != self._identity[:-1]
+        try:
+            return self._slide.file.identity[:-1] != self._identity[:-1]
+        except OSError:  # of a share, where another file took the name
+            return True
 
     def reader(self, level: int, openslide_handle: Any) -> DirectTiff:
         """The reader, where the level is proved, by now or before.
@@ -77,11 +80,14 @@ class ProvedSlide:
 
     def _verdict(self, level: int, openslide_handle: Any) -> str | None:
         key = (self._identity, level)
-        if key not in _known:
-            if len(_known) >= MAX_KNOWN:
-                _known.clear()
-            _known[key] = prove_level(self._slide, openslide_handle, level)
-        return _known[key]
+        try:
+            return _known[key]
+        except KeyError:
+            pass
+        if len(_known) >= MAX_KNOWN:
+            _known.clear()  # another thread may do so at any moment
+        verdict = _known[key] = prove_level(self._slide, openslide_handle, level)
+        return verdict
 
 
 def tell_openslide(slide_id: str, path: str | os.PathLike[str], reason: str) -> None:

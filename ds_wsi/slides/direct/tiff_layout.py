@@ -86,7 +86,10 @@ class SlideFile:
             raise NotDirectError("file must be open, got a closed one")
         # Before the system sees the numbers: a damaged count could ask for more memory than there is.
         if offset + n_bytes <= self.n_bytes:
-            data = os.pread(self._descriptor, n_bytes, offset)
+            try:
+                data = os.pread(self._descriptor, n_bytes, offset)
+            except OSError as error:  # OpenSlide may have better luck
+                raise NotDirectError(f"file must be readable at byte {offset}, got {error}") from error
             if len(data) == n_bytes:
                 return data
         raise NotDirectError(f"file must hold bytes {offset} to {offset + n_bytes}, got {self.n_bytes} bytes")
