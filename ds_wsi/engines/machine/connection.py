@@ -37,8 +37,8 @@ _first: _Connection | None = None
 def connect_again(timeout: timedelta) -> None:
     """Form a group where an earlier one of ours is gone, as that was formed, under names of its own.
 
-    Nothing is done before the first, where that was of one process, and where there is a group. Collective: every process
-    that formed the first one calls it as often.
+    Nothing is done before the first, where that was of one process, and where there is a group.
+    Collective: every process that formed the first one calls it as often.
 
     Args:
         timeout: how long a collective waits for the other ranks.
