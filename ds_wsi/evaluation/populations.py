@@ -14,7 +14,7 @@ from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.norms.passes import encode_population, fits_in_one_chunk, recalibrate
 from ds_wsi.norms.roles import batch_norms, named_batch_norms
-from ds_wsi.runtime.contracts import EncodesStacks
+from ds_wsi.runtime.contracts import encodes_stacks
 from ds_wsi.runtime.memory import free_bytes, free_host_bytes
 from ds_wsi.runtime.numerics import autocast_to
 from ds_wsi.runtime.signals import asked
@@ -192,9 +192,7 @@ class TileEncoder:
 def _as_one_call(encoder: nn.Module) -> Iterator[None]:
     """Let parts of the encoder that compute in chunks of their own run as they are: passes stop at a norm's call."""
     forwards: list[tuple[nn.Module, Any]] = [(part, part.__dict__.get("forward")) for part in encoder.modules()]
-    lifted: list[tuple[nn.Module, Any]] = [
-        (part, forward) for part, forward in forwards if isinstance(forward, EncodesStacks) and forward.encodes_stacks
-    ]
+    lifted: list[tuple[nn.Module, Any]] = [(part, forward) for part, forward in forwards if encodes_stacks(forward)]
     for part, forward in lifted:
         part.forward = forward.original
     try:

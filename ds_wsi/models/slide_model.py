@@ -13,7 +13,7 @@ from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.policy import EVALUATION, TRAINING
 from ds_wsi.norms.population import takes_population
 from ds_wsi.norms.roles import batch_norms, is_shared, named_batch_norms, normalise_with, set_evaluated
-from ds_wsi.runtime.contracts import EncodesStacks, NeedsLabels, PartlyFrozen
+from ds_wsi.runtime.contracts import PartlyFrozen, encodes_stacks, needs_labels
 from ds_wsi.runtime.log import logger
 from ds_wsi.stacking.host_tiles import HostTiles, PreparedTiles
 from ds_wsi.stacking.randomness import bag_draws
@@ -219,8 +219,7 @@ class SlideModel(nn.Module):
     def _encode_stack(self, bags: StackedBags) -> Tensor:
         """Features [sum N, D] of a stack of tiles."""
         together = self._is_one_population
-        forward = self.encoder.forward
-        if isinstance(forward, EncodesStacks) and forward.encodes_stacks:
+        if encodes_stacks(self.encoder.forward):
             # It knows the bags' bounds, normalises a chunk at a time, and never holds the stack's activations.
             bounds = None if together else bags.cu_seqlens
             tiles, prepare = bags.values, self.normalise
@@ -238,7 +237,7 @@ class SlideModel(nn.Module):
 
     def aggregate(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:
         """Predict from features (floating [sum N, D])."""
-        if isinstance(self.aggregator, NeedsLabels) and self.aggregator.needs_labels:
+        if needs_labels(self.aggregator):
             return self.aggregator(bags, labels)
         return self.aggregator(bags)
 

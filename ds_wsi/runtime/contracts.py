@@ -1,7 +1,8 @@
 """What a part of the house may say of itself, by attribute, to those that do not know its class.
 
 An aggregator or an encoder is any module, a user's own too: one that says nothing is asked nothing.
-`isinstance(aggregator, NeedsLabels)` is whether it says something, `aggregator.needs_labels` is what.
+`isinstance(aggregator, NeedsLabels)` is whether it says something, `aggregator.needs_labels` is what; `needs_labels`
+and `encodes_stacks` ask both.
 
 [Note: as it answers] A part is asked through its own `__getattr__`: there a module has its submodules, and a wrapper
 (`torch.compile`'s, PEFT's) what it wraps. From Python 3.12 on `typing.runtime_checkable` alone looks past it, so the
@@ -21,7 +22,7 @@ else:
 
 
 class _AsItAnswers(_ProtocolMeta):
-    """See [Note: as it answers]; what a contract annotates is what an object must have."""
+    """A contract asks an object for every name that it annotates, as [Note: as it answers] says."""
 
     def __instancecheck__(cls, instance: object) -> bool:  # noqa: N805
         return all(hasattr(instance, name) for name in cls.__annotations__)
@@ -117,3 +118,13 @@ class CountsBytes(Protocol, metaclass=_AsItAnswers):
     """A communication hook's state: a `ds_wsi.compression.meter.ByteCount` of what it sent, or another's attribute."""
 
     count: Any
+
+
+def encodes_stacks(forward: object) -> bool:
+    """Whether a forward of an encoder takes a whole stack of bags; False where it says nothing."""
+    return isinstance(forward, EncodesStacks) and bool(forward.encodes_stacks)
+
+
+def needs_labels(aggregator: object) -> bool:
+    """Whether an aggregator, or its class, takes the labels too; False where it says nothing."""
+    return isinstance(aggregator, NeedsLabels) and bool(aggregator.needs_labels)

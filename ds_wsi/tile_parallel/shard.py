@@ -11,7 +11,7 @@ from ds_wsi.models.aggregators.pooled import PooledAggregator
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.roles import batch_norms
 from ds_wsi.norms.shared import share_norms
-from ds_wsi.runtime.contracts import NeedsLabels
+from ds_wsi.runtime.contracts import needs_labels
 from ds_wsi.runtime.forwards import Handle
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.seams import AnyDropout
@@ -67,8 +67,7 @@ class SharedForward:
             scores = aggregator.scores(embedded) if aggregator.pooling == "attention" else None
         pooled, attention = pool_shards(aggregator.pooling, embedded, scores, bags.cu_seqlens, self.group, self.traffic)
         auxiliary = None
-        needs_labels = isinstance(aggregator, NeedsLabels) and aggregator.needs_labels
-        if labels is not None and scores is not None and needs_labels:
+        if labels is not None and scores is not None and needs_labels(aggregator):
             auxiliary = self._instance_loss(embedded, scores, bags.cu_seqlens, labels)
         seed = None
         draws = any(isinstance(part, AnyDropout) and part.p > 0 for part in aggregator.modules())

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from ds_wsi.models.aggregators.pooled import PooledAggregator
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.norms.population import takes_population
-from ds_wsi.runtime.contracts import NeedsLabels, Pools
+from ds_wsi.runtime.contracts import Pools, needs_labels
 from ds_wsi.runtime.numerics import autocast_now, widened
 from ds_wsi.runtime.seams import AnyBatchNorm, is_zero3_part
 from ds_wsi.runtime.seeding import generator_states, keyed_generators, set_generator_states
@@ -76,7 +76,7 @@ def stream_bag(
 def _require_streamable(encoder: nn.Module, aggregator: nn.Module) -> None:
     if not isinstance(aggregator, Pools) or aggregator.pooling not in ("attention", "mean"):
         raise ValueError(f"a streamed bag must be pooled by attention or mean, got {type(aggregator).__name__}")
-    if isinstance(aggregator, NeedsLabels) and aggregator.needs_labels and aggregator.training:
+    if needs_labels(aggregator) and aggregator.training:
         raise ValueError(
             f"a streamed bag has no loss of its instances, got {type(aggregator).__name__} in training. "
             'HINT: partition_layers(encoder, PartitionPolicy("recompute")) keeps the features, and nothing else.'

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ds_wsi.models import SlideOutput, build_aggregator
 from ds_wsi.models.loss import stack_loss
-from ds_wsi.runtime.contracts import NeedsLabels
+from ds_wsi.runtime.contracts import needs_labels
 from ds_wsi.runtime.log import logger
 from ds_wsi.stacking.balance import assign_bags
 from ds_wsi.stacking.frameworks import pad_bags, sample_bag
@@ -160,7 +160,7 @@ class Trainer:
         self.framework, self.batch, self.sample = framework, batch, sample
         self.encoder = nn.Sequential(nn.Linear(width, 128), nn.ReLU()) if embed else nn.Identity()
         self.aggregator: nn.Module = build_aggregator(model, 128 if embed else width, 2, dropout=0.0)
-        self.needs_labels = isinstance(self.aggregator, NeedsLabels) and self.aggregator.needs_labels
+        self.needs_labels = needs_labels(self.aggregator)
         both = nn.ModuleList([self.encoder, self.aggregator]).to(device).train()
         rate = learning_rate * batch**0.5
         self.optimizer = torch.optim.Adam(both.parameters(), lr=rate, weight_decay=weight_decay)

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ds_wsi.runtime.contracts import EncodesStacks, HasAggregator, HasEncoder
+from ds_wsi.runtime.contracts import HasAggregator, HasEncoder, encodes_stacks
 from ds_wsi.runtime.seams import check_seams
 
 _USES_FSDP = "ACCELERATE_USE_FSDP"
@@ -106,8 +106,7 @@ def shard_model(model: nn.Module, accelerator: Accelerator) -> None:
     encoder = model.encoder if isinstance(model, HasEncoder) else None
     aggregator = model.aggregator if isinstance(model, HasAggregator) else None
     if encoder is not None:
-        in_parts = isinstance(encoder.forward, EncodesStacks) and encoder.forward.encodes_stacks
-        for unit in (*([] if in_parts else encoder_blocks(encoder)), encoder):
+        for unit in (*([] if encodes_stacks(encoder.forward) else encoder_blocks(encoder)), encoder):
             if _has_parameters(unit):
                 fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
     if aggregator is not None:

@@ -7,7 +7,7 @@ from inspect import Parameter, signature
 from torch import nn
 
 from ds_wsi.models.choices import AGGREGATORS as HOMES
-from ds_wsi.runtime.contracts import NeedsLabels
+from ds_wsi.runtime.contracts import needs_labels
 
 AGGREGATORS: dict[str, Callable[..., nn.Module]] = {
     name: getattr(import_module(f"{__name__}.{module}"), kind) for name, (module, kind) in HOMES.items()
@@ -34,17 +34,13 @@ def build_aggregator(name: str, in_dim: int, num_classes: int, **options: float 
     check_aggregator(name, options)
     if in_dim < 1 or num_classes < 1:
         raise ValueError(f"in_dim and num_classes must be >= 1, got {in_dim} and {num_classes}")
-    if num_classes == 1 and _needs_labels(AGGREGATORS[name]):
-        others = [key for key, kind in AGGREGATORS.items() if not _needs_labels(kind)]
+    if num_classes == 1 and needs_labels(AGGREGATORS[name]):
+        others = [key for key, kind in AGGREGATORS.items() if not needs_labels(kind)]
         raise ValueError(
             f"num_classes must be at least 2 for {name}, whose own loss is a cross-entropy over classes, got 1. "
             f"HINT: num_classes=2, or one logit of {', '.join(others)}."
         )
     return AGGREGATORS[name](in_dim, num_classes, **options)
-
-
-def _needs_labels(kind: Callable[..., nn.Module]) -> bool:
-    return isinstance(kind, NeedsLabels) and kind.needs_labels
 
 
 def check_aggregator(name: str, options: Mapping[str, float | str]) -> None:
