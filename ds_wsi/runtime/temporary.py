@@ -1,10 +1,10 @@
 """Temporary names: the one place that makes them, knows them again, and removes what a killed process left.
 
-A writer works in a folder of its own beside the final name, `.ds_wsi-<32 random hex digits>.tmp`. `mkdir` makes it
-exclusively: it takes no name that is there, and follows no symbolic link. A record inside names the folder and its
-writer, who holds a lock on it for as long as the process lives. A later start removes a folder only where the name is
-one of ours, the record is of this very folder, and nobody holds the lock; or where it holds at most an empty record:
-a writer was killed before it signed. What has another name is never touched.
+A writer works in a folder of its own beside the final name, `.ds_wsi-<32 hex digits>.tmp`: 8 of its machine, 24 random.
+`mkdir` makes it exclusively: it takes no name that is there, and follows no symbolic link. A record inside names the
+folder and its writer, who holds a lock on it for as long as the process lives. A later start removes a folder only
+where the name is one of ours, the record is of this very folder, and nobody holds the lock; or where it holds at most
+an empty record, because a writer of this machine was killed before it signed. What has another name is never touched.
 """
 
 import fcntl
@@ -110,19 +110,18 @@ def _sign(folder: Path) -> int | None:
         descriptor = os.open(folder / RECORD, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:
         return None
+    text = json.dumps({"program": PROGRAM, "name": folder.name, "host": socket.gethostname(), "pid": os.getpid()})
+    is_ours = False
     try:
         with suppress(OSError):  # without locks no folder with a record is ever removed: see `_is_dead`
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if not (folder / RECORD).exists():
+        if (folder / RECORD).exists():
+            os.write(descriptor, text.encode())
+            is_ours = True
+    finally:
+        if not is_ours:
             os.close(descriptor)
-            return None
-        text = json.dumps({"program": PROGRAM, "name": folder.name, "host": socket.gethostname(), "pid": os.getpid()})
-        os.write(descriptor, text.encode())
-    except BaseException:
-        with suppress(OSError):
-            os.close(descriptor)
-        raise
-    return descriptor
+    return descriptor if is_ours else None
 
 
 def _host_digits() -> str:

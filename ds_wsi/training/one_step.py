@@ -85,7 +85,7 @@ def train_step(
         if run.sharing.forward is not None:
             key = index * mesh.slide_size + mesh.slide_rank
             run.sharing.forward.seed = step_seed(run.seed, step.number, key)
-        done = _micro_step(run, bags, _weight(run, step), again=partial(_start_again, run) if alone else None)
+        done = _micro_step(run, bags, _weight(run, step), again=partial(_start_again, run, step) if alone else None)
         loss_sum += done.loss
         tiles += done.n_tiles
         seen.append(done.seen)
@@ -150,10 +150,10 @@ def _micro_step(run: Run, step: MicroStep, weight: float, again: Callable[[], No
     return computed[0]._replace(loss=loss)
 
 
-def _start_again(run: Run) -> None:
+def _start_again(run: Run, step: PlannedStep) -> None:
     """Undo what a step's first try drew and summed."""
     run.optimizer.zero_grad()
-    seed_step(run.seed, run.progress.global_step, run.accelerator.process_index)
+    seed_step(run.seed, step.number, run.accelerator.process_index)
 
 
 def _micro_loss(run: Run, step: MicroStep) -> _Computed:

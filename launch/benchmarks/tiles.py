@@ -36,10 +36,10 @@ from ds_wsi.slides.slide import Slide, SlideCache
 from ds_wsi.slides.tiling import TileGrid, plan_coords
 from launch.benchmarks.table import Bound, Result
 
-# How many times OpenSlide's rate: of the process that reads, and with the handing over of tiles by workers, of which a
-# tile of 256 px costs half of its reading.
+# A bound is a multiple of OpenSlide's rate: one for the process that reads, one for workers, which also hand the tiles
+# over; for a tile of 256 px that costs half of its reading.
 DEMO_BOUNDS = 2.5, 2.0
-# By how much a tile is shrunk.
+# The keys say by how much a tile is shrunk.
 TILED_BOUNDS = {1: (4.5, 2.0), 2: (3.5, 3.0)}
 YOUR_BOUNDS = {1: (3.0, 1.7), 2: (3.0, 2.5)}  # of a slide of yours that is read directly
 OPENSLIDE_BOUNDS = dict.fromkeys((1, 2), (0.9, 0.75))  # of another

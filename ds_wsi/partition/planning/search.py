@@ -211,12 +211,10 @@ class Planner:
         The norms after a segment need it in forward and in backward, those before it in backward.
         """
         count = len(self.cuts) + 1
-        again, kept, rebuilt = (
-            self._costs((SegmentMode(mode),) * count, size) for mode in ("recompute", "keep", "checkpoint")
-        )
-        seconds = sum(map(self._seconds, again))
-        if self.policy.axis == "spatial":
+        seconds = sum(map(self._seconds, self._costs(_WHOLE * count, size)))
+        if self.policy.axis == "spatial":  # there no cost is kept for the next size: others would be simulated anew
             return seconds
+        kept, rebuilt = (self._costs((SegmentMode(mode),) * count, size) for mode in ("keep", "checkpoint"))
         specs = self._specs((SegmentMode("checkpoint"),) * count, TILES)
         segments = self.simulator.program(specs, self._sample(TILES)).segments
         levels = [sum(bool(level.barriers) for level in segment.levels) for segment in segments]
