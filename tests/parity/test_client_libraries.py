@@ -90,34 +90,28 @@ def resnet():
     return ResNetForImageClassification(config).double().train()
 
 
+def keyword_loop(model):
+    optimizer = sgd(model)
+    for x, target in batches():
+        optimizer.zero_grad()
+        model(pixel_values=x, labels=target).loss.backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("build", [vit, resnet])
 def test_keyword_inputs_and_model_outputs(build, mode):
-    def loop(model):
-        optimizer = sgd(model)
-        for x, target in batches():
-            optimizer.zero_grad()
-            model(pixel_values=x, labels=target).loss.backward()
-            optimizer.step()
-
-    both(build(), loop, lambda model: model.base_model, mode)
+    both(build(), keyword_loop, lambda model: model.base_model, mode)
 
 
 def test_layers_of_a_transformers_encoder():
-    def loop(model):
-        optimizer = sgd(model)
-        for x, target in batches():
-            optimizer.zero_grad()
-            model(pixel_values=x, labels=target).loss.backward()
-            optimizer.step()
-
     plain, parted = vit(), vit()
     layers = [part for part in parted.modules() if isinstance(part, ViTLayer)]
     assert len(layers) == 2
     for layer in layers:
         partition(layer, "recompute")
-    loop(plain)
-    loop(parted)
+    keyword_loop(plain)
+    keyword_loop(parted)
     assert_same(parted, plain)
 
 

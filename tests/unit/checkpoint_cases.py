@@ -1,11 +1,7 @@
 """Checkpoints written for tests of their files, and what is logged of them."""
 
-import logging
-from contextlib import contextmanager
-
 import torch
 
-from ds_wsi.runtime.log import logger
 from ds_wsi.training.checkpoint import Contents, save_checkpoint, seal
 from ds_wsi.training.saver import Saver
 
@@ -24,20 +20,6 @@ def flip_byte(path, place=100):
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
-
-
-@contextmanager
-def logged():
-    """What the package logs; its logger may not propagate, so that caplog would miss it."""
-    records = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield records
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 class OneProcess:

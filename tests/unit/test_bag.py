@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from logs import logged
 
 from ds_wsi.bags.bag import (
     FailureLog,
@@ -17,7 +18,6 @@ from ds_wsi.bags.bag import (
 )
 from ds_wsi.bags.cohort import load_cohort
 from ds_wsi.bags.policy import ReadPolicy
-from ds_wsi.runtime.log import logger
 from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.slides.slide import Slide, TileReadError
 
@@ -55,12 +55,8 @@ def failing(monkeypatch):
 
 @pytest.fixture
 def warnings():
-    records = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: records.append(record.getMessage())
-    logger.addHandler(handler)
-    yield records
-    logger.removeHandler(handler)
+    with logged(logging.WARNING) as records:
+        yield records
 
 
 def bags_of(cohort, order, log=None, **policy):

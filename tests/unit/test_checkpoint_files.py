@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import flip_byte, logged, save, write_checkpoint
+from checkpoint_cases import flip_byte, save, write_checkpoint
+from logs import logged
 from safetensors.torch import load_file
 
 from ds_wsi.runtime.temporary import remove_left_behind

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import openslide
 import pytest
+from direct_cases import proved
 from PIL import Image
 from tiled_tiff import LONG, RGB, Kind, Page, picture, write_tiff
 
@@ -26,11 +27,6 @@ APERIO = b"Aperio Image Library v1\r\n"
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "slide.tiff"
-
-
-def proved(path):
-    with openslide.OpenSlide(path) as handle, DirectTiff(path) as direct:
-        return prove(direct, handle)
 
 
 def test_levels_are_proved_against_openslides(path, tmp_path, monkeypatch):

@@ -1,12 +1,11 @@
 """Files that the direct reader refuses, each in one line."""
 
-import openslide
 import pytest
+from direct_cases import proved
 from tiled_tiff import LONG, LONG8, SHORT, UNDEFINED, Kind, Page, encode, tiles_of, write_tiff
 
 from ds_wsi.slides.direct import jpeg_stream
 from ds_wsi.slides.direct.errors import NotDirectError
-from ds_wsi.slides.direct.proof import prove
 from ds_wsi.slides.direct.reader import DirectTiff
 from ds_wsi.slides.direct.tiff_layout import Directory, Entry, SlideFile
 
@@ -14,11 +13,6 @@ from ds_wsi.slides.direct.tiff_layout import Directory, Entry, SlideFile
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "slide.tiff"
-
-
-def proved(path):
-    with openslide.OpenSlide(path) as handle, DirectTiff(path) as direct:
-        return prove(direct, handle)
 
 
 REFUSED = {

@@ -1,13 +1,13 @@
 """What leaves an encoder, where its weights come from, and what of it is trained."""
 
 import json
-import logging
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from logs import logged
 from safetensors.torch import save_file
 from torch import nn
 
@@ -16,7 +16,6 @@ from ds_wsi.models.features import features_shape
 from ds_wsi.models.freezing import freeze_until
 from ds_wsi.models.hub import KNOWN, layers_by_name, resolve_encoder
 from ds_wsi.partition import PartitionPolicy, partition_layers
-from ds_wsi.runtime.log import logger
 from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking import stack_bags
 from ds_wsi.training.prepare import prepare_run
@@ -354,17 +353,12 @@ class TestWeights:
         )
 
     def test_tiles_of_another_kind_are_warned_of(self):
-        records, handler = [], logging.Handler()
-        handler.emit = lambda record: records.append(record.getMessage())
-        logger.addHandler(handler)
-        try:
+        with logged() as records:
             source = resolve_encoder("hf-hub:mahmoodlab/uni")
             source.warn_of_other_tiles(224, 0.5)
             resolve_encoder("resnet18").warn_of_other_tiles(99, 3.0)
             assert records == []
             source.warn_of_other_tiles(256, 0.25)
-        finally:
-            logger.removeHandler(handler)
         assert records == [
             "hf-hub:MahmoodLab/UNI was trained on tiles of 224 px, got --tile_size_px 256",
             "hf-hub:MahmoodLab/UNI was trained at 0.5 um/px, got --mpp 0.25",

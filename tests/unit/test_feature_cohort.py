@@ -1,7 +1,6 @@
 """Cohorts of features: what is listed, what is read, what is refused, what a model of features takes."""
 
 import json
-import logging
 import os
 import shutil
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from logs import logged
 from safetensors.torch import save_file
 
 from ds_wsi import SlideModel, build_aggregator, stack_bags
@@ -24,7 +24,6 @@ from ds_wsi.evaluation.extract import build_extractor, extract_features
 from ds_wsi.evaluation.predict import SlidePrediction, predict_slides
 from ds_wsi.evaluation.results import draw_heatmaps
 from ds_wsi.models import ModelConfig, NoEncoder, build_encoder, build_model
-from ds_wsi.runtime.log import logger
 from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.training.features import check_feature_settings
@@ -50,13 +49,8 @@ def write_cohort(folder, lengths, columns="slide_id,label,split"):
 
 @pytest.fixture
 def messages():
-    texts = []
-    handler = logging.Handler()
-    handler.emit = lambda record: texts.append(record.getMessage())
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield texts
-    logger.removeHandler(handler)
+    with logged() as texts:
+        yield texts
 
 
 def test_every_problem_is_listed_at_once(tmp_path):

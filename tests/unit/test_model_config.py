@@ -1,16 +1,15 @@
 import json
-import logging
 from dataclasses import asdict
 
 import pytest
 import torch
+from logs import logged
 from safetensors.torch import save_file
 
 from ds_wsi.config import read_section
 from ds_wsi.models.config import ModelConfig, build_model, load_model
 from ds_wsi.models.encoder import build_encoder
 from ds_wsi.models.weights import load_encoder_weights
-from ds_wsi.runtime.log import logger
 from ds_wsi.slides.policy import TilingPolicy
 
 TILING = TilingPolicy(tile_size_px=32)
@@ -120,18 +119,9 @@ def test_weights_nested_as_training_scripts_do(encoder, tmp_path, wrapper):
 
 
 def test_what_the_file_holds_beyond_the_encoder_is_logged(encoder, tmp_path):
-    records = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        state = {**encoder.state_dict(), "fc.weight": torch.zeros(2, 512), "fc.bias": torch.zeros(2)}
+    state = {**encoder.state_dict(), "fc.weight": torch.zeros(2, 512), "fc.bias": torch.zeros(2)}
+    with logged() as records:
         load_encoder_weights(fresh(), write_state(tmp_path / "w.safetensors", state))
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
     assert len(records) == 1
     assert "2 tensors are not the encoder's" in records[0]
     assert "fc.weight" in records[0]

@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from checkpoint_cases import OneProcess, logged, save, save_one
+from checkpoint_cases import OneProcess, save, save_one
+from logs import logged
 from safetensors.torch import load_file
 
 from ds_wsi.runtime.files import write_json
