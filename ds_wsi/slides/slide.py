@@ -87,7 +87,9 @@ class Slide:
         self.width_px, self.height_px = handle.dimensions
         self.level_dimensions = handle.level_dimensions
         self.level_downsamples: tuple[float, ...] = handle.level_downsamples
-        self._properties = dict(handle.properties)
+        # A name that is no UTF-8 is listed with other letters than it can be asked for.
+        texts = ((name, handle.properties.get(name)) for name in handle.properties)
+        self._properties = {name: text for name, text in texts if text is not None}
         self._background = background_of(self._properties)
 
     def __enter__(self) -> "Slide":

@@ -2,6 +2,7 @@
 
 import pytest
 from slide_files import ramp, write_slide
+from tiled_tiff import Kind, Page, write_tiff
 
 from ds_wsi.slides.slide import Slide, SlideError
 
@@ -55,6 +56,17 @@ def test_resolution_tags_serve_where_openslide_names_no_mpp(tmp_path):
     with Slide(path) as slide:
         assert slide.mpp == pytest.approx(0.48, rel=1e-3)
         assert slide.mpp_source == "the TIFF resolution tags"
+
+
+@pytest.mark.parametrize("name", [b"Vergr\xf6\xdferung", b"\xff", b"\x80 AppMag"])
+def test_names_that_are_no_utf8_are_left_out(tmp_path, name):
+    """OpenSlide lists them with other letters, by which it then finds nothing."""
+    path = tmp_path / "a.svs"
+    description = b"Aperio Image Library v1\r\n64x64 |" + name + b" = 40|MPP = 0.5|Filename = Pr\xe4parat"
+    write_tiff(path, [Page((100, 90))], Kind(description=description))
+    with Slide(path) as slide:
+        assert slide.mpp == 0.5
+        assert slide.read_tile(0, 0, 0, 64, 64).shape == (64, 64, 3)
 
 
 def test_slide_without_mpp_is_refused_with_the_option(tmp_path):
