@@ -39,6 +39,7 @@ from ds_wsi.partition.planning.plan import PartitionPlan, SegmentPlan
 from ds_wsi.partition.planning.search import plan_partition
 from ds_wsi.partition.planning.uniform import DEFAULT_CHUNK, planning_size, uniform_plan
 from ds_wsi.partition.policy import PartitionPolicy
+from ds_wsi.runtime.forked import make_pool_anew
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import free_host_bytes
 from ds_wsi.runtime.numerics import autocast_dtype, autocast_now, memory_layout
@@ -349,6 +350,7 @@ class PartitionedForward:
         opaque = whole and stays_whole(self.module, axis)
         key = module_key(self.module), axis, opaque, self.plan_or_policy.compile, seen
         if key not in self._traces:
+            make_pool_anew()  # a trace may compute with shapes
             traced = Traced(self.module, axis, example, self.original, whole=whole)
             if self.plan_or_policy.compile and traced.opaque:
                 # Without the option each compiled graph draws in its own order and way: the pass without a gradient

@@ -10,6 +10,7 @@ from pathlib import Path
 GONE = "?"
 SAFE_PATH = "PYTHONSAFEPATH"
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_PF_FORKNOEXEC = 0x40  # of linux/sched.h
 _WORDS = {
     "T": "it is stopped (SIGSTOP, or a debugger)",
     "t": "it is stopped (a debugger)",
@@ -39,6 +40,13 @@ def state_of(pid: int | None) -> str:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return GONE if letter in "ZX" else letter
     return GONE
+
+
+def is_forked() -> bool:
+    """Whether this process goes on with the program of the one that forked it; False where nothing is told."""
+    with suppress(OSError, IndexError, ValueError):
+        return bool(int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[6]) & _PF_FORKNOEXEC)
+    return False
 
 
 def is_stopped(state: str) -> bool:

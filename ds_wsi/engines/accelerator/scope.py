@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator
 from ds_wsi.engines.machine.connection import disconnect
 from ds_wsi.engines.machine.timeouts import restoring_timeouts
+from ds_wsi.runtime.forked import make_pool_anew
 from ds_wsi.runtime.memory import restart_peaks
 from ds_wsi.runtime.seams import check_seams
 
@@ -47,6 +48,7 @@ def engine_scope() -> Iterator[None]:
 
     A process group that was there before stays, one that was made inside is destroyed.
     """
+    make_pool_anew()
     inherited = dist.is_initialized()
     if torch.cuda.is_available():
         restart_peaks(torch.device("cuda", torch.cuda.current_device()))
