@@ -87,7 +87,7 @@ def prepare_run(
         output_dir,
         cohort,
         replace(config, norm_training=training, fixed_norms=module.fixed_norms),
-        accelerator.unwrap_model(model),
+        module,
         model,
         optimizer,
         mesh,
@@ -97,7 +97,7 @@ def prepare_run(
         comm,
         checkpoint,
         failures=FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction),
-        average=_average(accelerator.unwrap_model(model), settings.optim.ema_decay),
+        average=_average(module, settings.optim.ema_decay),
         saver=Saver(settings.run.save_beside),
     )
     if batch_norms(module.encoder) and not module.encoder_is_frozen:

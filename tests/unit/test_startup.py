@@ -65,4 +65,4 @@ def test_features_are_written_without_engines_and_plots(tmp_path):
 
 def test_a_training_imports_what_it_uses_when_it_does(tmp_path):
     early = ("deepspeed", "transformers", "datasets", "evaluate", *PLOTS)
-    run(TRAIN.format(early=early, heavy=("transformers", "datasets", "evaluate")), tmp_path)
+    run(TRAIN.format(early=early, heavy=("deepspeed", "transformers", "datasets", "evaluate")), tmp_path)
