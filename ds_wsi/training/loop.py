@@ -33,7 +33,7 @@ from ds_wsi.training.prepare import prepare_run
 from ds_wsi.training.resume import resume, save
 from ds_wsi.training.run import Run
 from ds_wsi.training.run_folder import alone_in, logging_to
-from ds_wsi.training.screen import tell_start
+from ds_wsi.training.screen import tell_start, warn_of_waiting
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.step_reader import StepReader, read_parts
 from ds_wsi.training.stopping import stop_reason
@@ -117,11 +117,13 @@ def _train_epochs(run: Run) -> None:
         warn_of_warmup(run.settings.optim.warmup_steps, count_steps(run)[1])
     with validation_of(run) as validation:
         while run.progress.epoch < run.epochs and not _stops_early(run):
-            began = time.perf_counter()
+            began, waited = time.perf_counter(), steps.waited
             with kept_when_stopped(run):
                 entry = _train_epoch(run, steps, validation)
                 run.clock.epoch_seconds = time.perf_counter() - began
+                run.clock.epoch_waited = steps.waited - waited
                 validation.collect()
+            warn_of_waiting(run)
             average_buffers(run.accelerator, run.module)
             state = full_state_dict(run.module)  # once per epoch, to validate and to export: collective at ZeRO-3
             if run.average is not None:
@@ -152,6 +154,7 @@ def _train_epoch(run: Run, steps: StepReader, validation: AtTheEnd | BesideTrain
         forget_steps(run.optimizer)
     run.model.train()
     tiles_read, start, rate, skipped, present = 0, time.perf_counter(), 0.0, 0, PresentRate()
+    waited = steps.waited
     with _epoch_bar(run) as bar:
         for step, micro_steps in steps.of_epoch(progress.epoch):
             rate_now = rate_at(step.number)
@@ -166,11 +169,12 @@ def _train_epoch(run: Run, steps: StepReader, validation: AtTheEnd | BesideTrain
             skipped = skipped + 1 if was_skipped else 0
             if was_skipped:
                 tell_skipped_steps(run, skipped)
-            rate = tiles_read / (time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            rate = tiles_read / seconds
             peak = peak_memory_bytes(run.device)
             words = (
                 f"mean loss {progress.loss_sum / max(1, progress.bags_seen):.3f}, {present.after(done.n_tiles):.0f} "
-                f"tiles/s, {peak / 2**30:.2f} GiB"
+                f"tiles/s, data wait {(steps.waited - waited) / seconds:.0%}, {peak / 2**30:.2f} GiB"
             )
             bar.step(n=step.plan.n_bags, words=words)
             _log_step(run, done.loss / step.plan.n_bags, rate_now, rate, peak)

@@ -66,8 +66,8 @@ class Progress:
 class Clock:
     """The time of a run, in seconds, over all its starts; moments are of `time.perf_counter`.
 
-    `loop` sets when this start began, and the time of an epoch; `resume` what earlier starts took, and when a
-    checkpoint was written. Nothing else sets any of it.
+    `loop` sets when this start began, and the times of an epoch; `screen` what it told; `resume` what earlier starts
+    took, and when a checkpoint was written. Nothing else sets any of it.
 
     Attributes:
         started: when this start began.
@@ -75,6 +75,8 @@ class Clock:
         starts: how many there were, with this one.
         saved: when the last checkpoint was written; before the first one, when the run was prepared.
         epoch_seconds: how long the last epoch trained, in this start.
+        epoch_waited: how much of that this rank waited for tiles.
+        told_of_waiting: whether the remedy for that was told.
     """
 
     started: float = field(default_factory=time.perf_counter)
@@ -82,6 +84,13 @@ class Clock:
     starts: int = 1
     saved: float = field(default_factory=time.perf_counter)
     epoch_seconds: float | None = None
+    epoch_waited: float = 0.0
+    told_of_waiting: bool = False
+
+    @property
+    def share_waited(self) -> float:
+        """How much of the last epoch waited for tiles on this rank, 0 to 1."""
+        return self.epoch_waited / max(self.epoch_seconds or 0.0, 1e-9)
 
     @property
     def seconds(self) -> float:

@@ -10,6 +10,9 @@ from ds_wsi.training.context import RunContext
 from ds_wsi.training.run import Run
 from ds_wsi.training.words import model_words, tiles_words
 
+MOST_WAITING = 0.1  # share of an epoch
+WORTH_A_WORD_S = 60.0  # an epoch that is over in less is waited for by nobody
+
 
 def tell_start(run: RunContext, steps_per_epoch: int, steps: int) -> None:
     """Log the run in a block of lines: where, with what, on which model, how many steps."""
@@ -59,7 +62,7 @@ def epoch_line(run: Run, entry: dict[str, Any], *, chosen: bool) -> str:
     words = [f"epoch {int(entry['epoch'])}/{epochs}"]
     seconds = run.clock.epoch_seconds
     if seconds is not None:
-        words.append(duration(seconds))
+        words.append(f"{duration(seconds)}, data wait {run.clock.share_waited:.0%}")
     words.append(f"loss {entry['train_loss']:.4g}")
     if "eval_loss" in entry:
         words.append(f"validation {entry['eval_loss']:.4g}")
@@ -69,3 +72,21 @@ def epoch_line(run: Run, entry: dict[str, Any], *, chosen: bool) -> str:
     if seconds is not None and left > 0:
         words.append(f"left: about {duration(left * seconds)}")
     return "   ".join(words)
+
+
+def warn_of_waiting(run: Run) -> None:
+    """Say once per start what makes reading faster, where the epoch that has ended waited for tiles."""
+    seconds = run.clock.epoch_seconds or 0.0
+    if seconds < WORTH_A_WORD_S or run.clock.share_waited <= MOST_WAITING or run.clock.told_of_waiting:
+        return
+    run.clock.told_of_waiting = True
+    reading = run.settings.policies.reading
+    remedies = [f"--dataloader_num_workers {2 * max(reading.workers, 1)}, where there are cores for them"]
+    if run.cohort.in_dim is None and not reading.tile_store:
+        remedies.append("tiles that are decoded once: ds-wsi tile --store DIR, then --tile_store DIR")
+    logger.warning(
+        "training must not wait for tiles for more than %.0f%% of its time, got %.0f%% of epoch %d's %s on rank %d. "
+        "HINT: %s.",
+        *(100 * MOST_WAITING, 100 * run.clock.share_waited, run.progress.epoch + 1, duration(seconds)),
+        *(run.accelerator.process_index, "; or ".join(remedies)),
+    )

@@ -1,7 +1,10 @@
 """The one iterator of a run: its steps, each with the bags that were read for it."""
 
+import time
 from collections.abc import Callable, Iterator
 from itertools import tee
+
+import torch
 
 from ds_wsi.bags.bag import Bag, BagPart, read_bags
 from ds_wsi.bags.policy import ReadPolicy
@@ -37,6 +40,7 @@ class StepReader:
     Attributes:
         reads_ahead: whether `make_ready` does something. On a CPU it would only hold memory: the reading processes are
             ahead already, and there is no copy.
+        waited: how long steps waited for bags on this rank, in seconds; reading while the device works is no waiting.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class StepReader:
     ) -> None:
         self.run = run
         self.reads_ahead = run.device.type == "cuda"
+        self.waited = 0.0
         self._planned, asked = tee(planned)
         self._bags = read(part for step in asked for parts in step.parts for part in parts)
         self._epoch = -1
@@ -67,7 +72,11 @@ class StepReader:
         """
         step = self._following
         if self.reads_ahead and step is not None and step.epoch == self._epoch:
+            queued = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+            waited = self.waited
             self._ready = self._read(step, step.parts[0])
+            if queued is not None and not queued.query():
+                self.waited = waited  # the device is still at work: it has not waited
 
     def _micro_steps(self, step: PlannedStep) -> Iterator[MicroStep]:
         for parts in step.parts:
@@ -79,7 +88,9 @@ class StepReader:
 
     def _bag_of(self, step: PlannedStep, part: BagPart) -> Bag:
         """The next bag, which must be the part's."""
+        began = time.perf_counter()
         bag = next(self._bags, None)
+        self.waited += time.perf_counter() - began
         if bag is None or bag.slide != part.slide:
             slides = self.run.cohort.manifest.slides
             read = "no bag" if bag is None else f"slide {slides[bag.slide].slide_id}"

@@ -1,6 +1,7 @@
 """A step trains on the bags that were planned for it: one pass over the plan says what is read and what is taken."""
 
 import re
+import time
 from itertools import chain, islice
 from types import SimpleNamespace
 
@@ -10,10 +11,12 @@ import torch
 from ds_wsi.bags.bag import Bag
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.bags.step_layout import StepLayout
+from ds_wsi.runtime.log import logger
 from ds_wsi.tile_parallel import TileMesh
 from ds_wsi.training import step_reader
 from ds_wsi.training.epoch_plan import planned_steps
-from ds_wsi.training.run import Progress
+from ds_wsi.training.run import Clock, Progress
+from ds_wsi.training.screen import epoch_line, warn_of_waiting
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.step_reader import StepReader
 from tests.unit.tiny_runs import train, write_cohort
@@ -150,3 +153,51 @@ def test_a_run_whose_bags_come_in_another_order_ends_with_slide_and_step(tmp_pat
     assert train(folder, folder / "run", epochs=1) == 2
     assert re.search(r"planned for it, slide s\d\d, got slide s\d\d \(epoch 1, step 2\)", capsys.readouterr().err)
     assert not list((folder / "run").glob("checkpoint-*"))
+
+
+def slowly(parts):
+    for bag in read(parts):
+        time.sleep(0.02)
+        yield bag
+
+
+def test_what_steps_wait_for_bags_is_measured():
+    steps = reader(read=slowly)
+    assert steps.waited == 0
+    began = time.perf_counter()
+    for _, micro_steps in steps.of_epoch(0):
+        list(micro_steps)
+        time.sleep(0.1)
+    assert N_SLIDES * 0.02 <= steps.waited < time.perf_counter() - began - STEPS * 0.1
+
+
+def ended_epoch(seconds, waited, **reading):
+    """A run whose first epoch has ended."""
+    return SimpleNamespace(
+        clock=Clock(epoch_seconds=seconds, epoch_waited=waited),
+        settings=SimpleNamespace(policies=SimpleNamespace(reading=ReadPolicy(2, **reading))),
+        cohort=SimpleNamespace(in_dim=None),
+        progress=Progress(epoch=0),
+        accelerator=SimpleNamespace(process_index=1),
+        best_metric="eval_auc",
+        epochs=3,
+    )
+
+
+def test_the_remedy_of_waiting_is_told_once(caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    for run in (ended_epoch(100, 9), ended_epoch(20, 15)):  # little, and of a short epoch
+        warn_of_waiting(run)
+    assert not caplog.records
+    run = ended_epoch(100, 34)
+    for _ in range(2):
+        warn_of_waiting(run)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "training must not wait for tiles for more than 10% of its time, got 34% of epoch 1's 2 min on rank 1. "
+        "HINT: --dataloader_num_workers 4, where there are cores for them; or tiles that are decoded once: ds-wsi tile "
+        "--store DIR, then --tile_store DIR."
+    )
+    assert "data wait 34%" in epoch_line(run, {"epoch": 1, "train_loss": 0.5}, chosen=False)
+    warn_of_waiting(ended_epoch(100, 34, tile_store="store"))
+    assert "tile --store" not in caplog.records[-1].getMessage()
