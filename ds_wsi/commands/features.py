@@ -34,7 +34,9 @@ def add_features(subparsers: argparse._SubParsersAction) -> None:
     parser = add_command(subparsers, "features", run_features)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="a run's folder, whose encoder and tiles are taken")
-    source.add_argument("--encoder", help="a timm model's name, hf-hub:ORG/NAME or local-dir:PATH")
+    words = "a timm model's name, hf-hub:ORG/NAME, local-dir:PATH, or MODULE:CALLABLE of your own"
+    source.add_argument("--encoder", help=words)
+    add_shared_options(parser, ("encoder_options", "allow_code"))
     parser.add_argument(*spellings("encoder_weights"), help="file that --encoder starts from (default: RANDOM weights)")
     parser.add_argument("--pretrained", action="store_true", help="weights that timm has for --encoder's name")
     parser.add_argument(
@@ -54,13 +56,13 @@ def run_features(options: argparse.Namespace) -> None:
 
     of_tiles = {name: value for name, value in vars(options).items() if name in TILING_OPTIONS}
     if options.model:
-        of_encoder = ("encoder_weights", "pretrained", "encoder_features")
+        of_encoder = ("encoder_weights", "pretrained", "encoder_features", "encoder_options")
         given = [name for name in of_tiles if name not in OF_EVALUATION]
         given += [name for name in of_encoder if getattr(options, name)]
         if given:
             names = ", ".join(f"--{name}" for name in given)
             raise ValueError(f"{names} must be given with --encoder alone, got --model, which has its own")
-        model, config = load_model(options.model)
+        model, config = load_model(options.model, allow_code=options.allow_code)
         if config.encoder is None:
             raise ValueError(f"--model must have an encoder, got {options.model}, a model of features")
         tiling = tiling_of(options, read_section({"tiling": config.tiling}).tiling)
@@ -72,6 +74,7 @@ def run_features(options: argparse.Namespace) -> None:
             options.encoder_weights,
             pretrained=options.pretrained,
             features=options.encoder_features,
+            options=dict(options.encoder_options),
         )
     if options.norm_evaluation:
         config = replace(config, norm_evaluation=options.norm_evaluation)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from ds_wsi.commands import COMMANDS
 from ds_wsi.commands.foreign_names import FOREIGN_NAMES
+from ds_wsi.models.choices import AggregatorNames
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -47,7 +48,8 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
             return
-        choices = [str(choice) for choice in action.choices]
+        further = action.choices.found() if isinstance(action.choices, AggregatorNames) else []
+        choices = [str(choice) for choice in (*action.choices, *further)]
         near = _nearest(str(value), choices)
         hint = f"did you mean {near}?" if near else f"one of {', '.join(choices)}."
         raise argparse.ArgumentError(action, f"invalid choice: {value!r}. HINT: {hint}")

@@ -15,7 +15,8 @@ from ds_wsi.training.options import spellings
 def add_plan(subparsers: argparse._SubParsersAction) -> None:
     """The options of `ds-wsi plan`."""
     parser = add_command(subparsers, "plan", run_plan)
-    parser.add_argument("--encoder", default="resnet18", help="a timm model's name (default: resnet18)")
+    words = "a timm model's name, or MODULE:CALLABLE of your own (default: resnet18)"
+    parser.add_argument("--encoder", default="resnet18", help=words)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--tiles", type=int, help="number of tiles of a bag, which is computed in chunks of tiles")
     size.add_argument(*spellings("image_px"), type=int, help="side of one large image instead, in blocks of rows")
@@ -48,6 +49,7 @@ def run_plan(options: argparse.Namespace) -> None:
     import torch
 
     from ds_wsi.models import build_encoder
+    from ds_wsi.models.own import is_code
     from ds_wsi.partition.planning.draw import draw_plan
     from ds_wsi.partition.planning.rates import device_key, probe
     from ds_wsi.partition.planning.search import plan_partition
@@ -69,7 +71,7 @@ def run_plan(options: argparse.Namespace) -> None:
     if options.gpu is None and device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--gpu must be given where there is no GPU to ask. HINT: --gpu 24GiB.")
     # A vision transformer's positions are of one size.
-    fixed = {"img_size": options.tile_size_px} if "vit" in options.encoder else {}
+    fixed = {"img_size": options.tile_size_px} if "vit" in options.encoder and not is_code(options.encoder) else {}
     encoder = build_encoder(options.encoder, tile_size_px=options.tile_size_px, **fixed).train(not options.eval)
     spatial = options.image_px is not None
     shape = (1, 3, options.image_px, options.image_px) if spatial else (options.tiles, 3, *[options.tile_size_px] * 2)

@@ -49,6 +49,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         *spellings("map_labels"), type=_pairs, help="the cohort's classes in the model's words: tumor=1,normal=0"
     )
     add_norm_evaluation(parser)
+    add_shared_options(parser, ("allow_code",))
     add_reading_options(parser)
     add_prediction_options(parser, need_manifest=False)
     add_shared_options(parser, OF_EVALUATION, default="as the model was trained")
@@ -115,7 +116,7 @@ def model_and_slides(options: argparse.Namespace, split: str, labels: str) -> Mo
     from ds_wsi.bags.run_splits import read_splits, with_run_splits
     from ds_wsi.models import load_model
 
-    model, config = load_model(options.model)
+    model, config = load_model(options.model, allow_code=options.allow_code)
     model.set_norms(evaluation=options.norm_evaluation)
     _require_own_classes(classes_of(options), config.classes, options.model)
     _require_features_or_slides(options, config)

@@ -3,10 +3,10 @@
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,7 @@ from ds_wsi.bags.problems import condensed
 from ds_wsi.bags.shards import shard_order
 from ds_wsi.evaluation.predict import encode_slides
 from ds_wsi.models import ModelConfig, SlideModel, build_model, resolve_encoder
+from ds_wsi.models.hub import says_weights
 from ds_wsi.runtime.locks import lock_path, remove_dead_locks, shared_stream
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.shards import ALONE, Shard
@@ -56,30 +57,32 @@ def build_extractor(
     *,
     pretrained: bool = False,
     features: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[SlideModel, ModelConfig]:
     """A model whose encoder is the one that training takes for these options, and its description.
 
     Args:
-        name: a timm model's name, `hf-hub:ORG/NAME` or `local-dir:PATH`; the latter two come with weights.
+        name: a timm model's name, `hf-hub:ORG/NAME` or `local-dir:PATH`; the latter two come with weights. Or own code.
         tiling: how the tiles were made.
         weights: a local file; None takes those of the name, or random ones of seed 0, of which it warns.
         pretrained: take the weights that timm has for the name.
         features: one of `FEATURES`; None for what the encoder's authors take.
+        options: keyword arguments of own code.
 
     Raises:
         ValueError: weights that cannot be had or do not fit.
     """
     if pretrained and weights is not None:
         raise ValueError("--pretrained and --encoder_weights must not be given together. HINT: choose one.")
-    source = resolve_encoder(name)
+    source = resolve_encoder(name, options)
     named = source.weights_name(pretrained, weights)
-    if weights is None and named is None:
+    if weights is None and named is None and not says_weights(name):
         logger.warning("--encoder_weights is not given: %s has random weights (seed 0)", name)
     # Of a SlideModel the encoder alone is used.
     config = ModelConfig.of_source(source, "mean", ("none", "none"), asdict(tiling), features=features)
     source.warn_of_other_tiles(tiling.tile_size_px, tiling.mpp)
     torch.manual_seed(0)  # the same features when the command is given again
-    return build_model(config, weights, named), config
+    return build_model(config, weights, named, allow_code=config.own_code.values()), config
 
 
 def extract_features(

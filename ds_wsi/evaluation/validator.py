@@ -277,7 +277,7 @@ def _end_with(caller: int) -> None:
 
 
 def _validate(work: ValidationWork, weights: Path, failures: FailureLog) -> ValidationResult:
-    model = build_model(work.config)
+    model = build_model(work.config, allow_code=work.config.own_code.values())  # of this run's command line
     model.load_state_dict(read_weights(weights))
     model.to(work.device)
     model.evaluation_precision = work.precision

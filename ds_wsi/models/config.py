@@ -1,6 +1,6 @@
 """What is needed to rebuild a model: its sizes and names, read from and written to config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
@@ -10,8 +10,10 @@ import timm
 from torch import Tensor, nn
 
 from ds_wsi.models.aggregators import build_aggregator
+from ds_wsi.models.choices import AGGREGATORS
 from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, NoEncoder, build_encoder
-from ds_wsi.models.hub import EncoderSource
+from ds_wsi.models.hub import EncoderSource, is_own_encoder
+from ds_wsi.models.own import AGGREGATOR, ENCODER, is_own, require_allowed
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.models.weights_file import WeightsFileError, read_weights, require_finite, save_weights
 from ds_wsi.norms.policy import EVALUATION, TRAINING
@@ -43,8 +45,9 @@ class ModelConfig:
     """A SlideModel's names and sizes.
 
     Args:
-        encoder: a timm architecture: nothing is downloaded to build it; None for a model of features.
-        aggregator: a key of `AGGREGATORS`.
+        encoder: a timm architecture: nothing is downloaded to build it; or a name of own code, see `ds_wsi.models.own`;
+            None for a model of features.
+        aggregator: a key of `AGGREGATORS`, or a name of own code.
         classes: the class names, in the order of the logits; two or more.
         tiling: the TilingPolicy of the tiles it was trained on, or its fields; evaluation tiles slides the same way.
             Empty for a model of features.
@@ -53,7 +56,7 @@ class ModelConfig:
         aggregator_options: other arguments of its constructor, as JSON has them; others are as in its original.
         in_dim: the width of the features of a model of features; None with an encoder, which has its own.
         encoder_features: what leaves the encoder, one of `FEATURES`.
-        encoder_options: arguments of `timm.create_model`, as JSON has them.
+        encoder_options: arguments of `timm.create_model`, or of own code, as JSON has them.
         norm_training: what the encoder's BatchNorm averaged over in training, of a `NormPolicy`, and not "auto".
         norm_evaluation: what it averages over in evaluation; "recalibrated" statistics are in the weights.
         fixed_norms: the encoder's norms that kept their running statistics in training, and keep them in evaluation.
@@ -127,6 +130,16 @@ class ModelConfig:
         """Side of the tiles."""
         return int(self.tiling["tile_size_px"])
 
+    @property
+    def own_code(self) -> dict[str, str]:
+        """Kind ("encoder", "aggregator") -> name of own code: to build the model imports its module."""
+        names = {}
+        if self.encoder is not None and is_own_encoder(self.encoder):
+            names[ENCODER] = self.encoder
+        if self.aggregator not in AGGREGATORS and is_own(self.aggregator, AGGREGATOR):
+            names[AGGREGATOR] = self.aggregator
+        return names
+
     def write(self, path: str | Path) -> None:
         """Write config.json atomically."""
         write_json(path, {"format": "ds_wsi.SlideModel", "version": VERSION, **asdict(self)})
@@ -183,7 +196,11 @@ def stored_version(directory: str | Path) -> int:
 
 
 def build_model(
-    config: ModelConfig, encoder_weights: str | Path | None = None, encoder_source: str | None = None
+    config: ModelConfig,
+    encoder_weights: str | Path | None = None,
+    encoder_source: str | None = None,
+    *,
+    allow_code: Collection[str] = (),
 ) -> SlideModel:
     """Build the SlideModel that `config` describes, with random weights but for the encoder's where given.
 
@@ -191,7 +208,12 @@ def build_model(
         config: the model's names and sizes.
         encoder_weights: a local file.
         encoder_source: what timm finds pretrained weights by, see `build_encoder`.
+        allow_code: modules (or whole names) of own code that may be imported: a config can be a stranger's.
+
+    Raises:
+        ValueError: it names own code that is not allowed, or does not describe a model.
     """
+    require_allowed(config.own_code, allow_code, "a ModelConfig")
     if config.encoder is None:
         assert config.in_dim is not None
         encoder: nn.Module = NoEncoder(config.in_dim)
@@ -215,16 +237,23 @@ def build_model(
     return model.set_norms(*norms, config.fixed_norms)
 
 
-def load_model(directory: str | Path) -> tuple[SlideModel, ModelConfig]:
+def load_model(directory: str | Path, *, allow_code: Collection[str] = ()) -> tuple[SlideModel, ModelConfig]:
     """Rebuild an exported model from a folder's config.json and model.safetensors, in evaluation mode.
 
+    Args:
+        directory: the folder.
+        allow_code: modules (or whole names) of own code that config.json may have imported; see
+            docs/how_to/own_model.md.
+
     Raises:
-        ValueError: one of the two is missing, is another kind of file, or is of another model.
+        ValueError: one of the two is missing, is another kind of file, or is of another model; config.json names own
+            code that is not allowed.
     """
     directory = Path(directory)
     config = ModelConfig.read(directory / "config.json")
+    require_allowed(config.own_code, allow_code, directory / "config.json")
     try:
-        model = build_model(config)
+        model = build_model(config, allow_code=allow_code)
     except Exception as error:  # timm and torch refuse sizes and options that are none in many ways
         raise ValueError(
             f"config.json must describe a model, got {type(error).__name__}: {error} ({directory / 'config.json'})"

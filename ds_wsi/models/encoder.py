@@ -7,7 +7,8 @@ import timm
 from torch import Tensor, nn
 
 from ds_wsi.models.features import set_features
-from ds_wsi.models.hub import build_from_hub, layers_by_name, require_timm_name
+from ds_wsi.models.hub import build_from_hub, is_own_encoder, layers_by_name, require_timm_name
+from ds_wsi.models.own_parts import build_own_encoder
 from ds_wsi.models.weights import first_patches, load_encoder_weights
 from ds_wsi.runtime.log import logger
 
@@ -27,18 +28,21 @@ def build_encoder(
     """Build a timm model without its classifier: tiles [N, 3, S, S] -> features [N, num_features].
 
     Args:
-        name: a timm model's name, such as `resnet18` or `vit_tiny_patch16_224`.
+        name: a timm model's name, such as `resnet18` or `vit_tiny_patch16_224`; or `module:callable` of your own, or
+            what an installed package calls its encoder (entry points `ds_wsi.encoders`).
         weights: a local `.safetensors` file or timm checkpoint; None starts from random weights.
         source: what timm downloads pretrained weights by, in place of `weights`: a model's name, `hf-hub:ORG/NAME`,
             `local-dir:PATH`.
         features: what leaves the encoder, one of `FEATURES`.
         tile_size_px: S, on which the width of flattened features depends; by default the option `img_size`, or 224.
-        options: passed to `timm.create_model`.
+        options: passed to `timm.create_model`, or to the callable.
 
     Raises:
         ValueError: timm has no model of this name, the weights do not fit it or cannot be had, or the model has no such
             features or takes no tiles of this size.
     """
+    if is_own_encoder(name):
+        return build_own_encoder(name, weights, features, tile_size_px or 224, options)
     require_timm_name(name)
     if features != "pooled":
         options["global_pool"] = ""

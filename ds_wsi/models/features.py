@@ -71,7 +71,7 @@ def features_shape(encoder: nn.Module, tile_size_px: int) -> tuple[int, ...]:
         ValueError: it takes no tiles of this size.
     """
     flags = [(part, part.training) for part in encoder.modules()]
-    like = next(encoder.parameters())
+    like = next(encoder.parameters(), torch.empty(0))  # one of one's own can be without
     encoder.eval()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -95,6 +95,8 @@ def features_shape(encoder: nn.Module, tile_size_px: int) -> tuple[int, ...]:
     finally:
         for part, training in flags:
             part.training = training
+    if not isinstance(out, Tensor):
+        raise ValueError(f"{type(encoder).__name__} must return a tensor for tiles, got {type(out).__name__}")
     return tuple(out.shape)
 
 

@@ -17,6 +17,8 @@ from timm.data import resolve_data_config
 from timm.models import load_model_config_from_hf
 from torch import nn
 
+from ds_wsi.models.own import ENCODER, channels_of, check_options, find_own, installed, is_code
+from ds_wsi.runtime.contracts import SaysWeights
 from ds_wsi.runtime.files import read_object
 from ds_wsi.runtime.log import logger
 
@@ -39,6 +41,7 @@ class EncoderSource:
         features: what its authors take from it.
         tile_size_px: what it was trained on, None where that is not known.
         mpp: um/px of what it was trained on, empty where that is not known.
+        is_own: whether it is of the user's own code, which builds it; `architecture` is then its name.
     """
 
     name: str
@@ -49,6 +52,7 @@ class EncoderSource:
     features: str = "pooled"
     tile_size_px: int | None = None
     mpp: tuple[float, ...] = ()
+    is_own: bool = False
 
     @property
     def comes_with_weights(self) -> bool:
@@ -56,7 +60,16 @@ class EncoderSource:
         return self.name.startswith((HUB, FOLDER))
 
     def weights_name(self, pretrained: bool, weights: object) -> str | None:
-        """What timm finds the weights by; None where they are random, or from the file `weights`."""
+        """What timm finds the weights by; None where they are random, or from the file `weights`.
+
+        Raises:
+            ValueError: timm has none of own code.
+        """
+        if pretrained and self.is_own:
+            raise ValueError(
+                f"--pretrained must be given with a timm model's name, got {self.name}. HINT: leave it out; an option "
+                "of your own says which weights are loaded (--encoder_options), or --encoder_weights FILE."
+            )
         return self.name if weights is None and (pretrained or self.comes_with_weights) else None
 
     def warn_of_other_tiles(self, tile_size_px: int, mpp: float) -> None:
@@ -168,14 +181,40 @@ KNOWN: dict[str, EncoderSource] = {
 }
 
 
-def resolve_encoder(name: str) -> EncoderSource:
-    """What `name` stands for: a timm model's name, `hf-hub:ORG/NAME` or `local-dir:PATH`.
+def is_own_encoder(name: str) -> bool:
+    """Whether a name is of own code, see `ds_wsi.models.own`: those of timm and of a place of weights go before."""
+    if is_code(name):
+        return True
+    return not (name.startswith((HUB, FOLDER)) or timm.is_model(name)) and name in installed(ENCODER)
 
-    A hub's model that is not in `KNOWN` has its config.json downloaded.
+
+def says_weights(name: str) -> bool:
+    """Whether an encoder's name brings weights with it; own code says so by the callable's `has_weights`."""
+    if is_own_encoder(name):
+        build = find_own(name, ENCODER)
+        return isinstance(build, SaysWeights) and bool(build.has_weights)
+    return name.startswith((HUB, FOLDER))
+
+
+def resolve_encoder(name: str, options: Mapping[str, Any] | None = None) -> EncoderSource:
+    """What `name` stands for: a timm model's name, `hf-hub:ORG/NAME`, `local-dir:PATH`, or own code.
+
+    A hub's model that is not in `KNOWN` has its config.json downloaded; own code's module is imported.
+
+    Args:
+        name: see above.
+        options: keyword arguments of own code; others have none.
 
     Raises:
-        ValueError: it cannot be downloaded or read, or names no model of timm's.
+        ValueError: it cannot be downloaded, imported or read, or names no model; options that it does not take.
     """
+    if is_own_encoder(name):
+        return _own_source(name, dict(options or {}))
+    if options:
+        raise ValueError(
+            f"--encoder_options must be given with an encoder of your own, MODULE:CALLABLE, got {dict(options)} for "
+            f"{name}. HINT: leave it out."
+        )
     source = KNOWN.get(name.lower())
     if source is not None:
         return source
@@ -207,9 +246,25 @@ def require_timm_name(name: str) -> None:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         raise ValueError(
-            f"encoder must be a timm model's name, or begin with hf-hub: or local-dir:, got {name!r}. "
+            f"encoder must be a timm model's name, or begin with hf-hub: or local-dir:, or be MODULE:CALLABLE of your "
+            f"own{_named_by_packages()}, got {name!r}. "
             f"HINT: {'did you mean ' + ', '.join(near) + '?' if near else 'timm.list_models() lists them.'}"
         )
+
+
+def _named_by_packages() -> str:
+    names = sorted(installed(ENCODER))
+    return f", or of installed packages {', '.join(names)}" if names else ""
+
+
+def _own_source(name: str, options: dict[str, Any]) -> EncoderSource:
+    """What own code says of itself before it is built, by the callable's attributes."""
+    build = find_own(name, ENCODER)
+    check_options(name, build, options, ("tile_size_px",))
+    usual_mean, usual_std = _IMAGENET
+    mean: Any = channels_of(build, name, "mean", usual_mean)
+    std: Any = channels_of(build, name, "std", usual_std)
+    return EncoderSource(name, name, mean, std, options=options, is_own=True)
 
 
 def _source(name: str, architecture: str, cfg: Mapping[str, Any], options: dict[str, Any]) -> EncoderSource:

@@ -57,6 +57,13 @@ class PartlyFrozen(Protocol, metaclass=_AsItAnswers):
 
 
 @runtime_checkable
+class SaysWeights(Protocol, metaclass=_AsItAnswers):
+    """What builds an encoder of the user's own: whether that starts from weights."""
+
+    has_weights: bool
+
+
+@runtime_checkable
 class NeedsLabels(Protocol, metaclass=_AsItAnswers):
     """An aggregator, or its class: whether it takes the labels too, for an auxiliary loss over classes."""
 

@@ -16,6 +16,7 @@ from ds_wsi.models import (
     freeze_until,
     resolve_encoder,
 )
+from ds_wsi.models.own import source_files
 from ds_wsi.models.weights import require_weights_file
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.settings import TrainSettings
@@ -31,7 +32,8 @@ def check_encoder(settings: TrainSettings, accelerator: Accelerator) -> None:
     if settings.data.features_dir is not None:
         return
     with accelerator.main_process_first() if ":" in model.encoder else nullcontext():
-        resolve_encoder(model.encoder)
+        source = resolve_encoder(model.encoder, dict(model.encoder_options))
+    source.weights_name(model.pretrained, model.encoder_weights)  # refuses weights of timm's for own code
     if model.encoder_weights is not None:
         require_weights_file(model.encoder_weights)
 
@@ -57,12 +59,13 @@ def build_slide_model(
     }
     if in_dim is not None:
         config = ModelConfig(None, chosen.aggregator, classes, {}, in_dim=in_dim, **of_the_aggregator)
+        _tell_own_code(config)
         torch.manual_seed(settings.run.seed)
-        return config, build_model(config)
+        return config, build_model(config, allow_code=config.own_code.values())
     elsewhere = chosen.pretrained or ":" in chosen.encoder
     # The main process downloads, the others then find the files.
     with accelerator.main_process_first() if elsewhere else nullcontext():
-        source = resolve_encoder(chosen.encoder)
+        source = resolve_encoder(chosen.encoder, dict(chosen.encoder_options))
         config = ModelConfig.of_source(
             source,
             chosen.aggregator,
@@ -73,8 +76,9 @@ def build_slide_model(
         )
         torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
         named = source.weights_name(chosen.pretrained, chosen.encoder_weights)
-        module = build_model(config, chosen.encoder_weights, named)
-    if not chosen.has_weights:
+        module = build_model(config, chosen.encoder_weights, named, allow_code=config.own_code.values())
+    _tell_own_code(config)
+    if not chosen.has_weights and not source.is_own:
         logger.warning(
             "--encoder_weights is not given: %s starts from RANDOM weights (seed %d)%s. HINT: --encoder_weights FILE, "
             "or --pretrained.",
@@ -93,3 +97,9 @@ def build_slide_model(
     if chosen.lora_rank:
         add_lora(module.encoder, chosen.lora_rank, chosen.lora_alpha, chosen.lora_targets, tiling.tile_size_px)
     return config, module.train()
+
+
+def _tell_own_code(config: ModelConfig) -> None:
+    """Say from which files the code comes that the command line names."""
+    for name, file in source_files(config.own_code).items():
+        logger.info("own code: %s, of %s", name, file)

@@ -105,6 +105,8 @@ def settings_from(
     given = {name: value for name, value in vars(options).items() if "." in name}
     in_yaml = read_yaml(options.config) if "config" in options else {}
     asked = frozenset(given)
+    if in_yaml:
+        _require_allowed({path: name for path, name in in_yaml.items() if path not in asked}, options)
     path = given.get("run.deepspeed", in_yaml.get("run.deepspeed"))
     config = None if path is None else read_config(path)
     section = config.get(SECTION, {}) if config else {}
@@ -124,6 +126,15 @@ def settings_from(
         settings = replace(settings, **{group: replace(getattr(settings, group), **fields)})
     _check_effect(asked, {*asked, *in_yaml}, settings)
     return settings, config
+
+
+def _require_allowed(in_yaml: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Refuse own code that the YAML alone names, before it is imported; see `ds_wsi.models.own`."""
+    from ds_wsi.models.own import AGGREGATOR, ENCODER, is_own, require_allowed
+
+    named = {kind: in_yaml[f"model.{kind}"] for kind in (ENCODER, AGGREGATOR) if f"model.{kind}" in in_yaml}
+    of_own_code = {kind: name for kind, name in named.items() if is_own(name, kind)}
+    require_allowed(of_own_code, vars(options).get("model.allow_code", ()), options.config)
 
 
 def _check_effect(asked: Collection[str], chosen: Collection[str], settings: TrainSettings) -> None:

@@ -40,7 +40,7 @@ from ds_wsi.training.words import model_words, tiles_words
 
 def _plain_copy(run: RunContext, state: dict[str, torch.Tensor]) -> SlideModel:
     """A whole float32 model of these weights outside the engine: evaluates the same at any ZeRO stage."""
-    model = build_model(run.config)
+    model = build_model(run.config, allow_code=run.config.own_code.values())
     model.load_state_dict(state)
     model.evaluation_precision = run.settings.run.eval_precision
     return model.to(run.device).eval()
@@ -130,7 +130,7 @@ def finish(run: Run, started: float) -> dict[str, Any]:
         The test metrics with their intervals, and the run's folder, on the main process; elsewhere an empty dict.
     """
     run.accelerator.wait_for_everyone()
-    model, _ = load_model(run.output_dir)
+    model, _ = load_model(run.output_dir, allow_code=run.config.own_code.values())
     model.evaluation_precision = run.settings.run.eval_precision
     protocol = run.settings.run.evaluation
     predictions = _predict(run, model.to(run.device), "test", protocol)

@@ -18,6 +18,7 @@ from torch import nn
 from ds_wsi.bags.feature_cohort import features_digest
 from ds_wsi.bags.manifest import Manifest, ManifestError, parse_manifest
 from ds_wsi.bags.splits import assign_splits
+from ds_wsi.models.own import source_files
 from ds_wsi.norms import batch_norms
 from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
@@ -73,6 +74,7 @@ def _made_of(run: "RunContext") -> dict[str, Any]:
         "norm_stacks": _norm_stacks(run),
         TEST_FILES: _test_files(run.cohort),
         "training_slides": len(run.cohort.rows("train")),
+        **_own_code(run),
         "training_tiles": sum(run.cohort.lengths[row] for row in run.cohort.rows("train")),
     }
     as_json: dict[str, Any] = json.loads(json.dumps(values))  # as the checkpoint has it: tuples are lists
@@ -112,6 +114,13 @@ def _draws(module: nn.Module) -> bool:
     """Whether a module draws in training: dropout, and stochastic depth as timm and torchvision have it."""
     is_dropout = re.search(r"Dropout(\d?d)?$|DropPath$|StochasticDepth$", type(module).__name__)
     return bool(is_dropout) and any(getattr(module, name, 0) for name in ("p", "drop_prob"))
+
+
+def _own_code(run: "RunContext") -> dict[str, Any]:
+    """Own code by the content of its module's file: another is another model, or trains as another."""
+    files = source_files(run.config.own_code)
+    known_by = {name: file_fingerprint(path).sha256 for name, path in files.items() if Path(path).is_file()}
+    return {"own_code": known_by} if known_by else {}
 
 
 def _norm_stacks(run: "RunContext") -> dict[str, Any] | None:

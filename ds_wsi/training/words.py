@@ -11,7 +11,8 @@ def model_words(run: RunContext) -> str:
         encoder = encoder_of_features(run.cohort)
         whose = "" if encoder is None else f"{encoder.split()[0]}, "
         return f"{run.config.aggregator} on features of {whose}width {run.config.in_dim}"
-    random = "" if run.settings.model.has_weights else " (from RANDOM weights)"
+    told = run.settings.model.has_weights or "encoder" in run.config.own_code  # own code's start is its own
+    random = "" if told else " (from RANDOM weights)"
     return f"{run.settings.model.encoder}{random} + {run.config.aggregator}, {_training_words(run.settings)}"
 
 

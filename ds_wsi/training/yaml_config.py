@@ -15,8 +15,9 @@ from ds_wsi.runtime.setting import FLAG, SWITCH
 from ds_wsi.training.setting_list import GROUPS, OPTIONS, SETTINGS, Declared, value_at
 from ds_wsi.training.settings import TrainSettings
 
-# Where a run goes on, which belongs to one start of it and not to its settings.
-NOT_WRITTEN = ("resume_from_checkpoint",)
+ALLOWED = "allow_code"
+# What belongs to one start of a run and not to its settings: where it goes on, and the word of who starts it.
+NOT_WRITTEN = ("resume_from_checkpoint", ALLOWED)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -45,6 +46,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             near = get_close_matches(name, OPTIONS, n=1)
             hint = f"did you mean {near[0]}?" if near else "ds-wsi train --help lists them."
             raise ValueError(f"{path}: {key} must be an option of training, or {SECTION}. HINT: {hint}")
+        if name == ALLOWED:
+            raise ValueError(f"{path}: {key} must be given on the command line, got it in a file. HINT: --{ALLOWED}.")
         if value is not None:  # left as it is
             values[OPTIONS[name].field_path] = _parsed(OPTIONS[name], value, f"{path}: {name}")
     return values
@@ -67,6 +70,8 @@ def _parsed(one: Declared, value: Any, where: str) -> Any:
     if isinstance(kind, tuple):
         by_lower_case = {choice.lower(): choice for choice in kind}
         text = {"true": "yes", "false": "no"}.get(text, text) if isinstance(value, bool) else text  # YAML's yes and no
+        if text in kind:
+            return text
         if text.lower() not in by_lower_case:
             raise ValueError(f"{where} must be one of {', '.join(kind)}, got {value!r}")
         return by_lower_case[text.lower()]
@@ -117,7 +122,7 @@ def yaml_text(settings: TrainSettings) -> str:
 def _line(name: str, value: Any, one: Declared) -> str:
     if value is None:
         return f"{name}: all" if "all" in (one.setting.words, *one.setting.words.split()) else f"{name}:"
-    if name == "aggregator_options":
+    if name.endswith("_options"):
         return f"{name}: {_dumped(dict(value))}"
     return f"{name}: {_dumped(list(value) if isinstance(value, tuple) else value)}"
 

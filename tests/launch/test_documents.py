@@ -111,6 +111,14 @@ def is_own_model(names):
     assert names["other"].logits.shape == (2, 2)
 
 
+def is_own_code(names):
+    features = names["Small"](width=24)(torch.rand(4, 3, 32, 32))
+    bags = ds_wsi.stack_bags([features[:3], features[3:]])
+    expected = torch.stack([features[:3].topk(2, dim=0).values.mean(0), features[3]])
+    aggregator = names["Largest"](24, 2, k=2)
+    torch.testing.assert_close(aggregator(bags).logits, aggregator.classifier(expected))
+
+
 def is_by_bag(names):
     model = names["model"]
     assert (model.norm_training, model.norm_evaluation) == ("bag", "bag")
@@ -123,6 +131,7 @@ CHECKS = {
     "stacked features": is_stacked,
     "hooks": is_hooked,
     "own model": is_own_model,
+    "own code": is_own_code,
     "norms of a loop": is_by_bag,
     "trainer": is_trained,
     "trainer on features": is_trained_on_features,
@@ -202,6 +211,7 @@ SHELL = {
     "compare": (["tables/results.md", "compared"], ("own slides", "features")),
     "resume": (["runs/kept/report.html"], ("own slides",)),
     "plan": (["plan/plan.json", "plan/plan.png"], ()),
+    "own code on the command line": (["runs/own/report.html", "runs/own_external/metrics.json"], ()),
 }
 
 
@@ -214,6 +224,7 @@ def workplace(tmp_path_factory):
     for name in ("cohort.csv", "external.csv"):
         (folder / name).write_text(table, "utf-8")
     save_file(build_encoder("resnet18").state_dict(), folder / "encoder.safetensors")
+    (folder / "my_models.py").write_text(block("own code").text, "utf-8")
     return folder, set()
 
 
@@ -228,7 +239,7 @@ def run_shell(name, done):
         assert program == "ds-wsi"
         small = SMALL[command]
         if command == "train" and "--features_dir" not in options:
-            small = [*small, "--tile_size_px", "64", "--encoder", "resnet10t"]
+            small = [*small, "--tile_size_px", "64", *(() if "--encoder" in options else ("--encoder", "resnet10t"))]
         assert main([command, *options, *small]) == 0, line
 
 

@@ -56,6 +56,7 @@ WORDS = {
     "model.encoder_weights": [None, "a.safetensors", "b.safetensors"],
     "model.dropout": [None, 0.1, 0.25],
     "model.aggregator_options": [(), (("hidden_dim", 64),), (("hidden_dim", 32),)],
+    "model.encoder_options": [(), (("width", 64),), (("width", 32),)],
     "optim.encoder_learning_rate": [1e-5, 1e-4],
     "run.deepspeed": ["a.json", "b.json"],
     "run.eval_tiles": [None, 64, 256],

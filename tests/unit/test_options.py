@@ -73,8 +73,10 @@ def test_every_option_sets_its_field_with_underscores_or_dashes(name, dashes, tm
         given, expected = "1, 2.5", (1.0, 2.5)
     elif name == "lora_targets":
         given, expected = "fc1, qkv", ("fc1", "qkv")
-    elif name == "aggregator_options":
+    elif name in ("aggregator_options", "encoder_options"):
         given, expected = "hidden_dim=64", (("hidden_dim", 64),)
+    elif name == "allow_code":
+        given, expected = "mine, other.models", ("mine", "other.models")
     elif name == "deepspeed":
         given = expected = str(write_config(tmp_path, {}))
     elif isinstance(kind, tuple):

@@ -13,7 +13,7 @@ from ds_wsi.cli import main
 from ds_wsi.training.options import add_train_options, settings_from
 from ds_wsi.training.presets import PRESETS
 from ds_wsi.training.setting_list import OPTIONS
-from ds_wsi.training.yaml_config import read_yaml, write_yaml, yaml_text
+from ds_wsi.training.yaml_config import NOT_WRITTEN, read_yaml, write_yaml, yaml_text
 
 
 def settings_of(*arguments, preset=None):
@@ -125,7 +125,8 @@ def test_the_command_writes_a_file_with_every_option_and_overwrites_none(tmp_pat
     assert main(["train", "--seed", "4", "--write_config", str(path)]) == 0
     assert "--config" in capsys.readouterr().out
     text = path.read_text()
-    assert all(f"{name}:" in text for name in OPTIONS if name != "resume_from_checkpoint")
+    assert all(f"{name}:" in text for name in OPTIONS if name not in NOT_WRITTEN)
+    assert NOT_WRITTEN == ("resume_from_checkpoint", "allow_code")
     assert yaml.safe_load(text) == {"seed": 4, "tile_size_px": 64}
     assert main(["train", "--write_config", str(path)]) == 2
     assert path.read_text() == text

@@ -16,7 +16,7 @@ without, each rank divides by its own bags, and the mean of means is another gra
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -90,6 +90,7 @@ class SlideModelForSlideClassification(PreTrainedModel):
     Args:
         config: rebuilds the model.
         slide_model: what it describes, where it is built already.
+        allow_code: modules of own code that the config may have imported, see `ds_wsi.load_model`.
 
     Attributes:
         slide_model: the SlideModel, plain: freeze its encoder, load an encoder's weights, partition its layers.
@@ -101,9 +102,13 @@ class SlideModelForSlideClassification(PreTrainedModel):
     # Read by the Trainer: `num_items_in_batch` is counted and given to forward.
     accepts_loss_kwargs = True
 
-    def __init__(self, config: SlideModelConfig, slide_model: SlideModel | None = None) -> None:
+    def __init__(
+        self, config: SlideModelConfig, slide_model: SlideModel | None = None, *, allow_code: Collection[str] = ()
+    ) -> None:
         super().__init__(config)
-        self.slide_model = build_model(config.model_config) if slide_model is None else slide_model
+        if slide_model is None:
+            slide_model = build_model(config.model_config, allow_code=allow_code)
+        self.slide_model = slide_model
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
@@ -157,9 +162,9 @@ class SlideModelForSlideClassification(PreTrainedModel):
         self.config.slide_model["fixed_norms"] = list(self.slide_model.fixed_norms)
 
     @classmethod
-    def from_run(cls, directory: str | Path) -> "SlideModelForSlideClassification":
+    def from_run(cls, directory: str | Path, *, allow_code: Collection[str] = ()) -> "SlideModelForSlideClassification":
         """The model that `ds-wsi train` exported (`ds_wsi.load_model`); see [Note: two folders]."""
-        slide_model, config = load_model(directory)
+        slide_model, config = load_model(directory, allow_code=allow_code)
         return cls(SlideModelConfig.of(config), slide_model).eval()
 
     def export_run(self, directory: str | Path) -> None:
@@ -181,6 +186,8 @@ class SlideModelForSlideClassification(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **keywords: Any) -> Any:
         """Load as Transformers does, but refuse a weight that is missing, left over or of another shape.
 
+        Own code is imported where the caller's `allow_code` has its module; `trust_remote_code` is not asked.
+
         Raises:
             ValueError: it is a run's folder, or the weights are not this model's.
         """
@@ -196,7 +203,8 @@ class SlideModelForSlideClassification(PreTrainedModel):
             words = ", ".join(f"{len(keys)} {kind} {keys[:3]}" for kind, keys in wrong.items() if keys)
             raise ValueError(f"model.safetensors must hold this model's weights, got {words} ({model.name_or_path})")
         # Transformers leaves buffers that are not saved without values (a window's mask, the channels' mean).
-        fresh = dict(build_model(model.config.model_config).named_buffers())
+        allowed = keywords.get("allow_code", ())
+        fresh = dict(build_model(model.config.model_config, allow_code=allowed).named_buffers())
         saved = model.slide_model.state_dict()
         for name, buffer in model.slide_model.named_buffers():
             if name not in saved:

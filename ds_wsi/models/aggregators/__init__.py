@@ -7,6 +7,8 @@ from inspect import Parameter, signature
 from torch import nn
 
 from ds_wsi.models.choices import AGGREGATORS as HOMES
+from ds_wsi.models.own import AGGREGATOR, check_options, find_own, installed, is_own
+from ds_wsi.models.own_parts import GIVEN, build_own_aggregator
 from ds_wsi.runtime.contracts import needs_labels
 
 AGGREGATORS: dict[str, Callable[..., nn.Module]] = {
@@ -22,7 +24,8 @@ def build_aggregator(name: str, in_dim: int, num_classes: int, **options: float 
     labels.float())`, a hazard, a regression. `stack_loss`, and what trains with it, take two classes or more.
 
     Args:
-        name: a key of `AGGREGATORS`.
+        name: a key of `AGGREGATORS`; or `module:Class` of your own, or what an installed package calls its aggregator
+            (entry points `ds_wsi.aggregators`).
         in_dim: width of the features.
         num_classes: width C of the logits.
         options: arguments of the aggregator's own constructor, by name; what is not given is its original's.
@@ -34,6 +37,8 @@ def build_aggregator(name: str, in_dim: int, num_classes: int, **options: float 
     check_aggregator(name, options)
     if in_dim < 1 or num_classes < 1:
         raise ValueError(f"in_dim and num_classes must be >= 1, got {in_dim} and {num_classes}")
+    if name not in AGGREGATORS:
+        return build_own_aggregator(name, find_own(name, AGGREGATOR), in_dim, num_classes, options)
     if num_classes == 1 and needs_labels(AGGREGATORS[name]):
         others = [key for key, kind in AGGREGATORS.items() if not needs_labels(kind)]
         raise ValueError(
@@ -50,7 +55,11 @@ def check_aggregator(name: str, options: Mapping[str, float | str]) -> None:
         ValueError: see there.
     """
     if name not in AGGREGATORS:
-        raise ValueError(f"aggregator must be one of {', '.join(AGGREGATORS)}, got {name!r}")
+        if not is_own(name, AGGREGATOR):
+            names = ", ".join((*AGGREGATORS, *installed(AGGREGATOR)))
+            raise ValueError(f"aggregator must be one of {names}, or MODULE:CLASS of your own, got {name!r}")
+        check_options(name, find_own(name, AGGREGATOR), options, GIVEN)
+        return
     parameters = signature(AGGREGATORS[name]).parameters.values()
     defaults = {entry.name: entry.default for entry in parameters if entry.default is not Parameter.empty}
     for key, value in options.items():

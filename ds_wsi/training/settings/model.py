@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ds_wsi.models.choices import AGGREGATORS, FEATURES
+from ds_wsi.models.choices import AGGREGATORS, FEATURES, AggregatorNames
 from ds_wsi.runtime.setting import SWITCH, Decides, assignments, names, setting
 
 
@@ -12,7 +12,8 @@ class ModelSettings:
 
     encoder: str = setting(
         "resnet18",
-        "encoder of the tiles: a timm model's name such as resnet50, hf-hub:ORG/NAME, or local-dir:PATH",
+        "encoder of the tiles: a timm model's name such as resnet50, hf-hub:ORG/NAME, local-dir:PATH, or "
+        "MODULE:CALLABLE of your own",
         Decides.RESULT,
         option="encoder",
         column=True,
@@ -37,12 +38,20 @@ class ModelSettings:
         kind=FEATURES,
         words="as the encoder's authors do, mostly pooled",
     )
+    encoder_options: tuple[tuple[str, float | str], ...] = setting(
+        (),
+        "what an encoder of your own is called with, name=value and comma-separated, such as width=64,depth=4",
+        Decides.RESULT,
+        option="encoder_options",
+        kind=assignments,
+        words="none",
+    )
     aggregator: str = setting(
         "gated_abmil",
-        "MIL pooling that turns a slide's features into its prediction",
+        "MIL pooling that turns a slide's features into its prediction, or MODULE:CLASS of your own",
         Decides.RESULT,
         option="aggregator",
-        kind=tuple(AGGREGATORS),
+        kind=AggregatorNames(AGGREGATORS),
         column=True,
     )
     dropout: float | None = setting(
@@ -62,6 +71,16 @@ class ModelSettings:
         option="aggregator_options",
         kind=assignments,
         words="as in the aggregator's original",
+    )
+    allow_code: tuple[str, ...] = setting(
+        (),
+        "modules, comma-separated, that a file of settings or of a model may have imported; what the command line "
+        "itself names needs none",
+        Decides.NOTHING,
+        option="allow_code",
+        kind=names,
+        metavar="MODULE",
+        words="none",
     )
     freeze_encoder: bool = setting(
         False, "train the aggregator only", Decides.RESULT, option="freeze_encoder", kind=SWITCH, column=True
@@ -103,9 +122,10 @@ class ModelSettings:
         for name in ("freeze_encoder_epochs", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
-        given = [name for name, _ in self.aggregator_options]
-        if len(set(given)) < len(given):
-            raise ValueError(f"--aggregator_options must name an option once, got {', '.join(given)}")
+        for option in ("encoder_options", "aggregator_options"):
+            given = [name for name, _ in getattr(self, option)]
+            if len(set(given)) < len(given):
+                raise ValueError(f"--{option} must name an option once, got {', '.join(given)}")
         if self.dropout is not None and not 0 <= self.dropout <= 1:
             raise ValueError(f"--dropout must be in [0, 1], got {self.dropout}")
         if "dropout" in given:
@@ -132,5 +152,9 @@ class ModelSettings:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the encoder starts from weights: of a file, of timm's, or of the place that its name says."""
-        return self.encoder_weights is not None or self.pretrained or ":" in self.encoder
+        """Whether the encoder starts from weights: a file's, timm's, those of its name's place, or its own code's."""
+        if self.encoder_weights is not None or self.pretrained:
+            return True
+        from ds_wsi.models.hub import says_weights  # here, because help pages need no timm
+
+        return says_weights(self.encoder)
