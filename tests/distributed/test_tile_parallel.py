@@ -41,6 +41,9 @@ class Block(nn.Module):
         return F.relu(self.norm(self.conv(x)) + self.short_norm(self.short(x)))
 
 
+POOLED = ("mean", "max", "embedded gated_abmil")
+
+
 def make_model(aggregator="gated_abmil", dropout=0.0):
     torch.manual_seed(0)
     encoder = nn.Sequential(
@@ -48,7 +51,9 @@ def make_model(aggregator="gated_abmil", dropout=0.0):
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, WIDTH)),
     )
     encoder.num_features = WIDTH
-    return SlideModel(encoder, build_aggregator(aggregator, WIDTH, 2, dropout=dropout)).double().train()
+    options = {"embed": "8-5", "embed_dropout": 0.0} if aggregator.startswith("embedded") else {}
+    pooling = build_aggregator(aggregator.split()[-1], WIDTH, 2, dropout=dropout, **options)
+    return SlideModel(encoder, pooling).double().train()
 
 
 def tiles_of(bag, count):
@@ -134,7 +139,7 @@ def difference(ours, theirs) -> float:
 
 def all_cases():
     plain = [{"exchange": exchange, "split": split} for exchange in EXCHANGES for split in SPLITS]
-    pooling = [{"exchange": e, "split": "idle ranks", "aggregator": a} for e in EXCHANGES for a in ("mean", "max")]
+    pooling = [{"exchange": e, "split": "idle ranks", "aggregator": a} for e in EXCHANGES for a in POOLED]
     labelled = [
         {"exchange": exchange, "split": "lopsided", "aggregator": name}
         for name in ("clam_sb", "clam_mb", "dsmil", "transmil")

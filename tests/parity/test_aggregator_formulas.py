@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from aggregator_cases import CLASSES, DIM, LABEL, assert_same, build, draw_bag, gated, linear, run
 from torch import nn
 
-from ds_wsi.models.aggregators import transmil
+from ds_wsi.models import build_aggregator
+from ds_wsi.models.aggregators import check_aggregator, transmil
 from ds_wsi.models.aggregators.transmil import NystromAttention
 from ds_wsi.stacking import stack_bags
 
@@ -316,3 +317,36 @@ def test_abmilx(length):
     z = linear(module.projection, torch.cat(pooled))
     z = z + linear(module.mlp[2], F.gelu(linear(module.mlp[0], z)))
     assert_same(logits, linear(module.classifier, F.layer_norm(z, (8,), module.norm.weight)))
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("length", [1, 11])
+def test_abmil_with_layers_before_the_attention(length, gate):
+    module = build("gated_abmil" if gate else "abmil", hidden_dim=4, embed="7-6")
+    bag = draw_bag(length)
+    logits, attention, _ = run(module, bag)
+    assert [type(part).__name__ for part in module.embedding] == ["Linear", "ReLU", "Dropout"] * 2
+    assert [part.p for part in module.embedding[2::3]] == [0.25, 0.25]
+    h = bag
+    for layer in module.embedding[::3]:
+        h = torch.relu(linear(layer, h))
+    assert h.shape == (length, 6)
+    scores = gated(module, h) if gate else linear(module.attention_w, torch.tanh(linear(module.attention_v, h)))
+    assert_same(attention, scores.softmax(0)[:, 0])
+    assert_same(logits, linear(module.classifier, (scores.softmax(0) * h).sum(0)))
+
+
+def test_without_such_layers_it_starts_from_the_weights_that_it_always_had():
+    """The attention's are drawn first, then the classifier's."""
+    torch.manual_seed(0)
+    expected = [nn.Linear(DIM, 128), nn.Linear(DIM, 128), nn.Linear(128, 1), nn.Linear(DIM, CLASSES)]
+    torch.manual_seed(0)
+    weights = build_aggregator("gated_abmil", DIM, CLASSES).state_dict()
+    drawn = [parameter for layer in expected for parameter in layer.parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(weights.values(), drawn, strict=True))
+
+
+@pytest.mark.parametrize("embed", ["256-", "x", "0", -3, "64--32", "64,32"])
+def test_widths_that_are_none_are_refused(embed):
+    with pytest.raises(ValueError, match="embed must be widths of layers such as 256 or 256-128"):
+        check_aggregator("abmil", {"embed": embed})

@@ -36,6 +36,8 @@ SMALL = {
 }
 VARIANTS = [
     *((name, {}) for name in AGGREGATORS),
+    ("abmil", {"embed": "7-4", "embed_dropout": 0.0}),
+    ("gated_abmil", {"embed": 6, "embed_dropout": 0.0}),
     ("clam_sb", {"subtyping": True}),
     ("clam_mb", {"subtyping": True}),
     ("dtfd", {"distillation": "maxs"}),
@@ -308,7 +310,7 @@ def test_the_weights_rebuild_the_module(name):
         ("transmil", {"heads": 3}, r"embed_dim must be a multiple of heads, got 8 and 3"),
         ("rrtmil", {"epeg_kernel": 4}, r"epeg_kernel odd"),
         ("abmilx", {"heads": 3}, r"embed_dim must be a multiple of heads, got 8 and 3"),
-        ("abmil", {"heads": 3}, r"options of abmil must be of hidden_dim, dropout, got 'heads'"),
+        ("abmil", {"heads": 3}, r"options of abmil must be of hidden_dim, dropout, embed, embed_dropout, got 'heads'"),
         ("transmil", {"landmarks": 0}, r"transmil's landmarks must be >= 1, got 0"),
         ("transmil", {"landmarks": 8.0}, r"transmil's landmarks must be of type int, as 256, got 8\.0"),
         ("clam_sb", {"subtyping": 1}, r"clam_sb's subtyping must be of type bool"),

@@ -20,11 +20,13 @@ WIDTH = 12
 
 
 SMALL = {"transmil": {"embed_dim": 32, "heads": 2, "landmarks": 8}, "rrtmil": {"embed_dim": 32, "heads": 2}}
+EMBEDDED = {"embedded abmil": {"embed": "16-8"}}  # with layers before the attention, whose dropout draws
 
 
 def make(name, dropout=0.0):
     torch.manual_seed(0)
-    return build_aggregator(name, WIDTH, 2, dropout=dropout, **SMALL.get(name, {})).double().train()
+    options = {**EMBEDDED[name], "embed_dropout": dropout} if name in EMBEDDED else SMALL.get(name, {})
+    return build_aggregator(name.split()[-1], WIDTH, 2, dropout=dropout, **options).double().train()
 
 
 def make_bags():
@@ -58,7 +60,7 @@ def test_a_bags_weight_is_the_factor_of_its_gradient(name):
     torch.testing.assert_close(gradients(module), expected, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("name", [*AGGREGATORS, *EMBEDDED])
 def test_packs_are_the_stack(name):
     whole, packed = make(name), make(name)
     key_dropouts(whole)
@@ -75,7 +77,7 @@ def test_packs_are_the_stack(name):
     assert "forward" not in packed.__dict__
 
 
-@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("name", [*AGGREGATORS, *EMBEDDED])
 def test_what_a_bag_draws_is_the_same_wherever_and_with_whom_it_is_computed(name):
     """Dropout, DTFD's splits, ACMIL's masks: a stack of six against stacks of two and four in another order."""
     together, apart = make(name, dropout=0.4), make(name, dropout=0.4)
@@ -97,7 +99,7 @@ def test_what_a_bag_draws_is_the_same_wherever_and_with_whom_it_is_computed(name
     assert not torch.allclose(other.logits, expected.logits)  # another step draws other numbers
 
 
-@pytest.mark.parametrize("name", ["abmil", "gated_abmil", "mean", "max", "clam_sb", "clam_mb"])
+@pytest.mark.parametrize("name", ["abmil", "gated_abmil", "mean", "max", "clam_sb", "clam_mb", *EMBEDDED])
 def test_padding_with_a_mask_changes_no_number(name):
     plain, padded = make(name), make(name)
     expected = plain(stack_bags(make_bags()))

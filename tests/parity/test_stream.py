@@ -21,7 +21,8 @@ def make_parts(name="gated_abmil", dropout=0.0):
         *(nn.Conv2d(3, 8, 3, stride=2), nn.GroupNorm(2, 8), nn.ReLU(), nn.Dropout(dropout)),
         *(nn.Conv2d(8, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
     )
-    return encoder.double().train(), build_aggregator(name, 12, 3).double().train()
+    options = {"embed": "10-6", "embed_dropout": 0.0} if name.startswith("embedded") else {}
+    return encoder.double().train(), build_aggregator(name.split()[-1], 12, 3, **options).double().train()
 
 
 def gradients(encoder, aggregator):
@@ -51,7 +52,7 @@ def worst(ours, theirs):
     )
 
 
-@pytest.mark.parametrize("name", ["abmil", "gated_abmil", "mean"])
+@pytest.mark.parametrize("name", ["abmil", "gated_abmil", "mean", "embedded gated_abmil"])
 @pytest.mark.parametrize(("count", "chunk", "keep"), [(12, 4, 0), (13, 4, 0), (13, 4, 2), (13, 5, 9), (1, 4, 0)])
 def test_streamed_gradients_are_the_plain_ones(name, count, chunk, keep):
     encoder, aggregator = make_parts(name)

@@ -270,7 +270,7 @@ def test_options_of_an_aggregator_are_numbers_or_words_and_checked_before_anythi
     settings = settings_of("--aggregator", "clam_sb", "--aggregator_options", "subtyping=true")
     assert settings.model.aggregator_options == (("subtyping", True),)
     for text, words in {
-        "heads=4": r"options of gated_abmil must be of hidden_dim, dropout, got 'heads'",
+        "heads=4": r"options of gated_abmil must be of hidden_dim, dropout, embed, embed_dropout, got 'heads'",
         "hidden_dim=4,hidden_dim=8": r"must name an option once",
         "dropout=0.5": r"must not hold dropout\. HINT: --dropout",
     }.items():

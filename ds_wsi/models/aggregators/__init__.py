@@ -6,6 +6,7 @@ from inspect import Parameter, signature
 
 from torch import nn
 
+from ds_wsi.models.aggregators.abmil import layer_widths
 from ds_wsi.models.choices import AGGREGATORS as HOMES
 from ds_wsi.models.own import AGGREGATOR, check_options, find_own, installed, is_own
 from ds_wsi.models.own_parts import GIVEN, build_own_aggregator
@@ -14,6 +15,7 @@ from ds_wsi.runtime.contracts import needs_labels
 AGGREGATORS: dict[str, Callable[..., nn.Module]] = {
     name: getattr(import_module(f"{__name__}.{module}"), kind) for name, (module, kind) in HOMES.items()
 }
+WIDTHS = "embed"
 MAY_BE_ZERO = ("masked",)  # of the whole numbers among the options
 
 
@@ -45,6 +47,8 @@ def build_aggregator(name: str, in_dim: int, num_classes: int, **options: float 
             f"num_classes must be at least 2 for {name}, whose own loss is a cross-entropy over classes, got 1. "
             f"HINT: num_classes=2, or one logit of {', '.join(others)}."
         )
+    if WIDTHS in options:
+        options[WIDTHS] = str(options[WIDTHS])
     return AGGREGATORS[name](in_dim, num_classes, **options)
 
 
@@ -66,6 +70,9 @@ def check_aggregator(name: str, options: Mapping[str, float | str]) -> None:
         if key not in defaults:
             raise ValueError(f"options of {name} must be of {', '.join(defaults)}, got {key!r}")
         kind = type(defaults[key])
+        if key == WIDTHS and type(value) in (int, str):  # one width is typed as a number
+            layer_widths(str(value))
+            continue
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"{name}'s {key} must be of type {kind.__name__}, as {defaults[key]}, got {value!r}")
         least = 0 if key in MAY_BE_ZERO else 1
