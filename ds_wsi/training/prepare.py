@@ -37,6 +37,7 @@ from ds_wsi.training.model import build_slide_model, check_encoder
 from ds_wsi.training.norm_plan import bags_of_population
 from ds_wsi.training.optim import WeightAverage, set_beta
 from ds_wsi.training.output_folder import checkpoint_of, output_folder
+from ds_wsi.training.parameter_groups import parameter_groups, words_of
 from ds_wsi.training.run import Run
 from ds_wsi.training.run_cohort import cohort_of, require_splits
 from ds_wsi.training.same_run import known_early, require_same
@@ -170,9 +171,13 @@ def _prepared(
     accelerator: Accelerator, module: SlideModel, settings: TrainSettings, engine: EngineSettings
 ) -> tuple[nn.Module, Any]:
     """The model as the engine wraps it, and its optimizer. Collective."""
-    factor = settings.encoder_factor
+    factor, optim = settings.encoder_factor, settings.optim
     apart = settings.model.freeze_encoder_epochs > 0 or factor != 1.0
-    model, optimizer = prepare(accelerator, module, engine, apart=module.encoder if apart else None)
+    groups = None
+    if optim.layer_decay != 1 or optim.no_decay_1d:
+        groups = parameter_groups(module, optim.layer_decay, no_decay_1d=optim.no_decay_1d)
+        logger.info("parameter groups: %s", words_of(groups))
+    model, optimizer = prepare(accelerator, module, engine, module.encoder if apart else None, groups)
     if factor != 1.0:
         encoder_rate = settings.optim.learning_rate * factor
         logger.info("learning rate: %g, of the encoder %g", settings.optim.learning_rate, encoder_rate)

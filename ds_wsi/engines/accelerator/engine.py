@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_wsi.compression.comm import CommPolicy
+from ds_wsi.engines.accelerator.groups import trained_parameters
 from ds_wsi.engines.comm_hooks.register import CommHandle, attach
 from ds_wsi.engines.deepspeed_json.auto import fill_rest
 from ds_wsi.engines.deepspeed_json.config import fill_auto, suit_machine
@@ -206,7 +208,11 @@ def _use_autocast(config: dict[str, Any], precision: str) -> None:
 
 
 def prepare(
-    accelerator: Accelerator, model: nn.Module, settings: EngineSettings, apart: nn.Module | None = None
+    accelerator: Accelerator,
+    model: nn.Module,
+    settings: EngineSettings,
+    apart: nn.Module | None = None,
+    groups: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[nn.Module, Any]:
     """Wrap the model for the engine and build its optimizer over the parameters that are trained.
 
@@ -214,7 +220,7 @@ def prepare(
         accelerator: what `build_accelerator` returned.
         model: the model to wrap.
         settings: the engine's settings.
-        apart: a submodule whose parameters are the second of two parameter groups; None has one group.
+        apart, groups: the optimizer's parameter groups, see `trained_parameters`; None has one.
 
     Returns:
         (model, optimizer): the DeepSpeed engine, DDP, or the module itself (sharded in place under FSDP2), and the
@@ -222,11 +228,7 @@ def prepare(
     """
     if accelerator.is_fsdp2:
         shard_model(model, accelerator)
-    trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if apart is not None:
-        apart_ids = {id(parameter) for parameter in apart.parameters()}
-        groups = [p for p in trained if id(p) not in apart_ids], [p for p in trained if id(p) in apart_ids]
-        trained = [{"params": group} for group in groups]
+    trained = trained_parameters(model, apart, groups)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         gather_as_one(model)

@@ -39,7 +39,20 @@ class OptimSettings:
         kind=float,
         words=f"--learning_rate; of an encoder from weights at most {TUNED_LEARNING_RATE:g}",
     )
+    layer_decay: float = setting(
+        1.0,
+        "factor, up to 1, of the encoder's learning rate from each layer to the one before it, such as 0.75",
+        Decides.RESULT,
+        option="layer_decay",
+        words="1, one rate",
+    )
     weight_decay: float = setting(WEIGHT_DECAY, "weight decay of the optimizer", Decides.RESULT, option="weight_decay")
+    no_decay_1d: bool = setting(
+        False,
+        "no weight decay for biases, scales of norms, tokens and position embeddings",
+        Decides.RESULT,
+        option="no_decay_1d",
+    )
     optim: str = setting(
         "adamw",
         "optimizer; the DeepSpeed JSON's section `optimizer` decides where it has one",
@@ -106,6 +119,8 @@ class OptimSettings:
         for name in ("demon", "ema_decay", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}. HINT: 0 turns it off.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"--layer_decay must be in (0, 1], got {self.layer_decay}. HINT: 1 turns it off.")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}")
         if self.encoder_learning_rate is not None and not 0 < self.encoder_learning_rate < float("inf"):
