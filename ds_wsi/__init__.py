@@ -11,6 +11,7 @@ from ds_wsi.runtime.moved import find_moved_modules
 if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort, load_cohort
     from ds_wsi.bags.manifest import Manifest, ManifestError, read_manifest
+    from ds_wsi.commands.functions import predict, train
     from ds_wsi.engines.accelerator.engine import pool_statistics
     from ds_wsi.engines.comm_hooks.register import attach, register_comm_hook
     from ds_wsi.engines.hf.models import SlideCollator, SlideModelConfig, SlideModelForSlideClassification
@@ -55,6 +56,7 @@ __all__ = [
     "partition_layers",
     "plan_partition",
     "pool_statistics",
+    "predict",
     "read_manifest",
     "register_comm_hook",
     "shard_tiles",
@@ -62,6 +64,7 @@ __all__ = [
     "stream_bag",
     "tile_mesh",
     "tile_slide",
+    "train",
     "trainer_arguments",
 ]
 
@@ -79,6 +82,10 @@ __getattr__ = lazily(
             "Manifest",
             "ManifestError",
             "read_manifest",
+        ),
+        "ds_wsi.commands.functions": (
+            "predict",
+            "train",
         ),
         "ds_wsi.engines.accelerator.engine": ("pool_statistics",),
         "ds_wsi.engines.comm_hooks.register": (

@@ -66,7 +66,7 @@ def _parsed(one: Declared, value: Any, where: str) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f"{where} must be true or false, got {value!r}")
         return value
-    text = _typed(value)
+    text = typed(value)
     if isinstance(kind, tuple):
         by_lower_case = {choice.lower(): choice for choice in kind}
         text = {"true": "yes", "false": "no"}.get(text, text) if isinstance(value, bool) else text  # YAML's yes and no
@@ -81,12 +81,12 @@ def _parsed(one: Declared, value: Any, where: str) -> Any:
         raise ValueError(f"{where} must be what --{one.setting.option} takes, got {value!r}: {error}") from error
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
     """A value as it would be typed after its option."""
     if isinstance(value, Mapping):
-        return ",".join(f"{name}={_typed(one)}" for name, one in value.items())
+        return ",".join(f"{name}={typed(one)}" for name, one in value.items())
     if isinstance(value, list | tuple):
-        return ",".join(map(_typed, value))
+        return ",".join(map(typed, value))
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value)
