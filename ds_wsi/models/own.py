@@ -56,15 +56,16 @@ def require_allowed(names: Mapping[str, str], allow_code: Collection[str], place
 
     Args:
         names: kind -> name of own code.
-        allow_code: modules, or whole names, that may be imported.
+        allow_code: modules, or whole names, that may be imported; a single one can stand alone.
         place: the file, for the error.
 
     Raises:
         ValueError: names the code and the remedy; nothing is imported.
     """
+    allowed = {allow_code} if isinstance(allow_code, str) else set(allow_code)
     for kind, name in names.items():
         module = module_of(name, kind)
-        if not {name, module} & set(allow_code):
+        if not {name, module} & allowed:
             raise ValueError(
                 f"{kind} {name!r} must be allowed by you before its module {module} is imported, got the word of a "
                 f"file alone ({place}). HINT: --allow_code {module}, in Python allow_code=[{module!r}], where you "

@@ -7,7 +7,7 @@ from ds_wsi.bags.features import FeatureFile, read_about
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.settings import ModelSettings, TrainSettings
 
-OF_THE_AGGREGATOR = ("aggregator", "dropout", "aggregator_options")
+OF_THE_AGGREGATOR = ("aggregator", "dropout", "aggregator_options", "allow_code")
 OF_SLIDES = ("slide_mpp", "tissue_masks", "masks_in_bounds", "skip_bad_slides")  # of the data
 OF_TILES = ("tiling", "augment", "partition", "norm")  # policies
 
@@ -34,6 +34,8 @@ def check_feature_settings(settings: TrainSettings) -> None:
         )
     unused = [name for name in OF_TILES if _differs(settings, name)]
     unused += [name for name in OF_SLIDES if getattr(settings.data, name)]
+    if settings.optim.layer_decay != 1:
+        unused.append("layer_decay")
     if settings.run.eval_precision != "no":
         unused.append("eval_precision")
     if unused:

@@ -130,6 +130,7 @@ def test_a_run_says_its_groups_and_goes_without_an_encoder(tmp_path):
     data = write_cohort(tmp_path)
     with logged() as lines:
         assert train(data, tmp_path / "run", "--no_decay_1d", "--layer_decay", "0.5", epochs=1) == 0
+    assert "layer_decay: without effect on features" in lines
     assert "parameter groups: 3 of 6 parameters without weight decay" in lines
 
 

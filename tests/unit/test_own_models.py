@@ -189,6 +189,13 @@ def test_a_folder_of_a_strangers_has_nothing_imported(place):
     assert "evil_models" not in sys.modules
 
 
+@pytest.mark.usefixtures("place")
+def test_one_word_is_one_module_and_no_set_of_letters():
+    with pytest.raises(ValueError, match="'m:Net' must be allowed"):
+        build_model(replace(CONFIG, encoder="m:Net"), allow_code="my_models")
+    assert build_model(CONFIG, allow_code="my_models").encoder.num_features == 6
+
+
 def test_a_yaml_of_a_strangers_has_nothing_imported(place, parsed):
     (place / "s.yaml").write_text("encoder: my_models:Net\naggregator: my_models:Mean\n")
     with pytest.raises(ValueError, match=r"encoder 'my_models:Net' must be allowed .*s.yaml"):
@@ -344,6 +351,26 @@ def test_a_run_on_features_goes_on_and_is_evaluated(place):
     with logged() as lines:
         assert train(data, place / "parts", *given, *constant, "--resume_from_checkpoint", epochs=3) == 2
     assert "own_code must be the checkpoint's" in lines[-1]
+    again(place)
+    (place / "s.yaml").write_text("aggregator: my_models:Mean\n")
+    allowed = ("--config", place / "s.yaml", "--allow_code", "my_models", "--aggregator_options", "scale=2.0")
+    assert (
+        main(
+            [
+                str(word)
+                for word in (
+                    "train",
+                    "--dry_run",
+                    "--features_dir",
+                    data / "features",
+                    "--manifest",
+                    data / "m.csv",
+                    *allowed,
+                )
+            ]
+        )
+        == 0
+    )
     again(place)
     assert evaluate(data, place / "one", place / "out") == 2
     assert not was_imported(place)
