@@ -14,6 +14,7 @@ from ds_wsi.bags.shards import shard_order
 from ds_wsi.bags.slide_policy import AS_THEY_ARE, SkippedSlide, SlidePolicy, tell_skipped, tell_tissue
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.bags.summary import log_cohort
+from ds_wsi.bags.target_columns import ONE_CLASS, TargetColumns
 from ds_wsi.runtime.fingerprint import Fingerprint
 from ds_wsi.runtime.locks import lock_path, remove_dead_locks, shared_map
 from ds_wsi.runtime.log import logger
@@ -73,6 +74,7 @@ def load_cohort(
     need_splits: bool = True,
     write_grids: bool = True,
     labels: str = "required",
+    columns: TargetColumns = ONE_CLASS,
     choose: Callable[[Manifest], Manifest] | None = None,
     slides: SlidePolicy = AS_THEY_ARE,
     on_slide: Callable[[int], None] = lambda n_slides: None,
@@ -91,7 +93,7 @@ def load_cohort(
         workers: threads that tile.
         need_splits: whether splits are drawn where the manifest has none.
         write_grids: False reads the grids of `tiles_dir` and writes none.
-        labels: see `parse_manifest`.
+        labels, columns: see `parse_manifest`.
         choose: takes the slides that are wanted, before any is opened.
         slides: how they are opened: masks from outside, and whether bad ones are left out.
         on_slide: called with the number of slides whenever one is done.
@@ -100,8 +102,8 @@ def load_cohort(
     Raises:
         ManifestError: lists every problem of the manifest, before a slide is opened; else every problem of the slides.
     """
-    # A file that is missing is a bad slide like another: it is found when it is opened.
-    manifest, problems = parse_manifest(manifest_path, classes, labels=labels, need_slides=not slides.skip_bad_slides)
+    need_slides = not slides.skip_bad_slides  # a missing file is a bad slide like another, found when it is opened
+    manifest, problems = parse_manifest(manifest_path, classes, labels=labels, need_slides=need_slides, columns=columns)
     if problems:
         raise ManifestError(manifest.source, problems)
     manifest = manifest if choose is None else choose(manifest)

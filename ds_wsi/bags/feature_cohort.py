@@ -16,6 +16,7 @@ from ds_wsi.bags.policy import CHECKS
 from ds_wsi.bags.same_files import files_across_splits, require_files_apart, warn_of_shared_files
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.bags.summary import log_cohort
+from ds_wsi.bags.target_columns import ONE_CLASS, TargetColumns
 from ds_wsi.runtime.files import read_object, write_json
 from ds_wsi.runtime.fingerprint import file_fingerprint
 from ds_wsi.runtime.log import logger
@@ -37,6 +38,7 @@ def load_feature_cohort(
     need_splits: bool = True,
     write_record: bool = True,
     labels: str = "required",
+    columns: TargetColumns = ONE_CLASS,
     choose: Callable[[Manifest], Manifest] | None = None,
 ) -> Cohort:
     """Read and check a cohort whose bags are files of features: the table, then the files; slides need not be there.
@@ -53,7 +55,7 @@ def load_feature_cohort(
         workers: threads that read.
         need_splits: whether splits are drawn where the manifest has none.
         write_record: False reads the record of `record_dir` and writes none.
-        labels: see `parse_manifest`.
+        labels, columns: see `parse_manifest`.
         choose: takes the slides that are wanted, before their files are read.
 
     Raises:
@@ -62,7 +64,7 @@ def load_feature_cohort(
     if check not in CHECKS:
         raise ValueError(f"--check_features must be one of {', '.join(CHECKS)}, got {check!r}")
     features_dir = Path(features_dir)
-    manifest = _read_table(manifest_path, features_dir, classes, labels)
+    manifest = _read_table(manifest_path, features_dir, classes, labels, columns)
     manifest = manifest if choose is None else choose(manifest)
     record = _read_record(record_dir) if check == "full" else {}
     files, problems = _examine_all(manifest.slides, features_dir, check, record, workers)
@@ -96,9 +98,11 @@ def features_digest(cohort: Cohort, rows: Sequence[int]) -> str:
     return digest.hexdigest()[:16] + (" by their sizes (--check_features shapes)" if by_size else "")
 
 
-def _read_table(manifest_path: str | Path, features_dir: Path, classes: Sequence[str] | None, labels: str) -> Manifest:
+def _read_table(
+    manifest_path: str | Path, features_dir: Path, classes: Sequence[str] | None, labels: str, columns: TargetColumns
+) -> Manifest:
     """The manifest, whose slides need not be there; its problems are told together with that of the folder."""
-    manifest, problems = parse_manifest(manifest_path, classes, need_slides=False, labels=labels)
+    manifest, problems = parse_manifest(manifest_path, classes, need_slides=False, labels=labels, columns=columns)
     if not features_dir.is_dir():
         hint = "HINT: give the folder with one file per slide."
         problems.append(f"--features_dir must be a folder, got {features_dir}. {hint}")

@@ -2,14 +2,14 @@
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ds_wsi.bags.problems import ManifestError
 from ds_wsi.bags.tables.formats import joined, recognised
 from ds_wsi.bags.tables.headings import heading_problems, missing_hint, unused
 from ds_wsi.bags.tables.labels import label_problems, sorted_labels
-from ds_wsi.bags.tables.names import is_slide_id
+from ds_wsi.bags.tables.names import is_slide_id, repeated_ids
 from ds_wsi.bags.tables.paths import path_problem
 from ds_wsi.bags.tables.read import Table, TableRow, read_table_file
 from ds_wsi.bags.tables.values import (
@@ -21,8 +21,17 @@ from ds_wsi.bags.tables.values import (
     split_hint,
     split_of,
 )
+from ds_wsi.bags.target_columns import (
+    ONE_CLASS,
+    Target,
+    TargetColumns,
+    TargetsRead,
+    patient_target_problems,
+    read_targets,
+)
 from ds_wsi.runtime.files import atomic_path
 from ds_wsi.runtime.log import logger
+from ds_wsi.targets.choices import CLASSIFICATION
 
 __all__ = [
     "SPLITS",
@@ -56,6 +65,9 @@ class SlideEntry:
         split: train, validation, test, or None where not yet assigned.
         mpp: overrides the file's own, um/px.
         center: where the slide was scanned, if known.
+        target: what the table answers to another task than classification, see `ds_wsi.targets.task.Task`; a grade is
+            the label too. Empty: nothing was read.
+        stratum: name of the stratum, of survival; None: there are no strata.
     """
 
     slide_id: str
@@ -65,6 +77,13 @@ class SlideEntry:
     split: str | None = None
     mpp: float | None = None
     center: str | None = None
+    target: Target = ()
+    stratum: str | None = None
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether anything is known of what the slide is asked."""
+        return self.label is not None or any(value is not None for value in self.target)
 
     @property
     def class_index(self) -> int:
@@ -75,11 +94,20 @@ class SlideEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The cohort's slides, in the order of the file, and its class names in the order of the logits."""
+    """The cohort's slides, in the order of the file, and its class names in the order of the logits.
+
+    Of another task than classification, which `columns` says, the classes are its grades or labels.
+    """
 
     slides: tuple[SlideEntry, ...]
     classes: tuple[str, ...]
     source: str = "manifest"
+    columns: TargetColumns = ONE_CLASS
+
+    @property
+    def kind(self) -> str:
+        """The kind of task that the slides' targets are of."""
+        return self.columns.kind
 
     def in_split(self, split: str) -> tuple[SlideEntry, ...]:
         """The slides of one split, in the manifest's order."""
@@ -88,6 +116,13 @@ class Manifest:
     def label_name(self, slide: SlideEntry) -> str:
         """The name of a slide's class; "" where it has no label."""
         return "" if slide.label is None else self.classes[slide.label]
+
+    def target_words(self, slide: SlideEntry) -> str:
+        """What the table says of a slide's target: the class, or numbers and the stratum; "" where it says nothing."""
+        if self.kind == CLASSIFICATION:
+            return self.label_name(slide)
+        words = ["" if value is None else f"{value:.17g}" for value in slide.target]
+        return ";".join([*words, *([] if slide.stratum is None else [slide.stratum])])
 
 
 def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Manifest:
@@ -113,7 +148,12 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Man
 
 
 def parse_manifest(
-    path: str | Path, classes: Sequence[str] | None = None, *, need_slides: bool = True, labels: str = "required"
+    path: str | Path,
+    classes: Sequence[str] | None = None,
+    *,
+    need_slides: bool = True,
+    labels: str = "required",
+    columns: TargetColumns = ONE_CLASS,
 ) -> tuple[Manifest, list[str]]:
     """Read a manifest, and return the rows' problems beside it, to be listed with those of the slides.
 
@@ -122,6 +162,7 @@ def parse_manifest(
         need_slides: whether the column `path`, and the files that it names, must be there.
         labels: "required": every slide has one, of at least two classes. "optional": there may be none; those that are
             there are checked. "unused": nothing is said of labels, patients and splits.
+        columns: the columns that hold the targets; of another task than classification a cell may be empty.
 
     Raises:
         ManifestError: the table cannot be read, or lacks a column.
@@ -131,27 +172,34 @@ def parse_manifest(
     table, folder = _read(path)
     if not table.rows:
         raise ManifestError(source, ["must hold at least one slide, got none. HINT: write one row per slide."])
-    _require_columns(table, source, need_slides=need_slides, need_labels=labels == "required")
+    table = _with_label(table, columns)
+    _require_columns(table, source, columns, need_slides=need_slides, need_labels=labels == "required")
     used = {"slide_id", "mpp", *(["path"] if need_slides else [])}
-    used |= {"label", "patient_id", "split"} if labels != "unused" else set()
+    is_classes = columns.kind == CLASSIFICATION
+    used |= {"patient_id", "split", *(["label"] if is_classes else [])} if labels != "unused" else set()
     problems = heading_problems(table.headings, used)
-    _log_unused(table, source)
-    names = _classes(table, classes, source)
-    if labels != "unused":
+    _log_unused(table, source, columns)
+    read = None if is_classes else read_targets(table, columns, classes)
+    names = _classes(table, classes, source) if read is None else read.classes
+    if labels != "unused" and read is None:
         given = bool(classes) or "label" in table.names
         problems += _label_problems(table, names, given=given, empty_ok=labels == "optional")
     uses_splits = labels != "unused"
     slides = tuple(_parse_row(row, table, folder, names, problems, need_slides, uses_splits) for row in table.rows)
-    problems += _repeated_ids([slide.slide_id for slide in slides], [row.place for row in table.rows])
+    if read is not None:
+        slides = _with_targets(slides, columns, read)
+        problems += read.problems if labels != "unused" else []
+        problems += _patient_targets(slides, columns)
+    problems += repeated_ids([slide.slide_id for slide in slides], [row.place for row in table.rows])
     if uses_splits:
         problems += _split_problems(slides)
         _tell_patients(slides, table, source)
-    if labels == "required" and len(names) < 2:
+    if labels == "required" and is_classes and len(names) < 2:
         problems.append(
             f"label must take at least two values, got {', '.join(names) or 'none'}. "
             "HINT: give the whole table, or name all classes with --classes."
         )
-    return Manifest(slides, names, source), problems
+    return Manifest(slides, names, source, columns), problems
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
@@ -191,8 +239,40 @@ def _read(path: str | Path) -> tuple[Table, Path]:
     return table, folder
 
 
-def _require_columns(table: Table, source: str, *, need_slides: bool, need_labels: bool) -> None:
-    required = ["slide_id", *(["path"] if need_slides else []), *(["label"] if need_labels else [])]
+def _with_label(table: Table, columns: TargetColumns) -> Table:
+    """The table whose column `label` is the one that holds the classes, of classification."""
+    (name, *_) = columns.labels or ("label",)
+    if columns.kind != CLASSIFICATION or name == "label" or name not in table.headings:
+        return table
+    return replace(
+        table.with_column("label", [row[name] for row in table.rows]),
+        names={**table.names, **({"label": table.names[name]} if name in table.names else {})},
+    )
+
+
+def _with_targets(slides: Sequence[SlideEntry], columns: TargetColumns, read: TargetsRead) -> tuple[SlideEntry, ...]:
+    """The slides with their targets; a grade is their label too."""
+    graded = columns.kind == "ordinal"
+    return tuple(
+        replace(
+            slide, label=None if not graded or target[0] is None else int(target[0]), target=target, stratum=stratum
+        )
+        for slide, target, stratum in zip(slides, read.targets, read.strata, strict=True)
+    )
+
+
+def _patient_targets(slides: Sequence[SlideEntry], columns: TargetColumns) -> list[str]:
+    """See `patient_target_problems`."""
+    by_patient: dict[str, dict[Target, list[str]]] = {}
+    for slide in slides:
+        by_patient.setdefault(slide.patient_id, {}).setdefault(slide.target, []).append(slide.slide_id)
+    return patient_target_problems(columns, by_patient)
+
+
+def _require_columns(
+    table: Table, source: str, columns: TargetColumns, *, need_slides: bool, need_labels: bool
+) -> None:
+    required = ["slide_id", *(["path"] if need_slides else []), *(columns.used if need_labels else [])]
     missing = [name for name in required if name not in table.headings]
     if missing:
         hints = "; ".join(dict.fromkeys(missing_hint(name, table.headings) for name in missing))
@@ -205,8 +285,8 @@ def _require_columns(table: Table, source: str, *, need_slides: bool, need_label
         )
 
 
-def _log_unused(table: Table, source: str) -> None:
-    others = unused(table.headings)
+def _log_unused(table: Table, source: str, columns: TargetColumns) -> None:
+    others = [heading for heading in unused(table.headings) if heading not in columns.used]
     if others:
         more = f" and {len(others) - SHOWN_COLUMNS} more" if len(others) > SHOWN_COLUMNS else ""
         logger.info("%s: columns that are not used: %s%s", source, ", ".join(others[:SHOWN_COLUMNS]), more)
@@ -278,22 +358,6 @@ def _parse_row(
             patient = ""
     label = classes.index(row["label"]) if row["label"] in classes else None
     return SlideEntry(slide_id, folder / row["path"], label, patient or slide_id, split, mpp, row["center"] or None)
-
-
-def _repeated_ids(slide_ids: Sequence[str], places: Sequence[str]) -> list[str]:
-    first: dict[str, str] = {}
-    problems = []
-    for slide_id, row_place in zip(slide_ids, places, strict=True):
-        if slide_id in first:
-            pair = (first[slide_id], row_place)
-            plain = all(each.startswith("row ") for each in pair)
-            where = "rows " + " and ".join(each[4:] for each in pair) if plain else " and ".join(pair)
-            problems.append(
-                f"slide_id must be unique, got {slide_id!r} in {where}. "
-                "HINT: take one out, or name the slides by folder and file."
-            )
-        first.setdefault(slide_id, row_place)
-    return problems
 
 
 def _split_problems(slides: Sequence[SlideEntry]) -> list[str]:

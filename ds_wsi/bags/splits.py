@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ds_wsi.bags.manifest import SPLITS, Manifest, ManifestError
+from ds_wsi.bags.target_columns import draw_strata
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.words import counted
+from ds_wsi.targets.choices import CLASSIFICATION
 
 LEVELS = ("patient", "slide")
 
@@ -169,6 +171,14 @@ def _draw(manifest: Manifest, shares: Mapping[str, float], seed: str) -> dict[st
 
 def _labels_by_patient(manifest: Manifest) -> dict[str, Counter[int]]:
     labels: dict[str, Counter[int]] = defaultdict(Counter)
-    for slide in manifest.slides:
-        labels[slide.patient_id][-1 if slide.label is None else slide.label] += 1  # those without are a stratum
+    for slide, stratum in zip(manifest.slides, _strata(manifest), strict=True):
+        labels[slide.patient_id][stratum] += 1
     return labels
+
+
+def _strata(manifest: Manifest) -> list[int]:
+    """The stratum of each slide in a draw; those without a label are one."""
+    slides = manifest.slides
+    if manifest.kind == CLASSIFICATION:
+        return [-1 if slide.label is None else slide.label for slide in slides]
+    return draw_strata(manifest.kind, [slide.target for slide in slides], [slide.patient_id for slide in slides])

@@ -1,10 +1,11 @@
 """A cohort told in one block: slides, patients, labels and tiles of each split; and the classes a split lacks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ds_wsi.bags.manifest import Manifest, SlideEntry
 from ds_wsi.bags.tables.values import SPLITS
 from ds_wsi.runtime.log import logger
+from ds_wsi.targets.choices import CLASSIFICATION
 
 SHOWN_CLASSES = 30
 
@@ -37,12 +38,16 @@ def cohort_lines(manifest: Manifest, lengths: Sequence[int] = ()) -> list[tuple[
     lines: list[tuple[str, ...]] = [("", *columns)]
     lines.append(("slides", *(str(len(rows)) for rows in columns.values())))
     lines.append(("patients", *(str(len({slides[row].patient_id for row in rows})) for rows in columns.values())))
-    for index, name in enumerate(manifest.classes[:SHOWN_CLASSES]):
+    counted_classes = manifest.classes if manifest.kind in (CLASSIFICATION, "ordinal") else ()
+    for index, name in enumerate(counted_classes[:SHOWN_CLASSES]):
         lines.append((f"label {name}", *(_count(slides, rows, index) for rows in columns.values())))
-    if len(manifest.classes) > SHOWN_CLASSES:
-        lines.append((f"({len(manifest.classes) - SHOWN_CLASSES} more labels)", *("" for _ in columns)))
-    if any(slide.label is None for slide in slides):
-        lines.append(("no label", *(_count(slides, rows, None) for rows in columns.values())))
+    if len(counted_classes) > SHOWN_CLASSES:
+        lines.append((f"({len(counted_classes) - SHOWN_CLASSES} more labels)", *("" for _ in columns)))
+    if manifest.kind == CLASSIFICATION:
+        if any(slide.label is None for slide in slides):
+            lines.append(("no label", *(_count(slides, rows, None) for rows in columns.values())))
+    else:
+        lines += _target_lines(manifest, columns)
     if lengths:
         taken = [[lengths[row] for row in rows] for rows in columns.values()]
         lines.append(("tiles", *(str(sum(tiles)) for tiles in taken)))
@@ -50,10 +55,29 @@ def cohort_lines(manifest: Manifest, lengths: Sequence[int] = ()) -> list[tuple[
     return lines
 
 
+def _target_lines(manifest: Manifest, columns: Mapping[str, Sequence[int]]) -> list[tuple[str, ...]]:
+    """What another task's block has beside grades: ranges, events, labels, and slides without a target."""
+    slides, kind = manifest.slides, manifest.kind
+    targets = {split: [slides[row].target for row in rows] for split, rows in columns.items()}
+    lines: list[tuple[str, ...]] = []
+    if kind == "survival":
+        lines.append(("events", *(str(sum(target[-1:] == (1.0,) for target in some)) for some in targets.values())))
+    if kind == "multilabel":
+        for index, name in enumerate(manifest.classes[:SHOWN_CLASSES]):
+            counts = (sum(target[index : index + 1] == (1.0,) for target in some) for some in targets.values())
+            lines.append((f"label {name}", *map(str, counts)))
+    if kind in ("survival", "regression"):
+        numbers = ([target[0] for target in some if target and target[0] is not None] for some in targets.values())
+        ranges = (f"{min(some):g} to {max(some):g}" if some else "none" for some in numbers)
+        lines.append((manifest.columns.names[0], *ranges))
+    missing = (sum(not slides[row].is_labelled for row in rows) for rows in columns.values())
+    return [*lines, ("no target", *map(str, missing))]
+
+
 def class_warnings(manifest: Manifest) -> list[str]:
     """Classes without slides to train on, which are not learned, or to test on, which are not measured."""
     train, test = manifest.in_split("train"), manifest.in_split("test")
-    if not train:
+    if not train or manifest.kind not in (CLASSIFICATION, "ordinal"):
         return []
     warnings = []
     trained, tested = ({slide.label for slide in part} for part in (train, test))

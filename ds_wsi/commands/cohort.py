@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort
     from ds_wsi.bags.manifest import Manifest
     from ds_wsi.bags.slide_policy import SlidePolicy
+    from ds_wsi.bags.target_columns import TargetColumns
     from ds_wsi.models import SlideModel
 
 STORE = "folder that `ds-wsi tile --store` wrote: tiles are read from it (default: none, the slides are read)"
@@ -90,18 +91,20 @@ def slides_of(
     classes: Sequence[str] | None,
     labels: str,
     choose: "Callable[[Manifest], Manifest] | None" = None,
+    columns: "TargetColumns | None" = None,
 ) -> "Cohort":
     """The cohort of slides that the options name.
 
     Args:
         options: parsed.
         tiling: the policy.
-        classes, labels, choose: see `load_cohort`.
+        classes, labels, choose, columns: see `load_cohort`.
 
     Raises:
         ManifestError: lists everything that is wrong with it.
     """
     from ds_wsi.bags.cohort import load_cohort
+    from ds_wsi.bags.target_columns import TargetColumns
 
     return load_cohort(
         options.manifest,
@@ -111,6 +114,7 @@ def slides_of(
         slide_mpp=options.slide_mpp,
         need_splits=False,
         labels=labels,
+        columns=columns or TargetColumns(),
         choose=choose,
         slides=slide_policy_of(options),
         shard=shard_from(options),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ds_wsi.evaluation.predict import SlidePrediction
     from ds_wsi.evaluation.record import RunRecord
     from ds_wsi.evaluation.shared import Sharing
+    from ds_wsi.models import ModelConfig
 
 
 def add_evaluate(subparsers: argparse._SubParsersAction) -> None:
@@ -64,7 +65,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     record = _record_of(options.model)
     for folder in (directory, directory / "tiles", directory / "heatmaps"):
         remove_left_behind(folder)
-    model, _, cohort = model_and_slides(options, options.split, "optional")
+    model, config, cohort = model_and_slides(options, options.split, "optional")
     known_by["slides"] = slides_digest(cohort, range(len(cohort.grids)))
     require_same_evaluation(directory, known_by)
     warn_of_overlap(cohort.manifest.slides, read_splits(Path(options.model)))
@@ -76,7 +77,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     digest = hashlib.sha256(json.dumps([known_by, summary]).encode()).hexdigest()[:16]
     with in_turn(lock_path(directory, "/summary")):  # no slide's name
         if sharing.shard.is_alone or summary_of(directory) != digest:
-            _write(options, sharing, [slide.prediction for slide in predicted], summary, record)
+            _write(options, sharing, [slide.prediction for slide in predicted], summary, record, config)
             # When all is on disk: an error of a check must not cost the predictions.
             tell_old_norms(options, sharing.model, cohort, sharing.policy, sharing.failures)
             mark(directory, known_by, digest)
@@ -108,13 +109,16 @@ def _write(
     predictions: "Sequence[SlidePrediction]",
     summary: dict[str, str],
     record: "RunRecord | None",
+    config: "ModelConfig",
 ) -> None:
     """Write what is told of all slides: the report, or without labels their predictions."""
     from ds_wsi.evaluation.results import REPORT, write_predictions, write_results
+    from ds_wsi.evaluation.tasks.answers import TaskAnswers
 
     directory, cohort = sharing.folder, sharing.cohort
-    if all(slide.label is None for slide in cohort.manifest.slides):
-        write_predictions(directory, cohort, predictions, sharing.known_by)
+    answers = TaskAnswers.of(config)
+    if not any(slide.is_labelled for slide in cohort.manifest.slides):
+        write_predictions(directory, cohort, predictions, sharing.known_by, answers)
         return
     dataset = options.dataset_name or Path(options.manifest).stem
     write_results(
@@ -129,6 +133,7 @@ def _write(
         dataset=dataset,
         tell=show,
         made_of=sharing.known_by,
+        answers=answers,
     )
     if record is not None:
         record.evaluated_on(dataset, options.split, sharing.protocol, options.precision).write(directory)

@@ -19,7 +19,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "evaluation_strategy": "nothing: every epoch is validated",
     "save_strategy": "--save_steps; ends of epochs are always saved",
     "load_best_model_at_end": "nothing: the best epoch by --metric_for_best_model is exported",
-    "greater_is_better": "nothing: every metric of --metric_for_best_model is better when higher",
+    "greater_is_better": "nothing: it follows from --metric_for_best_model, of which errors are better when lower",
     "mixed_precision": "--bf16 or --fp16",
     "per_device_eval_batch_size": "nothing: slides are evaluated one at a time, in chunks of tiles",
     "max_grad_clip": "--max_grad_norm",

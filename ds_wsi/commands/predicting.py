@@ -24,6 +24,7 @@ from ds_wsi.commands.cohort import (
 from ds_wsi.config import read_section
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.setting import comma_separated
+from ds_wsi.targets.choices import CLASSIFICATION
 from ds_wsi.training.dataset_options import add_reading_options, reading_of
 from ds_wsi.training.options import add_shared_options, spellings
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort
     from ds_wsi.bags.manifest import Manifest
     from ds_wsi.bags.policy import ReadPolicy
+    from ds_wsi.bags.target_columns import TargetColumns
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.shared import Sharing
     from ds_wsi.models import ModelConfig, SlideModel
@@ -123,6 +125,7 @@ def model_and_slides(options: argparse.Namespace, split: str, labels: str) -> Mo
     # What --dataset wrote is in the model's classes.
     mapping = options.map_labels if options.dataset is None else None
     classes = None if mapping else config.classes
+    columns = _columns_of(config)
 
     def choose(manifest: "Manifest") -> "Manifest":
         manifest = map_labels(manifest, config.classes, mapping) if mapping else manifest
@@ -132,7 +135,7 @@ def model_and_slides(options: argparse.Namespace, split: str, labels: str) -> Mo
 
     if config.encoder is not None:
         tiling = tiling_of(options, read_section({"tiling": config.tiling}).tiling)
-        return ModelAndSlides(model, config, slides_of(options, tiling, classes, labels, choose))
+        return ModelAndSlides(model, config, slides_of(options, tiling, classes, labels, choose, columns))
     cohort = load_feature_cohort(
         options.manifest,
         options.features_dir,
@@ -142,9 +145,22 @@ def model_and_slides(options: argparse.Namespace, split: str, labels: str) -> Mo
         workers=max(1, options.dataloader_num_workers),
         need_splits=False,
         labels=labels,
+        columns=columns,
         choose=choose,
     )
     return ModelAndSlides(model, config, cohort)
+
+
+def _columns_of(config: "ModelConfig") -> "TargetColumns":
+    """The columns that the model's targets had in its training; the cohort's have the same names."""
+    from ds_wsi.bags.target_columns import TargetColumns
+
+    task = config.target_task
+    if task is None:
+        return TargetColumns()
+    if task.kind == "survival":
+        return TargetColumns(task.kind, (), *task.columns, task.censored, task.strata_column)
+    return TargetColumns(task.kind, task.columns)
 
 
 def sharing_of(
@@ -190,7 +206,7 @@ def slides_digest(cohort: "Cohort", rows: Sequence[int]) -> str:
 
     manifest = cohort.manifest
     slides = [manifest.slides[row] for row in rows]
-    named = [[slide.slide_id, slide.patient_id, manifest.label_name(slide)] for slide in slides]
+    named = [[slide.slide_id, slide.patient_id, manifest.target_words(slide)] for slide in slides]
     if cohort.in_dim is None:
         grids = [cohort.tile_grids[row] for row in rows]
         content: object = [
@@ -300,7 +316,7 @@ def _chosen(options: argparse.Namespace, manifest: "Manifest", split: str, label
     if not chosen:
         raise ValueError(f"--split must name slides of the manifest, got {split!r}, which has none. HINT: --split all.")
     without = [slide.slide_id for slide in chosen if slide.label is None]
-    if labels == "optional" and 0 < len(without) < len(chosen):
+    if manifest.kind == CLASSIFICATION and labels == "optional" and 0 < len(without) < len(chosen):
         shown = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")
         raise ValueError(
             f"labels must be there for all slides of a metric, got none for {len(without)} of {len(chosen)} "

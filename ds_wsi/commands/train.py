@@ -9,6 +9,7 @@ from ds_wsi.runtime.log import rank
 from ds_wsi.runtime.streams import show
 from ds_wsi.training.dataset_options import add_protocol_options
 from ds_wsi.training.options import add_train_options, settings_from, spellings
+from ds_wsi.training.setting_list import options_of
 
 EXAMPLES = """examples:
   %(prog)s
@@ -64,7 +65,7 @@ def add_protocol(subparsers: argparse._SubParsersAction) -> None:
             datasets, dataset, run_protocol, f"the papers' experiments on {dataset}: see --list_presets"
         )
         add_protocol_options(parser, dataset)
-        add_train_options(parser, without=("split_seed",))
+        add_train_options(parser, without=("split_seed", *options_of("task")))
         _add_dry_run(parser)
 
 

@@ -81,8 +81,12 @@ def roc_section(predictions: Sequence[Mapping[str, Any]]) -> str:
             curves.append((name, points))
     if not curves:
         return ""
+    return curves_section(curves, f"Of class {shown[0]}." if len(classes) == 2 else "Each class against the rest.")
+
+
+def curves_section(curves: Sequence[tuple[str, npt.NDArray[np.float64]]], note: str) -> str:
+    """Named ROC curves under a note; the first `SHOWN_CURVES` of them."""
     left_out = len(curves) - SHOWN_CURVES
-    note = f"Of class {shown[0]}." if len(classes) == 2 else "Each class against the rest."
     note += f" {left_out} more classes are not drawn." if left_out > 0 else ""
     return section("ROC curve", f'<p class="note">{escape(note)}</p>\n{_svg(curves[:SHOWN_CURVES])}')
 

@@ -20,6 +20,8 @@ from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
 from ds_wsi.evaluation.predict import NormVariant, SlidePrediction, predict_variants, prediction_metrics
+from ds_wsi.evaluation.task_metrics.table import better_number
+from ds_wsi.evaluation.tasks.answers import TaskAnswers
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.norms.policy import CANDIDATES
 from ds_wsi.norms.population import OneValueError
@@ -50,6 +52,7 @@ class NormPlan:
         gap: parts of some training slides, on which the gap is measured; empty where there can be none.
         bags_per_population: how many of those training averages over at once.
         resting_epochs: so many first epochs train the aggregator alone, over an encoder in evaluation mode.
+        answers: how outputs are answers to another task than classification; None: to that.
         probes: other slides that the exported model will have to take, where some evaluation may not be able to.
     """
 
@@ -63,6 +66,7 @@ class NormPlan:
     bags_per_population: int = 1
     resting_epochs: int = 0
     probes: tuple[int, ...] = ()
+    answers: TaskAnswers | None = None
 
     def of_epoch(self, epoch: int) -> "NormPlan":
         """The plan after this epoch, from 1: while the encoder rests its norms take running statistics."""
@@ -186,7 +190,7 @@ def choose_norms(
                 refused[variant.name] = errors[0]
             else:
                 measured = [one for one in predictions if one.slide in plan.rows]
-                metrics[variant.name] = prediction_metrics(measured, slides)
+                metrics[variant.name] = prediction_metrics(measured, slides, plan.answers)
     best = best_candidate(metrics, plan.metric, _left(plan.candidates, refused))
     kept = statistics if best == "recalibrated" else None
     gap = None
@@ -209,12 +213,13 @@ def _left(candidates: Sequence[str], refused: Mapping[str, OneValueError]) -> li
 
 
 def best_candidate(metrics: dict[str, dict[str, float]], metric: str, candidates: Sequence[str]) -> str:
-    """The candidate with the highest metric, then the lowest loss; the first where none was measured."""
+    """The candidate with the best metric, then the lowest loss; the first where none was measured."""
 
     def rank(name: str) -> tuple[float, float]:
         of_candidate = metrics.get(name, {})
         loss = of_candidate.get("eval_loss", math.inf)
-        return of_candidate.get(f"eval_{metric}", -math.inf), -loss if loss == loss else -math.inf
+        better = better_number(metric, of_candidate.get(f"eval_{metric}"))
+        return better, -loss if loss == loss else -math.inf
 
     return max(candidates, key=rank)  # the first of equals
 
@@ -266,6 +271,7 @@ def norm_gap(
     model.set_norms(evaluation="running")
     encode = TileEncoder(model)
     sums, n_bags = torch.zeros(2, dtype=torch.float64), 0
+    answered: list[tuple[SlideEntry, list[Tensor]]] = []
     parts = plan.gap[: len(plan.gap) - len(plan.gap) % plan.bags_per_population or None]
     try:
         waiting: list[tuple[int, Tensor]] = []
@@ -286,13 +292,29 @@ def norm_gap(
                 continue
             n_bags += len(population)
             for (slide, _), *features in zip(population, trained, shown, strict=True):
+                logits = [model.aggregate(stack_bags([part.to(encode.device)])).logits.double() for part in features]
+                if plan.answers is not None:
+                    answered.append((slides[slide], [each.cpu() for each in logits]))
+                    continue
                 label = torch.tensor([slides[slide].class_index], device=encode.device)
-                for index, part in enumerate(features):
-                    logits = model.aggregate(stack_bags([part.to(encode.device)])).logits
-                    sums[index] += cross_entropy(logits.double(), label).item()
+                for index, each in enumerate(logits):
+                    sums[index] += cross_entropy(each, label).item()
     finally:
         model.set_norms(evaluation=evaluation)
+    if plan.answers is not None:
+        return _task_gap(plan.answers, answered)
     return NormGap(*(sums / n_bags).tolist()) if n_bags else None
+
+
+def _task_gap(answers: TaskAnswers, answered: Sequence[tuple[SlideEntry, list[Tensor]]]) -> NormGap | None:
+    """The gap of another task: of the slides' losses together, because they need not be a sum over slides."""
+    with_target = [(slide, outputs) for slide, outputs in answered if slide.is_labelled]
+    slides = [slide for slide, _ in with_target]
+    losses = [
+        answers.mean_loss(torch.cat([pair[index] for _, pair in with_target]), slides)
+        for index in range(2 if with_target else 0)
+    ]
+    return NormGap(*losses) if losses and not math.isnan(losses[0]) else None
 
 
 def _features(encode: TileEncoder, tiles: Sequence[Tensor], variant: NormVariant) -> list[Tensor]:

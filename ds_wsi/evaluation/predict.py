@@ -13,6 +13,7 @@ from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.evaluation.metrics import slide_metrics
 from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
 from ds_wsi.evaluation.protocol import EvaluationProtocol
+from ds_wsi.evaluation.tasks.answers import TaskAnswers, run_outputs
 from ds_wsi.models.encoder import NoEncoder
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.norms.population import OneValueError
@@ -247,14 +248,20 @@ def predict_variants(
         model.train(training)
 
 
-def prediction_metrics(predictions: Sequence[SlidePrediction], slides: Sequence[SlideEntry]) -> dict[str, float]:
-    """The cross-entropy and the metrics of a split's predictions, keys prefixed with `eval_`; in any order.
+def prediction_metrics(
+    predictions: Sequence[SlidePrediction], slides: Sequence[SlideEntry], answers: TaskAnswers | None = None
+) -> dict[str, float]:
+    """The loss and the metrics of a split's predictions, keys prefixed with `eval_`; in any order.
 
     Args:
         predictions: predictions of slides with labels.
         slides: the cohort's, row by row.
+        answers: how outputs are answers to another task than classification; None: to that, by its cross-entropy.
     """
     predictions = sorted(predictions, key=lambda prediction: prediction.slide)
+    if answers is not None:
+        (outputs,) = run_outputs([prediction.run_logits[:1] for prediction in predictions])
+        return answers.epoch_metrics(outputs, [slides[prediction.slide] for prediction in predictions])
     labels = torch.tensor([slides[prediction.slide].class_index for prediction in predictions])
     logits = torch.stack([prediction.logits for prediction in predictions]).double()
     loss = torch.nn.functional.cross_entropy(logits, labels).item()

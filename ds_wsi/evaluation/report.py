@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -28,7 +28,28 @@ METRIC_TITLES = {
     "auc": "AUC",
     "quadratic_weighted_kappa": "Quadratic weighted kappa",
     "f1": "F1",
+    "pearson": "Pearson's r",
+    "spearman": "Spearman's rho",
+    "r2": "R²",
+    "mae": "Mean absolute error",
+    "rmse": "Root mean squared error",
+    "macro_auc": "Macro AUC",
+    "micro_auc": "Micro AUC",
+    "map": "Mean average precision",
+    "c_index": "C-index",
+    "c_index_stratified": "C-index within strata",
+    "uno_c": "Uno's C",
+    "auc_t": "AUC over time",
+    "ibs": "Integrated Brier score",
+    "ibs_kaplan_meier": "Integrated Brier score of Kaplan-Meier",
 }
+
+
+class TaskPart(NamedTuple):
+    """What the report shows of another task than classification: HTML sections, and the slides behind the metrics."""
+
+    sections: Sequence[str]
+    n_slides: int
 
 
 def write_report(
@@ -45,6 +66,7 @@ def write_report(
     resampled: str = "slides",
     cohort: Sequence[Sequence[str]] = (),
     changed: Mapping[str, Any] | None = None,
+    of_task: TaskPart | None = None,
 ) -> None:
     """Write the report: metrics, settings, curves, predictions, heat maps and failed tiles on one offline page.
 
@@ -66,6 +88,7 @@ def write_report(
         resampled: what the intervals' bootstrap drew.
         cohort: what `cohort_lines` returns.
         changed: settings that differ from the defaults, name -> value; None where there are none to tell of.
+        of_task: the part of another task than classification, in the place of confusion, ROC curve and predictions.
 
     Raises:
         FileNotFoundError: an image that is not there.
@@ -73,11 +96,13 @@ def write_report(
     anchors = {slide_id: f"heatmap-{number}" for number, (slide_id, _) in enumerate(heatmaps)}
     body = [
         f"<h1>{escape(title)}</h1>",
-        _metrics_section(intervals, len(predictions), resampled),
+        _metrics_section(intervals, len(predictions) if of_task is None else of_task.n_slides, resampled),
         *(_prose_section(heading, text) for heading, text in (sections or {}).items()),
-        confusion_section(predictions),
-        roc_section(predictions),
-        _predictions_section(predictions, anchors),
+        *(
+            (confusion_section(predictions), roc_section(predictions), _predictions_section(predictions, anchors))
+            if of_task is None
+            else of_task.sections
+        ),
         _cohort_section(cohort),
         _curves_section(curves_png),
         _failures_section(failures),
@@ -117,7 +142,8 @@ def _metric_row(name: str, interval: MetricInterval, lowest: float) -> str:
 
 def _interval_bar(interval: MetricInterval, lowest: float) -> str:
     """Draw the interval as a line with a dot on the scale from `lowest` to 1."""
-    if math.isnan(interval.value) or math.isnan(interval.low):
+    # Of a metric without an end, such as an error in the target's unit, there is no scale.
+    if math.isnan(interval.value) or math.isnan(interval.low) or interval.high > 1 or interval.low < lowest:
         return ""
     low, value, high = (100 * (end - lowest) / (1 - lowest) for end in (interval.low, interval.value, interval.high))
     return (
@@ -192,7 +218,7 @@ def _cohort_section(lines: Sequence[Sequence[str]]) -> str:
 def _curves_section(curves_png: Path | None) -> str:
     if curves_png is None:
         return ""
-    image = _image(curves_png, "PNG", MAX_CURVES_PX, "Losses and validation metrics over the epochs")
+    image = image_html(curves_png, "PNG", MAX_CURVES_PX, "Losses and validation metrics over the epochs")
     return section("Training", f'<figure class="curves scroll">{image}</figure>')
 
 
@@ -218,7 +244,7 @@ def _heatmaps_section(
     figures = [
         f'<figure id="{anchors[slide_id]}"><figcaption><strong>{escape(slide_id)}</strong> '
         f"{_outcome(outcomes.get(slide_id))}</figcaption>"
-        f"{_image(png, 'JPEG', longest, f'Attention over slide {slide_id}')}</figure>"
+        f"{image_html(png, 'JPEG', longest, f'Attention over slide {slide_id}')}</figure>"
         for slide_id, png in heatmaps
     ]
     note = (
@@ -235,7 +261,7 @@ def heatmap_side_px(count: int) -> int:
 
 
 def _outcome(row: Mapping[str, Any] | None) -> str:
-    if row is None:
+    if row is None or "correct" not in row:
         return ""
     kind, result = ("right", "correct") if row["correct"] else ("wrong", "wrong")
     label, predicted = escape(str(row["label"])), escape(str(row["predicted"]))
@@ -255,7 +281,7 @@ def _summary_section(summary: Mapping[str, str]) -> str:
     return section("Run", f"<dl>\n{pairs}\n</dl>") if summary else ""
 
 
-def _image(path: Path, kind: str, longest_px: int, description: str) -> str:
+def image_html(path: Path, kind: str, longest_px: int, description: str) -> str:
     """Embed an image, reduced to `longest_px` where it is larger."""
     with Image.open(path, formats=("PNG",)) as opened:
         image = opened.convert("RGB")

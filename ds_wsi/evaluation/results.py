@@ -20,7 +20,10 @@ from ds_wsi.evaluation.heatmap import draw_attention, heat_map_of
 from ds_wsi.evaluation.metrics import METRIC_NAMES, slide_metrics
 from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction
 from ds_wsi.evaluation.protocol import EvaluationProtocol
-from ds_wsi.evaluation.report import write_report
+from ds_wsi.evaluation.report import TaskPart, write_report
+from ds_wsi.evaluation.tasks.answers import TaskAnswers, run_outputs
+from ds_wsi.evaluation.tasks.files import TaskScores, draw_pictures, prediction_rows, write_rows
+from ds_wsi.evaluation.tasks.sections import task_sections
 from ds_wsi.runtime.files import atomic_path, json_number, write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress
@@ -55,17 +58,16 @@ def write_results(
     changed: Mapping[str, Any] | None = None,
     tell: Callable[[str], object] = logger.info,
     made_of: Callable[[int], str] = lambda row: "",
+    answers: TaskAnswers | None = None,
 ) -> dict[str, MetricInterval]:
     """Write everything about a set of predictions below `directory`, and return the metrics with their intervals.
 
     `split` and `dataset` name the slides, "all" those of all splits; `changed` is as of `write_report`. Of several runs
     of the protocol, metrics are the mean of the runs', and predictions hold the mean probabilities. The metrics are
     told before heat maps are drawn, of the first `n_heatmaps` slides, of all with None; `shown` is for their bar.
-    `made_of` is as of `draw_heatmaps`.
+    `made_of` is as of `draw_heatmaps`. `answers` are of another task than classification.
     """
-    probabilities = _run_probabilities(predictions).numpy()
-    scores = _Scores.of(cohort, predictions, probabilities, seed)
-    rows = _prediction_rows(cohort, predictions, probabilities.mean(axis=0))
+    scores, rows = (_told_of_task if answers else _told_of_classes)(cohort, predictions, seed, answers)
     write_json(
         directory / "metrics.json",
         {
@@ -75,7 +77,7 @@ def write_results(
             **({} if norms is None else {"norms": _finite(norms)}),
         },
     )
-    _write_predictions(directory / "predictions.csv", rows)
+    of_task = _written(directory, cohort, predictions, rows, answers, split)
     curves = _curves_of(directory, history, best_epoch, metric)
     scores.tell(tell, split)
     heatmaps = draw_heatmaps(directory / "heatmaps", cohort, predictions[:n_heatmaps], shown=shown, made_of=made_of)
@@ -88,12 +90,54 @@ def write_results(
         curves_png=curves,
         heatmaps=heatmaps,
         failures=[dict(failure) for failure in failures],
-        resampled="slides" if scores.n_patients == len(rows) else f"the {scores.n_patients} patients",
+        resampled="slides" if scores.n_patients == scores.n_slides else f"the {scores.n_patients} patients",
         sections={"Evaluation": _protocol_words(protocol, scores.runs)} if protocol.tiles else None,
         cohort=cohort_lines(cohort.manifest, cohort.lengths),
         changed=changed,
+        of_task=of_task,
     )
     return scores.intervals
+
+
+def _told_of_classes(
+    cohort: Cohort, predictions: Sequence[SlidePrediction], seed: int, answers: None
+) -> "tuple[_Scores, list[dict[str, Any]]]":
+    probabilities = _run_probabilities(predictions).numpy()
+    scores = _Scores.of(cohort, predictions, probabilities, seed)
+    return scores, _prediction_rows(cohort, predictions, probabilities.mean(axis=0))
+
+
+def _told_of_task(
+    cohort: Cohort, predictions: Sequence[SlidePrediction], seed: int, answers: TaskAnswers
+) -> tuple[TaskScores, list[dict[str, Any]]]:
+    outputs = run_outputs([prediction.run_logits for prediction in predictions])
+    slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
+    return TaskScores.of(answers, slides, outputs, seed), _task_rows(cohort, predictions, outputs, answers)
+
+
+def _written(
+    directory: Path,
+    cohort: Cohort,
+    predictions: Sequence[SlidePrediction],
+    rows: list[dict[str, Any]],
+    answers: TaskAnswers | None,
+    split: str,
+) -> TaskPart | None:
+    """Write predictions.csv; of another task than classification its pictures too, and what the report shows."""
+    if answers is None:
+        _write_predictions(directory / "predictions.csv", rows)
+        return None
+    write_rows(directory / "predictions.csv", rows)
+    slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
+    sections = task_sections(answers, slides, rows, *draw_pictures(directory, answers, slides, rows, split))
+    return TaskPart(sections, sum(slide.is_labelled for slide in slides))
+
+
+def _task_rows(
+    cohort: Cohort, predictions: Sequence[SlidePrediction], outputs: Sequence[torch.Tensor], answers: TaskAnswers
+) -> list[dict[str, Any]]:
+    rows, n_tiles = [one.slide for one in predictions], [len(one.kept) for one in predictions]
+    return prediction_rows(answers, cohort, rows, outputs, n_tiles)
 
 
 @dataclass(frozen=True)
@@ -171,11 +215,17 @@ def write_predictions(
     cohort: Cohort,
     predictions: Sequence[SlidePrediction],
     made_of: Callable[[int], str] = lambda row: "",
+    answers: TaskAnswers | None = None,
 ) -> None:
     """Write what can be told of slides without labels: predictions.csv, without the column label, and heat maps."""
-    rows = _prediction_rows(cohort, predictions, _run_probabilities(predictions).mean(dim=0).numpy())
     path = directory / "predictions.csv"
-    _write_predictions(path, rows)
+    if answers is None:
+        rows = _prediction_rows(cohort, predictions, _run_probabilities(predictions).mean(dim=0).numpy())
+        _write_predictions(path, rows)
+    else:
+        outputs = run_outputs([prediction.run_logits for prediction in predictions])
+        rows = _task_rows(cohort, predictions, outputs, answers)
+        write_rows(path, rows)
     drawn = draw_heatmaps(directory / "heatmaps", cohort, predictions, made_of=made_of)
     logger.info(
         "no labels in %s: %s predicted, without metrics and report: %s, %s",

@@ -15,7 +15,7 @@ from ds_wsi.evaluation.grouping import FinishedRun, build_tables
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.evaluation.record import FILE_NAME, MARK_NAME, RunFolderError, RunRecord, read_metrics
 from ds_wsi.evaluation.table_formats import CSV_COLUMNS, to_csv, to_html, to_latex, to_markdown
-from ds_wsi.runtime.files import write_text
+from ds_wsi.runtime.files import read_object, write_text
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.own_files import begins_with, require_ours
 from ds_wsi.runtime.temporary import remove_left_behind
@@ -44,6 +44,7 @@ def collect_runs(run_dirs: Iterable[str | Path]) -> CollectedRuns:
     skipped: list[tuple[Path, str]] = []
     for path in dict.fromkeys(run for given in run_dirs for run in _runs_of(Path(given).resolve())):
         try:
+            _require_classes(path)
             runs.append(FinishedRun(path, RunRecord.read(path), _metrics(path), _classes(path)))
         except RunFolderError as error:
             logger.warning("run left out: %s: %s", path, error)
@@ -60,6 +61,18 @@ def collect_runs(run_dirs: Iterable[str | Path]) -> CollectedRuns:
         skipped.append((run.path, reason))
     left = {path for path, _ in skipped}
     return CollectedRuns(tuple(run for run in runs if run.path not in left), tuple(skipped))
+
+
+def _require_classes(path: Path) -> None:
+    """Refuse a run of another task: its metrics are others.
+
+    Raises:
+        RunFolderError: names the task.
+    """
+    metrics = path / "metrics.json"
+    task = read_object(metrics, metrics.name).get("task") if metrics.is_file() else None
+    if task is not None:
+        raise RunFolderError(f"tables are of classification, and its task is {task['kind']}")
 
 
 def _identity(run: FinishedRun) -> str:

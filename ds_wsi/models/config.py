@@ -9,23 +9,26 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from ds_wsi.models.aggregators import build_aggregator
+from ds_wsi.models.aggregators import build_aggregator, require_serves
 from ds_wsi.models.choices import AGGREGATORS
 from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, NoEncoder, build_encoder
 from ds_wsi.models.hub import EncoderSource, is_own_encoder
+from ds_wsi.models.ordinal_answer import answer_of
 from ds_wsi.models.own import AGGREGATOR, ENCODER, is_own, require_allowed
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.models.weights_file import WeightsFileError, read_weights, require_finite, save_weights
 from ds_wsi.norms.policy import EVALUATION, TRAINING
 from ds_wsi.runtime.files import read_object, write_json
+from ds_wsi.targets.task import Task
 
-VERSION = 5
+VERSION = 6
 NORMS_SINCE = 4
 NEW_IN: dict[int, dict[str, Any]] = {
     2: {"in_dim": None, "encoder_features": "pooled", "encoder_options": {}},
     3: {"aggregator_options": {}},
     4: {"norm_training": "bag", "norm_evaluation": "running"},  # older models were exported so, whatever they trained
     5: {"fixed_norms": []},  # they were evaluated as if all norms had trained alike
+    6: {"task": {}},  # classification was the only one
 }
 
 
@@ -33,7 +36,7 @@ NEW_IN: dict[int, dict[str, Any]] = {
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("aggregator", "encoder_features", "norm_training", "norm_evaluation"), (str,)),
     **dict.fromkeys(("classes", "mean", "std", "fixed_norms"), (tuple,)),
-    **dict.fromkeys(("tiling", "aggregator_options", "encoder_options"), (dict,)),
+    **dict.fromkeys(("tiling", "aggregator_options", "encoder_options", "task"), (dict,)),
     "encoder": (str, type(None)),
     "in_dim": (int, type(None)),
     "dropout": (float, int, type(None)),
@@ -48,7 +51,7 @@ class ModelConfig:
         encoder: a timm architecture: nothing is downloaded to build it; or a name of own code, see `ds_wsi.models.own`;
             None for a model of features.
         aggregator: a key of `AGGREGATORS`, or a name of own code.
-        classes: the class names, in the order of the logits; two or more.
+        classes: the class names, in the order of the logits; two or more. Of another task its grades or labels.
         tiling: the TilingPolicy of the tiles it was trained on, or its fields; evaluation tiles slides the same way.
             Empty for a model of features.
         mean, std: the channels' statistics that the input is normalised by.
@@ -60,6 +63,7 @@ class ModelConfig:
         norm_training: what the encoder's BatchNorm averaged over in training, of a `NormPolicy`, and not "auto".
         norm_evaluation: what it averages over in evaluation; "recalibrated" statistics are in the weights.
         fixed_norms: the encoder's norms that kept their running statistics in training, and keep them in evaluation.
+        task: empty: classification. Else `Task.to_json`'s values, and what was fitted on the run's own splits.
     """
 
     encoder: str | None
@@ -76,6 +80,7 @@ class ModelConfig:
     norm_training: str = "bag"
     norm_evaluation: str = "running"
     fixed_norms: tuple[str, ...] = ()
+    task: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Take a policy's fields; refuse an encoder beside features of a given width, neither, or unknown values."""
@@ -89,7 +94,9 @@ class ModelConfig:
             raise ValueError(
                 f"a model must have either an encoder or in_dim, got encoder {self.encoder!r} and in_dim {self.in_dim}"
             )
-        if len(self.classes) < 2:
+        if self.task:
+            _ = self.target_task  # refuses what is none
+        elif len(self.classes) < 2:
             raise ValueError(
                 f"classes must be two or more, in the order of the logits, got {list(self.classes)}. "
                 "HINT: build_aggregator(name, in_dim, num_classes=1) has one logit, for a loss of your own."
@@ -110,6 +117,7 @@ class ModelConfig:
         features: str | None = None,
         dropout: float | None = None,
         aggregator_options: Mapping[str, Any] | None = None,
+        task: Mapping[str, Any] | None = None,
     ) -> "ModelConfig":
         """The config with an encoder as its authors use it; `features` None takes what they take from it."""
         return cls(
@@ -123,7 +131,13 @@ class ModelConfig:
             aggregator_options=dict(aggregator_options or {}),
             encoder_features=features or source.features,
             encoder_options=dict(source.options),
+            task=dict(task or {}),
         )
+
+    @property
+    def target_task(self) -> Task | None:
+        """The task, where it is another than classification."""
+        return Task.from_json(self.task, self.classes) if self.task else None
 
     @property
     def tile_size_px(self) -> int:
@@ -173,7 +187,7 @@ class ModelConfig:
         Raises:
             ValueError: a key is missing or unknown.
         """
-        values = NEW_IN[VERSION] | values  # Transformers' files say no version
+        values = NEW_IN[5] | NEW_IN[6] | values  # Transformers' files say no version
         names = {entry.name for entry in fields(cls)}
         if set(values) != names:
             raise ValueError(f"config.json must hold the keys {sorted(names)}, got {sorted(values)} ({place})")
@@ -228,8 +242,12 @@ def build_model(
         )
     in_dim: Any = encoder.num_features
     options = dict(config.aggregator_options) | ({} if config.dropout is None else {"dropout": config.dropout})
-    aggregator = build_aggregator(config.aggregator, in_dim, len(config.classes), **options)
-    model = SlideModel(encoder, aggregator, config.mean, config.std)
+    task = config.target_task
+    if task is not None:
+        require_serves(config.aggregator, task.kind)
+    n_outputs = len(config.classes) if task is None else task.aggregator_outputs
+    aggregator = build_aggregator(config.aggregator, in_dim, n_outputs, **options)
+    model = SlideModel(encoder, aggregator, config.mean, config.std, answer_of(task))
     norms = config.norm_training, config.norm_evaluation
     # The defaults are nobody's choice: whoever trains the model may choose.
     if norms == (model.norm_training, model.norm_evaluation) and not config.fixed_norms:

@@ -32,6 +32,7 @@ class SlideModel(nn.Module):
         encoder: tiles [N, 3, S, S] -> features [N, D]; `NoEncoder` in a model of features.
         aggregator: StackedBags of features -> SlideOutput; one that says `needs_labels` is given the labels too.
         mean, std: the channels' statistics in [0, 1], for uint8 tiles; floating tiles are taken as normalised.
+        answer: what makes of the aggregator's outputs [B, ...] the model's, with parameters of its own; None: nothing.
 
     Attributes:
         warming_up: train the aggregator alone for now, the encoder in evaluation mode and without a graph. Its
@@ -61,10 +62,12 @@ class SlideModel(nn.Module):
         aggregator: nn.Module,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        answer: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.aggregator = aggregator
+        self.answer = answer
         self.warming_up = False
         # Not part of the weights: config.json holds them.
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -237,9 +240,8 @@ class SlideModel(nn.Module):
 
     def aggregate(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:
         """Predict from features (floating [sum N, D])."""
-        if needs_labels(self.aggregator):
-            return self.aggregator(bags, labels)
-        return self.aggregator(bags)
+        output: SlideOutput = self.aggregator(bags, labels) if needs_labels(self.aggregator) else self.aggregator(bags)
+        return output if self.answer is None else output._replace(logits=self.answer(output.logits))
 
     def encode(self, tiles: Tensor) -> Tensor:
         """Features [N, D] of tiles [N, 3, S, S], in the dtype of the aggregator's parameters."""

@@ -106,6 +106,11 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name for name in comma_separated(text) if name)
 
 
+def ordered_names(text: str) -> tuple[str, ...]:
+    """The parts between commas, or without a comma between signs of order, that are not empty: "low<middle<high"."""
+    return names(text if "," in text else text.replace("<", ","))
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """Numbers between commas."""
     try:

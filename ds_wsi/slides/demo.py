@@ -8,7 +8,8 @@ neither colour nor density tells the classes apart, and most tiles of a tumour s
 The cohort "plain" is of one centre. In the cohort "stains" every slide is stained and scanned by one of ten: amounts of
 stain, colours, blur, brightness and white balance differ by centre and, less, by slide. Centres of the test slides are
 seen neither in training nor in validation, as those of external cohorts are. The cohort "sparse" is "stains" with half
-of the tumours harder to see: few nuclei of their foci are rings. It is for encoders that know images already.
+of the tumours harder to see: few nuclei of their foci are rings. It is for encoders that know images already. The
+cohort "graded" is of one centre, with targets for every kind of task: see `demo_targets`.
 """
 
 import csv
@@ -28,6 +29,7 @@ from ds_wsi.runtime.progress import Progress
 from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.slides.demo_centres import Centre
 from ds_wsi.slides.demo_drawing import FOCUS_RADIUS_PX, draw_slide, pen_marks
+from ds_wsi.slides.demo_targets import TARGETS_DEMO, Findings, findings_of, targets_of
 from ds_wsi.slides.pyramid import write_pyramid
 
 CLASSES = ("normal", "tumor")
@@ -110,7 +112,19 @@ class SparsePolicy(StainsPolicy):
     format_version: ClassVar[int] = 3
 
 
-DEMOS: dict[str, type[DemoPolicy]] = {"plain": DemoPolicy, "stains": StainsPolicy, "sparse": SparsePolicy}
+@dataclass(frozen=True)
+class GradedPolicy(DemoPolicy):
+    """What the cohort "graded" holds: slides like those of "plain", of patients with more and less tumour."""
+
+    format_version: ClassVar[int] = 4
+
+
+DEMOS: dict[str, type[DemoPolicy]] = {
+    "plain": DemoPolicy,
+    "stains": StainsPolicy,
+    "sparse": SparsePolicy,
+    TARGETS_DEMO: GradedPolicy,
+}
 
 
 def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
@@ -147,13 +161,13 @@ def make_demo(directory: str | Path, policy: DemoPolicy | None = None) -> Path:
                 tumor=row["label"] == "tumor",
                 side_px=_side_px(index, policy),
                 rng=rng,
-                foci=policy.foci,
+                foci=_foci(index, policy),
                 contrast=policy.contrast,
                 rings=_rings(index, policy),
                 centre=_centre(index, policy),
             )
     with atomic_path(manifest) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, MANIFEST_FIELDS)
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     return manifest
@@ -173,12 +187,34 @@ def _rows(policy: DemoPolicy) -> Iterator[dict[str, str]]:
     for split, count in (("train", policy.train), ("validation", policy.validation), ("test", policy.test)):
         for k in range(count):
             # Slides k and k+2 of a split, the same class, belong to one patient.
-            patient = f"{split}_p{k // 4 * 2 + k % 2:02d}"
+            patient = f"{split}_p{_patient_number(k):02d}"
             slide_id = f"demo_{index:03d}"
-            yield dict(
-                zip(MANIFEST_FIELDS, (slide_id, f"slides/{slide_id}.tiff", CLASSES[k % 2], patient, split), strict=True)
-            )
+            label, targets = CLASSES[k % 2], {}
+            if isinstance(policy, GradedPolicy):
+                findings = findings_of(_patient_number(k))
+                label, targets = CLASSES[findings.foci > 0], targets_of(findings, policy.seed, patient, index)
+            values = (slide_id, f"slides/{slide_id}.tiff", label, patient, split)
+            yield {**dict(zip(MANIFEST_FIELDS, values, strict=True)), **targets}
             index += 1
+
+
+def _patient_number(k: int) -> int:
+    """The number, in its split, of the patient whose slide k of the split is."""
+    return k // 4 * 2 + k % 2
+
+
+def _findings(index: int, policy: GradedPolicy) -> Findings:
+    """What a slide of the cohort "graded" holds, by its number in the cohort."""
+    for count in (policy.train, policy.validation):
+        if index < count:
+            break
+        index -= count
+    return findings_of(_patient_number(index))
+
+
+def _foci(index: int, policy: DemoPolicy) -> int:
+    """How many foci a tumour has."""
+    return _findings(index, policy).foci if isinstance(policy, GradedPolicy) else policy.foci
 
 
 def _centre(index: int, policy: DemoPolicy) -> Centre | None:
@@ -191,6 +227,8 @@ def _centre(index: int, policy: DemoPolicy) -> Centre | None:
 
 def _rings(index: int, policy: DemoPolicy) -> float:
     """The share of rings in a tumour's foci: few in every other round, so that each centre has both kinds."""
+    if isinstance(policy, GradedPolicy):
+        return _findings(index, policy).rings
     if not isinstance(policy, StainsPolicy):
         return 1.0
     pair, centres, _ = _pair(index, policy)

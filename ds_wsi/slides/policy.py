@@ -13,7 +13,12 @@ AUTO = "auto"
 READERS = (AUTO, "openslide")  # of a slide's pixels, which are the same
 POSSIBLE_MPP = (0.05, 10.0)  # of a slide, um/px, that a user may say: from 100x oil immersion to a macro camera
 POSSIBLE_TILE_MPP = (0.05, 1000.0)  # of tiles, um/px: optics resolve no less, and of more a slide is a few pixels
-DEMO_DIRS = {"plain": "runs/demo_slides", "stains": "runs/demo_stains", "sparse": "runs/demo_sparse"}
+DEMO_DIRS = {
+    "plain": "runs/demo_slides",
+    "stains": "runs/demo_stains",
+    "sparse": "runs/demo_sparse",
+    "graded": "runs/demo_graded",
+}
 DEMO_TILE_SIZE_PX = 64  # what the demo cohort's regions were drawn for
 
 

@@ -26,10 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_wsi.targets.choices import TIES
 from ds_wsi.targets.sums import single_output
 from ds_wsi.targets.survival_table import SurvivalTable
-
-TIES = ("efron", "breslow")
 
 
 class CoxStep(NamedTuple):

@@ -12,7 +12,7 @@ from ds_wsi.training.settings import TrainSettings
 def all_settings(settings: TrainSettings) -> dict[str, Any]:
     """Field ("optim.learning_rate") -> value, without the layers of a partition plan."""
     by_field: dict[str, Any] = {}
-    for group in ("data", "model", "optim", "run"):
+    for group in ("data", "task", "model", "optim", "run"):
         by_field |= {f"{group}.{name}": value for name, value in asdict(getattr(settings, group)).items()}
     for policy, values in write_section(settings.policies).items():
         by_field |= {f"policies.{policy}.{name}": value for name, value in values.items() if name != "plan"}

@@ -17,9 +17,11 @@ from ds_wsi.engines.accelerator.engine import (
 from ds_wsi.models import ModelConfig, SlideModel
 from ds_wsi.runtime.forwards import Handle
 from ds_wsi.stacking.host_tiles import HostStacks
+from ds_wsi.targets.task import Task
 from ds_wsi.tile_parallel import TileMesh
 from ds_wsi.tile_parallel.shard import SharedForward
 from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.task import chosen_metric
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,7 @@ class RunContext:
         reads_host_tiles: whether the encoder takes stacks that lie on the host, and reads chunks of them.
         comm: the hook that sends gradients, or None.
         checkpoint: the one to go on from, or None.
+        task: what slides are asked; None: their class.
         made_of: see `same_run.fingerprint`, which alone fills it, once.
     """
 
@@ -61,6 +64,7 @@ class RunContext:
     reads_host_tiles: bool
     comm: CommHandle | None = None
     checkpoint: Path | None = None
+    task: Task | None = None
     made_of: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -91,7 +95,7 @@ class RunContext:
     @property
     def best_metric(self) -> str:
         """The key, in an epoch's entry, of the metric that chooses the epoch."""
-        return f"eval_{self.settings.run.metric_for_best_model}"
+        return f"eval_{chosen_metric(self.settings)}"
 
     @property
     def step_layout(self) -> StepLayout:

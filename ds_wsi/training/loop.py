@@ -165,7 +165,7 @@ def _train_epoch(run: Run, steps: StepReader, validation: AtTheEnd | BesideTrain
             run.saver.check()
             tiles_read += done.n_tiles
             was_skipped = not math.isfinite(done.loss) or run.accelerator.optimizer_step_was_skipped
-            progress.end_step(done.loss, step.plan.n_bags, skipped=was_skipped)
+            progress.end_step(done.loss, done.units, skipped=was_skipped)
             skipped = skipped + 1 if was_skipped else 0
             if was_skipped:
                 tell_skipped_steps(run, skipped)
@@ -177,7 +177,7 @@ def _train_epoch(run: Run, steps: StepReader, validation: AtTheEnd | BesideTrain
                 f"tiles/s, data wait {(steps.waited - waited) / seconds:.0%}, {peak / 2**30:.2f} GiB"
             )
             bar.step(n=step.plan.n_bags, words=words)
-            _log_step(run, done.loss / step.plan.n_bags, rate_now, rate, peak)
+            _log_step(run, done.loss / max(1, done.units), rate_now, rate, peak)
             save_steps = run.settings.run.save_steps
             by_step = save_steps and progress.global_step % save_steps == 0
             if done.stop_is_due:  # after an epoch's last step too: the epoch's end can take long

@@ -39,7 +39,7 @@ def check_encoder(settings: TrainSettings, accelerator: Accelerator) -> None:
 
 
 def build_slide_model(
-    settings: TrainSettings, accelerator: Accelerator, classes: tuple[str, ...], in_dim: int | None
+    settings: TrainSettings, accelerator: Accelerator, classes: tuple[str, ...], in_dim: int | None, task: Any = None
 ) -> tuple[ModelConfig, SlideModel]:
     """The model, what is not trained of it frozen, and its description: of the plain one where it has adapters.
 
@@ -48,6 +48,7 @@ def build_slide_model(
         accelerator: the run's.
         classes: names, in the order of the logits.
         in_dim: width of the features that it is trained on; None builds the encoder too.
+        task: the task's part of config.json; empty or None: classification.
 
     Raises:
         ValueError: weights that cannot be had or do not fit, or a part of the encoder that it does not have.
@@ -56,6 +57,7 @@ def build_slide_model(
     of_the_aggregator: dict[str, Any] = {
         "dropout": chosen.dropout,
         "aggregator_options": dict(chosen.aggregator_options),
+        "task": task or {},
     }
     if in_dim is not None:
         config = ModelConfig(None, chosen.aggregator, classes, {}, in_dim=in_dim, **of_the_aggregator)

@@ -7,6 +7,7 @@ from ds_wsi.bags.bag import BagPart
 from ds_wsi.bags.sampler import choose_tiles
 from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.evaluation.norm_choice import NormPlan, candidates_of
+from ds_wsi.evaluation.tasks.answers import TaskAnswers
 from ds_wsi.norms import batch_norms
 from ds_wsi.training.context import RunContext
 
@@ -57,7 +58,8 @@ def norm_plan(run: RunContext) -> NormPlan:
     return NormPlan(
         training=training,
         candidates=names,
-        metric=run.settings.run.metric_for_best_model,
+        metric=run.best_metric.removeprefix("eval_"),
+        answers=None if run.task is None else TaskAnswers.of(run.config),
         rows=rows,
         split=split,
         recalibration=_parts(run, train, policy.recalibration_tiles) if "recalibrated" in names else (),

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -11,15 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from ds_wsi.bags.bag import Bag
 from ds_wsi.engines.accelerator.engine import gather_object
-from ds_wsi.models.loss import stack_loss
-from ds_wsi.runtime.errors import naming
 from ds_wsi.runtime.seeding import seed_step, step_seed
-from ds_wsi.runtime.words import counted
-from ds_wsi.stacking.randomness import bag_randomness
-from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
-from ds_wsi.training.context import RunContext
+from ds_wsi.training.cox_pass import LossOf, cox_losses, whole_step
 from ds_wsi.training.epoch_plan import PlannedStep, planned_steps
 from ds_wsi.training.finite import (
     BagsAndLosses,
@@ -28,10 +21,12 @@ from ds_wsi.training.finite import (
     weights_are_finite,
     weights_seem_finite,
 )
-from ds_wsi.training.micro_step import MicroStep, on_device, stack_of
+from ds_wsi.training.micro_loss import Computed, step_units, step_weight
+from ds_wsi.training.micro_loss import micro_loss as _micro_loss
+from ds_wsi.training.micro_step import MicroStep
 from ds_wsi.training.out_of_memory import naming_no_memory, with_retry
 from ds_wsi.training.run import Run
-from ds_wsi.training.step import bag_weight, blank_tile, idle_loss, run_micro_step
+from ds_wsi.training.step import run_micro_step
 from ds_wsi.training.step_reader import StepReader, read_parts
 from ds_wsi.training.stops import wants_to_stop
 from ds_wsi.training.warmup import set_rates
@@ -41,13 +36,15 @@ class StepTotals(NamedTuple):
     """What a step came to, the same on all ranks.
 
     Attributes:
-        loss: the sum of its bags' losses.
+        loss: the sum of its bags' losses; of cox the loss times the events.
+        units: what that is divided by: bags, or labelled units of another task.
         n_tiles: how many tiles it trained on.
         save_is_due: whether a checkpoint is, by the time since the last one, as the main process has it.
         stop_is_due: whether a rank was asked to end, or the time is over.
     """
 
     loss: float
+    units: int
     n_tiles: int
     save_is_due: bool
     stop_is_due: bool
@@ -69,7 +66,7 @@ def train_step(
         learning_rate: the step's.
         meanwhile: called once all work is queued, while the device computes it.
     """
-    accelerator, mesh = run.accelerator, run.mesh
+    accelerator = run.accelerator
     set_rates(
         run.optimizer,
         learning_rate,
@@ -81,23 +78,17 @@ def train_step(
     alone = len(step.parts) == 1 and accelerator.num_processes == 1 and not run.has_own_engine
     loss_sum, tiles = torch.zeros((), device=run.device), 0
     seen: list[BagsAndLosses] = []
-    for index, bags in enumerate(micro_steps):
-        if run.sharing.forward is not None:
-            key = index * mesh.slide_size + mesh.slide_rank
-            run.sharing.forward.seed = step_seed(run.seed, step.number, key)
-        done = _micro_step(run, bags, _weight(run, step), again=partial(_start_again, run, step) if alone else None)
-        loss_sum += done.loss
+    weight, again = step_weight(run, step), partial(_start_again, run, step) if alone else None
+    for index, (bags, loss_of) in enumerate(_losses(run, step, micro_steps)):
+        _key_sharing(run, step, index)
+        done = _micro_step(run, bags, weight, again, loss_of)
+        loss_sum += done.loss if done.told is None else done.told
         tiles += done.n_tiles
         seen.append(done.seen)
     if run.average is not None:
         run.average.update(run.module)
     meanwhile()
     return _totals(run, step, loss_sum, tiles, seen)
-
-
-def _weight(run: RunContext, step: PlannedStep) -> float:
-    # Ranks that share a bag each compute its loss: there are as many means to take as groups.
-    return bag_weight(step.plan.n_bags, run.mesh.slide_size, len(step.plan.micro_steps))
 
 
 def _totals(
@@ -116,23 +107,31 @@ def _totals(
     left_out = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
     if bad_weights or (left_out and not skips_overflow(run)):
         tell_not_finite(run, step.number, seen, loss_is_finite=math.isfinite(loss))
-    return StepTotals(loss / run.mesh.tile_size, int(n_tiles), save_is_due, stop_is_due)
+    return StepTotals(loss / run.mesh.tile_size, step_units(run, step), int(n_tiles), save_is_due, stop_is_due)
 
 
-class _Computed(NamedTuple):
-    """What a micro-step came to on this rank: the sum of its bags' losses, its tiles, and what it was of."""
+def _losses(run: Run, step: PlannedStep, micro_steps: Iterator[MicroStep]) -> Iterator[tuple[MicroStep, LossOf]]:
+    """The step's micro-steps, each with what computes its loss."""
+    if run.task is not None and run.task.couples:
+        return cox_losses(run, step, micro_steps, partial(_key_sharing, run, step))
+    return ((bags, _micro_loss) for bags in micro_steps)
 
-    loss: torch.Tensor
-    n_tiles: int
-    seen: BagsAndLosses
+
+def _key_sharing(run: Run, step: PlannedStep, index: int) -> None:
+    """Say what an aggregator whose bags lie on several ranks draws by in this micro-step."""
+    if run.sharing.forward is not None:
+        key = index * run.mesh.slide_size + run.mesh.slide_rank
+        run.sharing.forward.seed = step_seed(run.seed, step.number, key)
 
 
-def _micro_step(run: Run, step: MicroStep, weight: float, again: Callable[[], None] | None) -> _Computed:
+def _micro_step(
+    run: Run, step: MicroStep, weight: float, again: Callable[[], None] | None, loss_of: LossOf | None = None
+) -> Computed:
     """Take a micro-step; `again` undoes a first try that ran out of memory."""
-    computed: list[_Computed] = []
+    computed: list[Computed] = []
 
     def compute() -> torch.Tensor:
-        computed[:] = [_micro_loss(run, step)]
+        computed[:] = [(loss_of or _micro_loss)(run, step)]
         return computed[0].loss
 
     # What is not the guard's is the optimizer's: Adam makes its moments in the first step.
@@ -154,56 +153,6 @@ def _start_again(run: Run, step: PlannedStep) -> None:
     """Undo what a step's first try drew and summed."""
     run.optimizer.zero_grad()
     seed_step(run.seed, step.number, run.accelerator.process_index)
-
-
-def _micro_loss(run: Run, step: MicroStep) -> _Computed:
-    _require_tiles(run, step.bags)
-    if not step.bags:
-        idle = BagsAndLosses((), torch.ones(0, dtype=torch.bool))
-        return _Computed(idle_loss(run.model, _blank(run)), 0, idle)
-    labels = on_device([run.cohort.manifest.slides[bag.slide].class_index for bag in step.bags], run.device)
-    stack = stack_of(run, step)
-    with bag_randomness(step.keys, part=run.mesh.tile_rank), _naming_slides(run, step):
-        output = run.model(stack, labels)
-    chosen = run.settings.optim.class_weights
-    weights = None if chosen is None else torch.tensor(chosen, device=run.device)[labels]
-    slides = tuple(run.cohort.manifest.slides[bag.slide].slide_id for bag in step.bags)
-    seen = BagsAndLosses(slides, output.logits.detach().isfinite().all(-1))
-    return _Computed(stack_loss(output, labels, weights), sum(map(len, step.tiles)), seen)
-
-
-@contextmanager
-def _naming_slides(run: Run, step: MicroStep) -> Iterator[None]:
-    """Name the slides that an error is of; tell a BatchNorm's one value per channel in our words, not of tensors."""
-    slides = [run.cohort.manifest.slides[bag.slide].slide_id for bag in step.bags]
-    try:
-        with naming(f"slides {', '.join(slides)}, step {run.progress.global_step}"):
-            yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error) and "more than one value per channel" not in str(error):
-            raise
-        tiles = sum(map(len, step.tiles))
-        raise ValueError(
-            "the encoder's BatchNorm must see more than one value per channel in training, got "
-            f"{counted(tiles, 'tile')} of {', '.join(slides)}. HINT: leave the slide out, or take --norm_training "
-            "frozen, --bags_per_step 2, or a larger --tile_size_px."
-        ) from error
-
-
-def _blank(run: RunContext) -> torch.Tensor:
-    """A bag of one blank instance, of what the model takes."""
-    if run.cohort.in_dim is not None:
-        return torch.zeros(1, run.cohort.in_dim, device=run.device)
-    return blank_tile(run.settings.policies.tiling.tile_size_px, run.device)
-
-
-def _require_tiles(run: Run, bags: list[Bag]) -> None:
-    """Refuse, on all ranks that share it, a bag of which none could read a tile."""
-    if run.mesh.tile_size == 1 or not bags:
-        return
-    counts = share_numbers([len(bag.tiles) for bag in bags], run.mesh.group, run.device, Traffic()).sum(0)
-    for bag, count in zip(bags, counts.tolist(), strict=True):
-        run.failures.require_tiles(bag.slide, count)
 
 
 class TimedSteps(NamedTuple):
@@ -231,7 +180,8 @@ def time_micro_steps(run: Run) -> TimedSteps:
         started = time.perf_counter()
         (bags,) = micro_steps
         read = time.perf_counter()
-        done = _micro_step(run, bags, _weight(run, step), again=None)
+        is_cox = run.task is not None and run.task.couples
+        done = _micro_step(run, bags, step_weight(run, step), None, whole_step if is_cox else None)
         done.loss.item()  # waits for the device
         read_s.append(read - started)
         compute_s.append(time.perf_counter() - read)

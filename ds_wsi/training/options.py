@@ -121,7 +121,7 @@ def settings_from(
     if "data.manifest" not in given and "tile_size_px" not in section.get("tiling", {}):
         policies = replace(policies, tiling=replace(policies.tiling, tile_size_px=DEMO_TILE_SIZE_PX))
     settings = TrainSettings(policies=_with_policies(policies, given))
-    for group in ("data", "model", "optim", "run"):
+    for group in ("data", "task", "model", "optim", "run"):
         fields = {name.split(".")[1]: value for name, value in given.items() if name.split(".")[0] == group}
         settings = replace(settings, **{group: replace(getattr(settings, group), **fields)})
     _check_effect(asked, {*asked, *in_yaml}, settings)

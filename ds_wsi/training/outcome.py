@@ -19,7 +19,10 @@ from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction, predict_slides
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.record import RunFolderError, RunRecord, read_metrics
 from ds_wsi.evaluation.results import REPORT, write_results
-from ds_wsi.models import SlideModel, build_model, load_model, save_model
+from ds_wsi.evaluation.task_metrics.table import better_number
+from ds_wsi.evaluation.tasks.answers import TaskAnswers, run_outputs
+from ds_wsi.evaluation.tasks.fitted import KEY, fitted_on, splits_fitted_on
+from ds_wsi.models import ModelConfig, SlideModel, build_model, load_model, save_model
 from ds_wsi.models.weights_file import read_weights
 from ds_wsi.norms.policy import CANDIDATES, POPULATIONS
 from ds_wsi.runtime.choices import precision_words
@@ -35,6 +38,7 @@ from ds_wsi.training.record import dataset_name, run_record
 from ds_wsi.training.run import Run
 from ds_wsi.training.same_run import TEST_FILES, fingerprint
 from ds_wsi.training.stopping import stop_reason
+from ds_wsi.training.task import task_words
 from ds_wsi.training.words import model_words, tiles_words
 
 
@@ -95,11 +99,11 @@ def validate(run: Run, state: dict[str, torch.Tensor]) -> NormChoice:
 
 
 def best_entry(history: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The first epoch with the highest metric, ties broken by the lower eval_loss; the last where none has it."""
+    """The first epoch with the best metric, ties broken by the lower eval_loss; the last where none has it."""
     scored = [entry for entry in history if metric in entry]
     if not scored:
         return history[-1]
-    return max(scored, key=lambda entry: (entry[metric], -entry["eval_loss"]))
+    return max(scored, key=lambda entry: (better_number(metric, entry[metric]), -entry["eval_loss"]))
 
 
 def export(run: RunContext, state: dict[str, torch.Tensor], choice: NormChoice) -> None:
@@ -130,10 +134,11 @@ def finish(run: Run, started: float) -> dict[str, Any]:
         The test metrics with their intervals, and the run's folder, on the main process; elsewhere an empty dict.
     """
     run.accelerator.wait_for_everyone()
-    model, _ = load_model(run.output_dir, allow_code=run.config.own_code.values())
+    model, config = load_model(run.output_dir, allow_code=run.config.own_code.values())
     model.evaluation_precision = run.settings.run.eval_precision
     protocol = run.settings.run.evaluation
-    predictions = _predict(run, model.to(run.device), "test", protocol)
+    answers = _fit_answers(run, model.to(run.device), config)
+    predictions = _predict(run, model, "test", protocol)
     if not run.accelerator.is_main_process:
         return {}
     progress, settings = run.progress, run.settings
@@ -149,7 +154,7 @@ def finish(run: Run, started: float) -> dict[str, Any]:
         failures=run.failures.rows(),
         history=progress.history,
         best_epoch=progress.best_epoch,
-        metric=settings.run.metric_for_best_model,
+        metric=run.best_metric.removeprefix("eval_"),
         seed=settings.run.seed,
         protocol=protocol,
         norms=norms_measured(run.config.norm_training, _exported_entry(run)),
@@ -157,12 +162,31 @@ def finish(run: Run, started: float) -> dict[str, Any]:
         dataset=dataset_name(settings.data),
         changed=changed_settings(settings),
         shown=not settings.run.disable_tqdm,
+        answers=answers,
     )
     run_record(run).write(run.output_dir)  # last: a folder without it is unfinished
     seconds = time.perf_counter() - started
     logger.info("finished in %.0f s: %s", seconds, run.output_dir / REPORT)
     tell_skipped(run.cohort.skipped, len(run.cohort.grids) + len(run.cohort.skipped))
     return {"output_dir": str(run.output_dir), "metrics": intervals, "seconds": seconds}
+
+
+def _fit_answers(run: Run, model: SlideModel, config: ModelConfig) -> TaskAnswers | None:
+    """Fit what a task's answers need on the run's own splits, and keep it in config.json; None of classification.
+
+    Collective: every rank predicts a share of the split.
+    """
+    answers = TaskAnswers.of(config)
+    split = None if answers is None else splits_fitted_on(answers.task)
+    if answers is None or split is None or not run.cohort.rows(split):
+        return answers
+    predictions = _predict(run, model, split)
+    (outputs,) = run_outputs([prediction.run_logits[:1] for prediction in predictions])
+    slides = [run.cohort.manifest.slides[prediction.slide] for prediction in predictions]
+    fitted = fitted_on(answers.fitted, answers.task, {split: outputs}, {split: slides})
+    if run.accelerator.is_main_process:
+        replace(config, task={**config.task, KEY: fitted.to_json()}).write(run.output_dir / "config.json")
+    return replace(answers, fitted=fitted)
 
 
 def is_finished(run: Run) -> bool:
@@ -215,7 +239,7 @@ def keep_history(run: Run) -> None:
 
 def draw_history(run: Run) -> None:
     """Draw curves.png of the epochs so far."""
-    progress, metric = run.progress, run.settings.run.metric_for_best_model
+    progress, metric = run.progress, run.best_metric
     history = [dict(entry) for entry in progress.history]
     draw_curves(history, run.output_dir / "curves.png", best_epoch=progress.best_epoch, metric=metric)
 
@@ -287,7 +311,7 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
     return {
         "command": command_line(),
         "cohort": str(cohort.manifest.source),
-        "classes": ", ".join(cohort.manifest.classes),
+        **({"task": task_words(run.task)} if run.task else {"classes": ", ".join(cohort.manifest.classes)}),
         "tiles": tiles_words(run),
         **skipped_words(cohort.skipped),
         "model": model_words(run),

@@ -24,13 +24,13 @@ from ds_wsi.engines.policies.norms import (
     warn_of_few_bags,
 )
 from ds_wsi.engines.sharded.zero import is_zero3
-from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.models import SlideModel
 from ds_wsi.norms import batch_norms
 from ds_wsi.runtime.choices import precision_words
 from ds_wsi.runtime.contracts import TakesHostTiles
 from ds_wsi.runtime.log import logger
 from ds_wsi.stacking.host_tiles import HostStacks
+from ds_wsi.training.cox_pass import require_cox_steps
 from ds_wsi.training.features import check_feature_settings
 from ds_wsi.training.forwards import choose_kernels, replace_forwards
 from ds_wsi.training.model import build_slide_model, check_encoder
@@ -44,6 +44,7 @@ from ds_wsi.training.same_run import known_early, require_same
 from ds_wsi.training.saver import Saver
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import require_metric
+from ds_wsi.training.task import require_task_settings, task_config
 
 
 def prepare_run(
@@ -74,7 +75,8 @@ def prepare_run(
     _require_engine(settings, accelerator)
     output_dir, checkpoint = _opened(settings, accelerator, on_folder)
     cohort = _checked_cohort(settings, accelerator, output_dir, write_grids)
-    config, module = build_slide_model(settings, accelerator, cohort.manifest.classes, cohort.in_dim)
+    of_task = task_config(settings, cohort.manifest)
+    config, module = build_slide_model(settings, accelerator, cohort.manifest.classes, cohort.in_dim, of_task)
     training = decide_training(settings.policies.norm, partition_population(settings.policies.partition), module)
     choose_kernels(module, settings, cohort, accelerator)  # before anything is shared: a trial is each rank's own
     mesh, sharing = replace_forwards(module, settings, cohort, accelerator, training)
@@ -97,22 +99,26 @@ def prepare_run(
         isinstance(module.encoder.forward, TakesHostTiles) and bool(module.encoder.forward.takes_host_tiles),
         comm,
         checkpoint,
+        task=config.target_task,
         failures=FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction),
         average=_average(module, settings.optim.ema_decay),
         saver=Saver(settings.run.save_beside),
     )
-    if batch_norms(module.encoder) and not module.encoder_is_frozen:
-        warn_of_few_bags(training, bags_of_population(training, run.step_layout))
+    _check_steps(run)
     return run
+
+
+def _check_steps(run: Run) -> None:
+    """Refuse, or tell, what steps of so few bags cannot teach."""
+    require_cox_steps(run)
+    if batch_norms(run.module.encoder) and not run.module.encoder_is_frozen:
+        training = run.config.norm_training
+        warn_of_few_bags(training, bags_of_population(training, run.step_layout))
 
 
 def _require_settings(settings: TrainSettings) -> None:
     """Refuse settings that contradict each other, before an engine is started."""
-    if settings.run.metric_for_best_model not in METRIC_NAMES:
-        raise ValueError(
-            f"--metric_for_best_model must be one of {', '.join(METRIC_NAMES)}, "
-            f"got {settings.run.metric_for_best_model!r}"
-        )
+    require_task_settings(settings)
     if settings.policies.tile_parallel.size > 1 and settings.policies.stacking.framework == "padding":
         raise ValueError('framework must not be "padding" where ranks share bags, got tile_parallel.size > 1')
     check_feature_settings(settings)
@@ -222,7 +228,7 @@ def engine_settings(settings: TrainSettings) -> EngineSettings:
 
 
 def _flat(settings: TrainSettings) -> dict[str, Any]:
-    groups = (settings.data, settings.model, settings.optim, settings.run)
+    groups = (settings.data, settings.task, settings.model, settings.optim, settings.run)
     return {
         name: value if isinstance(value, int | float | str | bool) else str(value)
         for group in groups

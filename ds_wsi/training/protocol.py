@@ -100,6 +100,11 @@ def protocol_from(
     if chosen.get("seeds", 1) < 1:
         raise ValueError(f"--seeds must be at least 1, got {chosen['seeds']}")
     settings, config = settings_from(options, preset.settings)
+    if not settings.task.is_classes:
+        raise ValueError(
+            f"--task must be classification in a protocol, got {settings.task.task}. HINT: `ds-wsi manifest` writes "
+            "the same splits, and `ds-wsi train --manifest` trains on each."
+        )
     first = settings.run.seed
     protocol = Protocol(
         dataset=dataset,

@@ -27,7 +27,7 @@ _ELSEWHERE = {
 }
 
 
-DEMO_NAMES = {"plain": "demo", "stains": "demo_stains", "sparse": "demo_sparse"}
+DEMO_NAMES = {"plain": "demo", "stains": "demo_stains", "sparse": "demo_sparse", "graded": "demo_graded"}
 
 
 def run_record(run: RunContext) -> RunRecord:
@@ -93,7 +93,7 @@ def _group_settings(run: RunContext) -> dict[str, Any]:
         "slides_per_step": run.step_layout.bags_per_step,
         "from_tile_store": bool(policies.reading.tile_store),
         "norm_training": run.config.norm_training,
-        "early_stopping": stopping_words(settings.run),
+        "early_stopping": stopping_words(settings),
         "optimizer": optimizer_words(run),
     }
     values |= {"comm_hook": run.comm.name} if run.comm else {}

@@ -35,7 +35,7 @@ class Progress:
 
         Args:
             loss: the sum of its bags' losses; where it is not finite, the epoch's mean is without it.
-            n_bags: the step's bags, over all ranks.
+            n_bags: the step's bags, over all ranks; of another task what its loss is divided by.
             skipped: whether it changed nothing.
         """
         self.global_step += 1

@@ -8,6 +8,7 @@ from ds_wsi.bags.feature_cohort import load_feature_cohort
 from ds_wsi.bags.manifest import Manifest
 from ds_wsi.bags.relabel import with_positive
 from ds_wsi.bags.slide_policy import SkippedSlide, SlidePolicy, write_skipped
+from ds_wsi.bags.splits import assign_splits
 from ds_wsi.engines.accelerator.engine import (
     Accelerator,
     broadcast_object_list,
@@ -15,7 +16,9 @@ from ds_wsi.engines.accelerator.engine import (
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress as Bar
 from ds_wsi.slides.demo import DEMOS, make_demo
+from ds_wsi.targets.choices import CLASSIFICATION
 from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.task import require_split_targets, target_columns
 
 
 def cohort_of(settings: TrainSettings, accelerator: Accelerator, output_dir: Path, write_grids: bool) -> Cohort:
@@ -23,16 +26,18 @@ def cohort_of(settings: TrainSettings, accelerator: Accelerator, output_dir: Pat
     cohort = _read_cohort(settings, accelerator, output_dir, write_grids)
     # After splits are drawn: those do not depend on it.
     manifest = with_positive(cohort.manifest, settings.data.positive_class)
-    if len(manifest.classes) == 2:
+    if manifest.kind == CLASSIFICATION and len(manifest.classes) == 2:
         logger.info("positive class, whose f1 is told: %s (--positive_class)", manifest.classes[1])
     return replace(cohort, manifest=manifest)
 
 
 def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: Path, write_grids: bool) -> Cohort:
-    data, policies = settings.data, settings.policies
+    data, policies, columns = settings.data, settings.policies, target_columns(settings)
 
     def checked(manifest: Manifest) -> Manifest:
         with_positive(manifest, data.positive_class)  # told before slides are tiled
+        if manifest.kind != CLASSIFICATION:
+            require_split_targets(assign_splits(manifest, seed=data.split_seed, tell=False))
         return manifest
 
     # The main process tiles and writes the grids, the others then read them.
@@ -49,6 +54,7 @@ def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
                 workers=max(1, policies.reading.workers),
                 write_record=write_grids,
                 choose=checked,
+                columns=columns,
             )
 
     def load(skipped: tuple[SkippedSlide, ...] | None) -> Cohort:
@@ -64,6 +70,7 @@ def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
                 workers=max(1, policies.reading.workers),
                 write_grids=write_grids,
                 choose=checked,
+                columns=columns,
                 slides=SlidePolicy(
                     *(data.tissue_masks, data.masks_in_bounds, data.skip_bad_slides, skipped),
                     reader=policies.reading.slide_reader,

@@ -41,7 +41,7 @@ def identity(settings: TrainSettings, deepspeed_config: dict[str, Any] | None) -
         for field_path, value in deciding(settings, *kinds).items()
         if field_path not in _ELSEWHERE
     }
-    values["early_stopping"] = stopping_words(settings.run)  # beside training it comes an epoch later
+    values["early_stopping"] = stopping_words(settings)  # beside training it comes an epoch later
     values["manifest"] = _slides_digest(Path(str(settings.data.manifest)))
     values["slide_files"] = _contents_digest(Path(str(settings.data.manifest)))
     weights = settings.model.encoder_weights

@@ -30,6 +30,7 @@ from ds_wsi.training.checkpoint import read_state
 from ds_wsi.training.setting_list import SETTINGS, deciding
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import stopping_words
+from ds_wsi.training.task import target_columns
 
 if TYPE_CHECKING:
     from ds_wsi.bags.cohort import Cohort
@@ -88,7 +89,7 @@ def of_settings(settings: TrainSettings) -> dict[str, Any]:
         "from_tile_store": bool(settings.policies.reading.tile_store),  # its JPEG differs by a grey level
         "encoder_weights": _weights(settings.model.encoder_weights),
         "encoder_learning_rate": settings.optim.learning_rate * settings.encoder_factor,
-        "early_stopping": stopping_words(settings.run),
+        "early_stopping": stopping_words(settings),
     }
 
 
@@ -145,7 +146,7 @@ def of_manifest(manifest: Manifest) -> dict[str, Any]:
     """The part of the manifest with its splits: classes in their order, and each row's slide, split and label."""
     return {
         "classes": list(manifest.classes),
-        "slides": [[slide.slide_id, slide.split, manifest.label_name(slide)] for slide in manifest.slides],
+        "slides": [[slide.slide_id, slide.split, manifest.target_words(slide)] for slide in manifest.slides],
     }
 
 
@@ -163,7 +164,8 @@ def known_early(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     }
     if data.manifest is not None and Path(data.manifest).exists():
         try:
-            manifest, problems = parse_manifest(data.manifest, data.classes, need_slides=on_slides)
+            columns = target_columns(settings)
+            manifest, problems = parse_manifest(data.manifest, data.classes, need_slides=on_slides, columns=columns)
             if not problems:
                 values |= {} if manifest.slides[0].split else {DRAW: data.split_seed}
                 values |= of_manifest(assign_splits(manifest, seed=data.split_seed, tell=False))

@@ -8,6 +8,7 @@ from ds_wsi.runtime.progress import duration
 from ds_wsi.runtime.words import counted
 from ds_wsi.training.context import RunContext
 from ds_wsi.training.run import Run
+from ds_wsi.training.task import task_words
 from ds_wsi.training.words import model_words, tiles_words
 
 MOST_WAITING = 0.1  # share of an epoch
@@ -25,7 +26,7 @@ def tell_start(run: RunContext, steps_per_epoch: int, steps: int) -> None:
     lines = {
         "folder": f"{run.output_dir}, with train.log",
         "engine": describe(run.accelerator, optim.mixed_precision),
-        "classes": ", ".join(run.cohort.manifest.classes),
+        **({"task": task_words(run.task)} if run.task else {"classes": ", ".join(run.cohort.manifest.classes)}),
         "tiles": tiles_words(run),
         "model": f"{model_words(run)}; {_count(trained)} of {_count(total)} parameters trained",
         "steps": f"{steps_per_epoch} per epoch, {steps} in {optim.num_train_epochs}; "

@@ -13,11 +13,19 @@ from ds_wsi.runtime.setting import KEY, Decides, Setting
 from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking.policy import StackingPolicy
 from ds_wsi.tile_parallel.policy import TileParallelPolicy
-from ds_wsi.training.settings import DataSettings, ModelSettings, OptimSettings, RunSettings, TrainSettings
+from ds_wsi.training.settings import (
+    DataSettings,
+    ModelSettings,
+    OptimSettings,
+    RunSettings,
+    TaskSettings,
+    TrainSettings,
+)
 
 # Path of the dataclass below `TrainSettings` -> it, and the group of its options on the help page.
 OWNERS: Mapping[str, tuple[Any, str]] = {
     "data": (DataSettings, "slides"),
+    "task": (TaskSettings, "task"),
     "policies.tiling": (TilingPolicy, "tiles"),
     "policies.reading": (ReadPolicy, "tiles"),
     "policies.augment": (AugmentPolicy, "augmentation"),
@@ -32,7 +40,18 @@ OWNERS: Mapping[str, tuple[Any, str]] = {
 }
 # In the order of the help page.
 GROUPS = (
-    *("slides", "model", "training", "run", "validation and test", "tiles", "augmentation", "BatchNorm", "memory"),
+    *(
+        "slides",
+        "task",
+        "model",
+        "training",
+        "run",
+        "validation and test",
+        "tiles",
+        "augmentation",
+        "BatchNorm",
+        "memory",
+    ),
     "processes and GPUs",
 )
 
@@ -65,6 +84,11 @@ def _declared() -> dict[str, Declared]:
 SETTINGS: Mapping[str, Declared] = _declared()
 # Those with an option, by its name.
 OPTIONS: Mapping[str, Declared] = {one.setting.option: one for one in SETTINGS.values() if one.setting.option}
+
+
+def options_of(group: str) -> tuple[str, ...]:
+    """Names of the options in a group of the help page."""
+    return tuple(name for name, one in OPTIONS.items() if one.group == group)
 
 
 def value_at(settings: TrainSettings, field_path: str) -> Any:

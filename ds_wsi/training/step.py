@@ -79,7 +79,17 @@ def idle_loss(model: nn.Module, blank: Tensor) -> Tensor:
     """
     # With a label, so that what the auxiliary loss alone trains takes part too.
     label = torch.zeros(1, dtype=torch.int64, device=blank.device)
+    return stack_loss(idle_output(model, blank, label), label) * 0.0
+
+
+def idle_output(model: nn.Module, blank: Tensor, label: Tensor | None = None) -> SlideOutput:
+    """What a rank without a bag takes part in the others' forward with; nothing may be learned from it.
+
+    Args:
+        model, blank: see `idle_loss`.
+        label: int64 [1], or None of another task than classification.
+    """
     module = next(part for part in model.modules() if isinstance(part, SlideModel))
     with module.idling():
-        output: SlideOutput = model(StackedBags(*stack_bags([blank])), label)
-    return stack_loss(output, label) * 0.0
+        output: SlideOutput = model(StackedBags(*stack_bags([blank])), *([] if label is None else [label]))
+    return output

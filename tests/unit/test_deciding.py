@@ -34,6 +34,10 @@ COMPANIONS = {
     "policies.norm.affine": {"policies.norm.training": "frozen"},
     "model.freeze_encoder_epochs": {"model.freeze_encoder": False},
     "run.eval_runs": {"run.eval_tiles": 3},
+    **{
+        f"task.{name}": {"task.task": "survival"}
+        for name in ("time_column", "event_column", "censorship_column", "strata_column", "time_unit")
+    },
 }
 WORDS = {
     "model.encoder": ["resnet10t", "resnet50"],
@@ -59,6 +63,12 @@ WORDS = {
     "model.encoder_options": [(), (("width", 64),), (("width", 32),)],
     "optim.encoder_learning_rate": [1e-5, 1e-4],
     "run.deepspeed": ["a.json", "b.json"],
+    "task.time_bins": [2, 4, 6],
+    "task.label_column": [("score",), ("grade",)],
+    "task.time_column": ["months", "days"],
+    "task.event_column": ["died", "relapsed"],
+    "task.censorship_column": ["alive", "lost"],
+    "task.strata_column": [None, "center"],
     "run.eval_tiles": [None, 64, 256],
 }
 

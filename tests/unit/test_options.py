@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_wsi.runtime.setting import size_in_bytes, tiles_or_all
+from ds_wsi.runtime.setting import names, size_in_bytes, tiles_or_all
 from ds_wsi.slides.policy import parse_slide_mpp
 from ds_wsi.training.optim import learning_rate_at
 from ds_wsi.training.options import add_train_options, settings_from
@@ -57,6 +57,7 @@ EXAMPLES = {
     float: ("0.25", 0.25),
     parse_slide_mpp: ("0.25", 0.25),
     str: ("x", "x"),
+    names: ("x, y", ("x", "y")),
     "flag": (None, True),
     "switch": (None, True),
 }

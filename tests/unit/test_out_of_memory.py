@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ds_wsi.training import one_step, out_of_memory
+from ds_wsi.training.micro_loss import Computed
 from ds_wsi.training.micro_step import lay_bags
 from ds_wsi.training.out_of_memory import OutOfDeviceMemoryError, naming_no_memory, with_retry
 
@@ -143,7 +144,7 @@ def test_a_step_names_what_lies_outside_of_the_second_try(emptied, monkeypatch):
 
     model = nn.Linear(2, 1)
     run = a_run(model, Full(model.parameters(), lr=0.1))
-    computed = one_step._Computed(torch.ones(()), 1, None)
+    computed = Computed(torch.ones(()), 1, None)
     monkeypatch.setattr(one_step, "_micro_loss", lambda *_: computed._replace(loss=model(torch.ones(1, 2)).sum()))
     with pytest.raises(OutOfDeviceMemoryError, match="in the optimizer's step"):
         one_step._micro_step(run, None, 1.0, again=lambda: None)

@@ -42,3 +42,20 @@ def slide_names(texts: Sequence[str]) -> list[str]:
 def _without_suffix(name: str) -> str:
     suffix = next((end for end in (*IMAGE_SUFFIXES, *DERIVED_SUFFIXES) if name.lower().endswith(end)), "")
     return name[: len(name) - len(suffix)] if suffix else name
+
+
+def repeated_ids(slide_ids: Sequence[str], places: Sequence[str]) -> list[str]:
+    """A problem for each name that stands in two rows; `places` say where each row stands."""
+    first: dict[str, str] = {}
+    problems = []
+    for slide_id, row_place in zip(slide_ids, places, strict=True):
+        if slide_id in first:
+            pair = (first[slide_id], row_place)
+            plain = all(each.startswith("row ") for each in pair)
+            where = "rows " + " and ".join(each[4:] for each in pair) if plain else " and ".join(pair)
+            problems.append(
+                f"slide_id must be unique, got {slide_id!r} in {where}. "
+                "HINT: take one out, or name the slides by folder and file."
+            )
+        first.setdefault(slide_id, row_place)
+    return problems

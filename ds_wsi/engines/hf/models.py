@@ -165,6 +165,11 @@ class SlideModelForSlideClassification(PreTrainedModel):
     def from_run(cls, directory: str | Path, *, allow_code: Collection[str] = ()) -> "SlideModelForSlideClassification":
         """The model that `ds-wsi train` exported (`ds_wsi.load_model`); see [Note: two folders]."""
         slide_model, config = load_model(directory, allow_code=allow_code)
+        if config.task:
+            raise ValueError(
+                f"a run's task must be classification for Transformers, got {config.task['kind']} ({directory}). HINT: "
+                "ds_wsi.load_model(directory) has the model itself."
+            )
         return cls(SlideModelConfig.of(config), slide_model).eval()
 
     def export_run(self, directory: str | Path) -> None:

@@ -79,6 +79,14 @@ LABEL_METRICS: tuple[Metric, ...] = (
 )
 
 
+# Of all kinds, each once: what may choose an epoch, where the task has it.
+CHOOSING = tuple(
+    dict.fromkeys(
+        metric.name for metrics in METRICS.values() for metric in metrics if metric.higher_is_better is not None
+    )
+)
+
+
 def default_metric(kind: str) -> Metric:
     """Return the metric that chooses a task's epoch.
 
@@ -117,6 +125,24 @@ def is_better(metric: Metric, value: float, than: float) -> bool:
     if math.isnan(value) or math.isnan(than):
         return not math.isnan(value)
     return value > than if metric.higher_is_better else value < than
+
+
+# The metrics of every kind of task of which lower is better: no name has two directions.
+LOWER_IS_BETTER = frozenset(
+    metric.name for metrics in METRICS.values() for metric in metrics if metric.higher_is_better is False
+)
+
+
+def better_number(name: str, value: float | None) -> float:
+    """A number that is higher for a better value, and lowest for one that is undefined or None.
+
+    Args:
+        name: the metric's, with or without "eval_".
+        value: the metric's.
+    """
+    if value is None or math.isnan(value):
+        return -math.inf
+    return -value if name.removeprefix("eval_") in LOWER_IS_BETTER else value
 
 
 def mean_of_defaults(values: Mapping[str, Measured]) -> Measured:

@@ -11,6 +11,7 @@ from ds_wsi.models.choices import AGGREGATORS as HOMES
 from ds_wsi.models.own import AGGREGATOR, check_options, find_own, installed, is_own
 from ds_wsi.models.own_parts import GIVEN, build_own_aggregator
 from ds_wsi.runtime.contracts import needs_labels
+from ds_wsi.targets.choices import CLASSIFICATION
 
 AGGREGATORS: dict[str, Callable[..., nn.Module]] = {
     name: getattr(import_module(f"{__name__}.{module}"), kind) for name, (module, kind) in HOMES.items()
@@ -50,6 +51,20 @@ def build_aggregator(name: str, in_dim: int, num_classes: int, **options: float 
     if WIDTHS in options:
         options[WIDTHS] = str(options[WIDTHS])
     return AGGREGATORS[name](in_dim, num_classes, **options)
+
+
+def require_serves(name: str, kind: str) -> None:
+    """Refuse an aggregator whose own loss is over classes for a task that has none.
+
+    Raises:
+        ValueError: names the aggregators that serve the task.
+    """
+    if name in AGGREGATORS and kind != CLASSIFICATION and needs_labels(AGGREGATORS[name]):
+        others = [key for key, aggregator in AGGREGATORS.items() if not needs_labels(aggregator)]
+        raise ValueError(
+            f"--aggregator of --task {kind} must be one of {', '.join(others)}, got {name}, whose own loss is over "
+            f"classes. HINT: --aggregator {'gated_abmil' if 'gated_abmil' in others else others[0]}."
+        )
 
 
 def check_aggregator(name: str, options: Mapping[str, float | str]) -> None:

@@ -8,8 +8,9 @@ from ds_wsi.training.settings.data import DataSettings
 from ds_wsi.training.settings.model import ModelSettings
 from ds_wsi.training.settings.optim import OptimSettings
 from ds_wsi.training.settings.run import RunSettings
+from ds_wsi.training.settings.task import TaskSettings
 
-__all__ = ["DataSettings", "ModelSettings", "OptimSettings", "RunSettings", "TrainSettings"]
+__all__ = ["DataSettings", "ModelSettings", "OptimSettings", "RunSettings", "TaskSettings", "TrainSettings"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class TrainSettings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
     policies: DsWsiConfig = field(default_factory=DsWsiConfig)
+    task: TaskSettings = field(default_factory=TaskSettings)
 
     @property
     def micro_steps(self) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ds_wsi.bags.policy import CHECKS
-from ds_wsi.runtime.setting import Decides, names, setting
+from ds_wsi.runtime.setting import Decides, ordered_names, setting
 from ds_wsi.slides.policy import DEMO_DIRS, parse_slide_mpp, require_slide_mpp
 
 
@@ -22,8 +22,8 @@ class DataSettings:
     )
     demo: str = setting(
         "plain",
-        "demo cohort to train on without --manifest: of one centre, of ten whose stains and scanners differ, or "
-        "of these with tumours that are harder to see",
+        "demo cohort to train on without --manifest: of one centre, of ten whose stains and scanners differ, of "
+        "these with tumours that are harder to see, or of one centre with targets for every --task",
         Decides.RESOLVED,
         resolved="slides",
         option="demo",
@@ -47,11 +47,12 @@ class DataSettings:
     )
     classes: tuple[str, ...] | None = setting(
         None,
-        "names of the classes in the order of the model's outputs, comma-separated, such as normal,tumor",
+        "names of the classes in the order of the model's outputs, comma-separated, such as normal,tumor; of grades "
+        "from low to high, low<high",
         Decides.RESOLVED,
         resolved="classes",
         option="classes",
-        kind=names,
+        kind=ordered_names,
         words="the labels of the manifest, sorted",
     )
     positive_class: str | None = setting(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ds_wsi.evaluation.metrics import METRIC_NAMES
+from ds_wsi.evaluation.task_metrics.table import CHOOSING
 from ds_wsi.runtime.bounds import LONGEST_TIMEOUT_S, require_at_most, require_seed
 from ds_wsi.runtime.choices import MEMORY_FORMATS, PRECISIONS, TF32
 from ds_wsi.runtime.setting import SWITCH, Decides, setting, tiles_or_all
@@ -73,7 +73,8 @@ class RunSettings:
         "validation metric whose best epoch is exported",
         Decides.RESULT,
         option="metric_for_best_model",
-        kind=METRIC_NAMES,
+        kind=CHOOSING,
+        words="auc; of another --task its first",
         group="validation and test",
     )
     validate_beside: bool = setting(
