@@ -247,6 +247,8 @@ def build_model(
         require_serves(config.aggregator, task.kind)
     n_outputs = len(config.classes) if task is None else task.aggregator_outputs
     aggregator = build_aggregator(config.aggregator, in_dim, n_outputs, **options)
+    if task is not None:
+        require_serves(config.aggregator, task.kind, aggregator)
     model = SlideModel(encoder, aggregator, config.mean, config.std, answer_of(task))
     norms = config.norm_training, config.norm_evaluation
     # The defaults are nobody's choice: whoever trains the model may choose.

@@ -53,13 +53,19 @@ def build_aggregator(name: str, in_dim: int, num_classes: int, **options: float 
     return AGGREGATORS[name](in_dim, num_classes, **options)
 
 
-def require_serves(name: str, kind: str) -> None:
+def require_serves(name: str, kind: str, built: nn.Module | None = None) -> None:
     """Refuse an aggregator whose own loss is over classes for a task that has none.
+
+    Args:
+        name: a key of `AGGREGATORS`, or a name of own code.
+        kind: the task's.
+        built: the aggregator itself, which own code is asked by.
 
     Raises:
         ValueError: names the aggregators that serve the task.
     """
-    if name in AGGREGATORS and kind != CLASSIFICATION and needs_labels(AGGREGATORS[name]):
+    asked = AGGREGATORS.get(name, built)
+    if asked is not None and kind != CLASSIFICATION and needs_labels(asked):
         others = [key for key, aggregator in AGGREGATORS.items() if not needs_labels(aggregator)]
         raise ValueError(
             f"--aggregator of --task {kind} must be one of {', '.join(others)}, got {name}, whose own loss is over "
