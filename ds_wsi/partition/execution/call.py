@@ -77,8 +77,8 @@ class PartitionedCall:
         self.x: InputTensor | None = pretended or InputTensor(x, dim, device, prepare, self.store)
         self.sums = GradientSums()
         self.saved: list[_Work | None] = []  # what each segment keeps from forward to backward
-        self._needs_grad = gradient_needs(program.traced, wants_input_grad)
-        self._on_host = SavedOnHost(program.traced.module, self.store, x)
+        self.needs_grad = gradient_needs(program.traced, wants_input_grad)
+        self.on_host = SavedOnHost(program.traced.module, self.store, x)
         self.tensors = CallTensors(program.traced.module, save=save)
         self._input = Guard(x, f"the input of {type(program.traced.module).__name__}")
         self._guards: list[list[Guard]] = []  # of each segment, from forward to backward
@@ -153,18 +153,25 @@ class PartitionedCall:
         return x_grad, self.sums.by_id
 
     def _work(self, segment: Segment, source: ChunkedTensor) -> _Work:
-        mode = segment.spec.mode
-        runner = ChunkRunner(
+        kind = RecomputedSegment if segment.spec.mode == "recompute" else StoredSegment
+        return kind(self.runner(segment), source, self.sums)
+
+    def runner(self, segment: Segment) -> ChunkRunner:
+        """What runs the chunks of a segment."""
+        return ChunkRunner(
             segment,
-            ChunkRanges(segment, self.program.heights, self.batch, self.bags, self.store),
+            self.ranges(segment),
             SegmentNorms(segment, len(self.bags), self.device, self.batch if self.track else None, self.tensors),
             self.random,
-            self._needs_grad,
-            self._on_host.saving if mode == "offload" else no_checkpoint,
+            self.needs_grad,
+            self.on_host.saving if segment.spec.mode == "offload" else no_checkpoint,
             self.arguments,
             self.tensors,
         )
-        return (RecomputedSegment if mode == "recompute" else StoredSegment)(runner, source, self.sums)
+
+    def ranges(self, segment: Segment) -> ChunkRanges:
+        """A segment's chunks."""
+        return ChunkRanges(segment, self.program.heights, self.batch, self.bags, self.store)
 
 
 def _parameters(segment: Segment) -> Iterator[nn.Parameter]:

@@ -1,6 +1,5 @@
 """A segment computed anew from its input in every pass: nothing of it is kept but the input and the statistics."""
 
-import torch
 from torch import fx
 
 from ds_wsi.partition.execution.aliases import summed, trainable
@@ -70,13 +69,14 @@ class RecomputedSegment:
             chunk = chunks[position]
             self.ranges.prefetch(segment.whole, values, position - 1)
             grad = output_grad.read(self.ranges.own(segment.target, chunk))
-            _, results = self.runner.with_graph(segment.whole, chunk, values, corrected=corrected)
-            leaves = self.norms.affine(norms, chunk)
-            reductions = torch.autograd.grad([results[segment.target]], leaves, [grad], allow_unused=True)
+            graph = self.runner.with_graph(segment.whole, chunk, values, corrected=corrected)
+            affine = self.norms.affine(norms, chunk)
+            reductions = graph.gradients([(segment.target, grad)], [], norms, affine)
             for norm, dgamma, dbeta in zip(norms, reductions[::2], reductions[1::2], strict=True):
-                if dgamma is not None:
+                if dgamma is not None and dbeta is not None:
                     self.norms.reduce(norm, chunk, dgamma, dbeta)
-            del results, grad
+            graph.forget()
+            del grad
 
     def _differentiate(
         self,
@@ -95,18 +95,15 @@ class RecomputedSegment:
             chunk = chunks[position]
             self.ranges.prefetch(segment.whole, values, position - 1)
             grad = output_grad.read(self.ranges.own(segment.target, chunk))
-            leaves, results = self.runner.with_graph(segment.whole, chunk, values, corrected=corrected)
-            inputs = [leaves[segment.source]] if wants_input else []
-            gradients = torch.autograd.grad(
-                [results[segment.target]],
-                [*inputs, *tensors],
-                [grad.to(results[segment.target].dtype)],
-                allow_unused=True,
-            )
+            graph = self.runner.with_graph(segment.whole, chunk, values, corrected=corrected)
+            sources = [segment.source] if wants_input else []
+            outputs = [(segment.target, grad.to(graph.results[segment.target].dtype))]
+            gradients = graph.gradients(outputs, sources, [], tensors)
+            del outputs
             if wants_input and gradients[0] is not None:
                 needed = self.ranges.needed(segment.whole, chunk)
                 input_grad.add(self.ranges.reads(segment.source, chunk, needed), gradients[0])
-            sums = summed(list(gradients[len(inputs) :]), len(parameters))
-            del gradients, leaves, results
+            sums = summed(gradients[len(sources) :], len(parameters))
+            del gradients, graph
             self.sums.add(parameters, sums, [grad])
             del grad  # or they would live through the next chunk's peak

@@ -39,22 +39,25 @@ class SavedOnHost:
         places = {p.untyped_storage()._cdata: f"parameter {name!r}" for name, p in self.module.named_parameters()}
 
         def pack(tensor: Tensor) -> Any:
-            size = tensor.numel() * tensor.element_size()
             storage = tensor.untyped_storage()._cdata
-            # The device's no tensor: a host tensor that a module computes with, say.
-            if tensor.device != self.store.device or size < _MIN_OFFLOAD_BYTES or storage in places:
-                return _Kept(tensor, places.get(storage, "the input" if storage == self._source else None))
-            ticket = self.store.put(tensor)
-            if ticket not in self._order:
-                self._order[ticket] = len(self._tickets)
-                self._tickets.append(ticket)
-            return _OnHost(self.store, ticket)
+            if storage in places or not goes_to_host(tensor, self.store.device):
+                return Kept(tensor, places.get(storage, "the input" if storage == self._source else None))
+            return self.pack(tensor)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, self.unpack):
             yield
 
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, _Kept):
+    def pack(self, tensor: Tensor) -> "OnHost":
+        """A saved tensor's place in host memory."""
+        ticket = self.store.put(tensor)
+        if ticket not in self._order:
+            self._order[ticket] = len(self._tickets)
+            self._tickets.append(ticket)
+        return OnHost(self.store, ticket)
+
+    def unpack(self, packed: Any) -> Tensor:
+        """The tensor that was saved."""
+        if isinstance(packed, Kept):
             return packed.read()
         tensor = self.store.get(packed.ticket)
         order = self._order[packed.ticket]
@@ -63,7 +66,12 @@ class SavedOnHost:
         return tensor
 
 
-class _Kept(Guard):
+def goes_to_host(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a saved tensor pays to be moved; not one on the host, that a module computes with, say."""
+    return tensor.device == device and tensor.numel() * tensor.element_size() >= _MIN_OFFLOAD_BYTES
+
+
+class Kept(Guard):
     """A saved tensor that stays."""
 
     def read(self) -> Tensor:
@@ -73,7 +81,7 @@ class _Kept(Guard):
         return self.tensor
 
 
-class _OnHost:
+class OnHost:
     """A saved tensor's place; the memory is given back when autograd frees the node that saved it."""
 
     def __init__(self, store: HostStore, ticket: Ticket) -> None:

@@ -79,10 +79,14 @@ class SegmentNorms:
             site = self.segment.sites[norm]
             for statistics in self.statistics:
                 reached = site.group is not None or statistics[norm].dgamma is not None
-                gradients = site.conclude(statistics[norm])
+                gradients = self.conclude_one(norm, statistics[norm])
                 if site.batch and site.leaf.affine and reached:
                     for parameter, gradient in self.tensors.of_affine(site.leaf, gradients):
                         sums.add([parameter], [gradient], [gradient])
+
+    def conclude_one(self, norm: fx.Node, statistics: Statistics) -> tuple[Tensor, Tensor]:
+        """Fix the correction of one norm in one population; see `NormSite.conclude`."""
+        return self.segment.sites[norm].conclude(statistics)
 
     def correct(self, norm: fx.Node, chunk: Chunk, z: Tensor, grad: Tensor) -> Tensor:
         """`grad`, which flows to a chunk's part z of a norm's input, with the norm's correction."""

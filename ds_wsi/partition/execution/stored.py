@@ -1,14 +1,12 @@
 """A segment level by level, each level once over all chunks, and what backward needs of it kept."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.autograd.graph import GradientEdge
 
 from ds_wsi.partition.execution.aliases import summed, trainable
-from ds_wsi.partition.execution.chunk_pass import ChunkRunner, edges
+from ds_wsi.partition.execution.chunk_pass import ChunkGraph, ChunkRunner
 from ds_wsi.partition.execution.chunked_tensor import ChunkedTensor, StoredTensor, TileChunks
 from ds_wsi.partition.execution.gradients import GradientSums
 from ds_wsi.partition.execution.saved_on_host import move_to_host
@@ -29,8 +27,7 @@ class StoredSegment:
     Attributes:
         values: what backward reads, but for the source: all stored values in "lean" and "stream", the inputs of norms
             in "keep" and "offload".
-        graphs: the graphs of "keep" and "offload": (level, chunk) -> where gradient leaves autograd's graph, and where
-            it enters.
+        graphs: the graphs of "keep" and "offload", by (level, chunk).
         aliases: the parameters' aliases, on which these graphs are built.
     """
 
@@ -39,7 +36,7 @@ class StoredSegment:
         self.segment, self.ranges, self.norms = runner.segment, runner.ranges, runner.norms
         self.mode = self.segment.spec.mode
         self.values: dict[fx.Node, ChunkedTensor] = {}
-        self.graphs: dict[tuple[int, int], tuple[dict[fx.Node, GradientEdge], dict[fx.Node, GradientEdge]]] = {}
+        self.graphs: dict[tuple[int, int], ChunkGraph] = {}
         self.aliases: dict[int, Tensor] = {}
 
     # ---------------------------------------------------------------------------------------------- forward
@@ -83,8 +80,11 @@ class StoredSegment:
 
     def _keep_graph(self, index: int, chunk: Chunk, values: dict[fx.Node, ChunkedTensor]) -> dict[fx.Node, Tensor]:
         """Do what `ChunkRunner.run` does, with autograd's graph kept."""
-        leaves, results = self.runner.with_graph(self.segment.levels[index].graph, chunk, values)
-        self.graphs[index, chunk.index] = edges(leaves), edges(results)
+        graph = self.graphs[index, chunk.index] = self.runner.with_graph(
+            self.segment.levels[index].graph, chunk, values
+        )
+        results = graph.results
+        graph.let_go()
         self.aliases = self.runner.tensors.aliases
         return results
 
@@ -200,10 +200,9 @@ class StoredSegment:
         kept = self.graphs.pop((index, chunk.index), None)
         if kept is None:
             # Of a final convolution the graph alone is needed; its result has its gradient's shape and dtype.
-            leaves, results = self.runner.with_graph(level.graph, chunk, values, known=grads)
-            kept = edges(leaves), edges(results)
-            del leaves, results
-        self._differentiate(level, chunk, *kept, grads, summed_up)
+            kept = self.runner.with_graph(level.graph, chunk, values, known=grads)
+            kept.let_go()
+        self._differentiate(level, chunk, kept, grads, summed_up)
         for node in level.graph.targets:
             if node in values and node is not self.segment.source:
                 values[node].drop(self.ranges.own(node, chunk))
@@ -212,31 +211,24 @@ class StoredSegment:
         self,
         level: Level,
         chunk: Chunk,
-        leaves: dict[fx.Node, GradientEdge],
-        results: dict[fx.Node, GradientEdge],
+        graph: ChunkGraph,
         grads: dict[fx.Node, Tensor],
         summed_up: dict[fx.Node, StoredTensor],
     ) -> None:
-        sources = list(leaves)
+        sources = list(graph.leaves)
         affine = self.norms.affine(level.barriers, chunk)
         parameters, tensors = trainable(level.graph.parameters, self.aliases or self.runner.tensors.aliases)
-        outputs = [(results[node], grad) for node, grad in grads.items() if node in results]
+        outputs = [(node, grad) for node, grad in grads.items() if node in graph.results]
         if not outputs:
             return
-        inputs: list[Any] = [*(leaves[node] for node in sources), *affine, *tensors]
-        gradients = torch.autograd.grad(
-            [output for output, _ in outputs],
-            inputs,
-            [grad for _, grad in outputs],
-            allow_unused=True,
-        )
+        gradients = graph.gradients(outputs, sources, level.barriers, [*affine, *tensors])
         needed = self.ranges.needed(level.graph, chunk)
         for node, grad in zip(sources, gradients, strict=False):
             if grad is not None:
                 summed_up[node].add(self.ranges.reads(node, chunk, needed), grad)
         end = len(sources) + len(affine)
         reductions = gradients[len(sources) : end]
-        sums = summed(list(gradients[end:]), len(parameters))
+        sums = summed(gradients[end:], len(parameters))
         for norm, dgamma, dbeta in zip(level.barriers, reductions[::2], reductions[1::2], strict=True):
             if dgamma is not None and dbeta is not None:
                 self.norms.reduce(norm, chunk, dgamma, dbeta)

@@ -114,6 +114,11 @@ class NormSite:
         for running, new in ((leaf.running_mean, mean), (leaf.running_var, var)):
             running.mul_(1 - rate).add_(new.to(running.dtype), alpha=rate)
 
+    @property
+    def has_own_affine(self) -> bool:
+        """Whether gamma and beta are the module's; else ones and zeros are made."""
+        return self.batch and self.leaf.weight is not None and self.leaf.bias is not None
+
     def affine(self, stats: Statistics) -> tuple[Tensor, Tensor]:
         """Gamma and beta [C] as leaves of the chunk's graph: their gradients are the two reductions."""
         if stats.leaves is None:
