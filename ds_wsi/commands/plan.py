@@ -1,6 +1,7 @@
 """`ds-wsi plan`: how an encoder is partitioned within the budgets, before anything is trained."""
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from ds_wsi.commands.parser import add_command
@@ -71,8 +72,10 @@ def run_plan(options: argparse.Namespace) -> None:
     if options.gpu is None and device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--gpu must be given where there is no GPU to ask. HINT: --gpu 24GiB.")
     # A vision transformer's positions are of one size.
-    fixed = {"img_size": options.tile_size_px} if "vit" in options.encoder and not is_code(options.encoder) else {}
-    encoder = build_encoder(options.encoder, tile_size_px=options.tile_size_px, **fixed).train(not options.eval)
+    is_own = is_code(options.encoder)
+    fixed = {"img_size": options.tile_size_px} if "vit" in options.encoder and not is_own else {}
+    with nullcontext() if is_own else torch.device("meta"):  # a plan asks for no weight, but own code may
+        encoder = build_encoder(options.encoder, tile_size_px=options.tile_size_px, **fixed).train(not options.eval)
     spatial = options.image_px is not None
     shape = (1, 3, options.image_px, options.image_px) if spatial else (options.tiles, 3, *[options.tile_size_px] * 2)
     policy = PartitionPolicy(
