@@ -98,6 +98,11 @@ def host_allocation() -> Iterator[None]:
         _host_depth -= 1
 
 
+def books_host() -> bool:
+    """Whether `host_allocation` is on."""
+    return _host_depth > 0
+
+
 class ByteMeter(TorchDispatchMode):
     """Counts, inside its context, the bytes of tensor storage that operations allocate and that are still alive.
 
@@ -118,18 +123,20 @@ class ByteMeter(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.host_live = self.host_peak = 0
         self.copied = self.flops = self.touched = self.operations = 0
-        self._known: dict[int, tuple[int, bool]] = {}
+        self._known: dict[int, tuple[int, bool, weakref.ref]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = self.compute(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if func is torch.ops.prim.device.default:  # asked of fake tensors alone: nothing is computed
+            return out
         self.operations += 1
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         given = {storage_key(leaf) for leaf in inputs}
         for leaf in outputs:
             if storage_key(leaf) not in given:  # else a view, or in place
-                self._book(leaf)
+                self.book(leaf)
         packet = operation_of(func)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
@@ -147,23 +154,19 @@ class ByteMeter(TorchDispatchMode):
                 self.touched += size
         return out
 
-    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The operation's result."""
-        return func(*args, **kwargs)
-
     def restart_peak(self) -> int:
         """Return the peak since the last call and start anew from what is alive."""
         peak, self.peak = self.peak, self.live
         return peak
 
-    def _book(self, tensor: Tensor) -> None:
+    def book(self, tensor: Tensor) -> None:
+        """Count a tensor's storage from now until it is freed; once."""
         storage = tensor.untyped_storage()
         key = storage_key(tensor)
         if key in self._known:
             return
         size, host = storage.nbytes(), _host_depth > 0
-        self._known[key] = (size, host)
-        weakref.finalize(storage, self._forget, key)
+        self._known[key] = (size, host, weakref.ref(storage, lambda _: self._forget(key)))
         if host:
             self.host_live += size
             self.host_peak = max(self.host_peak, self.host_live)
@@ -172,7 +175,7 @@ class ByteMeter(TorchDispatchMode):
             self.peak = max(self.peak, self.live)
 
     def _forget(self, key: int) -> None:
-        size, host = self._known.pop(key)
+        size, host, _ = self._known.pop(key)
         if host:
             self.host_live -= size
         else:

@@ -4,12 +4,15 @@ import json
 from functools import cache
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers
+from ds_wsi.partition.execution.input_tensor import InputCost
+from ds_wsi.partition.graph.segments import SegmentSpec
 from ds_wsi.partition.planning.costs import SegmentMode
 from ds_wsi.partition.planning.rates import ASSUMED
 from ds_wsi.partition.planning.search import Planner
@@ -116,20 +119,67 @@ def test_the_whole_module_again_is_not_simulated_where_a_faster_plan_fits(monkey
     assert plan.mode == "partitioned"
 
 
-def test_shapes_that_are_remembered_say_what_torch_says(monkeypatch):
-    def phases():
-        fresh = Planner(*(network((4, 8)), SHAPE, PartitionPolicy(), torch.float32, None), CPU, ASSUMED["cpu"], None)
-        return [
-            fresh.native,
-            *(
-                fresh.simulator.run(fresh._specs((SegmentMode(mode),) * (len(fresh.cuts) + 1), 2), (6, *SHAPE[1:]))
-                for mode in MODES
-            ),
-        ]
+def odd() -> nn.Sequential:
+    """Norms with and without a gamma, over tiles and images; an activation in place, a dropout, a frozen layer."""
+    parts = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.ReLU(inplace=True), nn.Dropout(0.5)),
+        *(nn.Conv2d(8, 16, 3, stride=2), nn.InstanceNorm2d(16, affine=True), nn.GELU()),
+        *(nn.Conv2d(16, 8, 3, padding=1), nn.BatchNorm2d(8, affine=False), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6)),
+    )
+    parts[0].requires_grad_(False)
+    return parts
 
-    remembered = phases()
-    monkeypatch.setattr(Simulator, "_meter", lambda self: ByteMeter())
-    assert remembered == phases()
+
+class Residual(nn.Module):
+    """Two convolutions beside a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)) for _ in range(2))
+        self.beside = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.two(self.one(x).relu()) + self.beside(x)).relu()
+
+
+def transformer() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1, embed_dim=48, num_heads=3)
+
+
+PLAYED = {
+    "norms over tiles": (lambda: network((4, 8)), "batch", (6, 3, 16, 16), 2, {}),
+    "a residual, one more tile": (
+        lambda: nn.Sequential(*network((4,))[:3], Residual()),
+        "batch",
+        (7, 3, 16, 16),
+        2,
+        {},
+    ),
+    "norms of all kinds": (odd, "batch", (6, 3, 16, 16), 2, {}),
+    "norms of all kinds, in space": (odd, "spatial", (2, 3, 48, 16), 8, {"overlaps": True}),
+    "no graph": (transformer, "batch", (8, 3, 32, 32), 2, {"overlaps": True, "source": InputCost(99, True, 9, True)}),
+    "no graph, half precision": (transformer, "batch", (6, 3, 32, 32), 2, {"autocast": torch.bfloat16}),
+    "half precision": (lambda: network((4, 8)), "batch", (6, 3, 16, 16), 2, {"autocast": torch.bfloat16}),
+    "no batch statistics": (lambda: network((4, 8)).eval(), "spatial", (1, 3, 48, 16), 8, {}),
+}
+
+
+@pytest.mark.parametrize("case", PLAYED)
+def test_passes_that_are_played_say_what_every_single_one_says(case):
+    make, axis, shape, size, options = PLAYED[case]
+    options = {"autocast": None, **options}
+    phases = []
+    for played in (True, False):
+        one = Simulator(make(), axis, CPU, torch.float32, played=played, **options)
+        cuts = one.program((SegmentSpec("", "lean", 1),), shape).candidates()
+        names = [*(node.name for node in cuts), ""]
+        runs = [one.native(shape), one.run((SegmentSpec("", "recompute", size),), shape)]
+        kinds = [*((mode, mode == "stream") for mode in MODES), ("checkpoint", True)]
+        runs += [one.run(tuple(SegmentSpec(name, mode, size, host) for name in names), shape) for mode, host in kinds]
+        mixed = [SegmentSpec(name, *kinds[(index + 3) % 7][:1], size) for index, name in enumerate(names)]
+        phases.append([*runs, one.run(tuple(mixed), shape)])
+    assert phases[0] == phases[1]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 1.0])

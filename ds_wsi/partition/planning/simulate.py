@@ -1,9 +1,12 @@
 """A plan tried out on fake tensors: the same passes over the same chunks, nothing computed, every byte counted."""
 
 import copy
+import gc
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +23,12 @@ from ds_wsi.partition.graph.trace import Traced
 from ds_wsi.partition.module.arguments import Arguments
 from ds_wsi.partition.module.hooks import is_compiled, weight_hooks
 from ds_wsi.partition.module.outputs import tensors_of
+from ds_wsi.partition.planning.player import Player
+from ds_wsi.partition.planning.replayed import ReplayedCall
 from ds_wsi.partition.planning.shapes import ShapeMeter
+from ds_wsi.partition.planning.tape import Tape
 from ds_wsi.runtime.memory import ByteMeter
+from ds_wsi.runtime.seams import storage_key
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Simulator:
         overlaps: copies to and from host memory run beside the computing, and hold memory while they do.
         source: what the input takes before the encoder sees it.
         arguments: the call's arguments beside the tiles.
+        played: passes are recorded once and played again; False runs every one of them, and is slow.
     """
 
     def __init__(
@@ -75,8 +83,9 @@ class Simulator:
         overlaps: bool = False,
         source: InputCost | None = None,
         arguments: Arguments | None = None,
+        played: bool = True,
     ) -> None:
-        self.overlaps, self.source = overlaps, source or InputCost()
+        self.overlaps, self.source, self.played = overlaps, source or InputCost(), played
         self.axis, self.device, self.dtype, self.autocast = axis, device, dtype, autocast
         self.mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
         if autocast is None and any(map(needs_batch_statistics, module.modules())):
@@ -91,6 +100,7 @@ class Simulator:
         self._traces: dict[Any, Traced] = {}
         self._programs: dict[Any, Program] = {}
         self._shapes: dict[Any, Any] = {}
+        self._player = Player(self._new_tape, {storage_key(parameter) for parameter in self.module.parameters()})
 
     def traced(self, shape: tuple[int, ...], *, whole: bool) -> Traced:
         """The module's graph for inputs of this shape."""
@@ -120,25 +130,12 @@ class Simulator:
         """
         program = self.program(specs, shape)
         phases: list[Phase] = []
-        with self.mode, torch.enable_grad():
-            x = torch.empty(shape, dtype=self.dtype, device=self.device)
+        device = torch.device("meta") if self.played else self.device
+        with nullcontext() if self.played else self.mode, torch.enable_grad():
+            x = torch.empty(shape, dtype=self.dtype, device=device)
             # Made before the meter runs, so that the gradient of the output is not counted twice.
-            with self._meter() as meter:
-                call = PartitionedCall(
-                    program,
-                    x,
-                    bag_ranges(None, shape[0]),
-                    prepare=None,
-                    save=True,
-                    wants_input_grad=False,
-                    device=self.device,
-                    autocast=self._autocast,
-                    track=False,
-                    store=HostStore(self.device, overlap=self.overlaps, simulated=True),
-                    simulated=True,
-                    arguments=self.arguments,
-                    pretended=PretendedInput(x, 2 if program.rules is not None else 0, self.source),
-                )
+            with ShapeMeter(self._shapes) if self.played else ByteMeter() as meter, self._playing(meter):
+                call = self._call(program, x)
                 call.phase = _Recorder(meter, phases, call)
                 with torch.no_grad():
                     output = call.forward()
@@ -147,11 +144,45 @@ class Simulator:
                     call.phase("backward", index)
         return phases
 
+    def _call(self, program: Program, x: Tensor) -> PartitionedCall:
+        kind = partial(ReplayedCall, self._player) if self.played else PartitionedCall
+        return kind(
+            program,
+            x,
+            bag_ranges(None, x.shape[0]),
+            prepare=None,
+            save=True,
+            wants_input_grad=False,
+            device=x.device,
+            autocast=self._autocast,
+            track=False,
+            store=HostStore(x.device, overlap=self.overlaps, simulated=True),
+            simulated=True,
+            arguments=self.arguments,
+            pretended=PretendedInput(x, 2 if program.rules is not None else 0, self.source),
+        )
+
+    @contextmanager
+    def _playing(self, meter: ByteMeter) -> Iterator[None]:
+        """Let `meter` count what is played.
+
+        Python's collector of cycles rests: it would look through all that the process holds, again and again.
+        """
+        collects = gc.isenabled()
+        gc.disable()
+        self._player.meter = meter
+        try:
+            yield
+        finally:
+            self._player.meter = None
+            if collects:
+                gc.enable()
+
     def native(self, shape: tuple[int, ...]) -> Phase:
         """The same step of the module as it is."""
         with self.mode, torch.enable_grad():
             x = torch.empty(shape, dtype=self.dtype, device=self.device)
-            with self._meter() as meter, self._autocast():
+            with ShapeMeter(self._shapes, self._fakes) if self.played else ByteMeter() as meter, self._autocast():
                 whole = PretendedInput(x, 2 if self.axis == "spatial" else 0, self.source)
                 returned = self.arguments.call(self.module.forward, whole.read((0, shape[whole.dim])))
                 outputs = [tensor for tensor in tensors_of(returned) if tensor.requires_grad]
@@ -162,8 +193,12 @@ class Simulator:
                     torch.autograd.grad(outputs, parameters, output_grads, allow_unused=True)
             return Phase("native", 0, meter.peak, live, 0, 0, 0, meter.flops, meter.touched, meter.operations)
 
-    def _meter(self) -> ByteMeter:
-        return ShapeMeter(self._shapes) if self.device.type == "meta" else ByteMeter()
+    def _new_tape(self) -> Tape:
+        return Tape(self._shapes, self._fakes, self.device, self._player.parameters)
+
+    @property
+    def _fakes(self) -> FakeTensorMode | None:
+        return self.mode if isinstance(self.mode, FakeTensorMode) else None
 
     def _autocast(self) -> Any:
         if self.autocast is None:

@@ -19,15 +19,19 @@ SEAMS: tuple[Seam, ...] = (
     Seam("torch.nn.utils.parametrizations:_SpectralNorm", "class", "a weight that forward changes", _PARTITION),
     Seam("torch._subclasses.fake_tensor:FakeTensor", "class", "tensors of shapes alone", _PARTITION),
     Seam("torch._subclasses.fake_tensor:FakeTensorMode", "class", "to compute on shapes alone", _PARTITION),
+    Seam(
+        "torch._subclasses.fake_tensor:in_kernel_invocation_manager",
+        *("partition", "to make tensors of shapes alone", _PARTITION),
+    ),
     Seam("torch._utils:ExceptionWrapper", "class", "a worker's error with its traceback"),
     Seam("torch.utils._python_dispatch:TorchDispatchMode", "class", "to see every operation", _PARTITION),
     Seam("torch.utils:_pytree", "class", "the tensors in nested outputs", _PARTITION),
     Seam("torch.utils._pytree:tree_leaves", "class", "the tensors in nested outputs", _PARTITION),
-    Seam("torch.utils._pytree:tree_map", "partition", "to change the tensors in nested outputs", _PARTITION),
     # --- torch: operations and storages ---
     Seam("torch:UntypedStorage._cdata", "meter", "which storage a tensor has, a fake one too", _PARTITION),
     Seam("torch._ops:*._schema", "meter", "whether an operation writes to its inputs", _PARTITION),
     Seam("torch._ops:*._overloadpacket", "meter", "which operation an overload is of"),
+    Seam("torch:_C._DisableTorchDispatch", "partition", "to make tensors that no mode sees", _PARTITION),
     Seam("torch:Tensor._version", "partition", "whether a tensor was changed in place", _PARTITION),
     Seam(
         "torch.utils._python_dispatch:_disable_current_modes", "partition", "to compute beside a recording", _PARTITION
