@@ -69,10 +69,7 @@ def build_slide_model(
     with accelerator.main_process_first() if elsewhere else nullcontext():
         source = resolve_encoder(chosen.encoder, dict(chosen.encoder_options))
         config = ModelConfig.of_source(
-            source,
-            chosen.aggregator,
-            classes,
-            asdict(tiling),
+            *(source, chosen.aggregator, classes, asdict(tiling)),
             features=chosen.encoder_features,
             **of_the_aggregator,
         )
