@@ -5,9 +5,9 @@ from typing import NamedTuple
 # Package -> the oldest and the newest release whose source was looked at.
 SEEN = {
     "torch": ("2.11.0", "2.14.1"),
-    "deepspeed": ("0.18.0", "0.19.8"),
+    "deepspeed": ("0.19.0", "0.19.8"),
     "accelerate": ("1.10.0", "1.15.0"),
-    "transformers": ("4.56.0", "5.24.0"),
+    "transformers": ("4.57.3", "5.24.0"),
 }
 
 
