@@ -159,7 +159,8 @@ def _columns_of(config: "ModelConfig") -> "TargetColumns":
     if task is None:
         return TargetColumns()
     if task.kind == "survival":
-        return TargetColumns(task.kind, (), *task.columns, task.censored, task.strata_column)
+        time, event = task.columns
+        return TargetColumns(task.kind, (), time, event, task.censored, task.strata_column)
     return TargetColumns(task.kind, task.columns)
 
 

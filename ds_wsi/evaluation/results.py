@@ -67,7 +67,7 @@ def write_results(
     told before heat maps are drawn, of the first `n_heatmaps` slides, of all with None; `shown` is for their bar.
     `made_of` is as of `draw_heatmaps`. `answers` are of another task than classification.
     """
-    scores, rows = (_told_of_task if answers else _told_of_classes)(cohort, predictions, seed, answers)
+    scores, rows = _told(cohort, predictions, seed, answers)
     write_json(
         directory / "metrics.json",
         {
@@ -99,20 +99,17 @@ def write_results(
     return scores.intervals
 
 
-def _told_of_classes(
-    cohort: Cohort, predictions: Sequence[SlidePrediction], seed: int, answers: None
-) -> "tuple[_Scores, list[dict[str, Any]]]":
+def _told(
+    cohort: Cohort, predictions: Sequence[SlidePrediction], seed: int, answers: TaskAnswers | None
+) -> "tuple[_Scores | TaskScores, list[dict[str, Any]]]":
+    """The metrics, and the rows of predictions.csv."""
+    if answers is not None:
+        outputs = run_outputs([prediction.run_logits for prediction in predictions])
+        slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
+        return TaskScores.of(answers, slides, outputs, seed), _task_rows(cohort, predictions, outputs, answers)
     probabilities = _run_probabilities(predictions).numpy()
     scores = _Scores.of(cohort, predictions, probabilities, seed)
     return scores, _prediction_rows(cohort, predictions, probabilities.mean(axis=0))
-
-
-def _told_of_task(
-    cohort: Cohort, predictions: Sequence[SlidePrediction], seed: int, answers: TaskAnswers
-) -> tuple[TaskScores, list[dict[str, Any]]]:
-    outputs = run_outputs([prediction.run_logits for prediction in predictions])
-    slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
-    return TaskScores.of(answers, slides, outputs, seed), _task_rows(cohort, predictions, outputs, answers)
 
 
 def _written(

@@ -55,7 +55,7 @@ def stack_of(run: Run, step: MicroStep) -> StackedBags:
     """The bags as the model takes them: augmented on the device, whole or chunk by chunk."""
     slides, lengths = [bag.slide for bag in step.bags], [len(bag) for bag in step.tiles]
     if run.cohort.in_dim is not None:
-        return stack_bags([bag.to(run.device) for bag in step.tiles])
+        return stack_bags([bag.to(run.device) for bag in step.tiles], allow_empty=run.mesh.tile_size > 1)
     changes = [augmentation(run.settings.policies.augment, (run.seed, run.progress.epoch, slide)) for slide in slides]
     if step.stack is not None:
         values: Any = HostTiles(step.stack, lengths, changes)

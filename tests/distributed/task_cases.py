@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ds_wsi.config import DsWsiConfig
+from ds_wsi.engines.sharded.zero import full_state_dict
 from ds_wsi.models import ModelConfig, build_model
 from ds_wsi.runtime.seeding import step_seed
 from ds_wsi.stacking import stack_bags
@@ -90,7 +91,9 @@ def settings_of(folder: Path, name: str, task: dict, layout: dict, dropout: floa
             per_device_train_batch_size=layout.get("slides", 1),
             gradient_accumulation_steps=layout.get("micro_steps", 1),
         ),
-        RunSettings(output_dir=str(folder / f"run_{name}"), seed=SEED, disable_tqdm=True),
+        RunSettings(
+            output_dir=str(folder / f"run_{name}"), seed=SEED, disable_tqdm=True, fsdp=layout.get("engine") == "fsdp"
+        ),
         DsWsiConfig(
             stacking=StackingPolicy(**layout.get("stacking", {})),
             tile_parallel=TileParallelPolicy(**layout.get("tile_parallel", {})),
@@ -103,32 +106,32 @@ def run_steps(folder: Path, name: str, task: dict, layout: dict, dropout: float 
     """The steps of an epoch: each one's stacks, weights before it, gradient, loss, and calls of the model."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    build = prepare.build_slide_model
+    build, engine = prepare.build_slide_model, layout.get("engine", "ddp")
 
     def in_float64(*arguments):
         config, module = build(*arguments)
         module.answer = Counted() if counted else module.answer
-        return config, module.double()
+        return config, module.double() if engine == "ddp" else module
 
     prepare.build_slide_model = in_float64
     try:
-        run = prepare.prepare_run(settings_of(folder, name, task, layout, dropout), None)
+        run = prepare.prepare_run(settings_of(folder, name, task, layout, dropout), deepspeed_of(engine))
     finally:
         prepare.build_slide_model = build
     run.model.train()
     rows, done = run.cohort.rows("train"), []
     steps = StepReader(run, planned_steps(run, run.progress), read_parts(run, run.reading))
     for step, micro_steps in steps.of_epoch(0):
-        before = {key: value.detach().clone() for key, value in run.module.named_parameters()}
+        before = weights_of(run, engine)
         calls = int(run.module.answer.calls) if counted else 0
         totals = train_step(run, step, micro_steps, 1.0, lambda: None)
-        after = dict(run.module.named_parameters())
+        after = weights_of(run, engine)
         stacks = [[[rows[k] for k in group] for group in groups] for groups in step.plan.micro_steps]
         done.append(
             {
                 "stacks": stacks,
                 "before": before,
-                "gradient": {key: before[key] - after[key].detach() for key in before},
+                "gradient": {key: before[key] - after[key] for key in before},
                 "loss": totals.loss,
                 "units": totals.units,
                 "calls": (int(run.module.answer.calls) - calls) if counted else 0,
@@ -138,6 +141,27 @@ def run_steps(folder: Path, name: str, task: dict, layout: dict, dropout: float 
         run.progress.end_step(totals.loss, totals.units, skipped=False)
     run.accelerator.free_memory()
     return done
+
+
+def deepspeed_of(engine: str) -> dict | None:
+    """The DeepSpeed JSON of a ZeRO stage; None of another engine."""
+    if not engine.startswith("zero"):
+        return None
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "optimizer": {"type": "SGD", "params": {"lr": "auto", "weight_decay": "auto"}},
+        "zero_optimization": {"stage": int(engine[-1])},
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def weights_of(run, engine: str) -> dict:
+    """The whole parameters, copied; collective where ranks hold parts of them."""
+    if engine == "ddp":
+        return {key: value.detach().clone() for key, value in run.module.named_parameters()}
+    names = {key for key, _ in run.module.named_parameters()}
+    return {key: value.clone() for key, value in full_state_dict(run.module).items() if key in names}
 
 
 def outputs_of(model, folder: Path, slides: list[int], number: int) -> torch.Tensor:

@@ -241,7 +241,8 @@ def draw_pictures(
     if task.kind == "regression":
         (name,) = task.columns
         pairs = [(rows[index][name], rows[index][f"{name}_predicted"]) for index in labelled_rows]
-        draw_scatter(*zip(*pairs, strict=True), directory / f"{SCATTER}.png", name=name)
+        targets, predicted = zip(*pairs, strict=True)
+        draw_scatter(targets, predicted, directory / f"{SCATTER}.png", name=name)
         return {SCATTER: directory / f"{SCATTER}.png"}, None
     if task.kind != "survival" or answers.fitted.cutoffs is None:
         return {}, None
