@@ -1,10 +1,13 @@
 """Whole runs of the main job are gone on with under the same engine bit by bit, and by other numbers of processes."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 from resume_cases import EXACT32, ITEMS, Runs, distance
+from safetensors import safe_open
 from tiny_runs import write_cohort
 
 from ds_wsi.compression.comm import CommPolicy
@@ -115,7 +118,7 @@ def whole_runs(cohort):
     return run_ranks(train_runs, 2, cases, str(cohort))[0]
 
 
-def test_a_run_goes_on_bit_by_bit(whole_runs):
+def test_a_run_goes_on_bit_by_bit(whole_runs, cohort):
     for name in (*RUNS, "hook", "pull"):
         state, again = whole_runs[name], whole_runs[f"{name} again"]
         assert isinstance(state, dict), state
@@ -123,7 +126,14 @@ def test_a_run_goes_on_bit_by_bit(whole_runs):
         assert state.keys() == again.keys()
         for key, value in state.items():
             assert torch.equal(again[key], value), (name, key)
-    assert "must be gone on with under ZeRO 1 or 2: DMGC's pull left the ranks" in whole_runs["pull-ddp"]
+    (path,) = cohort.glob("pull/checkpoint-3/**/optimizer.safetensors")
+    with safe_open(path, "pt") as states:
+        has_masters = any(key.startswith("master/") for key in states.keys())  # noqa: SIM118
+    if has_masters:
+        assert "must be gone on with under ZeRO 1 or 2: DMGC's pull left the ranks" in whole_runs["pull-ddp"]
+    else:  # with an earlier DeepSpeed means are pulled, see `zero_weights.unfit`: another engine loses nothing
+        assert Version(version("deepspeed")) < Version("0.19.8")
+        assert isinstance(whole_runs["pull-ddp"], dict)
 
 
 def test_a_loss_scale_is_numbers_and_comes_back():
