@@ -4,14 +4,16 @@ Keywords are turned into the words of a command line, and parsed by its parser: 
 """
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from ds_wsi.commands.evaluate import add_evaluate, run_evaluate
 from ds_wsi.commands.parser import Parser
+from ds_wsi.runtime.files import read_object
 from ds_wsi.training.options import add_train_options, settings_from
 from ds_wsi.training.yaml_config import typed
 
@@ -89,7 +91,8 @@ def predict(
 
     Returns:
         A row of predictions.csv for each slide: slide_id, patient_id, label where there are labels, predicted, n_tiles
-        and, as floats, `probability_<class>` of each class.
+        and, as floats, `probability_<class>` of each class. Of another task than classification its columns, see
+        docs/how_to/tasks.md: floats, None where a cell is empty, and text of grades and risk groups.
 
     Raises:
         ManifestError: lists everything that is wrong with the cohort.
@@ -109,7 +112,8 @@ def predict(
             manifest = _manifest_of(slides, Path(scope.enter_context(TemporaryDirectory())))
         named = {"model": run, "manifest": manifest, "output_dir": folder}
         run_evaluate(parser.parse_args(parser.words({"split": "all", **settings, **named})))
-        return _rows(folder / "predictions.csv")
+        task = read_object(Path(run) / "config.json", "config.json").get("task", {})
+        return rows_of_file(folder / "predictions.csv", task)
 
 
 def _manifest_of(files: Sequence[str | Path], folder: Path) -> Path:
@@ -127,13 +131,30 @@ def _manifest_of(files: Sequence[str | Path], folder: Path) -> Path:
     return path
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def rows_of_file(path: Path, task: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a predictions.csv, its numbers as numbers; `task` as config.json has it, empty of classification."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return [{name: _number(name, text) for name, text in row.items()} for row in rows]
+    value_of = partial(_target_value, _words_of(task)) if task else _number
+    return [{name: value_of(name, text) for name, text in row.items()} for row in rows]
 
 
 def _number(name: str, text: str) -> Any:
     if name == COUNT:
         return int(text)
     return float(text) if name.startswith(PROBABILITY) else text
+
+
+def _words_of(task: Mapping[str, Any]) -> set[str]:
+    """The columns of predictions.csv that hold words."""
+    column = task["columns"][0]
+    grades = {column, f"{column}_predicted"} if task["kind"] == "ordinal" else set()
+    return {"slide_id", "patient_id", f"{column}_group", *grades}
+
+
+def _target_value(words: Collection[str], name: str, text: str) -> Any:
+    if name in words:
+        return text
+    if name == COUNT:
+        return int(text)
+    return float(text) if text else None

@@ -13,7 +13,9 @@ from ds_wsi.bags.manifest import SlideEntry, parse_manifest
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.bags.target_columns import TargetColumns
 from ds_wsi.bags.target_problems import split_target_problems
+from ds_wsi.commands.functions import rows_of_file
 from ds_wsi.evaluation.tasks.answers import TaskAnswers
+from ds_wsi.evaluation.tasks.files import write_rows
 from ds_wsi.models import ModelConfig
 from ds_wsi.targets.task import Task, fitted_task
 from ds_wsi.training.outcome import best_entry
@@ -266,3 +268,25 @@ def test_slides_without_a_target_count_nowhere():
     slides = [SlideEntry(name, None, None, name, target=target) for name, target in (("s", (3.0,)), ("t", (None,)))]
     values = answers.epoch_metrics(torch.tensor([[1.0], [math.pi]]), slides)
     assert (values["eval_loss"], values["eval_mae"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("task", "written", "told"),
+    [
+        (
+            {"kind": "survival", "columns": ["months", "event"]},
+            {"months": "", "months_event": "1", "months_risk": "-0.5", "months_group": "low risk"},
+            {"months": None, "months_event": 1.0, "months_risk": -0.5, "months_group": "low risk"},
+        ),
+        (
+            {"kind": "ordinal", "columns": ["grade"]},
+            {"grade": "2", "grade_predicted": "1", "grade_raw": "0.75"},
+            {"grade": "2", "grade_predicted": "1", "grade_raw": 0.75},
+        ),
+        ({"kind": "multilabel", "columns": ["a"]}, {"a": "", "a_predicted": "1"}, {"a": None, "a_predicted": 1.0}),
+    ],
+)
+def test_what_predict_returns_of_a_task_are_numbers(tmp_path, task, written, told):
+    write_rows(tmp_path / "predictions.csv", [{"slide_id": "1", "patient_id": "01", **written, "n_tiles": "12"}])
+    expected = {"slide_id": "1", "patient_id": "01", **told, "n_tiles": 12}
+    assert rows_of_file(tmp_path / "predictions.csv", task) == [expected]
