@@ -298,12 +298,9 @@ def _comm_words(comm: CommHandle) -> str:
 
 
 def _time_words(run: Run, seconds: float) -> str:
-    words = f"{seconds:.0f} s"
-    if run.clock.starts > 1:
-        words = f"{run.clock.seconds_before + seconds:.0f} s in {run.clock.starts} starts, {words} in the last"
-    if run.clock.epoch_seconds is None:
-        return words
-    return f"{words}; the last epoch waited for tiles {run.clock.share_waited:.0%} of its time"
+    if run.clock.starts == 1:
+        return f"{seconds:.0f} s"
+    return f"{run.clock.seconds_before + seconds:.0f} s in {run.clock.starts} starts, {seconds:.0f} s in the last"
 
 
 def _summary(run: Run, seconds: float) -> dict[str, str]:
@@ -330,5 +327,6 @@ def _summary(run: Run, seconds: float) -> dict[str, str]:
         ),
         "seed": str(run.seed),
         "time": _time_words(run, seconds),
+        **({"data wait": f"{run.clock.share_waited:.0%} of the last epoch"} if run.clock.epoch_seconds else {}),
         **{key: str(value) for key, value in environment().items()},
     }

@@ -171,9 +171,9 @@ def test_extracted_features_train_as_slides_do_with_a_frozen_encoder(demo_manife
     )
     start = build_model(ModelConfig(None, "gated_abmil", ("normal", "tumor"), {}, in_dim=512)).aggregator.state_dict()
 
-    def same_aggregator(*arguments):
+    def same_aggregator(*arguments, **more):
         # An encoder draws its random weights first: the aggregators of the two runs would start apart.
-        model = build_model(*arguments)
+        model = build_model(*arguments, **more)
         model.aggregator.load_state_dict(start)
         return model
 

@@ -289,7 +289,7 @@ def test_an_image_of_another_format_starts_no_program(marker, tmp_path, monkeypa
     from PIL import Image
 
     from ds_wsi.evaluation.heatmap import is_heat_map
-    from ds_wsi.evaluation.report import _image
+    from ds_wsi.evaluation.report import image_html
     from ds_wsi.slides.demo import write_pyramid
     from ds_wsi.slides.masks import MaskFile, read_mask
     from ds_wsi.slides.slide import Slide, SlideError
@@ -307,7 +307,7 @@ def test_an_image_of_another_format_starts_no_program(marker, tmp_path, monkeypa
         assert not is_heat_map(picture)
     else:
         with pytest.raises(OSError, match=r"s\.png"):
-            _image(picture, "PNG", 64, "")
+            image_html(picture, "PNG", 64, "")
     assert not marker.exists()
     with Image.open(picture) as image, pytest.raises(OSError):
         image.load()

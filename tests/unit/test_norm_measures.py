@@ -181,6 +181,8 @@ def planned(cohort, training, evaluation="auto", bags=1, freeze_epochs=0):
     )
     run = SimpleNamespace(
         config=SimpleNamespace(norm_training=training),
+        task=None,
+        best_metric="eval_auc",
         settings=settings,
         seed=0,
         reading=ReadPolicy(0),

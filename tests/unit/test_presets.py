@@ -10,6 +10,7 @@ from ds_wsi.training.dataset_options import WAYS, add_protocol_options, reading_
 from ds_wsi.training.options import add_train_options
 from ds_wsi.training.presets import DEFAULTS, PRESETS, describe, presets_of
 from ds_wsi.training.protocol import protocol_from
+from ds_wsi.training.setting_list import options_of
 from ds_wsi.training.settings import TrainSettings
 
 SPLITTING = (*WAYS, "split_level", "keep_listed", "validation_fraction", "split_seed")
@@ -18,7 +19,7 @@ SPLITTING = (*WAYS, "split_level", "keep_listed", "validation_fraction", "split_
 def parse(dataset, *arguments):
     parser = argparse.ArgumentParser()
     add_protocol_options(parser, dataset)
-    add_train_options(parser, without=("split_seed",))
+    add_train_options(parser, without=("split_seed", *options_of("task")))
     given = ["--data_dir", "data", *(str(argument) for argument in arguments)]
     return protocol_from(parser.parse_args(given), dataset)
 

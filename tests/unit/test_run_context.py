@@ -14,8 +14,9 @@ from ds_wsi.training.run import Clock, Progress, Run
 ROOT = Path(ds_wsi.__file__).parent
 # Module below ds_wsi: what it sets. Their own methods, in training.run, set the rest.
 WRITERS = {
-    "training/loop.py": {"started", "epoch_seconds"},
+    "training/loop.py": {"started", "epoch_seconds", "epoch_waited"},
     "training/resume.py": {"seconds_before", "starts", "saved"},
+    "training/screen.py": {"told_of_waiting"},
     "training/validation.py": {"pending", "best_epoch"},
 }
 
