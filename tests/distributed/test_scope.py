@@ -54,6 +54,7 @@ def test_an_engine_without_deepspeed_follows_one_with_it():
 def several(port: int, end: str) -> list[float]:
     """Three runs that find no group, as `ds-wsi train` does, and leave none; rank 0 is late for each but the first."""
     rank = dist.get_rank()
+    dist.barrier()  # a group that one rank leaves before the other has connected never was
     dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
