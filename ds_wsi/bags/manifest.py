@@ -262,7 +262,7 @@ def _with_targets(slides: Sequence[SlideEntry], columns: TargetColumns, read: Ta
 
 
 def _patient_targets(slides: Sequence[SlideEntry], columns: TargetColumns) -> list[str]:
-    """See `patient_target_problems`."""
+    """The problems of patients whose slides differ, see `patient_target_problems`."""
     by_patient: dict[str, dict[Target, list[str]]] = {}
     for slide in slides:
         by_patient.setdefault(slide.patient_id, {}).setdefault(slide.target, []).append(slide.slide_id)

@@ -104,7 +104,7 @@ def slides_of(
         ManifestError: lists everything that is wrong with it.
     """
     from ds_wsi.bags.cohort import load_cohort
-    from ds_wsi.bags.target_columns import TargetColumns
+    from ds_wsi.bags.target_columns import ONE_CLASS
 
     return load_cohort(
         options.manifest,
@@ -114,7 +114,7 @@ def slides_of(
         slide_mpp=options.slide_mpp,
         need_splits=False,
         labels=labels,
-        columns=columns or TargetColumns(),
+        columns=columns or ONE_CLASS,
         choose=choose,
         slides=slide_policy_of(options),
         shard=shard_from(options),

@@ -153,11 +153,11 @@ def model_and_slides(options: argparse.Namespace, split: str, labels: str) -> Mo
 
 def _columns_of(config: "ModelConfig") -> "TargetColumns":
     """The columns that the model's targets had in its training; the cohort's have the same names."""
-    from ds_wsi.bags.target_columns import TargetColumns
+    from ds_wsi.bags.target_columns import ONE_CLASS, TargetColumns
 
     task = config.target_task
     if task is None:
-        return TargetColumns()
+        return ONE_CLASS
     if task.kind == "survival":
         time, event = task.columns
         return TargetColumns(task.kind, (), time, event, task.censored, task.strata_column)

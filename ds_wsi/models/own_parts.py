@@ -83,7 +83,7 @@ def build_own_aggregator(
 
 
 def _try_aggregator(name: str, module: nn.Module, in_dim: int, num_classes: int) -> None:
-    """See `build_own_aggregator`. Modes, and torch's generator, are left as they were."""
+    """A trial on two bags, see `build_own_aggregator`: modes and torch's generator are left as they were."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     like = next(module.parameters())

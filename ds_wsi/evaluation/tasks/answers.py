@@ -41,7 +41,7 @@ class TaskAnswers:
 
     @classmethod
     def of(cls, config: ModelConfig) -> "TaskAnswers | None":
-        """Those of a model; None of classification."""
+        """What a model's config.json says of its answers; None of classification."""
         task = config.target_task
         return None if task is None else cls(task, Fitted.of_config(config.task))
 

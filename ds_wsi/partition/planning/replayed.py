@@ -29,7 +29,7 @@ class ReplayedCall(PartitionedCall):
         self.player = player
 
     def runner(self, segment: Segment) -> ChunkRunner:
-        """See `PartitionedCall.runner`."""
+        """A runner that plays its chunks, see `PartitionedCall.runner`."""
         return ReplayedRunner(
             segment,
             self.ranges(segment),
@@ -52,7 +52,7 @@ class ReplayedNorms(SegmentNorms):
         self.player = player
 
     def collect(self, value: fx.Node, part: Tensor, chunk: Chunk) -> None:
-        """See `SegmentNorms.collect`."""
+        """The moments of a chunk are added by play, see `SegmentNorms.collect`."""
         for norm in self.segment.norms_of.get(value, ()):
             site, statistics = self.segment.sites[norm], self.of(chunk)[norm]
             old = statistics.moments
@@ -72,7 +72,7 @@ class ReplayedNorms(SegmentNorms):
                 statistics.moments = Moments(more + (0 if old is None else old.count), *tensors)
 
     def conclude_one(self, norm: fx.Node, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """See `SegmentNorms.conclude_one`."""
+        """The correction of a norm is fixed by play, see `SegmentNorms.conclude_one`."""
         site, moments = self.segment.sites[norm], statistics.moments
         assert moments is not None
         assert statistics.mean is not None
@@ -95,7 +95,7 @@ class ReplayedNorms(SegmentNorms):
         return statistics.dgamma, statistics.dbeta
 
     def correct(self, norm: fx.Node, chunk: Chunk, z: Tensor, grad: Tensor) -> Tensor:
-        """See `SegmentNorms.correct`."""
+        """The gradient is corrected by play, see `SegmentNorms.correct`."""
         site, correction = self.segment.sites[norm], self.of(chunk)[norm].correction
         assert correction is not None
 
@@ -122,7 +122,7 @@ class ReplayedRunner(ChunkRunner):
     def results(
         self, graph: Subgraph, chunk: Chunk, inputs: dict[fx.Node, Tensor], needed: dict[fx.Node, Range] | None
     ) -> dict[fx.Node, Tensor]:
-        """See `ChunkRunner.results`."""
+        """The chunk's results by play, see `ChunkRunner.results`."""
         given = _Inputs(self, graph, chunk, list(inputs), needed, None, [])
         key = "run", given.key, tuple(map(form_of, inputs.values()))  # those of statistics follow
         tensors = given.tensors(inputs, {})
@@ -147,7 +147,7 @@ class ReplayedRunner(ChunkRunner):
         corrected: dict[fx.Node, Range | None] | None,
         known: dict[fx.Node, Tensor] | None,
     ) -> ChunkGraph:
-        """See `ChunkRunner.graph`."""
+        """The chunk's graph, whose gradients are played too, see `ChunkRunner.graph`."""
         given = _Inputs(self, graph, chunk, list(inputs), needed, corrected, list(known or ()))
         tensors = given.tensors(inputs, known or {})
         leaves = dict(inputs)
@@ -263,7 +263,7 @@ class _Fixed:
         self.statistics = statistics
 
     def of(self, chunk: Chunk) -> dict[fx.Node, Statistics]:
-        """See `SegmentNorms.of`."""
+        """The statistics that were given, whatever the chunk, see `SegmentNorms.of`."""
         return self.statistics
 
 
