@@ -126,7 +126,10 @@ class ByteMeter(TorchDispatchMode):
         self._known: dict[int, tuple[int, bool, weakref.ref]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        return self.counted(func, args, kwargs or {})
+
+    def counted(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An operation's results, with what it does counted."""
         out = func(*args, **kwargs)
         if func is torch.ops.prim.device.default:  # asked of fake tensors alone: nothing is computed
             return out

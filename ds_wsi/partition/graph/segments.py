@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,14 +75,12 @@ class Segment:
     def __init__(
         self, program: "Program", spec: SegmentSpec, source: fx.Node, target: fx.Node, nodes: list[fx.Node]
     ) -> None:
-        self.spec, self.source, self.target = spec, source, target
+        self.source, self.target = source, target
         traced, rules = program.traced, program.rules
         first = source is traced.source or bool(program.segments[-1].in_rows)  # after the tail there are no rows
         self.in_rows = first and rules is not None and all(node in rules for node in nodes if node in traced.dependent)
         self.undivided = rules is not None and not self.in_rows
-        if self.undivided and spec.mode == "recompute":
-            # In one chunk a whole image's statistics are the module's own.
-            spec = self.spec = SegmentSpec(spec.last, "checkpoint", spec.chunk_size, spec.host_input)
+        self.spec = self._own(spec)
         barriers = {
             node: z
             for node, z in traced.barriers.items()
@@ -114,6 +113,18 @@ class Segment:
         for index, level in enumerate(self.levels):
             for node in level.graph.sources:
                 self.readers[node] = index
+
+    def with_spec(self, spec: SegmentSpec) -> "Segment":
+        """The same operations as another spec computes them: its mode and chunks change nothing of the graphs."""
+        other = copy(self)
+        other.spec = self._own(spec)
+        return other
+
+    def _own(self, spec: SegmentSpec) -> SegmentSpec:
+        if self.undivided and spec.mode == "recompute":
+            # In one chunk a whole image's statistics are the module's own.
+            return SegmentSpec(spec.last, "checkpoint", spec.chunk_size, spec.host_input)
+        return spec
 
     def _stored(
         self,
@@ -214,6 +225,13 @@ class Program:
             end = traced.nodes.index(last) + 1
             self.segments.append(Segment(self, spec, source, last, traced.nodes[begin:end]))
             source, begin = last, end
+
+    def with_specs(self, specs: tuple[SegmentSpec, ...]) -> "Program":
+        """The same segments, which must end where these do, in other modes and chunks."""
+        other = copy(self)
+        cuts = self._cuts(specs)
+        other.segments = [segment.with_spec(spec) for segment, (spec, _) in zip(self.segments, cuts, strict=True)]
+        return other
 
     def candidates(self) -> list[fx.Node]:
         """Where the graph may be cut, in order; on the spatial axis the native tail's cut is always one."""

@@ -99,6 +99,7 @@ class Simulator:
             )
         self._traces: dict[Any, Traced] = {}
         self._programs: dict[Any, Program] = {}
+        self._cut: dict[Any, Program] = {}  # by where their segments end
         self._shapes: dict[Any, Any] = {}
         self._player = Player(self._new_tape, {storage_key(parameter) for parameter in self.module.parameters()})
 
@@ -116,8 +117,11 @@ class Simulator:
         key = specs, self._place(shape)
         if key not in self._programs:
             traced = self.traced(shape, whole=len(specs) == 1)
-            with self.mode:
-                self._programs[key] = Program(traced, specs, self.axis, shape)
+            ends = tuple(spec.last for spec in specs), self._place(shape)
+            if ends not in self._cut:
+                with self.mode:
+                    self._cut[ends] = Program(traced, specs, self.axis, shape)
+            self._programs[key] = self._cut[ends].with_specs(specs)
         return self._programs[key]
 
     def _place(self, shape: tuple[int, ...]) -> tuple[int, ...]:
