@@ -16,6 +16,7 @@ sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if Path(entry).r
 from ds_wsi.runtime.log import logger, setup_logging  # noqa: E402
 from ds_wsi.runtime.signals import STATUS, Stopped, heeding_signals  # noqa: E402
 from launch.benchmarks import (  # noqa: E402
+    beside_local,
     compression,
     equivalence,
     partition,
@@ -32,6 +33,7 @@ from launch.benchmarks.table import write_result  # noqa: E402
 BENCHMARKS = {
     "compression": compression,
     "equivalence": equivalence,
+    "local_updates": beside_local,
     "partition": partition,
     "partition_gpu": partition_gpu,
     "protocol": protocol,

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.local_sgd import LocalSGD
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -75,6 +76,12 @@ class Stepper:
         else:
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+    def local_sgd(self, steps: int) -> LocalSGD:
+        """Accelerate's LocalSGD of `steps` steps a round, begun: the gradients stay a rank's own. Of "ddp" alone."""
+        local = LocalSGD(self._accelerator, self.model, steps)
+        local.__enter__()
+        return local
 
     def parameters(self) -> dict[str, Tensor]:
         """Whole parameters by name, on every rank."""
