@@ -17,5 +17,5 @@ def measure(*, quick: bool, slides: Sequence[str], options: Mapping[str, str]) -
     Raises:
         ValueError: an unknown option.
     """
-    own = {"hooks": HOOKS, **({} if quick else {"mbps": "20,100,1000", "seeds": "3"})}
-    return compression.measure(quick=quick, slides=slides, options={**own, **options})
+    defaults = {"hooks": HOOKS, **({} if quick else {"mbps": "20,100,1000", "seeds": "3"})}
+    return compression.measure(quick=quick, slides=slides, options={**defaults, **options})

@@ -98,7 +98,7 @@ class Outer:
     """The shared weights and what they are moved by; the module's parameters follow them at each meeting.
 
     Args:
-        policy: its method is "diloco" or "topk".
+        policy: a policy of method "diloco" or "topk".
         module: the site's module, equal on all ranks now.
     """
 
