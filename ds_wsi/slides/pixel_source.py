@@ -5,6 +5,7 @@ from a broken tile to a place between pixels, OpenSlide is asked for, and its an
 """
 
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 import openslide
 
 from ds_wsi.slides.direct.errors import NotDirectError
-from ds_wsi.slides.direct.proved import ProvedSlide, is_usable, tell_openslide
+from ds_wsi.slides.direct.proved import ProvedSlide, SlideFacts, is_usable, tell_openslide
 from ds_wsi.slides.direct.reader import DirectTiff
 from ds_wsi.slides.direct.shrink import read_tile
 from ds_wsi.slides.direct.tile_cache import TileCache
+from ds_wsi.slides.errors import SlideError
 from ds_wsi.slides.pixels import background_of, opaque, resize
 from ds_wsi.slides.policy import AUTO, READERS
 from ds_wsi.slides.readers import open_handle
@@ -32,7 +34,7 @@ class PixelSource:
         tiles: where tiles that are read directly are kept.
 
     Attributes:
-        handle: an open `openslide.OpenSlide`, or a `PlainImage`.
+        facts: what the file tells of itself.
 
     Raises:
         SlideError: no file, no slide, or a slide that cannot be opened.
@@ -45,19 +47,38 @@ class PixelSource:
         self._pid = os.getpid()
         self._direct: ProvedSlide | None = None
         self._refused: set[int] = set()  # levels
-        self.handle = self._open()
-        self._background = background_of(self.handle.properties)
-        if reader == AUTO and isinstance(self.handle, openslide.OpenSlide):
+        if reader == AUTO:
+            self._direct = ProvedSlide.known(path, tiles)
+        self.facts = SlideFacts.of(self.handle) if self._direct is None else self._direct.facts
+        self._background = background_of(self.facts.properties)
+        if reader == AUTO and self._direct is None and isinstance(self.handle, openslide.OpenSlide):
             try:
-                self._direct = ProvedSlide(path, self.handle, tiles)
+                self._direct = ProvedSlide(path, self.facts, tiles)
             except OSError as error:
                 tell_openslide(slide_id, path, str(error))
+
+    @cached_property
+    def handle(self) -> Any:
+        """An `openslide.OpenSlide` or a `PlainImage`, opened when something is not read directly.
+
+        Raises:
+            SlideError: the file was replaced by another since it was opened.
+        """
+        handle = self._open()
+        if self._direct is not None and not self._direct.is_at(self._path):
+            handle.close()
+            raise SlideError(
+                f"slide must stay as it was when it was opened, got another file (slide {self._slide_id}, "
+                f"{self._path}). HINT: do not change files under a run."
+            )
+        return handle
 
     def close(self) -> None:
         """Close the files."""
         if self._pid != os.getpid():
             return  # those of the process that forked this one: they go with the last reference
-        self.handle.close()
+        if "handle" in vars(self):
+            self.handle.close()
         if self._direct is not None:
             self._direct.close()
 
@@ -99,7 +120,7 @@ class PixelSource:
         if self._direct is None or level in self._refused:
             return None
         try:
-            return self._direct.reader(level, self.handle)
+            return self._direct.reader(level, lambda: self.handle)
         except NotDirectError as error:
             self._refused.add(level)
             tell_openslide(self._slide_id, self._path, str(error))

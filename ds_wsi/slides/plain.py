@@ -78,10 +78,6 @@ class PlainImage:
     def set_cache(self, cache: Any) -> None:
         """Nothing: strips and images are kept decoded by their own bounds."""
 
-    def get_best_level_for_downsample(self, downsample: float) -> int:
-        """The only level."""
-        return 0
-
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
         """The pixels of a rectangle as RGBA, transparent outside the image, as OpenSlide returns them.
 

@@ -83,13 +83,11 @@ class Slide:
         self._cache_bytes, self._reader, self._tiles = cache_bytes, reader, tiles
         self._handle: PixelSource | None = None
         self.level_dimensions: tuple[tuple[int, int], ...] = ()
-        handle = self._open().handle
-        self.width_px, self.height_px = handle.dimensions
-        self.level_dimensions = handle.level_dimensions
-        self.level_downsamples: tuple[float, ...] = handle.level_downsamples
-        # A name that is no UTF-8 is listed with other letters than it can be asked for.
-        texts = ((name, handle.properties.get(name)) for name in handle.properties)
-        self._properties = {name: text for name, text in texts if text is not None}
+        facts = self._open().facts
+        self.width_px, self.height_px = facts.dimensions
+        self.level_dimensions = facts.level_dimensions
+        self.level_downsamples: tuple[float, ...] = facts.level_downsamples
+        self._properties = facts.properties
         self._background = background_of(self._properties)
 
     def __enter__(self) -> "Slide":
@@ -118,7 +116,7 @@ class Slide:
         if self._handle is None:
             tiles = TileCache(self._cache_bytes) if self._tiles is None else self._tiles
             handle = PixelSource(self.path, self.slide_id, self._reader, self._cache_bytes, tiles)
-            dimensions = handle.handle.level_dimensions
+            dimensions = handle.facts.level_dimensions
             if self.level_dimensions not in ((), dimensions):
                 handle.close()
                 raise SlideError(
@@ -249,8 +247,7 @@ class Slide:
         Where a part of a level is broken, the levels above it are tried; what none of them has is narrowed down to
         pieces of 64 px.
         """
-        handle = self._open().handle
-        level = handle.get_best_level_for_downsample(downsample + 1e-6)
+        level = self._best_level(downsample + 1e-6)
         step = max(1, int(OVERVIEW_BLOCK_PX * self.level_downsamples[level] / downsample))
         height, width = math.ceil(self.height_px / downsample), math.ceil(self.width_px / downsample)
         overview = np.empty((height, width, 3), dtype=np.uint8)
@@ -262,6 +259,11 @@ class Slide:
         if reader.unreadable.any():
             self._tell_gaps(reader)
         return Overview(overview, downsample, reader.unreadable)
+
+    def _best_level(self, downsample: float) -> int:
+        """The coarsest level that is not coarser, as OpenSlide chooses it."""
+        coarser = (level for level, of_next in enumerate(self.level_downsamples[1:]) if downsample < of_next)
+        return next(coarser, len(self.level_downsamples) - 1)
 
     def _tell_gaps(self, reader: "_OverviewReader") -> None:
         where = f"(slide {self.slide_id}, {self.path})"

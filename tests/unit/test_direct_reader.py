@@ -190,7 +190,7 @@ def test_kept_tiles_are_bounded_shared_and_let_go(path, tmp_path):
         one.file.read = lambda offset, n_bytes: read.append(offset)
         one.read_region(129, 1, 0, 8, 8)  # kept
         assert not read
-        with pytest.raises(TypeError):
+        with pytest.raises(AttributeError):
             one.read_region(1, 1, 0, 8, 8)  # the oldest, which went
     assert (len(cache), cache.n_bytes) == (0, 0)
     cache.put((0, 0, 0, 1, "box"), np.zeros((64, 64, 4), dtype=np.uint8))  # as large as may be, and kept twice

@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     monkeypatch.setattr(proved, "_known", {})
+    monkeypatch.setattr(proved, "_facts", {})
     monkeypatch.setattr(proved, "_told", bytearray(1))
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from ds_wsi.slides.direct.errors import NotDirectError
-from ds_wsi.slides.direct.jpeg_stream import RGB, YCBCR, decode, stream_head, tile_jpeg
+from ds_wsi.slides.direct.jpeg_stream import RGB, YCBCR, before_scan, decode, stream_head
 from ds_wsi.slides.direct.tiff_layout import Directory, SlideFile
 from ds_wsi.slides.pixels import Workspace, average
 
@@ -42,6 +42,11 @@ class JpegPage:
     head: bytes
     offsets: np.ndarray
     byte_counts: np.ndarray
+
+    @cached_property
+    def _begins(self) -> list[tuple[bytes, bytes]]:
+        """How the last tile began, and its file: tiles of one encoder begin alike, and are parsed once."""
+        return [(b"", b"")]
 
     @cached_property
     def columns(self) -> int:
@@ -105,7 +110,11 @@ class JpegPage:
         if not n_bytes:
             return None
         stream = file.read(int(self.offsets[index]), n_bytes)
-        return tile_jpeg(self.head, stream, self.tile_width_px, self.tile_height_px)
+        begin, made = self._begins[0]  # at once: another thread may change it
+        if not begin or not stream.startswith(begin):
+            end, made = before_scan(self.head, stream, self.tile_width_px, self.tile_height_px)
+            self._begins[0] = begin, made = stream[:end], made
+        return made + stream[len(begin) :]
 
     def pixels(
         self, file: SlideFile, index: int, scale: int = 1, shrink: str = BOX, out: np.ndarray | None = None

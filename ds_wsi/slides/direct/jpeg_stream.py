@@ -46,12 +46,22 @@ def stream_head(photometric: int, tables: bytes | None) -> bytes:
 
 
 def tile_jpeg(head: bytes, stream: bytes, width_px: int, height_px: int) -> bytes:
-    """The JPEG file of a tile; see [Note: a tile's stream].
+    """The JPEG file of a tile; see `before_scan`, which checks what stands before its scan, and alone is checked."""
+    n_bytes, made = before_scan(head, stream, width_px, height_px)
+    return made + stream[n_bytes:]
+
+
+def before_scan(head: bytes, stream: bytes, width_px: int, height_px: int) -> tuple[int, bytes]:
+    """What stands before a tile's entropy-coded pixels, as it is in its JPEG file; see [Note: a tile's stream].
 
     Args:
         head: made by `stream_head`.
         stream: the tile's bytes in the TIFF.
         width_px, height_px: the tile's size.
+
+    Returns:
+        The bytes of the stream before the pixels, by number, and what the file has in their place: of a stream that
+        begins with the same bytes it is the same.
 
     Raises:
         NotDirectError: the stream is broken, of another size, or no JPEG of three components of 8 bits.
@@ -79,8 +89,8 @@ def tile_jpeg(head: bytes, stream: bytes, width_px: int, height_px: int) -> byte
         raise NotDirectError(f"JPEG must have Adobe's colours 0 or 1, got {colours}, which libjpeg warns of")
     if not has_frame:
         raise NotDirectError("JPEG must have a frame before its scan, got none")
-    kept.append(stream[position:])
-    return b"".join(kept)
+    kept.append(stream[position:end])
+    return end, b"".join(kept)
 
 
 def decode(jpeg: bytes, width_px: int, height_px: int, scale: int = 1, out: np.ndarray | None = None) -> np.ndarray:

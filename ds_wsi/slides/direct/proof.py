@@ -51,14 +51,19 @@ def prove(slide: DirectTiff, openslide_handle: Any) -> str | None:
     return prove_geometry(slide, openslide_handle) or next(filter(None, reasons), None)
 
 
-def prove_geometry(slide: DirectTiff, openslide_handle: Any) -> str | None:
-    """Why a slide's levels are not OpenSlide's, or None: their number, sizes and downsamples; no pixel is read."""
-    properties = openslide_handle.properties
+def prove_geometry(slide: DirectTiff, told: Any) -> str | None:
+    """Why a slide's levels are not OpenSlide's, or None: their number, sizes and downsamples; no pixel is read.
+
+    Args:
+        slide: open.
+        told: an open `openslide.OpenSlide`, or its properties, level_dimensions and level_downsamples.
+    """
+    properties = told.properties
     pairs = (
         ("vendor", slide.vendor, properties.get("openslide.vendor")),
         ("background colour", [255, 255, 255], background_of(properties).tolist()),
-        ("level sizes", slide.level_dimensions, tuple(openslide_handle.level_dimensions)),
-        ("level downsamples", slide.level_downsamples, tuple(openslide_handle.level_downsamples)),
+        ("level sizes", slide.level_dimensions, tuple(told.level_dimensions)),
+        ("level downsamples", slide.level_downsamples, tuple(told.level_downsamples)),
     )
     for name, value, other in pairs:
         if value != other:

@@ -2,12 +2,14 @@
 
 [Note: what is proved once] A proof costs about ten tiles of a level. It is made when a tile of the level is wanted, and
 holds for the file as it is (device, inode, size, times) until the process ends; processes that are forked begin with
-what was known. It is not kept on disk: the version of every decoder would have to be known there too.
+what was known. What OpenSlide tells of the file is known for as long, because to open it, OpenSlide takes as long as
+for eight tiles. It is not kept on disk: the version of every decoder would have to be known there too.
 """
 
 import mmap
 import os
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import openslide
 
@@ -16,13 +18,32 @@ from ds_wsi.slides.direct.errors import NotDirectError
 from ds_wsi.slides.direct.levels import APERIO, GENERIC
 from ds_wsi.slides.direct.proof import prove_geometry, prove_level
 from ds_wsi.slides.direct.reader import DirectTiff
-from ds_wsi.slides.direct.tiff_layout import Identity
+from ds_wsi.slides.direct.tiff_layout import Identity, identity_of
 from ds_wsi.slides.direct.tile_cache import TileCache
 
 MAX_KNOWN = 2**16  # levels
+MAX_TOLD = 2**12  # slides, a few kB each
 # File and level -> why it is not read directly, or None; see [Note: what is proved once].
 _known: dict[tuple[Identity, int], str | None] = {}
+_facts: "dict[Identity, SlideFacts]" = {}  # of the slides whose geometry is proved
 _told = mmap.mmap(-1, 1)  # shared with forked processes: one line for all that read
+
+
+class SlideFacts(NamedTuple):
+    """What OpenSlide, or another reader with its names, tells of a file, its pixels aside."""
+
+    dimensions: tuple[int, int]
+    level_dimensions: tuple[tuple[int, int], ...]
+    level_downsamples: tuple[float, ...]
+    properties: Mapping[str, str]
+
+    @classmethod
+    def of(cls, handle: Any) -> "SlideFacts":
+        """Those of an open file."""
+        # A name that is no UTF-8 is listed with other letters than it can be asked for.
+        texts = ((name, handle.properties.get(name)) for name in handle.properties)
+        properties = {name: text for name, text in texts if text is not None}
+        return cls(handle.dimensions, tuple(handle.level_dimensions), tuple(handle.level_downsamples), properties)
 
 
 class ProvedSlide:
@@ -30,7 +51,7 @@ class ProvedSlide:
 
     Args:
         path: the slide's file.
-        openslide_handle: the same file, an open `openslide.OpenSlide`.
+        facts: what OpenSlide tells of the file.
         cache: where decoded tiles are kept.
 
     Raises:
@@ -38,16 +59,33 @@ class ProvedSlide:
         OSError: the file cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], openslide_handle: Any, cache: TileCache) -> None:
-        vendor = openslide_handle.properties.get("openslide.vendor")
+    def __init__(self, path: str | os.PathLike[str], facts: SlideFacts, cache: TileCache) -> None:
+        vendor = facts.properties.get("openslide.vendor")
         if vendor not in (APERIO, GENERIC):
             raise NotDirectError(f"format must be {APERIO} or {GENERIC}, got {vendor}")
         self._slide = DirectTiff(path, cache)
         self._identity = self._slide.file.identity
         self._levels: dict[int, str | None] = {}
-        if reason := prove_geometry(self._slide, openslide_handle):
+        self.facts = facts
+        if reason := prove_geometry(self._slide, facts):
             self.close()
             raise NotDirectError(reason)
+        while len(_facts) >= MAX_TOLD:
+            _facts.pop(next(iter(_facts), self._identity), None)  # another thread may do so at any moment
+        _facts[self._identity] = facts
+
+    @classmethod
+    def known(cls, path: str | os.PathLike[str], cache: TileCache) -> "ProvedSlide | None":
+        """The direct reader of a file whose geometry was proved before; None of another, or where it cannot be read."""
+        try:
+            facts = _facts.get(identity_of(os.stat(path)))
+            slide = None if facts is None else cls(path, facts, cache)
+        except OSError:
+            return None
+        if slide is None or _facts.get(slide._identity) == facts:
+            return slide
+        slide.close()  # the file was changed in between
+        return None
 
     def close(self) -> None:
         """Close the file and let its tiles go."""
@@ -61,12 +99,19 @@ class ProvedSlide:
         except OSError:  # of a share, where another file took the name
             return True
 
-    def reader(self, level: int, openslide_handle: Any) -> DirectTiff:
+    def is_at(self, path: str | os.PathLike[str]) -> bool:
+        """Whether the path still names the file that was opened, as it was."""
+        try:
+            return identity_of(os.stat(path)) == self._identity
+        except OSError:
+            return False
+
+    def reader(self, level: int, openslide_handle: Callable[[], Any]) -> DirectTiff:
         """The reader, where the level is proved, by now or before.
 
         Args:
             level: the level that is wanted.
-            openslide_handle: see `prove_level`.
+            openslide_handle: called for what `prove_level` takes, where there is something to prove.
 
         Raises:
             NotDirectError: the level is not read directly; the message is the reason, in one line.
@@ -78,7 +123,7 @@ class ProvedSlide:
             raise NotDirectError(reason)
         return self._slide
 
-    def _verdict(self, level: int, openslide_handle: Any) -> str | None:
+    def _verdict(self, level: int, openslide_handle: Callable[[], Any]) -> str | None:
         key = (self._identity, level)
         try:
             return _known[key]
@@ -86,7 +131,7 @@ class ProvedSlide:
             pass
         if len(_known) >= MAX_KNOWN:
             _known.clear()  # another thread may do so at any moment
-        verdict = _known[key] = prove_level(self._slide, openslide_handle, level)
+        verdict = _known[key] = prove_level(self._slide, openslide_handle(), level)
         return verdict
 
 

@@ -12,6 +12,7 @@ from ds_wsi.slides.direct.jpeg_stream import SCALES
 from ds_wsi.slides.direct.levels import find_levels
 from ds_wsi.slides.direct.tiff_layout import SlideFile, read_directories
 from ds_wsi.slides.direct.tile_cache import TileCache, Window
+from ds_wsi.slides.pixels import Workspace
 
 BACKGROUND = 255  # of all three channels: OpenSlide names no other colour for these formats
 PIECE_PX = 4096  # OpenSlide reads a larger region in pieces, each from a whole level-0 pixel of its own
@@ -20,6 +21,7 @@ PIECE_PX = 4096  # OpenSlide reads a larger region in pieces, each from a whole 
 WHOLE_PIXEL = 1 / 600
 
 _numbers = itertools.count()
+_workspace = Workspace()
 
 
 class _Start(NamedTuple):
@@ -183,9 +185,12 @@ class DirectTiff:
         if self._cache.show(key, window, target):
             return
         shape = (page.tile_height_px // scale, page.tile_width_px // scale, 3)
-        # What is shown as a whole is not read again soon, and needs no copy.
-        is_shown_whole = target.shape == shape and target.flags.c_contiguous
-        tile = target if is_shown_whole else self._cache.room(shape)
+        # What is shown as a whole is not read again soon; where it can be decoded in place it needs no copy.
+        is_shown_whole = target.shape == shape
+        if is_shown_whole:
+            tile = target if target.flags.c_contiguous else _workspace.array("tile", target.size).reshape(shape)
+        else:
+            tile = self._cache.room(shape)
         try:
             pixels = page.pixels(self.file, index, scale, shrink, tile)
         except NotDirectError as error:
@@ -195,8 +200,9 @@ class DirectTiff:
             return
         if pixels is not tile:
             tile[:] = pixels
-        if not is_shown_whole:
+        if tile is not target:
             target[:] = tile[window]
+        if not is_shown_whole:
             self._cache.put(key, tile)
 
 

@@ -39,6 +39,11 @@ MAX_DIRECTORIES = 1000
 MAX_ENTRIES = 4096  # of a directory
 
 
+def identity_of(status: os.stat_result) -> Identity:
+    """What tells a file's content from that of another file, or of another time; no two files of a system have one."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 class SlideFile:
     """A file that is read by place; what threads and forked processes read does not move a position that they share.
 
@@ -60,15 +65,14 @@ class SlideFile:
 
     @property
     def identity(self) -> Identity:
-        """What tells the content from that of another file, or of another time; no two files of a system have one.
+        """See `identity_of`.
 
         Raises:
             NotDirectError: it is closed.
         """
         if self._descriptor is None:
             raise NotDirectError("file must be open, got a closed one")
-        status = os.fstat(self._descriptor)
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return identity_of(os.fstat(self._descriptor))
 
     def close(self) -> None:
         """Let the file go; a later read raises."""
