@@ -55,13 +55,13 @@ def step_units(run: RunContext, step: PlannedStep) -> int:
     return run.task.units(targets)
 
 
-def step_weight(run: RunContext, step: PlannedStep) -> float:
-    """The factor of a micro-step's loss, see `bag_weight` and `target_factor`."""
+def step_weight(run: RunContext, step: PlannedStep, units: int) -> float:
+    """The factor of a micro-step's loss, see `bag_weight` and `target_factor`; units as `step_units` counts them."""
     # Ranks that share a bag each compute its loss: there are as many means to take as groups.
     groups, micro_steps = run.mesh.slide_size, len(step.plan.micro_steps)
     if run.task is None:
-        return bag_weight(step.plan.n_bags, groups, micro_steps)
-    return target_factor(1 if run.task.couples else step_units(run, step), groups, micro_steps)
+        return bag_weight(units, groups, micro_steps)
+    return target_factor(1 if run.task.couples else units, groups, micro_steps)
 
 
 def micro_loss(run: Run, step: MicroStep) -> Computed:

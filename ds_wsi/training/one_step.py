@@ -12,7 +12,7 @@ import torch
 
 from ds_wsi.engines.accelerator.engine import gather_object
 from ds_wsi.runtime.seeding import seed_step, step_seed
-from ds_wsi.training.cox_pass import LossOf, cox_losses, whole_step
+from ds_wsi.training.cox_pass import LossOf, cox_losses
 from ds_wsi.training.epoch_plan import PlannedStep, planned_steps
 from ds_wsi.training.finite import (
     BagsAndLosses,
@@ -78,7 +78,8 @@ def train_step(
     alone = len(step.parts) == 1 and accelerator.num_processes == 1 and not run.has_own_engine
     loss_sum, tiles = torch.zeros((), device=run.device), 0
     seen: list[BagsAndLosses] = []
-    weight, again = step_weight(run, step), partial(_start_again, run, step) if alone else None
+    units = step_units(run, step)
+    weight, again = step_weight(run, step, units), partial(_start_again, run, step) if alone else None
     for index, (bags, loss_of) in enumerate(_losses(run, step, micro_steps)):
         _key_sharing(run, step, index)
         done = _micro_step(run, bags, weight, again, loss_of)
@@ -88,11 +89,11 @@ def train_step(
     if run.average is not None:
         run.average.update(run.module)
     meanwhile()
-    return _totals(run, step, loss_sum, tiles, seen)
+    return _totals(run, step, units, loss_sum, tiles, seen)
 
 
 def _totals(
-    run: Run, step: PlannedStep, loss_sum: torch.Tensor, tiles: int, seen: Sequence[BagsAndLosses]
+    run: Run, step: PlannedStep, units: int, loss_sum: torch.Tensor, tiles: int, seen: Sequence[BagsAndLosses]
 ) -> StepTotals:
     """The totals over all ranks, in one all-reduce; loss and weights that are not finite are refused."""
     accelerator = run.accelerator
@@ -107,7 +108,7 @@ def _totals(
     left_out = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
     if bad_weights or (left_out and not skips_overflow(run)):
         tell_not_finite(run, step.number, seen, loss_is_finite=math.isfinite(loss))
-    return StepTotals(loss / run.mesh.tile_size, step_units(run, step), int(n_tiles), save_is_due, stop_is_due)
+    return StepTotals(loss / run.mesh.tile_size, units, int(n_tiles), save_is_due, stop_is_due)
 
 
 def _losses(run: Run, step: PlannedStep, micro_steps: Iterator[MicroStep]) -> Iterator[tuple[MicroStep, LossOf]]:
@@ -125,13 +126,13 @@ def _key_sharing(run: Run, step: PlannedStep, index: int) -> None:
 
 
 def _micro_step(
-    run: Run, step: MicroStep, weight: float, again: Callable[[], None] | None, loss_of: LossOf | None = None
+    run: Run, step: MicroStep, weight: float, again: Callable[[], None] | None, loss_of: LossOf
 ) -> Computed:
     """Take a micro-step; `again` undoes a first try that ran out of memory."""
     computed: list[Computed] = []
 
     def compute() -> torch.Tensor:
-        computed[:] = [(loss_of or _micro_loss)(run, step)]
+        computed[:] = [loss_of(run, step)]
         return computed[0].loss
 
     # What is not the guard's is the optimizer's: Adam makes its moments in the first step.
@@ -180,8 +181,8 @@ def time_micro_steps(run: Run) -> TimedSteps:
         started = time.perf_counter()
         (bags,) = micro_steps
         read = time.perf_counter()
-        is_cox = run.task is not None and run.task.couples
-        done = _micro_step(run, bags, step_weight(run, step), None, whole_step if is_cox else None)
+        ((bags, loss_of),) = _losses(run, step, iter((bags,)))
+        done = _micro_step(run, bags, step_weight(run, step, step_units(run, step)), None, loss_of)
         done.loss.item()  # waits for the device
         read_s.append(read - started)
         compute_s.append(time.perf_counter() - read)

@@ -145,9 +145,12 @@ def test_a_step_names_what_lies_outside_of_the_second_try(emptied, monkeypatch):
     model = nn.Linear(2, 1)
     run = a_run(model, Full(model.parameters(), lr=0.1))
     computed = Computed(torch.ones(()), 1, None)
-    monkeypatch.setattr(one_step, "_micro_loss", lambda *_: computed._replace(loss=model(torch.ones(1, 2)).sum()))
+
+    def fits(*_):
+        return computed._replace(loss=model(torch.ones(1, 2)).sum())
+
     with pytest.raises(OutOfDeviceMemoryError, match="in the optimizer's step"):
-        one_step._micro_step(run, None, 1.0, again=lambda: None)
+        one_step._micro_step(run, None, 1.0, lambda: None, fits)
 
 
 def test_bags_that_do_not_fit_are_named_where_they_are_copied(emptied):
