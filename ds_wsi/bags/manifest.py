@@ -187,7 +187,7 @@ def parse_manifest(
     uses_splits = labels != "unused"
     slides = tuple(_parse_row(row, table, folder, names, problems, need_slides, uses_splits) for row in table.rows)
     if read is not None:
-        slides = _with_targets(slides, columns, read)
+        slides, columns = _with_targets(slides, columns, read), read.columns
         problems += read.problems if labels != "unused" else []
         problems += _patient_targets(slides, columns)
     problems += repeated_ids([slide.slide_id for slide in slides], [row.place for row in table.rows])

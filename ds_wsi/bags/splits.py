@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from ds_wsi.bags.manifest import SPLITS, Manifest, ManifestError
 from ds_wsi.bags.target_columns import draw_strata
+from ds_wsi.bags.target_parts import targets_apart
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.words import counted
-from ds_wsi.targets.choices import CLASSIFICATION
+from ds_wsi.targets.choices import CLASSIFICATION, SEVERAL
 
 LEVELS = ("patient", "slide")
 
@@ -177,8 +178,10 @@ def _labels_by_patient(manifest: Manifest) -> dict[str, Counter[int]]:
 
 
 def _strata(manifest: Manifest) -> list[int]:
-    """The stratum of each slide in a draw; those without a label are one."""
+    """The stratum of each slide in a draw, of several targets by the first; those without a label are one."""
     slides = manifest.slides
     if manifest.kind == CLASSIFICATION:
         return [-1 if slide.label is None else slide.label for slide in slides]
+    if manifest.kind == SEVERAL:
+        return _strata(targets_apart(manifest)[0])
     return draw_strata(manifest.kind, [slide.target for slide in slides], [slide.patient_id for slide in slides])

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from ds_wsi.bags.manifest import Manifest, SlideEntry
 from ds_wsi.bags.tables.values import SPLITS
+from ds_wsi.bags.target_parts import targets_apart
 from ds_wsi.runtime.log import logger
-from ds_wsi.targets.choices import CLASSIFICATION
+from ds_wsi.targets.choices import CLASSIFICATION, SEVERAL
 
 SHOWN_CLASSES = 30
 
@@ -57,6 +58,8 @@ def cohort_lines(manifest: Manifest, lengths: Sequence[int] = ()) -> list[tuple[
 
 def _target_lines(manifest: Manifest, columns: Mapping[str, Sequence[int]]) -> list[tuple[str, ...]]:
     """What another task's block has beside grades: ranges, events, labels, and slides without a target."""
+    if manifest.kind == SEVERAL:
+        return [line for part in targets_apart(manifest) for line in _part_lines(part, columns)]
     slides, kind = manifest.slides, manifest.kind
     targets = {split: [slides[row].target for row in rows] for split, rows in columns.items()}
     lines: list[tuple[str, ...]] = []
@@ -72,6 +75,19 @@ def _target_lines(manifest: Manifest, columns: Mapping[str, Sequence[int]]) -> l
         lines.append((manifest.columns.names[0], *ranges))
     missing = (sum(not slides[row].is_labelled for row in rows) for rows in columns.values())
     return [*lines, ("no target", *map(str, missing))]
+
+
+def _part_lines(part: Manifest, columns: Mapping[str, Sequence[int]]) -> list[tuple[str, ...]]:
+    """The lines of one of several targets, whose name stands before what is no column."""
+    name = part.columns.name
+    lines: list[tuple[str, ...]] = []
+    if part.kind == "ordinal":
+        for index, grade in enumerate(part.classes[:SHOWN_CLASSES]):
+            lines.append((f"{name} {grade}", *(_count(part.slides, rows, index) for rows in columns.values())))
+    of_target = _target_lines(part, columns)
+    return lines + [
+        (f"{name}: {head}" if head in ("no target", "events") else head, *rest) for head, *rest in of_target
+    ]
 
 
 def class_warnings(manifest: Manifest) -> list[str]:

@@ -1,13 +1,14 @@
 """Targets other than a class: which columns of the table hold them, what their cells say, and what is wrong there."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 from ds_wsi.bags.tables.labels import sorted_labels
 from ds_wsi.bags.tables.read import Table, TableRow
 from ds_wsi.bags.tables.values import number_of, says_missing
-from ds_wsi.targets.choices import CLASSIFICATION
+from ds_wsi.targets.choices import CLASSIFICATION, SEVERAL
 
 # What a cell says whichever the column is, and what it says of the column's own word.
 EVENT_WORDS, CENSORED_WORDS = ("event", "dead", "deceased"), ("censored", "alive", "living")
@@ -27,6 +28,9 @@ class TargetColumns:
         event: column of who had the event, or with `censored` of who had not.
         censored: whether 1 in the column `event` says censored.
         strata: column of the strata, of survival alone; None: one.
+        name: what the target is called among several.
+        classes: the grades of a target among several, in their order; empty: numbers, which sort themselves.
+        parts: the targets, of the kind "several" alone.
     """
 
     kind: str = CLASSIFICATION
@@ -35,13 +39,25 @@ class TargetColumns:
     event: str | None = None
     censored: bool = False
     strata: str | None = None
+    name: str = ""
+    classes: tuple[str, ...] = ()
+    parts: tuple["TargetColumns", ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """The columns of the targets, in their order."""
+        if self.kind == SEVERAL:
+            return tuple(name for part in self.parts for name in part.names)
         if self.kind == "survival":
             return tuple(name for name in (self.time, self.event) if name is not None)
         return self.labels
+
+    @property
+    def places(self) -> "tuple[tuple[TargetColumns, slice], ...]":
+        """Each target, of several or alone, with its places among the values of a slide."""
+        ends = list(accumulate(len(part.names) for part in self.parts))
+        places = [slice(end - len(part.names), end) for part, end in zip(self.parts, ends, strict=True)]
+        return tuple(zip(self.parts, places, strict=True)) or ((self, slice(None)),)
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -56,16 +72,18 @@ class TargetsRead(NamedTuple):
     """What a table's columns hold.
 
     Attributes:
-        classes: grades in their order, or the labels' names.
+        classes: grades in their order, or the labels' names; none of several targets.
         targets: one per row, see `Task`; None in it: an empty cell.
         strata: one per row; None without a column.
         problems: all of all rows.
+        columns: the columns, of several targets with the classes of each.
     """
 
     classes: tuple[str, ...]
     targets: tuple[Target, ...]
     strata: tuple[str | None, ...]
     problems: list[str]
+    columns: TargetColumns
 
 
 def read_targets(table: Table, columns: TargetColumns, classes: Sequence[str] | None) -> TargetsRead:
@@ -76,6 +94,8 @@ def read_targets(table: Table, columns: TargetColumns, classes: Sequence[str] | 
         columns: the columns, of another kind than classification.
         classes: an ordinal's grades in their order; None where they are numbers, which sort themselves.
     """
+    if columns.kind == SEVERAL:
+        return _read_several(table, columns)
     names = _classes(table, columns, classes)
     problems = _order_problems(names, columns, given=bool(classes)) if columns.kind == "ordinal" else []
     targets: list[Target] = []
@@ -94,7 +114,16 @@ def read_targets(table: Table, columns: TargetColumns, classes: Sequence[str] | 
                 f"{columns.strata} must name the stratum, got {stratum!r} ({_place(row)}). HINT: fill it in, or train "
                 "without --strata_column."
             )
-    return TargetsRead(names, tuple(targets), strata, problems)
+    return TargetsRead(names, tuple(targets), strata, problems, columns)
+
+
+def _read_several(table: Table, columns: TargetColumns) -> TargetsRead:
+    """The targets of each row one after the other."""
+    each = [read_targets(table, part, part.classes) for part in columns.parts]
+    targets = tuple(sum(of_row, ()) for of_row in zip(*(read.targets for read in each), strict=True))
+    parts = tuple(replace(part, classes=read.classes) for part, read in zip(columns.parts, each, strict=True))
+    problems = [problem for read in each for problem in read.problems]
+    return TargetsRead((), targets, (None,) * len(targets), problems, replace(columns, parts=parts))
 
 
 def _classes(table: Table, columns: TargetColumns, classes: Sequence[str] | None) -> tuple[str, ...]:
@@ -181,6 +210,15 @@ def patient_target_problems(columns: TargetColumns, targets: Mapping[str, Mappin
         columns: the columns.
         targets: patient -> target -> the slides that have it.
     """
+    if columns.kind == SEVERAL:
+        problems = []
+        for part, columns_of_part in columns.places:
+            of_part: dict[str, dict[Target, list[str]]] = {}
+            for patient, of_patient in targets.items():
+                for target, slides in of_patient.items():
+                    of_part.setdefault(patient, {}).setdefault(target[columns_of_part], []).extend(slides)
+            problems += patient_target_problems(part, of_part)
+        return problems
     if columns.kind != "survival":
         return []
     return [

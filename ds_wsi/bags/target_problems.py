@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from ds_wsi.bags.manifest import Manifest
 from ds_wsi.bags.tables.values import SPLITS
 from ds_wsi.bags.target_columns import Target
+from ds_wsi.bags.target_parts import targets_apart
 from ds_wsi.runtime.log import logger
-from ds_wsi.targets.choices import CLASSIFICATION
+from ds_wsi.targets.choices import CLASSIFICATION, SEVERAL
 
 MOST_CENSORED = 0.9
 
@@ -18,6 +19,8 @@ def split_target_problems(manifest: Manifest) -> list[str]:
     """
     if manifest.kind == CLASSIFICATION:
         return []
+    if manifest.kind == SEVERAL:
+        return [problem for part in targets_apart(manifest) for problem in split_target_problems(part)]
     problems = []
     names = ", ".join(manifest.columns.names)
     for split in SPLITS:

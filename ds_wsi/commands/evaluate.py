@@ -113,10 +113,10 @@ def _write(
 ) -> None:
     """Write what is told of all slides: the report, or without labels their predictions."""
     from ds_wsi.evaluation.results import REPORT, write_predictions, write_results
-    from ds_wsi.evaluation.tasks.answers import TaskAnswers
+    from ds_wsi.evaluation.tasks.several import answers_of
 
     directory, cohort = sharing.folder, sharing.cohort
-    answers = TaskAnswers.of(config)
+    answers = answers_of(config)
     if not any(slide.is_labelled for slide in cohort.manifest.slides):
         write_predictions(directory, cohort, predictions, sharing.known_by, answers)
         return

@@ -147,6 +147,8 @@ def _number(name: str, text: str) -> Any:
 
 def _words_of(task: Mapping[str, Any]) -> set[str]:
     """The columns of predictions.csv that hold words."""
+    if "targets" in task:
+        return {name for target in task["targets"] for name in _words_of(target)}
     column = task["columns"][0]
     grades = {column, f"{column}_predicted"} if task["kind"] == "ordinal" else set()
     return {"slide_id", "patient_id", f"{column}_group", *grades}

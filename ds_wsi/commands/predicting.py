@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.shared import Sharing
     from ds_wsi.models import ModelConfig, SlideModel
+    from ds_wsi.targets.task import Task
 
 MODEL_FILES = ("config.json", "model.safetensors")
 CHECKED_SLIDES, CHECKED_TILES = 8, 64  # of a model of an earlier version
@@ -154,10 +155,20 @@ def model_and_slides(options: argparse.Namespace, split: str, labels: str) -> Mo
 def _columns_of(config: "ModelConfig") -> "TargetColumns":
     """The columns that the model's targets had in its training; the cohort's have the same names."""
     from ds_wsi.bags.target_columns import ONE_CLASS, TargetColumns
+    from ds_wsi.targets.several import SeveralTargets
 
     task = config.target_task
     if task is None:
         return ONE_CLASS
+    if isinstance(task, SeveralTargets):
+        parts = (replace(_columns_of_task(part.task), name=part.name, classes=part.task.classes) for part in task.parts)
+        return TargetColumns(task.kind, (), parts=tuple(parts))
+    return _columns_of_task(task)
+
+
+def _columns_of_task(task: "Task") -> "TargetColumns":
+    from ds_wsi.bags.target_columns import TargetColumns
+
     if task.kind == "survival":
         time, event = task.columns
         return TargetColumns(task.kind, (), time, event, task.censored, task.strata_column)

@@ -21,7 +21,7 @@ from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
 from ds_wsi.evaluation.predict import NormVariant, SlidePrediction, predict_variants, prediction_metrics
 from ds_wsi.evaluation.task_metrics.table import better_number
-from ds_wsi.evaluation.tasks.answers import TaskAnswers
+from ds_wsi.evaluation.tasks.several import Answers
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.norms.policy import CANDIDATES
 from ds_wsi.norms.population import OneValueError
@@ -66,7 +66,7 @@ class NormPlan:
     bags_per_population: int = 1
     resting_epochs: int = 0
     probes: tuple[int, ...] = ()
-    answers: TaskAnswers | None = None
+    answers: Answers | None = None
 
     def of_epoch(self, epoch: int) -> "NormPlan":
         """The plan after this epoch, from 1: while the encoder rests its norms take running statistics."""
@@ -306,7 +306,7 @@ def norm_gap(
     return NormGap(*(sums / n_bags).tolist()) if n_bags else None
 
 
-def _task_gap(answers: TaskAnswers, answered: Sequence[tuple[SlideEntry, list[Tensor]]]) -> NormGap | None:
+def _task_gap(answers: Answers, answered: Sequence[tuple[SlideEntry, list[Tensor]]]) -> NormGap | None:
     """The gap of another task: of the slides' losses together, because they need not be a sum over slides."""
     with_target = [(slide, outputs) for slide, outputs in answered if slide.is_labelled]
     slides = [slide for slide, _ in with_target]

@@ -13,7 +13,8 @@ from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.evaluation.metrics import slide_metrics
 from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
 from ds_wsi.evaluation.protocol import EvaluationProtocol
-from ds_wsi.evaluation.tasks.answers import TaskAnswers, run_outputs
+from ds_wsi.evaluation.tasks.answers import run_outputs
+from ds_wsi.evaluation.tasks.several import Answers
 from ds_wsi.models.encoder import NoEncoder
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.norms.population import OneValueError
@@ -249,7 +250,7 @@ def predict_variants(
 
 
 def prediction_metrics(
-    predictions: Sequence[SlidePrediction], slides: Sequence[SlideEntry], answers: TaskAnswers | None = None
+    predictions: Sequence[SlidePrediction], slides: Sequence[SlideEntry], answers: Answers | None = None
 ) -> dict[str, float]:
     """The loss and the metrics of a split's predictions, keys prefixed with `eval_`; in any order.
 

@@ -23,7 +23,8 @@ from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.report import TaskPart, write_report
 from ds_wsi.evaluation.tasks.answers import TaskAnswers, run_outputs
 from ds_wsi.evaluation.tasks.files import TaskScores, draw_pictures, prediction_rows, write_rows
-from ds_wsi.evaluation.tasks.sections import task_sections
+from ds_wsi.evaluation.tasks.sections import predictions_section, task_sections
+from ds_wsi.evaluation.tasks.several import Answers
 from ds_wsi.runtime.files import atomic_path, json_number, write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress
@@ -58,7 +59,7 @@ def write_results(
     changed: Mapping[str, Any] | None = None,
     tell: Callable[[str], object] = logger.info,
     made_of: Callable[[int], str] = lambda row: "",
-    answers: TaskAnswers | None = None,
+    answers: Answers | None = None,
 ) -> dict[str, MetricInterval]:
     """Write everything about a set of predictions below `directory`, and return the metrics with their intervals.
 
@@ -100,7 +101,7 @@ def write_results(
 
 
 def _told(
-    cohort: Cohort, predictions: Sequence[SlidePrediction], seed: int, answers: TaskAnswers | None
+    cohort: Cohort, predictions: Sequence[SlidePrediction], seed: int, answers: Answers | None
 ) -> "tuple[_Scores | TaskScores, list[dict[str, Any]]]":
     """The metrics, and the rows of predictions.csv."""
     if answers is not None:
@@ -117,7 +118,7 @@ def _written(
     cohort: Cohort,
     predictions: Sequence[SlidePrediction],
     rows: list[dict[str, Any]],
-    answers: TaskAnswers | None,
+    answers: Answers | None,
     split: str,
 ) -> TaskPart | None:
     """Write predictions.csv; of another task than classification its pictures too, and what the report shows."""
@@ -126,12 +127,19 @@ def _written(
         return None
     write_rows(directory / "predictions.csv", rows)
     slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
-    sections = task_sections(answers, slides, rows, *draw_pictures(directory, answers, slides, rows, split))
+    sections = []
+    if isinstance(answers, TaskAnswers):
+        sections += task_sections(answers, slides, rows, *draw_pictures(directory, answers, slides, rows, split))
+    else:
+        for part in answers.parts(slides, []):
+            drawn = draw_pictures(directory, part.answers, part.slides, rows, split, f"{part.name}_")
+            sections += task_sections(part.answers, part.slides, rows, *drawn, target=part.name)
+    sections.append(predictions_section(rows))
     return TaskPart(sections, sum(slide.is_labelled for slide in slides))
 
 
 def _task_rows(
-    cohort: Cohort, predictions: Sequence[SlidePrediction], outputs: Sequence[torch.Tensor], answers: TaskAnswers
+    cohort: Cohort, predictions: Sequence[SlidePrediction], outputs: Sequence[torch.Tensor], answers: Answers
 ) -> list[dict[str, Any]]:
     rows, n_tiles = [one.slide for one in predictions], [len(one.kept) for one in predictions]
     return prediction_rows(answers, cohort, rows, outputs, n_tiles)
@@ -212,7 +220,7 @@ def write_predictions(
     cohort: Cohort,
     predictions: Sequence[SlidePrediction],
     made_of: Callable[[int], str] = lambda row: "",
-    answers: TaskAnswers | None = None,
+    answers: Answers | None = None,
 ) -> None:
     """Write what can be told of slides without labels: predictions.csv, without the column label, and heat maps."""
     path = directory / "predictions.csv"

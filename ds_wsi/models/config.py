@@ -19,9 +19,9 @@ from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.models.weights_file import WeightsFileError, read_weights, require_finite, save_weights
 from ds_wsi.norms.policy import EVALUATION, TRAINING
 from ds_wsi.runtime.files import read_object, write_json
-from ds_wsi.targets.task import Task
+from ds_wsi.targets.several import AnyTask, task_from_json
 
-VERSION = 6
+VERSION = 7
 NORMS_SINCE = 4
 NEW_IN: dict[int, dict[str, Any]] = {
     2: {"in_dim": None, "encoder_features": "pooled", "encoder_options": {}},
@@ -29,6 +29,7 @@ NEW_IN: dict[int, dict[str, Any]] = {
     4: {"norm_training": "bag", "norm_evaluation": "running"},  # older models were exported so, whatever they trained
     5: {"fixed_norms": []},  # they were evaluated as if all norms had trained alike
     6: {"task": {}},  # classification was the only one
+    7: {},  # one target was the most: the task's kind "several" is new
 }
 
 
@@ -63,7 +64,8 @@ class ModelConfig:
         norm_training: what the encoder's BatchNorm averaged over in training, of a `NormPolicy`, and not "auto".
         norm_evaluation: what it averages over in evaluation; "recalibrated" statistics are in the weights.
         fixed_norms: the encoder's norms that kept their running statistics in training, and keep them in evaluation.
-        task: empty: classification. Else `Task.to_json`'s values, and what was fitted on the run's own splits.
+        task: empty: classification. Else `Task.to_json`'s values, or `SeveralTargets.to_json`'s, and what was fitted on
+            the run's own splits.
     """
 
     encoder: str | None
@@ -135,9 +137,9 @@ class ModelConfig:
         )
 
     @property
-    def target_task(self) -> Task | None:
+    def target_task(self) -> AnyTask | None:
         """The task, where it is another than classification."""
-        return Task.from_json(self.task, self.classes) if self.task else None
+        return task_from_json(self.task, self.classes)
 
     @property
     def tile_size_px(self) -> int:

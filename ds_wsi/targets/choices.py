@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-CLASSIFICATION = "classification"
+CLASSIFICATION, SEVERAL = "classification", "several"
 # Kind of task -> its losses; the first is taken where none is asked for.
 LOSSES_OF: Mapping[str, tuple[str, ...]] = {
     CLASSIFICATION: ("ce",),
@@ -11,6 +11,6 @@ LOSSES_OF: Mapping[str, tuple[str, ...]] = {
     "multilabel": ("bce",),
     "survival": ("nll", "cox"),
 }
-KINDS = tuple(LOSSES_OF)
+KINDS = (*LOSSES_OF, SEVERAL)
 ALL_LOSSES = tuple(loss for losses in LOSSES_OF.values() for loss in losses)
 TIES = ("efron", "breslow")

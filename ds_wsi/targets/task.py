@@ -91,6 +91,13 @@ class Task:
         return self.bins.n_bins if self.loss == "nll" else 1
 
     @property
+    def n_outputs(self) -> int:
+        """Numbers per bag that leave the model: a cumulative link's cuts are among them, see `OrdinalAnswer`."""
+        if self.loss == "coral":
+            return len(self.classes) - 1
+        return len(self.classes) if self.loss == "link" else self.aggregator_outputs
+
+    @property
     def couples(self) -> bool:
         """Whether the loss couples the step's bags, so that it is no sum over them."""
         return self.loss == "cox"

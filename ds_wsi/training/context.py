@@ -17,7 +17,7 @@ from ds_wsi.engines.accelerator.engine import (
 from ds_wsi.models import ModelConfig, SlideModel
 from ds_wsi.runtime.forwards import Handle
 from ds_wsi.stacking.host_tiles import HostStacks
-from ds_wsi.targets.task import Task
+from ds_wsi.targets.several import AnyTask
 from ds_wsi.tile_parallel import TileMesh
 from ds_wsi.tile_parallel.shard import SharedForward
 from ds_wsi.training.settings import TrainSettings
@@ -64,7 +64,7 @@ class RunContext:
     reads_host_tiles: bool
     comm: CommHandle | None = None
     checkpoint: Path | None = None
-    task: Task | None = None
+    task: AnyTask | None = None
     made_of: dict[str, Any] = field(default_factory=dict)
 
     @property

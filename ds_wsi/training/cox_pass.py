@@ -20,6 +20,7 @@ from ds_wsi.runtime.seeding import generator_states, set_generator_states
 from ds_wsi.targets.cox import CoxStep, check_cox_steps, cox_step, cox_surrogate, few_events_chance
 from ds_wsi.targets.sums import connected_zero
 from ds_wsi.targets.survival_table import gather_table
+from ds_wsi.targets.task import Task
 from ds_wsi.training.context import RunContext
 from ds_wsi.training.epoch_plan import PlannedStep, epoch_plan
 from ds_wsi.training.micro_loss import Computed, blank_of, micro_output, nothing_seen, seen_of
@@ -108,7 +109,7 @@ def _own_scores(step: MicroStep, output: SlideOutput) -> Tensor:
 
 def _gradient(run: Run, scores: Tensor, bags: list[Bag]) -> tuple[CoxStep, Tensor]:
     """The whole step's loss, and the gradient of this process's scores. Collective over the groups that have bags."""
-    assert run.task is not None
+    assert isinstance(run.task, Task)
     slides = run.cohort.manifest.slides
     rows = [bag.slide for bag in bags]
     numbers = stratum_numbers(run)

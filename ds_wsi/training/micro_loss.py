@@ -1,6 +1,6 @@
 """A micro-step's forward and its loss on this process: of classes, and of other tasks that are sums over bags."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from ds_wsi.runtime.errors import naming
 from ds_wsi.runtime.words import counted
 from ds_wsi.stacking.randomness import bag_randomness
 from ds_wsi.targets.denominators import target_factor
+from ds_wsi.targets.several import SeveralTargets
 from ds_wsi.targets.sums import connected_zero
 from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
 from ds_wsi.training.context import RunContext
@@ -40,19 +41,29 @@ class Computed(NamedTuple):
     told: Tensor | None = None
 
 
-def step_units(run: RunContext, step: PlannedStep) -> int:
-    """What the step's loss is divided by: its bags, or the labelled units of another task; of cox its events.
+class StepUnits(NamedTuple):
+    """What a step's loss is divided by, known from the plan and the manifest on every process.
 
-    Known from the plan and the manifest, on every process, without communication.
+    Attributes:
+        total: bags, or the labelled units of another task; of cox the events.
+        factors: one on the sum of each of several targets, see `SeveralTargets.factors`; else none.
     """
+
+    total: int
+    factors: tuple[float, ...] = ()
+
+
+def step_units(run: RunContext, step: PlannedStep) -> StepUnits:
+    """What the step's loss is divided by: counted once per step, without communication."""
     if run.task is None:
-        return step.plan.n_bags
+        return StepUnits(step.plan.n_bags)
     rows = run.cohort.rows("train")
     slides = [rows[slide] for groups in step.plan.micro_steps for group in groups for slide in group]
     targets = run.task.targets([run.cohort.manifest.slides[slide].target for slide in slides])
     if run.task.couples:
-        return int((targets[:, 1] == 1).sum())
-    return run.task.units(targets)
+        return StepUnits(int((targets[:, 1] == 1).sum()))
+    factors = run.task.factors(targets) if isinstance(run.task, SeveralTargets) else ()
+    return StepUnits(run.task.units(targets), factors)
 
 
 def step_weight(run: RunContext, step: PlannedStep, units: int) -> float:
@@ -64,8 +75,14 @@ def step_weight(run: RunContext, step: PlannedStep, units: int) -> float:
     return target_factor(1 if run.task.couples else units, groups, micro_steps)
 
 
-def micro_loss(run: Run, step: MicroStep) -> Computed:
-    """The sum of the losses of a micro-step's bags, with its graph. Collective, as the model's forward is."""
+def micro_loss(run: Run, step: MicroStep, factors: Sequence[float] = ()) -> Computed:
+    """The sum of the losses of a micro-step's bags, with its graph. Collective, as the model's forward is.
+
+    Args:
+        run: the run that takes the step.
+        step: the micro-step's bags.
+        factors: those of several targets, see `StepUnits`.
+    """
     if not step.bags:
         blank = blank_of(run)
         zero = idle_loss(run.model, blank) if run.task is None else connected_zero(idle_output(run.model, blank).logits)
@@ -73,9 +90,12 @@ def micro_loss(run: Run, step: MicroStep) -> Computed:
     output = micro_output(run, step)
     if run.task is not None:
         targets = targets_of(run, step).to(output.logits.device, non_blocking=True)
-        return Computed(
-            run.task.loss_sum(output.logits, targets), sum(map(len, step.tiles)), seen_of(run, step, output)
+        loss = (
+            run.task.loss_sum(output.logits, targets, factors)
+            if isinstance(run.task, SeveralTargets)
+            else run.task.loss_sum(output.logits, targets)
         )
+        return Computed(loss, sum(map(len, step.tiles)), seen_of(run, step, output))
     labels = on_device([run.cohort.manifest.slides[bag.slide].class_index for bag in step.bags], run.device)
     chosen = run.settings.optim.class_weights
     weights = None if chosen is None else torch.tensor(chosen, device=run.device)[labels]

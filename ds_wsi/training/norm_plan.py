@@ -7,7 +7,7 @@ from ds_wsi.bags.bag import BagPart
 from ds_wsi.bags.sampler import choose_tiles
 from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.evaluation.norm_choice import NormPlan, candidates_of
-from ds_wsi.evaluation.tasks.answers import TaskAnswers
+from ds_wsi.evaluation.tasks.several import answers_of
 from ds_wsi.norms import batch_norms
 from ds_wsi.training.context import RunContext
 
@@ -59,7 +59,7 @@ def norm_plan(run: RunContext) -> NormPlan:
         training=training,
         candidates=names,
         metric=run.best_metric.removeprefix("eval_"),
-        answers=None if run.task is None else TaskAnswers.of(run.config),
+        answers=None if run.task is None else answers_of(run.config),
         rows=rows,
         split=split,
         recalibration=_parts(run, train, policy.recalibration_tiles) if "recalibrated" in names else (),

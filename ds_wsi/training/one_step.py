@@ -21,7 +21,7 @@ from ds_wsi.training.finite import (
     weights_are_finite,
     weights_seem_finite,
 )
-from ds_wsi.training.micro_loss import Computed, step_units, step_weight
+from ds_wsi.training.micro_loss import Computed, StepUnits, step_units, step_weight
 from ds_wsi.training.micro_loss import micro_loss as _micro_loss
 from ds_wsi.training.micro_step import MicroStep
 from ds_wsi.training.out_of_memory import naming_no_memory, with_retry
@@ -79,8 +79,8 @@ def train_step(
     loss_sum, tiles = torch.zeros((), device=run.device), 0
     seen: list[BagsAndLosses] = []
     units = step_units(run, step)
-    weight, again = step_weight(run, step, units), partial(_start_again, run, step) if alone else None
-    for index, (bags, loss_of) in enumerate(_losses(run, step, micro_steps)):
+    weight, again = step_weight(run, step, units.total), partial(_start_again, run, step) if alone else None
+    for index, (bags, loss_of) in enumerate(_losses(run, step, micro_steps, units)):
         _key_sharing(run, step, index)
         done = _micro_step(run, bags, weight, again, loss_of)
         loss_sum += done.loss if done.told is None else done.told
@@ -89,7 +89,7 @@ def train_step(
     if run.average is not None:
         run.average.update(run.module)
     meanwhile()
-    return _totals(run, step, units, loss_sum, tiles, seen)
+    return _totals(run, step, units.total, loss_sum, tiles, seen)
 
 
 def _totals(
@@ -111,11 +111,14 @@ def _totals(
     return StepTotals(loss / run.mesh.tile_size, units, int(n_tiles), save_is_due, stop_is_due)
 
 
-def _losses(run: Run, step: PlannedStep, micro_steps: Iterator[MicroStep]) -> Iterator[tuple[MicroStep, LossOf]]:
+def _losses(
+    run: Run, step: PlannedStep, micro_steps: Iterator[MicroStep], units: StepUnits
+) -> Iterator[tuple[MicroStep, LossOf]]:
     """The step's micro-steps, each with what computes its loss."""
     if run.task is not None and run.task.couples:
         return cox_losses(run, step, micro_steps, partial(_key_sharing, run, step))
-    return ((bags, _micro_loss) for bags in micro_steps)
+    loss_of = partial(_micro_loss, factors=units.factors)
+    return ((bags, loss_of) for bags in micro_steps)
 
 
 def _key_sharing(run: Run, step: PlannedStep, index: int) -> None:
@@ -181,8 +184,9 @@ def time_micro_steps(run: Run) -> TimedSteps:
         started = time.perf_counter()
         (bags,) = micro_steps
         read = time.perf_counter()
-        ((bags, loss_of),) = _losses(run, step, iter((bags,)))
-        done = _micro_step(run, bags, step_weight(run, step, step_units(run, step)), None, loss_of)
+        units = step_units(run, step)
+        ((bags, loss_of),) = _losses(run, step, iter((bags,)), units)
+        done = _micro_step(run, bags, step_weight(run, step, units.total), None, loss_of)
         done.loss.item()  # waits for the device
         read_s.append(read - started)
         compute_s.append(time.perf_counter() - read)

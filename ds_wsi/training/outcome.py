@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.sampler import deal_by_cost
 from ds_wsi.bags.slide_policy import skipped_words, tell_skipped
 from ds_wsi.engines.accelerator.engine import CommHandle, broadcast_object_list, gather_object
@@ -20,8 +21,9 @@ from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.record import RunFolderError, RunRecord, read_metrics
 from ds_wsi.evaluation.results import REPORT, write_results
 from ds_wsi.evaluation.task_metrics.table import better_number
-from ds_wsi.evaluation.tasks.answers import TaskAnswers, run_outputs
-from ds_wsi.evaluation.tasks.fitted import KEY, fitted_on, splits_fitted_on
+from ds_wsi.evaluation.tasks.answers import run_outputs
+from ds_wsi.evaluation.tasks.fitted import KEY
+from ds_wsi.evaluation.tasks.several import Answers, answers_of, fit_answers, splits_of
 from ds_wsi.models import ModelConfig, SlideModel, build_model, load_model, save_model
 from ds_wsi.models.weights_file import read_weights
 from ds_wsi.norms.policy import CANDIDATES, POPULATIONS
@@ -171,22 +173,25 @@ def finish(run: Run, started: float) -> dict[str, Any]:
     return {"output_dir": str(run.output_dir), "metrics": intervals, "seconds": seconds}
 
 
-def _fit_answers(run: Run, model: SlideModel, config: ModelConfig) -> TaskAnswers | None:
+def _fit_answers(run: Run, model: SlideModel, config: ModelConfig) -> Answers | None:
     """Fit what a task's answers need on the run's own splits, and keep it in config.json; None of classification.
 
     Collective: every rank predicts a share of the split.
     """
-    answers = TaskAnswers.of(config)
-    split = None if answers is None else splits_fitted_on(answers.task)
-    if answers is None or split is None or not run.cohort.rows(split):
+    answers = answers_of(config)
+    outputs: dict[str, torch.Tensor] = {}
+    slides: dict[str, list[SlideEntry]] = {}
+    for split in () if answers is None else splits_of(answers):
+        if run.cohort.rows(split):
+            predictions = _predict(run, model, split)
+            (outputs[split],) = run_outputs([prediction.run_logits[:1] for prediction in predictions])
+            slides[split] = [run.cohort.manifest.slides[prediction.slide] for prediction in predictions]
+    if answers is None or not outputs:
         return answers
-    predictions = _predict(run, model, split)
-    (outputs,) = run_outputs([prediction.run_logits[:1] for prediction in predictions])
-    slides = [run.cohort.manifest.slides[prediction.slide] for prediction in predictions]
-    fitted = fitted_on(answers.fitted, answers.task, {split: outputs}, {split: slides})
+    answers = fit_answers(answers, outputs, slides)
     if run.accelerator.is_main_process:
-        replace(config, task={**config.task, KEY: fitted.to_json()}).write(run.output_dir / "config.json")
-    return replace(answers, fitted=fitted)
+        replace(config, task={**config.task, KEY: answers.fitted_json()}).write(run.output_dir / "config.json")
+    return answers
 
 
 def is_finished(run: Run) -> bool:

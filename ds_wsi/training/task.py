@@ -6,14 +6,16 @@ from typing import Any
 
 from ds_wsi.bags.manifest import Manifest, ManifestError
 from ds_wsi.bags.target_columns import TargetColumns
+from ds_wsi.bags.target_parts import targets_apart
 from ds_wsi.bags.target_problems import split_target_problems
-from ds_wsi.evaluation.task_metrics.table import METRICS, default_metric
+from ds_wsi.evaluation.task_metrics.table import MEAN, METRICS, default_metric, of_target
 from ds_wsi.evaluation.tasks.fitted import KEY, before_training
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.demo_targets import TARGETS_DEMO, TIME_UNIT
-from ds_wsi.targets.choices import LOSSES_OF
+from ds_wsi.targets.choices import LOSSES_OF, SEVERAL
+from ds_wsi.targets.several import AnyTask, SeveralTargets
 from ds_wsi.targets.task import Task, fitted_task
-from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.settings import TaskSettings, TrainSettings
 
 # Of the demo cohort that has targets.
 DEMO_COLUMNS: Mapping[str, TargetColumns] = {
@@ -27,9 +29,23 @@ DEMO_COLUMNS: Mapping[str, TargetColumns] = {
 def target_columns(settings: TrainSettings) -> TargetColumns:
     """The columns that the settings name; of the demo its own where they name none."""
     columns = settings.task.columns
-    if settings.data.manifest is not None or settings.task.is_classes or settings.task.names_columns:
+    if columns.parts:
+        return replace(columns, parts=tuple(_with_said(part, settings) for part in columns.parts))
+    if settings.data.manifest is not None or settings.task.is_classes:
         return columns
-    return replace(DEMO_COLUMNS[columns.kind], strata=columns.strata)
+    return columns if settings.task.names_columns else _of_demo(columns)
+
+
+def _with_said(part: TargetColumns, settings: TrainSettings) -> TargetColumns:
+    """One of several targets with what other options say of it: a grade's order, columns of the demo's survival."""
+    if part.kind == "ordinal":
+        return replace(part, classes=settings.data.classes or ())
+    is_bare = part.kind == "survival" and not part.names and settings.data.manifest is None
+    return _of_demo(part) if is_bare else part
+
+
+def _of_demo(columns: TargetColumns) -> TargetColumns:
+    return replace(DEMO_COLUMNS[columns.kind], strata=columns.strata, name=columns.name)
 
 
 def require_task_settings(settings: TrainSettings) -> None:
@@ -39,17 +55,21 @@ def require_task_settings(settings: TrainSettings) -> None:
         ValueError: names the option and what it may be.
     """
     task, kind = settings.task, settings.task.task
-    if task.chosen_loss not in LOSSES_OF[kind]:
+    if kind == SEVERAL:
+        _require_several(settings)
+    elif task.chosen_loss not in LOSSES_OF[kind]:
         raise ValueError(
             f"--loss of --task {kind} must be one of {', '.join(LOSSES_OF[kind])}, got {task.chosen_loss}. HINT: leave "
             "it out, or give another --task."
         )
-    names = [metric.name for metric in METRICS[kind]]
+    names = metric_names(task)
     if chosen_metric(settings) not in names:
         raise ValueError(
             f"--metric_for_best_model must be one of {', '.join(names)}"
             f"{'' if task.is_classes else f' with --task {kind}'}, got {settings.run.metric_for_best_model!r}"
         )
+    if task.targets and kind != SEVERAL:
+        raise ValueError(f"--targets must be given without --task, got --task {kind}. HINT: leave one of them out.")
     if task.is_classes:
         if len(task.label_column) > 1:
             raise ValueError(
@@ -77,6 +97,44 @@ def require_task_settings(settings: TrainSettings) -> None:
         )
 
 
+def _require_several(settings: TrainSettings) -> None:
+    task, targets = settings.task, settings.task.asked_targets
+    if task.loss is not None:
+        raise ValueError(
+            f"--loss must be given with one target, got {task.loss} and --task {SEVERAL}. HINT: a target's KIND can be "
+            "a loss, such as grade:corn; cox couples the slides of a step, and is trained alone."
+        )
+    if task.label_column:
+        raise ValueError(
+            f"--label_column must be given with one target, got {', '.join(task.label_column)} and --task {SEVERAL}. "
+            "HINT: --targets names the columns."
+        )
+    if len(targets) < 2:
+        raise ValueError(
+            f"--targets must be two or more, got {', '.join(task.targets) or 'none'}. HINT: one target is asked by "
+            "--task and --label_column."
+        )
+    if sum(target.kind == "survival" for target in targets) > 1:
+        raise ValueError(
+            f"--targets must have one survival at most, got {', '.join(task.targets)}. HINT: --time_column is of one."
+        )
+    if settings.data.classes and sum(target.kind == "ordinal" for target in targets) != 1:
+        raise ValueError(
+            f"--classes must be given with one ordinal target, got {', '.join(task.targets)}. HINT: numbers sort "
+            "themselves: write the grades of the others as numbers."
+        )
+    columns = target_columns(settings)
+    SeveralTargets.require_names([target.name for target in targets], columns.names)
+
+
+def metric_names(task: TaskSettings) -> list[str]:
+    """The metrics that can choose a task's epoch; of several targets TARGET.METRIC, and the mean of their first."""
+    if task.task != SEVERAL:
+        return [metric.name for metric in METRICS[task.task]]
+    each = [(target.name, metric) for target in task.asked_targets for metric in METRICS[target.kind]]
+    return [MEAN, *(of_target(name, metric.name) for name, metric in each if metric.higher_is_better is not None)]
+
+
 def _require_columns(settings: TrainSettings) -> None:
     task, columns = settings.task, target_columns(settings)
     if task.event_column and task.censorship_column:
@@ -89,11 +147,12 @@ def _require_columns(settings: TrainSettings) -> None:
             f"--demo must be {TARGETS_DEMO} for --task {columns.kind}, got {settings.data.demo}, which has classes "
             f"alone. HINT: --demo {TARGETS_DEMO}, or --manifest with a cohort of yours."
         )
-    if columns.kind == "survival":
-        if columns.time is None or columns.event is None:
+    survival = [part for part, _ in columns.places if part.kind == "survival"]
+    if survival:
+        if survival[0].time is None or survival[0].event is None:
             raise ValueError(
                 "--task survival must be given --time_column, and --event_column or --censorship_column, got "
-                f"{', '.join(columns.names) or 'none'}. HINT: --event_column where 1 means that the event came, "
+                f"{', '.join(survival[0].names) or 'none'}. HINT: --event_column where 1 means that the event came, "
                 "--censorship_column where 1 means censored: which is which is not guessed."
             )
         return
@@ -107,10 +166,12 @@ def _require_columns(settings: TrainSettings) -> None:
 def chosen_metric(settings: TrainSettings) -> str:
     """The validation metric that chooses the epoch; of another task than classification its own in auc's place."""
     name, task = settings.run.metric_for_best_model, settings.task
-    return name if task.is_classes or name != "auc" else default_metric(task.task).name
+    if task.is_classes or name != "auc":
+        return name
+    return MEAN if task.task == SEVERAL else default_metric(task.task).name
 
 
-def asked_task(settings: TrainSettings, manifest: Manifest) -> Task | None:
+def asked_task(settings: TrainSettings, manifest: Manifest) -> AnyTask | None:
     """The task with what it takes of the training split; None of classification.
 
     Raises:
@@ -120,16 +181,26 @@ def asked_task(settings: TrainSettings, manifest: Manifest) -> Task | None:
     if settings.task.is_classes:
         return None
     require_split_targets(manifest)
+    if settings.task.task == SEVERAL:
+        asked, apart = settings.task.asked_targets, targets_apart(manifest)
+        tasks = [_fitted(settings, part, target.loss) for part, target in zip(apart, asked, strict=True)]
+        names, weights = zip(*((target.name, target.weight) for target in asked), strict=True)
+        return SeveralTargets(names, tuple(tasks), weights)
+    return _fitted(settings, manifest, settings.task.chosen_loss)
+
+
+def _fitted(settings: TrainSettings, manifest: Manifest, loss: str) -> Task:
+    """The task of a cohort with one target, with what it takes of the training split."""
     given, columns = settings.task, manifest.columns
     of_demo = settings.data.manifest is None
     task = Task(
         columns.kind,
-        given.chosen_loss,
+        loss,
         columns.names,
         manifest.classes,
         censored=columns.censored,
         strata_column=columns.strata,
-        log1p=given.log1p,
+        log1p=given.log1p and columns.kind == "regression",
         alpha=given.nll_alpha,
         ties=given.ties,
         time_unit=given.time_unit or (TIME_UNIT if of_demo and columns.kind == "survival" else ""),
@@ -161,8 +232,10 @@ def require_split_targets(manifest: Manifest) -> None:
         raise ManifestError(manifest.source, problems)
 
 
-def task_words(task: Task) -> str:
+def task_words(task: AnyTask) -> str:
     """A task in a line: what is asked, by which loss, with what was taken of the training split."""
+    if isinstance(task, SeveralTargets):
+        return " | ".join(f"{part.name} (weight {part.weight:g}): {task_words(part.task)}" for part in task.parts)
     words = [f"{task.kind} of {', '.join(task.columns)}, loss {task.loss}"]
     if task.kind == "ordinal":
         words.append(" < ".join(task.classes))
@@ -193,4 +266,11 @@ def task_config(settings: TrainSettings, manifest: Manifest) -> dict[str, Any]:
     task = asked_task(settings, manifest)
     if task is None:
         return {}
+    if isinstance(task, SeveralTargets):
+        apart = targets_apart(manifest)
+        before = {
+            part.name: before_training(part.task, of_part.in_split("train")).to_json()
+            for part, of_part in zip(task.parts, apart, strict=True)
+        }
+        return {**task.to_json(), KEY: before}
     return {**task.to_json(), KEY: before_training(task, manifest.in_split("train")).to_json()}

@@ -82,7 +82,7 @@ def settings_of(folder: Path, name: str, task: dict, layout: dict, dropout: floa
             manifest=str(folder / "cohort.csv"),
             features_dir=str(folder / "features"),
             tiles_dir=str(folder / "tiles"),
-            classes=GRADES if task["task"] == "ordinal" else None,
+            classes=GRADES if task["task"] in ("ordinal", "several") else None,
         ),
         ModelSettings(aggregator="gated_abmil", dropout=dropout),
         OptimSettings(

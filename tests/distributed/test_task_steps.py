@@ -20,6 +20,11 @@ TASKS = {
     **{loss: {**ORDINAL, "loss": loss} for loss in ("bits", "corn", "coral", "link")},
     "bce": {"task": "multilabel", "label_column": ("a", "b"), "pos_weight": "balanced"},
     "nll": {**SURVIVAL, "nll_alpha": 0.3, "time_bins": 3},
+    "several": {
+        **{**SURVIVAL, "task": "several", "nll_alpha": 0.3, "time_bins": 3},
+        "targets": ("score:huber:2", "grade:corn", "a:bce:0.5", "os:nll"),
+    },
+    "of_grades": {"task": "several", "targets": ("grade:link", "b:bce:3", "score:mse")},
     "efron": COX,
     "breslow": {**COX, "ties": "breslow", "strata_column": "center"},
     "no_event": {**COX, "event_column": "early"},  # the second step's slides have none
@@ -28,12 +33,19 @@ TASKS = {
 STACKED, ALONE = {"slides": 2, "micro_steps": 3}, {"slides": 6}
 DEALT = {"stacking": {"bags_per_step": 7, "virtual_workers": 2}}
 RAGGED = {"micro_steps": 3}
-ONE = [(name, STACKED, 0.0) for name in ("huber", "corn", "link", "bce", "nll", "efron")]
+ONE = [(name, STACKED, 0.0) for name in ("huber", "corn", "link", "bce", "nll", "efron", "several")]
 ONE += [("efron", ALONE, 0.3), ("efron", STACKED, 0.3), ("breslow", DEALT, 0.0), ("no_event", STACKED, 0.0)]
 TWO = [(name, RAGGED, 0.0) for name in TASKS if name not in ("no_event", "mae", "mse")]
 TWO += [("efron", {"slides": 3}, 0.3), ("efron", RAGGED, 0.3), ("breslow", DEALT, 0.0), ("huber", DEALT, 0.0)]
 SHARED = {"slides": 2, "micro_steps": 3, "tile_parallel": {"size": 2}}
-TWO += [(name, SHARED, 0.0) for name in ("efron", "link", "nll")]
+TWO += [(name, SHARED, 0.0) for name in ("efron", "link", "nll", "several")]
+TWO += [("several", DEALT, 0.0)]
+# All losses, in 1 to 3 stacks of a step on each of 4 ranks, and accumulated.
+FOUR = [(name, {"micro_steps": 2}, 0.0) for name in TASKS if name != "no_event"]
+FOUR += [(name, {"slides": 3}, 0.0) for name in ("huber", "corn", "bce", "nll", "efron", "several")]
+FOUR += [(name, {"slides": 1, "micro_steps": 3}, 0.3) for name in ("link", "breslow", "several")]
+FOUR += [(name, {"stacking": {"bags_per_step": 11, "virtual_workers": 3}}, 0.0) for name in ("efron", "several")]
+FOUR += [(name, {**SHARED, "slides": 1}, 0.0) for name in ("efron", "several")]
 # In one process FSDP2 comes before DeepSpeed, which leaves its mark in the environment.
 ENGINES = (("efron", "fsdp"), ("link", "fsdp"), ("efron", "zero2"), ("efron", "zero3"), ("link", "zero3"))
 SHARDED = [(name, {"micro_steps": 3, "engine": engine}, 0.0) for name, engine in ENGINES]
@@ -42,12 +54,19 @@ IN_FLOAT32 = 2e-5
 
 def targets_of(folder, task, slides):
     rows = [table_of(folder)[k] for k in slides]
+    if task["task"] == "several":
+        columns = [("months", "event") if word == "os:nll" else (word.split(":")[0],) for word in task["targets"]]
+        return [[tuple(_value(name, row[name]) for name in names) for names in columns] for row in rows]
     columns = {"regression": ["score"], "ordinal": ["grade"], "multilabel": ["a", "b"]}.get(task["task"])
     if columns is None:
         return [(number(row["months"]), number(row[task["event_column"]])) for row in rows]
     if columns == ["grade"]:
         return [(float(GRADES.index(row["grade"])) if row["grade"] else math.nan,) for row in rows]
     return [tuple(number(row[name]) for name in columns) for row in rows]
+
+
+def _value(name, text):
+    return number(text) if name != "grade" else float(GRADES.index(text)) if text else math.nan
 
 
 def plain_cox(theta, targets, strata, ties):
@@ -74,8 +93,8 @@ def plain_terms(name, z, target, scale):
         huber = error**2 / 2 if abs(error.item()) < 1 else error.abs() - 0.5
         return [] if math.isnan(y) else [{"huber": huber, "mse": error**2, "mae": error.abs()}[name]]
     if name == "bce":
-        weights, pairs = scale["pos_weight"], zip(z, target, scale["pos_weight"], strict=True)
-        assert len(weights) == 2
+        assert scale["pos_weight"] is None or len(scale["pos_weight"]) == 2
+        pairs = zip(z, target, scale["pos_weight"] or [1.0], strict=True)
         return [
             -weight * t * p.sigmoid().log() - (1 - t) * (1 - p.sigmoid()).log()
             for p, t, weight in pairs
@@ -117,6 +136,8 @@ def plain_loss(folder, name, step, number_of_step):
             for z, its in zip(outputs, targets, strict=True)
         ]
         return model, loss, sum(each) / len(each)
+    if task["task"] == "several":
+        return model, *plain_several(step, outputs, [targets_of(folder, task, stack) for stack in stacks])
     scale = step["config"]["task"]
     terms = [
         [
@@ -129,6 +150,28 @@ def plain_loss(folder, name, step, number_of_step):
     flat = [term for part in terms for term in part]
     each = [sum(part) / len(part) if part else outputs[0].sum() * 0 for part in terms]
     return model, sum(flat) / len(flat), sum(each) / len(each)
+
+
+def plain_several(step, outputs, targets):
+    """Sum the targets' means over their terms of the whole step, times their weights; and over those of each stack."""
+    total, wrong, first = 0.0, 0.0, 0
+    for index, entry in enumerate(step["config"]["task"]["targets"]):
+        width = {"corn": 2, "link": 3, "nll": len(entry["borders"]) + 1}.get(entry["loss"], 1)
+        columns = slice(first, first + width)
+        first += width
+        terms = [
+            [
+                term
+                for z, target in zip(out, of_stack, strict=True)
+                for term in plain_terms(entry["loss"], z[columns], target[index], entry)
+            ]
+            for out, of_stack in zip(outputs, targets, strict=True)
+        ]
+        flat = [term for part in terms for term in part]
+        total = total + entry["weight"] * (sum(flat) / len(flat) if flat else outputs[0].sum() * 0)
+        each = [sum(part) / len(part) if part else outputs[0].sum() * 0 for part in terms]
+        wrong = wrong + entry["weight"] * sum(each) / len(each)
+    return total, wrong
 
 
 def gradient_of(model, loss):
@@ -198,6 +241,17 @@ def check_two_ranks(cohort, cases, prefix, tolerance):
 
 def test_two_ranks_in_stacks_are_one_process(cohort):
     check_two_ranks(cohort, TWO, "two", TOLERANCE)
+
+
+@pytest.mark.slow
+def test_four_ranks_in_stacks_are_one_process(cohort):
+    results = run_ranks(on_ranks, 4, str(cohort), FOUR, "four")
+    for index, (name, layout, _) in enumerate(FOUR):
+        each = [of_rank[index] for of_rank in results]
+        for of_rank in each[1:]:
+            assert all(furthest(a["gradient"], b["gradient"]) == 0 for a, b in zip(each[0], of_rank, strict=True))
+        wrong = check(cohort, name, each[0])
+        assert layout != {"micro_steps": 2} or wrong > 1e-3, "another denominator must be noticed"
 
 
 @pytest.mark.slow

@@ -79,6 +79,14 @@ LABEL_METRICS: tuple[Metric, ...] = (
 )
 
 
+MEAN = "mean"  # of several targets: of each one's metric that chooses the epoch
+
+
+def of_target(target: str, metric: str) -> str:
+    """The name of a metric of one of several targets."""
+    return f"{target}.{metric}"
+
+
 # Of all kinds, each once: what may choose an epoch, where the task has it.
 CHOOSING = tuple(
     dict.fromkeys(
@@ -137,12 +145,12 @@ def better_number(name: str, value: float | None) -> float:
     """A number that is higher for a better value, and lowest for one that is undefined or None.
 
     Args:
-        name: the metric's, with or without "eval_".
+        name: the metric's, with or without "eval_" and its target.
         value: the metric's.
     """
     if value is None or math.isnan(value):
         return -math.inf
-    return -value if name.removeprefix("eval_") in LOWER_IS_BETTER else value
+    return -value if name.removeprefix("eval_").rpartition(".")[2] in LOWER_IS_BETTER else value
 
 
 def mean_of_defaults(values: Mapping[str, Measured]) -> Measured:

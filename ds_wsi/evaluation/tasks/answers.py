@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from ds_wsi.evaluation.task_metrics.survival import (
 from ds_wsi.evaluation.tasks.fitted import EVEN, Fitted, follow_up_of, survival_at
 from ds_wsi.models.config import ModelConfig
 from ds_wsi.targets.ordinal import class_chances, decided_class
+from ds_wsi.targets.several import SeveralTargets
 from ds_wsi.targets.task import Task
 
 
@@ -43,6 +45,7 @@ class TaskAnswers:
     def of(cls, config: ModelConfig) -> "TaskAnswers | None":
         """What a model's config.json says of its answers; None of classification."""
         task = config.target_task
+        assert not isinstance(task, SeveralTargets), "of several targets `answers_of` tells"
         return None if task is None else cls(task, Fitted.of_config(config.task))
 
     # ------------------------------------------------------------------------------------------- metrics
@@ -93,19 +96,17 @@ class TaskAnswers:
             outputs: [N, ...] on the host.
             slides: N; those without a target count nowhere.
         """
-        labelled_rows = [row for row, slide in enumerate(slides) if slide.is_labelled]
-        some, outputs = [slides[row] for row in labelled_rows], outputs[labelled_rows]
-        values = {"eval_loss": self.mean_loss(outputs, some)} if some else {}
-        if some:
-            values |= {f"eval_{name}": measured.value for name, measured in self.metrics(outputs, some).items()}
-        # JSON has no NaN. An epoch without eval_loss would not count as validated.
-        return {name: value for name, value in values.items() if not math.isnan(value) or name == "eval_loss"}
+        return told_of_epoch(self, outputs, slides)
 
     def mean_loss(self, outputs: Tensor, slides: Sequence[SlideEntry]) -> float:
         """The loss of slides, per unit; of cox that of them all as one step, within strata."""
         names = {name: number for number, name in enumerate(sorted({slide.stratum or "" for slide in slides}))}
         strata = [names[slide.stratum or ""] for slide in slides]
         return self.task.mean_loss(outputs, self.task.targets([slide.target for slide in slides]), strata)
+
+    def fitted_json(self) -> dict[str, Any]:
+        """What config.json keeps of what was fitted."""
+        return self.fitted.to_json()
 
     def _targets(self, slides: Sequence[SlideEntry]) -> np.ndarray:
         targets: np.ndarray = self.task.targets([slide.target for slide in slides]).numpy()
@@ -148,6 +149,25 @@ class TaskAnswers:
         each = [survival_at(self.task, self.fitted, run, slides, times) for run in outputs]
         told = [survival for survival in each if survival is not None]
         return np.mean(told, axis=0) if told else None
+
+
+class _Measuring(Protocol):
+    """What `TaskAnswers` is, and of several targets `SeveralAnswers`."""
+
+    def metrics(self, outputs: Tensor, slides: Sequence[SlideEntry]) -> dict[str, Measured]: ...
+
+    def mean_loss(self, outputs: Tensor, slides: Sequence[SlideEntry]) -> float: ...
+
+
+def told_of_epoch(answers: _Measuring, outputs: Tensor, slides: Sequence[SlideEntry]) -> dict[str, float]:
+    """See `TaskAnswers.epoch_metrics`."""
+    labelled_rows = [row for row, slide in enumerate(slides) if slide.is_labelled]
+    some, outputs = [slides[row] for row in labelled_rows], outputs[labelled_rows]
+    values = {"eval_loss": answers.mean_loss(outputs, some)} if some else {}
+    if some:
+        values |= {f"eval_{name}": measured.value for name, measured in answers.metrics(outputs, some).items()}
+    # JSON has no NaN. An epoch without eval_loss would not count as validated.
+    return {name: value for name, value in values.items() if not math.isnan(value) or name == "eval_loss"}
 
 
 def run_outputs(of_slides: Sequence[Tensor]) -> list[Tensor]:

@@ -22,11 +22,14 @@ from ds_wsi.evaluation.task_metrics.risk_groups import (
     group_names,
     risk_group,
 )
+from ds_wsi.evaluation.task_metrics.table import of_target
 from ds_wsi.evaluation.tasks.answers import TaskAnswers, reasons
 from ds_wsi.evaluation.tasks.fitted import follow_up_of
+from ds_wsi.evaluation.tasks.several import Answers, SeveralAnswers
 from ds_wsi.runtime.files import atomic_path, json_number
 from ds_wsi.runtime.words import counted
 from ds_wsi.targets.ordinal import decided_class, raw_score
+from ds_wsi.targets.several import AnyTask, Part, SeveralTargets
 
 CURVES, SCATTER = "kaplan_meier", "scatter"
 
@@ -45,7 +48,7 @@ class TaskScores:
         loss: the mean loss of the first run; NaN where undefined.
     """
 
-    answers: TaskAnswers
+    answers: Answers
     slides: tuple[SlideEntry, ...]
     n_predicted: int
     intervals: dict[str, MetricInterval]
@@ -54,9 +57,7 @@ class TaskScores:
     loss: float
 
     @classmethod
-    def of(
-        cls, answers: TaskAnswers, slides: Sequence[SlideEntry], outputs: Sequence[Tensor], seed: int
-    ) -> "TaskScores":
+    def of(cls, answers: Answers, slides: Sequence[SlideEntry], outputs: Sequence[Tensor], seed: int) -> "TaskScores":
         """Measure the outputs of each run, [N, ...], of slides of whom one at least has a target."""
         labelled_rows = [row for row, slide in enumerate(slides) if slide.is_labelled]
         some = tuple(slides[row] for row in labelled_rows)
@@ -66,7 +67,7 @@ class TaskScores:
             len(some),
             seed=seed,
             patients=[slide.patient_id for slide in some],
-            shares=("accuracy",) if answers.task.kind == "ordinal" else (),
+            shares=_shares(answers),
         )
         values = {name: [metrics[name].value for metrics in each] for name in intervals}
         loss = answers.mean_loss(outputs[0][labelled_rows], some)
@@ -90,8 +91,9 @@ class TaskScores:
     def to_json(self, protocol: EvaluationProtocol) -> dict[str, Any]:
         """What metrics.json says of them, under the protocol that they were measured by."""
         task = self.answers.task
+        several = [{"name": part.name, **_said(part.task)} for part in _parts_of(task)]
         return {
-            "task": {"kind": task.kind, "loss": task.loss, "columns": list(task.columns)},
+            "task": {**_said(task), **({"targets": several} if several else {})},
             "classes": list(task.classes),
             "n_slides": self.n_predicted,
             "n_with_target": len(self.slides),
@@ -112,6 +114,21 @@ class TaskScores:
             tell(f"{name}: {reason}")
 
 
+def _parts_of(task: AnyTask) -> tuple[Part, ...]:
+    return task.parts if isinstance(task, SeveralTargets) else ()
+
+
+def _said(task: AnyTask) -> dict[str, Any]:
+    return {"kind": task.kind, "loss": task.loss, "columns": list(task.columns)}
+
+
+def _shares(answers: Answers) -> tuple[str, ...]:
+    """The metrics that are shares of slides."""
+    if isinstance(answers, SeveralAnswers):
+        return tuple(of_target(part.name, "accuracy") for part in answers.task.parts if part.task.kind == "ordinal")
+    return ("accuracy",) if answers.task.kind == "ordinal" else ()
+
+
 def _of_runs(values: Sequence[float]) -> dict[str, Any]:
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
     numbers = [json_number(value) for value in (float(np.mean(values)), spread, *values)]
@@ -119,7 +136,7 @@ def _of_runs(values: Sequence[float]) -> dict[str, Any]:
 
 
 def prediction_rows(
-    answers: TaskAnswers, cohort: Cohort, rows: Sequence[int], outputs: Sequence[Tensor], n_tiles: Sequence[int]
+    answers: Answers, cohort: Cohort, rows: Sequence[int], outputs: Sequence[Tensor], n_tiles: Sequence[int]
 ) -> list[dict[str, Any]]:
     """The rows of predictions.csv, one per slide; None: an empty cell. Answers are the mean over the runs.
 
@@ -131,7 +148,7 @@ def prediction_rows(
         n_tiles: N.
     """
     slides = [cohort.manifest.slides[row] for row in rows]
-    columns = _COLUMNS[answers.task.kind](answers, slides, outputs)
+    columns = _columns(answers, slides, outputs)
     return [
         {
             "slide_id": slide.slide_id,
@@ -144,6 +161,16 @@ def prediction_rows(
 
 
 Columns = Mapping[str, Sequence[Any]]
+
+
+def _columns(answers: Answers, slides: Sequence[SlideEntry], outputs: Sequence[Tensor]) -> Columns:
+    """The columns of a task, of several targets one after the other."""
+    if isinstance(answers, TaskAnswers):
+        return _COLUMNS[answers.task.kind](answers, slides, outputs)
+    columns: dict[str, Sequence[Any]] = {}
+    for part in answers.parts(slides, outputs):
+        columns |= _COLUMNS[part.answers.task.kind](part.answers, part.slides, part.outputs)
+    return columns
 
 
 def _target(slides: Sequence[SlideEntry], index: int) -> list[float | None]:
@@ -219,7 +246,12 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_pictures(
-    directory: Path, answers: TaskAnswers, slides: Sequence[SlideEntry], rows: Sequence[Mapping[str, Any]], split: str
+    directory: Path,
+    answers: TaskAnswers,
+    slides: Sequence[SlideEntry],
+    rows: Sequence[Mapping[str, Any]],
+    split: str,
+    prefix: str = "",
 ) -> tuple[dict[str, Path], RiskGroups | None]:
     """Draw the task's picture of the slides that have a target: predictions over values, or survival by risk group.
 
@@ -229,6 +261,7 @@ def draw_pictures(
         slides: N.
         rows: `prediction_rows` of the same slides.
         split: theirs.
+        prefix: what the files' names begin with.
 
     Returns:
         The pictures by what they show, and of survival how its groups differ.
@@ -238,22 +271,25 @@ def draw_pictures(
 
     task = answers.task
     labelled_rows = [index for index, slide in enumerate(slides) if slide.is_labelled]
+    if not labelled_rows:
+        return {}, None
     if task.kind == "regression":
         (name,) = task.columns
         pairs = [(rows[index][name], rows[index][f"{name}_predicted"]) for index in labelled_rows]
         targets, predicted = zip(*pairs, strict=True)
-        draw_scatter(targets, predicted, directory / f"{SCATTER}.png", name=name)
-        return {SCATTER: directory / f"{SCATTER}.png"}, None
+        path = directory / f"{prefix}{SCATTER}.png"
+        draw_scatter(targets, predicted, path, name=name)
+        return {SCATTER: path}, None
     if task.kind != "survival" or answers.fitted.cutoffs is None:
         return {}, None
     some = [slides[index] for index in labelled_rows]
     risks = [rows[index][f"{task.columns[0]}_risk"] for index in labelled_rows]
     of_patients, means, _ = per_patient(follow_up_of(some), risks, [slide.patient_id for slide in some])
     groups = compare_risk_groups(of_patients, means, answers.fitted.cutoffs, split=split)
-    path = directory / f"{CURVES}.png"
+    path = directory / f"{prefix}{CURVES}.png"
     note = group_words(groups)
     draw_kaplan_meier(groups.curves, path, time_unit=task.time_unit, counted="patients", note=note)
-    write_rows(directory / f"{CURVES}.csv", curve_rows(groups.curves))
+    write_rows(directory / f"{prefix}{CURVES}.csv", curve_rows(groups.curves))
     return {CURVES: path}, groups
 
 

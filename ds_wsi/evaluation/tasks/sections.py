@@ -23,24 +23,26 @@ def task_sections(
     rows: Sequence[Mapping[str, Any]],
     pictures: Mapping[str, Path],
     groups: RiskGroups | None,
+    target: str = "",
 ) -> list[str]:
-    """HTML sections, in their order; all text is escaped.
+    """HTML sections of a target, in their order; all text is escaped.
 
     Args:
         answers: the model's.
         slides: N.
         rows: `prediction_rows` of the same slides.
         pictures, groups: what `draw_pictures` returned.
+        target: the name among several.
     """
-    task, parts = answers.task, []
+    task, parts, of = answers.task, [], f" ({target})" if target else ""
     if CURVES in pictures and groups is not None:
         lines = "".join(f"<br>{escape(line)}" for line in group_words(groups))
         note = f'<p class="note">Patients by predicted risk, cut at the median of the training split.{lines}</p>'
         figure = image_html(pictures[CURVES], "PNG", LONGEST_PX, "Kaplan-Meier curves of the risk groups")
-        parts.append(section("Survival by risk group", f'{note}\n<figure class="scroll">{figure}</figure>'))
+        parts.append(section(f"Survival by risk group{of}", f'{note}\n<figure class="scroll">{figure}</figure>'))
     if SCATTER in pictures:
         figure = image_html(pictures[SCATTER], "PNG", LONGEST_PX, "Predictions over values")
-        parts.append(section("Predictions over values", f'<figure class="scroll">{figure}</figure>'))
+        parts.append(section(f"Predictions over values{of}", f'<figure class="scroll">{figure}</figure>'))
     if task.kind == "ordinal":
         (name,) = task.columns
         labelled_rows = [
@@ -55,7 +57,7 @@ def task_sections(
         parts.append(confusion_section(labelled_rows))
     if task.kind == "multilabel":
         parts.append(_roc_section(answers, rows))
-    return [*parts, _predictions_section(rows)]
+    return parts
 
 
 def _roc_section(answers: TaskAnswers, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -71,7 +73,8 @@ def _roc_section(answers: TaskAnswers, rows: Sequence[Mapping[str, Any]]) -> str
     return curves_section(curves, "Each label, of the slides where it is known.") if curves else ""
 
 
-def _predictions_section(rows: Sequence[Mapping[str, Any]]) -> str:
+def predictions_section(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of predictions.csv as a table."""
     columns = list(rows[0])
     numeric = {name for name in columns if all(isinstance(row[name], int | float | None) for row in rows)}
     head = [head_cell(name.replace("_", " "), name in numeric) for name in columns]

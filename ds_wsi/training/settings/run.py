@@ -1,15 +1,23 @@
 """Where and how a run is computed, kept and tested."""
 
+import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ds_wsi.evaluation.task_metrics.table import CHOOSING
+from ds_wsi.evaluation.task_metrics.table import CHOOSING, MEAN
 from ds_wsi.runtime.bounds import LONGEST_TIMEOUT_S, require_at_most, require_seed
 from ds_wsi.runtime.choices import MEMORY_FORMATS, PRECISIONS, TF32
 from ds_wsi.runtime.setting import SWITCH, Decides, setting, tiles_or_all
 
 if TYPE_CHECKING:
     from ds_wsi.evaluation.protocol import EvaluationProtocol
+
+
+def _metric(text: str) -> str:
+    """A metric's name, or that of one of several targets' behind the target's."""
+    if text.rpartition(".")[2] in CHOOSING or text == MEAN:
+        return text
+    raise argparse.ArgumentTypeError(f"must be one of {', '.join((*CHOOSING, MEAN))}, or TARGET.METRIC, got {text!r}")
 
 
 @dataclass(frozen=True)
@@ -70,11 +78,11 @@ class RunSettings:
     )
     metric_for_best_model: str = setting(
         "auc",
-        "validation metric whose best epoch is exported",
+        "validation metric whose best epoch is exported; of several targets mean, or TARGET.METRIC",
         Decides.RESULT,
         option="metric_for_best_model",
-        kind=CHOOSING,
-        words="auc; of another --task its first",
+        kind=_metric,
+        words="auc; of another --task its first; of several targets mean",
         group="validation and test",
     )
     validate_beside: bool = setting(

@@ -1,13 +1,63 @@
 """What a run's slides are asked."""
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ds_wsi.bags.target_columns import TargetColumns
 from ds_wsi.runtime.setting import FLAG, Decides, names, setting
-from ds_wsi.targets.choices import ALL_LOSSES, CLASSIFICATION, KINDS, LOSSES_OF, TIES
+from ds_wsi.targets.choices import ALL_LOSSES, CLASSIFICATION, KINDS, LOSSES_OF, SEVERAL, TIES
 
-SURVIVAL = ("task", ("survival",))
+SURVIVAL = ("task", ("survival", SEVERAL))
 POS_WEIGHTS = ("none", "balanced")
+
+
+class AskedTarget(NamedTuple):
+    """One of `--targets`.
+
+    Attributes:
+        name: the target's.
+        kind: the kind of task.
+        loss: one of the kind's.
+        weight: the factor of its loss.
+    """
+
+    name: str
+    kind: str
+    loss: str
+    weight: float
+
+    @classmethod
+    def of(cls, word: str) -> "AskedTarget":
+        """The target of NAME:KIND or NAME:KIND:WEIGHT, where a loss stands for its kind.
+
+        Raises:
+            ValueError: another form, kind or weight.
+        """
+        name, kind, *rest = word.split(":") if ":" in word else (word, "")
+        try:
+            weight = float(rest[0]) if rest else 1.0
+        except ValueError:
+            weight = math.nan
+        if not name or not kind or len(rest) > 1 or not 0 < weight < math.inf:
+            raise ValueError(
+                f"--targets must be NAME:KIND or NAME:KIND:WEIGHT with a weight above 0, got {word!r}. HINT: such as "
+                "til:regression,grade:ordinal:0.5"
+            )
+        kinds = [one for one in LOSSES_OF if one != CLASSIFICATION]
+        of_loss = {loss: one for one in kinds for loss in LOSSES_OF[one]}
+        if kind not in kinds and kind not in of_loss:
+            raise ValueError(
+                f"the kind of a target must be one of {', '.join([*kinds, *of_loss])}, got {kind!r} ({word}). HINT: "
+                "two classes are multilabel, ordered ones ordinal."
+            )
+        if kind == "cox":
+            raise ValueError(
+                f"the loss of a target among several must be a sum over slides, got cox ({word}), which couples the "
+                f"slides of a step. HINT: {name}:survival, by hazards in bins of time, or --task survival --loss cox "
+                "alone."
+            )
+        return cls(name, of_loss.get(kind, kind), kind if kind in of_loss else LOSSES_OF[kind][0], weight)
 
 
 @dataclass(frozen=True)
@@ -16,7 +66,7 @@ class TaskSettings:
 
     task: str = setting(
         CLASSIFICATION,
-        "what each slide is asked: its class, a value, a grade, several labels, or survival",
+        "what each slide is asked: its class, a value, a grade, several labels, survival, or several --targets",
         Decides.RESULT,
         option="task",
         kind=KINDS,
@@ -29,6 +79,14 @@ class TaskSettings:
         option="loss",
         kind=ALL_LOSSES,
         words="the first of the task's",
+    )
+    targets: tuple[str, ...] = setting(
+        (),
+        "several targets, each NAME:KIND or NAME:KIND:WEIGHT, such as til:regression,grade:ordinal:0.5; NAME is the "
+        "column, of survival a word; a KIND can be a loss",
+        Decides.RESULT,
+        option="targets",
+        kind=names,
     )
     label_column: tuple[str, ...] = setting(
         (),
@@ -98,7 +156,7 @@ class TaskSettings:
         Decides.RESULT,
         option="pos_weight",
         kind=POS_WEIGHTS,
-        needs=("task", ("multilabel",)),
+        needs=("task", ("multilabel", SEVERAL)),
     )
     log1p: bool = setting(
         False,
@@ -106,7 +164,7 @@ class TaskSettings:
         Decides.RESULT,
         option="log1p",
         kind=FLAG,
-        needs=("task", ("regression",)),
+        needs=("task", ("regression", SEVERAL)),
     )
     time_unit: str = setting(
         "",
@@ -118,7 +176,9 @@ class TaskSettings:
     )
 
     def __post_init__(self) -> None:
-        """Refuse what is no such number, or no such task."""
+        """Take --targets as --task several; refuse what is no such number, or no such task."""
+        if self.targets and self.task == CLASSIFICATION:
+            object.__setattr__(self, "task", SEVERAL)
         if self.task not in KINDS:
             raise ValueError(f"--task must be one of {', '.join(KINDS)}, got {self.task!r}")
         if self.time_bins < 2:
@@ -134,18 +194,39 @@ class TaskSettings:
     @property
     def names_columns(self) -> bool:
         """Whether a column of targets is named."""
-        return bool(self.label_column or self.time_column or self.event_column or self.censorship_column)
+        return bool(
+            self.targets or self.label_column or self.time_column or self.event_column or self.censorship_column
+        )
 
     @property
     def chosen_loss(self) -> str:
-        """The loss given, or the first of the task's."""
-        return self.loss or LOSSES_OF[self.task][0]
+        """The loss given, or the first of the task's; of several targets their sum."""
+        return self.loss or LOSSES_OF.get(self.task, ("sum",))[0]
 
     @property
     def columns(self) -> TargetColumns:
         """The columns of the table that hold the targets."""
+        if self.task == SEVERAL:
+            parts = (self._columns_of(target) for target in self.asked_targets)
+            return TargetColumns(SEVERAL, (), parts=tuple(parts))
         if self.task == "survival":
-            event = self.event_column or self.censorship_column
-            censored = self.event_column is None
-            return TargetColumns(self.task, (), self.time_column, event, censored, self.strata_column)
+            return self._survival_columns()
         return TargetColumns(self.task, self.label_column or ("label",))
+
+    @property
+    def asked_targets(self) -> tuple[AskedTarget, ...]:
+        """What --targets asks for.
+
+        Raises:
+            ValueError: words that are no target.
+        """
+        return tuple(AskedTarget.of(word) for word in self.targets)
+
+    def _columns_of(self, target: AskedTarget) -> TargetColumns:
+        if target.kind == "survival":
+            return self._survival_columns(target.name)
+        return TargetColumns(target.kind, (target.name,), name=target.name)
+
+    def _survival_columns(self, name: str = "") -> TargetColumns:
+        event, censored = self.event_column or self.censorship_column, self.event_column is None
+        return TargetColumns("survival", (), self.time_column, event, censored, self.strata_column, name)
