@@ -92,7 +92,7 @@ def bootstrap_metrics(
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; Clopper and Pearson, Biometrika
     26 (1934), 404.
     """
-    _check_resampling(n_resamples, confidence)
+    check_resampling(n_resamples, confidence)
     probabilities = np.asarray(probabilities, dtype=np.float64)
     runs = list(probabilities) if probabilities.ndim == 3 else [probabilities]
     label_array, _ = check_predictions(labels, runs[0])
@@ -106,7 +106,8 @@ def bootstrap_metrics(
     return intervals
 
 
-def _check_resampling(n_resamples: int, confidence: float) -> None:
+def check_resampling(n_resamples: int, confidence: float) -> None:
+    """Refuse numbers that no bootstrap has."""
     if n_resamples < 1:
         raise ValueError(f"n_resamples must be at least 1, got {n_resamples}. HINT: 2000 is usual.")
     if not 0 < confidence < 1:
@@ -136,7 +137,7 @@ def bootstrap_measures(
     Raises:
         ValueError: n_resamples or confidence out of range, patients that are not one per slide.
     """
-    _check_resampling(n_resamples, confidence)
+    check_resampling(n_resamples, confidence)
     if patients is not None and len(patients) != n_slides:
         raise ValueError(f"patients must have {n_slides} names, got {len(patients)}. HINT: give one name per slide.")
     whole = [measure(np.ones((1, n_slides), dtype=np.int64)) for measure in measures]

@@ -4,17 +4,28 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ds_wsi.evaluation.bootstrap import SAME, percentile_interval, resample_metrics, weighted_metrics
+from ds_wsi.evaluation.bootstrap import (
+    SAME,
+    Measure,
+    check_resampling,
+    percentile_interval,
+    resample_metrics,
+    weighted_metrics,
+)
 from ds_wsi.evaluation.delong import DeLong, delong
 from ds_wsi.evaluation.metrics import METRIC_NAMES, FloatArray, IntArray, check_predictions, slide_metrics
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.record import FILE_NAME as RECORD
 from ds_wsi.evaluation.record import RunFolderError, RunRecord
+from ds_wsi.evaluation.task_metrics.table import LOWER_IS_BETTER
+from ds_wsi.evaluation.tasks.told import told_task
 from ds_wsi.runtime.files import json_number, read_object
 from ds_wsi.runtime.words import some
 
@@ -130,10 +141,11 @@ def read_predictions(directory: str | Path) -> Predictions:
         raise ValueError(f"predictions.csv must hold each slide once, got {twice} more than once ({path})")
     checked = check_predictions(np.array(labels, dtype=np.int64), np.array(probabilities), slide_ids)
     patient_ids = tuple(row["patient_id"] for row in rows)
-    return Predictions(path, classes, slide_ids, patient_ids, *checked, _protocol(path.with_name("metrics.json")))
+    return Predictions(path, classes, slide_ids, patient_ids, *checked, protocol_words(path.with_name("metrics.json")))
 
 
-def _protocol(path: Path) -> str:
+def protocol_words(path: Path) -> str:
+    """The tiles that a metrics.json tells its predictions to be on."""
     if not path.is_file():
         return f"unknown tiles (no {path.name})"
     try:
@@ -162,17 +174,14 @@ def compare_predictions(
     Raises:
         ValueError: other classes, slides, labels or patients; names them.
     """
-    if n_resamples < 1:
-        raise ValueError(f"n_resamples must be at least 1, got {n_resamples}. HINT: 2000 is usual.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be in (0, 1), got {confidence}. HINT: 0.95 is usual.")
+    check_resampling(n_resamples, confidence)
     order = _matching_rows(a, b)
     scores = (a.probabilities, b.probabilities[order])
     values = [slide_metrics(a.labels, each) for each in scores]
     samples = [resample_metrics(a.labels, [each], a.patient_ids, n_resamples, seed) for each in scores]
     p_values, n_differing, smallest_p = exchange_test(a.labels, scores, a.patient_ids, n_resamples, seed)
     metrics = {
-        name: _difference(
+        name: difference_of(
             values[0][name], values[1][name], samples[1][name] - samples[0][name], p_values[name], confidence
         )
         for name in METRIC_NAMES
@@ -206,6 +215,20 @@ def exchange_test(
     Statistical Applications in Genetics and Molecular Biology 9 (2010), for the share of drawn ones.
     """
     differs = (scores[0] != scores[1]).any(axis=1)
+    measure = partial(weighted_metrics, np.concatenate([labels, labels]), np.concatenate(scores))
+    return exchange_rows(measure, differs, patients, n_drawn, seed)
+
+
+def exchange_rows(
+    measure: Measure, differs: npt.NDArray[np.bool_], patients: Sequence[str], n_drawn: int, seed: int
+) -> tuple[dict[str, float], int, float]:
+    """Do as `exchange_test` does, of any metrics.
+
+    Args:
+        measure: counts [R, 2 N] of the rows of one model, then the other's -> metrics [R].
+        differs: bool [N], whether the models' predictions do.
+        patients, n_drawn, seed: see `exchange_test`.
+    """
     names = list(dict.fromkeys(name for name, is_one in zip(patients, differs, strict=True) if is_one))
     exact = len(names) <= MAX_EXACT
     if exact:  # row 0 exchanges nobody
@@ -217,12 +240,10 @@ def exchange_test(
     columns = np.array([number.get(name, len(names)) for name in patients])
     padded = np.concatenate([exchanged, np.zeros((len(exchanged), 1), dtype=exchanged.dtype)], axis=1)
     of_second = padded[:, columns].astype(np.int64)  # [exchanges, N]: which rows the first model gets from the second
-    both = np.concatenate(scores)
-    twice = np.concatenate([labels, labels])
-    first = weighted_metrics(twice, both, np.concatenate([1 - of_second, of_second], axis=1))
-    second = weighted_metrics(twice, both, np.concatenate([of_second, 1 - of_second], axis=1))
+    first = measure(np.concatenate([1 - of_second, of_second], axis=1))
+    second = measure(np.concatenate([of_second, 1 - of_second], axis=1))
     p_values = {}
-    for name in METRIC_NAMES:
+    for name in first:
         differences = np.abs(second[name] - first[name])
         defined = differences[np.isfinite(differences)]
         p_values[name] = math.nan if math.isnan(differences[0]) else float(np.mean(defined >= differences[0] - SAME))
@@ -261,13 +282,18 @@ def _matching_rows(a: Predictions, b: Predictions) -> IntArray:
     return order
 
 
-def _difference(a: float, b: float, samples: FloatArray, p_value: float, confidence: float) -> Difference:
+def difference_of(a: float, b: float, samples: FloatArray, p_value: float, confidence: float) -> Difference:
+    """What is told of a metric of A and B, of the resamples of its difference, and of its exchanges."""
     interval = percentile_interval(b - a, samples, confidence)
     return Difference(a, b, b - a, interval.low, interval.high, p_value, interval.n_resamples_used)
 
 
 def compare_runs(run_a: str | Path, run_b: str | Path, n_resamples: int = 2000, seed: int = 0) -> Comparison:
-    """`compare_predictions` of two runs' folders."""
+    """`compare_predictions` of two runs' folders; of another task than classification `compare_told`."""
+    if any(told_task(Path(run)) is not None for run in (run_a, run_b)):
+        from ds_wsi.evaluation.tasks.comparison import compare_told  # here, because it imports this module
+
+        return compare_told(Path(run_a), Path(run_b), n_resamples, seed=seed)
     return compare_predictions(read_predictions(run_a), read_predictions(run_b), n_resamples, seed=seed)
 
 
@@ -301,7 +327,7 @@ def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
 def format_comparison(comparison: Comparison) -> str:
     """Lines of text for a terminal."""
     percent = f"{100 * comparison.confidence:g}%"
-    width = max(map(len, METRIC_NAMES))
+    width = max(map(len, comparison.metrics))
     lines = [
         f"A on {comparison.protocols[0]}; B on {comparison.protocols[1]}",
         f"{comparison.n_slides} slides of {comparison.n_patients} patients. B - A: interval by a paired bootstrap over "
@@ -312,13 +338,15 @@ def format_comparison(comparison: Comparison) -> str:
         lines.append(
             f"{name:<{width}}  {_number(metric.a):>6}  {_number(metric.b):>6}  {_signed(metric.difference):>7}  "
             f"[{_signed(metric.low)}, {_signed(metric.high)}]  {_p(metric.p_value)}"
+            f"{'  lower is better' if name.rpartition('.')[2] in LOWER_IS_BETTER else ''}"
         )
     if comparison.smallest_p > 1 - comparison.confidence:
         lines.append(
             f"too few slides to tell: the models differ on {comparison.n_differing} patients, and no p below "
             f"{comparison.smallest_p:.2g} is possible"
         )
-    return "\n".join([*lines, *_delong_lines(comparison, percent)])
+    of_classes = set(comparison.metrics) == set(METRIC_NAMES)
+    return "\n".join([*lines, *(_delong_lines(comparison, percent) if of_classes else [])])
 
 
 def _delong_lines(comparison: Comparison, percent: str) -> list[str]:

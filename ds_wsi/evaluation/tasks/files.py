@@ -91,7 +91,9 @@ class TaskScores:
     def to_json(self, protocol: EvaluationProtocol) -> dict[str, Any]:
         """What metrics.json says of them, under the protocol that they were measured by."""
         task = self.answers.task
-        several = [{"name": part.name, **_said(part.task)} for part in _parts_of(task)]
+        several = [
+            {"name": part.name, **_said(part.task), "classes": list(part.task.classes)} for part in _parts_of(task)
+        ]
         return {
             "task": {**_said(task), **({"targets": several} if several else {})},
             "classes": list(task.classes),

@@ -71,7 +71,7 @@ class SeveralAnswers:
 
     def measures(self, outputs: Sequence[Tensor], slides: Sequence[SlideEntry]) -> list[Measure]:
         """One measure per run of the protocol, for the bootstrap: targets share the patients that are drawn."""
-        each: list[list[_PartMeasure]] = [[] for _ in outputs]
+        each: list[list[PartMeasure]] = [[] for _ in outputs]
         for part in self.parts(slides, outputs):
             rows = part.labelled_rows
             if not rows:
@@ -79,8 +79,8 @@ class SeveralAnswers:
             of_runs = part.answers.measures([run[rows] for run in part.outputs], [part.slides[row] for row in rows])
             first = default_metric(part.answers.task.kind).name
             for parts, measure in zip(each, of_runs, strict=True):
-                parts.append(_PartMeasure(part.name, first, np.array(rows), measure))
-        return [partial(_measured, parts) for parts in each]
+                parts.append(PartMeasure(part.name, first, np.array(rows), measure))
+        return [partial(measured, parts) for parts in each]
 
     def metrics(self, outputs: Tensor, slides: Sequence[SlideEntry]) -> dict[str, Measured]:
         """The metrics of each target's slides, named TARGET.METRIC, and `MEAN`."""
@@ -108,14 +108,23 @@ class SeveralAnswers:
         return {name: fitted.to_json() for name, fitted in self.fitted.items()}
 
 
-class _PartMeasure(NamedTuple):
+class PartMeasure(NamedTuple):
+    """The metrics of one of several targets.
+
+    Attributes:
+        name: the target's.
+        first: the metric that stands for it in the mean.
+        rows: int64, the slides that have it.
+        measure: counts of these rows -> its metrics.
+    """
+
     name: str
     first: str
     rows: IntArray
     measure: Measure
 
 
-def _measured(parts: Sequence[_PartMeasure], counts: IntArray) -> dict[str, FloatArray]:
+def measured(parts: Sequence[PartMeasure], counts: IntArray) -> dict[str, FloatArray]:
     """Metrics of all targets; a resample without a slide of one leaves its metrics, and the mean, undefined."""
     values: dict[str, FloatArray] = {}
     first: list[FloatArray] = []
@@ -123,8 +132,8 @@ def _measured(parts: Sequence[_PartMeasure], counts: IntArray) -> dict[str, Floa
         some = counts[:, part.rows]
         there = some.sum(axis=1) > 0
         # A measure divides by the slides drawn: where there is none it is asked of one each, and not told.
-        measured = part.measure(np.where(there[:, None], some, 1))
-        told = {name: np.where(there, value, math.nan) for name, value in measured.items()}
+        of_part = part.measure(np.where(there[:, None], some, 1))
+        told = {name: np.where(there, value, math.nan) for name, value in of_part.items()}
         values |= {of_target(part.name, name): value for name, value in told.items()}
         first.append(told[part.first])
     return {MEAN: np.mean(first, axis=0), **values}
