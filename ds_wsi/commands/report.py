@@ -48,8 +48,8 @@ def add_report(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--metric",
-        help=f"which of {', '.join(METRIC_NAMES)} are shown, comma-separated (default: the one that chose the models, "
-        "then auc,accuracy,quadratic_weighted_kappa)",
+        help=f"which of {', '.join(METRIC_NAMES)}, or of another task's, are shown, comma-separated (default: the one "
+        "that chose the models, then auc,accuracy,quadratic_weighted_kappa; of another task its own)",
     )
 
 
@@ -57,7 +57,7 @@ def run_report(options: argparse.Namespace) -> None:
     """`ds-wsi report`."""
     from ds_wsi.evaluation.tables import FILES, write_tables
 
-    metrics = comma_separated(options.metric.lower()) if options.metric else None
+    metrics = comma_separated(options.metric) if options.metric else None
     folder = Path(options.output_dir)
     show(write_tables([Path(run) for run in options.runs], folder, metrics))
     logger.info("written: %s", ", ".join(str(folder / name) for name in FILES))

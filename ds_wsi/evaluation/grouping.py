@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from typing import TypeVar
 
 from ds_wsi.evaluation.record import RunRecord
+from ds_wsi.evaluation.task_metrics.table import LOWER_IS_BETTER
 
 BASELINE, END_TO_END = "frozen", "end to end"
 TRAININGS = (BASELINE, "partly frozen", END_TO_END)  # the order of the columns
@@ -18,12 +19,16 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's folder, what it was, its test metrics (name -> value, NaN where undefined), its classes in order."""
+    """A run's folder, what it was, its test metrics (name -> value, NaN where undefined), its classes in order.
+
+    `task` is another task than classification in words; "" of classification.
+    """
 
     path: Path
     record: RunRecord
     metrics: Mapping[str, float]
     classes: tuple[str, ...] = ()
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,20 +85,28 @@ class Table:
         return any(BASELINE in row.cells and END_TO_END in row.cells for row in self.rows)
 
     def is_best(self, row: Row, training: str, metric: str) -> bool:
-        """Whether the cell's mean is the highest of the dataset under the row's evaluation."""
+        """Whether the cell's mean is the best of the dataset under the row's evaluation: of errors the lowest."""
+        sign = -1 if is_error(metric) else 1
         means = [
-            cell.statistics[metric].mean
+            sign * cell.statistics[metric].mean
             for other in self.rows
             if other.protocol == row.protocol
             for cell in other.cells.values()
         ]
         defined = [mean for mean in means if not math.isnan(mean)]
-        candidate = row.cells[training].statistics[metric].mean
+        candidate = sign * row.cells[training].statistics[metric].mean
         return len(defined) > 1 and candidate >= max(defined) - 1e-12  # the same mean, summed in another order
+
+
+def is_error(metric: str) -> bool:
+    """Whether lower is better of a metric, alone or TARGET.METRIC."""
+    return metric.rpartition(".")[2] in LOWER_IS_BETTER
 
 
 def build_tables(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> tuple[Table, ...]:
     """One table per dataset, in the order of their names; rows by method, evaluation, order of the classes and variant.
+
+    Runs are of one task, whose words stand behind the dataset's name where it is no classification.
 
     Raises:
         ValueError: two runs with the same seed and split in one cell.
@@ -110,7 +123,8 @@ def build_tables(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> tuple[T
         ]
         occurring = {training for row in rows for training in row.cells}
         trainings = [name for name in TRAININGS if name in occurring] + sorted(occurring - set(TRAININGS))
-        tables.append(Table(dataset, tuple(metrics), tuple(trainings), tuple(rows)))
+        task = by_dataset[dataset][0].task
+        tables.append(Table(f"{dataset}, {task}" if task else dataset, tuple(metrics), tuple(trainings), tuple(rows)))
     return tuple(tables)
 
 

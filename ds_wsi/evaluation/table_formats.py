@@ -9,12 +9,13 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from ds_wsi.evaluation.grouping import BASELINE, END_TO_END, Row, Statistic, Table
+from ds_wsi.evaluation.grouping import BASELINE, END_TO_END, Row, Statistic, Table, is_error
 from ds_wsi.evaluation.page import page, section
 from ds_wsi.evaluation.report import METRIC_TITLES
 
 TITLES = METRIC_TITLES | {"quadratic_weighted_kappa": "QWK"}  # short, for a column
 DIFFERENCE, NOTHING = "difference", "-"
+IN_UNITS = ("mae", "rmse")  # errors in the unit of the target
 Skipped = Sequence[tuple[Path, str]]
 
 CSV_COLUMNS = (
@@ -173,7 +174,13 @@ def _html_entry(entry: Entry) -> str:
 
 
 def _title(metric: str) -> str:
-    return TITLES[metric]
+    target, _, name = metric.rpartition(".")
+    return f"{target}: {TITLES.get(name, name)}" if target else TITLES.get(name, name)
+
+
+def _factor(metric: str) -> float:
+    """What a metric is shown times: 1 of an error in the target's unit."""
+    return 1.0 if metric.rpartition(".")[2] in IN_UNITS else 100.0
 
 
 def _lead_names(table: Table) -> list[str]:
@@ -199,22 +206,22 @@ def _entries(table: Table, row: Row) -> list[Entry]:
     for metric, name in _columns(table):
         if name == DIFFERENCE:
             change = row.difference(metric)
-            entries.append(Entry(NOTHING if math.isnan(change) else f"{100 * change:+.2f}"))
+            entries.append(Entry(NOTHING if math.isnan(change) else f"{_factor(metric) * change:+.2f}"))
         elif name not in row.cells:
             entries.append(Entry(NOTHING))
         else:
             cell = row.cells[name]
-            text = _statistic_text(cell.statistics[metric], len(cell.runs))
+            text = _statistic_text(cell.statistics[metric], len(cell.runs), _factor(metric))
             entries.append(Entry(text, best=table.is_best(row, name, metric)))
     counts = [str(len(row.cells[name].runs)) if name in row.cells else NOTHING for name in table.trainings]
     return [*entries, Entry(" / ".join(counts))]
 
 
-def _statistic_text(statistic: Statistic, n_runs: int) -> str:
+def _statistic_text(statistic: Statistic, n_runs: int, factor: float) -> str:
     if statistic.n == 0:
         return NOTHING
-    text = f"{100 * statistic.mean:.2f}"
-    text += "" if math.isnan(statistic.std) else f" ± {100 * statistic.std:.2f}"
+    text = f"{factor * statistic.mean:.2f}"
+    text += "" if math.isnan(statistic.std) else f" ± {factor * statistic.std:.2f}"
     return text if statistic.n == n_runs else f"{text} ({statistic.n} of {n_runs})"
 
 
@@ -224,7 +231,11 @@ def _caption(table: Table) -> str:
     what = "Mean ± sample standard deviation over the runs, in %" if several else "In %"
     if any(statistic.n < len(cell.runs) for cell in cells for statistic in cell.statistics.values()):
         what += "; (n of m): only n of the m runs define the metric"
-    sentences = [what, "Bold: the highest mean of the dataset under the same evaluation"]
+    if any(_factor(metric) == 1 for metric in table.metrics):
+        what += "; errors in the target's unit"
+    errors = [_title(metric) for metric in table.metrics if is_error(metric)]
+    best = f"best mean (the lowest of {', '.join(errors)})" if errors else "highest mean"
+    sentences = [what, f"Bold: the {best} of the dataset under the same evaluation"]
     if table.has_difference:
         sentences.append(f"Difference: {END_TO_END} minus {BASELINE}, in percentage points")
     protocols = {row.protocol for row in table.rows}

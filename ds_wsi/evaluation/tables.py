@@ -15,7 +15,9 @@ from ds_wsi.evaluation.grouping import FinishedRun, build_tables
 from ds_wsi.evaluation.metrics import METRIC_NAMES
 from ds_wsi.evaluation.record import FILE_NAME, MARK_NAME, RunFolderError, RunRecord, read_metrics
 from ds_wsi.evaluation.table_formats import CSV_COLUMNS, to_csv, to_html, to_latex, to_markdown
-from ds_wsi.runtime.files import read_object, write_text
+from ds_wsi.evaluation.task_metrics.table import CHOOSING, MEAN
+from ds_wsi.evaluation.tasks.told import read_told, told_task
+from ds_wsi.runtime.files import write_text
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.own_files import begins_with, require_ours
 from ds_wsi.runtime.temporary import remove_left_behind
@@ -44,15 +46,15 @@ def collect_runs(run_dirs: Iterable[str | Path]) -> CollectedRuns:
     skipped: list[tuple[Path, str]] = []
     for path in dict.fromkeys(run for given in run_dirs for run in _runs_of(Path(given).resolve())):
         try:
-            _require_classes(path)
-            runs.append(FinishedRun(path, RunRecord.read(path), _metrics(path), _classes(path)))
+            task = _task_words(path)
+            runs.append(FinishedRun(path, RunRecord.read(path), _metrics(path), _classes(path), task))
         except RunFolderError as error:
             logger.warning("run left out: %s: %s", path, error)
             skipped.append((path, str(error)))
     kept: dict[str, list[FinishedRun]] = {}
     for run in runs:
         alike = kept.setdefault(_identity(run), [])
-        first = next((other for other in alike if _predicts_the_same(other.path, run.path)), None)
+        first = next((other for other in alike if _predicts_the_same(other, run)), None)
         if first is None:
             alike.append(run)
             continue
@@ -63,26 +65,31 @@ def collect_runs(run_dirs: Iterable[str | Path]) -> CollectedRuns:
     return CollectedRuns(tuple(run for run in runs if run.path not in left), tuple(skipped))
 
 
-def _require_classes(path: Path) -> None:
-    """Refuse a run of another task: its metrics are others.
+def _task_words(path: Path) -> str:
+    """A run's task, where it is no classification.
 
     Raises:
-        RunFolderError: names the task.
+        RunFolderError: its predictions are not whole.
     """
-    metrics = path / "metrics.json"
-    task = read_object(metrics, metrics.name).get("task") if metrics.is_file() else None
-    if task is not None:
-        raise RunFolderError(f"tables are of classification, and its task is {task['kind']}")
+    if told_task(path) is None:
+        return ""
+    try:
+        told = read_told(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"torn: {error}") from error
+    return ", ".join(target.words for target in told.targets)
 
 
 def _identity(run: FinishedRun) -> str:
     """What a model's run and its evaluation on the same slides share."""
-    return json.dumps([asdict(run.record), run.classes], sort_keys=True)
+    return json.dumps([asdict(run.record), run.classes, run.task], sort_keys=True)
 
 
-def _predicts_the_same(a: Path, b: Path) -> bool:
-    """Whether two runs tell the same slides the same probabilities."""
-    of_a, of_b = read_predictions(a), read_predictions(b)
+def _predicts_the_same(a: FinishedRun, b: FinishedRun) -> bool:
+    """Whether two runs tell the same slides the same probabilities; of another task the same answers."""
+    if a.task:
+        return read_told(a.path).answers_as(read_told(b.path), SAME_PROBABILITY)
+    of_a, of_b = read_predictions(a.path), read_predictions(b.path)
     if sorted(of_a.slide_ids) != sorted(of_b.slide_ids):
         return False
     places = {slide_id: row for row, slide_id in enumerate(of_b.slide_ids)}
@@ -120,21 +127,31 @@ def write_tables(run_dirs: Sequence[Path], output_dir: Path, metrics: Sequence[s
     Args:
         run_dirs: see `collect_runs`; unfinished and torn ones are listed with the reason, and take no part.
         output_dir: where the files go.
-        metrics: names of METRIC_NAMES, in the order of the columns; by default AUC, accuracy and QWK after the metric
-            that chose the most of the models.
+        metrics: names, in the order of the columns; by default AUC, accuracy and QWK after the metric that chose the
+            most of the models, and of another task its own.
 
     Raises:
         ValueError: an unknown metric, no finished run at all, two runs with the same seed and split in one cell, or
             files of these names that this program did not write.
     """
-    unknown = [name for name in metrics or () if name not in METRIC_NAMES]
-    if unknown:
-        raise ValueError(f"metric must be one of {', '.join(METRIC_NAMES)}, got {unknown[0]!r}")
     collected = collect_runs(run_dirs)
+    names = dict.fromkeys((*METRIC_NAMES, *(name for run in collected.runs for name in run.metrics)))
+    as_written = {name.lower(): name for name in names}
+    metrics = None if metrics is None else [as_written.get(name.lower(), name) for name in metrics]
+    unknown = [name for name in metrics or () if name not in names]
+    if unknown:
+        raise ValueError(f"metric must be one of {', '.join(names)}, got {unknown[0]!r}")
     if not collected.runs:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in collected.skipped) or "no folder was given"
         raise ValueError(f"at least one run must be finished, got none ({reasons})")
-    tables = build_tables(collected.runs, tuple(metrics or _default_metrics(collected.runs)))
+    tables = [
+        table
+        for of_task in _by_task(collected.runs)
+        if (shown := _shown(of_task, metrics))
+        for table in build_tables(of_task, shown)
+    ]
+    if not tables:
+        raise ValueError(f"metric must be one of a run given, got {', '.join(metrics or ())}")
     output_dir = Path(output_dir)
     for name in FILES:  # all of them are written together, and the CSV's heading is ours alone
         require_ours(output_dir / name, lambda path: _is_csv_of_ours(path.with_name(FILES[0])), "the tables' folder")
@@ -145,6 +162,22 @@ def write_tables(run_dirs: Sequence[Path], output_dir: Path, metrics: Sequence[s
     write_text(output_dir / "results.tex", to_latex(tables, collected.skipped))
     write_text(output_dir / "results.html", to_html(tables, collected.skipped))
     return markdown
+
+
+def _by_task(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
+    """The runs of each task, classification first."""
+    tasks = sorted({run.task for run in runs})
+    return [[run for run in runs if run.task == task] for task in tasks]
+
+
+def _shown(runs: Sequence[FinishedRun], metrics: Sequence[str] | None) -> tuple[str, ...]:
+    """The metrics that are shown of runs of one task."""
+    if not runs[0].task:
+        return tuple(name for name in metrics or _default_metrics(runs) if name in METRIC_NAMES)
+    there = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
+    if metrics:
+        return tuple(name for name in metrics if name in there)
+    return tuple(name for name in there if name == MEAN or name.rpartition(".")[2] in CHOOSING)
 
 
 def _default_metrics(runs: Sequence[FinishedRun]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
-"""Two runs of one task compared: differences, an exchange test by hand, directions, and what does not fit together."""
+"""Runs of tasks beside each other: two compared, differences and exchanges by hand; many in tables, with directions."""
 
+import csv
 import itertools
 import json
 
@@ -9,6 +10,9 @@ import pytest
 from ds_wsi.cli import main
 from ds_wsi.evaluation import compare_runs
 from ds_wsi.evaluation.comparison import comparison_to_json, format_comparison
+from ds_wsi.evaluation.protocol import EvaluationProtocol
+from ds_wsi.evaluation.record import RunRecord
+from ds_wsi.evaluation.tables import write_tables
 from ds_wsi.evaluation.tasks.files import write_rows
 
 SCORES, A, B = [1.0, 2.0, 4.0, 3.0, 7.0], [1.5, 1.0, 4.5, 3.5, 6.0], [2.0, 4.0, 1.0, 3.0, 6.5]
@@ -133,3 +137,46 @@ def test_the_command_writes_what_it_tells(tmp_path, capsys):
     assert set(written["paired_bootstrap"]) == {"pearson", "spearman", "r2", "mae", "rmse"}
     assert written["delong"] is None
     assert "lower is better" in capsys.readouterr().out
+
+
+def finished(folder, task, columns, metrics, training, seed=0, classes=()):
+    """A finished run with these test metrics."""
+    run_folder(folder, task, columns, classes)
+    path = folder / "metrics.json"
+    entries = {name: {"value": value} for name, value in metrics.items()}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "metrics": entries}))
+    RunRecord("cohort", "resnet18", "abmil", training, seed, "", "test", EvaluationProtocol(), {}).write(folder)
+    return folder
+
+
+def test_tables_are_of_one_task_each_with_its_metrics_units_and_best(tmp_path):
+    scores = {"score": SCORES, "score_predicted": A}
+    grades = {"grade": ["0", "1"], "grade_predicted": ["0", "1"]}
+    runs = [
+        finished(tmp_path / "frozen", SCORE, scores, {"pearson": 0.5, "mae": 12.5}, "frozen"),
+        finished(
+            tmp_path / "tuned", SCORE, {**scores, "score_predicted": B}, {"pearson": 0.7, "mae": 9.25}, "end to end"
+        ),
+        finished(tmp_path / "same", SCORE, scores, {"pearson": 0.5, "mae": 12.5}, "frozen"),
+        finished(tmp_path / "grade", GRADE, grades, {"quadratic_weighted_kappa": 0.8}, "frozen", classes=("0", "1")),
+    ]
+    text = write_tables(runs, tmp_path / "tables")
+    assert "## cohort, regression of score" in text
+    assert "## cohort, ordinal of grade (0 &lt; 1)" in text
+    line = next(line for line in text.splitlines() if line.startswith("| resnet18") and "12.50" in line)
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    # frozen, end to end and the difference of r in percent; of the error in its unit, whose lowest is the best.
+    assert cells == ["50.00", "**70.00**", "+20.00", "12.50", "**9.25**", "-3.25", "1 / 1"]
+    assert "the lowest of Mean absolute error" in text
+    assert "errors in the target's unit" in text
+    assert "same: the same model on the same slides as" in text
+    with (tmp_path / "tables" / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["metric"], row["mean"], row["training"]) for row in rows if row["training"] == "end to end"] == [
+        ("pearson", "0.7", "end to end"),
+        ("mae", "9.25", "end to end"),
+    ]
+    only = write_tables(runs[:2], tmp_path / "one", ["MAE"])
+    assert "Pearson" not in only
+    with pytest.raises(ValueError, match=r"metric must be one of accuracy, .*pearson, mae, got 'c_index'"):
+        write_tables(runs[:2], tmp_path / "none", ["c_index"])

@@ -102,4 +102,4 @@ def _matching_rows(a: Told, b: Told) -> Sequence[Row]:
 
 
 def _words(told: Told) -> str:
-    return ", ".join(f"{target.kind} of {' and '.join(target.columns)}" for target in told.targets)
+    return ", ".join(target.words for target in told.targets)

@@ -4,6 +4,7 @@ Metrics are computed of predictions.csv alone. Of survival that is Harrell's C: 
 """
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,12 @@ class ToldTarget:
     kind: str
     columns: tuple[str, ...]
     classes: tuple[str, ...]
+
+    @property
+    def words(self) -> str:
+        """What is asked, with the grades in their order."""
+        grades = f" ({' < '.join(self.classes)})" if self.kind == "ordinal" else ""
+        return f"{self.kind} of {' and '.join(self.columns)}{grades}"
 
     @property
     def target_columns(self) -> tuple[str, ...]:
@@ -105,6 +112,14 @@ class Told:
         """The columns of predictions.csv that hold targets."""
         return tuple(name for target in self.targets for name in target.target_columns)
 
+    def answers_as(self, other: "Told", tolerance: float) -> bool:
+        """Whether another run answers the same slides the same, numbers to a tolerance."""
+        rows = {row["slide_id"]: row for row in other.rows}
+        if self.targets != other.targets or {row["slide_id"] for row in self.rows} != set(rows):
+            return False
+        pairs = ((row[name], rows[row["slide_id"]][name]) for row in self.rows for name in self.predicted_columns)
+        return all(one == two or abs(_number(one) - _number(two)) <= tolerance for one, two in pairs)
+
     def measure(self, rows: Sequence[Row]) -> Measure:
         """The metrics of rows for counts [R, N]; of several targets TARGET.METRIC, and the mean of their first."""
         if not self.targets[0].name:
@@ -117,6 +132,14 @@ class Told:
                 first = default_metric(target.kind).name
                 parts.append(PartMeasure(target.name, first, np.array(labelled_rows), target.measure(of_target_rows)))
         return partial(measured, parts)
+
+
+def _number(text: str) -> float:
+    """A number; NaN of a word."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def told_task(directory: Path) -> Mapping[str, Any] | None:
