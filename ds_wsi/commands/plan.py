@@ -42,6 +42,8 @@ def add_plan(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--eval", action="store_true", help="BatchNorm takes running statistics (default: a bag's)")
     parser.add_argument("--device", default=None, help="whose rates to assume (default: cuda; cpu without --gpu)")
     parser.add_argument("--probe", action="store_true", help="measure this machine's rates first, and keep them")
+    words = "search anew, and keep nothing (default: a plan of the same module, sizes, budgets and versions is read)"
+    parser.add_argument("--no_keep_plans", dest="keep_plans", action="store_false", help=words)
     parser.add_argument(*spellings("output_dir"), help="folder for plan.json and plan.png (default: print alone)")
 
 
@@ -53,7 +55,7 @@ def run_plan(options: argparse.Namespace) -> None:
     from ds_wsi.models.own import is_code
     from ds_wsi.partition.planning.draw import draw_plan
     from ds_wsi.partition.planning.rates import device_key, probe
-    from ds_wsi.partition.planning.search import plan_partition
+    from ds_wsi.partition.planning.search import find_plan
 
     device = torch.device(options.device or ("cpu" if options.gpu is None else "cuda"))
     if options.probe:
@@ -84,14 +86,17 @@ def run_plan(options: argparse.Namespace) -> None:
         chunk_size=options.chunk_size,
         gpu_budget_bytes=options.gpu,
         host_budget_bytes=options.host,
+        keep_plans=options.keep_plans,
     )
     precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
-    plan = plan_partition(encoder, shape, policy, autocast=precision, device=device)
+    answer = find_plan(encoder, shape, policy, autocast=precision, device=device)
+    plan = answer.plan
     if options.output_dir:
         folder = Path(options.output_dir)
         write_json(folder / "plan.json", {"ds_wsi": {"partition": {"plan": plan.to_section()}}})
         draw_plan(plan, folder / "plan.png")
     show(plan)
+    show(answer.words)
     if options.output_dir:
         show(f"written: {folder / 'plan.json'}, {folder / 'plan.png'}")
 

@@ -36,13 +36,15 @@ from ds_wsi.partition.module.surroundings import (
     refuse_transforms,
 )
 from ds_wsi.partition.planning.plan import PartitionPlan, SegmentPlan
-from ds_wsi.partition.planning.search import plan_partition
+from ds_wsi.partition.planning.search import find_plan
 from ds_wsi.partition.planning.uniform import DEFAULT_CHUNK, planning_size, uniform_plan
 from ds_wsi.partition.policy import PartitionPolicy
 from ds_wsi.runtime.forked import make_pool_anew
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.memory import free_host_bytes
 from ds_wsi.runtime.numerics import autocast_dtype, autocast_now, memory_layout
+
+TOLD_S = 1.0  # a plan that took longer is no silence
 
 
 @dataclass(frozen=True)
@@ -284,7 +286,7 @@ class PartitionedForward:
         if key not in self._plans:
             if policy.mode in ("auto", "native"):
                 cost = input_cost(x, 2 if policy.axis == "spatial" else 0, device, prepare)
-                plan = plan_partition(
+                answer = find_plan(
                     self.module,
                     shape,
                     policy,
@@ -294,8 +296,10 @@ class PartitionedForward:
                     source=cost,
                     arguments=arguments,
                 )
+                plan = answer.plan
                 # Of bags that fit as they are there is nothing to say.
                 logger.log(logging.DEBUG if plan.mode == "native" else logging.INFO, "%s", plan.summary)
+                logger.log(logging.INFO if answer.seconds > TOLD_S else logging.DEBUG, "partition: %s", answer.words)
                 logger.debug("%s", plan)
             else:
                 example = Example(shape, dtype, device, arguments, memory_layout(x[:1]))

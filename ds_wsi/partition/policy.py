@@ -33,6 +33,7 @@ class PartitionPolicy:
         nvme_budget_bytes: bytes of activations there; None: half of what is free.
         bn_population: what train-mode BatchNorm normalises over: "stack", all tiles of a call; "bag", each bag of it.
         compile: run the chunk's body under `torch.compile`.
+        keep_plans: keep plans in the user's cache folder by what they depend on, and take them from there.
         check: compare the partition with the module alone, on up to 4 tiles, before the first call of each kind.
     """
 
@@ -98,6 +99,13 @@ class PartitionPolicy:
         resolved="norm_training",
     )
     compile: bool = setting(False, "run the body of a chunk under torch.compile", Decides.NOTHING)
+    keep_plans: bool = setting(
+        True,
+        "keep plans in the user's cache folder, and take a plan from there that was made of the same",
+        Decides.NOTHING,
+        option="keep_plans",
+        kind=SWITCH,
+    )
     check: bool = setting(
         True,
         "compare the partitioned encoder with the encoder alone at the first call",

@@ -15,7 +15,8 @@ from ds_wsi.engines.policies.norms import (
     partition_of,
 )
 from ds_wsi.models import SlideModel, SlideOutput
-from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers, plan_partition
+from ds_wsi.partition import PartitionPlan, PartitionPolicy, partition_layers
+from ds_wsi.partition.planning.search import find_plan
 from ds_wsi.partition.planning.uniform import DEFAULT_CHUNK, planning_size
 from ds_wsi.runtime.forwards import Handle
 from ds_wsi.runtime.log import logger
@@ -99,8 +100,10 @@ def _partition(
         tiles *= settings.optim.per_device_train_batch_size * together
         # As bags of this length are planned, so that what is told is what is used.
         shape = (planning_size(tiles) if partition.mode == "auto" else tiles, 3, size, size)
-        plan = plan_partition(module.encoder, shape, partition, autocast=precision, device=device)
+        answer = find_plan(module.encoder, shape, partition, autocast=precision, device=device)
+        plan = answer.plan
         logger.info("%s", plan.summary)
+        logger.info("partition: %s", answer.words)
         logger.debug("%s", plan)
         one_plan = mesh.tile_size > 1 or (module.norm_training == "step" and accelerator.num_processes > 1)
         if one_plan and partition.mode == "auto":

@@ -7,10 +7,11 @@ plan: with a larger budget it is the same or an earlier one.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import count
+from math import ceil
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from ds_wsi.partition.module.devices import device_of
 from ds_wsi.partition.module.hooks import uncompiled
 from ds_wsi.partition.planning.choice import Choice, combine, overlapped, seconds_of
 from ds_wsi.partition.planning.costs import TILES, SegmentCost, SegmentMode, extrapolated, fitted, profile
+from ds_wsi.partition.planning.depends import Asked, NoKeyError, key_of
+from ds_wsi.partition.planning.kept import Budgets, Found, Searched, find, made
 from ds_wsi.partition.planning.plan import PartitionPlan, SegmentPlan, gib
 from ds_wsi.partition.planning.rates import Rates, find_rates
 from ds_wsi.partition.planning.simulate import Phase, Simulator
@@ -48,6 +51,9 @@ def plan_partition(
 ) -> PartitionPlan:
     """Decide how to partition `module` for a training step on an input of this shape; nothing is computed or changed.
 
+    A plan that was made before of the same module, shapes, policy, rates and versions is read from the user's cache
+    folder (`PartitionPolicy.keep_plans`).
+
     Args:
         module: the encoder, in the mode (train or eval) that it will run in.
         input_shape: [N, C, H, W].
@@ -66,6 +72,30 @@ def plan_partition(
     Raises:
         ValueError: no plan fits; says how many bytes are missing.
     """
+    return find_plan(
+        *(module, input_shape, policy),
+        dtype=dtype,
+        autocast=autocast,
+        device=device,
+        rates=rates,
+        source=source,
+        arguments=arguments,
+    ).plan
+
+
+def find_plan(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    policy: PartitionPolicy | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    device: torch.device | None = None,
+    rates: Rates | None = None,
+    source: InputCost | None = None,
+    arguments: Arguments | None = None,
+) -> Found:
+    """What `plan_partition` returns, and whether it was read or made, in how many seconds."""
     policy = policy or PartitionPolicy()
     module = uncompiled(module)
     shape = tuple(int(size) for size in input_shape)
@@ -74,9 +104,23 @@ def plan_partition(
     device = device or device_of(module, torch.device("cpu"))
     if policy.mode in ("paper", "native"):
         size = policy.chunk_size or (PAPER_CHUNK[policy.axis] if policy.mode == "paper" else 0)
-        return PartitionPlan((), policy.axis, policy.bn_population, shape, mode=policy.mode, chunk_size=size)
+        plan = PartitionPlan((), policy.axis, policy.bn_population, shape, mode=policy.mode, chunk_size=size)
+        return Found(plan, 0.0, why="nothing was searched for")
     rates = rates or find_rates(device)
-    return Planner(module, shape, policy, dtype, autocast, device, rates, source, arguments).plan()
+    gpu = policy.gpu_budget_bytes or _free_device_bytes(device)
+    budgets = Budgets(gpu, policy.host_budget_bytes or free_host_bytes())
+    asked = Asked(module, shape, policy, dtype, autocast, device, rates, source, arguments)
+
+    def search() -> Searched:
+        return Planner(*(getattr(asked, entry.name) for entry in fields(asked))).searched(budgets)
+
+    if not policy.keep_plans:
+        return made(search, "as was asked")
+    try:
+        key = key_of(asked)
+    except NoKeyError as error:
+        return made(search, f"it depends on what has no name: {error}")
+    return find(key, budgets, search)
 
 
 class Planner:
@@ -110,28 +154,30 @@ class Planner:
         self._fits: dict[tuple[SegmentMode, ...], list[tuple[SegmentCost, SegmentCost, SegmentCost]]] = {}
         self._simulations: dict[tuple[SegmentSpec, ...], list[Phase]] = {}
 
-    def plan(self) -> PartitionPlan:
-        """The fastest plan within the policy's budgets.
-
-        Raises:
-            ValueError: none fits.
-        """
-        gpu = self.policy.gpu_budget_bytes or _free_device_bytes(self.device)
-        return self.within(gpu, self.policy.host_budget_bytes or free_host_bytes())
-
     def within(self, gpu_budget: int, host_budget: int) -> PartitionPlan:
         """The fastest plan within these budgets; what was simulated for others is known.
 
         Raises:
             ValueError: none fits.
         """
-        policy = self.policy
-        self.gpu_budget, self.memory_budget = gpu_budget, host_budget
-        self.host_budget = host_budget + self.nvme_budget
+        return self.searched(Budgets(gpu_budget, host_budget)).plan
+
+    def searched(self, budgets: Budgets) -> Searched:
+        """The same, and the budgets whose plan it is too: those between these and what it needs.
+
+        Under smaller ones nothing faster fits that does not fit under these.
+
+        Raises:
+            ValueError: none fits.
+        """
+        policy, gpu_budget = self.policy, budgets.gpu
+        self.gpu_budget, self.memory_budget = gpu_budget, budgets.host
+        self.host_budget = budgets.host + self.nvme_budget
         native = self.native
         as_it_is = policy.mode == "auto" and not policy.compile and not self.synchronised
         if as_it_is and native.peak <= gpu_budget:
-            return self._finished((), mode="native", peak_bytes=native.peak, seconds=self._seconds(native))
+            plan = self._finished((), mode="native", peak_bytes=native.peak, seconds=self._seconds(native))
+            return Searched(plan, Budgets(2**62, 2**62), Budgets(native.peak, 0))
         tried = []
         for choice, size in self._candidates():
             plan = self._simulated(choice.modes, size)
@@ -139,7 +185,10 @@ class Planner:
             # A partition does what the module does, and more.
             plan = replace(plan, seconds=max(seconds, self._seconds(native)) if as_it_is else seconds)
             if plan.peak_bytes <= gpu_budget and plan.host_bytes <= self.host_budget:
-                return plan
+                # Where these are smaller than a choice's sums it is passed over, but for the least of all.
+                sums = (0.0, 0.0) if self._is_least(choice, size) else (choice.peak, choice.host_peak)
+                least = Budgets(max(plan.peak_bytes, ceil(sums[0])), max(plan.host_bytes, ceil(sums[1])))
+                return Searched(plan, budgets, least)
             tried.append(plan)
         plan = min(
             tried, key=lambda one: max(0, one.peak_bytes - self.gpu_budget) + max(0, one.host_bytes - self.host_budget)
@@ -172,17 +221,20 @@ class Planner:
         ]
         if self.cuts and self.policy.mode == "auto":
             waiting += [(seconds, 0.0, next(number), size, None) for size, seconds in self._whole_at_least.items()]
-        least = self._chunk_sizes()[-1]
         heapify(waiting)
         while waiting:
             *_, size, choice = heappop(waiting)
             if choice is None:
                 whole = self._whole(size)
                 heappush(waiting, (whole.seconds, whole.peak, next(number), size, whole))
-            elif (choice.modes == _WHOLE and size == least) or (
+            elif self._is_least(choice, size) or (
                 choice.peak <= self.gpu_budget and choice.host_peak <= self.host_budget
             ):
                 yield choice, size
+
+    def _is_least(self, choice: Choice, size: int) -> bool:
+        """Whether it is the candidate that needs least of all."""
+        return choice.modes == _WHOLE and size == self._chunk_sizes()[-1]
 
     @cached_property
     def _pool(self) -> list[tuple[Choice, int]]:

@@ -140,7 +140,7 @@ class ShapeMeter(ByteMeter):
 
 # Set after the class is made: what torch wraps around a mode's own, to keep torch.compile out, takes longer than this
 # does, and nothing of a plan is compiled.
-ShapeMeter.__torch_dispatch__ = ShapeMeter.dispatched  # type: ignore[method-assign]
+ShapeMeter.__torch_dispatch__ = ShapeMeter.dispatched  # type: ignore[method-assign, assignment]
 
 
 def _kind_of(func: Any) -> _Kind:

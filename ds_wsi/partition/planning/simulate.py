@@ -257,7 +257,7 @@ def _fake_copy(module: nn.Module, mode: Any, device: torch.device) -> nn.Module:
     for part in parts:
         memo[id(part)] = object.__new__(_own_class(part))
     for part in parts:
-        state = {name: value for name, value in part.__dict__.items() if not _OF_ENGINES.search(name)}
+        state = {name: value for name, value in part.__dict__.items() if not OF_ENGINES.search(name)}
         if part is module:
             state.pop("forward", None)  # a partition's own is not the module's
         bare = memo[id(part)]
@@ -279,7 +279,7 @@ class _Uncompiled(nn.Module):
         return self._modules["_orig_mod"](*args, **kwargs)  # type: ignore[misc]
 
 
-_OF_ENGINES = re.compile(
+OF_ENGINES = re.compile(
     "_hooks(_|$)|^_compiled_call_impl$|^ds_inflight|^_(external_params|original_parameters)$|^__composable_api|^population_group"
 )
 
