@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,12 +42,19 @@ class Cohort:
 
     def rows(self, split: str) -> tuple[int, ...]:
         """The rows of one split."""
-        return tuple(row for row, slide in enumerate(self.manifest.slides) if slide.split == split)
+        return self._rows_of.get(split, ())
 
-    @property
+    @cached_property  # every step asks for it, as for the rows
     def lengths(self) -> tuple[int, ...]:
         """Tiles of each slide."""
         return tuple(len(grid) for grid in self.grids)
+
+    @cached_property
+    def _rows_of(self) -> dict[str | None, tuple[int, ...]]:
+        rows: dict[str | None, list[int]] = {}
+        for row, slide in enumerate(self.manifest.slides):
+            rows.setdefault(slide.split, []).append(row)
+        return {split: tuple(numbers) for split, numbers in rows.items()}
 
     @property
     def in_dim(self) -> int | None:

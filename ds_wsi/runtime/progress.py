@@ -112,15 +112,17 @@ class PresentRate:
 
     def __init__(self) -> None:
         self._steps: deque[tuple[float, int]] = deque()
+        self._amount = 0  # of all of them
 
     def after(self, amount: int) -> float:
         """The rate after one more step of this amount."""
         now = time.monotonic()
         self._steps.append((now, amount))
+        self._amount += amount
         while len(self._steps) > 2 and now - self._steps[1][0] > self.SECONDS:
-            self._steps.popleft()
-        first = self._steps[0][0]
-        done = sum(amount for _, amount in self._steps) - self._steps[0][1]
+            self._amount -= self._steps.popleft()[1]
+        first, of_first = self._steps[0]
+        done = self._amount - of_first
         return done / (now - first) if now > first else 0.0
 
 

@@ -35,6 +35,7 @@ from ds_wsi.training.run import Run
 from ds_wsi.training.run_folder import alone_in, logging_to
 from ds_wsi.training.screen import tell_start, warn_of_waiting
 from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.step_log import PresentPeak, StepLog
 from ds_wsi.training.step_reader import StepReader, read_parts
 from ds_wsi.training.stopping import stop_reason
 from ds_wsi.training.stops import any_rank_asked, kept_when_stopped, words_of_stop
@@ -154,8 +155,8 @@ def _train_epoch(run: Run, steps: StepReader, validation: AtTheEnd | BesideTrain
         forget_steps(run.optimizer)
     run.model.train()
     tiles_read, start, rate, skipped, present = 0, time.perf_counter(), 0.0, 0, PresentRate()
-    waited = steps.waited
-    with _epoch_bar(run) as bar:
+    waited, peak = steps.waited, PresentPeak(run)
+    with _epoch_bar(run) as bar, StepLog(run) as log:
         for step, micro_steps in steps.of_epoch(progress.epoch):
             rate_now = rate_at(step.number)
             if optim.demon:
@@ -171,18 +172,18 @@ def _train_epoch(run: Run, steps: StepReader, validation: AtTheEnd | BesideTrain
                 tell_skipped_steps(run, skipped)
             seconds = time.perf_counter() - start
             rate = tiles_read / seconds
-            peak = peak_memory_bytes(run.device)
             words = (
                 f"mean loss {progress.loss_sum / max(1, progress.bags_seen):.3f}, {present.after(done.n_tiles):.0f} "
-                f"tiles/s, data wait {(steps.waited - waited) / seconds:.0%}, {peak / 2**30:.2f} GiB"
+                f"tiles/s, data wait {(steps.waited - waited) / seconds:.0%}, {peak.n_bytes / 2**30:.2f} GiB"
             )
             bar.step(n=step.plan.n_bags, words=words)
-            _log_step(run, done.loss / max(1, done.units), rate_now, rate, peak)
+            log.add(progress.global_step, _step_values(run, done.loss / max(1, done.units), rate_now, rate, peak))
             save_steps = run.settings.run.save_steps
             by_step = save_steps and progress.global_step % save_steps == 0
             if done.stop_is_due:  # after an epoch's last step too: the epoch's end can take long
                 raise Stopped(words_of_stop(run), together=True)
             if (by_step or done.save_is_due) and progress.step_in_epoch < an_epoch:
+                log.write()  # a run that goes on from there logs the steps after it
                 save(run)
     return {
         "epoch": progress.epoch + 1,
@@ -194,19 +195,18 @@ def _train_epoch(run: Run, steps: StepReader, validation: AtTheEnd | BesideTrain
     }
 
 
-def _log_step(run: Run, loss: float, learning_rate: float, tiles_per_second: float, peak_bytes: int) -> None:
-    """Hand the trackers what the step that has ended came to."""
-    run.accelerator.log(
-        {
-            **({"train/loss": loss} if math.isfinite(loss) else {}),
-            **({"train/skipped_steps": run.progress.skipped_steps} if skips_overflow(run) else {}),
-            "train/learning_rate": learning_rate,
-            "train/tiles_per_second": tiles_per_second,
-            "train/peak_memory_bytes": peak_bytes,
-            **(run.comm.metrics() if run.comm else {}),
-        },
-        step=run.progress.global_step,
-    )
+def _step_values(
+    run: Run, loss: float, learning_rate: float, tiles_per_second: float, peak: PresentPeak
+) -> dict[str, float]:
+    """What the trackers are told of the step that has ended."""
+    return {
+        **({"train/loss": loss} if math.isfinite(loss) else {}),
+        **({"train/skipped_steps": run.progress.skipped_steps} if skips_overflow(run) else {}),
+        "train/learning_rate": learning_rate,
+        "train/tiles_per_second": tiles_per_second,
+        "train/peak_memory_bytes": peak.n_bytes,
+        **(run.comm.metrics() if run.comm else {}),
+    }
 
 
 def _rates(run: RunContext, steps_per_epoch: int) -> Callable[[int], float]:
