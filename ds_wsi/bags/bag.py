@@ -71,6 +71,8 @@ class TileChunk(NamedTuple):
     @property
     def kept(self) -> Tensor:
         """The rows of the tiles in the slide's grid: int64 [n]."""
+        if not self.failures and self.request.rows is None:
+            return torch.arange(self.request.start, self.request.stop)
         failed = {row for row, _ in self.failures}
         # Derived here: a second tensor per chunk would double the cost of handing it over.
         return torch.tensor([row for row in self.request.grid_rows if row not in failed], dtype=torch.int64)
@@ -158,6 +160,8 @@ class TileDataset(Dataset[TileChunk]):
 class FeatureRows(Dataset[TileChunk]):
     """Answers requests with rows of features; a file is read whole, and its rows are all there or an error is raised.
 
+    What the files' memory holds is not read. Only `keep` adds to that: reading processes would each hold a copy.
+
     Args:
         files: the cohort's files, row by row.
     """
@@ -169,6 +173,18 @@ class FeatureRows(Dataset[TileChunk]):
     def answer(self, request: TileRequest) -> Answer:
         """A request's answer as a worker hands it over."""
         return Answer(self[request].tiles, ())
+
+    def held(self, request: TileRequest) -> Answer | None:
+        """The answer to a request, where the file's features are in memory."""
+        file = self.files[request.slide]
+        features = None if file.memory is None else file.memory.get(file.slide_id)
+        return None if features is None else Answer(_rows_of(features, request), ())
+
+    def keep(self, chunk: TileChunk) -> None:
+        """Have a file's features kept in memory, where all of them were asked for and there is room."""
+        file = self.files[chunk.request.slide]
+        if file.memory is not None and chunk.request.rows is None and len(chunk.tiles) == file.n_rows:
+            file.memory.keep(file.slide_id, chunk.tiles)
 
     def describe(self, request: TileRequest, row: int) -> str:
         """The file of a request, in words."""
@@ -186,10 +202,15 @@ class FeatureRows(Dataset[TileChunk]):
                 f"features must be as they were at the start, {[file.n_rows, file.width]}, got "
                 f"{list(features.shape)} ({file.path}). HINT: do not change files under a run."
             )
-        if len(request.grid_rows) < len(features):
-            # A copy: of a view, the whole file would be handed over to the training process.
-            features = features[list(request.grid_rows)]
-        return TileChunk(request, features, ())
+        return TileChunk(request, _rows_of(features, request), ())
+
+
+def _rows_of(features: Tensor, request: TileRequest) -> Tensor:
+    """The rows that are asked for; all of them without a copy."""
+    if len(request.grid_rows) == len(features):
+        return features
+    # A copy: of a view, the whole file would be handed over to the training process.
+    return features[list(request.grid_rows)]
 
 
 def plan_requests(order: Iterable[int | BagPart], lengths: Sequence[int], chunk_tiles: int) -> Iterator[TileRequest]:
@@ -229,8 +250,15 @@ def read_chunks(
     # Far enough ahead for one whole bag, within the bound.
     ahead = min(max(chunks_a_bag + 1, 2 * policy.workers), MAX_CHUNKS_AHEAD)
     requests = plan_requests(order, lengths, chunk_tiles)
+    of_features = dataset if isinstance(dataset, FeatureRows) else None
+    in_memory = _not_in_memory if of_features is None else of_features.held
     if not policy.workers:
-        yield from (dataset[request] for request in requests)
+        for request in requests:
+            answer = in_memory(request)
+            chunk = dataset[request] if answer is None else TileChunk(request, *answer)
+            if of_features is not None:
+                of_features.keep(chunk)
+            yield chunk
         return
     stream = answers(
         dataset,
@@ -239,10 +267,18 @@ def read_chunks(
         ahead=policy.workers * math.ceil(ahead / policy.workers),
         timeout_s=policy.timeout_s,
         describe=dataset.describe,
+        known=in_memory,
     )
     with closing(stream):  # now, and not when it is collected: its processes end with it
         for request, (tiles, failures) in stream:
-            yield TileChunk(request, tiles, failures)
+            chunk = TileChunk(request, tiles, failures)
+            if of_features is not None:
+                of_features.keep(chunk)
+            yield chunk
+
+
+def _not_in_memory(request: TileRequest) -> Answer | None:
+    """Tiles are read."""
 
 
 def _dataset(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_wsi.bags.cohort import Cohort
+from ds_wsi.bags.feature_memory import FeatureMemory
 from ds_wsi.bags.features import FeatureFile, FeatureFileError, find_features, read_features, read_shape
 from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry, parse_manifest
 from ds_wsi.bags.policy import CHECKS
@@ -40,6 +41,7 @@ def load_feature_cohort(
     labels: str = "required",
     columns: TargetColumns = ONE_CLASS,
     choose: Callable[[Manifest], Manifest] | None = None,
+    memory_bytes: int = 0,
 ) -> Cohort:
     """Read and check a cohort whose bags are files of features: the table, then the files; slides need not be there.
 
@@ -57,6 +59,7 @@ def load_feature_cohort(
         write_record: False reads the record of `record_dir` and writes none.
         labels, columns: see `parse_manifest`.
         choose: takes the slides that are wanted, before their files are read.
+        memory_bytes: see `FeatureMemory`, which keeps what is read here too.
 
     Raises:
         ManifestError: lists every problem of the manifest, before a file is read; else every problem of the files.
@@ -67,13 +70,12 @@ def load_feature_cohort(
     manifest = _read_table(manifest_path, features_dir, classes, labels, columns)
     manifest = manifest if choose is None else choose(manifest)
     record = _read_record(record_dir) if check == "full" else {}
-    files, problems = _examine_all(manifest.slides, features_dir, check, record, workers)
+    files, problems = _examine_all(manifest.slides, features_dir, check, record, workers, FeatureMemory(memory_bytes))
     problems += _width_problems(files, in_dim)
     if record_dir is not None and check == "full" and write_record:
         remove_left_behind(Path(record_dir))
         _write_record(record_dir, files)
-    by_id = _known_by(files)
-    known_by = [by_id.get(slide.slide_id) for slide in manifest.slides]
+    known_by = [*map(_known_by(files).get, (slide.slide_id for slide in manifest.slides))]
     problems += files_across_splits(manifest.slides, known_by)
     if problems:
         raise ManifestError(manifest.source, problems)
@@ -117,16 +119,21 @@ def _examine_all(
     check: str,
     record: dict[str, dict[str, Any]],
     workers: int,
+    memory: FeatureMemory,
 ) -> tuple[tuple[FeatureFile, ...], list[str]]:
     """The slides' files that are whole, and the problems of the others, both in the order of the slides."""
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = list(pool.map(lambda slide: _examine(slide, features_dir, check, record), slides))
+        results = list(pool.map(lambda slide: _examine(slide, features_dir, check, record, memory), slides))
     files = tuple(result for result in results if isinstance(result, FeatureFile))
     return files, [str(result) for result in results if isinstance(result, FeatureFileError)]
 
 
 def _examine(
-    slide: SlideEntry, features_dir: Path, check: str, record: dict[str, dict[str, Any]]
+    slide: SlideEntry,
+    features_dir: Path,
+    check: str,
+    record: dict[str, dict[str, Any]],
+    memory: FeatureMemory,
 ) -> FeatureFile | FeatureFileError:
     """What is in a slide's file; an error is returned, so that all can be listed."""
     try:
@@ -145,7 +152,8 @@ def _examine(
             features = read_features(path).features
             n_rows, width = features.shape
             checksum = zlib.crc32(features.contiguous().numpy().data)
-        return FeatureFile(slide.slide_id, path, n_rows, width, *state, checksum)
+            memory.keep(slide.slide_id, features)
+        return FeatureFile(slide.slide_id, path, n_rows, width, *state, checksum, memory)
     except FeatureFileError as error:
         return error
 

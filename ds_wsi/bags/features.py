@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ds_wsi.bags.feature_memory import FeatureMemory
 from ds_wsi.bags.tile_side import side_of
 from ds_wsi.runtime.files import atomic_path
 from ds_wsi.runtime.h5_files import member, number_attributes, numbers, opened_h5
@@ -53,6 +54,7 @@ class FeatureFile:
         n_rows, width: N and D of the features [N, D].
         n_bytes, modified_ns: the file's size and time, when it was examined.
         checksum: CRC-32 of the float32 features; None where they were not read.
+        memory: what keeps the features of the cohort's files; None: nothing does.
     """
 
     slide_id: str
@@ -62,6 +64,7 @@ class FeatureFile:
     n_bytes: int
     modified_ns: int
     checksum: int | None = None
+    memory: FeatureMemory | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return self.n_rows

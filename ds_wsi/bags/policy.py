@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 from ds_wsi.runtime.bounds import MOST_BLUR_PX, MOST_WORKERS, require_at_most
-from ds_wsi.runtime.setting import SWITCH, Decides, setting, tiles_or_all
+from ds_wsi.runtime.setting import SWITCH, Decides, setting, size_or_none, tiles_or_all
 from ds_wsi.slides.policy import AUTO, READERS
 
 CHUNK_BYTES = 24 * 2**20  # of the tiles of a request
 READ_TIMEOUT_S = 600.0  # a network file system that comes back mostly does so within minutes
+FEATURES_MEMORY_BYTES = 2 * 2**30  # a cohort of 500 slides of 1,000 tiles and width 1,024
 CHECKS = ("full", "shapes")  # of files of features
 
 
@@ -25,6 +26,8 @@ class ReadPolicy:
         tile_store: folder that `ds-wsi tile --store` wrote, read in the slides' place; empty reads the slides.
         slide_reader: what reads a slide's pixels, which are the same: "auto", its own JPEG tiles directly where that is
             proved to give OpenSlide's pixels; "openslide", OpenSlide alone.
+        features_memory_bytes: bytes of features on disk that each process keeps in memory once they are read, and no
+            more than a fourth of what is free there; 0 reads the files anew each time.
         timeout_s: how long tiles that are due are waited for before the run stops; 0 waits for ever, as reading in the
             training process always does.
     """
@@ -69,6 +72,15 @@ class ReadPolicy:
         option="slide_reader",
         kind=READERS,
     )
+    features_memory_bytes: int = setting(
+        FEATURES_MEMORY_BYTES,
+        "memory in which each process keeps features on disk once they are read, such as 8GiB, and no more than a "
+        "fourth of what is free; 0 reads the files anew in each epoch",
+        Decides.NOTHING,
+        option="features_memory",
+        kind=size_or_none,
+        words="2GiB",
+    )
     timeout_s: float = setting(
         READ_TIMEOUT_S,
         "seconds that tiles which are due are waited for before the command gives up; 0 waits for ever",
@@ -78,7 +90,7 @@ class ReadPolicy:
 
     def __post_init__(self) -> None:
         """Refuse counts that cannot be read with."""
-        for name, least in (("workers", 0), ("chunk_tiles", 0), ("open_slides", 1)):
+        for name, least in (("workers", 0), ("chunk_tiles", 0), ("open_slides", 1), ("features_memory_bytes", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.slide_reader not in READERS:

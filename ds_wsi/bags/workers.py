@@ -24,7 +24,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
 from functools import cache
 from itertools import islice
 from multiprocessing import process, util
@@ -34,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.processes import end_with_parent, is_stopped, state_of, state_words
+from ds_wsi.runtime.processes import end_with_parent, end_words, is_stopped, state_of, state_words
 from ds_wsi.runtime.seams import ExceptionWrapper
 from ds_wsi.slides.errors import SlideError
 
@@ -74,6 +73,7 @@ def answers(
     ahead: int,
     timeout_s: float,
     describe: Callable[[Any, int], str],
+    known: Callable[[Any], Answer | None] = lambda request: None,
 ) -> Generator[tuple[Any, Answer], None, None]:
     """The requests, in order, each with its answer, worked at by processes of this one.
 
@@ -84,22 +84,27 @@ def answers(
         ahead: requests under way at a time.
         timeout_s: how long an answer is waited for once it is due; 0 waits for ever.
         describe: what a request, and the last row that `tell` was given (-1: none), is about, in words.
+        known: the answer to a request that no worker need be asked, else None.
 
     Raises:
         WorkerError: an answer that does not come.
         Exception: what the job raised, with the worker's traceback in its text.
     """
-    source, waiting = iter(requests), deque[Any]()
+    source, waiting = ((request, known(request)) for request in requests), deque[tuple[Any, Answer | None]]()
     with _Pool(job, workers, timeout_s, describe) as pool:
-        for request in islice(source, ahead):
-            pool.ask(request)
-            waiting.append(request)
+
+        def ask(n_requests: int) -> None:
+            for request, answer in islice(source, n_requests):
+                if answer is None:
+                    pool.ask(request)
+                waiting.append((request, answer))
+
+        ask(ahead)
         while waiting:
-            request = waiting.popleft()
-            answer = pool.take(request)
-            for following in islice(source, 1):
-                pool.ask(following)
-                waiting.append(following)
+            request, answer = waiting.popleft()
+            if answer is None:
+                answer = pool.take(request)
+            ask(1)
             yield request, answer
 
 
@@ -243,7 +248,7 @@ class _Pool:
         worker.process.join(JOIN_S)
         code = worker.process.exitcode
         return (
-            f"reading process {worker.number} must live as long as the run, got its end, {_end_words(code)}, at "
+            f"reading process {worker.number} must live as long as the run, got its end, {end_words(code)}, at "
             f"{self._at(worker, request)}. HINT: {_end_remedy(code)}"
         )
 
@@ -271,14 +276,6 @@ def _received(message: tuple[Any, ...], worker: _Worker) -> Answer:
             os.close(file)
         tensor = flat.view(shape)
     return Answer(tensor.movedim(-1, 1) if is_last else tensor, more)
-
-
-def _end_words(code: int | None) -> str:
-    if code is None or code >= 0:
-        return f"exit status {code}"
-    with suppress(ValueError):
-        return f"killed by {signal.Signals(-code).name}"
-    return f"killed by signal {-code}"
 
 
 def _end_remedy(code: int | None) -> str:

@@ -80,3 +80,12 @@ def from_own_path() -> Iterator[None]:
             del os.environ[SAFE_PATH]
         else:
             os.environ[SAFE_PATH] = before
+
+
+def end_words(code: int | None) -> str:
+    """An exit code, negative where a signal ended the process, in words."""
+    if code is None or code >= 0:
+        return f"exit status {code}"
+    with suppress(ValueError):
+        return f"killed by {signal.Signals(-code).name}"
+    return f"killed by signal {-code}"

@@ -88,6 +88,11 @@ def size_in_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def size_or_none(text: str) -> int:
+    """Parse as `size_in_bytes` does, or 0."""
+    return 0 if text.strip() == "0" else size_in_bytes(text)
+
+
 def tiles_or_all(text: str) -> int | None:
     """A number of tiles, or None for "all"."""
     try:
@@ -135,4 +140,4 @@ def assignments(text: str) -> tuple[tuple[str, float | str], ...]:
 
 
 Parse = Callable[[str], Any]
-METAVARS: dict[Any, str] = {int: "N", float: "X", size_in_bytes: "SIZE", tiles_or_all: "N|all"}
+METAVARS: dict[Any, str] = {int: "N", float: "X", size_in_bytes: "SIZE", size_or_none: "SIZE|0", tiles_or_all: "N|all"}

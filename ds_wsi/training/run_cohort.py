@@ -55,6 +55,7 @@ def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
                 write_record=write_grids,
                 choose=checked,
                 columns=columns,
+                memory_bytes=policies.reading.features_memory_bytes,
             )
 
     def load(skipped: tuple[SkippedSlide, ...] | None) -> Cohort:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_wsi.runtime.setting import names, size_in_bytes, tiles_or_all
+from ds_wsi.runtime.setting import names, size_in_bytes, size_or_none, tiles_or_all
 from ds_wsi.slides.policy import parse_slide_mpp
 from ds_wsi.training.optim import learning_rate_at
 from ds_wsi.training.options import add_train_options, settings_from
@@ -52,6 +52,7 @@ def test_without_options_all_is_default_but_the_demos_tile_size():
 
 EXAMPLES = {
     size_in_bytes: ("2GiB", 2**31),
+    size_or_none: ("3GiB", 3 * 2**30),
     tiles_or_all: ("256", 256),
     int: ("3", 3),
     float: ("0.25", 0.25),

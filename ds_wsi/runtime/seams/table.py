@@ -33,6 +33,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("torch._ops:*._overloadpacket", "meter", "which operation an overload is of"),
     Seam("torch:_C._DisableTorchDispatch", "partition", "to make tensors that no mode sees", _PARTITION),
     Seam("torch:Tensor._version", "partition", "whether a tensor was changed in place", _PARTITION),
+    Seam("torch:Tensor._version", "features", "whether features that are kept were changed in place", ("bags",)),
     Seam(
         "torch.utils._python_dispatch:_disable_current_modes", "partition", "to compute beside a recording", _PARTITION
     ),
