@@ -114,9 +114,18 @@ class SparsePolicy(StainsPolicy):
 
 @dataclass(frozen=True)
 class GradedPolicy(DemoPolicy):
-    """What the cohort "graded" holds: slides like those of "plain", of patients with more and less tumour."""
+    """What the cohort "graded" holds: slides of one size, of patients with more and less tumour.
 
-    format_version: ClassVar[int] = 4
+    One size, because what tells a patient's targets is how much of the tissue is tumour.
+    """
+
+    train: int = 96
+    validation: int = 32
+    test: int = 48
+    min_side_px: int = 512
+    max_side_px: int = 512
+
+    format_version: ClassVar[int] = 5
 
 
 DEMOS: dict[str, type[DemoPolicy]] = {

@@ -14,9 +14,9 @@ import numpy as np
 TARGETS_DEMO, TIME_UNIT = "graded", "months"
 TARGET_FIELDS = ("grade", "score", "several_foci", "full_foci", "months", "event")
 MOST_FOCI = 3
-SOME_RINGS = 0.45  # share of the nuclei in foci that are not full
-BASE_MONTHS, HAZARD_PER_SCORE = 60.0, 1.1
-FOLLOW_UP_MONTHS = (18, 60)
+SOME_RINGS = 0.65  # share of the nuclei in foci that are not full
+BASE_MONTHS, HAZARD_PER_SCORE, SHAPE = 60.0, 2.0, 3.0  # Weibull's: the hazard rises with time, by this shape
+FOLLOW_UP_MONTHS = (18, 72)
 SCORE_NOISE = 0.1
 SCORE_GAP = 13  # every so many slides one has no score
 
@@ -53,7 +53,8 @@ def targets_of(findings: Findings, seed: int, patient: str, index: int) -> dict[
         index: the slide's number in the cohort.
     """
     of_patient = np.random.default_rng([seed, 41, *patient.encode()])
-    months = math.ceil(of_patient.exponential(BASE_MONTHS * math.exp(-HAZARD_PER_SCORE * findings.burden)))
+    drawn = of_patient.exponential() * math.exp(-HAZARD_PER_SCORE * findings.burden)
+    months = math.ceil(BASE_MONTHS * drawn ** (1 / SHAPE))
     end = int(of_patient.integers(*FOLLOW_UP_MONTHS))
     score = findings.burden + np.random.default_rng([seed, 42, index]).normal(0, SCORE_NOISE)
     return {
