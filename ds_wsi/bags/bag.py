@@ -154,7 +154,8 @@ class TileDataset(Dataset[TileChunk]):
         x, y = (int(value) for value in grid.coords[row])
         # Fetched for each tile: after an error the slide is reopened.
         slide = self.cache.get(entry.path, entry.mpp, entry.slide_id)
-        slide.read_tile(x, y, grid.level, grid.read_size_px, grid.tile_size_px, out=out)
+        size = grid.read_size_px, grid.tile_size_px
+        slide.read_tile(x, y, grid.level, *size, out=out, shrink=grid.policy.shrink)
 
 
 class FeatureRows(Dataset[TileChunk]):

@@ -267,6 +267,7 @@ def _tile(
                 grid = tile_slide(slide, policy, mask)
                 if path and write_grids:
                     write_grid(grid, path, print_of_file)
+            slide.require_shrink(grid.policy.shrink, grid.level, grid.read_size_px, grid.tile_size_px)
             return _TiledSlide(entry, grid, kept)
     except SlideError as error:
         return error
@@ -284,6 +285,8 @@ def _kept_grid(
     if grid.source != "ds_wsi":
         _require_imported_fits(grid, policy, path)
         _require_imported_of(grid, slide, path, same_size and same_file)
+        # Coordinates alone were imported: how their tiles are shrunk is the run's.
+        grid = replace(grid, policy=replace(grid.policy, shrink=policy.shrink))
         return grid, _TAKEN if of_slide else _TAKEN_BY_NAME
     same_mask = (grid.tissue.mask if grid.tissue else "") == (mask.name if mask else "")
     if same_size and same_file and same_mask and grid.slide_mpp == mpp and grid.policy == policy:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ds_wsi.models import SlideModel
 
 STORE = "folder that `ds-wsi tile --store` wrote: tiles are read from it (default: none, the slides are read)"
-TILING_OPTIONS = ("tile_size_px", "mpp", "min_tissue_fraction", "tissue")
+TILING_OPTIONS = ("tile_size_px", "mpp", "min_tissue_fraction", "tissue", "shrink")
 OF_EVALUATION = ("min_tissue_fraction", "tissue")  # those that may differ from a model's own
 SLIDE_OPTIONS = ("slide_mpp", "tissue_masks", "masks_in_bounds", "skip_bad_slides")
 

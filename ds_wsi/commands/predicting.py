@@ -149,7 +149,8 @@ def model_and_slides(options: argparse.Namespace, split: str, labels: str) -> Mo
         columns=columns,
         choose=choose,
     )
-    return ModelAndSlides(model, config, cohort)
+    # Slides that the manifest names are read for heat maps.
+    return ModelAndSlides(model, config, replace(cohort, reader=options.slide_reader))
 
 
 def _columns_of(config: "ModelConfig") -> "TargetColumns":

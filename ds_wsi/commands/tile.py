@@ -255,7 +255,9 @@ def _import_grids(options: argparse.Namespace) -> None:
             grid_path = Path(options.output_dir) / f"{entry.slide_id}.safetensors"
             if os.path.lexists(grid_path):
                 read_grid(grid_path)  # what is no grid is not written over
-            with Slide(entry.path, entry.mpp, entry.slide_id, fallback_mpp=options.slide_mpp) as slide:
+            with Slide(
+                entry.path, entry.mpp, entry.slide_id, fallback_mpp=options.slide_mpp, reader=options.slide_reader
+            ) as slide:
                 grids.append(importer(Path(folder) / f"{entry.slide_id}{suffix}", slide))
         except SlideError as error:
             problems.append(str(error))

@@ -322,7 +322,7 @@ def draw_heatmap(directory: Path, cohort: Cohort, prediction: SlidePrediction, m
         coords = grid.coords[prediction.kept.numpy()]
         _draw(entry, coords, grid.tile_size_level0_px, prediction.attention, path, title, made_of, cohort.reader)
         return path
-    return _draw_features(entry, grid, prediction, path, title, made_of) or path
+    return _draw_features(entry, grid, prediction, path, title, made_of, cohort.reader) or path
 
 
 def _draw(
@@ -342,7 +342,13 @@ def _draw(
 
 
 def _draw_features(
-    entry: SlideEntry, file: FeatureFile, prediction: SlidePrediction, path: Path, title: str, made_of: str
+    entry: SlideEntry,
+    file: FeatureFile,
+    prediction: SlidePrediction,
+    path: Path,
+    title: str,
+    made_of: str,
+    reader: str = AUTO,
 ) -> str | None:
     """Draw the attention over features on disk, or return why it cannot be drawn."""
     assert prediction.attention is not None
@@ -356,7 +362,7 @@ def _draw_features(
         )
     coords, side = places
     try:
-        _draw(entry, coords[prediction.kept.numpy()], side, prediction.attention, path, title, made_of)
+        _draw(entry, coords[prediction.kept.numpy()], side, prediction.attention, path, title, made_of, reader)
     except SlideError:
         return "the slide cannot be read"
     except ValueError:

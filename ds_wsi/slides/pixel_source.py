@@ -15,11 +15,11 @@ import openslide
 from ds_wsi.slides.direct.errors import NotDirectError
 from ds_wsi.slides.direct.proved import ProvedSlide, SlideFacts, is_usable, tell_openslide
 from ds_wsi.slides.direct.reader import DirectTiff
-from ds_wsi.slides.direct.shrink import read_tile
+from ds_wsi.slides.direct.shrink import decoded_scale, read_shrunk, read_tile
 from ds_wsi.slides.direct.tile_cache import TileCache
 from ds_wsi.slides.errors import SlideError
 from ds_wsi.slides.pixels import background_of, opaque, resize
-from ds_wsi.slides.policy import AUTO, READERS
+from ds_wsi.slides.policy import AUTO, BOX, READERS
 from ds_wsi.slides.readers import open_handle
 
 
@@ -46,7 +46,8 @@ class PixelSource:
         self._path, self._slide_id, self._cache_bytes = path, slide_id, cache_bytes
         self._pid = os.getpid()
         self._direct: ProvedSlide | None = None
-        self._refused: set[int] = set()  # levels
+        self._why_not: dict[int, str] = {}  # levels that are not read directly, and why
+        self._why_none = "" if reader == AUTO else f"--slide_reader {reader}"  # of any level
         if reader == AUTO:
             self._direct = ProvedSlide.known(path, tiles)
         self.facts = SlideFacts.of(self.handle) if self._direct is None else self._direct.facts
@@ -55,6 +56,7 @@ class PixelSource:
             try:
                 self._direct = ProvedSlide(path, self.facts, tiles)
             except OSError as error:
+                self._why_none = str(error)
                 tell_openslide(slide_id, path, str(error))
 
     @cached_property
@@ -86,13 +88,30 @@ class PixelSource:
         """Whether it must be opened anew: the file was written to since, or this process was forked since."""
         return self._pid != os.getpid() or (self._direct is not None and self._direct.is_changed())
 
-    def read_tile(self, x: int, y: int, level: int, read_size_px: int, out: np.ndarray) -> None:
+    def why_not_shrunk(self, level: int) -> str | None:
+        """Why a level cannot be read by "dct", in one line, or None."""
+        direct = self._directly(level)
+        if direct is None:
+            return self._why_not.get(level) or self._why_none or "an image that is no tiled TIFF"
+        if direct.levels[level].redrawn.any():
+            return f"tiles of level {level} that the file has not, which OpenSlide draws from the level below"
+        return None
+
+    def read_tile(self, x: int, y: int, level: int, read_size_px: int, out: np.ndarray, shrink: str = BOX) -> None:
         """Read a square of a level to `out`, uint8 [S, S, 3], shrunk or enlarged to its size; see `Slide.read_tile`.
 
         Raises:
             READ_ERRORS: the reader failed; the handle is dead.
         """
         direct = self._directly(level)
+        scale = decoded_scale(shrink, read_size_px, out.shape[0])
+        if scale > 1:
+            if direct is None:
+                raise NotDirectError(
+                    f"tile must be read directly to be shrunk by dct, got {self.why_not_shrunk(level)}"
+                )
+            read_shrunk(direct, x, y, level, read_size_px, scale, out)
+            return
         if direct is not None:
             try:
                 read_tile(direct, x, y, level, read_size_px, out.shape[0], out=out)
@@ -117,12 +136,12 @@ class PixelSource:
 
     def _directly(self, level: int) -> DirectTiff | None:
         """The direct reader where the level is proved."""
-        if self._direct is None or level in self._refused:
+        if self._direct is None or level in self._why_not:
             return None
         try:
             return self._direct.reader(level, lambda: self.handle)
         except NotDirectError as error:
-            self._refused.add(level)
+            self._why_not[level] = str(error)
             tell_openslide(self._slide_id, self._path, str(error))
         if not is_usable(self.handle):  # the reason is an error of OpenSlide's
             dead, self.handle = self.handle, self._open()

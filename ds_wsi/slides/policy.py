@@ -10,6 +10,8 @@ from ds_wsi.runtime.setting import Decides, setting
 TISSUE_RULES = ("auto", "grey", "otsu", "none")
 TISSUE_VERSION = 1  # of the rule "auto"; another value for every change of the masks that it makes
 AUTO = "auto"
+BOX, DCT = "box", "dct"
+SHRINKS = (BOX, DCT)  # how a tile is shrunk from a finer level
 READERS = (AUTO, "openslide")  # of a slide's pixels, which are the same
 POSSIBLE_MPP = (0.05, 10.0)  # of a slide, um/px, that a user may say: from 100x oil immersion to a macro camera
 POSSIBLE_TILE_MPP = (0.05, 1000.0)  # of tiles, um/px: optics resolve no less, and of more a slide is a few pixels
@@ -37,6 +39,8 @@ class TilingPolicy:
             is taken.
         tissue_version: the version of the rule "auto": a model's tiles stay what they were when a later version
             changes it.
+        shrink: how a tile is shrunk where its level is finer: "box", the means of the pixels; "dct", 2, 4 or 8 times as
+            its JPEG is decoded, the rest by means (see `read_shrunk`); of earlier versions, "box".
         use_saturation: what earlier versions had: True is "otsu", False is "grey".
     """
 
@@ -85,6 +89,16 @@ class TilingPolicy:
         Decides.RESOLVED,
         resolved="tiling",
     )
+    shrink: str = setting(
+        BOX,
+        "how a tile is shrunk where the level that it is read from is finer: box takes the means of the pixels; dct "
+        "decodes its JPEG at a half, a quarter or an eighth, about twice as fast, with other pixels, and needs slides "
+        "that are read directly",
+        Decides.RESOLVED,
+        resolved="tiling",
+        option="shrink",
+        kind=SHRINKS,
+    )
     use_saturation: InitVar[bool | None] = None
 
     def __post_init__(self, use_saturation: bool | None) -> None:
@@ -93,6 +107,8 @@ class TilingPolicy:
             object.__setattr__(self, "tissue", "otsu" if use_saturation else "grey")
         if self.tissue not in TISSUE_RULES:
             raise ValueError(f"tissue must be one of {', '.join(TISSUE_RULES)}, got {self.tissue!r}")
+        if self.shrink not in SHRINKS:
+            raise ValueError(f"shrink must be one of {', '.join(SHRINKS)}, got {self.shrink!r}")
         if self.tissue_version != TISSUE_VERSION:
             raise ValueError(
                 f"tissue_version must be {TISSUE_VERSION}, got {self.tissue_version}. HINT: install the version of "

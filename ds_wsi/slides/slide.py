@@ -10,12 +10,14 @@ import numpy as np
 from PIL import Image
 
 from ds_wsi.runtime.log import logger
+from ds_wsi.slides.direct.shrink import decoded_scale
 from ds_wsi.slides.direct.tile_cache import TileCache
 from ds_wsi.slides.errors import SlideError, TileReadError
+from ds_wsi.slides.overview import OverviewReader
 from ds_wsi.slides.pixel_source import PixelSource
 from ds_wsi.slides.pixels import background_of
 from ds_wsi.slides.plain import RESOLUTION_SOURCE
-from ds_wsi.slides.policy import AUTO, POSSIBLE_MPP
+from ds_wsi.slides.policy import AUTO, BOX, POSSIBLE_MPP
 from ds_wsi.slides.readers import READ_ERRORS
 from ds_wsi.slides.resolution import (
     CM_IN_UM,
@@ -31,8 +33,10 @@ from ds_wsi.slides.resolution import (
 __all__ = ["Slide", "SlideCache", "SlideError", "TileReadError"]
 
 OVERVIEW_BLOCK_PX = 2048  # of the level read at a time: bounds the memory of an overview
-GAP_PX = 64  # of level 0: an unreadable part of an overview is narrowed down to this
-MAX_FAILED_READS = 500  # of an overview: after them, unreadable parts are no longer narrowed down
+SHRINK_HINT = (
+    "without --slide_reader openslide it may be; else convert it, as `vips tiffsave IN OUT.tif --tile --pyramid "
+    "--compression jpeg` does, or train on tiles of --shrink box; --skip_bad_slides leaves it out."
+)
 
 
 class Overview(NamedTuple):
@@ -186,8 +190,34 @@ class Slide:
             return unit / a_unit, unit / along_y, self._properties.get(RESOLUTION_SOURCE, "the TIFF resolution tags")
         return None, None, "nothing"
 
+    def require_shrink(self, shrink: str, level: int, read_size_px: int, tile_size_px: int) -> None:
+        """Refuse a slide whose tiles cannot be shrunk as they are wanted; `read_tile` has the arguments.
+
+        Raises:
+            SlideError: "dct" is wanted, and the level is not read directly; names the reason.
+        """
+        if decoded_scale(shrink, read_size_px, tile_size_px) == 1:
+            return
+        try:
+            reason = self._open().why_not_shrunk(level)
+        except READ_ERRORS as error:
+            self.close()  # the handle is dead
+            reason = str(error)
+        if reason:
+            raise SlideError(
+                f"slide must be in JPEG tiles that are read directly to be shrunk by dct, got: {reason} (slide "
+                f"{self.slide_id}, {self.path}). HINT: {SHRINK_HINT}"
+            )
+
     def read_tile(
-        self, x: int, y: int, level: int, read_size_px: int, tile_size_px: int, out: np.ndarray | None = None
+        self,
+        x: int,
+        y: int,
+        level: int,
+        read_size_px: int,
+        tile_size_px: int,
+        out: np.ndarray | None = None,
+        shrink: str = BOX,
     ) -> np.ndarray:
         """Read a square tile.
 
@@ -197,6 +227,7 @@ class Slide:
             read_size_px: the tile's side at that level.
             tile_size_px: the tile's side when returned; resampled where the two differ.
             out: uint8 [tile_size_px, tile_size_px, 3] to write to.
+            shrink: one of `SHRINKS`, see `TilingPolicy`.
 
         Returns:
             uint8 [tile_size_px, tile_size_px, 3], transparent pixels in the slide's background colour.
@@ -215,7 +246,7 @@ class Slide:
                 f"level must be in [0, {len(self.level_downsamples)}), got {level} (slide {self.slide_id})"
             )
         try:
-            self._open().read_tile(int(x), int(y), level, read_size_px, out)
+            self._open().read_tile(int(x), int(y), level, read_size_px, out, shrink)
         except (*READ_ERRORS, SlideError) as error:
             self.close()
             raise TileReadError(self.slide_id, x, y, error) from error
@@ -252,7 +283,7 @@ class Slide:
         height, width = math.ceil(self.height_px / downsample), math.ceil(self.width_px / downsample)
         overview = np.empty((height, width, 3), dtype=np.uint8)
         overview[:] = self._background.astype(np.uint8)
-        reader = _OverviewReader(self, downsample, overview)
+        reader = OverviewReader(self, downsample, overview, OVERVIEW_BLOCK_PX)
         for top in range(0, height, step):
             for left in range(0, width, step):
                 reader.fill(top, left, min(step, height - top), min(step, width - left), level)
@@ -265,7 +296,7 @@ class Slide:
         coarser = (level for level, of_next in enumerate(self.level_downsamples[1:]) if downsample < of_next)
         return next(coarser, len(self.level_downsamples) - 1)
 
-    def _tell_gaps(self, reader: "_OverviewReader") -> None:
+    def _tell_gaps(self, reader: "OverviewReader") -> None:
         where = f"(slide {self.slide_id}, {self.path})"
         if reader.unreadable.all():
             raise SlideError(
@@ -278,7 +309,7 @@ class Slide:
             *(self.slide_id, 100 * reader.unreadable.mean(), x, y, reader.reason, self.path),
         )
 
-    def _block(self, x: float, y: float, level: int, downsample: float, rows: int, columns: int) -> np.ndarray:
+    def block(self, x: float, y: float, level: int, downsample: float, rows: int, columns: int) -> np.ndarray:
         """Box-average the level's pixels from (x, y) (level-0 px) to [rows, columns, 3]; READ_ERRORS pass through."""
         shrink = downsample / self.level_downsamples[level]
         # The read starts on a whole level-0 pixel; the box starts where the overview's pixel does. Not a pixel more is
@@ -290,51 +321,6 @@ class Slide:
         box = (offset[0], offset[1], min(ends[0], size[0]), min(ends[1], size[1]))
         picture = Image.fromarray(np.ascontiguousarray(region))
         return np.asarray(picture.resize((columns, rows), Image.Resampling.BOX, box=box))
-
-
-class _OverviewReader:
-    """Fills an overview block by block, and marks what cannot be read.
-
-    Args:
-        slide: the open slide.
-        downsample: level-0 px per pixel of the overview.
-        overview: uint8 [H, W, 3], written to.
-    """
-
-    def __init__(self, slide: Slide, downsample: float, overview: np.ndarray) -> None:
-        self.slide, self.downsample, self.overview = slide, downsample, overview
-        self.unreadable = np.zeros(overview.shape[:2], dtype=bool)
-        self.n_failed, self.reason = 0, ""
-
-    def fill(self, top: int, left: int, rows: int, columns: int, level: int) -> None:
-        """Read a block from a level, and where it is broken its quarters, and in the end those of finer levels."""
-        block = slice(top, top + rows), slice(left, left + columns)
-        side_px = max(rows, columns) * self.downsample / self.slide.level_downsamples[level]
-        # Of a finer level a block may be large: it is divided before it is read.
-        if side_px <= 2 * OVERVIEW_BLOCK_PX:
-            x, y = left * self.downsample, top * self.downsample
-            try:
-                self.overview[block] = self.slide._block(x, y, level, self.downsample, rows, columns)
-                return
-            except READ_ERRORS as error:
-                self.slide.close()  # the handle is dead
-                self.n_failed, self.reason = self.n_failed + 1, str(error)
-            if self.n_failed > MAX_FAILED_READS:
-                self.unreadable[block] = True
-                return
-        if side_px > GAP_PX and max(rows, columns) > 1:
-            self._fill_quarters(top, left, rows, columns, level)
-        elif level > 0:
-            self.fill(top, left, rows, columns, level - 1)
-        else:
-            self.unreadable[block] = True
-
-    def _fill_quarters(self, top: int, left: int, rows: int, columns: int, level: int) -> None:
-        upper, first = max(1, rows // 2), max(1, columns // 2)
-        for start, n_rows in ((0, upper), (upper, rows - upper)):
-            for begin, n_columns in ((0, first), (first, columns - first)):
-                if n_rows and n_columns:
-                    self.fill(top + start, left + begin, n_rows, n_columns, level)
 
 
 class SlideCache:

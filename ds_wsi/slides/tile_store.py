@@ -28,6 +28,7 @@ from ds_wsi.slides.direct.errors import NotDirectError
 from ds_wsi.slides.direct.jpeg_stream import decode
 from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.slides.jpeg_tiles import JpegTiles
+from ds_wsi.slides.policy import BOX
 from ds_wsi.slides.slide import Slide, SlideError, TileReadError
 from ds_wsi.slides.store_seal import is_sealed, seal
 from ds_wsi.slides.tiling import TileGrid
@@ -133,7 +134,9 @@ def _packed(slide: Slide, grid: TileGrid, quality: int) -> Iterator[PackedTile]:
                 yield PackedTile(jpeg, copied=True)
                 continue
             try:
-                tile = slide.read_tile(x, y, grid.level, grid.read_size_px, grid.tile_size_px)
+                tile = slide.read_tile(
+                    x, y, grid.level, grid.read_size_px, grid.tile_size_px, shrink=grid.policy.shrink
+                )
             except TileReadError as error:
                 yield PackedTile(None, reason=str(error.cause))
             else:
@@ -174,6 +177,7 @@ def _header(grid: TileGrid, slide_path: Path, quality: int) -> dict[str, Any]:
         "slide_bytes": fingerprint.n_bytes,
         FINGERPRINT: fingerprint.sha256,
         "quality": quality,
+        "shrink": grid.policy.shrink,
         **{name: getattr(grid, name) for name in names},
     }
 
@@ -199,8 +203,9 @@ def store_problem(path: Path, grid: TileGrid, slide_path: Path, quality: int | N
     for name, value in expected.items():
         if name == "version" or (name == FINGERPRINT and name not in header):
             continue  # of an earlier version: see `lacks_fingerprint`; to pack again takes long
-        if header.get(name) != value:
-            return f"tile store's {name} must be that of the cohort, {value}, got {header.get(name)} {where}"
+        written = header.get(name, BOX) if name == "shrink" else header.get(name)  # earlier versions had one way
+        if written != value:
+            return f"tile store's {name} must be that of the cohort, {value}, got {written} {where}"
     return None
 
 

@@ -145,8 +145,9 @@ def tile_slide(slide: Slide, policy: TilingPolicy, mask: MaskFile | None = None)
             f"{slide.height_px} px {where}. HINT: take it out of the manifest, or leave it out with --skip_bad_slides; "
             "a smaller tile_size_px fits."
         )
+    slide.require_shrink(policy.shrink, plan.level, plan.read_size_px, policy.tile_size_px)
     kept, tissue = _with_tissue(slide, policy, plan, coords, mask, where)
-    _require_readable(slide, plan, policy.tile_size_px, kept, where)
+    _require_readable(slide, plan, policy, kept, where)
     return TileGrid(
         slide_id=slide.slide_id,
         coords=kept,
@@ -163,12 +164,12 @@ def tile_slide(slide: Slide, policy: TilingPolicy, mask: MaskFile | None = None)
     )
 
 
-def _require_readable(slide: Slide, plan: LevelPlan, tile_size_px: int, coords: np.ndarray, where: str) -> None:
+def _require_readable(slide: Slide, plan: LevelPlan, policy: TilingPolicy, coords: np.ndarray, where: str) -> None:
     """Refuse a slide of which some tiles, spread over the grid, all fail: its overview may come from another level."""
     tried = coords[np.linspace(0, len(coords) - 1, min(TRIED_TILES, len(coords))).astype(int)]
     for x, y in tried.tolist():
         try:
-            slide.read_tile(x, y, plan.level, plan.read_size_px, tile_size_px)
+            slide.read_tile(x, y, plan.level, plan.read_size_px, policy.tile_size_px, shrink=policy.shrink)
             return
         except TileReadError as error:
             reason = str(error.cause)

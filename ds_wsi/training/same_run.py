@@ -25,6 +25,7 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.setting import Decides
 from ds_wsi.runtime.words import counted
 from ds_wsi.slides.fingerprint import slide_fingerprint
+from ds_wsi.slides.policy import BOX
 from ds_wsi.training.changed import setting_name
 from ds_wsi.training.checkpoint import read_state
 from ds_wsi.training.setting_list import SETTINGS, deciding
@@ -190,6 +191,8 @@ def require_same(current: Mapping[str, Any], checkpoint: Path) -> None:
         current = {name: value for name, value in current.items() if name != DRAW}
     # The version that wrote the checkpoint had no such setting: it did what the default does.
     saved = {name: json.loads(json.dumps(one.default)) for name, one in SETTINGS.items()} | saved
+    if saved.get("tiling"):
+        saved["tiling"] = {"shrink": BOX} | saved["tiling"]
     unknown = [name for name in current if name not in saved]
     if unknown:
         logger.warning(

@@ -111,13 +111,20 @@ def test_features_of_the_tissue_rule_by_its_earlier_name_are_kept(cohort, capsys
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         tiles, _, policy = metadata["tiles"].partition(", {")
-        then = {key: value for key, value in json.loads("{" + policy).items() if not key.startswith("tissue")}
+        then = {
+            key: value for key, value in json.loads("{" + policy).items() if not key.startswith(("tissue", "shrink"))
+        }
         metadata["tiles"] = f"{tiles}, {json.dumps(then | {'use_saturation': True}, sort_keys=True)}"
         save_file(tensors, path, {name: value for name, value in metadata.items() if name not in CHECKSUMS})
     before = contents(cohort / "f")
     assert features(cohort, "--tissue", "otsu") == 0
     assert contents(cohort / "f") == before
     assert features(cohort, "--tissue", "grey") == 2
+    capsys.readouterr()
+    assert features(cohort, "--tissue", "otsu", "--shrink", "dct") == 2  # of box tiles they are
+    printed = capsys.readouterr().err
+    assert '"shrink": "dct"' in printed
+    assert '"shrink": "box"' in printed
 
 
 @pytest.mark.parametrize("content", [b"", b"theirs", b"PK\x03\x04"])

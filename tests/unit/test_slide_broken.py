@@ -6,6 +6,7 @@ import tifffile
 from PIL import Image
 from slide_files import corrupt_tile, ramp, write_slide
 
+from ds_wsi.slides import overview as overview_module
 from ds_wsi.slides import slide as slide_module
 from ds_wsi.slides.slide import Slide, SlideError, TileReadError
 
@@ -102,7 +103,7 @@ def test_a_broken_part_is_read_from_a_finer_level(tmp_path):
 
 
 def test_the_search_for_broken_parts_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(slide_module, "MAX_FAILED_READS", 3)
+    monkeypatch.setattr(overview_module, "MAX_FAILED_READS", 3)
     path = broken_in_the_middle(tmp_path / "a.tiff")
     with Slide(path) as slide:
         overview = slide.read_overview_with_gaps(16)

@@ -9,13 +9,13 @@ from ds_wsi.slides.direct.errors import NotDirectError
 from ds_wsi.slides.direct.jpeg_stream import RGB, YCBCR, before_scan, decode, stream_head
 from ds_wsi.slides.direct.tiff_layout import Directory, SlideFile
 from ds_wsi.slides.pixels import Workspace, average
+from ds_wsi.slides.policy import BOX, DCT
 
 SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
 FILL_ORDER, DESCRIPTION, SAMPLES, PLANAR = 266, 270, 277, 284
 TILE_WIDTH, TILE_HEIGHT, OFFSETS, BYTE_COUNTS, JPEG_TABLES = 322, 323, 324, 325, 347
 IMAGE_DEPTH, TILE_DEPTH = 32997, 32998
 JPEG = 7  # compression
-BOX, DCT = "box", "dct"  # how a tile is shrunk
 REDUCED = 1  # bit of SUBFILE: an image of lower resolution of another
 MAX_TILE_PIXELS = 2**24  # 48 MB decoded: a damaged size must not ask for more memory than there is
 _workspace = Workspace()

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ds_wsi.slides.direct.errors import NotDirectError
-from ds_wsi.slides.direct.jpeg_page import BOX, DCT, JpegPage
+from ds_wsi.slides.direct.jpeg_page import JpegPage
 from ds_wsi.slides.direct.jpeg_stream import SCALES
 from ds_wsi.slides.direct.levels import find_levels
 from ds_wsi.slides.direct.tiff_layout import SlideFile, read_directories
 from ds_wsi.slides.direct.tile_cache import TileCache, Window
 from ds_wsi.slides.pixels import Workspace
+from ds_wsi.slides.policy import BOX, DCT
 
 BACKGROUND = 255  # of all three channels: OpenSlide names no other colour for these formats
 PIECE_PX = 4096  # OpenSlide reads a larger region in pieces, each from a whole level-0 pixel of its own
@@ -113,7 +114,6 @@ class DirectTiff:
         width_px: int,
         height_px: int,
         scale: int = 1,
-        shrink: str = BOX,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
         """The pixels of a rectangle, white where the slide has none.
@@ -122,9 +122,7 @@ class DirectTiff:
             x0, y0: top left, level-0 px; may lie outside.
             level: the level to read from.
             width_px, height_px: size at that level.
-            scale: 1, or 2, 4 or 8: the rectangle is shrunk so many times, tile by tile.
-            shrink: "box", to the means of its pixels; or "dct", as it is decoded, which is near to them and not the
-                same (see `jpeg_stream.decode`).
+            scale: 1, or 2, 4 or 8: the rectangle is shrunk so many times, to the means of its pixels, tile by tile.
             out: uint8 of the returned size, to write to; it holds anything where an error is raised.
 
         Returns:
@@ -140,8 +138,6 @@ class DirectTiff:
             raise ValueError(f"region must have at least 1 px, got {width_px} x {height_px}")
         if scale not in SCALES or width_px % scale or height_px % scale:
             raise ValueError(f"scale must be 1, 2, 4 or 8 and divide the region, got {scale}")
-        if shrink not in (BOX, DCT):
-            raise ValueError(f"shrink must be {BOX!r} or {DCT!r}, got {shrink!r}")
         downsample = self.levels[level].downsample
         if out is None:
             out = np.empty((height_px // scale, width_px // scale, 3), dtype=np.uint8)
@@ -149,17 +145,48 @@ class DirectTiff:
             x = _Start.of(int(x0 + left * downsample), downsample)  # truncated as OpenSlide does
             y = _Start.of(int(y0 + top * downsample), downsample)
             piece = out[top // scale : (top + PIECE_PX) // scale, left // scale : (left + PIECE_PX) // scale]
-            self._fill(piece, x, y, level, scale, shrink)
+            if scale > 1:
+                _require_shrinkable(self.levels[level].page, piece, x, y, scale)
+            self._fill(piece, x, y, level, scale, BOX)
+        return out
+
+    def read_shrunk(
+        self, left: int, top: int, level: int, width_px: int, height_px: int, scale: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The pixels of a rectangle of a level as it is where its tiles are decoded at half their size or less.
+
+        Args:
+            left, top: top left, px of the shrunk level; may lie outside.
+            level: the level to read from.
+            width_px, height_px: size, px of the shrunk level.
+            scale: 2, 4 or 8: how many times the level is shrunk.
+            out: uint8 [height_px, width_px, 3] to write to; it holds anything where an error is raised.
+
+        Returns:
+            uint8 [height_px, width_px, 3], white where the slide has no pixel.
+
+        Raises:
+            NotDirectError: a tile is broken, drawn by OpenSlide from another level, or of a side that `scale` does not
+                divide.
+        """
+        page = self.levels[level].page
+        if page.tile_width_px % scale or page.tile_height_px % scale:
+            size = f"{page.tile_width_px} x {page.tile_height_px}"
+            raise NotDirectError(f"tiles of level {level} must have sides of multiples of {scale} px, got {size}")
+        if out is None:
+            out = np.empty((height_px, width_px, 3), dtype=np.uint8)
+        x, y = (_Start(max(0, -at), max(0, at) * scale) for at in (left, top))
+        self._fill(out, x, y, level, scale, DCT)
         return out
 
     def _fill(self, piece: np.ndarray, x: _Start, y: _Start, level: int, scale: int, shrink: str) -> None:
         """Draw the tiles that a piece of a region shows, uint8 [h, w, 3], and the background where there is none."""
         page = self.levels[level].page
-        if scale > 1:
-            _require_shrinkable(page, piece, x, y, scale)
         whole, piece = piece, piece[y.skipped_px :, x.skipped_px :]
         left, top = x.first_px // scale, y.first_px // scale
-        right, bottom = min(left + piece.shape[1], page.width_px), min(top + piece.shape[0], page.height_px)
+        # A pixel of a shrunk level that begins in the slide is the slide's.
+        width, height = (-(-side // scale) for side in (page.width_px, page.height_px))
+        right, bottom = min(left + piece.shape[1], width), min(top + piece.shape[0], height)
         if (bottom - top, right - left) != whole.shape[:2]:
             whole[:] = BACKGROUND
         if left >= right or top >= bottom:
