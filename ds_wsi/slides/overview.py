@@ -20,7 +20,7 @@ class OverviewReader:
         slide: the open slide.
         downsample: level-0 px per pixel of the overview.
         overview: uint8 [H, W, 3], written to.
-        block_px: at most twice as much is read of a level at a time, a side.
+        block_px: of a level a block of at most twice that side is read.
     """
 
     def __init__(self, slide: "Slide", downsample: float, overview: np.ndarray, block_px: int) -> None:

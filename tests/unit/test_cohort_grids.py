@@ -65,6 +65,8 @@ def test_an_imported_grid_is_taken_as_it_is_or_refused(slides, tmp_path):
     # another tissue threshold is no reason to refuse it
     cohort = load(tmp_path, two(slides), replace(POLICY, min_tissue_fraction=0.2), tiles_dir=tiles)
     np.testing.assert_array_equal(cohort.grids[0].coords, grid.coords[:2])
+    # Coordinates were imported; how their tiles are shrunk is the run's.
+    assert load(tmp_path, two(slides), replace(POLICY, shrink="dct"), tiles_dir=tiles).grids[0].policy.shrink == "dct"
     for policy, words in ((TilingPolicy(tile_size_px=32), "32 px at 0.5"), (replace(POLICY, mpp=1.0), "64 px at 1 ")):
         with pytest.raises(ManifestError, match="imported from trident") as caught:
             load(tmp_path, two(slides), policy, tiles_dir=tiles)

@@ -55,7 +55,7 @@ def shrunk_level(direct, number, scale):
 def plain_tile(picture, downsample, x, y, read_px, tile_px, scale):
     """What a tile must be: a square of the shrunk level, white outside, averaged to its size."""
     side = int(read_px / scale + 0.5)
-    left, top = (math.floor(place / downsample / scale + 0.5) for place in (x, y))
+    left, top = (math.floor(at / downsample / scale + 0.5) for at in (x, y))
     around = Image.new("RGB", (side, side), "white")
     around.paste(Image.fromarray(picture), (-left, -top))
     return np.asarray(around if side == tile_px else around.resize((tile_px, tile_px), Image.Resampling.BOX))

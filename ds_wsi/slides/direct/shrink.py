@@ -45,7 +45,7 @@ def read_shrunk(
         NotDirectError: see `DirectTiff.read_shrunk`.
     """
     by = slide.levels[level].downsample * scale
-    left, top = (math.floor(place / by + 0.5) for place in (x0, y0))
+    left, top = (math.floor(at / by + 0.5) for at in (x0, y0))
     side_px = math.floor(read_size_px / scale + 0.5)
     if side_px == out.shape[0]:
         return slide.read_shrunk(left, top, level, side_px, side_px, scale, out)
