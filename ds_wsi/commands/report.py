@@ -28,7 +28,8 @@ def add_compare(subparsers: argparse._SubParsersAction) -> None:
 
 def run_compare(options: argparse.Namespace) -> None:
     """`ds-wsi compare`."""
-    from ds_wsi.evaluation.comparison import compare_runs, comparison_to_json, format_comparison
+    from ds_wsi.evaluation.comparison import comparison_to_json, format_comparison
+    from ds_wsi.evaluation.tasks.comparison import compare_runs
 
     output_path = Path(options.output_dir) / "comparison.json"
     require_ours(output_path, lambda path: begins_with(path, '{\n  "a": '), "--output_dir")

@@ -6,7 +6,7 @@ from ds_wsi.runtime.lazy import lazily
 
 if TYPE_CHECKING:
     from ds_wsi.evaluation.bootstrap import MetricInterval, bootstrap_metrics, format_table, metrics_to_json
-    from ds_wsi.evaluation.comparison import compare_predictions, compare_runs
+    from ds_wsi.evaluation.comparison import compare_predictions
     from ds_wsi.evaluation.curves import draw_curves
     from ds_wsi.evaluation.heatmap import attention_rgba, draw_attention
     from ds_wsi.evaluation.hf_metric import SlideClassification
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.evaluation.report import write_report
     from ds_wsi.evaluation.tables import collect_runs, write_tables
+    from ds_wsi.evaluation.tasks.comparison import compare_runs
 
 __all__ = [
     "METRIC_NAMES",
@@ -44,10 +45,7 @@ __getattr__ = lazily(
             "format_table",
             "metrics_to_json",
         ),
-        "ds_wsi.evaluation.comparison": (
-            "compare_predictions",
-            "compare_runs",
-        ),
+        "ds_wsi.evaluation.comparison": ("compare_predictions",),
         "ds_wsi.evaluation.curves": ("draw_curves",),
         "ds_wsi.evaluation.heatmap": (
             "attention_rgba",
@@ -64,5 +62,6 @@ __getattr__ = lazily(
             "collect_runs",
             "write_tables",
         ),
+        "ds_wsi.evaluation.tasks.comparison": ("compare_runs",),
     },
 )

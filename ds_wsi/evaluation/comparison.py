@@ -25,7 +25,6 @@ from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.record import FILE_NAME as RECORD
 from ds_wsi.evaluation.record import RunFolderError, RunRecord
 from ds_wsi.evaluation.task_metrics.table import LOWER_IS_BETTER
-from ds_wsi.evaluation.tasks.told import told_task
 from ds_wsi.runtime.files import json_number, read_object
 from ds_wsi.runtime.words import some
 
@@ -286,15 +285,6 @@ def difference_of(a: float, b: float, samples: FloatArray, p_value: float, confi
     """What is told of a metric of A and B, of the resamples of its difference, and of its exchanges."""
     interval = percentile_interval(b - a, samples, confidence)
     return Difference(a, b, b - a, interval.low, interval.high, p_value, interval.n_resamples_used)
-
-
-def compare_runs(run_a: str | Path, run_b: str | Path, n_resamples: int = 2000, seed: int = 0) -> Comparison:
-    """`compare_predictions` of two runs' folders; of another task than classification `compare_told`."""
-    if any(told_task(Path(run)) is not None for run in (run_a, run_b)):
-        from ds_wsi.evaluation.tasks.comparison import compare_told  # here, because it imports this module
-
-        return compare_told(Path(run_a), Path(run_b), n_resamples, seed=seed)
-    return compare_predictions(read_predictions(run_a), read_predictions(run_b), n_resamples, seed=seed)
 
 
 def comparison_to_json(comparison: Comparison) -> dict[str, Any]:

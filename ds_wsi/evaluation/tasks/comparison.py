@@ -1,4 +1,7 @@
-"""Two models of one task on the same slides: a paired bootstrap and an exchange test of every metric."""
+"""Two models of one task on the same slides: a paired bootstrap and an exchange test of every metric.
+
+Of classification that is `evaluation.comparison`'s.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +12,22 @@ from ds_wsi.evaluation.bootstrap import check_resampling, resample_measures
 from ds_wsi.evaluation.comparison import (
     SHOWN_SLIDES,
     Comparison,
+    compare_predictions,
     difference_of,
     exchange_rows,
     protocol_words,
+    read_predictions,
 )
 from ds_wsi.evaluation.task_metrics.table import CHOOSING, MEAN
 from ds_wsi.evaluation.tasks.told import Row, Told, read_told, told_task
 from ds_wsi.runtime.words import some
+
+
+def compare_runs(run_a: str | Path, run_b: str | Path, n_resamples: int = 2000, seed: int = 0) -> Comparison:
+    """`compare_predictions` of two runs' folders; of another task than classification `compare_told`."""
+    if any(told_task(Path(run)) is not None for run in (run_a, run_b)):
+        return compare_told(Path(run_a), Path(run_b), n_resamples, seed=seed)
+    return compare_predictions(read_predictions(run_a), read_predictions(run_b), n_resamples, seed=seed)
 
 
 def compare_told(
