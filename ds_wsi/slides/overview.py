@@ -1,16 +1,28 @@
 """A slide as a picture, block by block, also where parts of its file are broken."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from ds_wsi.slides.readers import READ_ERRORS
 
-if TYPE_CHECKING:
-    from ds_wsi.slides.slide import Slide
-
 GAP_PX = 64  # of level 0: an unreadable part of an overview is narrowed down to this
 MAX_FAILED_READS = 500  # of an overview: after them, unreadable parts are no longer narrowed down
+
+
+class ReadByBlocks(Protocol):
+    """What an overview asks of the open slide; `slides.slide.Slide` is one, and imports this module."""
+
+    @property
+    def level_downsamples(self) -> Sequence[float]:
+        """Level-0 px per pixel of each level."""
+
+    def block(self, x: float, y: float, level: int, downsample: float, rows: int, columns: int) -> np.ndarray:
+        """uint8 [rows, columns, 3] from (x, y) in level-0 px, read from `level` and shrunk to `downsample`."""
+
+    def close(self) -> None:
+        """Close the file; the next read opens it again."""
 
 
 class OverviewReader:
@@ -23,7 +35,7 @@ class OverviewReader:
         block_px: of a level a block of at most twice that side is read.
     """
 
-    def __init__(self, slide: "Slide", downsample: float, overview: np.ndarray, block_px: int) -> None:
+    def __init__(self, slide: ReadByBlocks, downsample: float, overview: np.ndarray, block_px: int) -> None:
         self.slide, self.downsample, self.overview, self.block_px = slide, downsample, overview, block_px
         self.unreadable = np.zeros(overview.shape[:2], dtype=bool)
         self.n_failed, self.reason = 0, ""
