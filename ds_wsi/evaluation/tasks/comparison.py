@@ -60,14 +60,11 @@ def compare_told(
     samples = [resample_measures([measure], len(first), patients, n_resamples, seed) for measure in measures]
     differs = np.array([_predicted(a, one) != _predicted(a, two) for one, two in zip(first, second, strict=True)])
     p_values, n_differing, smallest = exchange_rows(a.measure([*first, *second]), differs, patients, n_resamples, seed)
-    metrics = {
-        name: difference_of(
-            *(float(values[0][name][0]), float(values[1][name][0])),
-            *(samples[1][name] - samples[0][name], p_values[name], confidence),
-        )
-        for name in values[0]
-        if name == MEAN or _is_the_models(name)
-    }
+    metrics = {}
+    for name, of_a in values[0].items():
+        if name == MEAN or _is_the_models(name):
+            one, two, gaps = float(of_a[0]), float(values[1][name][0]), samples[1][name] - samples[0][name]
+            metrics[name] = difference_of(one, two, gaps, p_values[name], confidence)
     protocols = protocol_words(run_a / "metrics.json"), protocol_words(run_b / "metrics.json")
     return Comparison(protocols, len(first), len(set(patients)), n_differing, smallest, confidence, metrics, None)
 
