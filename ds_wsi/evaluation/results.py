@@ -21,9 +21,9 @@ from ds_wsi.evaluation.metrics import METRIC_NAMES, slide_metrics
 from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.report import TaskPart, write_report
-from ds_wsi.evaluation.tasks.answers import TaskAnswers, run_outputs
-from ds_wsi.evaluation.tasks.files import TaskScores, draw_pictures, prediction_rows, write_rows
-from ds_wsi.evaluation.tasks.sections import predictions_section, task_sections
+from ds_wsi.evaluation.tasks.answers import run_outputs
+from ds_wsi.evaluation.tasks.files import TaskScores, prediction_rows, write_rows
+from ds_wsi.evaluation.tasks.sections import drawn_sections
 from ds_wsi.evaluation.tasks.several import Answers
 from ds_wsi.runtime.files import atomic_path, json_number, write_json
 from ds_wsi.runtime.log import logger
@@ -127,14 +127,7 @@ def _written(
         return None
     write_rows(directory / "predictions.csv", rows)
     slides = [cohort.manifest.slides[prediction.slide] for prediction in predictions]
-    sections = []
-    if isinstance(answers, TaskAnswers):
-        sections += task_sections(answers, slides, rows, *draw_pictures(directory, answers, slides, rows, split))
-    else:
-        for part in answers.parts(slides, []):
-            drawn = draw_pictures(directory, part.answers, part.slides, rows, split, f"{part.name}_")
-            sections += task_sections(part.answers, part.slides, rows, *drawn, target=part.name)
-    sections.append(predictions_section(rows))
+    sections = drawn_sections(directory, answers, slides, rows, split)
     return TaskPart(sections, sum(slide.is_labelled for slide in slides))
 
 

@@ -12,9 +12,32 @@ from ds_wsi.evaluation.page import head_cell, section, table
 from ds_wsi.evaluation.report import image_html
 from ds_wsi.evaluation.task_metrics.risk_groups import RiskGroups
 from ds_wsi.evaluation.tasks.answers import TaskAnswers
-from ds_wsi.evaluation.tasks.files import CURVES, SCATTER, group_words
+from ds_wsi.evaluation.tasks.files import CURVES, SCATTER, draw_pictures, group_words
+from ds_wsi.evaluation.tasks.several import Answers
 
 LONGEST_PX = 1400
+
+
+def drawn_sections(
+    directory: Path, answers: Answers, slides: Sequence[SlideEntry], rows: Sequence[Mapping[str, Any]], split: str
+) -> list[str]:
+    """Draw the pictures of a task, or of each of several targets, and return the report's HTML sections.
+
+    Args:
+        directory: where the pictures go.
+        answers: the model's.
+        slides: N.
+        rows: `prediction_rows` of the same slides.
+        split: the slides'.
+    """
+    if isinstance(answers, TaskAnswers):
+        sections = task_sections(answers, slides, rows, *draw_pictures(directory, answers, slides, rows, split))
+        return [*sections, predictions_section(rows)]
+    sections = []
+    for part in answers.parts(slides, []):
+        drawn = draw_pictures(directory, part.answers, part.slides, rows, split, f"{part.name}_")
+        sections += task_sections(part.answers, part.slides, rows, *drawn, target=part.name)
+    return [*sections, predictions_section(rows)]
 
 
 def task_sections(
