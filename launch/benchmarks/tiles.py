@@ -41,7 +41,7 @@ from launch.benchmarks.table import Bound, Result
 DEMO_BOUNDS = 2.5, 2.0
 # The keys say by how much a tile is shrunk, and how.
 SAME, HALF_BOX, HALF_DCT = (1, BOX), (2, BOX), (2, DCT)
-TILED_BOUNDS = {SAME: (6.0, 3.0), HALF_BOX: (4.0, 3.0), HALF_DCT: (9.0, 5.0)}
+TILED_BOUNDS = {SAME: (6.0, 3.0), HALF_BOX: (4.0, 3.0), HALF_DCT: (8.0, 5.0)}
 YOUR_BOUNDS = {
     SAME: (3.0, 2.0),
     HALF_BOX: (3.0, 2.5),
