@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from ds_wsi.runtime.files import atomic_path, json_number, write_json
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.progress import Progress
 from ds_wsi.runtime.words import counted
-from ds_wsi.slides.policy import AUTO
 from ds_wsi.slides.slide import Slide, SlideError
 from ds_wsi.slides.tiling import TileGrid
 
@@ -311,38 +310,31 @@ def draw_heatmap(directory: Path, cohort: Cohort, prediction: SlidePrediction, m
         return path
     label = cohort.manifest.label_name(entry)
     title = f"{entry.slide_id} (label: {label})" if label else entry.slide_id
+    sheet = _Sheet(path, title, made_of, cohort.reader)
     if isinstance(grid, TileGrid):
         coords = grid.coords[prediction.kept.numpy()]
-        _draw(entry, coords, grid.tile_size_level0_px, prediction.attention, path, title, made_of, cohort.reader)
+        _draw(entry, coords, grid.tile_size_level0_px, prediction.attention, sheet)
         return path
-    return _draw_features(entry, grid, prediction, path, title, made_of, cohort.reader) or path
+    return _draw_features(entry, grid, prediction, sheet) or path
 
 
-def _draw(
-    entry: SlideEntry,
-    coords: np.ndarray,
-    tile_size_level0_px: float,
-    attention: torch.Tensor,
-    path: Path,
-    title: str,
-    made_of: str,
-    reader: str = AUTO,
-) -> None:
-    with Slide(entry.path, entry.mpp, entry.slide_id, reader=reader) as slide:
+class _Sheet(NamedTuple):
+    """The picture to draw, and what reads its slide."""
+
+    path: Path
+    title: str
+    made_of: str
+    reader: str
+
+
+def _draw(entry: SlideEntry, coords: np.ndarray, side_level0_px: float, attention: torch.Tensor, sheet: _Sheet) -> None:
+    with Slide(entry.path, entry.mpp, entry.slide_id, reader=sheet.reader) as slide:
         downsample = max(1.0, max(slide.width_px, slide.height_px) / OVERVIEW_SIDE_PX)
         thumbnail, downsample = slide.read_overview_downsampled(downsample)
-    draw_attention(thumbnail, coords, tile_size_level0_px, attention.numpy(), downsample, path, title, made_of)
+    draw_attention(thumbnail, coords, side_level0_px, attention.numpy(), downsample, *sheet[:3])
 
 
-def _draw_features(
-    entry: SlideEntry,
-    file: FeatureFile,
-    prediction: SlidePrediction,
-    path: Path,
-    title: str,
-    made_of: str,
-    reader: str = AUTO,
-) -> str | None:
+def _draw_features(entry: SlideEntry, file: FeatureFile, prediction: SlidePrediction, sheet: _Sheet) -> str | None:
     """Draw the attention over features on disk, or return why it cannot be drawn."""
     assert prediction.attention is not None
     if not entry.path.is_file():
@@ -355,7 +347,7 @@ def _draw_features(
         )
     coords, side = places
     try:
-        _draw(entry, coords[prediction.kept.numpy()], side, prediction.attention, path, title, made_of, reader)
+        _draw(entry, coords[prediction.kept.numpy()], side, prediction.attention, sheet)
     except SlideError:
         return "the slide cannot be read"
     except ValueError:

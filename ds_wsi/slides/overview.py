@@ -32,7 +32,7 @@ class OverviewReader:
         slide: the open slide.
         downsample: level-0 px per pixel of the overview.
         overview: uint8 [H, W, 3], written to.
-        block_px: of a level a block of at most twice that side is read.
+        block_px: the side of a block in px of a level; up to twice as much is read.
     """
 
     def __init__(self, slide: ReadByBlocks, downsample: float, overview: np.ndarray, block_px: int) -> None:

@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
     @property
     def grid(self) -> TileGrid:
-        """Its tiles."""
+        """Every tile of the slide, and how it is read."""
         return whole_grid(self.path, self.size, self.shrunk, self.shrink)
 
 
@@ -208,7 +208,7 @@ def _openslide_tile(slide: openslide.OpenSlide, x: int, y: int, grid: TileGrid) 
 
 
 def _differences(case: Case) -> tuple[list[float], list[int]]:
-    """By how many grey levels each tile differs from OpenSlide's, by box: the mean, and the most."""
+    """The grey levels by which each tile differs from OpenSlide's, shrunk by box: their mean, and the most."""
     grid, means, most = case.grid, [], []
     size = grid.read_size_px, grid.tile_size_px
     with openslide.OpenSlide(case.path) as plain, Slide(case.path, mpp=0.5) as slide:
