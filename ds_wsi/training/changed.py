@@ -7,6 +7,7 @@ from ds_wsi.config import write_section
 from ds_wsi.slides.policy import DEMO_TILE_SIZE_PX
 from ds_wsi.training.setting_list import SETTINGS
 from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.settings.demo import ENCODER, EPOCHS
 
 
 def all_settings(settings: TrainSettings) -> dict[str, Any]:
@@ -22,9 +23,12 @@ def all_settings(settings: TrainSettings) -> dict[str, Any]:
 def changed_settings(settings: TrainSettings) -> dict[str, str]:
     """Name -> value of the settings that are not the defaults; an option's name where there is one."""
     usual = TrainSettings()
-    if settings.data.manifest is None:  # the demo's tiles have a size of their own
+    if settings.data.manifest is None:  # the demo's tiles have a size of their own, and "plain" a model
         tiling = replace(usual.policies.tiling, tile_size_px=DEMO_TILE_SIZE_PX)
         usual = replace(usual, policies=replace(usual.policies, tiling=tiling))
+        if settings.data.demo == "plain" and settings.data.features_dir is None:
+            usual = replace(usual, model=replace(usual.model, encoder=ENCODER))
+            usual = replace(usual, optim=replace(usual.optim, num_train_epochs=EPOCHS))
     defaults = all_settings(usual)
     return {
         setting_name(field_path): str(value)

@@ -82,7 +82,7 @@ class ComparedCohort:
         slides = ["--demo", self.demo, "--demo_dir", self.demo_dir]
         if self.weights is not None:
             return [*slides, "--encoder", ENCODER, "--encoder_weights", self.weights]
-        return [*slides, *SETTINGS, *SETTINGS_OF.get(aggregator, ())]
+        return [*slides, "--encoder", "resnet18", *SETTINGS, *SETTINGS_OF.get(aggregator, ())]
 
 
 def compared_runs(aggregators: Sequence[str], seeds: Iterable[int]) -> tuple[ComparedRun, ...]:

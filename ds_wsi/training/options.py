@@ -11,7 +11,11 @@ from ds_wsi.runtime.setting import FLAG, METAVARS, SWITCH, Setting
 from ds_wsi.slides.policy import DEMO_TILE_SIZE_PX
 from ds_wsi.training.setting_list import GROUPS, OPTIONS, SETTINGS, default_words, has_effect, needed_words
 from ds_wsi.training.settings import TrainSettings
+from ds_wsi.training.settings.demo import demo_defaults
 from ds_wsi.training.yaml_config import read_yaml
+
+# The demo has its own, which are training's alone.
+OF_THE_DEMO = ("policies.tiling.tile_size_px", "model.encoder", "optim.num_train_epochs")
 
 
 def add_train_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
@@ -74,8 +78,7 @@ def add_shared_options(parser: argparse.ArgumentParser, names: Collection[str], 
     for name, (field_path, declared, value, _) in OPTIONS.items():
         if name not in names:
             continue
-        # The demo's own size is training's alone.
-        words = default or (str(value) if field_path == "policies.tiling.tile_size_px" else default_words(field_path))
+        words = default or (str(value) if field_path in OF_THE_DEMO else default_words(field_path))
         how: dict[str, Any] = {"default": argparse.SUPPRESS if default else value}
         how["help"] = f"{declared.help} (default: {words})".replace("%", "%%")
         parser.add_argument(*spellings(name), **how, **_kind(declared, name.upper()))
@@ -120,6 +123,8 @@ def settings_from(
         policies = read_section(section)
     if "data.manifest" not in given and "tile_size_px" not in section.get("tiling", {}):
         policies = replace(policies, tiling=replace(policies.tiling, tile_size_px=DEMO_TILE_SIZE_PX))
+    if preset is None:
+        given = {**demo_defaults(given, given.get("data.demo", "plain")), **given}
     settings = TrainSettings(policies=_with_policies(policies, given))
     for group in ("data", "task", "model", "optim", "run"):
         fields = {name.split(".")[1]: value for name, value in given.items() if name.split(".")[0] == group}

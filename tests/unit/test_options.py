@@ -1,6 +1,7 @@
 import argparse
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -37,17 +38,37 @@ def value_at(settings, place):
     return settings
 
 
-def test_without_options_all_is_default_but_the_demos_tile_size():
+def test_without_options_all_is_default_but_the_demos_tiles_and_model():
     settings, config = parse()
     assert config is None
     assert settings.policies.tiling.tile_size_px == 64
+    assert (settings.model.encoder, settings.optim.num_train_epochs) == ("resnet10t", 4)
     default = TrainSettings()
+    default = replace(default, model=replace(default.model, encoder="resnet10t"))
+    default = replace(default, optim=replace(default.optim, num_train_epochs=4))
     assert (settings.data, settings.model, settings.optim, settings.run) == (
         default.data,
         default.model,
         default.optim,
         default.run,
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "encoder", "epochs"),
+    [
+        (("--num_train_epochs", "3"), "resnet10t", 3),
+        (("--aggregator", "transmil"), "resnet10t", 4),
+        (("--encoder", "resnet18"), "resnet18", 8),
+        (("--encoder_weights", "file.safetensors"), "resnet18", 8),
+        (("--demo", "stains"), "resnet18", 8),
+        (("--manifest", "table.csv"), "resnet18", 8),
+        (("--features_dir", "features"), "resnet18", 8),
+    ],
+)
+def test_the_demos_model_is_for_who_says_nothing_of_encoder_or_slides(options, encoder, epochs):
+    settings, _ = parse(*options)
+    assert (settings.model.encoder, settings.optim.num_train_epochs) == (encoder, epochs)
 
 
 EXAMPLES = {

@@ -47,4 +47,8 @@ def test_the_command_can_be_given_again(monkeypatch):
 
 
 def test_the_defaults_differ_in_nothing():
-    assert changed_settings(TrainSettings()) == {"--tile_size_px": "256"}, "without a manifest 64 is the default"
+    assert changed_settings(TrainSettings()) == {
+        "--encoder": "resnet18",
+        "--num_train_epochs": "8",
+        "--tile_size_px": "256",
+    }, "without a manifest the demo's are the defaults"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ds_wsi.models.choices import AGGREGATORS, FEATURES, AggregatorNames
 from ds_wsi.runtime.setting import SWITCH, Decides, assignments, names, setting
+from ds_wsi.training.settings.demo import ENCODER
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class ModelSettings:
         "MODULE:CALLABLE of your own",
         Decides.RESULT,
         option="encoder",
+        words=f"resnet18, of the demo plain {ENCODER}",
         column=True,
     )
     encoder_weights: str | None = setting(

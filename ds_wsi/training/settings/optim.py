@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ds_wsi.runtime.bounds import LARGEST_FACTOR, MOST_MICRO_STEPS, require_at_most
 from ds_wsi.runtime.choices import LEARNING_RATE, OPTIMIZERS, WEIGHT_DECAY
 from ds_wsi.runtime.setting import SWITCH, Decides, numbers, setting
+from ds_wsi.training.settings.demo import EPOCHS
 
 ADAM_BETA = 0.9
 SCHEDULES = ("cosine", "linear", "constant", "exponential")
@@ -16,7 +17,11 @@ class OptimSettings:
     """How it is optimised."""
 
     num_train_epochs: int = setting(
-        8, "number of passes over the training slides", Decides.RESULT, option="num_train_epochs"
+        8,
+        "number of passes over the training slides",
+        Decides.RESULT,
+        option="num_train_epochs",
+        words=f"8, of the demo plain with its own encoder {EPOCHS}",
     )
     per_device_train_batch_size: int = setting(
         1,
