@@ -20,7 +20,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__fi
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks: begin, written by python launch/docs_pages.py -->", "<!-- benchmarks: end -->"
-BENCHMARKS = ("tiles", "store", "partition", "equivalence", "scaling", "stacking", "compression", "protocol")
+BENCHMARKS = (
+    *("tiles", "store", "partition", "equivalence", "scaling", "stacking", "compression", "local_updates", "protocol"),
+)
 BUILT = re.compile(r"<!-- built: (\w+) -->")
 # Files outside docs/ to which pages link: they are part of the built site, under the same path.
 OUTSIDE = (
