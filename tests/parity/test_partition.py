@@ -45,6 +45,20 @@ def test_every_mode_equals_the_plain_encoder(name, mode, train):
         assert_same(reference, partitioned, expected, step(partitioned, x))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_bags_of_one_tile_add_up(mode):
+    """Of one tile the class token's gradient is a part of the positions': in one memory, each would get the other's."""
+    plain = build("vit_tiny_patch16_224", img_size=32, depth=2)
+    partitioned = copy.deepcopy(plain)
+    partition_layers(partitioned, PartitionPolicy(mode=mode, chunk_size=3))
+    bags = tiles(4).split([1, 2, 1])
+    for model in (plain, partitioned):
+        for bag in bags:
+            model(bag).square().sum().backward()
+    for (name, one), other in zip(plain.named_parameters(), partitioned.parameters(), strict=True):
+        assert relative(other.grad, one.grad) < TOLERANCE, name
+
+
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_large_image_in_blocks_equals_the_whole(mode, train):

@@ -39,10 +39,28 @@ class PartitionedNode(torch.autograd.Function):
         gradients = [sums.get(id(parameter)) for parameter in parameters]
         if grad.shape[0] == 0:  # a rank without a tile: engines wait for a gradient of every parameter
             gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
-        pairs = zip(gradients, parameters, strict=True)
+        pairs = zip(_apart(gradients), parameters, strict=True)
         if x_grad is not None:
             x_grad = x_grad.to(ctx.x_device)  # a host input's gradient is expected there
         return None, x_grad, None, *(None if gradient is None else gradient.to(p.dtype) for gradient, p in pairs)
+
+
+def _apart(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, none in memory of another.
+
+    Autograd keeps them as `.grad` and adds the next call's in place. Of one tile the gradient of a token is a part of
+    that of all positions, as it is: what is added to one would be added to the other.
+    """
+    seen: set[int] = set()
+    apart: list[Tensor | None] = []
+    for gradient in gradients:
+        if gradient is not None and gradient.layout == torch.strided:
+            memory = gradient.untyped_storage()
+            if memory.data_ptr() in seen or memory.nbytes() > gradient.numel() * gradient.element_size():
+                gradient = gradient.clone()
+            seen.add(gradient.untyped_storage().data_ptr())
+        apart.append(gradient)
+    return apart
 
 
 @contextmanager
