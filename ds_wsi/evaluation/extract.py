@@ -1,8 +1,6 @@
 """Features of a cohort's slides written to disk, to train aggregators on them alone."""
 
-import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +22,7 @@ from ds_wsi.bags.features import (
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.bags.problems import condensed
 from ds_wsi.bags.shards import shard_order
+from ds_wsi.evaluation.made_with import about_features, in_todays_words
 from ds_wsi.evaluation.predict import encode_slides
 from ds_wsi.models import ModelConfig, SlideModel, build_model, resolve_encoder
 from ds_wsi.models.hub import says_weights
@@ -32,10 +31,7 @@ from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.shards import ALONE, Shard
 from ds_wsi.runtime.temporary import remove_left_behind
 from ds_wsi.runtime.words import counted
-from ds_wsi.slides.fingerprint import slide_fingerprint
-from ds_wsi.slides.policy import TilingPolicy, stored_tiling
-from ds_wsi.slides.tile_store import StoredSlide, store_path
-from ds_wsi.slides.tiling import TileGrid
+from ds_wsi.slides.policy import TilingPolicy
 
 RECORDED_SINCE = ("slide", "pixels")  # files of earlier versions do not have them
 HEAD_BYTES = 2**16
@@ -117,7 +113,7 @@ def extract_features(
     """
     directory = Path(directory)
     remove_left_behind(directory)
-    about = _about(model, config, cohort, policy)
+    about = about_features(model, config, cohort, policy)
     kept = _kept(directory, about)
     for entry in cohort.manifest.slides:
         if entry.slide_id in kept:
@@ -142,21 +138,6 @@ def extract_features(
 
     yield from shared_stream(rows, lambda row: lock_path(directory, grids[row].slide_id), found, work)
     remove_dead_locks(directory)
-
-
-def _about(model: SlideModel, config: ModelConfig, cohort: Cohort, policy: ReadPolicy) -> list[dict[str, str]]:
-    """What each slide's file says of how it was made, in the cohort's order."""
-    made_with = {"encoder": _encoder_words(model, config), "mean_and_std": f"{config.mean}, {config.std}"}
-    return [
-        {
-            "slide_id": grid.slide_id,
-            **made_with,
-            "tiles": _tiles_words(grid),
-            "slide": str(slide_fingerprint(entry.path)),
-            "pixels": _pixels_words(policy, grid.slide_id),
-        }
-        for entry, grid in zip(cohort.manifest.slides, cohort.tile_grids, strict=True)
-    ]
 
 
 def _require_finite(features: torch.Tensor, slide_id: str) -> None:
@@ -184,7 +165,7 @@ def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
             recorded: dict[str, str] = {}
             if path == _place(directory, slide_id) and path.is_file():
                 try:
-                    recorded, n_rows = _in_todays_words(read_about(path)), read_shape(path)[0]
+                    recorded, n_rows = in_todays_words(read_about(path)), read_shape(path)[0]
                 except FeatureFileError as error:
                     if not _was_ours(path):
                         problems.append(f"features must be a whole file of `ds-wsi features`, got another: {error}")
@@ -219,47 +200,7 @@ def _kept(directory: Path, about: Sequence[dict[str, str]]) -> dict[str, int]:
     return n_rows_of
 
 
-def _in_todays_words(about: dict[str, str]) -> dict[str, str]:
-    """What a file says of itself, with the policy of its tiles as `_tiles_words` writes it now."""
-    tiles, _, policy = about.get("tiles", "").partition(", {")
-    try:
-        today = asdict(TilingPolicy(**stored_tiling(json.loads("{" + policy))))
-    except (TypeError, ValueError):  # no policy that is known: it will differ
-        return about
-    return {**about, "tiles": f"{tiles}, {json.dumps(today, sort_keys=True)}"}
-
-
-def _encoder_words(model: SlideModel, config: ModelConfig) -> str:
-    """The encoder's name, what leaves it, a checksum of its weights, its precision: of one set features can differ."""
-    options = json.dumps(config.encoder_options, sort_keys=True) if config.encoder_options else ""
-    leaves = "" if config.encoder_features == "pooled" else config.encoder_features
-    checksum = 0
-    for _, value in sorted(model.encoder.state_dict().items()):
-        checksum = zlib.crc32(
-            memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()), checksum
-        )
-    norms = "norms over each slide" if config.norm_evaluation == "bag" else ""
-    norms += f" but {len(config.fixed_norms)}" if norms and config.fixed_norms else ""
-    precision = "" if model.evaluation_precision == "no" else f"in {model.evaluation_precision}"
-    words = (config.encoder, leaves, options, norms, f"with weights {checksum:08x}", precision)
-    return " ".join(word for word in words if word)
-
-
-def _pixels_words(policy: ReadPolicy, slide_id: str) -> str:
-    """Where tiles are read: those of a store that were encoded anew differ by a grey level."""
-    if not policy.tile_store:
-        return "of the slide"
-    with StoredSlide(store_path(policy.tile_store, slide_id)) as stored:
-        return f"of a tile store, JPEG quality {stored.header['quality']}"
-
-
 def _was_ours(path: Path) -> bool:
     """Whether a file that cannot be read has the head of one that `write_features` wrote: then it is torn."""
     with path.open("rb") as file:
         return FORMAT.encode() in file.read(HEAD_BYTES)
-
-
-def _tiles_words(grid: TileGrid) -> str:
-    """How the slide was tiled, and a checksum of its tiles' coordinates."""
-    coords = zlib.crc32(grid.coords.tobytes())
-    return f"{len(grid)} at coords {coords:08x}, {json.dumps(asdict(grid.policy), sort_keys=True)}"

@@ -73,6 +73,12 @@ def _require_calls(encoder: nn.Module, names: Sequence[str], tile_size_px: int) 
         )
 
 
+def without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict as it was before `add_lora`: the base weights by their plain names."""
+    base = {name: value for name, value in state.items() if ".lora_A." not in name and ".lora_B." not in name}
+    return {name.replace(".base_layer.", "."): value for name, value in base.items()}
+
+
 def merge_lora(state: dict[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
     """The state_dict of the plain module that computes the same: W + alpha / rank B A in each adapter's place.
 

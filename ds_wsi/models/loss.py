@@ -1,4 +1,6 @@
-"""The loss of a stack of bags."""
+"""The loss of a stack of bags, and how far its features are from a teacher's."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,3 +37,31 @@ def stack_loss(output: SlideOutput, labels: Tensor, weights: Tensor | None = Non
         auxiliary = widened(output.auxiliary_loss)
         losses = losses + torch.where(labels == IGNORED_LABEL, torch.zeros_like(auxiliary), auxiliary)
     return losses.sum() if weights is None else losses @ weights.to(losses)
+
+
+def distillation_losses(
+    features: Tensor, teacher: Tensor, lengths: Sequence[int], totals: Sequence[int] | None = None, kind: str = "mse"
+) -> Tensor:
+    """What a stack's features cost for being others than a teacher's, of each bag: [B], float32 or float64.
+
+    l_b = (1 / N_b) sum_k d(f_k, t_k) over the bag's tiles, d the mean over D of (f - t)^2, or 1 - cos(f, t). It is a
+    sum over tiles: where ranks share a bag, each has its tiles' part of it by the whole bag's N_b.
+
+    Args:
+        features: [sum n, D], with their graph.
+        teacher: [sum n, D], of the same tiles.
+        lengths: n of each bag here.
+        totals: N of each bag on all ranks that share it; by default `lengths`.
+        kind: "mse" or "cosine".
+
+    Source: Li and Hoiem, "Learning without Forgetting" (2016), on features, as Big-Layers' second paper has it.
+    """
+    here = widened(features)
+    there = teacher.to(here)
+    if kind == "cosine":
+        each = 1 - F.cosine_similarity(here, there, dim=1)
+    else:
+        assert kind == "mse", kind
+        each = (here - there).square().mean(1)
+    sums = torch.stack([part.sum() for part in each.split(list(lengths))])
+    return sums / torch.tensor(list(totals or lengths), device=sums.device, dtype=sums.dtype)

@@ -14,8 +14,10 @@ class SlideOutput(NamedTuple):
             none.
         auxiliary_loss: [B], what the aggregator adds to each bag's loss, weighted as in its original; None where it
             has none, and where it needs labels and got none.
+        features: [sum N, D], what the aggregator was given; None but where a model `tells_features`.
     """
 
     logits: Tensor
     attention: Tensor | None
     auxiliary_loss: Tensor | None = None
+    features: Tensor | None = None

@@ -41,6 +41,7 @@ class SlideModel(nn.Module):
         memory_format: the order in memory of the encoder's input; None leaves tiles as they were read.
         norms_from: what said what the norms average over: None where nothing did, "set_norms", or "config.json" of the
             folder that the weights came from.
+        tells_features: give the output the features that the aggregator was given.
         evaluation_precision: what `ds_wsi.evaluation` lets the encoder compute in, one of `PRECISIONS`; "no" is the
             weights' own.
     """
@@ -54,6 +55,7 @@ class SlideModel(nn.Module):
     norms_from: str | None = None
     _given_fixed: frozenset[str] = frozenset()
     _fixed: frozenset[str] = frozenset()
+    tells_features = False
     _idle = _told_other_norms = False
 
     def __init__(
@@ -217,7 +219,8 @@ class SlideModel(nn.Module):
         features = self._encode_stack(bags)
         if self.warming_up and torch.is_grad_enabled():
             features = Untrained.apply(features, *(p for p in self.encoder.parameters() if p.requires_grad))
-        return self.aggregate(bags.with_values(features), labels)
+        output = self.aggregate(bags.with_values(features), labels)
+        return output._replace(features=features) if self.tells_features else output
 
     def _encode_stack(self, bags: StackedBags) -> Tensor:
         """Features [sum N, D] of a stack of tiles."""

@@ -22,6 +22,7 @@ from ds_wsi.tile_parallel import TileMesh
 from ds_wsi.tile_parallel.shard import SharedForward
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.task import chosen_metric
+from ds_wsi.training.teacher import Teacher
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,7 @@ class RunContext:
         comm: the hook that sends gradients, or None.
         checkpoint: the one to go on from, or None.
         task: what slides are asked; None: their class.
+        teacher: near whose features the encoder is held, or None.
         made_of: see `same_run.fingerprint`, which alone fills it, once.
     """
 
@@ -65,6 +67,7 @@ class RunContext:
     comm: CommHandle | None = None
     checkpoint: Path | None = None
     task: AnyTask | None = None
+    teacher: Teacher | None = None
     made_of: dict[str, Any] = field(default_factory=dict)
 
     @property

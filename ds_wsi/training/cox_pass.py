@@ -23,7 +23,7 @@ from ds_wsi.targets.survival_table import gather_table
 from ds_wsi.targets.task import Task
 from ds_wsi.training.context import RunContext
 from ds_wsi.training.epoch_plan import PlannedStep, epoch_plan
-from ds_wsi.training.micro_loss import Computed, blank_of, micro_output, nothing_seen, seen_of
+from ds_wsi.training.micro_loss import Computed, blank_of, distilled_of, micro_output, nothing_seen, seen_of
 from ds_wsi.training.micro_step import MicroStep, lay_bags
 from ds_wsi.training.run import Run
 from ds_wsi.training.step import idle_output
@@ -131,7 +131,8 @@ def _computed(run: Run, step: MicroStep, output: SlideOutput, gradient: Tensor, 
     if not step.bags:
         return Computed(connected_zero(output.logits), 0, nothing_seen(), told)
     loss = cox_surrogate(output.logits, gradient)
-    return Computed(loss, sum(map(len, step.tiles)), seen_of(run, step, output), told)
+    n_tiles = sum(map(len, step.tiles))
+    return Computed(loss, n_tiles, seen_of(run, step, output), told, distilled_of(run, step, output))
 
 
 def stratum_numbers(run: RunContext) -> dict[str | None, int]:

@@ -121,6 +121,8 @@ def _train_epochs(run: Run) -> None:
             began, waited = time.perf_counter(), steps.waited
             with kept_when_stopped(run):
                 entry = _train_epoch(run, steps, validation)
+                if run.teacher is not None:
+                    logger.info("epoch %d: features %.4g from the teacher's", entry["epoch"], entry["distill_loss"])
                 run.clock.epoch_seconds = time.perf_counter() - began
                 run.clock.epoch_waited = steps.waited - waited
                 validation.collect()
@@ -167,17 +169,21 @@ def _train_epoch(run: Run, steps: StepReader, validation: AtTheEnd | BesideTrain
             tiles_read += done.n_tiles
             was_skipped = not math.isfinite(done.loss) or run.accelerator.optimizer_step_was_skipped
             progress.end_step(done.loss, done.units, skipped=was_skipped)
+            progress.end_distilled(done.distilled, step.plan.n_bags)
             skipped = skipped + 1 if was_skipped else 0
             if was_skipped:
                 tell_skipped_steps(run, skipped)
             seconds = time.perf_counter() - start
             rate = tiles_read / seconds
             words = (
-                f"mean loss {progress.loss_sum / max(1, progress.bags_seen):.3f}, {present.after(done.n_tiles):.0f} "
-                f"tiles/s, data wait {(steps.waited - waited) / seconds:.0%}, {peak.n_bytes / 2**30:.2f} GiB"
+                f"mean loss {progress.loss_sum / max(1, progress.bags_seen):.3f}{_teacher_words(run)}, "
+                f"{present.after(done.n_tiles):.0f} tiles/s, "
+                f"data wait {(steps.waited - waited) / seconds:.0%}, {peak.n_bytes / 2**30:.2f} GiB"
             )
             bar.step(n=step.plan.n_bags, words=words)
-            log.add(progress.global_step, _step_values(run, done.loss / max(1, done.units), rate_now, rate, peak))
+            distilled = {} if run.teacher is None else {"train/distill_loss": done.distilled / step.plan.n_bags}
+            values = _step_values(run, done.loss / max(1, done.units), rate_now, rate, peak)
+            log.add(progress.global_step, values | distilled)
             save_steps = run.settings.run.save_steps
             by_step = save_steps and progress.global_step % save_steps == 0
             if done.stop_is_due:  # after an epoch's last step too: the epoch's end can take long
@@ -188,6 +194,7 @@ def _train_epoch(run: Run, steps: StepReader, validation: AtTheEnd | BesideTrain
     return {
         "epoch": progress.epoch + 1,
         "train_loss": mean_loss(run),
+        **({} if run.teacher is None else {"distill_loss": progress.distill_sum / max(1, progress.distill_bags)}),
         "learning_rate": rate_at(progress.global_step - 1),  # of a run that was stopped after the epoch's last step too
         "tiles_per_second": rate,
         "peak_memory_bytes": float(peak_memory_bytes(run.device)),
@@ -207,6 +214,12 @@ def _step_values(
         "train/peak_memory_bytes": peak.n_bytes,
         **(run.comm.metrics() if run.comm else {}),
     }
+
+
+def _teacher_words(run: Run) -> str:
+    if run.teacher is None:
+        return ""
+    return f", from the teacher {run.progress.distill_sum / max(1, run.progress.distill_bags):.3g}"
 
 
 def _rates(run: RunContext, steps_per_epoch: int) -> Callable[[int], float]:

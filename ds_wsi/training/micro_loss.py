@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ds_wsi.bags.bag import Bag
-from ds_wsi.models.loss import stack_loss
+from ds_wsi.models.loss import distillation_losses, stack_loss
 from ds_wsi.models.output import SlideOutput
 from ds_wsi.runtime.errors import naming
 from ds_wsi.runtime.words import counted
@@ -33,12 +33,15 @@ class Computed(NamedTuple):
         n_tiles: tiles that it took.
         seen: what it was of.
         told: the part of the step's loss that is reported, where it is another number.
+        distilled: the sum of the bags' distances from a teacher's features, times the ranks that share a bag; None
+            where there is no teacher, or no bag.
     """
 
     loss: Tensor
     n_tiles: int
     seen: BagsAndLosses
     told: Tensor | None = None
+    distilled: Tensor | None = None
 
 
 class StepUnits(NamedTuple):
@@ -75,6 +78,27 @@ def step_weight(run: RunContext, step: PlannedStep, units: int) -> float:
     return target_factor(1 if run.task.couples else units, groups, micro_steps)
 
 
+def distillation_weight(run: RunContext, step: PlannedStep) -> float:
+    """The factor of a micro-step's `distilled`: its mean is over the step's bags, whatever the task counts."""
+    assert run.teacher is not None
+    return run.teacher.weight * bag_weight(step.plan.n_bags, run.mesh.slide_size, len(step.plan.micro_steps))
+
+
+def distilled_of(run: Run, step: MicroStep, output: SlideOutput) -> Tensor | None:
+    """How far the features of a micro-step's bags are from the teacher's, see `Computed`.
+
+    Collective over the ranks that share bags: their counts of tiles are gathered.
+    """
+    if run.teacher is None:
+        return None
+    assert output.features is not None
+    there = torch.cat([run.teacher.of_bag(bag) for bag in step.bags]).to(run.device)
+    lengths = [len(bag.kept) for bag in step.bags]
+    of_bags = distillation_losses(output.features, there, lengths, _whole_counts(run, step.bags), run.teacher.kind)
+    # Of a shared bag each rank has its own tiles' part, where the loss above it is on all of them.
+    return of_bags.sum() * run.mesh.tile_size
+
+
 def micro_loss(run: Run, step: MicroStep, factors: Sequence[float] = ()) -> Computed:
     """The sum of the losses of a micro-step's bags, with its graph. Collective, as the model's forward is.
 
@@ -95,11 +119,16 @@ def micro_loss(run: Run, step: MicroStep, factors: Sequence[float] = ()) -> Comp
             if isinstance(run.task, SeveralTargets)
             else run.task.loss_sum(output.logits, targets)
         )
-        return Computed(loss, sum(map(len, step.tiles)), seen_of(run, step, output))
+        return _computed(run, step, output, loss)
     labels = on_device([run.cohort.manifest.slides[bag.slide].class_index for bag in step.bags], run.device)
     chosen = run.settings.optim.class_weights
     weights = None if chosen is None else torch.tensor(chosen, device=run.device)[labels]
-    return Computed(stack_loss(output, labels, weights), sum(map(len, step.tiles)), seen_of(run, step, output))
+    return _computed(run, step, output, stack_loss(output, labels, weights))
+
+
+def _computed(run: Run, step: MicroStep, output: SlideOutput, loss: Tensor) -> Computed:
+    n_tiles = sum(map(len, step.tiles))
+    return Computed(loss, n_tiles, seen_of(run, step, output), distilled=distilled_of(run, step, output))
 
 
 def micro_output(run: Run, step: MicroStep) -> SlideOutput:
@@ -161,6 +190,13 @@ def require_tiles(run: Run, bags: list[Bag]) -> None:
     """Refuse, on all ranks that share it, a bag of which none could read a tile."""
     if run.mesh.tile_size == 1 or not bags:
         return
-    counts = share_numbers([len(bag.tiles) for bag in bags], run.mesh.group, run.device, Traffic()).sum(0)
-    for bag, count in zip(bags, counts.tolist(), strict=True):
+    for bag, count in zip(bags, _whole_counts(run, bags), strict=True):
         run.failures.require_tiles(bag.slide, count)
+
+
+def _whole_counts(run: RunContext, bags: list[Bag]) -> list[int]:
+    """Tiles of each bag on all ranks that share it. Collective over these."""
+    counts = [len(bag.tiles) for bag in bags]
+    if run.mesh.tile_size == 1:
+        return counts
+    return [int(count) for count in share_numbers(counts, run.mesh.group, run.device, Traffic()).sum(0).tolist()]

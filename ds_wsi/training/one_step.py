@@ -21,7 +21,7 @@ from ds_wsi.training.finite import (
     weights_are_finite,
     weights_seem_finite,
 )
-from ds_wsi.training.micro_loss import Computed, StepUnits, step_units, step_weight
+from ds_wsi.training.micro_loss import Computed, StepUnits, distillation_weight, step_units, step_weight
 from ds_wsi.training.micro_loss import micro_loss as _micro_loss
 from ds_wsi.training.micro_step import MicroStep
 from ds_wsi.training.out_of_memory import naming_no_memory, with_retry
@@ -38,6 +38,7 @@ class StepTotals(NamedTuple):
     Attributes:
         loss: the sum of its bags' losses; of cox the loss times the events.
         units: what that is divided by: bags, or labelled units of another task.
+        distilled: the sum of its bags' distances from a teacher's features; 0 without one.
         n_tiles: how many tiles it trained on.
         save_is_due: whether a checkpoint is, by the time since the last one, as the main process has it.
         stop_is_due: whether a rank was asked to end, or the time is over.
@@ -45,6 +46,7 @@ class StepTotals(NamedTuple):
 
     loss: float
     units: int
+    distilled: float
     n_tiles: int
     save_is_due: bool
     stop_is_due: bool
@@ -76,24 +78,25 @@ def train_step(
     )
     seed_step(run.seed, step.number, accelerator.process_index)
     alone = len(step.parts) == 1 and accelerator.num_processes == 1 and not run.has_own_engine
-    loss_sum, tiles = torch.zeros((), device=run.device), 0
+    loss_sum, distilled, tiles = torch.zeros((), device=run.device), torch.zeros((), device=run.device), 0
     seen: list[BagsAndLosses] = []
     units = step_units(run, step)
-    weight, again = step_weight(run, step, units.total), partial(_start_again, run, step) if alone else None
+    weights, again = _weights(run, step, units.total), partial(_start_again, run, step) if alone else None
     for index, (bags, loss_of) in enumerate(_losses(run, step, micro_steps, units)):
         _key_sharing(run, step, index)
-        done = _micro_step(run, bags, weight, again, loss_of)
+        done = _micro_step(run, bags, weights, again, loss_of)
         loss_sum += done.loss if done.told is None else done.told
+        distilled += 0.0 if done.distilled is None else done.distilled
         tiles += done.n_tiles
         seen.append(done.seen)
     if run.average is not None:
         run.average.update(run.module)
     meanwhile()
-    return _totals(run, step, units.total, loss_sum, tiles, seen)
+    return _totals(run, step, units.total, torch.stack([loss_sum, distilled]), tiles, seen)
 
 
 def _totals(
-    run: Run, step: PlannedStep, units: int, loss_sum: torch.Tensor, tiles: int, seen: Sequence[BagsAndLosses]
+    run: Run, step: PlannedStep, units: int, loss_sums: torch.Tensor, tiles: int, seen: Sequence[BagsAndLosses]
 ) -> StepTotals:
     """The totals over all ranks, in one all-reduce; loss and weights that are not finite are refused."""
     accelerator = run.accelerator
@@ -101,14 +104,15 @@ def _totals(
     due = 0 < 60 * run.settings.run.save_minutes <= waited
     told = [float(tiles), float(accelerator.is_main_process and due), float(wants_to_stop(run))]
     bad = ~weights_seem_finite(run.module, run.device)
-    totals = accelerator.reduce(torch.cat([loss_sum[None], torch.tensor(told, device=run.device), bad[None]]), "sum")
-    loss, n_tiles, *flags = totals.tolist()
+    totals = accelerator.reduce(torch.cat([loss_sums, torch.tensor(told, device=run.device), bad[None]]), "sum")
+    loss, distilled, n_tiles, *flags = totals.tolist()
     save_is_due, stop_is_due, bad_weights = (flag > 0 for flag in flags)
     bad_weights = bad_weights and not all(gather_object([weights_are_finite(run.module)]))
     left_out = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
     if bad_weights or (left_out and not skips_overflow(run)):
         tell_not_finite(run, step.number, seen, loss_is_finite=math.isfinite(loss))
-    return StepTotals(loss / run.mesh.tile_size, units, int(n_tiles), save_is_due, stop_is_due)
+    each = run.mesh.tile_size
+    return StepTotals(loss / each, units, distilled / each, int(n_tiles), save_is_due, stop_is_due)
 
 
 def _losses(
@@ -128,29 +132,42 @@ def _key_sharing(run: Run, step: PlannedStep, index: int) -> None:
         run.sharing.forward.seed = step_seed(run.seed, step.number, key)
 
 
+class Weights(NamedTuple):
+    """Factors of a micro-step's loss, and of what it `distilled`, None without a teacher."""
+
+    loss: float
+    distilled: float | None
+
+
+def _weights(run: Run, step: PlannedStep, units: int) -> Weights:
+    return Weights(step_weight(run, step, units), None if run.teacher is None else distillation_weight(run, step))
+
+
 def _micro_step(
-    run: Run, step: MicroStep, weight: float, again: Callable[[], None] | None, loss_of: LossOf
+    run: Run, step: MicroStep, weights: Weights, again: Callable[[], None] | None, loss_of: LossOf
 ) -> Computed:
     """Take a micro-step; `again` undoes a first try that ran out of memory."""
     computed: list[Computed] = []
 
     def compute() -> torch.Tensor:
         computed[:] = [loss_of(run, step)]
-        return computed[0].loss
+        loss, distilled = computed[0].loss * weights.loss, computed[0].distilled
+        return loss if distilled is None else loss + distilled * weights.distilled
 
     # What is not the guard's is the optimizer's: Adam makes its moments in the first step.
     with naming_no_memory("the optimizer's step", run.module.encoder, run.device):
-        loss = run_micro_step(
+        run_micro_step(
             run.accelerator,
             run.model,
             run.optimizer,
             compute,
-            weight,
+            1.0,  # in the sum already
             max_grad_norm=run.settings.optim.max_grad_norm,
             guard=lambda tried: with_retry(tried, run.module, run.module.encoder, run.device, again=again),
         )
     run.stacks.used()
-    return computed[0]._replace(loss=loss)
+    loss, distilled = computed[0].loss.detach(), computed[0].distilled
+    return computed[0]._replace(loss=loss, distilled=None if distilled is None else distilled.detach())
 
 
 def _start_again(run: Run, step: PlannedStep) -> None:
@@ -186,7 +203,7 @@ def time_micro_steps(run: Run) -> TimedSteps:
         read = time.perf_counter()
         units = step_units(run, step)
         ((bags, loss_of),) = _losses(run, step, iter((bags,)), units)
-        done = _micro_step(run, bags, step_weight(run, step, units.total), None, loss_of)
+        done = _micro_step(run, bags, _weights(run, step, units.total), None, loss_of)
         done.loss.item()  # waits for the device
         read_s.append(read - started)
         compute_s.append(time.perf_counter() - read)

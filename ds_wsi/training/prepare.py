@@ -24,7 +24,7 @@ from ds_wsi.engines.policies.norms import (
     warn_of_few_bags,
 )
 from ds_wsi.engines.sharded.zero import is_zero3
-from ds_wsi.models import SlideModel
+from ds_wsi.models import ModelConfig, SlideModel
 from ds_wsi.norms import batch_norms
 from ds_wsi.runtime.choices import precision_words
 from ds_wsi.runtime.contracts import TakesHostTiles
@@ -45,6 +45,7 @@ from ds_wsi.training.saver import Saver
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.stopping import require_metric
 from ds_wsi.training.task import require_task_settings, task_config
+from ds_wsi.training.teacher import Teacher, open_teacher, require_teachable
 
 
 def prepare_run(
@@ -75,8 +76,7 @@ def prepare_run(
     _require_engine(settings, accelerator)
     output_dir, checkpoint = _opened(settings, accelerator, on_folder)
     cohort = _checked_cohort(settings, accelerator, output_dir, write_grids)
-    of_task = task_config(settings, cohort.manifest)
-    config, module = build_slide_model(settings, accelerator, cohort.manifest.classes, cohort.in_dim, of_task)
+    config, module, teacher = _built(settings, accelerator, cohort)
     training = decide_training(settings.policies.norm, partition_population(settings.policies.partition), module)
     choose_kernels(module, settings, cohort, accelerator)  # before anything is shared: a trial is each rank's own
     mesh, sharing = replace_forwards(module, settings, cohort, accelerator, training)
@@ -100,6 +100,7 @@ def prepare_run(
         comm,
         checkpoint,
         task=config.target_task,
+        teacher=teacher,
         failures=FailureLog(cohort.manifest.slides, cohort.grids, settings.policies.reading.max_failed_fraction),
         average=_average(module, settings.optim.ema_decay),
         saver=Saver(settings.run.save_beside),
@@ -121,6 +122,7 @@ def _require_settings(settings: TrainSettings) -> None:
     require_task_settings(settings)
     if settings.policies.tile_parallel.size > 1 and settings.policies.stacking.framework == "padding":
         raise ValueError('framework must not be "padding" where ranks share bags, got tile_parallel.size > 1')
+    require_teachable(settings)
     check_feature_settings(settings)
     if settings.model.freeze_encoder_epochs >= settings.optim.num_train_epochs:
         raise ValueError(
@@ -171,6 +173,17 @@ def _checked_cohort(settings: TrainSettings, accelerator: Accelerator, output_di
     if cohort.in_dim is None:
         require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.tile_grids)
     return cohort
+
+
+def _built(
+    settings: TrainSettings, accelerator: Accelerator, cohort: Cohort
+) -> tuple[ModelConfig, SlideModel, Teacher | None]:
+    """The model and its description, and the teacher that knows it as it is now."""
+    of_task = task_config(settings, cohort.manifest)
+    config, module = build_slide_model(settings, accelerator, cohort.manifest.classes, cohort.in_dim, of_task)
+    teacher = open_teacher(settings, cohort, config, module)
+    module.tells_features = teacher is not None
+    return config, module, teacher
 
 
 def _prepared(

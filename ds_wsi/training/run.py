@@ -28,6 +28,8 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int | None = None
     pending: bool = False  # the last finished epoch is not validated yet
+    distill_sum: float = 0.0  # of the epoch's bags, of their distance from a teacher's features
+    distill_bags: int = 0
     skipped_steps: int = 0  # in which half precision overflowed, and nothing was changed
 
     def end_step(self, loss: float, n_bags: int, *, skipped: bool) -> None:
@@ -45,12 +47,19 @@ class Progress:
             self.loss_sum += loss
             self.bags_seen += n_bags
 
+    def end_distilled(self, distilled: float, n_bags: int) -> None:
+        """Count a step's distance from a teacher's features, the sum over its bags."""
+        if math.isfinite(distilled):
+            self.distill_sum += distilled
+            self.distill_bags += n_bags
+
     def end_epoch(self, entry: dict[str, float]) -> None:
         """Record an epoch, which is not validated yet, and go on to the next."""
         self.history.append(entry)
         self.epoch += 1
         self.step_in_epoch = 0
         self.loss_sum, self.bags_seen = 0.0, 0
+        self.distill_sum, self.distill_bags = 0.0, 0
 
     def put_back(self, state: Mapping[str, Any]) -> None:
         """Stand where a checkpoint's run stood.
@@ -58,6 +67,7 @@ class Progress:
         Raises:
             KeyError: the state lacks a field; nothing is changed.
         """
+        state = {"distill_sum": 0.0, "distill_bags": 0, **state}  # of a version without teachers
         values = {entry.name: state[entry.name] for entry in fields(self)}
         vars(self).update(values)
 

@@ -65,6 +65,7 @@ def _made_of(run: "RunContext") -> dict[str, Any]:
         "dropout": run.config.dropout,
         "aggregator_options": run.config.aggregator_options,
         "norm_training": run.config.norm_training,
+        "teacher": None if run.teacher is None else run.teacher.digest,
         "encoder_features": run.config.encoder_features,
         "features": None if in_dim is None else features_digest(run.cohort, run.cohort.rows("train")),
         "tiling": run.config.tiling,

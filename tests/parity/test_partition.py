@@ -47,7 +47,7 @@ def test_every_mode_equals_the_plain_encoder(name, mode, train):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_of_bags_of_one_tile_add_up(mode):
-    """Of one tile the class token's gradient is a part of the positions': in one memory, each would get the other's."""
+    """The class token's gradient is a part of the positions' then: in one memory, each would get the other's."""
     plain = build("vit_tiny_patch16_224", img_size=32, depth=2)
     partitioned = copy.deepcopy(plain)
     partition_layers(partitioned, PartitionPolicy(mode=mode, chunk_size=3))

@@ -62,6 +62,7 @@ WORDS = {
     "model.aggregator_options": [(), (("hidden_dim", 64),), (("hidden_dim", 32),)],
     "model.encoder_options": [(), (("width", 64),), (("width", 32),)],
     "optim.encoder_learning_rate": [1e-5, 1e-4],
+    "optim.distill": [None, "frozen", "older"],
     "run.deepspeed": ["a.json", "b.json"],
     "task.time_bins": [2, 4, 6],
     "task.label_column": [("score",), ("grade",)],
@@ -116,7 +117,11 @@ def needed(field_path):
         return {}
     name, values = needs
     other = sibling(field_path, name)
-    return {other: values[0] if values else {"model.lora_rank": 4, "policies.augment.blur": 1.0}[other]}
+    return {
+        other: values[0]
+        if values
+        else {"model.lora_rank": 4, "policies.augment.blur": 1.0, "optim.distill": "frozen"}[other]
+    }
 
 
 def as_run(given_settings):

@@ -150,7 +150,7 @@ def test_a_step_names_what_lies_outside_of_the_second_try(emptied, monkeypatch):
         return computed._replace(loss=model(torch.ones(1, 2)).sum())
 
     with pytest.raises(OutOfDeviceMemoryError, match="in the optimizer's step"):
-        one_step._micro_step(run, None, 1.0, lambda: None, fits)
+        one_step._micro_step(run, None, one_step.Weights(1.0, None), lambda: None, fits)
 
 
 def test_bags_that_do_not_fit_are_named_where_they_are_copied(emptied):

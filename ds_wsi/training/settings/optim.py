@@ -112,6 +112,31 @@ class OptimSettings:
         option="ema_decay",
     )
 
+    distill: str | None = setting(
+        None,
+        "folder of the starting encoder's features of the same tiles (`ds-wsi features`), near which it is held (LwF)",
+        Decides.RESOLVED,
+        resolved="teacher",
+        option="distill",
+        metavar="DIR",
+        words="none",
+    )
+    distill_weight: float = setting(
+        1.0,
+        "factor of the distillation's loss beside a slide's own",
+        Decides.RESULT,
+        option="distill_weight",
+        needs=("distill", ()),
+    )
+    distill_loss: str = setting(
+        "mse",
+        "distance of features from the teacher's: mean over dimensions of squares, or one less the cosine",
+        Decides.RESULT,
+        option="distill_loss",
+        kind=("mse", "cosine"),
+        needs=("distill", ()),
+    )
+
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
         for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -126,6 +151,8 @@ class OptimSettings:
                 raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}. HINT: 0 turns it off.")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"--layer_decay must be in (0, 1], got {self.layer_decay}. HINT: 1 turns it off.")
+        if not 0 < self.distill_weight < float("inf"):
+            raise ValueError(f"--distill_weight must be positive, got {self.distill_weight}. HINT: 1, or 10.")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}")
         if self.encoder_learning_rate is not None and not 0 < self.encoder_learning_rate < float("inf"):
