@@ -18,6 +18,7 @@ from ds_wsi.engines.accelerator.engine import (
     build_accelerator,
     prepare,
 )
+from ds_wsi.engines.accelerator.pull import pull_to_start
 from ds_wsi.engines.policies.norms import (
     decide_training,
     partition_population,
@@ -37,7 +38,7 @@ from ds_wsi.training.model import build_slide_model, check_encoder
 from ds_wsi.training.norm_plan import bags_of_population
 from ds_wsi.training.optim import WeightAverage, set_beta
 from ds_wsi.training.output_folder import checkpoint_of, output_folder
-from ds_wsi.training.parameter_groups import parameter_groups, words_of
+from ds_wsi.training.parameter_groups import ENCODER, parameter_groups, words_of
 from ds_wsi.training.run import Run
 from ds_wsi.training.run_cohort import cohort_of, require_splits
 from ds_wsi.training.same_run import known_early, require_same
@@ -124,6 +125,17 @@ def _require_settings(settings: TrainSettings) -> None:
         raise ValueError('framework must not be "padding" where ranks share bags, got tile_parallel.size > 1')
     require_teachable(settings)
     check_feature_settings(settings)
+    at_rest = {
+        "--features_dir": settings.data.features_dir is not None,
+        "--freeze_encoder": settings.model.freeze_encoder,
+        "--lora_rank": settings.model.lora_rank > 0,
+    }
+    if settings.optim.l2_sp and any(at_rest.values()):
+        given = next(name for name, is_given in at_rest.items() if is_given)
+        raise ValueError(
+            f"--l2_sp must be given with an encoder whose own weights are trained, got {given}. HINT: leave out one "
+            "of them."
+        )
     if settings.model.freeze_encoder_epochs >= settings.optim.num_train_epochs:
         raise ValueError(
             f"--freeze_encoder_epochs must be less than --num_train_epochs, {settings.optim.num_train_epochs}, got "
@@ -193,13 +205,16 @@ def _prepared(
     factor, optim = settings.encoder_factor, settings.optim
     apart = settings.model.freeze_encoder_epochs > 0 or factor != 1.0
     groups = None
-    if optim.layer_decay != 1 or optim.no_decay_1d:
+    if optim.layer_decay != 1 or optim.no_decay_1d or optim.l2_sp:
         groups = parameter_groups(module, optim.layer_decay, no_decay_1d=optim.no_decay_1d)
         logger.info("parameter groups: %s", words_of(groups))
     model, optimizer = prepare(accelerator, module, engine, module.encoder if apart else None, groups)
     if factor != 1.0:
         encoder_rate = settings.optim.learning_rate * factor
         logger.info("learning rate: %g, of the encoder %g", settings.optim.learning_rate, encoder_rate)
+    if optim.l2_sp:
+        pull_to_start(module, optimizer, optim.l2_sp, ENCODER)  # before a checkpoint is put back
+        logger.info("L2-SP: the encoder is drawn to its starting weights by %g", optim.l2_sp)
     if settings.optim.demon:
         set_beta(optimizer, settings.optim.demon)  # refuses an optimizer without
     return model, optimizer

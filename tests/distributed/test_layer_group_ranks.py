@@ -1,4 +1,4 @@
-"""Rates by layer and weight decay by kind of parameter, under every engine: the weights of a plain loop.
+"""Rates by layer, weight decay by kind of parameter and L2-SP, under every engine: the weights of a plain loop.
 
 The oracle is one process in float64 on the bags of both ranks, with a parameter group made by hand for each name.
 """
@@ -13,18 +13,22 @@ import torch.nn.functional as F
 from ds_wsi.models import SlideModel, build_aggregator, build_encoder
 from ds_wsi.models.loss import stack_loss
 from ds_wsi.stacking import stack_bags
-from ds_wsi.training.parameter_groups import parameter_groups
+from ds_wsi.training.parameter_groups import ENCODER, parameter_groups
 from ds_wsi.training.step import bag_weight, run_micro_step
 from ds_wsi.training.warmup import set_rates
 from harness import run_ranks
 
 pytestmark = pytest.mark.distributed
 RATE, WEIGHT_DECAY, LAYER_DECAY, FACTOR = 1e-2, 0.5, 0.5, 0.25
+PULL = 100.0  # as strong as a step
 SHARES = (0.5, 1.0, 1.0, 0.25)  # of the rate, by step: a schedule
 SMALL = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 3}
 # A softmax does not feel it: its gradient is rounding, which Adam makes steps of.
 UNFELT = "aggregator.attention_w.bias"
 ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero2 json", "zero2 offload json", "zero3", "zero3 json")
+PULLED = tuple(f"{engine} pulled" for engine in ("ddp", "fsdp2", "zero1", "zero2 offload json", "zero3"))
+# DeepSpeed leaves its mark in the environment.
+IN_ORDER = sorted((*ENGINES, *PULLED), key=lambda engine: engine.startswith("zero"))
 
 
 def make_model():
@@ -50,8 +54,9 @@ def make_bag(step, rank):
     return torch.randint(0, 256, (2 + rank, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.tensor([rank])
 
 
-def oracle(rule=by_hand):
+def oracle(rule=by_hand, pull=0.0, coupled=False):
     model = make_model().double().train()
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     groups = {name: rule(name) for name, _ in model.named_parameters()}
     optimizer = torch.optim.AdamW(
         [
@@ -66,6 +71,13 @@ def oracle(rule=by_hand):
         for rank in range(2):
             tiles, label = make_bag(step, rank)
             (F.cross_entropy(model(stack_bags([tiles])).logits, label) / 2).backward()
+        for name, parameter in model.named_parameters():
+            if name.startswith("encoder."):
+                from_start = pull * (parameter.detach() - start[name])
+                if coupled:
+                    parameter.grad += from_start
+                else:
+                    parameter.data -= share * groups[name][0] * from_start
         optimizer.step()
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -83,6 +95,7 @@ def train_all(engines):
 
 def train(engine):
     from ds_wsi.engines.accelerator.engine import EngineSettings, build_accelerator, prepare
+    from ds_wsi.engines.accelerator.pull import pull_to_start
     from ds_wsi.engines.sharded.fsdp import whole
     from ds_wsi.engines.sharded.zero import full_state_dict
 
@@ -93,18 +106,20 @@ def train(engine):
             "gradient_accumulation_steps": "auto",
             "zero_optimization": {"stage": int(engine[4])},
         }
-        if engine.endswith("json"):
+        if "json" in engine:
             params = {"lr": "auto", "weight_decay": "auto", "torch_adam": "offload" not in engine}
             config["optimizer"] = {"type": "AdamW", "params": params}
         if "offload" in engine:
             params["torch_adam"] = True
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
             config["zero_force_ds_cpu_optimizer"] = False
-    settings = EngineSettings(RATE, WEIGHT_DECAY, 0.0, "adamw", 1, 1, fsdp=engine == "fsdp2")
+    settings = EngineSettings(RATE, WEIGHT_DECAY, 0.0, "adamw", 1, 1, fsdp=engine.startswith("fsdp2"))
     accelerator = build_accelerator(settings, Path("unused"), config)
     module = make_model() if config else make_model().double()  # ZeRO's masters are float32
     groups = parameter_groups(module, LAYER_DECAY, no_decay_1d=True)
     model, optimizer = prepare(accelerator, module, settings, groups=groups)
+    if engine.endswith("pulled"):
+        pull_to_start(module, optimizer, PULL, ENCODER)
     model.train()
     for step, share in enumerate(SHARES):
         set_rates(optimizer, share * RATE, WEIGHT_DECAY, resting=False, encoder_factor=FACTOR)
@@ -132,12 +147,18 @@ def errors(weights_now, expected):
 
 
 def test_weights_are_those_of_a_plain_loop_with_groups_made_by_hand():
-    expected = oracle()
-    for results in run_ranks(train_all, 2, ENGINES):
-        for engine, weights_now in zip(ENGINES, results, strict=True):
+    plain, pulled = oracle(), oracle(pull=PULL)
+    for results in run_ranks(train_all, 2, IN_ORDER):
+        for engine, weights_now in zip(IN_ORDER, results, strict=True):
+            expected = pulled if engine in PULLED else plain
             worst = max(errors(weights_now, expected).items(), key=lambda pair: pair[1])
             # In float32 a small gradient's rounding is a part of Adam's step.
-            assert worst[1] < (1e-9 if engine in ("ddp", "fsdp2") else 2e-2), (engine, worst)
+            assert worst[1] < (1e-9 if engine.split()[0] in ("ddp", "fsdp2") else 2e-2), (engine, worst)
+
+
+@pytest.mark.parametrize("other", [{}, {"pull": PULL, "coupled": True}, {"pull": PULL / 4}])
+def test_another_pull_would_be_noticed(other):
+    assert errors(oracle(**other), oracle(pull=PULL))["encoder.blocks.1.mlp.fc1.weight"] > 0.05
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,13 @@ class OptimSettings:
         option="ema_decay",
     )
 
+    l2_sp: float = setting(
+        0.0,
+        "strength, times the learning rate, by which each step draws the encoder to its starting weights, such as 0.01",
+        Decides.RESULT,
+        option="l2_sp",
+        words="0, not at all",
+    )
     distill: str | None = setting(
         None,
         "folder of the starting encoder's features of the same tiles (`ds-wsi features`), near which it is held (LwF)",
@@ -143,7 +150,7 @@ class OptimSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         require_at_most("--gradient_accumulation_steps", self.gradient_accumulation_steps, MOST_MICRO_STEPS)
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "l2_sp"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
         for name in ("demon", "ema_decay", "momentum"):
@@ -157,7 +164,7 @@ class OptimSettings:
             raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}")
         if self.encoder_learning_rate is not None and not 0 < self.encoder_learning_rate < float("inf"):
             raise ValueError(f"--encoder_learning_rate must be positive, got {self.encoder_learning_rate}")
-        for name in ("learning_rate", "encoder_learning_rate", "weight_decay", "max_grad_norm"):
+        for name in ("learning_rate", "encoder_learning_rate", "weight_decay", "max_grad_norm", "l2_sp"):
             require_at_most(f"--{name}", getattr(self, name) or 0, LARGEST_FACTOR)
         if self.class_weights is not None and not all(0 < weight < float("inf") for weight in self.class_weights):
             raise ValueError(f"--class_weights must be positive, got {self.class_weights}")
