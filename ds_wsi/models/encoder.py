@@ -7,7 +7,9 @@ import timm
 from torch import Tensor, nn
 
 from ds_wsi.models.features import set_features
+from ds_wsi.models.hf_weights import load_hf_weights
 from ds_wsi.models.hub import build_from_hub, is_own_encoder, layers_by_name, require_timm_name
+from ds_wsi.models.known_encoders import HF
 from ds_wsi.models.own_parts import build_own_encoder
 from ds_wsi.models.weights import first_patches, load_encoder_weights
 from ds_wsi.runtime.log import logger
@@ -32,7 +34,7 @@ def build_encoder(
             what an installed package calls its encoder (entry points `ds_wsi.encoders`).
         weights: a local `.safetensors` file or timm checkpoint; None starts from random weights.
         source: what timm downloads pretrained weights by, in place of `weights`: a model's name, `hf-hub:ORG/NAME`,
-            `local-dir:PATH`.
+            `local-dir:PATH`, `hf:ORG/NAME`.
         features: what leaves the encoder, one of `FEATURES`.
         tile_size_px: S, on which the width of flattened features depends; by default the option `img_size`, or 224.
         options: passed to `timm.create_model`, or to the callable.
@@ -46,10 +48,12 @@ def build_encoder(
     require_timm_name(name)
     if features != "pooled":
         options["global_pool"] = ""
-    if source is not None and weights is None:
+    if source is not None and weights is None and not source.startswith(HF):
         encoder = build_from_hub(source, **options)
     else:
         encoder = timm.create_model(name, pretrained=False, num_classes=0, **layers_by_name(options))
+    if source is not None and weights is None and source.startswith(HF):
+        load_hf_weights(encoder, source)
     size_px = tile_size_px or options.get("img_size") or 224
     set_features(encoder, features, size_px)
     if tile_size_px or "img_size" in options:  # else nobody has said what tiles it will get

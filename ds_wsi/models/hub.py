@@ -1,4 +1,4 @@
-"""Encoders with weights from elsewhere: timm's names, `hf-hub:ORG/NAME`, `local-dir:PATH`.
+"""Encoders with weights from elsewhere: timm's names, `hf-hub:ORG/NAME`, `local-dir:PATH`, transformers' `hf:ORG/NAME`.
 
 Only timm loads: safetensors where the repository has them, tensors alone otherwise, and no code of the repository.
 """
@@ -7,7 +7,7 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,175 +17,25 @@ from timm.data import resolve_data_config
 from timm.models import load_model_config_from_hf
 from torch import nn
 
+from ds_wsi.models.hf_weights import hf_source
+from ds_wsi.models.known_encoders import FOLDER, HF, HUB, IMAGENET, KNOWN, EncoderSource
 from ds_wsi.models.own import ENCODER, channels_of, check_options, find_own, installed, is_code
 from ds_wsi.runtime.contracts import SaysWeights
 from ds_wsi.runtime.files import read_object
-from ds_wsi.runtime.log import logger
 
-HUB, FOLDER = "hf-hub:", "local-dir:"
 # Arguments of `timm.create_model` that name files or addresses of weights. Options may be a stranger's, of a model's
 # config.json: they say how an encoder is built, and never what is opened.
 OF_WEIGHTS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
-@dataclass(frozen=True)
-class EncoderSource:
-    """What is known of an encoder before it is built.
-
-    Args:
-        name: the name that was given.
-        architecture: timm's name of it, by which it is built again without a network.
-        options: arguments of `timm.create_model`, as JSON has them.
-        mean, std: statistics of the channels that it was trained on.
-        features: what its authors take from it.
-        tile_size_px: what it was trained on, None where that is not known.
-        mpp: um/px of what it was trained on, empty where that is not known.
-        is_own: whether it is of the user's own code, which builds it; `architecture` is then its name.
-    """
-
-    name: str
-    architecture: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    options: dict[str, Any] = field(default_factory=dict)
-    features: str = "pooled"
-    tile_size_px: int | None = None
-    mpp: tuple[float, ...] = ()
-    is_own: bool = False
-
-    @property
-    def comes_with_weights(self) -> bool:
-        """Whether the name says where the weights are."""
-        return self.name.startswith((HUB, FOLDER))
-
-    def weights_name(self, pretrained: bool, weights: object) -> str | None:
-        """What timm finds the weights by; None where they are random, or from the file `weights`.
-
-        Raises:
-            ValueError: timm has none of own code.
-        """
-        if pretrained and self.is_own:
-            raise ValueError(
-                f"--pretrained must be given with a timm model's name, got {self.name}. HINT: leave it out; an option "
-                "of your own says which weights are loaded (--encoder_options), or --encoder_weights FILE."
-            )
-        return self.name if weights is None and (pretrained or self.comes_with_weights) else None
-
-    def warn_of_other_tiles(self, tile_size_px: int, mpp: float) -> None:
-        """Log where tiles are not what the encoder was trained on."""
-        if self.tile_size_px not in (None, tile_size_px):
-            logger.warning(
-                "%s was trained on tiles of %d px, got --tile_size_px %d", self.name, self.tile_size_px, tile_size_px
-            )
-        if self.mpp and not any(abs(mpp - trained_mpp) <= 0.1 * trained_mpp for trained_mpp in self.mpp):
-            known_mpp = " or ".join(f"{trained_mpp:g}" for trained_mpp in self.mpp)
-            logger.warning("%s was trained at %s um/px, got --mpp %g", self.name, known_mpp, mpp)
-
-
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_BIOPTIMUS = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
-_VIRCHOW = {
-    "img_size": 224,
-    "init_values": 1e-5,
-    "mlp_ratio": 5.3375,
-    "mlp_layer": "SwiGLUPacked",
-    "act_layer": "silu",
-    "dynamic_img_size": True,
-}
-_H_OPTIMUS = {"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True}
-
-# Read, not tried with the weights, which are gated. Architectures, options and normalisation are those with which
-# TRIDENT (github.com/mahmoodlab/TRIDENT, patch_encoder_models/load.py) loads the released files strictly; features as
-# in the models' cards. Resolution: UNI (Chen et al. 2024), Virchow (Vorontsov et al. 2024) and Prov-GigaPath (Xu et al.
-# 2024) 20x; Virchow2 (Zimmermann et al. 2024) 5x to 40x; H-optimus: docs.bioptimus.com; UNI2-h: not known for certain,
-# so it has none. Phikon and CONCH are no timm models.
-KNOWN: dict[str, EncoderSource] = {
-    source.name.lower(): source
-    for source in (
-        EncoderSource(
-            HUB + "MahmoodLab/UNI",
-            "vit_large_patch16_224",
-            *_IMAGENET,
-            options={"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True},
-            tile_size_px=224,
-            mpp=(0.5,),
-        ),
-        EncoderSource(
-            HUB + "MahmoodLab/UNI2-h",
-            "vit_giant_patch14_224",
-            *_IMAGENET,
-            options={
-                "img_size": 224,
-                "patch_size": 14,
-                "depth": 24,
-                "num_heads": 24,
-                "init_values": 1e-5,
-                "embed_dim": 1536,
-                "mlp_ratio": 2.66667 * 2,
-                "no_embed_class": True,
-                "mlp_layer": "SwiGLUPacked",
-                "act_layer": "silu",
-                "reg_tokens": 8,
-                "dynamic_img_size": True,
-            },
-            tile_size_px=224,
-        ),
-        EncoderSource(
-            HUB + "prov-gigapath/prov-gigapath",
-            "vit_giant_patch14_dinov2",
-            *_IMAGENET,
-            options={
-                "img_size": 224,
-                "patch_size": 16,
-                "embed_dim": 1536,
-                "depth": 40,
-                "num_heads": 24,
-                "init_values": 1e-5,
-                "mlp_ratio": 5.33334,
-                "dynamic_img_size": True,
-            },
-            tile_size_px=224,
-            mpp=(0.5,),
-        ),
-        EncoderSource(
-            HUB + "paige-ai/Virchow",
-            "vit_huge_patch14_224",
-            *_IMAGENET,
-            options=_VIRCHOW,
-            features="cls_mean",
-            tile_size_px=224,
-            mpp=(0.5,),
-        ),
-        EncoderSource(
-            HUB + "paige-ai/Virchow2",
-            "vit_huge_patch14_224",
-            *_IMAGENET,
-            options={**_VIRCHOW, "reg_tokens": 4},
-            features="cls_mean",
-            tile_size_px=224,
-            mpp=(0.25, 0.5, 1.0, 2.0),
-        ),
-        *(
-            EncoderSource(
-                f"{HUB}bioptimus/H-optimus-{version}",
-                "vit_giant_patch14_reg4_dinov2",
-                *_BIOPTIMUS,
-                options=_H_OPTIMUS,
-                tile_size_px=224,
-                mpp=(0.5,),
-            )
-            for version in (0, 1)
-        ),
-    )
-}
-
-
 def is_own_encoder(name: str) -> bool:
     """Whether a name is of own code, see `ds_wsi.models.own`: those of timm and of a place of weights go before."""
+    if name.startswith(HF):
+        return False
     if is_code(name):
         return True
-    return not (name.startswith((HUB, FOLDER)) or timm.is_model(name)) and name in installed(ENCODER)
+    return not (name.startswith((HUB, FOLDER, HF)) or timm.is_model(name)) and name in installed(ENCODER)
 
 
 def says_weights(name: str) -> bool:
@@ -193,7 +43,7 @@ def says_weights(name: str) -> bool:
     if is_own_encoder(name):
         build = find_own(name, ENCODER)
         return isinstance(build, SaysWeights) and bool(build.has_weights)
-    return name.startswith((HUB, FOLDER))
+    return name.startswith((HUB, FOLDER, HF))
 
 
 def resolve_encoder(name: str, options: Mapping[str, Any] | None = None) -> EncoderSource:
@@ -218,6 +68,8 @@ def resolve_encoder(name: str, options: Mapping[str, Any] | None = None) -> Enco
     source = KNOWN.get(name.lower())
     if source is not None:
         return source
+    if name.startswith(HF):
+        return hf_source(name)
     if not name.startswith((HUB, FOLDER)):
         require_timm_name(name)
         cfg_of_timm = timm.get_pretrained_cfg(name, allow_unregistered=True)
@@ -246,8 +98,8 @@ def require_timm_name(name: str) -> None:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         raise ValueError(
-            f"encoder must be a timm model's name, or begin with hf-hub: or local-dir:, or be MODULE:CALLABLE of your "
-            f"own{_named_by_packages()}, got {name!r}. "
+            f"encoder must be a timm model's name, or begin with hf-hub:, local-dir: or hf:, or be MODULE:CALLABLE of "
+            f"your own{_named_by_packages()}, got {name!r}. "
             f"HINT: {'did you mean ' + ', '.join(near) + '?' if near else 'timm.list_models() lists them.'}"
         )
 
@@ -261,7 +113,7 @@ def _own_source(name: str, options: dict[str, Any]) -> EncoderSource:
     """What own code says of itself before it is built, by the callable's attributes."""
     build = find_own(name, ENCODER)
     check_options(name, build, options, ("tile_size_px",))
-    usual_mean, usual_std = _IMAGENET
+    usual_mean, usual_std = IMAGENET
     mean: Any = channels_of(build, name, "mean", usual_mean)
     std: Any = channels_of(build, name, "std", usual_std)
     return EncoderSource(name, name, mean, std, options=options, is_own=True)
@@ -319,6 +171,8 @@ def layers_by_name(options: Mapping[str, object]) -> dict[str, object]:
             f"options of an encoder must not say where its weights are, got {named[0]}={arguments[named[0]]!r}. HINT: "
             "--encoder_weights FILE, or the name of the encoder."
         )
+    if "norm_eps" in arguments:
+        arguments["norm_layer"] = partial(timm.layers.LayerNorm, eps=arguments.pop("norm_eps"))
     layer = arguments.get("mlp_layer")  # of an activation or a norm timm takes names itself
     if isinstance(layer, str):
         if not callable(getattr(timm.layers, layer, None)):

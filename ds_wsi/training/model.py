@@ -89,6 +89,8 @@ def build_slide_model(
         "encoder: %s, %d features per tile (%s), normalised with mean %s, std %s",
         *(source.name, module.encoder.num_features, config.encoder_features, source.mean, source.std),
     )
+    if chosen.encoder_weights is None and source.licence_words:
+        logger.info("%s: %s", source.name, source.licence_words)
     if chosen.freeze_encoder:
         freeze(module.encoder)
     if chosen.freeze_until is not None:

@@ -339,18 +339,28 @@ class TestWeights:
             ("hf-hub:prov-gigapath/prov-gigapath", 1135.0, 1536),
             ("hf-hub:paige-ai/Virchow2", 631.2, 2560),
             ("hf-hub:bioptimus/H-optimus-1", 1134.8, 1536),
+            ("hf-hub:bioptimus/H0-mini", 85.74, 1536),
+            ("hf-hub:1aurent/vit_small_patch8_224.kaiko_ai_towards_large_pathology_fms", 21.67, 384),
+            ("hf-hub:1aurent/vit_large_patch14_reg4_dinov2.kaiko_ai_towards_large_pathology_fms", 304.4, 1024),
+            ("hf-hub:1aurent/vit_small_patch16_224.lunit_dino", 21.67, 384),
+            ("hf-hub:1aurent/resnet50.lunit_swav", 23.51, 2048),
+            ("hf:owkin/phikon", 85.8, 768),
+            ("hf:owkin/phikon-v2", 303.35, 1024),
+            ("hf:kaiko-ai/midnight", 1134.77, 3072),
         ],
     )
     def test_known_models_have_their_published_sizes(self, name, millions, width):
         source = resolve_encoder(name)
-        assert len(KNOWN) == 7
+        assert len(KNOWN) == 21
         with torch.device("meta"):
             model = timm.create_model(source.architecture, num_classes=0, **layers_by_name(source.options))
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
         assert model.num_features * (2 if source.features == "cls_mean" else 1) == width
-        assert model.num_prefix_tokens == {"UNI2-h": 9, "Virchow2": 5, "H-optimus-0": 5, "H-optimus-1": 5}.get(
-            name.split("/")[1], 1
-        )
+        registers = {"UNI2-h": 8, "Virchow2": 4, "H-optimus-0": 4, "H-optimus-1": 4, "H0-mini": 4}
+        short = name.split("/")[1]
+        prefix = 0 if "resnet" in name else 1 + registers.get(short, 4 * ("reg4" in name))
+        assert getattr(model, "num_prefix_tokens", 0) == prefix
+        assert source.licence in source.licence_words
 
     def test_tiles_of_another_kind_are_warned_of(self):
         with logged() as records:

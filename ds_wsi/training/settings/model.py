@@ -13,8 +13,8 @@ class ModelSettings:
 
     encoder: str = setting(
         "resnet18",
-        "encoder of the tiles: a timm model's name such as resnet50, hf-hub:ORG/NAME, local-dir:PATH, or "
-        "MODULE:CALLABLE of your own",
+        "encoder of the tiles: a timm model's name such as resnet50, hf-hub:ORG/NAME, local-dir:PATH, "
+        "hf:ORG/NAME of transformers, or MODULE:CALLABLE of your own",
         Decides.RESULT,
         option="encoder",
         words=f"resnet18, of the demo plain {ENCODER}",
