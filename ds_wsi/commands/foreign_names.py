@@ -10,7 +10,6 @@ FOREIGN_NAMES: dict[str, str] = {
     "adam_beta1": "optimizer.params.betas of the DeepSpeed JSON",
     "adam_beta2": "optimizer.params.betas of the DeepSpeed JSON",
     "adam_epsilon": "optimizer.params.eps of the DeepSpeed JSON",
-    "warmup_ratio": "--warmup_steps, in optimizer steps; `--dry_run` tells how many the run has",
     "max_steps": "--num_train_epochs, whole passes over the slides",
     "gradient_checkpointing": "--partition checkpoint, or --partition auto within --gpu_budget",
     "logging_steps": "nothing: every epoch is logged, TensorBoard has every step",

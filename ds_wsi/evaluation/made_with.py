@@ -4,6 +4,7 @@ import json
 import re
 import zlib
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -53,9 +54,8 @@ def encoder_words(model: SlideModel, config: ModelConfig) -> str:
     leaves = "" if config.encoder_features == "pooled" else config.encoder_features
     checksum = 0
     for _, value in sorted(without_adapters(model.encoder.state_dict()).items()):
-        checksum = zlib.crc32(
-            memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()), checksum
-        )
+        octets: Any = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        checksum = zlib.crc32(memoryview(octets), checksum)
     norms = "norms over each slide" if config.norm_evaluation == "bag" else ""
     norms += f" but {len(config.fixed_norms)}" if norms and config.fixed_norms else ""
     precision = "" if model.evaluation_precision == "no" else f"in {model.evaluation_precision}"

@@ -4,6 +4,8 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
 """
 
 import difflib
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +13,19 @@ from torch import Tensor, nn
 
 from ds_wsi.models.features import features_shape
 from ds_wsi.models.freezing import keep_in_eval
+from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.seams import AnyBatchNorm
 
+# Linear layers by the last parts of their names, of timm's and of transformers' vision transformers.
+ATTENTION = (
+    *("qkv", "proj", "q", "k", "v", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value"),
+    "attention.output.dense",
+)
+FEED_FORWARD = (
+    *("fc1", "fc2", "fc1_g", "fc1_x", "w1", "w2", "w3", "w12", "weights_in", "weights_out"),
+    *("intermediate.dense", "output.dense"),
+)
+SETS = {"attention": ATTENTION, "all": (*ATTENTION, *FEED_FORWARD)}
 ADAPTER = "default"  # peft's name of a module's only adapter
 
 
@@ -26,7 +39,7 @@ def add_lora(encoder: nn.Module, rank: int, alpha: float, targets: Sequence[str]
         encoder: the encoder, every parameter of which is trained so far.
         rank: rank of the adapters.
         alpha: their scale.
-        targets: the last parts of the names of linear layers, such as `qkv`.
+        targets: the last parts of the names of linear layers, such as `qkv`; or `attention`, `all`, see `SETS`.
         tile_size_px: side of the tiles.
 
     Raises:
@@ -40,7 +53,7 @@ def add_lora(encoder: nn.Module, rank: int, alpha: float, targets: Sequence[str]
     linear = [name for name, part in encoder.named_modules() if isinstance(part, nn.Linear)]
     chosen: list[str] = []
     for target in targets:
-        matching = [name for name in linear if f".{name}".endswith(f".{target}")]
+        matching = [name for name in linear if _ends_in(name, SETS.get(target, (target,)))]
         if not matching:
             leaves = sorted({name.rpartition(".")[2] for name in linear})
             shown = difflib.get_close_matches(target, leaves, n=5) or leaves
@@ -48,11 +61,28 @@ def add_lora(encoder: nn.Module, rank: int, alpha: float, targets: Sequence[str]
                 f"lora_targets must be the names of linear layers of {type(encoder).__name__}, got {target!r}. "
                 f"HINT: {'did you mean ' + ', '.join(shown) + '?' if shown else 'it has none; --freeze_until instead.'}"
             )
-        chosen += matching
+        chosen += [name for name in matching if name not in chosen]
+    _tell(linear, chosen)
     settings: Any = {"r": rank, "lora_alpha": alpha, "target_modules": chosen}  # declared int, any number does
     inject_adapter_in_model(LoraConfig(**settings), encoder, ADAPTER)
     keep_in_eval(encoder, [name for name, part in encoder.named_modules() if isinstance(part, AnyBatchNorm)])
     _require_calls(encoder, chosen, tile_size_px)
+
+
+def _ends_in(name: str, targets: Sequence[str]) -> bool:
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def _tell(linear: Sequence[str], chosen: Sequence[str]) -> None:
+    """Say which layers get adapters, those of all blocks as one, and warn of feed-forward layers that get none."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in chosen)
+    logger.info("LoRA: %s", ", ".join(f"{name} ({count})" for name, count in counts.items()))
+    left = sorted({name.rpartition(".")[2] for name in linear if name not in chosen and _ends_in(name, FEED_FORWARD)})
+    if left:
+        logger.warning(
+            "LoRA leaves the feed-forward layers %s as they are, most of a block's weights. HINT: --lora_targets all.",
+            ", ".join(left),
+        )
 
 
 def _require_calls(encoder: nn.Module, names: Sequence[str], tile_size_px: int) -> None:

@@ -115,7 +115,8 @@ def _train_epochs(run: Run) -> None:
             epoch_plan(run, epoch)  # a slide over the cap is refused now, not after hours
     steps = StepReader(run, planned_steps(run, run.progress), read_parts(run, run.reading))
     if run.accelerator.is_main_process:
-        warn_of_warmup(run.settings.optim.warmup_steps, count_steps(run)[1])
+        steps_of_run = count_steps(run)[1]
+        warn_of_warmup(run.settings.optim.warmup_of(steps_of_run), steps_of_run)
     with validation_of(run) as validation:
         while run.progress.epoch < run.epochs and not _stops_early(run):
             began, waited = time.perf_counter(), steps.waited
@@ -224,13 +225,13 @@ def _teacher_words(run: Run) -> str:
 
 def _rates(run: RunContext, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate of a step, by its number in the run."""
-    optim = run.settings.optim
+    optim, total_steps = run.settings.optim, count_steps(run)[1]
     return partial(
         learning_rate_at,
-        total_steps=count_steps(run)[1],
+        total_steps=total_steps,
         peak=optim.learning_rate,
         schedule=optim.lr_scheduler_type,
-        warmup_steps=optim.warmup_steps,
+        warmup_steps=optim.warmup_of(total_steps),
         steps_per_epoch=steps_per_epoch,
     )
 

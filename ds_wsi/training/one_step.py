@@ -152,7 +152,9 @@ def _micro_step(
     def compute() -> torch.Tensor:
         computed[:] = [loss_of(run, step)]
         loss, distilled = computed[0].loss * weights.loss, computed[0].distilled
-        return loss if distilled is None else loss + distilled * weights.distilled
+        if distilled is None or weights.distilled is None:
+            return loss
+        return loss + distilled * weights.distilled
 
     # What is not the guard's is the optimizer's: Adam makes its moments in the first step.
     with naming_no_memory("the optimizer's step", run.module.encoder, run.device):

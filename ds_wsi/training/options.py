@@ -9,6 +9,7 @@ from ds_wsi.config import SECTION, DsWsiConfig, is_plan, read_section
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.setting import FLAG, METAVARS, SWITCH, Setting
 from ds_wsi.slides.policy import DEMO_TILE_SIZE_PX
+from ds_wsi.training.recipes import RECIPE, recipe_settings, tell_recipe
 from ds_wsi.training.setting_list import GROUPS, OPTIONS, SETTINGS, default_words, has_effect, needed_words
 from ds_wsi.training.settings import TrainSettings
 from ds_wsi.training.settings.demo import demo_defaults
@@ -108,6 +109,10 @@ def settings_from(
     given = {name: value for name, value in vars(options).items() if "." in name}
     in_yaml = read_yaml(options.config) if "config" in options else {}
     asked = frozenset(given)
+    of_recipe = recipe_settings({**in_yaml, **given})
+    if of_recipe:
+        preset = {**(preset or {}), **of_recipe}
+        tell_recipe(of_recipe, str(given.get(RECIPE, in_yaml.get(RECIPE))))
     if in_yaml:
         _require_allowed({path: name for path, name in in_yaml.items() if path not in asked}, options)
     path = given.get("run.deepspeed", in_yaml.get("run.deepspeed"))

@@ -30,7 +30,7 @@ def tell_start(run: RunContext, steps_per_epoch: int, steps: int) -> None:
         "tiles": tiles_words(run),
         "model": f"{model_words(run)}; {_count(trained)} of {_count(total)} parameters trained",
         "steps": f"{steps_per_epoch} per epoch, {steps} in {optim.num_train_epochs}; "
-        f"{counted(bags, 'slide')} per step; rate {optim.learning_rate:g} after {optim.warmup_steps} steps, "
+        f"{counted(bags, 'slide')} per step; rate {optim.learning_rate:g} after {optim.warmup_of(steps)} steps, "
         f"{optim.lr_scheduler_type}",
         "checkpoints": _checkpoint_words(run),
     }

@@ -16,8 +16,9 @@ from ds_wsi.training.setting_list import GROUPS, OPTIONS, SETTINGS, Declared, va
 from ds_wsi.training.settings import TrainSettings
 
 ALLOWED = "allow_code"
-# What belongs to one start of a run and not to its settings: where it goes on, and the word of who starts it.
-NOT_WRITTEN = ("resume_from_checkpoint", ALLOWED)
+# What belongs to one start of a run and not to its settings: where it goes on, and the word of who starts it; of a
+# recipe the file has what it set.
+NOT_WRITTEN = ("resume_from_checkpoint", "recipe", ALLOWED)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

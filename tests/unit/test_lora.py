@@ -5,10 +5,12 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from logs import logged
 from safetensors.torch import save_file
 from torch import nn
 
 from ds_wsi.models import ModelConfig, SlideModel, add_lora, build_encoder, build_model, load_model, merge_lora
+from ds_wsi.models.lora import SETS, _ends_in
 from ds_wsi.partition import PartitionPolicy, partition_layers
 from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking import stack_bags
@@ -114,6 +116,37 @@ def test_partitioned_it_computes_the_same():
         if parted.grad is not None:
             scale = plain.grad.abs().max().clamp_min(1e-6)
             assert (parted.grad - plain.grad).abs().max() <= 1e-10 * scale, name
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    ("options", "targets", "leaves", "left"),
+    [
+        ({}, ("attention",), ("attn.qkv", "attn.proj"), "fc1, fc2"),
+        ({}, ("all",), ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), ""),
+        ({"mlp_layer": "SwiGLU"}, ("all",), ("attn.qkv", "attn.proj", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"), ""),
+        ({"mlp_layer": "SwiGLU"}, ("qkv", "attention"), ("attn.qkv", "attn.proj"), "fc1_g, fc1_x, fc2"),
+    ],
+)
+def test_feed_forward_layers_are_covered_or_told(options, targets, leaves, left):
+    encoder = build_encoder("vit_tiny_patch16_224", tile_size_px=32, **SMALL, img_size=32, **options)
+    with logged() as records:
+        add_lora(encoder, 2, 4.0, targets, 32)
+    layers = {name for name, part in encoder.named_modules() if hasattr(part, "lora_A")}
+    assert layers == {f"blocks.{block}.{leaf}" for block in (0, 1) for leaf in leaves}
+    assert any("LoRA leaves the feed-forward layers" in line for line in records) == bool(left)
+    assert not left or f"feed-forward layers {left} as they are" in records[-1]
+
+
+@needs_peft
+def test_transformers_names_are_covered():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    for kind in ("ViT", "Dinov2"):
+        config = getattr(transformers, f"{kind}Config")(**sizes, intermediate_size=16)
+        encoder = getattr(transformers, f"{kind}Model")(config)
+        linear = [name for name, part in encoder.named_modules() if isinstance(part, nn.Linear) and "pool" not in name]
+        assert [name for name in linear if not _ends_in(name, SETS["all"])] == []
 
 
 @needs_peft

@@ -126,7 +126,7 @@ def test_the_command_writes_a_file_with_every_option_and_overwrites_none(tmp_pat
     assert "--config" in capsys.readouterr().out
     text = path.read_text()
     assert all(f"{name}:" in text for name in OPTIONS if name not in NOT_WRITTEN)
-    assert NOT_WRITTEN == ("resume_from_checkpoint", "allow_code")
+    assert NOT_WRITTEN == ("resume_from_checkpoint", "recipe", "allow_code")
     assert yaml.safe_load(text) == {"seed": 4, "tile_size_px": 64}
     assert main(["train", "--write_config", str(path)]) == 2
     assert path.read_text() == text

@@ -112,7 +112,7 @@ class ModelSettings:
     )
     lora_targets: tuple[str, ...] = setting(
         ("qkv", "proj"),
-        "names of the linear layers that get LoRA adapters, comma-separated",
+        "linear layers that get LoRA adapters: attention, all (the feed-forward ones too), or names, comma-separated",
         Decides.RESULT,
         option="lora_targets",
         kind=names,

@@ -16,6 +16,14 @@ TUNED_LEARNING_RATE = 3e-5  # at most, by default, of an encoder that starts fro
 class OptimSettings:
     """How it is optimised."""
 
+    recipe: str | None = setting(
+        None,
+        "settings that go together, below those that are given: finetune, of a foundation model",
+        Decides.NOTHING,
+        option="recipe",
+        kind=("finetune",),
+        words="none",
+    )
     num_train_epochs: int = setting(
         8,
         "number of passes over the training slides",
@@ -78,6 +86,13 @@ class OptimSettings:
         "number of optimizer steps in which the learning rate rises to its peak",
         Decides.RESULT,
         option="warmup_steps",
+    )
+    warmup_ratio: float = setting(
+        0.0,
+        "share of the run's optimizer steps, 0 to 1, in which the learning rate rises, in the place of --warmup_steps",
+        Decides.RESULT,
+        option="warmup_ratio",
+        words="0: --warmup_steps",
     )
     max_grad_norm: float = setting(
         0.0,
@@ -153,7 +168,7 @@ class OptimSettings:
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "l2_sp"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("demon", "ema_decay", "momentum"):
+        for name in ("demon", "ema_decay", "momentum", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}. HINT: 0 turns it off.")
         if not 0 < self.layer_decay <= 1:
@@ -182,6 +197,10 @@ class OptimSettings:
         if rate is None:
             rate = min(self.learning_rate, TUNED_LEARNING_RATE) if from_weights else self.learning_rate
         return rate / self.learning_rate
+
+    def warmup_of(self, total_steps: int) -> int:
+        """Optimizer steps in which the rate rises, of so many."""
+        return round(self.warmup_ratio * total_steps) if self.warmup_ratio else self.warmup_steps
 
     @property
     def mixed_precision(self) -> str:
