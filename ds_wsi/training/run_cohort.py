@@ -44,7 +44,7 @@ def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
     with accelerator.main_process_first():
         manifest = data.manifest or make_demo(data.demo_folder, DEMOS[data.demo]())
         if data.features_dir is not None:
-            cohort = load_feature_cohort(
+            of_features = load_feature_cohort(
                 manifest,
                 data.features_dir,
                 check=data.check_features,
@@ -57,7 +57,7 @@ def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
                 columns=columns,
                 memory_bytes=policies.reading.features_memory_bytes,
             )
-            return replace(cohort, reader=policies.reading.slide_reader)  # of slides that are drawn
+            return replace(of_features, reader=policies.reading.slide_reader)  # of slides that are drawn
 
     def load(skipped: tuple[SkippedSlide, ...] | None) -> Cohort:
         shown = accelerator.is_main_process and not settings.run.disable_tqdm
