@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ds_wsi.bags.features import FeatureFile, FeatureFileError, read_features
+from ds_wsi.bags.joined import Grid, Grids, JoinedGrid, Place, place_of, shares_of, some_grid
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.bags.workers import Answer, answers
@@ -106,7 +107,7 @@ class TileDataset(Dataset[TileChunk]):
     def __init__(
         self,
         slides: Sequence[SlideEntry],
-        grids: Sequence[TileGrid],
+        grids: Sequence[TileGrid] | Sequence[JoinedGrid],
         open_slides: int,
         tile_store: str = "",
         reader: str = AUTO,
@@ -114,6 +115,7 @@ class TileDataset(Dataset[TileChunk]):
         self.slides = slides
         self.grids = grids
         self.cache = SlideCache(open_slides, reader)
+        self.size_px = tile_side(grids)
         self.store = TileStore(tile_store) if tile_store else None
         self.tell: Callable[[int], None] = _tell_nobody
 
@@ -124,22 +126,21 @@ class TileDataset(Dataset[TileChunk]):
 
     def describe(self, request: TileRequest, row: int) -> str:
         """The slide of a request, and the tile of it that is read or the first to be read, in words."""
-        entry, grid = self.slides[request.slide], self.grids[request.slide]
-        where = self.store.directory if self.store is not None else entry.path
-        x, y = (int(value) for value in grid.coords[row if row >= 0 else next(iter(request.grid_rows), 0)])
-        return f"slide {entry.slide_id}, tile at ({x}, {y}) ({where})"
+        tile_place = self._place(request, row if row >= 0 else next(iter(request.grid_rows), 0))
+        where = self.store.directory if self.store is not None else tile_place.entry.path
+        x, y = _corner(tile_place)
+        return f"slide {tile_place.entry.slide_id}, tile at ({x}, {y}) ({where})"
 
     def __getitem__(self, request: TileRequest) -> TileChunk:
         """Read the tiles of one request; a tile that fails is reported, never replaced."""
-        entry, grid = self.slides[request.slide], self.grids[request.slide]
-        size = grid.tile_size_px
+        size = self.size_px
         tiles = np.empty((len(request.grid_rows), size, size, 3), dtype=np.uint8)
         n_read = 0
         failures: list[tuple[int, str]] = []
         for row in request.grid_rows:
             self.tell(row)
             try:
-                self._read(entry, grid, row, tiles[n_read])
+                self._read(*self._place(request, row), tiles[n_read])
                 n_read += 1
             except TileReadError as error:
                 failures.append((row, str(error)))
@@ -147,7 +148,11 @@ class TileDataset(Dataset[TileChunk]):
         read = torch.from_numpy(tiles[:n_read]).permute(0, 3, 1, 2)
         return TileChunk(request, read, tuple(failures))
 
-    def _read(self, entry: SlideEntry, grid: TileGrid, row: int, out: np.ndarray) -> None:
+    def _place(self, request: TileRequest, row: int) -> Place:
+        return place_of(self.slides[request.slide], self.grids[request.slide], row)
+
+    def _read(self, entry: SlideEntry, grid: Grid, row: int, out: np.ndarray) -> None:
+        assert isinstance(grid, TileGrid)
         if self.store is not None:
             self.store.get(entry.slide_id).read_tile(row, out)
             return
@@ -158,17 +163,25 @@ class TileDataset(Dataset[TileChunk]):
         slide.read_tile(x, y, grid.level, *size, out=out, shrink=grid.policy.shrink)
 
 
+def _corner(tile_place: Place) -> tuple[int, int]:
+    """A tile's upper left corner, level-0 px."""
+    assert isinstance(tile_place.grid, TileGrid)  # a file of features is read whole or not at all
+    x, y = tile_place.grid.coords[tile_place.row].tolist()
+    return x, y
+
+
 class FeatureRows(Dataset[TileChunk]):
     """Answers requests with rows of features; a file is read whole, and its rows are all there or an error is raised.
 
     What the files' memory holds is not read. Only `keep` adds to that: reading processes would each hold a copy.
 
     Args:
-        files: the cohort's files, row by row.
+        slides: the cohort's, row by row.
+        files: a file each; a patient's bag has several.
     """
 
-    def __init__(self, files: Sequence[FeatureFile]) -> None:
-        self.files = files
+    def __init__(self, slides: Sequence[SlideEntry], files: Sequence[FeatureFile] | Sequence[JoinedGrid]) -> None:
+        self.slides, self.files = slides, files
         self.tell: Callable[[int], None] = _tell_nobody
 
     def answer(self, request: TileRequest) -> Answer:
@@ -176,42 +189,68 @@ class FeatureRows(Dataset[TileChunk]):
         return Answer(self[request].tiles, ())
 
     def held(self, request: TileRequest) -> Answer | None:
-        """The answer to a request, where the file's features are in memory."""
-        file = self.files[request.slide]
-        features = None if file.memory is None else file.memory.get(file.slide_id)
-        return None if features is None else Answer(_rows_of(features, request), ())
+        """The answer to a request, where the features of all its files are in memory."""
+        parts: list[Tensor] = []
+        for file, rows in shares_of(self.files[request.slide], request.grid_rows):
+            assert isinstance(file, FeatureFile)
+            features = None if file.memory is None else file.memory.get(file.path)
+            if features is None:
+                return None
+            parts.append(_rows_of(features, rows))
+        return Answer(_together(parts), ()) if parts else None
 
     def keep(self, chunk: TileChunk) -> None:
-        """Have a file's features kept in memory, where all of them were asked for and there is room."""
-        file = self.files[chunk.request.slide]
-        if file.memory is not None and chunk.request.rows is None and len(chunk.tiles) == file.n_rows:
-            file.memory.keep(file.slide_id, chunk.tiles)
+        """Have the features of a bag's files kept in memory, where all of them were asked for and there is room."""
+        joined = self.files[chunk.request.slide]
+        if chunk.request.rows is not None or len(chunk.tiles) != len(joined):
+            return
+        start = 0
+        for file, rows in shares_of(joined, range(len(joined))):
+            assert isinstance(file, FeatureFile)
+            if file.memory is not None:
+                tiles = chunk.tiles[start : start + len(rows)]
+                file.memory.keep(file.path, tiles if len(rows) == len(joined) else tiles.clone())
+            start += len(rows)
 
     def describe(self, request: TileRequest, row: int) -> str:
         """The file of a request, in words."""
-        file = self.files[request.slide]
-        return f"features of slide {file.slide_id} ({file.path})"
+        tile_place = self._place(request, row if row >= 0 else next(iter(request.grid_rows), 0))
+        assert isinstance(tile_place.grid, FeatureFile)
+        return f"features of slide {tile_place.entry.slide_id} ({tile_place.grid.path})"
 
     def __getitem__(self, request: TileRequest) -> TileChunk:
         """Read the rows of one request."""
-        file = self.files[request.slide]
-        if not request.grid_rows:  # other ranks hold the bag
-            return TileChunk(request, torch.empty(0, file.width), ())
-        features = read_features(file.path).features
-        if features.shape != (file.n_rows, file.width):
-            raise FeatureFileError(
-                f"features must be as they were at the start, {[file.n_rows, file.width]}, got "
-                f"{list(features.shape)} ({file.path}). HINT: do not change files under a run."
-            )
-        return TileChunk(request, _rows_of(features, request), ())
+        parts: list[Tensor] = []
+        for file, rows in shares_of(self.files[request.slide], request.grid_rows):
+            assert isinstance(file, FeatureFile)
+            features = read_features(file.path).features
+            if features.shape != (file.n_rows, file.width):
+                raise FeatureFileError(
+                    f"features must be as they were at the start, {[file.n_rows, file.width]}, got "
+                    f"{list(features.shape)} ({file.path}). HINT: do not change files under a run."
+                )
+            parts.append(_rows_of(features, rows))
+        if not parts:  # other ranks hold the bag
+            some = some_grid(self.files)
+            assert isinstance(some, FeatureFile)
+            return TileChunk(request, torch.empty(0, some.width), ())
+        return TileChunk(request, _together(parts), ())
+
+    def _place(self, request: TileRequest, row: int) -> Place:
+        return place_of(self.slides[request.slide], self.files[request.slide], row)
 
 
-def _rows_of(features: Tensor, request: TileRequest) -> Tensor:
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """A bag's features, of one file without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _rows_of(features: Tensor, rows: Sequence[int]) -> Tensor:
     """The rows that are asked for; all of them without a copy."""
-    if len(request.grid_rows) == len(features):
+    if len(rows) == len(features):
         return features
     # A copy: of a view, the whole file would be handed over to the training process.
-    return features[list(request.grid_rows)]
+    return features[list(rows)]
 
 
 def plan_requests(order: Iterable[int | BagPart], lengths: Sequence[int], chunk_tiles: int) -> Iterator[TileRequest]:
@@ -231,7 +270,7 @@ def plan_requests(order: Iterable[int | BagPart], lengths: Sequence[int], chunk_
 
 def read_chunks(
     slides: Sequence[SlideEntry],
-    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    grids: Grids,
     order: Iterable[int | BagPart],
     policy: ReadPolicy,
 ) -> Iterator[TileChunk]:
@@ -282,21 +321,26 @@ def _not_in_memory(request: TileRequest) -> Answer | None:
     """Tiles are read."""
 
 
-def _dataset(
-    slides: Sequence[SlideEntry], grids: Sequence[TileGrid] | Sequence[FeatureFile], policy: ReadPolicy
-) -> tuple[TileDataset | FeatureRows, int]:
+def _dataset(slides: Sequence[SlideEntry], grids: Grids, policy: ReadPolicy) -> tuple[TileDataset | FeatureRows, int]:
     """What answers the requests, and the most tiles of one."""
-    files = [grid for grid in grids if isinstance(grid, FeatureFile)]
-    if files:
-        return FeatureRows(files), max(map(len, files))  # every request reads its file: one per bag
-    tiles = [grid for grid in grids if isinstance(grid, TileGrid)]
+    if isinstance(some_grid(grids), FeatureFile):
+        files: Any = grids
+        return FeatureRows(slides, files), max(map(len, files))  # every request reads its file: one per bag
+    tiles: Any = grids
     dataset = TileDataset(slides, tiles, policy.open_slides, policy.tile_store, policy.slide_reader)
-    return dataset, policy.tiles_a_chunk(tiles[0].tile_size_px)
+    return dataset, policy.tiles_a_chunk(dataset.size_px)
+
+
+def tile_side(grids: Grids) -> int:
+    """Side of the tiles of a cohort of slides, px."""
+    grid = some_grid(grids)
+    assert isinstance(grid, TileGrid)
+    return grid.tile_size_px
 
 
 def read_bags(
     slides: Sequence[SlideEntry],
-    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    grids: Grids,
     order: Iterable[int | BagPart],
     policy: ReadPolicy,
     failures: "FailureLog",
@@ -349,7 +393,7 @@ class FailureLog:
     """
 
     slides: Sequence[SlideEntry]
-    grids: Sequence[TileGrid] | Sequence[FeatureFile]
+    grids: Grids
     max_failed_fraction: float
     reasons: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
@@ -357,10 +401,8 @@ class FailureLog:
         """Record a chunk's failures, warn of the new ones, and stop the run above the threshold."""
         slide = chunk.request.slide
         for row, reason in chunk.failures:
-            grid = self.grids[slide]
-            assert isinstance(grid, TileGrid)  # a file of features is read whole or not at all
-            x, y = (int(value) for value in grid.coords[row])
-            key = (self.slides[slide].slide_id, x, y)
+            tile_place = place_of(self.slides[slide], self.grids[slide], row)
+            key = (tile_place.entry.slide_id, *_corner(tile_place))
             if key not in self.reasons:
                 logger.warning("tile left out: %s", reason)
             self.reasons[key] = reason
@@ -387,7 +429,7 @@ class FailureLog:
         """Raise ReadFailureError for a slide of which no tile could be read."""
         if n_tiles == 0:
             raise ReadFailureError(
-                f"slide {self.slides[slide].slide_id} must have a readable tile, all {len(self.grids[slide])} failed "
+                f"{self.slides[slide].words} must have a readable tile, all {len(self.grids[slide])} failed "
                 f"({self.slides[slide].path}). HINT: replace the file, or take it out of the manifest."
             )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ds_wsi.bags.features import FeatureFile
+from ds_wsi.bags.joined import GridPart, JoinedGrid, parts_of, some_grid
 from ds_wsi.bags.manifest import Manifest, ManifestError, SlideEntry, parse_manifest
 from ds_wsi.bags.same_files import files_across_splits, fingerprint_of, require_files_apart, warn_of_shared_files
 from ds_wsi.bags.shards import shard_order
@@ -32,11 +33,12 @@ from ds_wsi.slides.tiling import MPP_TOLERANCE, TileGrid, tile_slide
 class Cohort:
     """Slides and their grids, row by row; in a cohort of features (`load_feature_cohort`) their files.
 
-    `skipped` are the slides that were left out of both; `reader` is what reads the slides, see `Slide`.
+    In a cohort of patients (`by_patient`) a row is a patient, whose grid joins those of the slides. `skipped` are
+    the slides that were left out of both; `reader` is what reads the slides, see `Slide`.
     """
 
     manifest: Manifest
-    grids: tuple[TileGrid, ...] | tuple[FeatureFile, ...]
+    grids: tuple[TileGrid, ...] | tuple[FeatureFile, ...] | tuple[JoinedGrid, ...]
     skipped: tuple[SkippedSlide, ...] = ()
     reader: str = AUTO
 
@@ -59,14 +61,25 @@ class Cohort:
     @property
     def in_dim(self) -> int | None:
         """The width of the features; None in a cohort of slides."""
-        first = self.grids[0]
+        first = some_grid(self.grids)
         return first.width if isinstance(first, FeatureFile) else None
 
     @property
+    def n_slides(self) -> int:
+        """How many slides there are."""
+        return sum(len(slide.slides) for slide in self.manifest.slides)
+
+    def parts(self, rows: Sequence[int] | None = None) -> tuple[GridPart, ...]:
+        """The slides of these rows, or of all, each with its grid or file; a patient's together."""
+        chosen = range(len(self.grids)) if rows is None else rows
+        return tuple(part for row in chosen for part in parts_of(self.manifest.slides[row], self.grids[row], row))
+
+    @property
     def tile_grids(self) -> tuple[TileGrid, ...]:
-        """The grids of a cohort of slides."""
-        grids = tuple(grid for grid in self.grids if isinstance(grid, TileGrid))
-        assert len(grids) == len(self.grids)
+        """The grids of a cohort of slides, in the order of `parts`."""
+        parts = self.parts()
+        grids = tuple(part.grid for part in parts if isinstance(part.grid, TileGrid))
+        assert len(grids) == len(parts)
         return grids
 
 

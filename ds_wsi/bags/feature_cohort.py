@@ -91,8 +91,8 @@ def load_feature_cohort(
 def features_digest(cohort: Cohort, rows: Sequence[int]) -> str:
     """A name of the features of these rows' slides: by content where it was read, else by size, which it then says."""
     digest, by_size = hashlib.sha256(), False
-    for row in rows:
-        file = cohort.grids[row]
+    for part in cohort.parts(rows):
+        file = part.grid
         assert isinstance(file, FeatureFile)
         content = file.n_bytes if file.checksum is None else f"crc {file.checksum}"
         by_size |= file.checksum is None
@@ -152,7 +152,7 @@ def _examine(
             features = read_features(path).features
             n_rows, width = features.shape
             checksum = zlib.crc32(features.contiguous().numpy().data)
-            memory.keep(slide.slide_id, features)
+            memory.keep(path, features)
         return FeatureFile(slide.slide_id, path, n_rows, width, *state, checksum, memory)
     except FeatureFileError as error:
         return error

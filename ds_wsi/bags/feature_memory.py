@@ -1,5 +1,6 @@
 """Features that stay in memory once they were read, so that an epoch reads a small cohort's files once in a run."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,7 +19,7 @@ class _Held(NamedTuple):
 
 
 class FeatureMemory:
-    """Features by slide, up to so many bytes; what comes when they are full is not kept.
+    """Features by file, up to so many bytes; what comes when they are full is not kept.
 
     Whoever is given features may not write to them: those that were changed in place are forgotten, and read again.
     Another process starts with nothing: what it is sent is the bound.
@@ -32,28 +33,28 @@ class FeatureMemory:
         check_seams("torch", "features")
         self._asked = bound_bytes
         self._left = min(bound_bytes, free_host_bytes() // 2) if bound_bytes else 0
-        self._held: dict[str, _Held] = {}
+        self._held: dict[Path, _Held] = {}
 
     def __reduce__(self) -> tuple[type["FeatureMemory"], tuple[int]]:
         return FeatureMemory, (self._asked,)
 
-    def get(self, slide_id: str) -> Tensor | None:
-        """A slide's features, float32 [N, D], or None where they are not held."""
-        held = self._held.get(slide_id)
+    def get(self, path: Path) -> Tensor | None:
+        """A file's features, float32 [N, D], or None where they are not held."""
+        held = self._held.get(path)
         if held is None:
             return None
         if held.features._version != held.version:
-            del self._held[slide_id]
+            del self._held[path]
             self._left += held.features.nbytes
             return None
         return held.features
 
-    def keep(self, slide_id: str, features: Tensor) -> None:
-        """Hold a slide's features, where there is room."""
+    def keep(self, path: Path, features: Tensor) -> None:
+        """Hold a file's features, where there is room."""
         # What was made in inference mode cannot be trained on.
-        if slide_id in self._held or features.nbytes > self._left or features.is_inference():
+        if path in self._held or features.nbytes > self._left or features.is_inference():
             return
         if features.nbytes < SMALL_BYTES:
             features = features.clone()
         self._left -= features.nbytes
-        self._held[slide_id] = _Held(features, features._version)
+        self._held[path] = _Held(features, features._version)

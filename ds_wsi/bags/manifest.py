@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ds_wsi.bags.problems import ManifestError
+from ds_wsi.bags.slide_entry import SlideEntry, patient_problems
 from ds_wsi.bags.tables.formats import joined, recognised
 from ds_wsi.bags.tables.headings import heading_problems, missing_hint, unused
 from ds_wsi.bags.tables.labels import label_problems, sorted_labels
@@ -54,55 +55,18 @@ _APART = ", or give --classes with all of them where they are different classes"
 
 
 @dataclass(frozen=True)
-class SlideEntry:
-    """One slide of the cohort.
-
-    Attributes:
-        slide_id: unique; names the slide in every output.
-        path: the slide's file; in a cohort of features it need not be there.
-        label: index into the manifest's classes; None where the slide has none.
-        patient_id: the slide's own id where the manifest has no patients.
-        split: train, validation, test, or None where not yet assigned.
-        mpp: overrides the file's own, um/px.
-        center: where the slide was scanned, if known.
-        target: what the table answers to another task than classification, see `ds_wsi.targets.task.Task`; a grade is
-            the label too. Empty: nothing was read.
-        stratum: name of the stratum, of survival; None: there are no strata.
-    """
-
-    slide_id: str
-    path: Path
-    label: int | None
-    patient_id: str
-    split: str | None = None
-    mpp: float | None = None
-    center: str | None = None
-    target: Target = ()
-    stratum: str | None = None
-
-    @property
-    def is_labelled(self) -> bool:
-        """Whether anything is known of what the slide is asked."""
-        return self.label is not None or any(value is not None for value in self.target)
-
-    @property
-    def class_index(self) -> int:
-        """The label of a slide that has one."""
-        assert self.label is not None, self.slide_id
-        return self.label
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The cohort's slides, in the order of the file, and its class names in the order of the logits.
 
-    Of another task than classification, which `columns` says, the classes are its grades or labels.
+    Of another task than classification, which `columns` says, the classes are its grades or labels. `without_patient`
+    are the ids of slides of which the file names no patient.
     """
 
     slides: tuple[SlideEntry, ...]
     classes: tuple[str, ...]
     source: str = "manifest"
     columns: TargetColumns = ONE_CLASS
+    without_patient: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -199,7 +163,8 @@ def parse_manifest(
             f"label must take at least two values, got {', '.join(names) or 'none'}. "
             "HINT: give the whole table, or name all classes with --classes."
         )
-    return Manifest(slides, names, source, columns), problems
+    unnamed = tuple(row["slide_id"] for row in table.rows if says_missing(row["patient_id"] or "NA"))
+    return Manifest(slides, names, source, columns, unnamed), problems
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
@@ -372,19 +337,6 @@ def _split_problems(slides: Sequence[SlideEntry]) -> list[str]:
     hint = "HINT: move them to one side, or leave the column split out and splits are drawn by patient."
     named = [slide for slide in assigned if slide.split in SPLITS]
     return problems + [f"{problem}. {hint}" for problem in patient_problems(named)]
-
-
-def patient_problems(slides: Sequence[SlideEntry]) -> list[str]:
-    """Name each patient whose slides are in more than one split."""
-    places: dict[str, dict[str, list[str]]] = {}
-    for slide in slides:
-        places.setdefault(slide.patient_id, {}).setdefault(str(slide.split), []).append(slide.slide_id)
-    return [
-        f"patient {patient} must be in one split, got "
-        + " and ".join(f"{split} ({', '.join(ids)})" for split, ids in splits.items())
-        for patient, splits in places.items()
-        if len(splits) > 1
-    ]
 
 
 def _tell_patients(slides: Sequence[SlideEntry], table: Table, source: str) -> None:

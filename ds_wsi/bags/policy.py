@@ -19,6 +19,8 @@ class ReadPolicy:
     Args:
         workers: reading processes; 0 reads in the training process.
         tiles_per_slide: tiles of each training slide, drawn anew each epoch without repeats; None takes all.
+        tiles_per_bag: the most tiles of a training bag; a patient's slides share it in proportion to their tiles; None
+            takes all.
         chunk_tiles: tiles per request at the most; 0 takes as many as 24 MiB hold, 128 of 256 px (a request of less
             costs more to hand over, relative to its reading).
         open_slides: slides each worker keeps open.
@@ -43,6 +45,14 @@ class ReadPolicy:
         "number of tiles that are drawn of each training slide in each epoch, such as 512, or all",
         Decides.RESULT,
         option="tiles_per_slide",
+        kind=tiles_or_all,
+        words="all",
+    )
+    tiles_per_bag: int | None = setting(
+        None,
+        "most tiles of each training bag in each epoch, which a patient's slides share in proportion to their tiles",
+        Decides.RESULT,
+        option="tiles_per_bag",
         kind=tiles_or_all,
         words="all",
     )
@@ -98,6 +108,8 @@ class ReadPolicy:
         require_at_most("workers", self.workers, MOST_WORKERS)
         if self.tiles_per_slide is not None and self.tiles_per_slide < 1:
             raise ValueError(f"tiles_per_slide must be at least 1, or null for all, got {self.tiles_per_slide}")
+        if self.tiles_per_bag is not None and self.tiles_per_bag < 1:
+            raise ValueError(f"tiles_per_bag must be at least 1, or null for all, got {self.tiles_per_bag}")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"max_failed_fraction must be in [0, 1], got {self.max_failed_fraction}")
         if not 0 <= self.timeout_s < float("inf"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ds_wsi.bags.delimited import read_delimited
 from ds_wsi.bags.manifest import SPLITS, Manifest, SlideEntry
+from ds_wsi.bags.slide_entry import slides_of_rows
 from ds_wsi.runtime.files import atomic_path
 from ds_wsi.runtime.log import logger
 
@@ -30,11 +31,11 @@ class RunSplits:
 
 
 def write_splits(manifest: Manifest, folder: Path) -> None:
-    """Write splits.csv atomically, row by row in the manifest's order."""
+    """Write splits.csv atomically, a row per slide in the manifest's order; a patient's together."""
     with atomic_path(folder / FILE_NAME) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        for slide in manifest.slides:
+        for slide in slides_of_rows(manifest.slides):
             writer.writerow([slide.slide_id, slide.patient_id, slide.split, manifest.label_name(slide)])
 
 

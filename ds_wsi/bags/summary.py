@@ -37,7 +37,7 @@ def cohort_lines(manifest: Manifest, lengths: Sequence[int] = ()) -> list[tuple[
     if len(columns) != 1 or len(next(iter(columns.values()))) < len(slides):
         columns["all"] = list(range(len(slides)))
     lines: list[tuple[str, ...]] = [("", *columns)]
-    lines.append(("slides", *(str(len(rows)) for rows in columns.values())))
+    lines.append(("slides", *(str(sum(len(slides[row].slides) for row in rows)) for rows in columns.values())))
     lines.append(("patients", *(str(len({slides[row].patient_id for row in rows})) for rows in columns.values())))
     counted_classes = manifest.classes if manifest.kind in (CLASSIFICATION, "ordinal") else ()
     for index, name in enumerate(counted_classes[:SHOWN_CLASSES]):
@@ -52,7 +52,8 @@ def cohort_lines(manifest: Manifest, lengths: Sequence[int] = ()) -> list[tuple[
     if lengths:
         taken = [[lengths[row] for row in rows] for rows in columns.values()]
         lines.append(("tiles", *(str(sum(tiles)) for tiles in taken)))
-        lines.append(("tiles per slide", *(f"{min(tiles)} to {max(tiles)}" for tiles in taken)))
+        bag = "patient" if any(slide.members for slide in slides) else "slide"
+        lines.append((f"tiles per {bag}", *(f"{min(tiles)} to {max(tiles)}" for tiles in taken)))
     return lines
 
 

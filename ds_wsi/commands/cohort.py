@@ -135,7 +135,7 @@ def tell_left_out(cohort: "Cohort", directory: str | Path) -> None:
     from ds_wsi.bags.slide_policy import tell_skipped, write_skipped
 
     write_skipped(directory, cohort.skipped)
-    tell_skipped(cohort.skipped, len(cohort.grids) + len(cohort.skipped))
+    tell_skipped(cohort.skipped, cohort.n_slides + len(cohort.skipped))
 
 
 def tile_reading_of(options: argparse.Namespace, cohort: "Cohort") -> "tuple[ReadPolicy, FailureLog]":
@@ -158,7 +158,7 @@ def tile_reading_of(options: argparse.Namespace, cohort: "Cohort") -> "tuple[Rea
     if policy.tile_store and cohort.in_dim is not None:
         raise ValueError(f"--tile_store must not be given with --features_dir, got {policy.tile_store}")
     if policy.tile_store:
-        require_store(policy.tile_store, cohort.manifest.slides, cohort.tile_grids)
+        require_store(policy.tile_store, [part.entry for part in cohort.parts()], cohort.tile_grids)
     return policy, FailureLog(cohort.manifest.slides, cohort.grids, policy.max_failed_fraction)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
+from ds_wsi.bags.slide_entry import NAMES
 from ds_wsi.commands.evaluate import add_evaluate, run_evaluate
 from ds_wsi.commands.parser import Parser
 from ds_wsi.runtime.files import read_object
@@ -92,7 +93,8 @@ def predict(
     Returns:
         A row of predictions.csv for each slide: slide_id, patient_id, label where there are labels, predicted, n_tiles
         and, as floats, `probability_<class>` of each class. Of another task than classification its columns, see
-        docs/how_to/tasks.md: floats, None where a cell is empty, and text of grades and risk groups.
+        docs/how_to/tasks.md: floats, None where a cell is empty, and text of grades and risk groups. Where a bag is a
+        patient's, a row is one patient's, with slide_ids in the place of slide_id.
 
     Raises:
         ManifestError: lists everything that is wrong with the cohort.
@@ -151,7 +153,7 @@ def _words_of(task: Mapping[str, Any]) -> set[str]:
         return {name for target in task["targets"] for name in _words_of(target)}
     column = task["columns"][0]
     grades = {column, f"{column}_predicted"} if task["kind"] == "ordinal" else set()
-    return {"slide_id", "patient_id", f"{column}_group", *grades}
+    return {*NAMES, f"{column}_group", *grades}
 
 
 def _target_value(words: Collection[str], name: str, text: str) -> Any:

@@ -27,6 +27,7 @@ def add_heatmap(subparsers: argparse._SubParsersAction) -> None:
 
 def run_heatmap(options: argparse.Namespace) -> None:
     """`ds-wsi heatmap`; several processes share the slides."""
+    from ds_wsi.bags.slide_entry import slides_of_rows
     from ds_wsi.evaluation.heatmap import is_heat_map
     from ds_wsi.evaluation.protocol import EvaluationProtocol
     from ds_wsi.runtime.own_files import require_ours
@@ -34,12 +35,13 @@ def run_heatmap(options: argparse.Namespace) -> None:
     options.manifest = manifest_of(options)
     directory = Path(options.output_dir)
     model, _, cohort = model_and_slides(options, "all", "unused")
-    for slide in cohort.manifest.slides:
+    for slide in slides_of_rows(cohort.manifest.slides):
         require_ours(directory / f"{slide.slide_id}.png", is_heat_map, "--output_dir")
     sharing = sharing_of(options, model, cohort, EvaluationProtocol())
     for drawn in sharing.draw():
         if sharing.shard.is_alone or drawn.drawn_here:
-            show(drawn.path)
+            for path in drawn.paths:
+                show(path)
     sharing.failures.check()
     if sharing.shard.index == 0:
         tell_old_norms(options, sharing.model, cohort, sharing.policy, sharing.failures)

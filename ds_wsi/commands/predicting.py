@@ -115,6 +115,7 @@ class ModelAndSlides(NamedTuple):
 def model_and_slides(options: argparse.Namespace, split: str, labels: str) -> ModelAndSlides:
     """Read the model, and the slides with the tiles it was trained on; `labels` is as of `parse_manifest`."""
     from ds_wsi.bags.feature_cohort import load_feature_cohort
+    from ds_wsi.bags.patients import by_patient, require_patients
     from ds_wsi.bags.relabel import map_labels
     from ds_wsi.bags.run_splits import read_splits, with_run_splits
     from ds_wsi.models import load_model
@@ -126,17 +127,23 @@ def model_and_slides(options: argparse.Namespace, split: str, labels: str) -> Mo
     # What --dataset wrote is in the model's classes.
     mapping = options.map_labels if options.dataset is None else None
     classes = None if mapping else config.classes
-    columns = _columns_of(config)
+    columns, of_patients = _columns_of(config), config.bag == "patient"
 
     def choose(manifest: "Manifest") -> "Manifest":
         manifest = map_labels(manifest, config.classes, mapping) if mapping else manifest
         if split != "all":
             manifest = with_run_splits(manifest, read_splits(Path(options.model)))
-        return _chosen(options, manifest, split, labels)
+        manifest = _chosen(options, manifest, split, labels, of_patients=of_patients)
+        if of_patients:
+            require_patients(manifest, labels=labels)  # before slides are tiled
+        return manifest
+
+    def of_bags(cohort: "Cohort") -> ModelAndSlides:
+        return ModelAndSlides(model, config, by_patient(cohort, labels=labels) if of_patients else cohort)
 
     if config.encoder is not None:
         tiling = tiling_of(options, read_section({"tiling": config.tiling}).tiling)
-        return ModelAndSlides(model, config, slides_of(options, tiling, classes, labels, choose, columns))
+        return of_bags(slides_of(options, tiling, classes, labels, choose, columns))
     cohort = load_feature_cohort(
         options.manifest,
         options.features_dir,
@@ -150,7 +157,7 @@ def model_and_slides(options: argparse.Namespace, split: str, labels: str) -> Mo
         choose=choose,
     )
     # Slides that the manifest names are read for heat maps.
-    return ModelAndSlides(model, config, replace(cohort, reader=options.slide_reader))
+    return of_bags(replace(cohort, reader=options.slide_reader))
 
 
 def _columns_of(config: "ModelConfig") -> "TargetColumns":
@@ -216,15 +223,19 @@ def slides_digest(cohort: "Cohort", rows: Sequence[int]) -> str:
     """The digest of the evaluated slides, their labels, and what is read of them."""
     from ds_wsi.bags.feature_cohort import features_digest
     from ds_wsi.slides.fingerprint import slide_fingerprint
+    from ds_wsi.slides.tiling import TileGrid
 
     manifest = cohort.manifest
     slides = [manifest.slides[row] for row in rows]
-    named = [[slide.slide_id, slide.patient_id, manifest.target_words(slide)] for slide in slides]
+    named = [
+        [slide.slide_id, slide.patient_id, manifest.target_words(slide), *(one.slide_id for one in slide.members)]
+        for slide in slides
+    ]
     if cohort.in_dim is None:
-        grids = [cohort.tile_grids[row] for row in rows]
         content: object = [
-            [slide_fingerprint(slide.path).sha256, grid.level, hashlib.sha256(grid.coords.tobytes()).hexdigest()]
-            for slide, grid in zip(slides, grids, strict=True)
+            [slide_fingerprint(entry.path).sha256, grid.level, hashlib.sha256(grid.coords.tobytes()).hexdigest()]
+            for entry, grid, _ in cohort.parts(rows)
+            if isinstance(grid, TileGrid)
         ]
     else:
         content = features_digest(cohort, rows)
@@ -236,8 +247,8 @@ def _content(cohort: "Cohort", row: int) -> list[str]:
     from ds_wsi.bags.features import FeatureFile
     from ds_wsi.runtime.fingerprint import file_fingerprint
 
-    grid = cohort.grids[row]
-    of_file = [file_fingerprint(grid.path).sha256] if isinstance(grid, FeatureFile) else []
+    grids = [part.grid for part in cohort.parts([row])]
+    of_file = [file_fingerprint(grid.path).sha256 for grid in grids if isinstance(grid, FeatureFile)]
     return [slides_digest(cohort, [row]), *of_file]
 
 
@@ -309,8 +320,10 @@ def _require_own_classes(given: Sequence[str] | None, classes: Sequence[str], mo
         )
 
 
-def _chosen(options: argparse.Namespace, manifest: "Manifest", split: str, labels: str) -> "Manifest":
-    """The manifest of the slides that the options choose.
+def _chosen(
+    options: argparse.Namespace, manifest: "Manifest", split: str, labels: str, *, of_patients: bool = False
+) -> "Manifest":
+    """The manifest of the slides that the options choose; in bags of patients with the other slides of theirs.
 
     Raises:
         ValueError: --slide_ids or --split names none; or, where labels are used, some of the slides have none.
@@ -324,7 +337,12 @@ def _chosen(options: argparse.Namespace, manifest: "Manifest", split: str, label
             near = {name for wrong in unknown for name in get_close_matches(wrong, [s.slide_id for s in slides], 1)}
             hint = f"did you mean {', '.join(sorted(near))}?" if near else "the manifest's column slide_id has them."
             raise ValueError(f"--slide_ids must be of the manifest, got {', '.join(sorted(unknown))}. HINT: {hint}")
-        return replace(manifest, slides=tuple(slide for slide in slides if slide.slide_id in ids))
+        chosen = tuple(slide for slide in slides if slide.slide_id in ids)
+        if of_patients:
+            patients = {slide.patient_id for slide in chosen}
+            chosen = tuple(slide for slide in slides if slide.patient_id in patients)
+            logger.info("bags are of patients: %d slides of %d patients", len(chosen), len(patients))
+        return replace(manifest, slides=chosen)
     chosen = tuple(slide for slide in slides if split in ("all", slide.split))
     if not chosen:
         raise ValueError(f"--split must name slides of the manifest, got {split!r}, which has none. HINT: --split all.")

@@ -41,7 +41,7 @@ class Predictions:
     Attributes:
         source: the file.
         classes: their names, in the order of the probabilities.
-        slide_ids, patient_ids: N each.
+        slide_ids, patient_ids: N each; of bags of patients the patients are both.
         labels: int64 [N].
         probabilities: float64 [N, C]; of several draws of tiles the mean.
         protocol: the tiles that were predicted on, in words.
@@ -123,13 +123,14 @@ def read_predictions(directory: str | Path) -> Predictions:
             "`ds-wsi evaluate`."
         ) from error
     classes = tuple(name.removeprefix(PREFIX) for name in header if name.startswith(PREFIX))
-    missing = [name for name in COLUMNS if name not in header]
+    bag = "patient_id" if "slide_ids" in header else "slide_id"  # what a row is of
+    missing = [name for name in COLUMNS if name not in (*header, *(["slide_id"] if bag == "patient_id" else []))]
     if missing or len(classes) < 2:
         raise ValueError(
             f"predictions.csv must have the columns {', '.join(COLUMNS)} and {PREFIX}<class> of each class, "
             f"got {', '.join(header)} ({path}). HINT: write it again with `ds-wsi evaluate`."
         )
-    slide_ids = tuple(row["slide_id"] for row in rows)
+    slide_ids = tuple(row[bag] for row in rows)
     try:
         labels = [classes.index(row["label"]) for row in rows]
         probabilities = [[float(row[PREFIX + name]) for name in classes] for row in rows]

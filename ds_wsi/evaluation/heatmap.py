@@ -23,6 +23,7 @@ SOFTWARE = "ds_wsi heat map"  # in the file, by which it is known
 MADE_OF = "ds_wsi made of"
 
 UInt8Array = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.float64]
 
 
 def draw_attention(
@@ -34,6 +35,7 @@ def draw_attention(
     path: str | os.PathLike[str],
     title: str,
     made_of: str = "",
+    ranks: FloatArray | None = None,
 ) -> None:
     """Write a PNG: the thumbnail, and beside it the thumbnail under the tiles' attention.
 
@@ -46,6 +48,7 @@ def draw_attention(
         path: where to; written atomically.
         title: drawn as it is.
         made_of: what it is known by, for `heat_map_of`.
+        ranks: float64 [N], see `attention_rgba`.
 
     Raises:
         ValueError: see `attention_rgba`; a thumbnail that is not uint8 [h, w, 3].
@@ -56,7 +59,7 @@ def draw_attention(
             "HINT: drop the alpha channel."
         )
     height, width = thumbnail.shape[:2]
-    overlay = attention_rgba(coords, tile_size_level0_px, attention, downsample, (height, width))
+    overlay = attention_rgba(coords, tile_size_level0_px, attention, downsample, (height, width), ranks)
     figure = _figure(height, width)
     left, right = figure.subplots(1, 2)
     left.imshow(thumbnail)
@@ -65,7 +68,7 @@ def draw_attention(
         _frame(axes)
     # The title may hold a dollar sign, which is no mathematics here.
     figure.suptitle(title, fontsize=10, parse_math=False, wrap=True)
-    _color_bar(figure, [left, right])
+    _color_bar(figure, [left, right], "slide" if ranks is None else "patient")
     with atomic_path(path) as temporary:
         known_by = {"Software": SOFTWARE, **({MADE_OF: made_of} if made_of else {})}
         figure.savefig(temporary, dpi=DPI, facecolor="white", metadata=known_by)
@@ -93,6 +96,7 @@ def attention_rgba(
     attention: npt.ArrayLike,
     downsample: float,
     shape: tuple[int, int],
+    ranks: FloatArray | None = None,
 ) -> UInt8Array:
     """Colour the tiles on a transparent image of the thumbnail's size.
 
@@ -105,6 +109,7 @@ def attention_rgba(
         attention: float [N].
         downsample: level-0 px for one thumbnail px.
         shape: height and width of the thumbnail, px.
+        ranks: float64 [N], 0 to 1, of the tiles among more than these, such as all of a patient; None: among these.
 
     Returns:
         uint8 [h, w, 4], RGBA, not premultiplied; alpha is 0 outside the tiles.
@@ -118,7 +123,7 @@ def attention_rgba(
     _check_tiles(coord_array, weights, tile_size_level0_px, downsample)
     boxes = tile_boxes(coord_array, tile_size_level0_px, downsample)
     _check_inside(boxes, coord_array, shape)
-    colors = colormaps[COLOR_MAP](percentile_rank(weights), bytes=True)
+    colors = colormaps[COLOR_MAP](percentile_rank(weights) if ranks is None else ranks, bytes=True)
     colors[:, 3] = round(255 * OPACITY)
     overlay = np.zeros((*shape, 4), dtype=np.uint8)
     for tile in np.argsort(weights, kind="stable"):
@@ -201,13 +206,13 @@ def _frame(axes: "Axes") -> None:
         spine.set_color("0.8")
 
 
-def _color_bar(figure: "Figure", panels: "list[Axes]") -> None:
+def _color_bar(figure: "Figure", panels: "list[Axes]", bag: str) -> None:
     from matplotlib.cm import ScalarMappable
 
     bar = figure.colorbar(
         ScalarMappable(cmap=COLOR_MAP), ax=panels, location="bottom", ticks=[0, 0.5, 1], aspect=50, shrink=0.6, pad=0.02
     )
     bar.ax.set_xticklabels(["lowest", "median", "highest"])
-    bar.set_label("attention: percentile rank among the slide's tiles", fontsize=8)
+    bar.set_label(f"attention: percentile rank among the {bag}'s tiles", fontsize=8)
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)

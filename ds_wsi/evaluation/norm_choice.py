@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ds_wsi.bags.bag import BagPart, FailureLog, read_bags, read_chunks
-from ds_wsi.bags.features import FeatureFile
+from ds_wsi.bags.bag import BagPart, FailureLog, read_bags, read_chunks, tile_side
+from ds_wsi.bags.joined import Grids
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
@@ -27,7 +27,6 @@ from ds_wsi.norms.policy import CANDIDATES
 from ds_wsi.norms.population import OneValueError
 from ds_wsi.runtime.log import logger
 from ds_wsi.runtime.signals import Stopped, asked
-from ds_wsi.slides.tiling import TileGrid
 from ds_wsi.stacking.stacked_bags import stack_bags
 
 # A gap is told where the exported loss exceeds the trained one by both: near zero a ratio says nothing.
@@ -144,7 +143,7 @@ class Ranks:
 def choose_norms(
     model: SlideModel,
     slides: Sequence[SlideEntry],
-    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    grids: Grids,
     policy: ReadPolicy,
     failures: FailureLog,
     plan: NormPlan,
@@ -227,7 +226,7 @@ def best_candidate(metrics: dict[str, dict[str, float]], metric: str, candidates
 def _recalibrated(
     model: SlideModel,
     slides: Sequence[SlideEntry],
-    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    grids: Grids,
     policy: ReadPolicy,
     failures: FailureLog,
     parts: Sequence[BagPart],
@@ -242,7 +241,7 @@ def _recalibrated(
         if asked():
             break
     if not parts_here:  # the other processes wait for this one at each norm
-        size = model_tiles(grids)
+        size = tile_side(grids)
         tiles.add(torch.empty(0, 3, size, size, dtype=torch.uint8))
     evaluation = model.norm_evaluation
     model.set_norms(evaluation="running")
@@ -256,7 +255,7 @@ def _recalibrated(
 def norm_gap(
     model: SlideModel,
     slides: Sequence[SlideEntry],
-    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    grids: Grids,
     policy: ReadPolicy,
     failures: FailureLog,
     plan: NormPlan,
@@ -322,13 +321,6 @@ def _features(encode: TileEncoder, tiles: Sequence[Tensor], variant: NormVariant
         if variant.name == "bag":
             return [encode.together([one])[0] for one in tiles]
         return [encode(one) for one in tiles]
-
-
-def model_tiles(grids: Sequence[TileGrid] | Sequence[FeatureFile]) -> int:
-    """Side of the cohort's tiles, px."""
-    grid = grids[0]
-    assert isinstance(grid, TileGrid)
-    return grid.tile_size_px
 
 
 def _length(part: BagPart) -> int:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ds_wsi.bags.bag import FailureLog
+from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.evaluation.predict import SlidePrediction
 from ds_wsi.runtime.files import atomic_path
 from ds_wsi.runtime.own_files import require_ours
@@ -25,7 +26,7 @@ class Parts:
 
     Args:
         folder: theirs.
-        slide_ids: a name for each row of the cohort.
+        slides: the cohort's, row by row.
         made_of: what decides each row's prediction: a file with another is written anew.
         failures: the tiles that could not be read, which a file tells too.
 
@@ -33,9 +34,12 @@ class Parts:
         ValueError: a file of something else is in the way.
     """
 
-    def __init__(self, folder: Path, slide_ids: Sequence[str], made_of: Sequence[str], failures: FailureLog) -> None:
-        self.folder, self._slide_ids, self._made_of, self._failures = folder, slide_ids, made_of, failures
-        for row in range(len(slide_ids)):
+    def __init__(
+        self, folder: Path, slides: Sequence[SlideEntry], made_of: Sequence[str], failures: FailureLog
+    ) -> None:
+        self.folder, self._slides, self._made_of, self._failures = folder, slides, made_of, failures
+        self._slide_ids = [slide.slide_id for slide in slides]
+        for row in range(len(slides)):
             require_ours(self.path(row), _is_ours, "--output_dir")
 
     def path(self, row: int) -> Path:
@@ -45,7 +49,13 @@ class Parts:
     def write(self, prediction: SlidePrediction) -> None:
         """Write a slide's prediction and its failures, atomically."""
         row = prediction.slide
-        failed = [[x, y, why] for (name, x, y), why in self._failures.reasons.items() if name == self._slide_ids[row]]
+        of_members = bool(self._slides[row].members)
+        names = {slide.slide_id for slide in self._slides[row].slides}
+        failed = [
+            [x, y, why, *([name] if of_members else [])]
+            for (name, x, y), why in self._failures.reasons.items()
+            if name in names
+        ]
         tensors = {"logits": prediction.run_logits, "kept": prediction.kept}
         if prediction.attention is not None:
             tensors["attention"] = prediction.attention
@@ -77,8 +87,9 @@ class Parts:
         known_by = (about.get("version"), about.get("slide_id"), about.get("made_of"))
         if known_by != (VERSION, self._slide_ids[row], self._made_of[row]):
             return None
-        for x, y, why in json.loads(about["unreadable"]):
-            self._failures.reasons[self._slide_ids[row], x, y] = why
+        for x, y, why, *member in json.loads(about["unreadable"]):
+            (name,) = member or [self._slide_ids[row]]
+            self._failures.reasons[name, x, y] = why
         return SlidePrediction(row, tensors["logits"], tensors.get("attention"), tensors["kept"])
 
 

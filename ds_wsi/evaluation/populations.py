@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.bags.bag import BagPart, read_chunks
-from ds_wsi.bags.features import FeatureFile
+from ds_wsi.bags.joined import Grids
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.models.slide_model import SlideModel
@@ -18,7 +18,6 @@ from ds_wsi.runtime.contracts import encodes_stacks
 from ds_wsi.runtime.memory import free_bytes, free_host_bytes
 from ds_wsi.runtime.numerics import autocast_to
 from ds_wsi.runtime.signals import asked
-from ds_wsi.slides.tiling import TileGrid
 
 _HOST_SHARE = 4  # one byte in so many of the host's free ones holds a slide's tiles
 
@@ -43,7 +42,7 @@ class HeldTiles:
     def __init__(
         self,
         slides: Sequence[SlideEntry],
-        grids: Sequence[TileGrid] | Sequence[FeatureFile],
+        grids: Grids,
         policy: ReadPolicy,
     ) -> None:
         self.slides, self.grids, self.policy = slides, grids, policy

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.bags.bag import FailureLog, read_chunks
-from ds_wsi.bags.features import FeatureFile
+from ds_wsi.bags.joined import Grids
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.evaluation.metrics import slide_metrics
@@ -21,7 +21,6 @@ from ds_wsi.norms.population import OneValueError
 from ds_wsi.runtime.errors import naming
 from ds_wsi.runtime.signals import asked
 from ds_wsi.runtime.words import counted
-from ds_wsi.slides.tiling import TileGrid
 from ds_wsi.stacking.stacked_bags import stack_bags
 
 ALL_TILES = EvaluationProtocol()
@@ -84,7 +83,7 @@ def own_variant(model: SlideModel) -> NormVariant:
 def encode_slides(
     model: SlideModel,
     slides: Sequence[SlideEntry],
-    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    grids: Grids,
     rows: Iterable[int],
     policy: ReadPolicy,
     failures: FailureLog,
@@ -115,7 +114,7 @@ def encode_slides(
 def _encoded(
     model: SlideModel,
     slides: Sequence[SlideEntry],
-    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    grids: Grids,
     rows: Iterable[int],
     policy: ReadPolicy,
     failures: FailureLog,
@@ -143,7 +142,7 @@ def _encoded(
                     if of_features:
                         encoded.append(chunk.tiles)
                     elif not norms:
-                        where = f"slide {slides[chunk.request.slide].slide_id}"
+                        where = slides[chunk.request.slide].words
                         with naming(where), encode.statistics(variant.statistics):
                             encoded.append(encode(chunk.tiles))
             if not of_features and any(populations):
@@ -188,7 +187,7 @@ def _over_slide(
 def predict_slides(
     model: SlideModel,
     slides: Sequence[SlideEntry],
-    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    grids: Grids,
     rows: Iterable[int],
     policy: ReadPolicy,
     failures: FailureLog,
@@ -220,7 +219,7 @@ def predict_slides(
 def predict_variants(
     model: SlideModel,
     slides: Sequence[SlideEntry],
-    grids: Sequence[TileGrid] | Sequence[FeatureFile],
+    grids: Grids,
     rows: Iterable[int],
     policy: ReadPolicy,
     failures: FailureLog,
@@ -237,7 +236,7 @@ def predict_variants(
     try:
         for slide, features, kept in _encoded(model, slides, grids, rows, policy, failures, variants):
             draws = [protocol.draw(len(kept), run, slides[slide].slide_id) for run in range(protocol.runs)]
-            with naming(f"slide {slides[slide].slide_id}"):
+            with naming(slides[slide].words):
                 predictions = tuple(
                     of_variant
                     if isinstance(of_variant, OneValueError)

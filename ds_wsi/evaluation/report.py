@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from ds_wsi.bags.slide_entry import SLIDE_IDS
 from ds_wsi.evaluation.bootstrap import MetricInterval, range_words
 from ds_wsi.evaluation.figures import classes_of, confusion_section, roc_section
 from ds_wsi.evaluation.page import head_cell, page, section, table
@@ -80,7 +81,7 @@ def write_report(
         summary: settings and environment, name -> value.
         intervals: metric name -> value and interval, as `bootstrap_metrics` returns them.
         predictions: one per slide: slide_id, label and predicted (class names), probabilities {class name: float},
-            n_tiles, correct.
+            n_tiles, correct; one per patient with patient_id and slide_ids in the place of slide_id.
         curves_png: the training curves, or None.
         heatmaps: (slide_id, PNG) each.
         failures: one per tile that could not be read, such as slide_id, x, y, reason; all of one form.
@@ -93,10 +94,11 @@ def write_report(
     Raises:
         FileNotFoundError: an image that is not there.
     """
+    n_bags = len(predictions) if of_task is None else of_task.n_slides
     anchors = {slide_id: f"heatmap-{number}" for number, (slide_id, _) in enumerate(heatmaps)}
     body = [
         f"<h1>{escape(title)}</h1>",
-        _metrics_section(intervals, len(predictions) if of_task is None else of_task.n_slides, resampled),
+        _metrics_section(intervals, counted(n_bags, _bag_of(predictions)), resampled),
         *(_prose_section(heading, text) for heading, text in (sections or {}).items()),
         *(
             (confusion_section(predictions), roc_section(predictions), _predictions_section(predictions, anchors))
@@ -113,7 +115,7 @@ def write_report(
     write_text(path, page(title, "\n".join(part for part in body if part)))
 
 
-def _metrics_section(intervals: Mapping[str, MetricInterval], slides: int, resampled: str) -> str:
+def _metrics_section(intervals: Mapping[str, MetricInterval], bags: str, resampled: str) -> str:
     if not intervals:
         return section("Metrics", "<p>No metric was computed.</p>")
     confidence = next(iter(intervals.values())).confidence
@@ -123,7 +125,7 @@ def _metrics_section(intervals: Mapping[str, MetricInterval], slides: int, resam
     head += [f'<th scope="col" class="bar">{axis}</th>', head_cell("Resamples", True)]
     rows = [_metric_row(name, interval, lowest) for name, interval in intervals.items()]
     note = (
-        f'<p class="note">Over {slides} slides. Intervals: percentile bootstrap over {escape(resampled)}; '
+        f'<p class="note">Over {bags}. Intervals: percentile bootstrap over {escape(resampled)}; '
         "resamples on which a metric is undefined are left out of its interval. Where every slide is right, or none, "
         "the accuracy's interval is exact (Clopper and Pearson), and a bootstrap cannot tell the others'.</p>"
     )
@@ -163,11 +165,17 @@ def _predictions_section(predictions: Sequence[Mapping[str, Any]], anchors: Mapp
         return section("Predictions", "<p>No slide was predicted.</p>")
     classes = classes_of(predictions)
     right = sum(bool(row["correct"]) for row in predictions)
-    head = [head_cell("Slide"), head_cell("Label"), head_cell("Predicted"), head_cell("Result")]
+    head = [
+        head_cell(_bag_of(predictions).capitalize()),
+        head_cell("Label"),
+        head_cell("Predicted"),
+        head_cell("Result"),
+    ]
     head += [*(head_cell(f"P({name})", True) for name in classes), head_cell("Tiles", True)]
     rows = [_prediction_row(row, classes, anchors) for row in sorted(predictions, key=_wrong_first)]
     order = " The wrong ones come first." if 0 < right < len(predictions) else ""
-    note = f"<p>{right} of {len(predictions)} slides are predicted correctly.{order}{_link_note(anchors)}</p>"
+    told = f"{right} of {len(predictions)} {_bag_of(predictions)}s are predicted correctly."
+    note = f"<p>{told}{order}{_link_note(anchors)}</p>"
     return section("Predictions", note + "\n" + table(head, rows, "predictions"))
 
 
@@ -181,10 +189,10 @@ def _link_note(anchors: Mapping[str, str]) -> str:
 
 
 def _prediction_row(row: Mapping[str, Any], classes: Sequence[str], anchors: Mapping[str, str]) -> str:
-    slide_id = str(row["slide_id"])
-    name = escape(slide_id)
-    if slide_id in anchors:
-        name = f'<a href="#{anchors[slide_id]}">{name}</a>'
+    name = escape(str(row["slide_id" if "slide_id" in row else "patient_id"]))
+    drawn = [slide_id for slide_id in _slides_of(row) if slide_id in anchors]
+    if drawn:
+        name = f'<a href="#{anchors[drawn[0]]}">{name}</a>'
     kind, result = ("right", "correct") if row["correct"] else ("wrong", "wrong")
     cells = [_probability(row, name) for name in classes]
     return (
@@ -192,6 +200,16 @@ def _prediction_row(row: Mapping[str, Any], classes: Sequence[str], anchors: Map
         f'<td>{escape(str(row["predicted"]))}</td><td><span class="mark">{result}</span></td>'
         f'{"".join(cells)}<td class="number">{int(row["n_tiles"]):,}</td></tr>'
     )
+
+
+def _slides_of(row: Mapping[str, Any]) -> list[str]:
+    """The slides of a prediction: one, or a patient's."""
+    return [str(row["slide_id"])] if "slide_id" in row else str(row["slide_ids"]).split(SLIDE_IDS)
+
+
+def _bag_of(predictions: Sequence[Mapping[str, Any]]) -> str:
+    """What each prediction is of, in a word."""
+    return "patient" if any("slide_ids" in row for row in predictions) else "slide"
 
 
 def _probability(row: Mapping[str, Any], name: str) -> str:
@@ -239,8 +257,8 @@ def _heatmaps_section(
 ) -> str:
     if not heatmaps:
         return ""
-    outcomes = {str(row["slide_id"]): row for row in predictions}
-    longest = heatmap_side_px(len(heatmaps))
+    outcomes = {slide_id: row for row in predictions for slide_id in _slides_of(row)}
+    longest, bag = heatmap_side_px(len(heatmaps)), _bag_of(predictions)
     figures = [
         f'<figure id="{anchors[slide_id]}"><figcaption><strong>{escape(slide_id)}</strong> '
         f"{_outcome(outcomes.get(slide_id))}</figcaption>"
@@ -248,8 +266,8 @@ def _heatmaps_section(
         for slide_id, png in heatmaps
     ]
     note = (
-        '<p class="note">Left the slide, right the attention of its tiles. The colours rank the tiles of one slide: '
-        "two slides cannot be compared by them.</p>"
+        f'<p class="note">Left the slide, right the attention of its tiles. The colours rank the tiles of one {bag}: '
+        f"two {bag}s cannot be compared by them.</p>"
     )
     return section("Heat maps", note + "\n" + "\n".join(figures))
 

@@ -5,36 +5,30 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from ds_wsi.bags.cohort import Cohort
-from ds_wsi.bags.features import FeatureFile, read_places
-from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.bags.slide_entry import NAMES, bag_names, bag_word, slides_of_rows
 from ds_wsi.bags.summary import cohort_lines
 from ds_wsi.evaluation.bootstrap import MetricInterval, bootstrap_metrics, format_table, metrics_to_json
 from ds_wsi.evaluation.curves import draw_curves
-from ds_wsi.evaluation.heatmap import draw_attention, heat_map_of
 from ds_wsi.evaluation.metrics import METRIC_NAMES, slide_metrics
 from ds_wsi.evaluation.predict import ALL_TILES, SlidePrediction
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.report import TaskPart, write_report
+from ds_wsi.evaluation.slide_maps import draw_heatmaps
 from ds_wsi.evaluation.tasks.answers import run_outputs
 from ds_wsi.evaluation.tasks.files import TaskScores, prediction_rows, write_rows
 from ds_wsi.evaluation.tasks.sections import drawn_sections
 from ds_wsi.evaluation.tasks.several import Answers
 from ds_wsi.runtime.files import atomic_path, json_number, write_json
 from ds_wsi.runtime.log import logger
-from ds_wsi.runtime.progress import Progress
 from ds_wsi.runtime.words import counted
-from ds_wsi.slides.slide import Slide, SlideError
-from ds_wsi.slides.tiling import TileGrid
 
 REPORT = "report.html"
-NO_ATTENTION = "the aggregator has no attention"
-OVERVIEW_SIDE_PX = 900  # of the thumbnails under the heat maps
 
 
 def write_results(
@@ -59,28 +53,25 @@ def write_results(
     tell: Callable[[str], object] = logger.info,
     made_of: Callable[[int], str] = lambda row: "",
     answers: Answers | None = None,
+    heatmaps: list[tuple[str, Path]] | None = None,
 ) -> dict[str, MetricInterval]:
     """Write everything about a set of predictions below `directory`, and return the metrics with their intervals.
 
     `split` and `dataset` name the slides, "all" those of all splits; `changed` is as of `write_report`. Of several runs
     of the protocol, metrics are the mean of the runs', and predictions hold the mean probabilities. The metrics are
     told before heat maps are drawn, of the first `n_heatmaps` slides, of all with None; `shown` is for their bar.
-    `made_of` is as of `draw_heatmaps`. `answers` are of another task than classification.
+    `made_of` is as of `draw_heatmaps`, and `heatmaps` what that has returned, where they are drawn already. `answers`
+    are of another task than classification.
     """
     scores, rows = _told(cohort, predictions, seed, answers)
-    write_json(
-        directory / "metrics.json",
-        {
-            "dataset": dataset,
-            "split": split,
-            **scores.to_json(protocol),
-            **({} if norms is None else {"norms": _finite(norms)}),
-        },
-    )
+    of_norms = {} if norms is None else {"norms": _finite(norms)}
+    write_json(directory / "metrics.json", {"dataset": dataset, "split": split, **scores.to_json(protocol), **of_norms})
     of_task = _written(directory, cohort, predictions, rows, answers, split)
     curves = _curves_of(directory, history, best_epoch, metric)
     scores.tell(tell, split)
-    heatmaps = draw_heatmaps(directory / "heatmaps", cohort, predictions[:n_heatmaps], shown=shown, made_of=made_of)
+    if heatmaps is None:
+        some = predictions[:n_heatmaps]
+        heatmaps = draw_heatmaps(directory / "heatmaps", cohort, some, shown=shown, made_of=made_of)
     write_report(
         directory / REPORT,
         title=title,
@@ -146,6 +137,7 @@ class _Scores:
         n_slides, n_patients: how many were predicted.
         intervals: metric -> the mean of the runs', with its interval.
         runs: see `_metrics_of_runs`.
+        bag: "slide" or "patient": what was predicted.
     """
 
     classes: Sequence[str]
@@ -153,6 +145,7 @@ class _Scores:
     n_patients: int
     intervals: dict[str, MetricInterval]
     runs: dict[str, dict[str, Any]]
+    bag: str = "slide"
 
     @classmethod
     def of(
@@ -163,7 +156,8 @@ class _Scores:
         labels, patients = np.array([slide.class_index for slide in slides]), [slide.patient_id for slide in slides]
         intervals = bootstrap_metrics(labels, probabilities, seed=seed, patients=patients)
         runs = _metrics_of_runs(labels, probabilities)
-        return cls(cohort.manifest.classes, len(slides), len(set(patients)), intervals, runs)
+        counts = len(slides_of_rows(slides)), len(set(patients))
+        return cls(cohort.manifest.classes, *counts, intervals, runs, bag_word(slides))
 
     @property
     def positive(self) -> str | None:
@@ -174,6 +168,7 @@ class _Scores:
         """What metrics.json says of them, under the protocol that they were measured by."""
         return {
             "classes": list(self.classes),
+            **({} if self.bag == "slide" else {"bag": self.bag}),
             "n_slides": self.n_slides,
             "n_patients": self.n_patients,
             "evaluation": asdict(protocol),
@@ -184,7 +179,7 @@ class _Scores:
 
     def tell(self, tell: Callable[[str], object], split: str) -> None:
         """Tell the metrics as a table."""
-        words = f"metrics of {counted(self.n_slides, 'slide')}"
+        words = f"metrics of {counted(self.n_slides if self.bag == 'slide' else self.n_patients, self.bag)}"
         words = f"{words} of all splits" if split == "all" else f"{split} {words}"
         tell(f"{words}:\n{format_table(self.intervals)}")
         if self.positive is not None:
@@ -213,6 +208,7 @@ def write_predictions(
     predictions: Sequence[SlidePrediction],
     made_of: Callable[[int], str] = lambda row: "",
     answers: Answers | None = None,
+    heatmaps: list[tuple[str, Path]] | None = None,
 ) -> None:
     """Write what can be told of slides without labels: predictions.csv, without the column label, and heat maps."""
     path = directory / "predictions.csv"
@@ -223,10 +219,13 @@ def write_predictions(
         outputs = run_outputs([prediction.run_logits for prediction in predictions])
         rows = _task_rows(cohort, predictions, outputs, answers)
         write_rows(path, rows)
-    drawn = draw_heatmaps(directory / "heatmaps", cohort, predictions, made_of=made_of)
+    drawn = heatmaps
+    if drawn is None:
+        drawn = draw_heatmaps(directory / "heatmaps", cohort, predictions, made_of=made_of)
+    bag = bag_word(cohort.manifest.slides)
     logger.info(
         "no labels in %s: %s predicted, without metrics and report: %s, %s",
-        *(cohort.manifest.source, f"{counted(len(rows), 'slide')} {'is' if len(rows) == 1 else 'are'}", path),
+        *(cohort.manifest.source, f"{counted(len(rows), bag)} {'is' if len(rows) == 1 else 'are'}", path),
         counted(len(drawn), "heat map"),
     )
 
@@ -264,99 +263,6 @@ def _protocol_words(protocol: EvaluationProtocol, runs: Mapping[str, Mapping[str
     return f"{words}\n\nMean ± sample standard deviation over the runs: {', '.join(spread)}." if spread else words
 
 
-def draw_heatmaps(
-    directory: Path,
-    cohort: Cohort,
-    predictions: Sequence[SlidePrediction],
-    *,
-    shown: bool = True,
-    made_of: Callable[[int], str] = lambda row: "",
-) -> list[tuple[str, Path]]:
-    """Draw each slide's attention over its thumbnail; a heat map that is there and is known by `made_of` is kept.
-
-    An aggregator without attention draws none, nor do features without coordinates or without their slide: each reason
-    is logged once.
-    """
-    drawn: list[tuple[str, Path]] = []
-    left_out: dict[str, list[str]] = {}
-    for prediction in Progress("heat maps", "slide", len(predictions), shown=shown).over(predictions):
-        result = draw_heatmap(directory, cohort, prediction, made_of(prediction.slide))
-        if result == NO_ATTENTION:
-            logger.info("no heat maps: %s", NO_ATTENTION)
-            return []
-        slide_id = cohort.manifest.slides[prediction.slide].slide_id
-        if isinstance(result, Path):
-            drawn.append((slide_id, result))
-        else:
-            left_out.setdefault(result, []).append(slide_id)
-    tell_not_drawn(left_out)
-    return drawn
-
-
-def tell_not_drawn(left_out: Mapping[str, Sequence[str]]) -> None:
-    """One line per reason, with its slides."""
-    for reason, slide_ids in left_out.items():
-        names = ", ".join(slide_ids[:3]) + (", ..." if len(slide_ids) > 3 else "")
-        logger.info("no heat map of %s (%s): %s", counted(len(slide_ids), "slide"), names, reason)
-
-
-def draw_heatmap(directory: Path, cohort: Cohort, prediction: SlidePrediction, made_of: str = "") -> Path | str:
-    """Draw a slide's attention; its file, or the reason for which there is none, of which `NO_ATTENTION` is one."""
-    if prediction.attention is None:
-        return NO_ATTENTION
-    entry, grid = cohort.manifest.slides[prediction.slide], cohort.grids[prediction.slide]
-    path = directory / f"{entry.slide_id}.png"
-    if made_of and heat_map_of(path) == made_of:
-        return path
-    label = cohort.manifest.label_name(entry)
-    title = f"{entry.slide_id} (label: {label})" if label else entry.slide_id
-    sheet = _Sheet(path, title, made_of, cohort.reader)
-    if isinstance(grid, TileGrid):
-        coords = grid.coords[prediction.kept.numpy()]
-        _draw(entry, coords, grid.tile_size_level0_px, prediction.attention, sheet)
-        return path
-    return _draw_features(entry, grid, prediction, sheet) or path
-
-
-class _Sheet(NamedTuple):
-    """The picture to draw, and what reads its slide."""
-
-    path: Path
-    title: str
-    made_of: str
-    reader: str
-
-
-def _draw(entry: SlideEntry, coords: np.ndarray, side_level0_px: float, attention: torch.Tensor, sheet: _Sheet) -> None:
-    with Slide(entry.path, entry.mpp, entry.slide_id, reader=sheet.reader) as slide:
-        downsample = max(1.0, max(slide.width_px, slide.height_px) / OVERVIEW_SIDE_PX)
-        thumbnail, downsample = slide.read_overview_downsampled(downsample)
-    draw_attention(thumbnail, coords, side_level0_px, attention.numpy(), downsample, *sheet[:3])
-
-
-def _draw_features(entry: SlideEntry, file: FeatureFile, prediction: SlidePrediction, sheet: _Sheet) -> str | None:
-    """Draw the attention over features on disk, or return why it cannot be drawn."""
-    assert prediction.attention is not None
-    if not entry.path.is_file():
-        return "the manifest names no slide file that is there"
-    places = read_places(file.path)
-    if places is None:
-        return (
-            "the features have no coordinates, or do not tell the side of their tiles, which lie too scattered to show "
-            "it. HINT: an attribute patch_size_level0 of `coords`, as TRIDENT writes it, tells it"
-        )
-    coords, side = places
-    try:
-        _draw(entry, coords[prediction.kept.numpy()], side, prediction.attention, sheet)
-    except SlideError:
-        return "the slide cannot be read"
-    except ValueError:
-        if not prediction.attention.isfinite().all():
-            raise
-        return "the coordinates do not lie on the slide that the manifest names"
-    return None
-
-
 def _prediction_rows(
     cohort: Cohort, predictions: Sequence[SlidePrediction], probabilities: np.ndarray
 ) -> list[dict[str, Any]]:
@@ -367,8 +273,7 @@ def _prediction_rows(
         predicted = int(chances.argmax())
         rows.append(
             {
-                "slide_id": entry.slide_id,
-                "patient_id": entry.patient_id,
+                **bag_names(entry),
                 "label": cohort.manifest.label_name(entry),
                 "predicted": classes[predicted],
                 "probabilities": dict(zip(classes, (float(chance) for chance in chances), strict=True)),
@@ -384,7 +289,7 @@ def _write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     label = ["label"] if any(row["label"] for row in rows) else []
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        names = ("slide_id", "patient_id", *label, "predicted", "n_tiles")
+        names = (*(name for name in NAMES if name in rows[0]), *label, "predicted", "n_tiles")
         writer.writerow([*names, *(f"probability_{name}" for name in classes)])
         for row in rows:
             # Every digit: rounded, confident slides would tie, and a comparison find another AUC than metrics.json.

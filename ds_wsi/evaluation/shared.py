@@ -13,7 +13,7 @@ from ds_wsi.evaluation.heatmap import heat_map_of
 from ds_wsi.evaluation.parts import FOLDER, Parts
 from ds_wsi.evaluation.predict import SlidePrediction, predict_slides
 from ds_wsi.evaluation.protocol import EvaluationProtocol
-from ds_wsi.evaluation.results import NO_ATTENTION, draw_heatmap, tell_not_drawn
+from ds_wsi.evaluation.slide_maps import NO_ATTENTION, draw_heatmap, tell_not_drawn
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.runtime.locks import lock_path, remove_dead_locks, shared_stream
 from ds_wsi.runtime.log import logger
@@ -29,10 +29,10 @@ class PredictedSlide(NamedTuple):
 
 
 class DrawnSlide(NamedTuple):
-    """A slide's heat map, and whether this process drew it."""
+    """A slide's heat map, or those of a patient's slides, and whether this process drew them."""
 
     row: int
-    path: Path
+    paths: tuple[Path, ...]
     drawn_here: bool
 
 
@@ -72,9 +72,10 @@ class Sharing:
         Raises:
             ValueError: a file of something else has the name of a slide's.
         """
-        slide_ids = [slide.slide_id for slide in self.cohort.manifest.slides]
+        slides = self.cohort.manifest.slides
+        slide_ids = [slide.slide_id for slide in slides]
         folder = self._made(self.folder / FOLDER)
-        parts = Parts(folder, slide_ids, self.made_of, self.failures)
+        parts = Parts(folder, slides, self.made_of, self.failures)
 
         def found(row: int) -> PredictedSlide | None:
             prediction = parts.read(row)
@@ -105,18 +106,19 @@ class Sharing:
         left_out: dict[str, list[str]] = {}
 
         def found(row: int) -> DrawnSlide | None:
-            path = folder / f"{slides[row].slide_id}.png"
-            return DrawnSlide(row, path, False) if heat_map_of(path) == self.made_of[row] else None
+            paths = tuple(folder / f"{slide.slide_id}.png" for slide in slides[row].slides)
+            there = all(heat_map_of(path) == self.made_of[row] for path in paths)
+            return DrawnSlide(row, paths, False) if there else None
 
         def work(rows: Iterator[int]) -> Iterator[tuple[int, DrawnSlide | str]]:
             for prediction in self._predictions(rows):
-                row = prediction.slide
-                result = draw_heatmap(folder, self.cohort, prediction, self.made_of[row])
-                if isinstance(result, Path):
-                    yield row, DrawnSlide(row, result, True)
-                else:
-                    left_out.setdefault(result, []).append(slides[row].slide_id)
-                    yield row, result
+                row, drawn = prediction.slide, []
+                for slide_id, result in draw_heatmap(folder, self.cohort, prediction, self.made_of[row]):
+                    if isinstance(result, Path):
+                        drawn.append(result)
+                    else:
+                        left_out.setdefault(result, []).append(slide_id)
+                yield row, DrawnSlide(row, tuple(drawn), True) if drawn else next(reversed(left_out))
 
         stream = shared_stream(self._order(), lambda row: lock_path(folder, slides[row].slide_id), found, work)
         for result in stream:

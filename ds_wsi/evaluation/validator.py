@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from ds_wsi.bags.bag import FailureLog, ReadFailureError
-from ds_wsi.bags.features import FeatureFile
+from ds_wsi.bags.joined import Grids
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.bags.workers import WorkerError
@@ -30,7 +30,6 @@ from ds_wsi.models.weights_file import read_weights
 from ds_wsi.runtime.log import setup_logging
 from ds_wsi.runtime.processes import end_with_parent, from_own_path, is_stopped, state_of
 from ds_wsi.slides.slide import SlideError
-from ds_wsi.slides.tiling import TileGrid
 
 CONTEXT: Any = multiprocessing.get_context("spawn")  # a fork would inherit CUDA's and torch's threads, broken
 # Raised as they are: they name the slide and the remedy.
@@ -63,7 +62,7 @@ class ValidationWork:
 
     config: ModelConfig
     slides: Sequence[SlideEntry]
-    grids: Sequence[TileGrid] | Sequence[FeatureFile]
+    grids: Grids
     plan: NormPlan
     policy: ReadPolicy
     device: str

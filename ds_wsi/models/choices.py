@@ -2,6 +2,7 @@
 
 from ds_wsi.models.own import AGGREGATOR, installed, is_own
 
+BAGS = ("slide", "patient")  # what a bag is of
 FEATURES = ("pooled", "flattened", "cls_mean")  # what leaves an encoder
 # Name -> module of `ds_wsi.models.aggregators`, and class.
 AGGREGATORS = {

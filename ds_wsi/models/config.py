@@ -9,8 +9,8 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from ds_wsi.models.aggregators import build_aggregator, require_serves
-from ds_wsi.models.choices import AGGREGATORS
+from ds_wsi.models.aggregators import build_aggregator, require_serves, require_unordered
+from ds_wsi.models.choices import AGGREGATORS, BAGS
 from ds_wsi.models.encoder import IMAGENET_MEAN, IMAGENET_STD, NoEncoder, build_encoder
 from ds_wsi.models.hub import EncoderSource, is_own_encoder
 from ds_wsi.models.ordinal_answer import answer_of
@@ -21,7 +21,7 @@ from ds_wsi.norms.policy import EVALUATION, TRAINING
 from ds_wsi.runtime.files import read_object, write_json
 from ds_wsi.targets.several import AnyTask, task_from_json
 
-VERSION = 7
+VERSION = 8
 NORMS_SINCE = 4
 NEW_IN: dict[int, dict[str, Any]] = {
     2: {"in_dim": None, "encoder_features": "pooled", "encoder_options": {}},
@@ -30,12 +30,13 @@ NEW_IN: dict[int, dict[str, Any]] = {
     5: {"fixed_norms": []},  # they were evaluated as if all norms had trained alike
     6: {"task": {}},  # classification was the only one
     7: {},  # one target was the most: the task's kind "several" is new
+    8: {"bag": BAGS[0]},  # bags were of slides
 }
 
 
 # Of the values in a file: what they may be.
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("aggregator", "encoder_features", "norm_training", "norm_evaluation"), (str,)),
+    **dict.fromkeys(("aggregator", "encoder_features", "norm_training", "norm_evaluation", "bag"), (str,)),
     **dict.fromkeys(("classes", "mean", "std", "fixed_norms"), (tuple,)),
     **dict.fromkeys(("tiling", "aggregator_options", "encoder_options", "task"), (dict,)),
     "encoder": (str, type(None)),
@@ -66,6 +67,7 @@ class ModelConfig:
         fixed_norms: the encoder's norms that kept their running statistics in training, and keep them in evaluation.
         task: empty: classification. Else `Task.to_json`'s values, or `SeveralTargets.to_json`'s, and what was fitted on
             the run's own splits.
+        bag: what a bag was of, one of `BAGS`; it is evaluated on the same.
     """
 
     encoder: str | None
@@ -83,13 +85,17 @@ class ModelConfig:
     norm_evaluation: str = "running"
     fixed_norms: tuple[str, ...] = ()
     task: dict[str, Any] = field(default_factory=dict)
+    bag: str = BAGS[0]
 
     def __post_init__(self) -> None:
         """Take a policy's fields; refuse an encoder beside features of a given width, neither, or unknown values."""
         tiling: Any = self.tiling
         if is_dataclass(tiling) and not isinstance(tiling, type):
             object.__setattr__(self, "tiling", asdict(tiling))
-        for name, choices in (("norm_training", TRAINING[1:]), ("norm_evaluation", EVALUATION[1:])):
+        for name, choices in (
+            *(("norm_training", TRAINING[1:]), ("norm_evaluation", EVALUATION[1:])),
+            ("bag", BAGS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if (self.encoder is None) == (self.in_dim is None):
@@ -120,6 +126,7 @@ class ModelConfig:
         dropout: float | None = None,
         aggregator_options: Mapping[str, Any] | None = None,
         task: Mapping[str, Any] | None = None,
+        bag: str = BAGS[0],
     ) -> "ModelConfig":
         """The config with an encoder as its authors use it; `features` None takes what they take from it."""
         return cls(
@@ -134,6 +141,7 @@ class ModelConfig:
             encoder_features=features or source.features,
             encoder_options=dict(source.options),
             task=dict(task or {}),
+            bag=bag,
         )
 
     @property
@@ -189,7 +197,7 @@ class ModelConfig:
         Raises:
             ValueError: a key is missing or unknown.
         """
-        values = NEW_IN[5] | NEW_IN[6] | values  # Transformers' files say no version
+        values = NEW_IN[5] | NEW_IN[6] | NEW_IN[7] | NEW_IN[8] | values  # Transformers' files say no version
         names = {entry.name for entry in fields(cls)}
         if set(values) != names:
             raise ValueError(f"config.json must hold the keys {sorted(names)}, got {sorted(values)} ({place})")
@@ -251,6 +259,8 @@ def build_model(
     aggregator = build_aggregator(config.aggregator, in_dim, n_outputs, **options)
     if task is not None:
         require_serves(config.aggregator, task.kind, aggregator)
+    if config.bag != BAGS[0]:
+        require_unordered(config.aggregator, f"--bag {config.bag}", aggregator)
     model = SlideModel(encoder, aggregator, config.mean, config.std, answer_of(task))
     norms = config.norm_training, config.norm_evaluation
     # The defaults are nobody's choice: whoever trains the model may choose.

@@ -85,6 +85,13 @@ class Packs(Protocol, metaclass=_AsItAnswers):
 
 
 @runtime_checkable
+class Orders(Protocol, metaclass=_AsItAnswers):
+    """An aggregator, or its class: whether it takes a bag's order for the tiles' places on one slide."""
+
+    order_matters: bool
+
+
+@runtime_checkable
 class HasEncoder(Protocol, metaclass=_AsItAnswers):
     """A model: its part that turns tiles into features."""
 
@@ -135,3 +142,8 @@ def encodes_stacks(forward: object) -> bool:
 def needs_labels(aggregator: object) -> bool:
     """Whether an aggregator, or its class, takes the labels too; False where it says nothing."""
     return isinstance(aggregator, NeedsLabels) and bool(aggregator.needs_labels)
+
+
+def order_matters(aggregator: object) -> bool:
+    """Whether an aggregator, or its class, takes the order of a bag for places on a slide; False where it says not."""
+    return isinstance(aggregator, Orders) and bool(aggregator.order_matters)

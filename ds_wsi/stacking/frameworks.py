@@ -13,12 +13,17 @@ from ds_wsi.stacking.stacked_bags import StackedBags, bounds_on
 
 def sample_bag(bag: Tensor, wanted: int, key: int) -> Tensor:
     """`wanted` instances of a bag [N, ...], in order: without repeats where there are as many, else with."""
+    return bag[sample_rows(len(bag), wanted, key).to(bag.device)]
+
+
+def sample_rows(count: int, wanted: int, key: int) -> Tensor:
+    """The instances that `sample_bag` takes of `count`: int64 [wanted], ascending."""
     generator = torch.Generator().manual_seed(key % 2**63)
-    if len(bag) >= wanted:
-        rows = torch.randperm(len(bag), generator=generator)[:wanted]
+    if count >= wanted:
+        rows = torch.randperm(count, generator=generator)[:wanted]
     else:
-        rows = torch.randint(0, len(bag), (wanted,), generator=generator)
-    return bag[rows.sort().values.to(bag.device)]
+        rows = torch.randint(0, count, (wanted,), generator=generator)
+    return rows.sort().values
 
 
 class PaddedForward:

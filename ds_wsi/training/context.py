@@ -10,6 +10,7 @@ from torch import nn
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.bags.step_layout import StepLayout
+from ds_wsi.bags.tile_budget import TileBudget
 from ds_wsi.engines.accelerator.engine import (
     Accelerator,
     CommHandle,
@@ -106,8 +107,12 @@ class RunContext:
         return self.settings.step_layout(self.mesh.slide_size)
 
     @property
+    def tile_budget(self) -> TileBudget:
+        """The tiles of a bag that are trained on."""
+        return TileBudget(self.reading.tiles_per_slide, self.reading.tiles_per_bag)
+
+    @property
     def training_tiles(self) -> list[int]:
-        """Tiles of each training slide that one rank takes at a time."""
-        most_tiles = self.reading.tiles_per_slide
-        lengths = [self.cohort.lengths[row] for row in self.cohort.rows("train")]
-        return [-(-min(length, most_tiles or length) // self.mesh.tile_size) for length in lengths]
+        """Tiles of each training bag that one rank takes at a time."""
+        taken = (self.tile_budget.taken(self.cohort.grids[row]) for row in self.cohort.rows("train"))
+        return [-(-length // self.mesh.tile_size) for length in taken]

@@ -11,6 +11,7 @@ from typing import Any
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.manifest import SPLITS, write_manifest
 from ds_wsi.bags.same_files import fingerprint_of
+from ds_wsi.bags.slide_entry import slides_of_rows
 from ds_wsi.engines.accelerator.engine import gather_object
 from ds_wsi.engines.accelerator.scope import Processes, closing_trackers, launched
 from ds_wsi.norms import batch_norms
@@ -153,9 +154,10 @@ def count_slides(cohort: Cohort) -> str:
         labels = [sum(slide.label == label for slide in slides) for label in range(len(cohort.manifest.classes))]
         classes = ", ".join(f"{name} {count}" for name, count in zip(cohort.manifest.classes, labels, strict=True))
         lines.append(
-            f"  {split}: {counted(len(slides), 'slide')} of "
+            f"  {split}: {counted(len(slides_of_rows(slides)), 'slide')} of "
             f"{counted(len({slide.patient_id for slide in slides}), 'patient')} ({classes}), "
-            f"{sum(lengths)} tiles, {min(lengths)} to {max(lengths)} per slide"
+            f"{sum(lengths)} tiles, {min(lengths)} to {max(lengths)} per "
+            f"{'patient' if any(slide.members for slide in slides) else 'slide'}"
         )
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ds_wsi.bags.bag import BagPart
-from ds_wsi.bags.sampler import StepPlan, choose_tiles, plan_epoch, share_tiles
+from ds_wsi.bags.sampler import StepPlan, plan_epoch, share_tiles
 from ds_wsi.stacking.balance import OverCapError
 from ds_wsi.training.context import RunContext
 from ds_wsi.training.run import Progress
@@ -37,7 +37,7 @@ def _dealt(run: RunContext, epoch: int) -> tuple[StepPlan, ...]:
     try:
         return plan_epoch(len(rows), run.step_layout, seed=run.seed, epoch=epoch, lengths=run.training_tiles)
     except OverCapError as error:
-        slide = "" if error.bag is None else f" (slide {run.cohort.manifest.slides[rows[error.bag]].slide_id})"
+        slide = "" if error.bag is None else f" ({run.cohort.manifest.slides[rows[error.bag]].words})"
         raise ValueError(
             f"{error}{slide}. HINT: raise --max_tiles_per_rank or --virtual_workers, share slides among ranks with "
             "--tile_parallel_size, or take fewer tiles with --tiles_per_slide."
@@ -58,9 +58,9 @@ def planned_steps(run: RunContext, progress: Progress) -> Iterator[PlannedStep]:
 
 def _parts_of(run: RunContext, epoch: int, slides: list[int]) -> tuple[BagPart, ...]:
     """This rank's tiles of its group's slides of one micro-step: the same set of tiles for any number of ranks."""
-    most_tiles = run.reading.tiles_per_slide
     shares = run.settings.policies.tile_parallel.shares or (1.0,) * run.mesh.tile_size
-    chosen = [choose_tiles(run.cohort.lengths[slide], most_tiles, (run.seed, epoch, slide)) for slide in slides]
+    grids, budget = run.cohort.grids, run.tile_budget
+    chosen = [budget.choose(grids[slide], slide, run.seed, epoch) for slide in slides]
     lengths = [
         run.cohort.lengths[slide] if rows is None else len(rows) for slide, rows in zip(slides, chosen, strict=True)
     ]

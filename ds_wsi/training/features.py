@@ -45,7 +45,8 @@ def check_feature_settings(settings: TrainSettings) -> None:
 def encoder_of_features(cohort: Cohort) -> str | None:
     """The encoder, and what tells its weights, as `ds-wsi features` wrote them into every file; else None."""
     encoders = set()
-    for file in cohort.grids:
+    for part in cohort.parts():
+        file = part.grid
         assert isinstance(file, FeatureFile)
         about = read_about(file.path) if file.path.suffix == ".safetensors" else {}
         encoders.add(about.get("encoder"))

@@ -58,6 +58,7 @@ def build_slide_model(
         "dropout": chosen.dropout,
         "aggregator_options": dict(chosen.aggregator_options),
         "task": task or {},
+        "bag": settings.data.bag,
     }
     if in_dim is not None:
         config = ModelConfig(None, chosen.aggregator, classes, {}, in_dim=in_dim, **of_the_aggregator)

@@ -169,7 +169,7 @@ def finish(run: Run, started: float) -> dict[str, Any]:
     run_record(run).write(run.output_dir)  # last: a folder without it is unfinished
     seconds = time.perf_counter() - started
     logger.info("finished in %.0f s: %s", seconds, run.output_dir / REPORT)
-    tell_skipped(run.cohort.skipped, len(run.cohort.grids) + len(run.cohort.skipped))
+    tell_skipped(run.cohort.skipped, run.cohort.n_slides + len(run.cohort.skipped))
     return {"output_dir": str(run.output_dir), "metrics": intervals, "seconds": seconds}
 
 

@@ -183,7 +183,8 @@ def _checked_cohort(settings: TrainSettings, accelerator: Accelerator, output_di
             "HINT: one number per class, in this order."
         )
     if cohort.in_dim is None:
-        require_store(settings.policies.reading.tile_store, cohort.manifest.slides, cohort.tile_grids)
+        slides = [part.entry for part in cohort.parts()]
+        require_store(settings.policies.reading.tile_store, slides, cohort.tile_grids)
     return cohort
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from ds_wsi.bags.cohort import Cohort, load_cohort
 from ds_wsi.bags.feature_cohort import load_feature_cohort
 from ds_wsi.bags.manifest import Manifest
+from ds_wsi.bags.patients import by_patient, require_patients
 from ds_wsi.bags.relabel import with_positive
 from ds_wsi.bags.slide_policy import SkippedSlide, SlidePolicy, write_skipped
 from ds_wsi.bags.splits import assign_splits
+from ds_wsi.bags.summary import log_cohort
 from ds_wsi.engines.accelerator.engine import (
     Accelerator,
     broadcast_object_list,
@@ -24,6 +26,9 @@ from ds_wsi.training.task import require_split_targets, target_columns
 def cohort_of(settings: TrainSettings, accelerator: Accelerator, output_dir: Path, write_grids: bool) -> Cohort:
     """The slides or features that a run trains on, with the positive class that its settings name. Collective."""
     cohort = _read_cohort(settings, accelerator, output_dir, write_grids)
+    if settings.data.bag == "patient":
+        cohort = by_patient(cohort)
+        log_cohort(cohort.manifest, cohort.lengths)
     # After splits are drawn: those do not depend on it.
     manifest = with_positive(cohort.manifest, settings.data.positive_class)
     if manifest.kind == CLASSIFICATION and len(manifest.classes) == 2:
@@ -36,6 +41,8 @@ def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
 
     def checked(manifest: Manifest) -> Manifest:
         with_positive(manifest, data.positive_class)  # told before slides are tiled
+        if data.bag == "patient":
+            require_patients(manifest)
         if manifest.kind != CLASSIFICATION:
             require_split_targets(assign_splits(manifest, seed=data.split_seed, tell=False))
         return manifest

@@ -17,6 +17,8 @@ from torch import nn
 
 from ds_wsi.bags.feature_cohort import features_digest
 from ds_wsi.bags.manifest import Manifest, ManifestError, parse_manifest
+from ds_wsi.bags.patients import patients_of
+from ds_wsi.bags.slide_entry import SLIDE_IDS, SlideEntry
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.models.own import source_files
 from ds_wsi.norms import batch_norms
@@ -26,6 +28,7 @@ from ds_wsi.runtime.setting import Decides
 from ds_wsi.runtime.words import counted
 from ds_wsi.slides.fingerprint import slide_fingerprint
 from ds_wsi.slides.policy import BOX
+from ds_wsi.slides.tiling import TileGrid
 from ds_wsi.training.changed import setting_name
 from ds_wsi.training.checkpoint import read_state
 from ds_wsi.training.setting_list import SETTINGS, deciding
@@ -145,10 +148,15 @@ def of_layout(settings: TrainSettings, groups: int) -> dict[str, Any]:
 
 
 def of_manifest(manifest: Manifest) -> dict[str, Any]:
-    """The part of the manifest with its splits: classes in their order, and each row's slide, split and label."""
+    """The part of the manifest with its splits: classes in their order, and each row's slide, split and label.
+
+    A row of a patient has the slides' ids, too.
+    """
     return {
         "classes": list(manifest.classes),
-        "slides": [[slide.slide_id, slide.split, manifest.target_words(slide)] for slide in manifest.slides],
+        "slides": [
+            [bag.slide_id, bag.split, manifest.target_words(bag), *members_words(bag)] for bag in manifest.slides
+        ],
     }
 
 
@@ -170,7 +178,8 @@ def known_early(settings: TrainSettings, world_size: int) -> dict[str, Any]:
             manifest, problems = parse_manifest(data.manifest, data.classes, need_slides=on_slides, columns=columns)
             if not problems:
                 values |= {} if manifest.slides[0].split else {DRAW: data.split_seed}
-                values |= of_manifest(assign_splits(manifest, seed=data.split_seed, tell=False))
+                manifest = assign_splits(manifest, seed=data.split_seed, tell=False)
+                values |= of_manifest(patients_of(manifest) if data.bag == "patient" else manifest)
         except ManifestError:
             pass
     as_json: dict[str, Any] = json.loads(json.dumps(values))
@@ -260,11 +269,11 @@ def _is_longer_exactly(current: Mapping[str, Any], saved: Mapping[str, Any]) -> 
 
 
 def _slide_differences(current: Sequence[Sequence[Any]], saved: Sequence[Sequence[Any]]) -> list[str]:
-    """What differs between two lists of [slide_id, split, label]."""
-    mine, past = ({row[0]: row[1:] for row in rows} for rows in (current, saved))
+    """What differs between two lists of [slide_id, split, label], of patients with their slides' ids."""
+    mine, past = ({row[0]: [*row[1:], ""][:3] for row in rows} for rows in (current, saved))
     common = [name for name in past if name in mine]
     lines = []
-    for column, what in ((1, "label"), (0, "split")):
+    for column, what in ((1, "label"), (0, "split"), (2, "slides")):
         changed = [name for name in common if past[name][column] != mine[name][column]]
         if changed:
             shown = [f"{name}: {past[name][column]}, got {mine[name][column]}" for name in changed[:SHOWN]]
@@ -284,6 +293,11 @@ def _slide_differences(current: Sequence[Sequence[Any]], saved: Sequence[Sequenc
             f"of {saved[first - 1][0]}: steps are drawn by place"
         )
     return lines
+
+
+def members_words(bag: SlideEntry) -> list[str]:
+    """The ids of a patient's slides, in one text; nothing of a slide."""
+    return [SLIDE_IDS.join(slide.slide_id for slide in bag.members)] if bag.members else []
 
 
 def _count(names: Sequence[str]) -> str:
@@ -318,16 +332,17 @@ def _test_files(cohort: "Cohort") -> str:
 def _slide_files(cohort: "Cohort", rows: Sequence[int]) -> str:
     """The digest of these rows' slides, by their content."""
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(slide_fingerprint(cohort.manifest.slides[row].path).sha256.encode())
+    for part in cohort.parts(rows):
+        digest.update(slide_fingerprint(part.entry.path).sha256.encode())
     return digest.hexdigest()[:16]
 
 
 def _grids(cohort: "Cohort") -> str:
     """The digest of the tiles of the slides that decide the weights."""
     digest = hashlib.sha256()
-    for row in _trained_rows(cohort):
-        grid = cohort.tile_grids[row]
+    for part in cohort.parts(_trained_rows(cohort)):
+        grid = part.grid
+        assert isinstance(grid, TileGrid)
         digest.update(f"{grid.level} {grid.read_size_px} {len(grid)}\n".encode())
         digest.update(np.ascontiguousarray(grid.coords, dtype="<i8").tobytes())
     return digest.hexdigest()[:16]

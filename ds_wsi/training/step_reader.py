@@ -93,9 +93,9 @@ class StepReader:
         self.waited += time.perf_counter() - began
         if bag is None or bag.slide != part.slide:
             slides = self.run.cohort.manifest.slides
-            read = "no bag" if bag is None else f"slide {slides[bag.slide].slide_id}"
+            read = "no bag" if bag is None else slides[bag.slide].words
             raise RuntimeError(
-                f"a step must train on the bags that were planned for it, slide {slides[part.slide].slide_id}, got "
+                f"a step must train on the bags that were planned for it, {slides[part.slide].words}, got "
                 f"{read} (epoch {step.epoch + 1}, step {step.number}). HINT: report it in the project's issue "
                 "tracker; DS_WSI_TRACEBACK=1 shows where it was. The last checkpoint is of before."
             )

@@ -55,6 +55,10 @@ def require_task_settings(settings: TrainSettings) -> None:
         ValueError: names the option and what it may be.
     """
     task, kind = settings.task, settings.task.task
+    if settings.data.bag == "patient":
+        from ds_wsi.models.aggregators import require_unordered  # here, because help pages need no torch
+
+        require_unordered(settings.model.aggregator, "--bag patient")
     if kind == SEVERAL:
         _require_several(settings)
     elif task.chosen_loss not in LOSSES_OF[kind]:

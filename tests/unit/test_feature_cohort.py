@@ -22,7 +22,7 @@ from ds_wsi.bags.policy import AugmentPolicy, ReadPolicy
 from ds_wsi.cli import main
 from ds_wsi.evaluation.extract import build_extractor, extract_features
 from ds_wsi.evaluation.predict import SlidePrediction, predict_slides
-from ds_wsi.evaluation.results import draw_heatmaps
+from ds_wsi.evaluation.slide_maps import draw_heatmaps
 from ds_wsi.models import ModelConfig, NoEncoder, build_encoder, build_model
 from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.stacking.policy import StackingPolicy

@@ -67,9 +67,9 @@ class TestConfig:
             ModelConfig.read(path)
         config_of().write(path)
         values = json.loads(path.read_text())
-        for change in ({"format": "x"}, {"version": 7}, {"format": None}):
+        for change in ({"format": "x"}, {"version": 9}, {"format": None}):
             path.write_text(json.dumps({**values, **change}))
-            with pytest.raises(ValueError, match=r"format ds_wsi\.SlideModel, version 1 to 6"):
+            with pytest.raises(ValueError, match=r"format ds_wsi\.SlideModel, version 1 to 8"):
                 ModelConfig.read(path)
         path.write_text(json.dumps({key: value for key, value in values.items() if key != "std"}))
         with pytest.raises(ValueError, match=r"must hold the keys"):

@@ -164,6 +164,6 @@ def test_bags_that_do_not_fit_are_named_where_they_are_copied(emptied):
     stacking = SimpleNamespace(framework="packing", sample_tiles=0)
     run.settings, run.seed = SimpleNamespace(policies=SimpleNamespace(stacking=stacking)), 0
     run.stacks, run.reads_host_tiles = SimpleNamespace(lays_anew=True, lay=lambda tiles: Stack()), False
-    bags = [SimpleNamespace(slide=0, tiles=torch.zeros(2, 3, 4, 4))]
+    bags = [SimpleNamespace(slide=0, tiles=torch.zeros(2, 3, 4, 4), kept=torch.arange(2))]
     with pytest.raises(OutOfDeviceMemoryError, match="in the copy of whole bags to it, which is not taken twice"):
         lay_bags(run, bags, 0)

@@ -17,7 +17,7 @@ from ds_wsi.bags import packing
 from ds_wsi.bags.shards import SummaryFile, own_items, shard_order
 from ds_wsi.cli import main
 from ds_wsi.commands import cohort as cohort_options
-from ds_wsi.evaluation import extract, heatmap, results
+from ds_wsi.evaluation import extract, heatmap, slide_maps
 from ds_wsi.evaluation.parts import Parts
 from ds_wsi.models import ModelConfig, build_model, resolve_encoder
 from ds_wsi.models.config import save_model
@@ -145,7 +145,7 @@ WORK = (  # what is done once per slide, where, and which slide it is
     ("pack", packing, "pack_slide", lambda slide, grid, *rest: grid.slide_id),
     ("features", extract, "write_features", lambda path, *rest: path.stem),
     ("predict", Parts, "write", lambda parts, prediction: parts.path(prediction.slide).stem),
-    ("draw", results, "draw_attention", _name_of_png),
+    ("draw", slide_maps, "draw_attention", _name_of_png),
 )
 
 

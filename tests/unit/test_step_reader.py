@@ -3,6 +3,7 @@
 import re
 import time
 from itertools import chain, islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from ds_wsi.bags.bag import Bag
 from ds_wsi.bags.policy import ReadPolicy
+from ds_wsi.bags.slide_entry import SlideEntry
 from ds_wsi.bags.step_layout import StepLayout
+from ds_wsi.bags.tile_budget import TileBudget
 from ds_wsi.runtime.log import logger
 from ds_wsi.tile_parallel import TileMesh
 from ds_wsi.training import step_reader
@@ -28,13 +31,18 @@ STEPS = 3
 
 def make_run(device="cpu"):
     """What a reader asks of its run: five slides of four tiles."""
-    slides = [SimpleNamespace(slide_id=f"S-{row}") for row in range(N_SLIDES)]
+    slides = [SlideEntry(f"S-{row}", Path("x"), 0, "p") for row in range(N_SLIDES)]
+    lengths, grids = [4] * N_SLIDES, [range(4)] * N_SLIDES
     return SimpleNamespace(
         settings=TrainSettings(),
         config=SimpleNamespace(norm_training="bag"),
         cohort=SimpleNamespace(
-            manifest=SimpleNamespace(slides=slides), rows=lambda split: list(range(N_SLIDES)), lengths=[4] * N_SLIDES
+            manifest=SimpleNamespace(slides=slides),
+            rows=lambda split: list(range(N_SLIDES)),
+            lengths=lengths,
+            grids=grids,
         ),
+        tile_budget=TileBudget(),
         mesh=TileMesh(),
         device=torch.device(device),
         step_layout=LAYOUT,

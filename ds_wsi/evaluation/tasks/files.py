@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.manifest import SlideEntry
+from ds_wsi.bags.slide_entry import bag_names, bag_word, slides_of_rows
 from ds_wsi.evaluation.bootstrap import MetricInterval, bootstrap_measures, format_table, metrics_to_json
 from ds_wsi.evaluation.protocol import EvaluationProtocol
 from ds_wsi.evaluation.task_metrics.follow_up import per_patient
@@ -72,7 +73,7 @@ class TaskScores:
         values = {name: [metrics[name].value for metrics in each] for name in intervals}
         loss = answers.mean_loss(outputs[0][labelled_rows], some)
         runs = {name: _of_runs(of_metric) for name, of_metric in values.items()}
-        return cls(answers, some, len(slides), intervals, runs, reasons(each[0]), loss)
+        return cls(answers, some, len(slides_of_rows(slides)), intervals, runs, reasons(each[0]), loss)
 
     @property
     def positive(self) -> None:
@@ -81,7 +82,7 @@ class TaskScores:
     @property
     def n_slides(self) -> int:
         """Slides with a target."""
-        return len(self.slides)
+        return len(slides_of_rows(self.slides))
 
     @property
     def n_patients(self) -> int:
@@ -97,8 +98,9 @@ class TaskScores:
         return {
             "task": {**_said(task), **({"targets": several} if several else {})},
             "classes": list(task.classes),
+            **({} if bag_word(self.slides) == "slide" else {"bag": bag_word(self.slides)}),
             "n_slides": self.n_predicted,
-            "n_with_target": len(self.slides),
+            "n_with_target": self.n_slides,
             "n_patients": self.n_patients,
             "evaluation": asdict(protocol),
             "loss": json_number(self.loss),
@@ -109,7 +111,7 @@ class TaskScores:
 
     def tell(self, tell: Callable[[str], object], split: str) -> None:
         """Tell the metrics as a table."""
-        words = f"metrics of {counted(len(self.slides), 'slide')} with a target"
+        words = f"metrics of {counted(len(self.slides), bag_word(self.slides))} with a target"
         words = f"{words} of all splits" if split == "all" else f"{split} {words}"
         tell(f"{words}:\n{format_table(self.intervals)}")
         for name, reason in self.reasons.items():
@@ -153,8 +155,7 @@ def prediction_rows(
     columns = _columns(answers, slides, outputs)
     return [
         {
-            "slide_id": slide.slide_id,
-            "patient_id": slide.patient_id,
+            **bag_names(slide),
             **{name: values[index] for name, values in columns.items()},
             "n_tiles": n_tiles[index],
         }

@@ -167,6 +167,8 @@ def read_told(directory: Path) -> Told:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         header, rows = list(reader.fieldnames or ()), list(reader)
+    if "slide_ids" in header:  # a row is a patient's
+        header, rows = ["slide_id", *header], [{"slide_id": row["patient_id"], **row} for row in rows]
     told = Told(path, targets, tuple(row for row in rows if any(target.is_labelled(row) for target in targets)))
     missing = [name for name in ("slide_id", "patient_id", *told.predicted_columns) if name not in header]
     if missing or not told.rows:

@@ -10,7 +10,7 @@ from ds_wsi.models.aggregators.abmil import layer_widths
 from ds_wsi.models.choices import AGGREGATORS as HOMES
 from ds_wsi.models.own import AGGREGATOR, check_options, find_own, installed, is_own
 from ds_wsi.models.own_parts import GIVEN, build_own_aggregator
-from ds_wsi.runtime.contracts import needs_labels
+from ds_wsi.runtime.contracts import needs_labels, order_matters
 from ds_wsi.targets.choices import CLASSIFICATION
 
 AGGREGATORS: dict[str, Callable[..., nn.Module]] = {
@@ -70,6 +70,26 @@ def require_serves(name: str, kind: str, built: nn.Module | None = None) -> None
         raise ValueError(
             f"--aggregator of --task {kind} must be one of {', '.join(others)}, got {name}, whose own loss is over "
             f"classes. HINT: --aggregator {'gated_abmil' if 'gated_abmil' in others else others[0]}."
+        )
+
+
+def require_unordered(name: str, what: str, built: nn.Module | None = None) -> None:
+    """Refuse an aggregator that takes a bag's order for places on a slide, for bags that have no such order.
+
+    Args:
+        name: a key of `AGGREGATORS`, or a name of own code.
+        what: the option that makes such bags, with its value.
+        built: the aggregator itself, which own code is asked by.
+
+    Raises:
+        ValueError: names the aggregators that may take its place.
+    """
+    asked = AGGREGATORS.get(name, built)
+    if asked is not None and order_matters(asked):
+        others = [key for key, aggregator in AGGREGATORS.items() if not order_matters(aggregator)]
+        raise ValueError(
+            f"--aggregator of {what} must be one of {', '.join(others)}, got {name}, which takes tiles that follow "
+            "each other in a bag for neighbours on one slide. HINT: --aggregator gated_abmil."
         )
 
 

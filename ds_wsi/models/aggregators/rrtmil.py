@@ -32,7 +32,12 @@ class RRTMIL(PerBagAggregator):
         representatives: instances that stand for a region in CR-MSA.
         dropout: the share of h that is dropped in training.
         attention_dropout: the share of what each attention adds that is dropped in training.
+
+    Attributes:
+        order_matters: regions are of instances that follow each other.
     """
+
+    order_matters = True
 
     def __init__(
         self,

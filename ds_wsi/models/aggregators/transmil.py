@@ -31,7 +31,12 @@ class TransMIL(PerBagAggregator):
         heads: heads of the attention, D' / heads wide each.
         landmarks: landmarks of the attention; the original has D' / 2.
         dropout: the share of what each attention adds that is dropped in training.
+
+    Attributes:
+        order_matters: convolutions are over the square, in which instances that follow each other are neighbours.
     """
+
+    order_matters = True
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ds_wsi.bags.policy import CHECKS
+from ds_wsi.models.choices import BAGS
 from ds_wsi.runtime.setting import Decides, ordered_names, setting
 from ds_wsi.slides.policy import DEMO_DIRS, parse_slide_mpp, require_slide_mpp
 
@@ -36,6 +37,13 @@ class DataSettings:
         Decides.NOTHING,
         option="demo_dir",
         words="a folder of theirs below runs/",
+    )
+    bag: str = setting(
+        BAGS[0],
+        "what a bag holds: the tiles of a slide, or those of all slides of a patient, by the column patient_id",
+        Decides.RESULT,
+        option="bag",
+        kind=BAGS,
     )
     tiles_dir: str | None = setting(
         None,
@@ -139,6 +147,8 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         """Refuse a demo beside a cohort, and a resolution that is none."""
+        if self.bag not in BAGS:
+            raise ValueError(f"--bag must be one of {', '.join(BAGS)}, got {self.bag!r}")
         if self.manifest is not None and self.demo != "plain":
             raise ValueError(f"--demo must not be given with --manifest, got {self.demo}. HINT: leave out one of them.")
         require_slide_mpp(self.slide_mpp)
