@@ -1,4 +1,4 @@
-"""The tiles of several grids, or files of features, as those of one bag: of a patient's slides, one after the other."""
+"""The tiles of several grids, or files of features, as those of one bag: of several slides, or magnifications."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -24,11 +24,13 @@ class GridPart(NamedTuple):
         entry: the slide.
         grid: the slide's tiles, or its file of features.
         number: the slide's number among all slides of the cohort: what it draws by, in a bag of its own or another's.
+        scale: the number of its magnification, the finest 0.
     """
 
     entry: SlideEntry
     grid: Grid
     number: int
+    scale: int = 0
 
 
 class Place(NamedTuple):
@@ -41,7 +43,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class JoinedGrid:
-    """A bag of several slides: in a cohort of patients what a TileGrid or FeatureFile is in one of slides.
+    """A bag of several slides, or magnifications: what a TileGrid or FeatureFile is in a bag of one.
 
     A row of it is a row of its parts, counted through them in their order.
 
@@ -119,3 +121,11 @@ def stretches(grid: Grid | JoinedGrid, number: int, rows: Tensor) -> list[tuple[
         return [(grid.parts[0].number, 0)]
     counts = zip(grid.parts, grid.counts(rows), strict=True)
     return [(part.number, count) for part, count in counts if count]
+
+
+def scales_of(grid: Grid | JoinedGrid, rows: Tensor) -> Tensor:
+    """The number of the magnification of each of a bag's rows, which ascend: int64 [N]."""
+    if not isinstance(grid, JoinedGrid):
+        return torch.zeros(len(rows), dtype=torch.int64)
+    scales = torch.tensor([part.scale for part in grid.parts])
+    return scales.repeat_interleave(torch.tensor(grid.counts(rows)))

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from ds_wsi.bags.cohort import Cohort
-from ds_wsi.bags.joined import GridPart, JoinedGrid
+from ds_wsi.bags.joined import JoinedGrid
 from ds_wsi.bags.manifest import Manifest, ManifestError
 from ds_wsi.bags.slide_entry import SlideEntry
 from ds_wsi.bags.tables.names import is_slide_id
@@ -25,12 +24,8 @@ def by_patient(cohort: Cohort, *, labels: str = "required") -> Cohort:
     """
     manifest = patients_of(cohort.manifest, labels=labels)
     numbers = {slide.slide_id: row for row, slide in enumerate(cohort.manifest.slides)}
-    grids: Any = cohort.grids
     joined = tuple(
-        JoinedGrid(
-            tuple(GridPart(slide, grids[numbers[slide.slide_id]], numbers[slide.slide_id]) for slide in patient.slides)
-        )
-        for patient in manifest.slides
+        JoinedGrid(cohort.parts([numbers[slide.slide_id] for slide in patient.slides])) for patient in manifest.slides
     )
     return replace(cohort, manifest=manifest, grids=joined)
 

@@ -121,6 +121,28 @@ def slides_of(
     )
 
 
+def slides_at(options: argparse.Namespace, cohort: "Cohort", tiling: TilingPolicy, mpps: Sequence[float]) -> "Cohort":
+    """The cohort that `slides_of` gave, tiled at the other magnifications of a model too; of one it stays as it is.
+
+    Raises:
+        ValueError: a tile store, which holds tiles of one resolution.
+    """
+    from ds_wsi.bags.cohort import tile_manifest
+    from ds_wsi.bags.scales import tile_scales
+
+    if mpps and options.tile_store:
+        raise ValueError(
+            "--tile_store must not be given for a model of several magnifications, because a store holds tiles of one, "
+            f"got {options.tile_store}. HINT: leave it out, the slides are read."
+        )
+    tilings = [replace(tiling, mpp=mpp) for mpp in mpps] or [tiling]
+    of_slides = {"slide_mpp": options.slide_mpp, "slides": slide_policy_of(options), "shard": shard_from(options)}
+    folder = options.tiles_dir or Path(options.output_dir) / "tiles"
+    return tile_scales(
+        cohort, tilings, folder, lambda some, policy, kept: tile_manifest(some, policy, tiles_dir=kept, **of_slides)
+    )
+
+
 def slide_policy_of(options: argparse.Namespace) -> "SlidePolicy":
     """How the options want slides opened."""
     from ds_wsi.bags.slide_policy import SlidePolicy

@@ -27,16 +27,16 @@ def add_heatmap(subparsers: argparse._SubParsersAction) -> None:
 
 def run_heatmap(options: argparse.Namespace) -> None:
     """`ds-wsi heatmap`; several processes share the slides."""
-    from ds_wsi.bags.slide_entry import slides_of_rows
     from ds_wsi.evaluation.heatmap import is_heat_map
     from ds_wsi.evaluation.protocol import EvaluationProtocol
+    from ds_wsi.evaluation.slide_maps import map_path
     from ds_wsi.runtime.own_files import require_ours
 
     options.manifest = manifest_of(options)
     directory = Path(options.output_dir)
     model, _, cohort = model_and_slides(options, "all", "unused")
-    for slide in slides_of_rows(cohort.manifest.slides):
-        require_ours(directory / f"{slide.slide_id}.png", is_heat_map, "--output_dir")
+    for part in cohort.parts():
+        require_ours(map_path(directory, part), is_heat_map, "--output_dir")
     sharing = sharing_of(options, model, cohort, EvaluationProtocol())
     for drawn in sharing.draw():
         if sharing.shard.is_alone or drawn.drawn_here:

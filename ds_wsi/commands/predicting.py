@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +18,7 @@ from ds_wsi.commands.cohort import (
     classes_of,
     placed,
     shard_from,
+    slides_at,
     slides_of,
     tile_reading_of,
     tiling_of,
@@ -118,6 +120,7 @@ def model_and_slides(options: argparse.Namespace, split: str, labels: str) -> Mo
     from ds_wsi.bags.patients import by_patient, require_patients
     from ds_wsi.bags.relabel import map_labels
     from ds_wsi.bags.run_splits import read_splits, with_run_splits
+    from ds_wsi.bags.scales import feature_scales
     from ds_wsi.models import load_model
 
     model, config = load_model(options.model, allow_code=options.allow_code)
@@ -143,11 +146,11 @@ def model_and_slides(options: argparse.Namespace, split: str, labels: str) -> Mo
 
     if config.encoder is not None:
         tiling = tiling_of(options, read_section({"tiling": config.tiling}).tiling)
-        return of_bags(slides_of(options, tiling, classes, labels, choose, columns))
-    cohort = load_feature_cohort(
+        cohort = slides_of(options, tiling, classes, labels, choose, columns)
+        return of_bags(slides_at(options, cohort, tiling, config.mpps))
+    of_features = partial(
+        load_feature_cohort,
         options.manifest,
-        options.features_dir,
-        in_dim=config.in_dim,
         check="shapes",
         classes=classes,
         workers=max(1, options.dataloader_num_workers),
@@ -156,6 +159,7 @@ def model_and_slides(options: argparse.Namespace, split: str, labels: str) -> Mo
         columns=columns,
         choose=choose,
     )
+    cohort = feature_scales(of_features, options.features_dir, config.mpps, config.in_dim)
     # Slides that the manifest names are read for heat maps.
     return of_bags(replace(cohort, reader=options.slide_reader))
 
@@ -234,7 +238,7 @@ def slides_digest(cohort: "Cohort", rows: Sequence[int]) -> str:
     if cohort.in_dim is None:
         content: object = [
             [slide_fingerprint(entry.path).sha256, grid.level, hashlib.sha256(grid.coords.tobytes()).hexdigest()]
-            for entry, grid, _ in cohort.parts(rows)
+            for entry, grid, *_ in cohort.parts(rows)
             if isinstance(grid, TileGrid)
         ]
     else:

@@ -68,7 +68,7 @@ def draw_attention(
         _frame(axes)
     # The title may hold a dollar sign, which is no mathematics here.
     figure.suptitle(title, fontsize=10, parse_math=False, wrap=True)
-    _color_bar(figure, [left, right], "slide" if ranks is None else "patient")
+    _color_bar(figure, [left, right], "slide" if ranks is None else "bag")
     with atomic_path(path) as temporary:
         known_by = {"Software": SOFTWARE, **({MADE_OF: made_of} if made_of else {})}
         figure.savefig(temporary, dpi=DPI, facecolor="white", metadata=known_by)

@@ -33,7 +33,8 @@ def pooled_by_patient(
     of_slide = {prediction.slide: prediction for prediction in predictions}
     pooled = []
     for row in range(len(patients.grids)):
-        slides = [of_slide[part.number] for part in patients.parts([row])]
+        numbers = dict.fromkeys(part.number for part in patients.parts([row]))  # once, at several magnifications too
+        slides = [of_slide[number] for number in numbers]
         outputs = torch.stack([slide.run_logits for slide in slides])  # [slides, R, C]
         logits = outputs.mean(0) if how == "mean" else outputs.amax(0)
         pooled.append(SlidePrediction(row, logits, None, torch.cat([slide.kept for slide in slides])))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ds_wsi.bags.bag import BagPart, FailureLog, read_bags, read_chunks, tile_side
-from ds_wsi.bags.joined import Grids
+from ds_wsi.bags.bag import Bag, BagPart, FailureLog, read_bags, read_chunks, tile_side
+from ds_wsi.bags.joined import Grids, scales_of
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.evaluation.populations import HeldTiles, TileEncoder
@@ -273,16 +273,16 @@ def norm_gap(
     answered: list[tuple[SlideEntry, list[Tensor]]] = []
     parts = plan.gap[: len(plan.gap) - len(plan.gap) % plan.bags_per_population or None]
     try:
-        waiting: list[tuple[int, Tensor]] = []
+        waiting: list[Bag] = []
         bags = read_bags(slides, grids, parts, policy, failures)
         for number, bag in enumerate(bags, 1):
             if asked():
                 break
-            waiting.append((bag.slide, bag.tiles))
+            waiting.append(bag)
             if len(waiting) < plan.bags_per_population and number < len(parts):
                 continue
             population, waiting = waiting, []
-            tiles = [one for _, one in population]
+            tiles = [one.tiles for one in population]
             try:
                 of_training = plan.training != "frozen"
                 trained = encode.together(tiles) if of_training else _features(encode, tiles, NormVariant("running"))
@@ -290,8 +290,10 @@ def norm_gap(
             except OneValueError:
                 continue
             n_bags += len(population)
-            for (slide, _), *features in zip(population, trained, shown, strict=True):
-                logits = [model.aggregate(stack_bags([part.to(encode.device)])).logits.double() for part in features]
+            for (slide, _, kept), *features in zip(population, trained, shown, strict=True):
+                scales = scales_of(grids[slide], kept).to(encode.device)
+                stacks = [stack_bags([part.to(encode.device)]) for part in features]
+                logits = [model.aggregate(stack, scales=scales).logits.double() for stack in stacks]
                 if plan.answers is not None:
                     answered.append((slides[slide], [each.cpu() for each in logits]))
                     continue

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_wsi.bags.bag import FailureLog, read_chunks
-from ds_wsi.bags.joined import Grids
+from ds_wsi.bags.joined import Grids, scales_of
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
 from ds_wsi.evaluation.metrics import slide_metrics
@@ -240,7 +240,7 @@ def predict_variants(
                 predictions = tuple(
                     of_variant
                     if isinstance(of_variant, OneValueError)
-                    else _aggregate(model, slide, of_variant, kept, device, draws)
+                    else _aggregate(model, slide, of_variant, kept, device, draws, scales_of(grids[slide], kept))
                     for of_variant in features
                 )
             yield predictions
@@ -272,7 +272,13 @@ def prediction_metrics(
 
 
 def _aggregate(
-    model: SlideModel, slide: int, features: Tensor, kept: Tensor, device: torch.device, draws: Sequence[Tensor]
+    model: SlideModel,
+    slide: int,
+    features: Tensor,
+    kept: Tensor,
+    device: torch.device,
+    draws: Sequence[Tensor],
+    scales: Tensor,
 ) -> SlidePrediction:
     """Predict from each draw of the slide's features."""
     features = features.to(device)
@@ -281,7 +287,8 @@ def _aggregate(
     attention = None
     for rows in draws:
         # All rows in their order: the features as they are, without a copy.
-        output = predict(stack_bags([features if len(rows) == len(features) else features[rows.to(device)]]))
+        bag = stack_bags([features if len(rows) == len(features) else features[rows.to(device)]])
+        output = predict(bag) if model.scale_embedding is None else predict(bag, scales=scales[rows].to(device))
         if not logits and output.attention is not None:
             attention = output.attention.float().cpu()
         logits.append(output.logits[0].to(torch.promote_types(output.logits.dtype, torch.float32)).cpu())

@@ -13,7 +13,7 @@ from ds_wsi.evaluation.heatmap import heat_map_of
 from ds_wsi.evaluation.parts import FOLDER, Parts
 from ds_wsi.evaluation.predict import SlidePrediction, predict_slides
 from ds_wsi.evaluation.protocol import EvaluationProtocol
-from ds_wsi.evaluation.slide_maps import NO_ATTENTION, draw_heatmap, tell_not_drawn
+from ds_wsi.evaluation.slide_maps import NO_ATTENTION, draw_heatmap, map_path, tell_not_drawn
 from ds_wsi.models.slide_model import SlideModel
 from ds_wsi.runtime.locks import lock_path, remove_dead_locks, shared_stream
 from ds_wsi.runtime.log import logger
@@ -106,7 +106,7 @@ class Sharing:
         left_out: dict[str, list[str]] = {}
 
         def found(row: int) -> DrawnSlide | None:
-            paths = tuple(folder / f"{slide.slide_id}.png" for slide in slides[row].slides)
+            paths = tuple(map_path(folder, part) for part in self.cohort.parts([row]))
             there = all(heat_map_of(path) == self.made_of[row] for path in paths)
             return DrawnSlide(row, paths, False) if there else None
 

@@ -9,6 +9,7 @@ import numpy as np
 from ds_wsi.bags.cohort import Cohort
 from ds_wsi.bags.features import FeatureFile, read_places
 from ds_wsi.bags.joined import GridPart, JoinedGrid
+from ds_wsi.bags.scales import scale_folder
 from ds_wsi.evaluation.heatmap import draw_attention, heat_map_of, percentile_rank
 from ds_wsi.evaluation.predict import SlidePrediction
 from ds_wsi.runtime.log import logger
@@ -72,19 +73,34 @@ def tell_not_drawn(left_out: Mapping[str, Sequence[str]]) -> None:
         logger.info("no heat map of %s (%s): %s", counted(len(slide_ids), "slide"), names, reason)
 
 
+def map_path(directory: Path, part: GridPart) -> Path:
+    """Where a slide's heat map lies; that of a coarser magnification in a folder of its own."""
+    return (directory / _scale_of(part) if part.scale else directory) / f"{part.entry.slide_id}.png"
+
+
+def _map_name(part: GridPart) -> str:
+    """What a heat map is called: by its slide, and by its magnification where that is not the finest."""
+    return f"{part.entry.slide_id} ({_scale_of(part)})" if part.scale else part.entry.slide_id
+
+
+def _scale_of(part: GridPart) -> str:
+    """The magnification of a part, as folders are named by it: mpp_2."""
+    return part.grid.path.parent.name if isinstance(part.grid, FeatureFile) else scale_folder(part.grid.policy.mpp)
+
+
 def draw_heatmap(directory: Path, cohort: Cohort, prediction: SlidePrediction, made_of: str = "") -> list[SlideMap]:
     """Draw the attention of a prediction, one heat map per slide.
 
-    Of a patient's bag the colours are ranks among all its tiles: they compare its slides.
+    Of a bag of several slides, or magnifications, the colours are ranks among all its tiles: they compare these.
     """
     row = prediction.slide
     if prediction.attention is None:
-        return [SlideMap(slide.slide_id, NO_ATTENTION) for slide in cohort.manifest.slides[row].slides]
+        return [SlideMap(_map_name(part), NO_ATTENTION) for part in cohort.parts([row])]
     label = cohort.manifest.label_name(cohort.manifest.slides[row])
     maps = []
     for shown in _shown(cohort, prediction):
-        slide_id = shown.part.entry.slide_id
-        path = directory / f"{slide_id}.png"
+        slide_id, path = _map_name(shown.part), map_path(directory, shown.part)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if made_of and heat_map_of(path) == made_of:
             maps.append(SlideMap(slide_id, path))
             continue

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from ds_wsi.models.aggregators import build_aggregator, require_serves, require_unordered
@@ -30,14 +31,15 @@ NEW_IN: dict[int, dict[str, Any]] = {
     5: {"fixed_norms": []},  # they were evaluated as if all norms had trained alike
     6: {"task": {}},  # classification was the only one
     7: {},  # one target was the most: the task's kind "several" is new
-    8: {"bag": BAGS[0]},  # bags were of slides
+    8: {"bag": BAGS[0], "mpps": [], "scale_embedding": False},  # bags were of slides, at one magnification
 }
 
 
 # Of the values in a file: what they may be.
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("aggregator", "encoder_features", "norm_training", "norm_evaluation", "bag"), (str,)),
-    **dict.fromkeys(("classes", "mean", "std", "fixed_norms"), (tuple,)),
+    **dict.fromkeys(("classes", "mean", "std", "fixed_norms", "mpps"), (tuple,)),
+    "scale_embedding": (bool,),
     **dict.fromkeys(("tiling", "aggregator_options", "encoder_options", "task"), (dict,)),
     "encoder": (str, type(None)),
     "in_dim": (int, type(None)),
@@ -68,6 +70,8 @@ class ModelConfig:
         task: empty: classification. Else `Task.to_json`'s values, or `SeveralTargets.to_json`'s, and what was fitted on
             the run's own splits.
         bag: what a bag was of, one of `BAGS`; it is evaluated on the same.
+        mpps: resolutions of the tiles in a bag, um/px, the finest first, which is `tiling`'s; empty: that alone.
+        scale_embedding: whether the model has an embedding of them.
     """
 
     encoder: str | None
@@ -86,6 +90,8 @@ class ModelConfig:
     fixed_norms: tuple[str, ...] = ()
     task: dict[str, Any] = field(default_factory=dict)
     bag: str = BAGS[0]
+    mpps: tuple[float, ...] = ()
+    scale_embedding: bool = False
 
     def __post_init__(self) -> None:
         """Take a policy's fields; refuse an encoder beside features of a given width, neither, or unknown values."""
@@ -127,6 +133,8 @@ class ModelConfig:
         aggregator_options: Mapping[str, Any] | None = None,
         task: Mapping[str, Any] | None = None,
         bag: str = BAGS[0],
+        mpps: tuple[float, ...] = (),
+        scale_embedding: bool = False,
     ) -> "ModelConfig":
         """The config with an encoder as its authors use it; `features` None takes what they take from it."""
         return cls(
@@ -142,6 +150,8 @@ class ModelConfig:
             encoder_options=dict(source.options),
             task=dict(task or {}),
             bag=bag,
+            mpps=mpps,
+            scale_embedding=scale_embedding,
         )
 
     @property
@@ -259,14 +269,22 @@ def build_model(
     aggregator = build_aggregator(config.aggregator, in_dim, n_outputs, **options)
     if task is not None:
         require_serves(config.aggregator, task.kind, aggregator)
-    if config.bag != BAGS[0]:
-        require_unordered(config.aggregator, f"--bag {config.bag}", aggregator)
-    model = SlideModel(encoder, aggregator, config.mean, config.std, answer_of(task))
+    if config.bag != BAGS[0] or config.mpps:
+        what = "--mpps" if config.mpps else f"--bag {config.bag}"
+        require_unordered(config.aggregator, what, aggregator)
+    scales = scale_embedding(len(config.mpps), in_dim) if config.scale_embedding else None
+    model = SlideModel(encoder, aggregator, config.mean, config.std, answer_of(task), scales)
     norms = config.norm_training, config.norm_evaluation
     # The defaults are nobody's choice: whoever trains the model may choose.
     if norms == (model.norm_training, model.norm_evaluation) and not config.fixed_norms:
         return model
     return model.set_norms(*norms, config.fixed_norms)
+
+
+def scale_embedding(n_scales: int, in_dim: int) -> nn.Embedding:
+    """A vector [in_dim] for each magnification, zero at the start: at first the model is what it is without."""
+    embedding = nn.Embedding.from_pretrained(torch.zeros(n_scales, in_dim), freeze=False)
+    return embedding
 
 
 def load_model(directory: str | Path, *, allow_code: Collection[str] = ()) -> tuple[SlideModel, ModelConfig]:

@@ -33,6 +33,8 @@ class SlideModel(nn.Module):
         aggregator: StackedBags of features -> SlideOutput; one that says `needs_labels` is given the labels too.
         mean, std: the channels' statistics in [0, 1], for uint8 tiles; floating tiles are taken as normalised.
         answer: what makes of the aggregator's outputs [B, ...] the model's, with parameters of its own; None: nothing.
+        scale_embedding: what maps the magnification of each tile, int64 [N], to what is added to its features [N, D];
+            None adds nothing.
 
     Attributes:
         warming_up: train the aggregator alone for now, the encoder in evaluation mode and without a graph. Its
@@ -65,11 +67,13 @@ class SlideModel(nn.Module):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         answer: nn.Module | None = None,
+        scale_embedding: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.aggregator = aggregator
         self.answer = answer
+        self.scale_embedding = scale_embedding
         self.warming_up = False
         # Not part of the weights: config.json holds them.
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -195,17 +199,18 @@ class SlideModel(nn.Module):
             for part, training in modes:
                 part.training = training
 
-    def forward(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:
+    def forward(self, bags: StackedBags, labels: Tensor | None = None, scales: Tensor | None = None) -> SlideOutput:
         """Predict from tiles (uint8 or floating [sum N, 3, S, S]); without an encoder from features [sum N, D].
 
-        Labels, int64 [B], change no prediction: with them an aggregator that needs them has its auxiliary loss.
+        Labels, int64 [B], change no prediction: with them an aggregator that needs them has its auxiliary loss. Scales,
+        int64 [sum N], are the tiles' magnifications, the finest 0, for a model with an embedding of them.
 
         Raises:
             ValueError: features for a model with an encoder, or tiles for one without.
         """
         if isinstance(self.encoder, NoEncoder):
             features = self.encoder(bags.values)
-            return self.aggregate(bags.with_values(features.to(self.aggregator_dtype)), labels)
+            return self.aggregate(bags.with_values(features.to(self.aggregator_dtype)), labels, scales)
         if bags.values.dim() != 4:
             raise ValueError(
                 f"a model with an encoder must be given tiles [sum N, 3, S, S], got {list(bags.values.shape)}. "
@@ -215,11 +220,11 @@ class SlideModel(nn.Module):
         if self._idle:
             nothing = self._encode_stack(StackedBags(bags.values[:0], bags.cu_seqlens[:1]))
             blank = nothing.new_zeros(len(bags.values), nothing.shape[1]) + nothing.sum() * 0.0
-            return self.aggregate(bags.with_values(blank), labels)
+            return self.aggregate(bags.with_values(blank), labels, scales)
         features = self._encode_stack(bags)
         if self.warming_up and torch.is_grad_enabled():
             features = Untrained.apply(features, *(p for p in self.encoder.parameters() if p.requires_grad))
-        output = self.aggregate(bags.with_values(features), labels)
+        output = self.aggregate(bags.with_values(features), labels, scales)
         return output._replace(features=features) if self.tells_features else output
 
     def _encode_stack(self, bags: StackedBags) -> Tensor:
@@ -241,8 +246,19 @@ class SlideModel(nn.Module):
                 parts.append(self.encode(tiles))
         return torch.cat(parts)
 
-    def aggregate(self, bags: StackedBags, labels: Tensor | None = None) -> SlideOutput:
-        """Predict from features (floating [sum N, D])."""
+    def aggregate(self, bags: StackedBags, labels: Tensor | None = None, scales: Tensor | None = None) -> SlideOutput:
+        """Predict from features (floating [sum N, D]); see `forward`.
+
+        Raises:
+            ValueError: no scales for a model with an embedding of them.
+        """
+        if self.scale_embedding is not None:
+            if scales is None:
+                raise ValueError(
+                    "a model with a scale embedding must be given the magnification of each tile, got none. HINT: "
+                    "model(bags, scales=...), int64 [sum N], the finest 0."
+                )
+            bags = bags.with_values(bags.values + self.scale_embedding(scales).to(bags.values.dtype))
         output: SlideOutput = self.aggregator(bags, labels) if needs_labels(self.aggregator) else self.aggregator(bags)
         return output if self.answer is None else output._replace(logits=self.answer(output.logits))
 

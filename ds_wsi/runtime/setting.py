@@ -124,6 +124,14 @@ def numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"must be numbers such as 1,2.5, got {text!r}") from error
 
 
+def ratio(text: str) -> tuple[int, ...]:
+    """Positive whole numbers between colons, or commas, as files have them: "4:1"."""
+    parts = text.replace(",", ":").split(":")
+    if len(parts) < 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"must be positive whole numbers such as 4:1, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
 def assignments(text: str) -> tuple[tuple[str, float | str], ...]:
     """Names and values: numbers, true and false as JSON has them, other words as they are."""
     pairs = []

@@ -109,7 +109,7 @@ class RunContext:
     @property
     def tile_budget(self) -> TileBudget:
         """The tiles of a bag that are trained on."""
-        return TileBudget(self.reading.tiles_per_slide, self.reading.tiles_per_bag)
+        return self.settings.tile_budget
 
     @property
     def training_tiles(self) -> list[int]:

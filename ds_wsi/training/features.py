@@ -7,7 +7,7 @@ from ds_wsi.bags.features import FeatureFile, read_about
 from ds_wsi.runtime.log import logger
 from ds_wsi.training.settings import ModelSettings, TrainSettings
 
-OF_THE_AGGREGATOR = ("aggregator", "dropout", "aggregator_options", "allow_code")
+OF_THE_AGGREGATOR = ("aggregator", "dropout", "aggregator_options", "allow_code", "scale_embedding")
 OF_SLIDES = ("slide_mpp", "tissue_masks", "masks_in_bounds", "skip_bad_slides")  # of the data
 OF_TILES = ("tiling", "augment", "partition", "norm")  # policies
 

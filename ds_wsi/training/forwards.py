@@ -3,7 +3,6 @@
 import math
 
 from ds_wsi.bags.cohort import Cohort
-from ds_wsi.bags.tile_budget import TileBudget
 from ds_wsi.engines.accelerator.engine import (
     Accelerator,
     broadcast_object_list,
@@ -92,9 +91,7 @@ def _partition(
     if isinstance(partition, PartitionPolicy) and partition.mode != "paper":
         partition = with_budget(partition, module, settings, accelerator, validates=bool(cohort.rows("validation")))
     if isinstance(partition, PartitionPolicy) and not module.encoder_is_frozen:
-        reading = settings.policies.reading
-        budget = TileBudget(reading.tiles_per_slide, reading.tiles_per_bag)
-        longest = max(budget.taken(cohort.grids[row]) for row in cohort.rows("train"))
+        longest = max(settings.tile_budget.taken(cohort.grids[row]) for row in cohort.rows("train"))
         shares = settings.policies.tile_parallel.shares or (1.0,) * mesh.tile_size
         tiles = math.ceil(longest * max(shares) / sum(shares))
         size = settings.policies.tiling.tile_size_px

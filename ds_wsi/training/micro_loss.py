@@ -20,7 +20,7 @@ from ds_wsi.tile_parallel.collectives import Traffic, share_numbers
 from ds_wsi.training.context import RunContext
 from ds_wsi.training.epoch_plan import PlannedStep
 from ds_wsi.training.finite import BagsAndLosses
-from ds_wsi.training.micro_step import MicroStep, on_device, stack_of
+from ds_wsi.training.micro_step import MicroStep, on_device, scales_of_stack, stack_of
 from ds_wsi.training.run import Run
 from ds_wsi.training.step import bag_weight, blank_tile, idle_loss, idle_output
 
@@ -134,13 +134,15 @@ def _computed(run: Run, step: MicroStep, output: SlideOutput, loss: Tensor) -> C
 def micro_output(run: Run, step: MicroStep) -> SlideOutput:
     """The model's output of a micro-step that has a bag. Collective, as its forward is."""
     require_tiles(run, step.bags)
-    labels = []
+    more: list[Tensor | None] = []
     if run.task is None:
         classes = [run.cohort.manifest.slides[bag.slide].class_index for bag in step.bags]
-        labels.append(on_device(classes, run.device))
+        more.append(on_device(classes, run.device))
+    if run.module.scale_embedding is not None:
+        more = [*(more or [None]), scales_of_stack(run, step)]
     stack = stack_of(run, step)
     with bag_randomness(step.keys, part=run.mesh.tile_rank), _naming_slides(run, step):
-        output: SlideOutput = run.model(stack, *labels)
+        output: SlideOutput = run.model(stack, *more)
     return output
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ds_wsi.bags.augment import augmentation
 from ds_wsi.bags.bag import Bag
-from ds_wsi.bags.joined import stretches
+from ds_wsi.bags.joined import scales_of, stretches
 from ds_wsi.runtime.seeding import step_seed
 from ds_wsi.stacking.frameworks import sample_rows
 from ds_wsi.stacking.host_tiles import HostTiles
@@ -89,6 +89,13 @@ def _with_strides_of(parts: Sequence[Tensor], bag: Tensor) -> Tensor:
         whole[start : start + len(part)].copy_(part)
         start += len(part)
     return whole
+
+
+def scales_of_stack(run: RunContext, step: MicroStep) -> Tensor:
+    """The magnification of each tile of a micro-step, int64 [sum N] on the device."""
+    grids = run.cohort.grids
+    each = [scales_of(grids[bag.slide], rows) for bag, rows in zip(step.bags, step.rows, strict=True)]
+    return torch.cat(each).to(run.device, non_blocking=True)
 
 
 def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:

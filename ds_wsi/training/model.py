@@ -53,12 +53,12 @@ def build_slide_model(
     Raises:
         ValueError: weights that cannot be had or do not fit, or a part of the encoder that it does not have.
     """
-    chosen, tiling = settings.model, settings.policies.tiling
+    chosen, tiling = settings.model, settings.tilings[0]
     of_the_aggregator: dict[str, Any] = {
         "dropout": chosen.dropout,
         "aggregator_options": dict(chosen.aggregator_options),
         "task": task or {},
-        "bag": settings.data.bag,
+        **_of_bags(settings),
     }
     if in_dim is not None:
         config = ModelConfig(None, chosen.aggregator, classes, {}, in_dim=in_dim, **of_the_aggregator)
@@ -85,7 +85,8 @@ def build_slide_model(
             *(source.name, settings.run.seed),
             ", which stay as they are (--freeze_encoder)" if chosen.freeze_encoder else "",
         )
-    source.warn_of_other_tiles(tiling.tile_size_px, tiling.mpp)
+    for each in settings.tilings:
+        source.warn_of_other_tiles(each.tile_size_px, each.mpp)
     logger.info(
         "encoder: %s, %d features per tile (%s), normalised with mean %s, std %s",
         *(source.name, module.encoder.num_features, config.encoder_features, source.mean, source.std),
@@ -99,6 +100,12 @@ def build_slide_model(
     if chosen.lora_rank:
         add_lora(module.encoder, chosen.lora_rank, chosen.lora_alpha, chosen.lora_targets, tiling.tile_size_px)
     return config, module.train()
+
+
+def _of_bags(settings: TrainSettings) -> dict[str, Any]:
+    """What config.json says of what a bag holds."""
+    data = settings.data
+    return {"bag": data.bag, "mpps": data.mpps, "scale_embedding": settings.model.scale_embedding}
 
 
 def _tell_own_code(config: ModelConfig) -> None:

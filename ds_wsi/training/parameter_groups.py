@@ -29,7 +29,10 @@ def parameter_groups(module: SlideModel, layer_decay: float, *, no_decay_1d: boo
     trained = [name for name, parameter in module.encoder.named_parameters() if parameter.requires_grad]
     ids, last = layer_ids(module.encoder) if trained and layer_decay != 1 else (dict.fromkeys(trained, 0), 0)
     groups: dict[tuple[bool, int, bool], list[str]] = {}
-    for part in ("aggregator", "encoder"):
+    parts = (
+        ("aggregator", "encoder") if module.scale_embedding is None else ("aggregator", "scale_embedding", "encoder")
+    )
+    for part in parts:
         owner = module.get_submodule(part)
         for name, parameter in owner.named_parameters():
             if parameter.requires_grad:

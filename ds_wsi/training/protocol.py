@@ -132,7 +132,7 @@ def read_cohort(
     """
     cohort = tile_manifest(
         read_dataset(protocol.dataset, protocol.data_dir, protocol.reading),
-        settings.policies.tiling,
+        settings.tilings[0],
         tiles_dir=tiles_dir,
         slide_mpp=settings.data.slide_mpp,
         workers=max(1, settings.policies.reading.workers),

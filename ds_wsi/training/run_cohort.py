@@ -1,13 +1,17 @@
 """The cohort of a run: read or drawn, tiled by one process, the same on all."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ds_wsi.bags.cohort import Cohort, load_cohort
+from ds_wsi.bags.cohort import Cohort, load_cohort, tile_manifest
 from ds_wsi.bags.feature_cohort import load_feature_cohort
 from ds_wsi.bags.manifest import Manifest
 from ds_wsi.bags.patients import by_patient, require_patients
 from ds_wsi.bags.relabel import with_positive
+from ds_wsi.bags.same_files import require_files_apart
+from ds_wsi.bags.scales import feature_scales, tile_scales
 from ds_wsi.bags.slide_policy import SkippedSlide, SlidePolicy, write_skipped
 from ds_wsi.bags.splits import assign_splits
 from ds_wsi.bags.summary import log_cohort
@@ -51,9 +55,9 @@ def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
     with accelerator.main_process_first():
         manifest = data.manifest or make_demo(data.demo_folder, DEMOS[data.demo]())
         if data.features_dir is not None:
-            of_features = load_feature_cohort(
+            of_features = partial(
+                load_feature_cohort,
                 manifest,
-                data.features_dir,
                 check=data.check_features,
                 record_dir=data.tiles_dir or output_dir / "tiles",
                 classes=data.classes,
@@ -62,30 +66,26 @@ def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
                 write_record=write_grids,
                 choose=checked,
                 columns=columns,
-                memory_bytes=policies.reading.features_memory_bytes,
+                memory_bytes=policies.reading.features_memory_bytes // max(1, len(data.mpps)),
             )
-            return replace(of_features, reader=policies.reading.slide_reader)  # of slides that are drawn
+            of_files = feature_scales(of_features, data.features_dir, data.mpps)
+            return replace(of_files, reader=policies.reading.slide_reader)  # of slides that are drawn
 
     def load(skipped: tuple[SkippedSlide, ...] | None) -> Cohort:
         shown = accelerator.is_main_process and not settings.run.disable_tqdm
         with Bar("opening and tiling", "slide", shown=shown) as bar:
-            return load_cohort(
-                manifest,
-                policies.tiling,
-                tiles_dir=data.tiles_dir or output_dir / "tiles",
-                classes=data.classes,
-                slide_mpp=data.slide_mpp,
-                seed=data.split_seed,
-                workers=max(1, policies.reading.workers),
-                write_grids=write_grids,
-                choose=checked,
-                columns=columns,
-                slides=SlidePolicy(
+            tiling: dict[str, Any] = {
+                "slide_mpp": data.slide_mpp,
+                "workers": max(1, policies.reading.workers),
+                "write_grids": write_grids,
+                "slides": SlidePolicy(
                     *(data.tissue_masks, data.masks_in_bounds, data.skip_bad_slides, skipped),
                     reader=policies.reading.slide_reader,
                 ),
-                on_slide=bar.step,
-            )
+                "on_slide": bar.step,
+            }
+            table = {"classes": data.classes, "choose": checked, "columns": columns}
+            return _tiled(settings, manifest, Path(data.tiles_dir or output_dir / "tiles"), table, tiling)
 
     # Which slides are left out is the main process's to say: another could find another file unreadable.
     cohort = load(None) if accelerator.is_main_process else None
@@ -94,6 +94,23 @@ def _read_cohort(settings: TrainSettings, accelerator: Accelerator, output_dir: 
         return load(skipped)
     if write_grids:
         write_skipped(output_dir, cohort.skipped)
+    return cohort
+
+
+def _tiled(
+    settings: TrainSettings, manifest: str | Path, folder: Path, table: dict[str, Any], tiling: dict[str, Any]
+) -> Cohort:
+    """The cohort of slides at all magnifications; `table` is how it is read, `tiling` how slides are tiled."""
+    tilings, seed = settings.tilings, settings.data.split_seed
+    several = len(tilings) > 1  # splits are then drawn of the slides that can be used at all of them
+    cohort = load_cohort(manifest, tilings[0], tiles_dir=folder, seed=seed, need_splits=not several, **table, **tiling)
+    if not several:
+        return cohort
+    tile = lambda some, policy, kept: tile_manifest(some, policy, tiles_dir=kept, **tiling)  # noqa: E731
+    cohort = tile_scales(cohort, tilings, folder, tile)
+    cohort = replace(cohort, manifest=assign_splits(cohort.manifest, seed=seed))
+    require_files_apart(cohort.manifest)
+    log_cohort(cohort.manifest, cohort.lengths)
     return cohort
 
 

@@ -170,7 +170,7 @@ def known_early(settings: TrainSettings, world_size: int) -> dict[str, Any]:
         "aggregator_options": dict(model.aggregator_options),
         "dropout": model.dropout,
         "model.encoder": model.encoder if on_slides else None,
-        "tiling": asdict(settings.policies.tiling) if on_slides else {},
+        "tiling": asdict(settings.tilings[0]) if on_slides else {},
     }
     if data.manifest is not None and Path(data.manifest).exists():
         try:

@@ -91,5 +91,8 @@ def idle_output(model: nn.Module, blank: Tensor, label: Tensor | None = None) ->
     """
     module = next(part for part in model.modules() if isinstance(part, SlideModel))
     with module.idling():
-        output: SlideOutput = model(StackedBags(*stack_bags([blank])), *([] if label is None else [label]))
+        more: list[Tensor | None] = [] if label is None else [label]
+        if module.scale_embedding is not None:
+            more = [label, torch.zeros(1, dtype=torch.int64, device=blank.device)]
+        output: SlideOutput = model(StackedBags(*stack_bags([blank])), *more)
     return output

@@ -15,6 +15,7 @@ from ds_wsi.slides.demo_targets import TARGETS_DEMO, TIME_UNIT
 from ds_wsi.targets.choices import LOSSES_OF, SEVERAL
 from ds_wsi.targets.several import AnyTask, SeveralTargets
 from ds_wsi.targets.task import Task, fitted_task
+from ds_wsi.training.bag_settings import require_bag_settings
 from ds_wsi.training.settings import TaskSettings, TrainSettings
 
 # Of the demo cohort that has targets.
@@ -55,10 +56,7 @@ def require_task_settings(settings: TrainSettings) -> None:
         ValueError: names the option and what it may be.
     """
     task, kind = settings.task, settings.task.task
-    if settings.data.bag == "patient":
-        from ds_wsi.models.aggregators import require_unordered  # here, because help pages need no torch
-
-        require_unordered(settings.model.aggregator, "--bag patient")
+    require_bag_settings(settings)
     if kind == SEVERAL:
         _require_several(settings)
     elif task.chosen_loss not in LOSSES_OF[kind]:

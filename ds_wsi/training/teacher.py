@@ -109,6 +109,12 @@ def require_teachable(settings: TrainSettings) -> None:
             '--distill must be given with bags of their own tiles, got stacking.framework "sampling", which draws '
             "others. HINT: --tiles_per_slide draws tiles that a teacher knows."
         )
+    if settings.data.bag == "patient" or settings.data.mpps:
+        what = "--bag patient" if settings.data.bag == "patient" else "--mpps"
+        raise ValueError(
+            f"--distill must be given with bags of one slide at one magnification, got {what}. HINT: leave out one of the "
+            "two."
+        )
 
 
 def open_teacher(settings: TrainSettings, cohort: Cohort, config: ModelConfig, module: SlideModel) -> Teacher | None:

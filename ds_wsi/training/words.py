@@ -32,5 +32,11 @@ def tiles_words(run: RunContext) -> str:
     """Size, resolution and number of the tiles."""
     total = sum(run.cohort.lengths)
     if run.config.in_dim is not None:
-        return f"features from {run.settings.data.features_dir}, {total} in all"
-    return f"{run.config.tile_size_px} px at {run.config.tiling['mpp']} um/px, {total} in all"
+        several = f" at {_resolutions(run)}" if run.config.mpps else ""
+        return f"features from {run.settings.data.features_dir}{several}, {total} in all"
+    return f"{run.config.tile_size_px} px at {_resolutions(run)}, {total} in all"
+
+
+def _resolutions(run: RunContext) -> str:
+    mpps = run.config.mpps or (run.config.tiling["mpp"],)
+    return f"{' and '.join(map(str, mpps))} um/px"

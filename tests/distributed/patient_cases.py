@@ -24,7 +24,7 @@ LABELS = {patient: "xy"[number % 2] for number, patient in enumerate(PATIENTS)}
 def write_patients(folder: Path) -> None:
     """Features of 14 slides of 7 patients, and a table that tells their times and events, which are the patient's."""
     generator = torch.Generator().manual_seed(2)
-    (folder / "features").mkdir(parents=True)
+    (folder / "features" / "mpp_2").mkdir(parents=True)
     with (folder / "cohort.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["slide_id", "patient_id", "label", "split", "months", "event"])
@@ -33,6 +33,8 @@ def write_patients(folder: Path) -> None:
             number = PATIENTS.index(patient)
             features = torch.randn(2 + 3 * index % 5, WIDTH, generator=generator)
             save_file({"features": features}, folder / "features" / f"{patient}_{slide}.safetensors")
+            coarse = torch.randn(1 + index % 2, WIDTH, generator=generator)
+            save_file({"features": coarse}, folder / "features" / "mpp_2" / f"{patient}_{slide}.safetensors")
             split = "train" if patient in TRAIN else "validation" if patient == "p5" else "test"
             follow_up = 1 + number * 5 % 7 // 2, int(number != 3)
             writer.writerow([f"{patient}_{slide}", patient, LABELS[patient], split, *follow_up])
@@ -45,7 +47,19 @@ def bag_of(folder: Path, patient: str, rows: tuple[int, ...] | None = None) -> t
     return whole if rows is None else whole[list(rows)]
 
 
-def run_patient_steps(folder: str, name: str, layout: dict, task: dict, reading: dict | None = None) -> list[dict]:
+def scales_of_bag(folder: Path, patient: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The features of a patient, each slide's fine ones before its coarse ones, and 0 or 1 of each."""
+    bags, scales = [], []
+    for path in sorted((folder / "features").glob(f"{patient}*.safetensors")):
+        for scale, file in enumerate((path, path.parent / "mpp_2" / path.name)):
+            bags.append(load_file(file)["features"].double())
+            scales += [scale] * len(bags[-1])
+    return torch.cat(bags), torch.tensor(scales)
+
+
+def run_patient_steps(
+    folder: str, name: str, layout: dict, task: dict, reading: dict | None = None, scales: dict | None = None
+) -> list[dict]:
     """The steps of an epoch: weights before and after, the bags' patients, and the rows that were trained on."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -53,7 +67,8 @@ def run_patient_steps(folder: str, name: str, layout: dict, task: dict, reading:
     reading = replace(settings.policies.reading, workers=0, **(reading or {}))
     settings = replace(
         settings,
-        data=replace(settings.data, bag="patient", classes=None),
+        data=replace(settings.data, bag="patient", classes=None, **(scales or {})),
+        model=replace(settings.model, scale_embedding=bool(scales)),
         policies=replace(settings.policies, reading=reading),
     )
     build = prepare.build_slide_model

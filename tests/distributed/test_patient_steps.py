@@ -1,11 +1,12 @@
 """A bag of a patient is the concatenated features of its slides: a step equals a plain loop, in float64."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from patient_cases import LABELS, TRAIN, bag_of, run_patient_steps, write_patients
+from patient_cases import LABELS, TRAIN, bag_of, run_patient_steps, scales_of_bag, write_patients
 from test_task_steps import plain_cox
 
 from ds_wsi.models import ModelConfig, build_model
@@ -28,6 +29,12 @@ TWO = {
     **{"ragged": ({"micro_steps": 2}, CLASSES, {}), "dealt": (DEALT, CLASSES, {}), "shared": (SHARED, CLASSES, {})},
     "cox": ({"micro_steps": 3}, COX, {}),
     "shared_drawn": (SHARED, CLASSES, {"tiles_per_slide": 2, "tiles_per_bag": 3}),
+}
+SCALES = {"mpps": (0.5, 2.0)}
+RATIO = {**SCALES, "scale_ratio": (2, 1)}
+TWO_SCALES = {
+    "scales": ({"micro_steps": 2}, CLASSES, {}, SCALES),
+    "scales_shared": (SHARED, CLASSES, {"tiles_per_bag": 4}, RATIO),
 }
 
 
@@ -98,14 +105,47 @@ def test_a_step_of_patients_is_a_plain_loop(cohort, name):
     check(cohort, task, reading, run_patient_steps(str(cohort), f"one_{name}", layout, task, reading))
 
 
+def check_scales(folder, steps, of_other=()):
+    """An embedding that is zero changes no logits, and has a gradient."""
+    for index, step in enumerate(steps):
+        rows_of = {}
+        for patient, rows in [*step["bags"], *(bag for other in of_other for bag in other[index]["bags"])]:
+            rows_of[patient] = sorted({*rows_of.get(patient, ()), *rows})
+        config = ModelConfig(None, "gated_abmil", ("x", "y"), {}, dropout=0.0, in_dim=5, mpps=(0.5, 2.0))
+        model = build_model(replace(config, scale_embedding=True)).double().train()
+        model.load_state_dict(step["before"])
+        losses, without = [], build_model(config).double()
+        without.load_state_dict({key: value for key, value in step["before"].items() if "scale" not in key})
+        for patient in step["patients"]:
+            features, scales = scales_of_bag(folder, patient)
+            rows = rows_of[patient]
+            shifted = features[rows] + model.scale_embedding.weight[scales[rows]]
+            label = torch.tensor(["xy".index(LABELS[patient])])
+            losses.append(F.cross_entropy(model.aggregator(stack_bags([shifted])).logits, label))
+            if index == 0:
+                assert losses[-1] == F.cross_entropy(without(stack_bags([features[rows]])).logits, label)
+        (sum(losses) / len(losses)).backward()
+        expected = {key: p.grad for key, p in model.named_parameters()}
+        assert furthest(step, expected) < 1e-12
+        assert (expected["scale_embedding.weight"].abs().sum(1) > 1e-6).all()
+
+
+def test_two_magnifications_with_an_embedding_are_a_plain_loop(cohort):
+    check_scales(cohort, run_patient_steps(str(cohort), "one_scales", STACKED, CLASSES, {}, SCALES))
+
+
 def on_ranks(folder: str):
-    return [run_patient_steps(folder, f"two_{name}", *case) for name, case in TWO.items()]
+    cases = {**TWO, **TWO_SCALES}
+    return [run_patient_steps(folder, f"two_{name}", *case) for name, case in cases.items()]
 
 
 def test_two_ranks_are_one_process(cohort):
     results = run_ranks(on_ranks, 2, str(Path(cohort)))
-    for index, (_, task, reading) in enumerate(TWO.values()):
+    for index, case in enumerate([*TWO.values(), *TWO_SCALES.values()]):
         first, second = results[0][index], results[1][index]
         for a, b in zip(first, second, strict=True):
             assert all(torch.equal(a["after"][key], b["after"][key]) for key in a["after"])
-        check(cohort, task, reading, first, [second])
+        if len(case) == 4:
+            check_scales(cohort, first, [second])
+        else:
+            check(cohort, *case[1:], first, [second])

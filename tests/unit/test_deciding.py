@@ -103,6 +103,10 @@ def values_of(field_path):
         return st.booleans()
     if field_path == "optim.class_weights":
         return st.none() | st.tuples(st.sampled_from([1.0, 2.0, 3.0]), st.just(1.0))
+    if field_path == "data.mpps":
+        return st.sampled_from([(0.5, 2.0), (0.25, 1.0), (0.5, 1.0, 2.0)])
+    if field_path == "data.scale_ratio":
+        return st.sampled_from([(4, 1), (1, 1), (2, 3)])
     if field_path == "model.lora_targets":
         return st.sampled_from([("qkv",), ("qkv", "proj"), ("fc1",)])
     if isinstance(default, float):
@@ -120,7 +124,12 @@ def needed(field_path):
     return {
         other: values[0]
         if values
-        else {"model.lora_rank": 4, "policies.augment.blur": 1.0, "optim.distill": "frozen"}[other]
+        else {
+            "model.lora_rank": 4,
+            "policies.augment.blur": 1.0,
+            "data.mpps": (0.5, 2.0),
+            "optim.distill": "frozen",
+        }[other]
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_wsi.runtime.setting import names, size_in_bytes, size_or_none, tiles_or_all
+from ds_wsi.runtime.setting import names, numbers, ratio, size_in_bytes, size_or_none, tiles_or_all
 from ds_wsi.slides.policy import parse_slide_mpp
 from ds_wsi.training.optim import learning_rate_at
 from ds_wsi.training.options import add_train_options, settings_from
@@ -80,6 +80,8 @@ EXAMPLES = {
     parse_slide_mpp: ("0.25", 0.25),
     str: ("x", "x"),
     names: ("x, y", ("x", "y")),
+    numbers: ("0.5,2.0", (0.5, 2.0)),
+    ratio: ("4:1", (4, 1)),
     "flag": (None, True),
     "switch": (None, True),
 }

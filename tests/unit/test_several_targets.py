@@ -212,7 +212,7 @@ def test_a_run_of_several_targets_leaves_what_each_alone_would(cohort, tmp_path,
     assert {name.partition(".")[0] for name in metrics["metrics"]} == {"mean", "score", "grade", "a", "os"}
     assert [target["name"] for target in metrics["task"]["targets"]] == ["score", "grade", "a", "os"]
     values = json.loads((run / "config.json").read_text())
-    assert (values["version"], values["task"]["kind"], values["classes"]) == (7, "several", [])
+    assert (values["version"], values["task"]["kind"], values["classes"]) == (8, "several", [])
     assert values["task"]["fitted"]["os"]["cutoffs"]["split"] == "train"
     assert values["task"]["fitted"]["a"]["thresholds"]["split"] == "validation"
     history = json.loads((run / "history.json").read_text())

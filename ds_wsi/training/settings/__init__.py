@@ -1,14 +1,19 @@
 """A run's settings, grouped by the part of the system that they concern; option names are the HF Trainer's."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ds_wsi.bags.step_layout import StepLayout
 from ds_wsi.config import DsWsiConfig
+from ds_wsi.slides.policy import TilingPolicy
 from ds_wsi.training.settings.data import DataSettings
 from ds_wsi.training.settings.model import ModelSettings
 from ds_wsi.training.settings.optim import OptimSettings
 from ds_wsi.training.settings.run import RunSettings
 from ds_wsi.training.settings.task import TaskSettings
+
+if TYPE_CHECKING:
+    from ds_wsi.bags.tile_budget import TileBudget
 
 __all__ = ["DataSettings", "ModelSettings", "OptimSettings", "RunSettings", "TaskSettings", "TrainSettings"]
 
@@ -23,6 +28,20 @@ class TrainSettings:
     run: RunSettings = field(default_factory=RunSettings)
     policies: DsWsiConfig = field(default_factory=DsWsiConfig)
     task: TaskSettings = field(default_factory=TaskSettings)
+
+    @property
+    def tilings(self) -> tuple[TilingPolicy, ...]:
+        """How slides are tiled, at each of --mpps; the finest first."""
+        tiling = self.policies.tiling
+        return tuple(replace(tiling, mpp=mpp) for mpp in self.data.mpps) or (tiling,)
+
+    @property
+    def tile_budget(self) -> "TileBudget":
+        """The tiles of a bag that are trained on."""
+        from ds_wsi.bags.tile_budget import TileBudget  # here, because help pages need no torch
+
+        reading = self.policies.reading
+        return TileBudget(reading.tiles_per_slide, reading.tiles_per_bag, self.data.scale_ratio)
 
     @property
     def micro_steps(self) -> int:

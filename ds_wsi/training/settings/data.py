@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ds_wsi.bags.policy import CHECKS
 from ds_wsi.models.choices import BAGS
-from ds_wsi.runtime.setting import Decides, ordered_names, setting
+from ds_wsi.runtime.setting import Decides, numbers, ordered_names, ratio, setting
 from ds_wsi.slides.policy import DEMO_DIRS, parse_slide_mpp, require_slide_mpp
 
 
@@ -44,6 +44,26 @@ class DataSettings:
         Decides.RESULT,
         option="bag",
         kind=BAGS,
+    )
+    mpps: tuple[float, ...] = setting(
+        (),
+        "resolutions of the tiles in a bag where it holds several, in um/px, the finest first, such as 0.5,2.0; they "
+        "take the place of --mpp",
+        Decides.RESULT,
+        option="mpps",
+        kind=numbers,
+        words="one, --mpp",
+        group="tiles",
+    )
+    scale_ratio: tuple[int, ...] = setting(
+        (),
+        "shares of the --mpps in the tiles that are drawn of a slide, such as 4:1",
+        Decides.RESULT,
+        option="scale_ratio",
+        kind=ratio,
+        words="as many as there are of each",
+        group="tiles",
+        needs=("mpps", ()),
     )
     tiles_dir: str | None = setting(
         None,
@@ -147,6 +167,11 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         """Refuse a demo beside a cohort, and a resolution that is none."""
+        if self.mpps and (len(self.mpps) < 2 or list(self.mpps) != sorted(set(self.mpps))):
+            raise ValueError(
+                f"--mpps must be two resolutions or more, the finest first, got {','.join(map(str, self.mpps))}. HINT: "
+                "--mpps 0.5,2.0; one alone is --mpp."
+            )
         if self.bag not in BAGS:
             raise ValueError(f"--bag must be one of {', '.join(BAGS)}, got {self.bag!r}")
         if self.manifest is not None and self.demo != "plain":

@@ -56,6 +56,12 @@ class ModelSettings:
         kind=AggregatorNames(AGGREGATORS),
         column=True,
     )
+    scale_embedding: bool = setting(
+        False,
+        "learn a vector for each of --mpps, zero at the start, which is added to the features of its tiles",
+        Decides.RESULT,
+        option="scale_embedding",
+    )
     dropout: float | None = setting(
         None,
         "dropout of the aggregator, 0 to 1",
