@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ds_wsi.bags.features import FeatureFile, FeatureFileError, read_features
-from ds_wsi.bags.joined import Grid, Grids, JoinedGrid, Place, place_of, shares_of, some_grid
+from ds_wsi.bags.feature_rows import FeatureRows
+from ds_wsi.bags.features import FeatureFile
+from ds_wsi.bags.joined import Grid, Grids, JoinedGrid, Place, place_of, some_grid
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
+from ds_wsi.bags.requests import BagPart, TileChunk, TileRequest, tell_nobody
 from ds_wsi.bags.workers import Answer, answers
 from ds_wsi.runtime.log import logger
 from ds_wsi.slides.policy import AUTO
@@ -30,53 +32,6 @@ from ds_wsi.slides.tile_store import TileStore
 from ds_wsi.slides.tiling import TileGrid
 
 MAX_CHUNKS_AHEAD = 32  # per stream: bounds the memory that waiting chunks hold
-
-
-class BagPart(NamedTuple):
-    """Tiles of slide number `slide` to read as one bag: rows `start` to `stop` of its grid, or `rows` of it."""
-
-    slide: int
-    start: int
-    stop: int
-    rows: tuple[int, ...] | None = None
-
-
-class TileRequest(NamedTuple):
-    """Rows `start` to `stop` of the grid of slide number `slide`, or `rows` of it; `last` closes the slide's bag."""
-
-    slide: int
-    start: int
-    stop: int
-    last: bool
-    rows: tuple[int, ...] | None = None
-
-    @property
-    def grid_rows(self) -> Sequence[int]:
-        """The rows of the grid."""
-        return range(self.start, self.stop) if self.rows is None else self.rows
-
-
-class TileChunk(NamedTuple):
-    """A request's answer.
-
-    Attributes:
-        request: what was asked for.
-        tiles: uint8 [n, 3, S, S] (stored channels last), the tiles that could be read; float32 [n, D] of features.
-        failures: (row in the slide's grid, reason) of each tile that could not.
-    """
-
-    request: TileRequest
-    tiles: Tensor
-    failures: tuple[tuple[int, str], ...]
-
-    @property
-    def kept(self) -> Tensor:
-        """The rows of the tiles in the slide's grid: int64 [n]."""
-        if not self.failures and self.request.rows is None:
-            return torch.arange(self.request.start, self.request.stop)
-        failed = {row for row, _ in self.failures}
-        # Derived here: a second tensor per chunk would double the cost of handing it over.
-        return torch.tensor([row for row in self.request.grid_rows if row not in failed], dtype=torch.int64)
 
 
 class Bag(NamedTuple):
@@ -88,10 +43,6 @@ class Bag(NamedTuple):
     slide: int
     tiles: Tensor
     kept: Tensor
-
-
-def _tell_nobody(row: int) -> None:
-    """Nobody in the training process asks where reading is."""
 
 
 class TileDataset(Dataset[TileChunk]):
@@ -117,7 +68,7 @@ class TileDataset(Dataset[TileChunk]):
         self.cache = SlideCache(open_slides, reader)
         self.size_px = tile_side(grids)
         self.store = TileStore(tile_store) if tile_store else None
-        self.tell: Callable[[int], None] = _tell_nobody
+        self.tell: Callable[[int], None] = tell_nobody
 
     def answer(self, request: TileRequest) -> Answer:
         """A request's answer as a worker hands it over."""
@@ -168,89 +119,6 @@ def _corner(tile_place: Place) -> tuple[int, int]:
     assert isinstance(tile_place.grid, TileGrid)  # a file of features is read whole or not at all
     x, y = tile_place.grid.coords[tile_place.row].tolist()
     return x, y
-
-
-class FeatureRows(Dataset[TileChunk]):
-    """Answers requests with rows of features; a file is read whole, and its rows are all there or an error is raised.
-
-    What the files' memory holds is not read. Only `keep` adds to that: reading processes would each hold a copy.
-
-    Args:
-        slides: the cohort's, row by row.
-        files: a file each; a patient's bag has several.
-    """
-
-    def __init__(self, slides: Sequence[SlideEntry], files: Sequence[FeatureFile] | Sequence[JoinedGrid]) -> None:
-        self.slides, self.files = slides, files
-        self.tell: Callable[[int], None] = _tell_nobody
-
-    def answer(self, request: TileRequest) -> Answer:
-        """A request's answer as a worker hands it over."""
-        return Answer(self[request].tiles, ())
-
-    def held(self, request: TileRequest) -> Answer | None:
-        """The answer to a request, where the features of all its files are in memory."""
-        parts: list[Tensor] = []
-        for file, rows in shares_of(self.files[request.slide], request.grid_rows):
-            assert isinstance(file, FeatureFile)
-            features = None if file.memory is None else file.memory.get(file.path)
-            if features is None:
-                return None
-            parts.append(_rows_of(features, rows))
-        return Answer(_together(parts), ()) if parts else None
-
-    def keep(self, chunk: TileChunk) -> None:
-        """Have the features of a bag's files kept in memory, where all of them were asked for and there is room."""
-        joined = self.files[chunk.request.slide]
-        if chunk.request.rows is not None or len(chunk.tiles) != len(joined):
-            return
-        start = 0
-        for file, rows in shares_of(joined, range(len(joined))):
-            assert isinstance(file, FeatureFile)
-            if file.memory is not None:
-                tiles = chunk.tiles[start : start + len(rows)]
-                file.memory.keep(file.path, tiles if len(rows) == len(joined) else tiles.clone())
-            start += len(rows)
-
-    def describe(self, request: TileRequest, row: int) -> str:
-        """The file of a request, in words."""
-        tile_place = self._place(request, row if row >= 0 else next(iter(request.grid_rows), 0))
-        assert isinstance(tile_place.grid, FeatureFile)
-        return f"features of slide {tile_place.entry.slide_id} ({tile_place.grid.path})"
-
-    def __getitem__(self, request: TileRequest) -> TileChunk:
-        """Read the rows of one request."""
-        parts: list[Tensor] = []
-        for file, rows in shares_of(self.files[request.slide], request.grid_rows):
-            assert isinstance(file, FeatureFile)
-            features = read_features(file.path).features
-            if features.shape != (file.n_rows, file.width):
-                raise FeatureFileError(
-                    f"features must be as they were at the start, {[file.n_rows, file.width]}, got "
-                    f"{list(features.shape)} ({file.path}). HINT: do not change files under a run."
-                )
-            parts.append(_rows_of(features, rows))
-        if not parts:  # other ranks hold the bag
-            some = some_grid(self.files)
-            assert isinstance(some, FeatureFile)
-            return TileChunk(request, torch.empty(0, some.width), ())
-        return TileChunk(request, _together(parts), ())
-
-    def _place(self, request: TileRequest, row: int) -> Place:
-        return place_of(self.slides[request.slide], self.files[request.slide], row)
-
-
-def _together(parts: Sequence[Tensor]) -> Tensor:
-    """A bag's features, of one file without a copy."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _rows_of(features: Tensor, rows: Sequence[int]) -> Tensor:
-    """The rows that are asked for; all of them without a copy."""
-    if len(rows) == len(features):
-        return features
-    # A copy: of a view, the whole file would be handed over to the training process.
-    return features[list(rows)]
 
 
 def plan_requests(order: Iterable[int | BagPart], lengths: Sequence[int], chunk_tiles: int) -> Iterator[TileRequest]:

@@ -16,6 +16,7 @@ from ds_wsi.models import (
     freeze_until,
     resolve_encoder,
 )
+from ds_wsi.models.known_encoders import EncoderSource
 from ds_wsi.models.own import source_files
 from ds_wsi.models.weights import require_weights_file
 from ds_wsi.runtime.log import logger
@@ -78,15 +79,7 @@ def build_slide_model(
         named = source.weights_name(chosen.pretrained, chosen.encoder_weights)
         module = build_model(config, chosen.encoder_weights, named, allow_code=config.own_code.values())
     _tell_own_code(config)
-    if not chosen.has_weights and not source.is_own:
-        logger.warning(
-            "--encoder_weights is not given: %s starts from RANDOM weights (seed %d)%s. HINT: --encoder_weights FILE, "
-            "or --pretrained.",
-            *(source.name, settings.run.seed),
-            ", which stay as they are (--freeze_encoder)" if chosen.freeze_encoder else "",
-        )
-    for each in settings.tilings:
-        source.warn_of_other_tiles(each.tile_size_px, each.mpp)
+    _warn_of_the_encoder(settings, source)
     logger.info(
         "encoder: %s, %d features per tile (%s), normalised with mean %s, std %s",
         *(source.name, module.encoder.num_features, config.encoder_features, source.mean, source.std),
@@ -100,6 +93,20 @@ def build_slide_model(
     if chosen.lora_rank:
         add_lora(module.encoder, chosen.lora_rank, chosen.lora_alpha, chosen.lora_targets, tiling.tile_size_px)
     return config, module.train()
+
+
+def _warn_of_the_encoder(settings: TrainSettings, source: EncoderSource) -> None:
+    """Say that the encoder starts from nothing, or is made for other tiles."""
+    chosen = settings.model
+    if not chosen.has_weights and not source.is_own:
+        logger.warning(
+            "--encoder_weights is not given: %s starts from RANDOM weights (seed %d)%s. HINT: --encoder_weights FILE, "
+            "or --pretrained.",
+            *(source.name, settings.run.seed),
+            ", which stay as they are (--freeze_encoder)" if chosen.freeze_encoder else "",
+        )
+    for each in settings.tilings:
+        source.warn_of_other_tiles(each.tile_size_px, each.mpp)
 
 
 def _of_bags(settings: TrainSettings) -> dict[str, Any]:

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from tensorboard.compat.proto.summary_pb2 import Summary
-
 from ds_wsi.runtime.memory import peak_memory_bytes
 from ds_wsi.training.context import RunContext
 
@@ -59,6 +57,8 @@ class StepLog:
         steps, self._steps, self._written = self._steps, [], time.monotonic()
         if not steps:
             return
+        from tensorboard.compat.proto.summary_pb2 import Summary  # here, because a run imports what it uses when it does
+
         for writer in self._writers:
             for step in steps:
                 summary = Summary(

@@ -112,8 +112,8 @@ def require_teachable(settings: TrainSettings) -> None:
     if settings.data.bag == "patient" or settings.data.mpps:
         what = "--bag patient" if settings.data.bag == "patient" else "--mpps"
         raise ValueError(
-            f"--distill must be given with bags of one slide at one magnification, got {what}. HINT: leave out one of the "
-            "two."
+            f"--distill must be given with bags of one slide at one magnification, got {what}. HINT: leave out one "
+            "of them."
         )
 
 

@@ -1,6 +1,7 @@
 """Features that stay in memory: the bags are those of the files, and what was changed is read again."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from ds_wsi.bags.bag import BagPart, FailureLog, read_bags
 from ds_wsi.bags.feature_memory import FeatureMemory
 from ds_wsi.bags.features import FeatureFile, write_features
+from ds_wsi.bags.joined import GridPart, JoinedGrid
 from ds_wsi.bags.manifest import SlideEntry
 from ds_wsi.bags.policy import ReadPolicy
 
@@ -52,6 +54,25 @@ def test_a_second_pass_takes_the_same_bags_without_the_files(workers, tmp_path):
             assert torch.equal(tiles, expected[slide][list(asked)])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bag_of_several_files_is_kept_file_by_file(workers, tmp_path):
+    expected = write(tmp_path)
+    memory = FeatureMemory(2**20)
+    slides, files = cohort(tmp_path, memory)
+    joined = [JoinedGrid(tuple(GridPart(slides[row], files[row], row) for row in (0, 2)))]
+
+    def bags(order):
+        log = FailureLog(slides, joined, 0.0)
+        return [bag.tiles for bag in read_bags(slides, joined, order, ReadPolicy(workers), log)]
+
+    bags([0])
+    (tmp_path / "s0.safetensors").unlink()
+    (tmp_path / "s2.safetensors").unlink()
+    assert torch.equal(bags([0])[0], torch.cat([expected[0], expected[2]]))
+    assert torch.equal(bags([BagPart(0, 0, 3, (1, 4, 6))])[0], torch.cat([expected[0], expected[2]])[[1, 4, 6]])
+    assert memory.get(tmp_path / "s2.safetensors") is not None
+
+
 def test_without_memory_or_beyond_its_bound_files_are_read_each_time(tmp_path):
     write(tmp_path)
     bytes_of_two = 4 * WIDTH * (LENGTHS[0] + LENGTHS[2])
@@ -69,17 +90,17 @@ def test_features_that_were_written_to_are_read_again(inference, tmp_path):
     memory = FeatureMemory(2**20)
     bags_of(tmp_path, memory, [0, 1], 0)
     with torch.inference_mode(inference):
-        memory.get("s1")[:1].add_(1)  # a view of them
-    assert memory.get("s1") is None
-    assert torch.equal(memory.get("s0"), expected[0])
+        memory.get(tmp_path / "s1.safetensors")[:1].add_(1)  # a view of them
+    assert memory.get(tmp_path / "s1.safetensors") is None
+    assert torch.equal(memory.get(tmp_path / "s0.safetensors"), expected[0])
     assert torch.equal(bags_of(tmp_path, memory, [1], 0)[0][1], expected[1])
 
 
 def test_what_inference_mode_made_is_not_kept_and_another_process_starts_with_nothing():
     memory = FeatureMemory(2**20)
     with torch.inference_mode():
-        memory.keep("made", torch.zeros(2, 2))
-    memory.keep("plain", torch.zeros(2, 2))
-    assert memory.get("made") is None
-    assert memory.get("plain") is not None
-    assert pickle.loads(pickle.dumps(memory)).get("plain") is None
+        memory.keep(Path("made"), torch.zeros(2, 2))
+    memory.keep(Path("plain"), torch.zeros(2, 2))
+    assert memory.get(Path("made")) is None
+    assert memory.get(Path("plain")) is not None
+    assert pickle.loads(pickle.dumps(memory)).get(Path("plain")) is None

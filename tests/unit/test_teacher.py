@@ -8,8 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ds_wsi.bags.features import read_features, write_features
-from ds_wsi.cli import main
+from ds_wsi.cli import build_parser, main
 from ds_wsi.models.loss import distillation_losses
+from ds_wsi.training.options import settings_from
+from ds_wsi.training.teacher import require_teachable
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +119,11 @@ def test_the_distance_is_over_a_bags_own_tiles():
     assert of_bags.tolist() == [(2.5 + 2.0) / 2, 8.0]
     assert distillation_losses(features, teacher, [2, 1], totals=[4, 1]).tolist() == [(2.5 + 2.0) / 4, 8.0]
     assert distillation_losses(features[2:], teacher[2:], [1], kind="cosine").item() == pytest.approx(1 - 3 / 5)
+
+
+@pytest.mark.parametrize("more", [("--bag", "patient"), ("--mpps", "0.5,2.0")])
+def test_a_teacher_of_slides_is_no_teacher_of_joined_bags(more):
+    words = ["train", "--manifest", "cohort.csv", "--aggregator", "abmil", "--distill", "frozen", *more]
+    settings, _ = settings_from(build_parser("train").parse_args(words))
+    with pytest.raises(ValueError, match=rf"--distill must be given with bags of one slide .* got {more[0]}"):
+        require_teachable(settings)
