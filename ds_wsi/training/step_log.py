@@ -57,7 +57,7 @@ class StepLog:
         steps, self._steps, self._written = self._steps, [], time.monotonic()
         if not steps:
             return
-        from tensorboard.compat.proto.summary_pb2 import Summary  # here, because a run imports what it uses when it does
+        from tensorboard.compat.proto.summary_pb2 import Summary  # here, because it is not needed earlier
 
         for writer in self._writers:
             for step in steps:
