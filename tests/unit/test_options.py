@@ -102,6 +102,8 @@ def test_every_option_sets_its_field_with_underscores_or_dashes(name, dashes, tm
         given, expected = "hidden_dim=64", (("hidden_dim", 64),)
     elif name == "allow_code":
         given, expected = "mine, other.models", ("mine", "other.models")
+    elif name == "metric_for_best_model":
+        given = expected = "tumour.auc"
     elif name == "deepspeed":
         given = expected = str(write_config(tmp_path, {}))
     elif isinstance(kind, tuple):
@@ -224,7 +226,7 @@ def test_values_out_of_range_are_refused(arguments, message):
         (("--aggregator", "meen"), "invalid choice: 'meen'"),
         (("--optim", "lion"), "invalid choice: 'lion'"),
         (("--lr_scheduler_type", "step"), "invalid choice: 'step'"),
-        (("--metric_for_best_model", "dice"), "invalid choice: 'dice'"),
+        (("--metric_for_best_model", "dice"), "or TARGET.METRIC, got 'dice'"),
         (("--seed", "x"), "invalid int value: 'x'"),
         (("--class_weights", "1,x"), "must be numbers such as 1,2.5, got '1,x'"),
         (("--eval_tiles", "x"), "must be a number of tiles, or all, got 'x'"),
