@@ -35,7 +35,7 @@ __all__ = ["Slide", "SlideCache", "SlideError", "TileReadError"]
 OVERVIEW_BLOCK_PX = 2048  # of the level read at a time: bounds the memory of an overview
 SHRINK_HINT = (
     "without --slide_reader openslide it may be; else convert it, as `vips tiffsave IN OUT.tif --tile --pyramid "
-    "--compression jpeg` does, or train on tiles of --shrink box; --skip_bad_slides leaves it out."
+    "--compression jpeg` does, or train on tiles of `--shrink box`; --skip_bad_slides leaves it out."
 )
 
 

@@ -77,7 +77,7 @@ def test_the_parser_of_one_command_is_that_of_all():
         ("train --aggregator ABMLI", r"argument --aggregator: invalid choice: 'ABMLI'\. HINT: did you mean abmil\?"),
         ("train --aggregator nothing_like", r"HINT: one of abmil, gated_abmil"),
         ("train --adam_beta1 0.9", r"HINT: here it is optimizer\.params\.betas of the DeepSpeed JSON\."),
-        ("train --warmup-ratio 0.1", r"HINT: did you mean --warmup_steps"),
+        ("train --warmup-stepps 3", r"HINT: did you mean --warmup_steps"),
         ("tile --manifest m --output_dir o --tilesize_px 3", r"HINT: did you mean --tile_size_px\?"),
         ("report run --metrics auc", r"HINT: did you mean --metric\?"),
         (

@@ -77,10 +77,10 @@ def packed(tmp_path, monkeypatch):
         grid = tile_slide(slide, TilingPolicy(tile_size_px=32, mpp=0.5, **ALL_TILES))
         read = slide.read_tile
 
-        def failing(x, y, *arguments):
+        def failing(x, y, *arguments, **more):
             if (x, y) == (32, 32):
                 raise TileReadError("s", x, y, ValueError("the disk is on fire"))
-            return read(x, y, *arguments)
+            return read(x, y, *arguments, **more)
 
         monkeypatch.setattr(slide, "read_tile", failing)
 

@@ -122,7 +122,7 @@ class TestFeatures:
         config = ModelConfig("resnet10t", **BASE)
         config.write(tmp_path / "config.json")
         values = json.loads((tmp_path / "config.json").read_text())
-        assert values["version"] == 6
+        assert values["version"] == 8
         third = {k: v for k, v in values.items() if not k.startswith("norm_")}
         (tmp_path / "config.json").write_text(json.dumps({**third, "version": 3}))
         read = ModelConfig.read(tmp_path / "config.json")

@@ -47,10 +47,10 @@ def test_an_update_that_is_not_finite_stops_at_its_step(tmp_path, capfd, monkeyp
     micro_loss, backward = one_step._micro_loss, Accelerator.backward
     steps, weights = [], []
 
-    def loss_of(run, step):
+    def loss_of(run, step, **more):
         steps.append([run.cohort.manifest.slides[bag.slide].slide_id for bag in step.bags])
         weights[:] = [p for p in run.module.parameters() if p.requires_grad]
-        return micro_loss(run, step)
+        return micro_loss(run, step, **more)
 
     def poisoned(accelerator, loss, **more):
         backward(accelerator, loss, **more)

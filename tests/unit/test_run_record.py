@@ -87,7 +87,7 @@ def test_encoders_of_one_architecture_are_told_apart():
 def fingerprint_of(settings, encoder=None, *, config=CONFIG, processes=1, optimizer=OPTIMIZER):
     slide = SlideEntry("s", Path("s.svs"), 0, "p", "train")
     cohort = Cohort(Manifest((slide,), ("a", "b")), (FeatureFile("s", Path("s.pt"), 5, 4, 80, 0),))
-    parts = {"settings": settings, "config": config, "cohort": cohort, "comm": None, "made_of": {}}
+    parts = {"settings": settings, "config": config, "cohort": cohort, "comm": None, "made_of": {}, "teacher": None}
     parts |= {"optimizer": optimizer, "module": SimpleNamespace(encoder=encoder or nn.Identity())}
     return fingerprint(SimpleNamespace(**parts, mesh=SimpleNamespace(slide_size=processes)))
 

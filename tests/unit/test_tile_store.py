@@ -162,10 +162,10 @@ def test_tiles_that_cannot_be_read_are_recorded_with_the_reason(slide, tmp_path,
     grid = grid_of(slide, 240)
     read = slide.read_tile
 
-    def failing(x, y, *arguments):
+    def failing(x, y, *arguments, **more):
         if (x, y) == (240, 0):
             raise TileReadError("s", x, y, ValueError("the disk is on fire"))
-        return read(x, y, *arguments)
+        return read(x, y, *arguments, **more)
 
     monkeypatch.setattr(slide, "read_tile", failing)
     pack_slide(slide, grid, tmp_path)

@@ -127,8 +127,9 @@ def test_the_command_writes_a_file_with_every_option_and_overwrites_none(tmp_pat
     text = path.read_text()
     assert all(f"{name}:" in text for name in OPTIONS if name not in NOT_WRITTEN)
     assert NOT_WRITTEN == ("resume_from_checkpoint", "recipe", "allow_code")
-    assert yaml.safe_load(text) == {"seed": 4, "tile_size_px": 64}
+    assert yaml.safe_load(text) == {"encoder": "resnet10t", "num_train_epochs": 4, "seed": 4, "tile_size_px": 64}
     assert main(["train", "--write_config", str(path)]) == 2
     assert path.read_text() == text
     assert "--write_config must be a new file" in capsys.readouterr().err
-    assert read_yaml(path) == {"run.seed": 4, "policies.tiling.tile_size_px": 64}
+    demo = {"model.encoder": "resnet10t", "optim.num_train_epochs": 4, "policies.tiling.tile_size_px": 64}
+    assert read_yaml(path) == {"run.seed": 4, **demo}

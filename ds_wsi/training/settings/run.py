@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 def _metric(text: str) -> str:
     """A metric's name, or that of one of several targets' behind the target's."""
-    if text.rpartition(".")[2] in CHOOSING or text == MEAN:
-        return text
+    target, dot, metric = text.rpartition(".")
+    if metric.lower() in CHOOSING or text.lower() == MEAN:
+        return f"{target}{dot}{metric.lower()}"
     raise argparse.ArgumentTypeError(f"must be one of {', '.join((*CHOOSING, MEAN))}, or TARGET.METRIC, got {text!r}")
 
 

@@ -87,6 +87,7 @@ class TaskSettings:
         Decides.RESULT,
         option="targets",
         kind=names,
+        words="one, that of --task",
     )
     label_column: tuple[str, ...] = setting(
         (),
