@@ -46,7 +46,11 @@ def make_cohort() -> tuple[list, list]:
         stain = torch.randn(1, 3, 1, 1, generator=generator) * 4
         slides.append(
             SimpleNamespace(
-                tiles=tiles * (1 + stain.abs() / 8) + stain, label=index % 2, class_index=index % 2, slide_id=str(index)
+                tiles=tiles * (1 + stain.abs() / 8) + stain,
+                label=index % 2,
+                class_index=index % 2,
+                slide_id=str(index),
+                words=f"slide {index}",
             )
         )
     return slides, [TILES] * len(slides)
