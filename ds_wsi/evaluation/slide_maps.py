@@ -100,7 +100,6 @@ def draw_heatmap(directory: Path, cohort: Cohort, prediction: SlidePrediction, m
     maps = []
     for shown in _shown(cohort, prediction):
         slide_id, path = _map_name(shown.part), map_path(directory, shown.part)
-        path.parent.mkdir(parents=True, exist_ok=True)
         if made_of and heat_map_of(path) == made_of:
             maps.append(SlideMap(slide_id, path))
             continue
@@ -155,6 +154,7 @@ def _draw_over(
         downsample = max(1.0, max(slide.width_px, slide.height_px) / OVERVIEW_SIDE_PX)
         thumbnail, downsample = slide.read_overview_downsampled(downsample)
     ranks = shown.ranks if joined else None
+    path.parent.mkdir(parents=True, exist_ok=True)  # a magnification has a folder of its own
     draw_attention(
         *(thumbnail, coords, tile_size_level0_px, shown.attention, downsample, path, title, made_of), ranks=ranks
     )
