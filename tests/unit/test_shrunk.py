@@ -84,7 +84,9 @@ def shrunk_as_by_pillow(folder, slide, data):
             if kind.description != APERIO or not direct.levels[number].redrawn.any():
                 assert not refused
             else:
-                assert "which OpenSlide draws from the level below" in refused
+                # Where all tiles that were tried are drawn so, there was none to compare.
+                reasons = ("which OpenSlide draws from the level below", "a tile at least must be readable, got none")
+                assert any(reason in refused for reason in reasons)
                 continue
             tile = slide.read_tile(*arguments, shrink="dct")
             if (number, scale) not in levels:
