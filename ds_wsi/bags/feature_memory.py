@@ -54,7 +54,8 @@ class FeatureMemory:
         # What was made in inference mode cannot be trained on.
         if path in self._held or features.nbytes > self._left or features.is_inference():
             return
-        if features.nbytes < SMALL_BYTES:
+        # A part of a bag's features would hold the whole of them.
+        if features.nbytes < SMALL_BYTES or features.nbytes < features.untyped_storage().nbytes():
             features = features.clone()
         self._left -= features.nbytes
         self._held[path] = _Held(features, features._version)

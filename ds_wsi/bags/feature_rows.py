@@ -51,8 +51,7 @@ class FeatureRows(Dataset[TileChunk]):
         for file, rows in shares_of(joined, range(len(joined))):
             assert isinstance(file, FeatureFile)
             if file.memory is not None:
-                tiles = chunk.tiles[start : start + len(rows)]
-                file.memory.keep(file.path, tiles if len(rows) == len(joined) else tiles.clone())
+                file.memory.keep(file.path, chunk.tiles[start : start + len(rows)])
             start += len(rows)
 
     def describe(self, request: TileRequest, row: int) -> str:
@@ -92,5 +91,5 @@ def _rows_of(features: Tensor, rows: Sequence[int]) -> Tensor:
     """The rows that are asked for; all of them without a copy."""
     if len(rows) == len(features):
         return features
-    # A copy: of a view, the whole file would be handed over to the training process.
+    # The rows are copied, because with a view the whole file would be handed over to the training process.
     return features[list(rows)]

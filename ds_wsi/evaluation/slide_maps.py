@@ -154,7 +154,6 @@ def _draw_over(
         downsample = max(1.0, max(slide.width_px, slide.height_px) / OVERVIEW_SIDE_PX)
         thumbnail, downsample = slide.read_overview_downsampled(downsample)
     ranks = shown.ranks if joined else None
-    path.parent.mkdir(parents=True, exist_ok=True)  # a magnification has a folder of its own
     draw_attention(
         *(thumbnail, coords, tile_size_level0_px, shown.attention, downsample, path, title, made_of), ranks=ranks
     )

@@ -163,7 +163,7 @@ class SeveralTargets:
     # ------------------------------------------------------------------------------------------- files
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: of each target its name, weight and classes beside its task's."""
+        """The plain values of each target: its name, weight and classes beside its task's."""
         entries = [
             {"name": name, "weight": weight, "classes": list(task.classes), **task.to_json()}
             for name, task, weight in zip(self.names, self.tasks, self.weights, strict=True)

@@ -11,11 +11,10 @@ def require_bag_settings(settings: TrainSettings) -> None:
         ValueError: names the option and what it may be.
     """
     data, reading, mpp = settings.data, settings.policies.reading, settings.policies.tiling.mpp
-    if data.bag == "patient" or data.mpps:
+    if data.joined_by:
         from ds_wsi.models.aggregators import require_unordered  # here, because help pages need no torch
 
-        what = "--bag patient" if data.bag == "patient" else "--mpps"
-        require_unordered(settings.model.aggregator, what)
+        require_unordered(settings.model.aggregator, data.joined_by)
     if data.scale_ratio and len(data.scale_ratio) != len(data.mpps):
         raise ValueError(
             f"--scale_ratio must have a number for each of --mpps, {len(data.mpps)}, got {len(data.scale_ratio)}. "

@@ -109,11 +109,10 @@ def require_teachable(settings: TrainSettings) -> None:
             '--distill must be given with bags of their own tiles, got stacking.framework "sampling", which draws '
             "others. HINT: --tiles_per_slide draws tiles that a teacher knows."
         )
-    if settings.data.bag == "patient" or settings.data.mpps:
-        what = "--bag patient" if settings.data.bag == "patient" else "--mpps"
+    if settings.data.joined_by:
         raise ValueError(
-            f"--distill must be given with bags of one slide at one magnification, got {what}. HINT: leave out one "
-            "of them."
+            f"--distill must be given with bags of one slide at one magnification, got "
+            f"{settings.data.joined_by}. HINT: leave out one of them."
         )
 
 

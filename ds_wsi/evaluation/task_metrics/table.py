@@ -79,7 +79,7 @@ LABEL_METRICS: tuple[Metric, ...] = (
 )
 
 
-MEAN = "mean"  # of several targets: of each one's metric that chooses the epoch
+MEAN = "mean"  # the mean over several targets of the metric that chooses each one's epoch
 
 
 def of_target(target: str, metric: str) -> str:

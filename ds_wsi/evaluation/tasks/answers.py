@@ -160,7 +160,7 @@ class _Measuring(Protocol):
 
 
 def told_of_epoch(answers: _Measuring, outputs: Tensor, slides: Sequence[SlideEntry]) -> dict[str, float]:
-    """See `TaskAnswers.epoch_metrics`."""
+    """The loss and metrics of an epoch's validation; see `TaskAnswers.epoch_metrics`."""
     labelled_rows = [row for row, slide in enumerate(slides) if slide.is_labelled]
     some, outputs = [slides[row] for row in labelled_rows], outputs[labelled_rows]
     values = {"eval_loss": answers.mean_loss(outputs, some)} if some else {}

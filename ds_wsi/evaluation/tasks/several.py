@@ -96,7 +96,7 @@ class SeveralAnswers:
         return {MEAN: mean_of_defaults(first), **values}
 
     def epoch_metrics(self, outputs: Tensor, slides: Sequence[SlideEntry]) -> dict[str, float]:
-        """See `TaskAnswers.epoch_metrics`."""
+        """The targets' loss and metrics, and their mean; see `TaskAnswers.epoch_metrics`."""
         return told_of_epoch(self, outputs, slides)
 
     def mean_loss(self, outputs: Tensor, slides: Sequence[SlideEntry]) -> float:

@@ -39,7 +39,7 @@ class SlideFacts(NamedTuple):
 
     @classmethod
     def of(cls, handle: Any) -> "SlideFacts":
-        """Those of an open file."""
+        """The facts of an open file."""
         # A name that is no UTF-8 is listed with other letters than it can be asked for.
         texts = ((name, handle.properties.get(name)) for name in handle.properties)
         properties = {name: text for name, text in texts if text is not None}

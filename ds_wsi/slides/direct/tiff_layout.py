@@ -65,7 +65,7 @@ class SlideFile:
 
     @property
     def identity(self) -> Identity:
-        """See `identity_of`.
+        """The file's identity; see `identity_of`.
 
         Raises:
             NotDirectError: it is closed.

@@ -179,6 +179,11 @@ class DataSettings:
         require_slide_mpp(self.slide_mpp)
 
     @property
+    def joined_by(self) -> str:
+        """The option by which a bag is of several slides or magnifications, as users give it; empty: of one."""
+        return "--bag patient" if self.bag == "patient" else "--mpps" if self.mpps else ""
+
+    @property
     def demo_folder(self) -> str:
         """Where the demo cohort is kept."""
         return self.demo_dir or DEMO_DIRS[self.demo]
